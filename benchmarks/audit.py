@@ -51,7 +51,7 @@ class Check:
 
     Attributes:
         name: Name of the check on the page.
-        tests: Arguments of pytest; for ``sanitizer``, the name of a sanitizer instead.
+        tests: Arguments of pytest; if ``is_sanitizer`` is True, the name of a sanitizer instead.
         counts: Environment variables with a number of cases, which ``--scale`` changes.
         settings: Other environment variables.
         is_sanitizer: Whether ``make sanitize`` runs the check.
@@ -75,7 +75,7 @@ class Check:
 
 
 _PATIENT = {"MPO_RUN_LIMIT_S": "900"}
-#: The longest first: two of them run at a time.
+#: The checks, the longest first, because two checks run at a time.
 CHECKS = (
     Check(
         "random calls of the loss against plain torch", ("tests/loss/test_property.py",), {"MPO_PROPERTY_CASES": 7000}
@@ -161,10 +161,10 @@ def run(check: Check, scale: float) -> tuple[dict[str, Any], str]:
 
 
 def count_tests(report: Path, output: str) -> dict[str, int]:
-    """Returns the numbers of passed, failed and skipped tests, and of all cases that they report.
+    """Returns the numbers of passed, failed and skipped tests, and the sum of the cases that the tests report.
 
-    A test reports its cases as the property "cases"; those of hypothesis are in the output. A test without such a
-    report is a case.
+    Tests report their number of cases as a property in the file ``report``; hypothesis prints its number into
+    ``output``. If no test reports cases, each test that ran counts as a case.
     """
     if not report.exists():
         return {"cases": 0, "passed": 0, "failed": 1, "skipped": 0}
@@ -178,7 +178,7 @@ def count_tests(report: Path, output: str) -> dict[str, int]:
 
 
 def count_native(output: str) -> dict[str, int]:
-    """Returns the numbers of the native tests: checks that passed and that failed."""
+    """Returns the numbers of all, passed, failed and skipped checks of the native tests, from their output."""
     counts = re.findall(r"^(\d+) checks, (\d+) failed$", output, re.MULTILINE)
     failed = sum(int(number) for _, number in counts)
     checks = sum(int(number) for number, _ in counts)

@@ -29,8 +29,8 @@ def is_ours(provider: str) -> bool:
 def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the points of the result file of the cost model: each measured point with its predicted cost.
 
-    A prediction uses rates of the machine that were measured in the same rounds as the point, because other programs
-    may slow the machine down. Points that the cost model does not describe are left out.
+    Other programs may slow the machine down, so a prediction uses rates of the machine that were measured in the same
+    rounds as the point. Points that the cost model does not describe are left out.
     """
     points = []
     for benchmark in ("logits", "linear", "train_step"):

@@ -16,7 +16,7 @@ from mpo_ext.train.recipe import load_recipe
 _RECIPES = Path(__file__).parents[1] / "recipes"
 GPU_SIZES = (24, 48, 80, 141)  # memory in GB of common GPUs, such as RTX 4090, L40S, H100 and H200
 USABLE_SHARE = 0.9  # assumed; the rest is for CUDA, fragments and the buffers of communication
-#: Way to train, overrides of the recipe and number of ranks.
+#: Kind of training, overrides of the recipe and number of ranks.
 WAYS: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("LoRA", ("model.lora={}", "model.dtype=bfloat16", "data.max_length=4096"), 1),
     ("all weights", (), 1),
@@ -25,7 +25,7 @@ WAYS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 
 
 def needed_memory(name: str, overrides: tuple[str, ...], ranks: int, folder: Path) -> tuple[int, int]:
-    """Returns the assumed tokens of a pair, and the predicted peak bytes of a rank for a recipe.
+    """Returns the assumed number of tokens of a pair, and the predicted peak bytes of a rank, for a recipe.
 
     The config of the model and a pair are written into ``folder``. With more than one rank, parameters, gradients and
     the state of the optimizer are sharded.

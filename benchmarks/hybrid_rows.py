@@ -1,8 +1,8 @@
 """Compares rows of a hybrid model (Gated DeltaNet and attention): ``python -m benchmarks.hybrid_rows``.
 
 A small Qwen3.5 text model makes training steps (forward pass, loss, backward pass) on one pair. One case has a single
-row for the prompt and both responses; the other has a row for each response. The runs take turns. Peak memory is that
-of one step in a fresh process. The default vocabulary is small, so that the layers take most of the time.
+row for the prompt and both responses; the other has a row for each response. The runs take turns. Peak memory is
+measured over one step in a fresh process. The default vocabulary is small, so that the layers take most of the time.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ load = functools.partial(schema.load, check=check)
 
 
 def runs(documents: Documents) -> str:
-    """Returns a table with the times and the memory of each trainer, before and after."""
+    """Returns a table with the times and the memory of each trainer, with its own loss and with mpo_ext."""
     rows = []
     if not documents["integrations"]["runs"]:
         return "Not measured since the last change: run `make integrations`."

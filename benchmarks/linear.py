@@ -35,11 +35,10 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 
 
 class HiddenBatch:
-    """Random inputs of the loss from hidden states.
+    """Random inputs: hidden states ``[2, B T, D]``, a head ``[V, D]``, ref_logp ``[2]``, and labels ``[2, B T]``.
 
-    They are hidden states ``[2, B T, D]``, a head ``[V, D]``, ref_logp ``[2]``, and labels ``[2, B T]``. Only the last
-    fraction ``share`` of each sequence has labels other than -100. B pairs of T tokens are stored as one pair of B * T
-    tokens, which does not change the matmuls.
+    Only the last fraction ``share`` of each sequence has labels other than -100. B pairs of T tokens are stored as one
+    pair of B * T tokens, which does not change the matmuls.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:
@@ -97,7 +96,7 @@ def _trl() -> losses.Provider:
     from trl.kernels import ChunkedLogProbFunction
 
     def token_logp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        # As TRL's trainers on a CPU: every position is scored and masked afterwards, in chunks of 32,768.
+        # TRL's trainers on a CPU do the same: they score every position, in chunks of 32,768, and mask afterwards.
         logp = ChunkedLogProbFunction.apply(hidden, weight, None, labels.clamp(min=0), 1.0, 32768, None, 1.0, ())[0]
         return torch.where(labels == -100, 0.0, logp)
 

@@ -1,10 +1,10 @@
 """Measures the time that a training step spends on its log: ``python -m benchmarks.log_overhead``.
 
-The steps are complete steps of our trainer, from pairs on the disk to the optimizer. Counted are the sums of metrics,
-the log line, the console, the log file and the trackers, each by the CPU time of its calls, which other programs
-hardly change. The statistics entropy and top1 are computed inside the loss, so their time is the difference between
-the loss with and without them, in alternating calls on the first micro-batch. On a GPU, some parts also wait for the
-device: measure on a CPU.
+The steps are complete steps of our trainer, from pairs on the disk to the optimizer. The parts of the log are the sums
+of metrics, the log line, the console, and the log file with the trackers. The time of a part is the CPU time of its
+calls, which other programs hardly change. The statistics entropy and top1 are computed inside the loss, so their time
+is the difference between the loss with and without them, in alternating calls on the first micro-batch. On a GPU, some
+parts also wait for the device: measure on a CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mpo_ext.train.progress import Console
 SIZES = Sizes(vocab=32768, hidden=256, layers=4, images=0, text=192, response=64, least_response=64, batch=8,
               micro_batch=2)  # fmt: skip
 _ROUNDS = 15
-#: Parts of the log: the functions that only log, by their owner.
+#: For each part of the log, the functions that only log: the object that holds the function, and its name.
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "sums of metrics": [(Totals, "__init__"), (Totals, "add"), (Totals, "reduce"), (loop, "with_logged_average")],
     "log line": [(loop, "log_line"), (loop, "speed"), (loop, "peak_memory_mib")],
@@ -72,7 +72,7 @@ class LogClock:
             yield
 
     def end_step(self) -> None:
-        """Stores the CPU seconds of a step and of its parts, and sets them to 0."""
+        """Stores the CPU seconds of a step and of its parts, and restarts the clock."""
         now = time.process_time()
         self.steps.append((now - self._begin_s, dict(self.seconds)))
         self._begin_s = now
@@ -83,7 +83,7 @@ def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[f
     """Trains ``steps`` steps after a first step that is not counted.
 
     Returns:
-        The CPU seconds of each step with those of each part of its log, and those of a step's statistics.
+        For each step, its CPU seconds and those of each part of its log; and the CPU seconds of a step's statistics.
     """
     clock = LogClock()
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

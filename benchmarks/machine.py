@@ -21,7 +21,7 @@ from mpo_ext.plan.machines import Machine
 _WORDS = 32 << 20  # float32 values: four times the last-level cache of a common server
 _FRESH_BYTES = 128 << 20  # the allocator may reuse a smaller block that was freed just before
 _ROWS, _HIDDEN, _COLUMNS = 256, 896, 8192  # sizes of the matrix products
-_SHORTEST = (32, 1024)  # smallest sizes of further products
+_SHORTEST = (32, 1024)  # numbers of rows of further matrix products
 _ATTENTION = (1, 4, 2048, 64)  # pairs, heads, tokens and head size of the attention kernels
 _CACHED = (2, 16, 65536)  # logits that stay in a last-level cache
 _NARROW = (2, 128, 65536)  # logits in bfloat16: computing takes longer than reading

@@ -27,7 +27,10 @@ load = functools.partial(schema.load, check=check)
 
 
 def table(documents: Mapping[str, Any]) -> str:
-    """Returns a table of all cells, one row for each version of torch, or a sentence without a result file."""
+    """Returns a table with a row for each version of torch and a column for each version of Python.
+
+    Without a result file, returns a sentence.
+    """
     document = documents.get("matrix")
     if document is None:
         return "There are no results yet."

@@ -123,7 +123,7 @@ def _touch_free_memory() -> None:
 
 
 def _gpu_clock(device: str) -> Callable[[Callable[[], Any]], Callable[[], float]]:
-    """Returns a clock, which enqueues a run and returns a function that waits for its seconds.
+    """Returns a clock, which enqueues a run and returns a function that waits for the run and returns its seconds.
 
     The GPU spins until the host has enqueued the run, so the time of the host is not measured.
     """

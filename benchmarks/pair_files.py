@@ -27,7 +27,7 @@ _BASELINE = (
     "import json, sys\nwith open(sys.argv[1], 'rb') as file:\n    for line in file:\n        json.loads(line)\n"
 )
 _WORDS = 800
-_MIB = 1 << 10  # of ru_maxrss, which Linux gives in KiB
+_MIB = 1 << 10  # a MiB in the unit of ru_maxrss, which is KiB on Linux
 
 
 @dataclasses.dataclass(frozen=True)

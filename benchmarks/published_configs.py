@@ -3,9 +3,9 @@
 Sizes of language models: arXiv 2505.09388 (Qwen3), tables 1 and 2; 2511.21631 (Qwen3-VL); 2503.19786 (Gemma 3).
 Vision towers: arXiv 2508.18265 (InternViT-300M). Only sizes are given; token ids and the like are the defaults.
 
-These were compared with a ``config.json`` of the model or of a model trained from it: the language models of
-InternVL3.5-1B and Qwen3.5-9B, and Qwen3-VL-8B. Not seen were those of InternVL3.5-8B and 30B-A3B, Qwen3-VL-2B
-and 30B-A3B, and Gemma 3 4B, and the vision tower of Qwen3.5-9B.
+Three configs were compared with a ``config.json`` of the model or of a model trained from it: Qwen3-VL-8B, and the
+language models of InternVL3.5-1B and Qwen3.5-9B. The others could not be compared: InternVL3.5-8B and 30B-A3B,
+Qwen3-VL-2B and 30B-A3B, Gemma 3 4B, and the vision tower of Qwen3.5-9B.
 """
 
 from typing import Any
@@ -93,8 +93,8 @@ def gemma3_4b() -> Any:
     return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=256)
 
 
-#: For each recipe: the config, and the numbers in billions of all parameters and of those per token, as published; for
-#: Qwen3.5-9B, whose numbers were not found, those of transformers' default config.
+#: For each recipe: the config, and the published numbers of all parameters and of active parameters per token, in
+#: billions. No numbers were found for Qwen3.5-9B; its numbers come from transformers' default config.
 PUBLISHED = {
     "internvl3.5-1b": (internvl35_1b, 1.1, 1.1),
     "internvl3.5-8b": (internvl35_8b, 8.5, 8.5),

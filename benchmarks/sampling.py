@@ -4,10 +4,10 @@ Three questions are answered. All cases run in turn in one process; the results 
 
 1. What is gained by batches instead of single prompts? The model is the untrained InternVL of the digits demo. The
    items are questions about grids of digits with correct step-by-step responses.
-2. What does a run cost beside ``TransformersEngine.generate``: cutting and joining responses, filters, journal syncs
-   and outputs? The model and the items are the same.
+2. What does a run cost in addition to ``TransformersEngine.generate``: cutting and joining responses, filters, journal
+   syncs and outputs? The model and the items are the same.
 3. What is gained if the samples of a question share one prefill? The model is an untrained InternVL with the patches
-   and image tokens of the released ones; the question has images and random words.
+   and image tokens of the released models; the question has images and random words.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _batches_and_overhead(args: argparse.Namespace) -> dict[str, Any]:
 
     engines = {size: TransformersEngine(model, tokenizer, batch_size=size) for size in (1, args.batch_size)}
     for engine in engines.values():
-        engine.shares_prefill = False  # some of the questions are equal
+        engine.shares_prefill = False  # some questions are equal and would share a prefill
     cases: dict[str, Callable[[], object]] = {
         "one by one": lambda: engines[1].generate(requests[: args.single]),
         f"batches of {args.batch_size}": lambda: engines[args.batch_size].generate(requests[: args.single]),

@@ -1,8 +1,8 @@
 """Checks the format of the result files.
 
 A file has ``schema``, ``benchmark``, ``quick``, ``environment``, ``settings``, ``missing`` and ``points``. A point is
-one provider on one shape, with its measurements or with the reason why the provider was not measured. The stages of
-``benchmarks.gpu`` have points that are checks, which passed or failed.
+one provider on one shape, with its measurements or with the reason why the provider was not measured. In the files of
+``benchmarks.gpu``, a point may also be a check that passed or failed.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Results:
     beside: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add_machine(self, seconds: Mapping[str, Sequence[float]]) -> None:
-        """Adds the seconds of the programs of ``benchmarks.machine``, and replaces ``beside``."""
+        """Adds the seconds of the programs of ``benchmarks.machine``, and stores their medians in ``beside``."""
         self.beside = {}
         for name, values in seconds.items():
             if name.startswith("machine: "):
@@ -253,7 +253,7 @@ def step_groups(
 ) -> list[tuple[str, train_step.Sizes, tuple[str, ...], int]]:
     """Returns the sweep, the sizes, the cases and the number of counted steps of each group.
 
-    ``prompts`` are the tokens of the prompts of the steps whose attention is expensive.
+    ``prompts`` are the prompt lengths, in tokens, of the steps whose attention is expensive.
     """
     ours, cases = ("mpo_ext", "mpo_ext, precomputed"), ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
     if quick:

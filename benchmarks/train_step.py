@@ -1,4 +1,4 @@
-"""Compares a training step of mpo_ext with one of TRL (time, memory, losses): ``python -m benchmarks.train_step``.
+"""Compares training steps of mpo_ext and TRL (time, memory, losses): ``python -m benchmarks.train_step``.
 
 Both trainers run completely, from pairs on the disk to the optimizer, each in its own process, with the same model,
 pairs and order of pairs. The processes take turns: one process makes a step while the others wait. TRL 1.16 computes
@@ -9,7 +9,7 @@ The model is an InternVL, small except for its vocabulary. A pair has four image
 128 tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because TRL rejects a precomputed
 reference for images. A case that fails is listed with its error.
 
-``--attention`` compares the ways to attend, with a small vocabulary and a long prompt of text: one row with split
+``--attention`` compares kinds of attention, with a small vocabulary and a long prompt of text: one row with split
 attention, one row with a dense mask, and separate rows, in mpo_ext and in TRL.
 """
 
@@ -63,7 +63,7 @@ CASES = {
 }
 DEFAULT_CASES = ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
 ATTENTION_CASES = ("mpo_ext, dense mask", "mpo_ext", "mpo_ext, separate rows")
-#: Longest prompt with eight layers. Longer ones have two, so that a process needs less than 5 GiB.
+#: Longest prompt, in tokens, with eight layers. With longer prompts, two layers keep a process below 5 GiB.
 _DEEP_PROMPT = 4096
 
 

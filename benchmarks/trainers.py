@@ -88,7 +88,7 @@ class Parts:
     def wrap(self, call: Callable[..., Any], name: str, *, of_policy: bool = False) -> Callable[..., Any]:
         """Returns ``call`` with its time added to the part ``name``.
 
-        With ``of_policy``, only calls that record gradients count, which leaves out those of the reference model.
+        With ``of_policy``, only calls that record gradients count, which leaves out the calls of the reference model.
         """
 
         @functools.wraps(call)

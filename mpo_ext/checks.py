@@ -1,4 +1,4 @@
-"""Checks of arguments; their errors read ``<argument> must be <rule>, got <value>``."""
+"""Functions that check arguments. Their error messages read ``<argument> must be <rule>, got <value>``."""
 
 import difflib
 import math
@@ -10,7 +10,7 @@ _INTERVAL_RULES = {"(-inf, inf)": "finite", "(0, inf)": "positive and finite", "
 
 
 def install_hint(extra: str) -> str:
-    """Returns advice for error messages on how to install an extra of mpo-ext, such as "train"."""
+    """Returns the part of an error message that tells how to install an extra of mpo-ext, such as "train"."""
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
 
 
@@ -18,11 +18,11 @@ _MAX_DEPTH = 100
 
 
 class DefectError(ValueError):
-    """A defect that was found in the lines of a data file, not in the arguments or settings of a command."""
+    """Raised for a defect in the lines of a data file, not in the arguments or settings of a command."""
 
 
 class LinesError(ValueError):
-    """An error whose message has several lines. Commands print the line breaks of this error only."""
+    """An error whose message has several lines. Commands print all other messages in one line."""
 
 
 def check_number(name: str, value: object, interval: str = "") -> None:
@@ -56,7 +56,7 @@ def check_integer(name: str, value: object, *, least: int | None = None) -> None
 
 
 def check_index(index: int, size: int) -> int:
-    """Returns the position from 0 of an index, which may be negative; raises IndexError if it is out of range."""
+    """Converts an index that may be negative to an index from 0; raises IndexError if it is out of range."""
     if not -size <= index < size:
         raise IndexError(f"index must be in [{-size}, {size}), got {index}")
     return index % size
@@ -70,7 +70,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str:
-    """Returns ``; did you mean 'x'?`` for the known word x that is similar to ``word``, or else ``otherwise``."""
+    """Returns ``; did you mean 'x'?`` if a known word x is similar to ``word``, or else ``otherwise``."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else otherwise
 
@@ -85,7 +85,7 @@ def check_model_path(name: str, path: str) -> None:
 
 
 def check_is_no_run(name: str, path: str) -> None:
-    """Raises ValueError if the path of a model is the output folder of a run, which holds its model in ``final``."""
+    """Raises ValueError if ``path`` is the output folder of a training run, whose subfolder ``final`` is the model."""
     final = os.path.join(path, "final")
     if not os.path.exists(os.path.join(path, "config.json")) and os.path.exists(os.path.join(final, "config.json")):
         raise ValueError(f"{name} must be the folder of a model, got {path}, of a run whose model is {final}")
@@ -106,7 +106,7 @@ def environment_integer(name: str, default: int) -> int:
 
 
 def is_nested_deeply(value: object) -> bool:
-    """Returns whether lists and dicts are nested more than 100 deep, on which recursive functions could fail."""
+    """Returns whether lists and dicts are nested more than 100 levels deep, so that recursive functions could fail."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
@@ -136,7 +136,7 @@ def check_json(name: str, value: object) -> None:
                 raise TypeError(f"{name} must have keys of type str, got {type_and_value(key)}")
             if not key.isascii():
                 check_text(f"{name}: a key", key)
-            # Millions of values are checked, and most are simple: only a value that may be wrong gets its dotted name.
+            # Fast path: millions of values are checked, and most need neither a recursive call nor a dotted name.
             if (type(part) is str and part.isascii()) or type(part) is int or part is None:
                 continue
             check_json(f"{name}.{key}", part)

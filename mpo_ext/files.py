@@ -63,7 +63,7 @@ def check_outputs(
     Args:
         name: Name of the argument that gives the place of the outputs, for messages.
         outputs: Paths that will be written; paths that do not exist are ignored.
-        inputs: Paths that will be read; names that are not files here are ignored.
+        inputs: Paths that will be read; paths that do not exist are ignored.
         is_ours: Whether mpo_ext wrote the existing outputs, so that they may be replaced.
 
     Raises:
@@ -85,7 +85,10 @@ def check_outputs(
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns the device and the inode of a file, which all its paths share; for a broken link, those of the link."""
+    """Returns the device and inode number of a file. They are equal for all paths of the file.
+
+    For a broken link, the numbers of the link itself are returned.
+    """
     status = os.stat(path) if os.path.exists(path) else os.lstat(path)
     return status.st_dev, status.st_ino
 

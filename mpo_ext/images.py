@@ -1,6 +1,6 @@
-"""Loads images: every part of the package gets its pixels from ``load_image``.
+"""Loads images with ``load_image``, so that training, sampling, evaluation and HTML pages see the same pixels.
 
-Training, sampling, evaluation and pages therefore see the same pixels. docs/images.md states the rules.
+docs/images.md describes the conversions.
 """
 
 import base64
@@ -21,7 +21,7 @@ from mpo_ext.checks import check_integer, install_hint, shorten, type_and_value
 
 LIMIT_VARIABLE = "MPO_MAX_IMAGE_PIXELS"
 _DEFAULT_LIMIT = 1 << 26  # pixels: 8192 x 8192, which take a few hundred MB while they are decoded
-# Formats that Pillow reads itself. It would start Ghostscript for EPS, for instance.
+# Formats that Pillow reads without another program. To read EPS, for instance, it would start Ghostscript.
 _FORMATS = (
     "PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "TGA", "PCX",
     "SGI", "QOI", "DDS",
@@ -30,7 +30,7 @@ _GREY_BLOCK = 1 << 20  # pixels that are scaled at a time
 _SHOWN = 80  # maximum number of characters of a source in a message
 _URL = re.compile(r"data:|file:/|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)(?!//)", re.IGNORECASE)
-_NO_ANIMATIONS = ("MPO", "PSD")  # their further frames are previews and layers
+_NO_ANIMATIONS = ("MPO", "PSD")  # formats whose other frames are previews or layers
 _GREYS = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
@@ -77,11 +77,11 @@ def load_image(source: Any) -> Any:
 def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
     """Checks an image, and returns the kind and text of each warning about it.
 
-    Warnings concern an animation, of which only the first frame is used, and a colour profile that cannot be applied.
+    There are two kinds: "animated image" (only the first frame is used), and "colour profile" (it cannot be applied).
 
     Args:
         source: Path, ``file://`` URL, ``data:`` URL or bytes of an image file.
-        decode: Whether to decode the pixels. False: only the headers are read, and checksums if the format has them.
+        decode: Whether to decode the pixels. False: only the headers and, in some formats, checksums are read.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -107,7 +107,7 @@ def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
 
 
 def is_url(source: str) -> bool:
-    """Returns whether a text is a URL and not a path. For a file with such a name, write "./" before the name."""
+    """Returns whether a text is a URL and not a path. If a file name looks like a URL, write "./" before it."""
     return _URL.match(source) is not None
 
 
@@ -132,10 +132,10 @@ def image_exists(source: str) -> bool:
 
 
 def missing_image_advice(source: str) -> str:
-    """Returns advice, to add to a message about an image that is not a file, or "".
+    """Returns advice to append to the message that the image file ``source`` does not exist; "" for no advice.
 
-    The advice is for base64 text of an image file without the beginning of a ``data:`` URL. A root folder may precede
-    the text.
+    The advice is given if ``source`` ends with an image in base64 and is not a ``data:`` URL. The text before the
+    image may be a root folder, which the caller has joined to it.
     """
     match = _BASE64_IMAGE.search(source)
     if match is None:
@@ -177,7 +177,7 @@ def read_source(source: str) -> bytes:
 def read_image(source: str) -> bytes:
     """Returns the bytes of an image file as ``read_source`` does, and raises if they are not an image.
 
-    A caller that copies or publishes images thus copies no other file.
+    Code that copies or publishes images calls this function, so that it cannot copy a file of another kind.
 
     Raises:
         OSError: If the file cannot be read.
@@ -210,7 +210,7 @@ def max_pixels() -> int:
 def open_regular(path: str | os.PathLike[str], source: Any, kind: str = "image") -> IO[bytes]:
     """Opens and returns a regular file; raises ImageError for a pipe or a device, which could block or never end.
 
-    ``source`` and ``kind`` name the file and what it holds in the message.
+    The message names the file by ``source``, and its content by ``kind``.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -243,7 +243,7 @@ def _opened(source: Any) -> Iterator[Any]:
         with _named_errors(source), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _check_size(source.size, limit)
-            if source.format not in (None, *_FORMATS):  # its pixels may not have been decoded yet
+            if source.format not in (None, *_FORMATS):  # the pixels of ``source`` may not have been decoded yet
                 raise ImageError(f"be in one of the formats {', '.join(_FORMATS)}, got {source.format}")
             yield source
         return
@@ -332,7 +332,7 @@ def _data_bytes(url: str) -> bytes:
 def _to_rgb(image: Any) -> Any:
     """Returns an opened image, converted as ``load_image`` describes.
 
-    The text of an ImageError lacks its beginning "image must", which ``_named_errors`` adds.
+    The messages of its ImageErrors lack the words "image must" at the beginning; ``_named_errors`` adds them.
     """
     pillow = _pillow()
     raw_mode = _raw_mode(image)
@@ -348,12 +348,12 @@ def _to_rgb(image: Any) -> Any:
         rgb = pillow.composite(rgb, white, alpha)
     if orientation is not None:
         rgb = rgb.transpose(orientation)
-    rgb.info = {}  # nothing is left to apply
+    rgb.info = {}  # transparency, profile and orientation are applied already
     return rgb
 
 
 def _raw_mode(image: Any) -> str:
-    """Returns the pixel layout of an image such as "L;4", before ``load`` discards it; "" for an unknown layout."""
+    """Returns the pixel layout of an image, such as "L;4", or "" if it is unknown. ``load`` discards the layout."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else None
     raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -362,7 +362,7 @@ def _raw_mode(image: Any) -> str:
 
 def _check_transparency(image: Any, raw_mode: str) -> None:
     if raw_mode == "RGB;16B" and "transparency" in image.info:
-        # Pillow drops the low bytes, so it cannot tell the transparent colour from its neighbours.
+        # Pillow drops the low byte of each value, so it cannot tell the transparent colour from similar colours.
         raise ImageError("not have a transparent colour of 16 bits, got mode RGB;16 with tRNS")
 
 
@@ -385,7 +385,7 @@ def _orientation(image: Any) -> Any:
 
 
 def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
-    """Returns the colours of an image in mode L, RGB, CMYK or LAB, and its opacity in mode L or None."""
+    """Returns the colours of an image in mode L, RGB, CMYK or LAB, and its opacity in mode L (None: opaque)."""
     mode, transparency = image.mode, image.info.get("transparency")
     if mode.startswith("I") or mode == "F":
         return _grey(image, transparency)
@@ -405,7 +405,7 @@ def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
 
 
 def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
-    """Returns a grey image of more than 8 bits scaled to mode L, and its opacity in mode L or None."""
+    """Returns a grey image of more than 8 bits scaled to mode L, and its opacity in mode L (None: opaque)."""
     import numpy as np
 
     values, pillow = np.asarray(image), _pillow()
@@ -414,7 +414,7 @@ def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
         bits = tags.get(_BITS, (16,))
         most = (1 << (bits[0] if isinstance(bits, tuple) else bits)) - 1
     elif image.mode == "I" and image.format in ("PNG", "PPM"):
-        most = 65535  # Pillow scales both to 16 bits
+        most = 65535  # Pillow scales PNG and PPM to 16 bits
     else:
         values = np.nan_to_num(values, nan=-1.0, posinf=-1.0, neginf=-1.0) if image.mode == "F" else values
         low, high = values.min(), values.max()
@@ -425,12 +425,12 @@ def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
             )
         most = 255
     scaled = np.empty(values.shape, np.uint8)
-    rows = max(_GREY_BLOCK // values.shape[1], 1)  # float64 takes 8 bytes per pixel, and several copies
+    rows = max(_GREY_BLOCK // values.shape[1], 1)  # in blocks: the float64 copies take 8 bytes per pixel each
     for first in range(0, values.shape[0], rows):
         part = values[first : first + rows].astype(np.float64) * (255 / most)
         scaled[first : first + rows] = np.rint(part).clip(0, 255).astype(np.uint8)
     if image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        scaled = 255 - scaled  # Pillow inverts only up to 8 bits
+        scaled = 255 - scaled  # Pillow inverts only images of up to 8 bits
     alpha = None
     if isinstance(transparency, int):
         alpha = pillow.fromarray(np.where(values == transparency, 0, 255).astype(np.uint8))
@@ -443,7 +443,7 @@ def _range(image: Any) -> str:
 
 
 def _color_mode(mode: str) -> str:
-    """Returns the mode of the colours that ``_color_and_alpha`` returns for an image of the mode ``mode``."""
+    """Returns the mode of the colours from ``_color_and_alpha`` for an image of mode ``mode``."""
     return "L" if mode in _GREYS else mode if mode in ("CMYK", "LAB") else "RGB"
 
 
@@ -461,7 +461,7 @@ def _to_srgb(color: Any, profile: bytes | None) -> Any:
 def _profile_transform(profile: bytes, mode: str) -> tuple[Any, str | None]:
     """Returns the transform from a profile to sRGB, and the reason why the profile cannot be applied (or None).
 
-    Both are None if the profile is sRGB up to rounding, so that most photos keep their exact values. ``mode`` is the
+    Both are None if the profile equals sRGB up to rounding: most photos then keep their exact values. ``mode`` is the
     mode of the image's colours.
     """
     cms, pillow = _image_cms(), _pillow()
@@ -471,7 +471,7 @@ def _profile_transform(profile: bytes, mode: str) -> tuple[Any, str | None]:
         input_mode = _PROFILE_MODES.get(space)
         if input_mode != mode and (mode, input_mode) != ("L", "RGB"):
             return None, f"is for {space.strip()}, not for {mode}"
-        # The fast form is off by up to 10 of 255 in dark grey.
+        # For grey, the optimized transform is off by up to 10 of 255 in dark tones.
         flags = cms.Flags.NOOPTIMIZE if input_mode == "L" else cms.Flags.NONE
         transform = cms.buildTransform(source, cms.createProfile("sRGB"), input_mode, "RGB", flags=flags)
     except (OSError, ValueError, TypeError, cms.PyCMSError) as error:

@@ -1,10 +1,10 @@
-"""Journals: append-only files of records, which survive a kill at any moment. Each sampling process has a journal.
+"""Journals: append-only files of records, which stay readable if the writing process is killed.
 
-The first line is a header with the settings of the run; every other line is a record with a ``key``. ``append``
-returns after the operating system has received the record, so killing the process loses no appended record. To survive
-a crash of the machine, the file is synced to disk when it is created, at most every ``fsync_s`` seconds after that,
-and when it is closed. A kill or a crash can leave an incomplete last line, which is removed when the journal is
-opened.
+Each sampling process writes a journal. The first line is a header with the settings of the run; every other line is a
+record with a ``key``. ``append`` returns after the operating system has received the record, so killing the process
+loses no appended record. To survive a crash of the machine, the file is synced to disk when it is created, at most
+every ``fsync_s`` seconds after that, and when it is closed. A kill or a crash can leave an incomplete last line, which
+is removed when the journal is opened.
 """
 
 import contextlib
@@ -160,7 +160,7 @@ def _check_beginning(file: int, path: Path) -> None:
     """
     beginning = encode_line({"format": _FORMAT})[:-2]
     found = os.pread(file, len(beginning), 0)
-    # A header may also be written with other spaces.
+    # The JSON of a valid header may have other spaces.
     if not beginning.startswith(found) and read_header(path) is None:
         raise ValueError(f"path must be a journal of format {_FORMAT}, got {path} beginning with {found!r}")
 
@@ -194,7 +194,7 @@ def _line_start(file: int, end: int) -> int:
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yields the dotted name, the old and the new value of each difference between nested settings.
 
-    "(absent)" stands for a missing value. ``name`` is the dotted name of ``old`` and ``new`` themselves.
+    "(absent)" stands for a missing value. ``name`` is the prefix of the dotted names.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):

@@ -15,7 +15,7 @@ _CACHED_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
 _HUB_SECONDS = 10.0
 #: Options of ``from_pretrained`` that decide which files are loaded.
 HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
-# Types that transformers also loads as causal models; their attention is causal only if ``is_decoder`` is set.
+# Encoders that transformers also loads as causal models; their attention is causal only if ``is_decoder`` is set.
 _ENCODERS = {
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
     "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
@@ -25,7 +25,7 @@ _TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder")  # p
 
 
 def takes_images(config: Any) -> bool:
-    """Returns whether ``config`` belongs to an image-text-to-text model of transformers or with its own code."""
+    """Returns whether ``config`` belongs to an image-text-to-text model, of transformers or with custom code."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     own_code = getattr(config, "auto_map", None) or {}
@@ -41,7 +41,7 @@ def load_config(path: str, **options: Any) -> Any:
 
     Raises:
         OSError: If the config cannot be read.
-        ValueError: If the checkpoint has the format of InternVL's authors, or its code may not run.
+        ValueError: If the checkpoint has the format of InternVL's authors, or needs ``trust_remote_code``.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -59,7 +59,7 @@ def load_config(path: str, **options: Any) -> Any:
 
 
 def check_on_hub(name: str, path: str) -> None:
-    """Raises FileNotFoundError if a path is neither a file or folder here nor a model in the cache or on the hub.
+    """Raises FileNotFoundError if ``path`` is not a local file or folder, nor a model in the cache or on the hub.
 
     This check asks the hub once. ``from_pretrained`` would ask several times, and its error does not mention that no
     folder of this name exists.
@@ -86,7 +86,7 @@ def check_on_hub(name: str, path: str) -> None:
             hub.get_hf_file_metadata(hub.hf_hub_url(path, "config.json"), timeout=_HUB_SECONDS)
             return
     except (EntryNotFoundError, RevisionNotFoundError):
-        return  # the model exists in another form
+        return  # the model exists, but without config.json or this revision
     except Exception as error:  # huggingface_hub and its HTTP library raise many types
         reason = f"the hub does not give it ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
     raise FileNotFoundError(f"{here}, and {reason}")
@@ -123,7 +123,7 @@ class LoadedProcessor:
         processor: Processor, or the tokenizer of a text model.
         config: Config of the model.
         stop_ids: Ids at which the model stops, from ``generation_config.json``, or else from the config.
-        embedding_rows: Number of rows of the input embedding according to the config; None: the config has none.
+        embedding_rows: Number of rows of the input embedding, from the config; None: the config does not state it.
         suppressed: Sequences of ids that the model must not write, from ``suppress_tokens`` and ``bad_words_ids`` in
             ``generation_config.json``.
     """
@@ -136,7 +136,7 @@ class LoadedProcessor:
 
 
 def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
-    """Loads and returns a model's processor, and the settings for token ids from the model's configs.
+    """Loads and returns a model's processor, config and token id settings, but not its weights.
 
     ``options`` are arguments of ``from_pretrained``. Only the arguments in ``HUB_OPTIONS``, such as ``revision``, are
     used.
@@ -186,7 +186,7 @@ def _torchvision_errors(path: str) -> Iterator[None]:
     """Turns an error in a ``with`` block into an ImportError if a missing or broken torchvision caused it."""
     try:
         yield
-    except Exception as error:  # transformers raises ImportError, ValueError or RuntimeError, some from another error
+    except Exception as error:  # transformers raises ImportError, ValueError or RuntimeError, some with a cause
         problem, texts = torchvision_problem(), []
         cause: BaseException | None = error
         while cause is not None:
@@ -205,7 +205,7 @@ def check_supported(config: Any, processor: Any = None) -> None:
 
     Raises:
         ValueError: If the model is an encoder, has an encoder and a decoder, attends to images by cross-attention, or
-            attends to its prompt in both directions (PaliGemma), or if its processor makes labels.
+            attends to its prompt in both directions (PaliGemma), or if its processor returns labels.
     """
     configs = [config, *(getattr(config, name, None) for name in _TEXT_CONFIGS)]
 

@@ -1,7 +1,7 @@
 """Identifies the processor and the library versions that turn text and images into token ids and pixels.
 
-Runs store both. A run that resumes, or that uses stored samples or log-probs, compares both with the stored values and
-names the parts that have changed.
+Each run stores this information. A run that resumes, or that uses stored samples or log-probs, compares the stored
+information with its own and names the parts that have changed.
 """
 
 import enum
@@ -18,14 +18,14 @@ from mpo_ext.journal import differences
 #: Packages whose versions can change token ids or pixels.
 LIBRARIES = ("transformers", "tokenizers", "torch", "torchvision", "pillow", "sentencepiece", "tiktoken")
 
-# Parts that depend on the user's files and settings only. A library serializes the other parts in its own way.
+# Parts that depend only on the user's files and settings. The other parts also depend on a library's serialization.
 _INDEPENDENT_PARTS = ("chat_template", "chat_template_kwargs", "date")
 # Settings that name a class, a file or a version, or are set by calls, and so do not change pixels.
 _IGNORED_SETTINGS = (
     "auto_map", "feature_extractor_type", "image_processor_type", "name_or_path", "_name_or_path", "processor_class",
     "transformers_version", "video_processor_type",
 )  # fmt: skip
-# State of the tokenizer that a call with padding or truncation changes, and the version of its format.
+# Fields of tokenizer.json: the version of its format, and the state that calls with padding or truncation change.
 _IGNORED_FIELDS = ("version", "truncation", "padding")
 _TOKENIZER_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space")
 _VIDEO_PROCESSOR = "video_processor"
@@ -103,12 +103,12 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, s
 
 
 def changed_independently(names: Iterable[str]) -> list[str]:
-    """Returns the names from ``changed_parts`` of settings that another version of a library cannot have changed."""
+    """Returns those names from ``changed_parts`` whose settings do not depend on the version of a library."""
     return [name for name in names if name.partition(".")[0] in _INDEPENDENT_PARTS]
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Returns a hash of a tokenizer's vocabulary, merges, normalization, added tokens and tokens around a text."""
+    """Returns a hash of the definition of a fast tokenizer, or of the vocabulary and added tokens of a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         added = {str(key): str(token) for key, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}

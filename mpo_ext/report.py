@@ -133,7 +133,7 @@ def _draw_line(axes: Any, line: Line) -> None:
 
 
 def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, Any]) -> None:
-    """Writes the page of ``render_page`` to ``path``."""
+    """Renders a page with ``render_page``, and writes it to ``path``."""
     page = render_page(template, values)
     with atomic_write(path) as file:
         file.write(page.encode())
@@ -185,7 +185,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Returns whether to right-align a column, because it holds numbers: each cell is empty or begins with a digit.
+    """Returns whether each cell of a column is empty or begins with a digit, so that the column is right-aligned.
 
     The result is False for the first column, and in a table with fewer than three columns.
     """

@@ -1,7 +1,6 @@
-"""Loads videos. Every part of the package gets the frames of a video from ``load_video``.
+"""Loads videos with ``load_video``, so that training, sampling, evaluation and HTML pages see the same frames.
 
-A video is a file, which PyAV decodes, or a list of frame images. Training, sampling, evaluation and pages see the same
-frames. docs/how-to/video.md states the rules.
+A video is a file, which PyAV decodes, or a list of frame images. docs/how-to/video.md describes which frames are used.
 """
 
 import bisect
@@ -31,7 +30,7 @@ BYTES_VARIABLE = "MPO_MAX_VIDEO_BYTES"
 _DEFAULT_FPS = 2.0
 _DEFAULT_FRAMES = 64
 _DEFAULT_BYTES = 4 << 30
-_COMPLETE = 0.9  # minimum share of the stated duration; headers of complete files are not exact
+_COMPLETE = 0.9  # minimum fraction of the duration in the header, which is inexact even for complete files
 _FRAME_PIXELS = 1 << 29  # maximum number of pixels in all frames that are taken from a video: 1.6 GB as RGB
 # Containers whose content lies in the file itself. Playlists, such as HLS and concat, name further files and URLs.
 _CONTAINERS = (
@@ -52,8 +51,8 @@ class Video:
     Attributes:
         path: Path of the file; "" for a list of frames.
         frames: Paths of the frame images, in order; empty for a file.
-        fps: Frames per second that the model sees. A file gives this many frames per second. The frames of a list were
-            taken at this rate. None: ``default_fps()``.
+        fps: Frames per second that the model sees. From a file, frames are taken at this rate. The frames of a list
+            already have this rate. None: ``default_fps()``.
         max_frames: Maximum number of frames. A longer video gives this many frames, evenly spaced over its whole
             length. None: ``default_max_frames()``.
 
@@ -104,7 +103,7 @@ class Video:
 
     @classmethod
     def from_value(cls, value: Any, name: str = "videos") -> "Video":
-        """Returns the video that a JSON value describes; ``name`` is the name of the field in messages.
+        """Returns the video that a JSON value describes.
 
         Args:
             value: A path, a list of paths of frames, or an object with ``path`` (or ``video``) or ``frames``, and
@@ -203,7 +202,7 @@ def load_video(source: Any) -> LoadedVideo:
 
 
 def key_frames(source: Any, count: int) -> LoadedVideo:
-    """Returns ``count`` evenly spaced frames of those of ``load_video``, or all of them if there are fewer.
+    """Returns at most ``count`` evenly spaced frames of a video, and never more than ``load_video`` returns.
 
     Only these frames are decoded. The errors are those of ``load_video``.
     """
@@ -218,7 +217,7 @@ def check_video(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
 
     Args:
         source: As in ``load_video``.
-        decode: Whether to decode the frames that a model sees. False: only the first frame.
+        decode: Whether to decode all frames that a model sees. False: of a file, only the first frame is decoded.
 
     Raises:
         FileNotFoundError: If a file does not exist.
@@ -281,7 +280,7 @@ def set_video_defaults(fps: float | None = None, max_frames: int | None = None) 
 
 
 def video_settings() -> dict[str, Any]:
-    """Returns the defaults that choose the frames, or {} if both are the built-in defaults."""
+    """Returns the current defaults of ``fps`` and ``max_frames``, or {} if neither was changed."""
     settings = {"fps": default_fps(), "max_frames": default_max_frames()}
     return {} if settings == {"fps": _DEFAULT_FPS, "max_frames": _DEFAULT_FRAMES} else settings
 
@@ -439,13 +438,13 @@ class _PacketIndex:
         return self._times[place]
 
     def at(self, times: Sequence[float]) -> list[int]:
-        """Returns the places of the frames that are shown at these times, without repetitions."""
+        """Returns the indices of the frames that are shown at these times, without repetitions."""
         margin = self.duration / len(self) / 1000  # times are sums of rounded numbers
         places = [max(0, bisect.bisect_right(self._times, time + margin) - 1) for time in times]
         return list(dict.fromkeys(places))
 
     def decode(self, places: Sequence[int]) -> list[Any]:
-        """Returns the frames at these places, in ascending order, as PIL images of mode RGB."""
+        """Returns the frames at ``places``, ascending indices, as PIL images of mode RGB."""
         images = self._with_seeks(places) if self._has_stamps else None
         if images is None:  # a container without a usable index, or a raw stream
             images = self._in_order(places)
@@ -456,9 +455,9 @@ class _PacketIndex:
         return images
 
     def _with_seeks(self, places: Sequence[int]) -> list[Any] | None:
-        """Returns the frames; seeks where this skips packets. Returns None if seeking misses a frame."""
+        """Returns the frames at ``places``, or None if a seek misses a frame. Seeks only where this skips packets."""
         images: list[Any] = []
-        position = -1  # stamp of the last decoded frame
+        position = -1  # timestamp of the last decoded frame
         frames: Iterator[Any] = iter(())
         for place in places:
             target = self._stamps[place]

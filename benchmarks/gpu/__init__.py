@@ -1,1 +1,1 @@
-"""Everything that needs a GPU, in stages: ``python -m benchmarks.gpu --stage NAME``. ``--dry`` runs it on a CPU."""
+"""Checks and benchmarks on a GPU, in stages: ``python -m benchmarks.gpu --stage NAME``. ``--dry`` uses a CPU."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.gpu.build import ensure_built
 from benchmarks.schema import GPU_STAGES
 
-#: The stages in the order of their worth if the time is short.
+#: The stages, the most important first, because the time may be short.
 ORDER = ("correct", "logits", "linear", "ncu", "sanitize", "tune", "train_step", "tests")
 _STAGE_SECONDS = 480
 
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--minutes", type=float, default=math.inf, metavar="N",
         help="stop after this time, the build included (default: 8 minutes for each stage)",
     )  # fmt: skip
-    made.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)  # a stage that another one runs
+    made.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)  # set by ``_run_process``
     made.add_argument(
         "--docs", action="store_true", help="run nothing; copy the results and write the tables of docs/"
     )
@@ -47,13 +47,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the stages. Returns 0 if all checks passed, 1 if one failed or a stage was stopped, 2 without a GPU."""
+    """Runs the stages. Returns 0 if all checks passed, 1 if a check failed or a stage was stopped, 2 without a GPU."""
     args = parser().parse_args(argv)
     names = list(ORDER) if "all" in args.stage else args.stage
     args.out.mkdir(parents=True, exist_ok=True)
     if args.docs:
         return _write_docs(args.out)
-    if args.dry:  # as on a GPU, logits are not rounded to bfloat16
+    if args.dry:  # logits are then not rounded to bfloat16, as on a GPU
         os.environ.setdefault("MPO_CPU_MATMUL", "float32")
     else:
         import torch
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_process(name: str, args: argparse.Namespace, seconds: float) -> int:
-    """Runs a stage in a separate process. After ``seconds``, stops it and the programs that it started."""
+    """Runs a stage in a separate process. After ``seconds``, stops the process and the programs that it started."""
     if seconds <= 0:
         print(f"{name}: not started, because the time is over")
         return 1

@@ -1,4 +1,4 @@
-"""Builds ``mpo_ext._C`` for the GPU at hand with CMake, offline, in the source tree. Imports nothing of mpo_ext."""
+"""Builds ``mpo_ext._C`` for the GPU of this machine, with CMake and without network. Does not import mpo_ext."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Prints whether a native module loads ("True") and whether it has CUDA kernels; run in a process without that module.
+#: Program that prints whether a native module loads ("True") and whether it has CUDA kernels, for a fresh process.
 _PROBE = "from mpo_ext.ops.native import compiled; print(True, bool(compiled().has_cuda))"
 
 
 def ensure_built(out: Path, *, needs_cuda: bool, archs: str | None = None) -> str:
-    """Builds the native module unless a fitting one is there. Returns what was done, in words.
+    """Builds the native module unless a suitable module exists. Returns a text that says whether it was built.
 
-    No index is asked for packages: CMake, ninja, a compiler and pybind11 must be installed.
+    No packages are downloaded: CMake, ninja, a compiler and pybind11 must be installed.
 
     Args:
         out: Folder for build.log.
@@ -68,6 +68,6 @@ def _arch() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Returns the environment with nvcc's usual folder and that of this Python's programs on PATH."""
+    """Returns the environment, with the usual folder of nvcc and the folder of this Python's programs on PATH."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     return {**os.environ, "PATH": os.pathsep.join(folders)}

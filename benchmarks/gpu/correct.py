@@ -1,4 +1,4 @@
-"""Stage correct: every operator on every backend against float64, then what only hardware shows."""
+"""Stage correct: compares every operator on every backend with float64, then checks what only a GPU can show."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEADS: tuple[dict[str, Any], ...] = ({}, {"logit_scale": 0.5, "softcap": 20.0, 
 
 
 def difference(found: Tensor, exact: Tensor, rtol: float, atol: float, what: str) -> list[str]:
-    """Returns a description of the largest error beyond the bounds, in a list, or an empty list."""
+    """Returns a list with a description of the largest error beyond the bounds, or [] if there is no such error."""
     found, exact = found.detach().double(), exact.detach().double()
     error = (found - exact).abs()
     bad = ~(error <= atol + rtol * exact.abs())  # NaN counts as bad
@@ -35,7 +35,7 @@ def difference(found: Tensor, exact: Tensor, rtol: float, atol: float, what: str
 
 
 def run(stage: GpuStage) -> None:
-    """Runs every check; each is a point that passed or failed."""
+    """Runs every check, and adds a point for each check, which says whether it passed."""
     for dtype, vocab in itertools.product(UNIT, _DRY_VOCABS if stage.dry else _VOCABS):
         stage.check(f"logits: {dtype}, V = {vocab}", functools.partial(_logits_problems, stage, dtype, vocab))
     for backend in stage.backends:
@@ -63,7 +63,7 @@ def _loss(batch: PairBatch, logits: Tensor, backend: str, **options: Any) -> MPO
 
 
 def _logits_problems(stage: GpuStage, dtype: torch.dtype, vocab: int) -> list[str]:
-    """Compares ``mpo_loss`` and its gradient with float64: contiguous and unaligned rows, statistics, in place."""
+    """Compares ``mpo_loss``, its gradient and statistics with float64, for contiguous, unaligned and reused logits."""
     wrong = []
     for pairs, tokens, share in ((2, 10, 0.7), (1, 20, 0.1), (3, 5, 1.0)):
         batch = PairBatch.random(stage.device, pairs, tokens, vocab, dtype, share, seed=vocab + pairs)
@@ -130,7 +130,7 @@ def _input_problems(stage: GpuStage, backend: str) -> list[str]:
     poisoned[labels == -100] = torch.nan
     is_finite = bool(mpo_loss(poisoned, labels, ref_logp, **options).loss.isfinite())
     wrong += [] if is_finite else ["ignored rows are read"]
-    for offset in (1e5, 1e9, -1e9):  # beyond 2e8, the kernels compute exponentials in another way
+    for offset in (1e5, 1e9, -1e9):  # beyond 2e8, the kernels compute exponentials by another formula
         large = (logits.float() * max(abs(offset) * 1e-6, 1.0) + offset).requires_grad_()
         found = mpo_loss(large, labels, ref_logp, stats=STATS, **options)
         exact = mpo_loss(large.detach().double(), labels, ref_logp, stats=STATS, **exact_options)
@@ -143,7 +143,7 @@ def _input_problems(stage: GpuStage, backend: str) -> list[str]:
     wrong += ["without a label, ntp_loss is not 0"] if has_ntp else []
     rows = token_logp(flat, flat_labels, **options)
     wrong += difference(rows, token_logp(flat.double(), flat_labels, **exact_options), 3e-6, 3e-6, "token_logp")
-    if not stage.dry:  # on a CPU, the offsets are checked and raise
+    if not stage.dry:  # on a CPU, offsets that decrease raise an error
         offsets = torch.tensor([0, 5, 3, 16, 24], device=stage.device)
         is_nan = bool(mpo_loss(flat, flat_labels, ref_logp, cu_seqlens=offsets, **options).loss.isnan())
         wrong += [] if is_nan else ["offsets that decrease do not give NaN"]
@@ -151,7 +151,7 @@ def _input_problems(stage: GpuStage, backend: str) -> list[str]:
 
 
 def _shift_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Compares the reward shift of three calls with float64."""
+    """Compares the reward shift after three calls with float64."""
     batch = PairBatch.random(stage.device, 2, 6, 1003, torch.bfloat16, 0.8)
     shifts = RewardShift(), RewardShift()
     for _ in range(3):
@@ -163,7 +163,7 @@ def _shift_problems(stage: GpuStage, backend: str) -> list[str]:
 def _linear_problems(
     stage: GpuStage, dtype: torch.dtype, vocab: int, head: dict[str, Any], has_bias: bool
 ) -> list[str]:
-    """Compares the loss from hidden states with float64: modes, numbers of tiles, labels on both devices."""
+    """Compares the loss from hidden states with float64, by mode, memory budget and device of the labels."""
     generator = torch.Generator(stage.device).manual_seed(vocab)
     on_device: dict[str, Any] = {"generator": generator, "device": stage.device}
     hidden = torch.randn(4, 9, 64, **on_device).to(dtype)
@@ -205,7 +205,7 @@ def _linear_problems(
 
 
 def _large_problems(stage: GpuStage) -> list[str]:
-    """Checks the loss and the sums of the gradient's rows on the vocabulary of the benchmarks."""
+    """Checks the loss, and that each row of the gradient sums to 0, with the vocabulary of the benchmarks."""
     tokens, vocab = (8, 101) if stage.dry else (1024, 151_936)
     batch = PairBatch.random(stage.device, 1, tokens, vocab, torch.bfloat16)
     exact = _loss(batch, batch.logits.double(), "reference")

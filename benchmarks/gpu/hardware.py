@@ -1,4 +1,4 @@
-"""Properties that only a GPU shows, for the stage correct: bits, streams, CUDA graphs, compilation, waiting."""
+"""Checks of the stage correct that need a GPU: equal bits, streams, CUDA graphs, compilation, host synchronization."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _batch(*size: Any, **options: Any) -> PairBatch:
 
 
 def bits(backend: str) -> list[str]:
-    """Repeats calls whose rows are split over blocks, few, or narrow: all runs must give the same bits."""
+    """Checks that repeated calls give the same bits, for rows split over blocks, few rows and narrow rows."""
     wrong = []
     for vocab, tokens, share in ((151_674, 40, 1.0), (151_936, 300, 0.02), (9001, 7, 1.0)):
         batch = _batch(1, tokens, vocab, torch.bfloat16, share)
@@ -40,7 +40,7 @@ def bits(backend: str) -> list[str]:
 
 
 def streams(backend: str) -> list[str]:
-    """Launches on several streams at once, beside products that occupy the GPU; then on a stream that is late."""
+    """Checks launches on several streams at once while matmuls occupy the GPU, and on a stream that is delayed."""
     batches = [_batch(1, 12 + 7 * i, 32_768 + i, torch.bfloat16, seed=i) for i in range(4)]
     expected = [_loss_and_grad(batch, backend) for batch in batches]
     torch.cuda.synchronize()
@@ -66,7 +66,7 @@ def streams(backend: str) -> list[str]:
 
 
 def graphs(backend: str) -> list[str]:
-    """Replays captured calls: with new logits, and with a reward shift, whose state each replay must update."""
+    """Checks replays of captured calls, with new logits and with a reward shift that each replay must update."""
     batch = _batch(2, 9, 1003, torch.float32)
     static = batch.replaced(batch.logits.clone())
     shift = RewardShift()
@@ -103,7 +103,7 @@ def graphs(backend: str) -> list[str]:
 
 
 def capture_of_hidden_states(backend: str) -> list[str]:
-    """Captures a loss from hidden states, which must raise an error that says why."""
+    """Checks that capturing a loss from hidden states in a CUDA graph raises an error with the reason."""
     hidden, weight = (torch.randn(*shape, device="cuda") for shape in ((2, 5, 32), (1003, 32)))
     labels, ref_logp = torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, device="cuda")
     linear_mpo_loss(hidden, weight, labels, ref_logp, shift=False, backend=backend)
@@ -117,7 +117,7 @@ def capture_of_hidden_states(backend: str) -> list[str]:
 
 
 def compiled(backend: str) -> list[str]:
-    """Compiles a model with the loss, padded and packed, also with CUDA graphs."""
+    """Checks compiled models with the padded and the packed loss, with and without CUDA graphs."""
     batch = _batch(1, 8, 1003, torch.bfloat16)
     hidden, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((2, 8, 32), (1003, 32)))
     offsets = torch.tensor([0, 8, 16], device="cuda", dtype=torch.int32)
@@ -146,7 +146,7 @@ def compiled(backend: str) -> list[str]:
 
 
 def waits(backend: str) -> list[str]:
-    """Runs calls for which the host must not wait, while torch raises if it does."""
+    """Checks that the host does not wait for the GPU in several calls; torch is set to raise an error if it waits."""
     batch = _batch(1, 16, 32_768, torch.bfloat16)
     hidden, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((2, 16, 64), (32_768, 64)))
     labels, pinned = batch.labels.cpu(), batch.labels.cpu().pin_memory()
@@ -178,7 +178,7 @@ def waits(backend: str) -> list[str]:
     return wrong
 
 
-#: Functions that take the name of a backend and return what is wrong, by the name of the check.
+#: Functions that take the name of a backend and return the problems found, by the name of the check.
 CHECKS: dict[str, Callable[[str], list[str]]] = {
     "bits": bits,
     "streams": streams,

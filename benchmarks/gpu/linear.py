@@ -25,7 +25,7 @@ _RUNS, _BUDGET_RUNS = 7, 3
 
 
 def run(stage: GpuStage) -> None:
-    """Measures the bare products and every provider for two shares of labelled rows, then the memory budgets."""
+    """Measures the bare matmuls and every provider for two shares of labelled rows, then the memory budgets."""
     whole = _DRY_LOSS if stage.dry else LOSS
     for share in (1.0, 0.1):
         loss = dataclasses.replace(whole, share=share)
@@ -43,7 +43,7 @@ def run(stage: GpuStage) -> None:
 
 
 def _measure_products(stage: GpuStage, loss: LossShape) -> dict[str, float]:
-    """Measures the bare products, and those of a tile that a GPU adds in float32. Returns the median seconds."""
+    """Measures the bare matmuls and, on a GPU, the matmuls of single tiles. Returns the median seconds by name."""
     batch = linear.HiddenBatch(loss, stage.device)
     programs = linear.BENCHMARK.floor_runs(batch)
     if not stage.dry:
@@ -61,7 +61,7 @@ def _measure_products(stage: GpuStage, loss: LossShape) -> dict[str, float]:
 
 
 def _tile_programs(batch: linear.HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Returns the products of tiles of several widths, written to float32 tiles or added to a float32 sum."""
+    """Returns the matmuls of tiles of several widths, by name. Results are float32 tiles or added to a float32 sum."""
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100]
     total = torch.zeros(rows.shape, device=rows.device)
     programs: dict[str, Callable[[], Any]] = {}
@@ -87,7 +87,7 @@ def _measure(
     floors: dict[str, float],
     sweep: str = "forward and backward",
 ) -> None:
-    """Measures time and memory of a provider and adds a point, with the floor and the prediction if there are any."""
+    """Measures time and memory of a provider and adds a point, with the floor and the prediction if they exist."""
     case = f"{sweep}, {loss.share:.0%} labelled"
     torch.compiler.reset()
     try:

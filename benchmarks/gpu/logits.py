@@ -32,7 +32,7 @@ SHAPES = (
 _COPY_BYTES = 4 << 30
 _RUNS, _SLOW_RUNS = 30, 8  # counted runs of ours, and of providers that pass over the logits many times
 _SLOW = {"eager", "TRL selective_log_softmax"}
-#: Rows of logits that are nearly all ignored: the fixed costs of a forward.
+#: Numbers of rows, nearly all ignored, with which the fixed costs of a forward are measured.
 _FIXED_ROWS = (64, 1024, 8192, 65_536)
 
 
@@ -126,7 +126,7 @@ def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor 
 
 
 def _measure_fixed(stage: GpuStage, rows: int) -> None:
-    """Measures forwards over few logits: counting labels, the pair loss of the last block, launches."""
+    """Measures the fixed costs of a forward: launches, counting labels, and the pair loss in the same kernel."""
     loss = LossShape(tokens=rows // 2, vocab=1024)
     values = torch.zeros(2, rows // 2, 1024, device=stage.device, dtype=torch.bfloat16)
     few = torch.full((2, rows // 2), -100, device=stage.device)
@@ -151,7 +151,7 @@ def _measure_fixed(stage: GpuStage, rows: int) -> None:
 
 
 def graph_of(call: Callable[[], Any]) -> Callable[[], None]:
-    """Captures a call into a CUDA graph, and returns the function that replays the graph, without gaps of launches."""
+    """Captures a call into a CUDA graph, and returns a function that replays the graph without launch overhead."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

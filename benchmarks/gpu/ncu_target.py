@@ -1,4 +1,4 @@
-"""The program that ncu looks at: each main kernel twice, on the main shape."""
+"""The program that ncu profiles: it runs each main kernel twice, on the main shape."""
 
 from __future__ import annotations
 

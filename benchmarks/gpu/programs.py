@@ -17,7 +17,7 @@ from benchmarks.gpu.build import ROOT, build
 from benchmarks.gpu.session import GpuStage
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-#: Test files with kernels on tensors, and those of tests/gpu.
+#: Test files that run kernels on tensors, and the files of tests/gpu.
 TESTS = (
     "tests/gpu/test_hardware.py", "tests/gpu/test_against_torch.py", "tests/loss/test_linear.py",
     "tests/loss/test_loss.py", "tests/ops/test_token_logp.py", "tests/loss/test_reward_shift.py",
@@ -114,11 +114,11 @@ def run_ncu(stage: GpuStage) -> None:
 
 
 def run_tune(stage: GpuStage) -> None:
-    """Builds variants of the launch shape, and times each in a separate process; the first is the present one."""
+    """Builds variants of the launch shape, and times each in a separate process. The first is the shipped variant."""
     for variant in _VARIANTS[:1] if stage.dry else _VARIANTS:
         folder = ROOT / "build" / f"variant-{variant.replace(':', '-')}"
         source = _edited(folder, variant)
-        if stage.dry:  # the sources are edited as for a build, and the module that is there is timed
+        if stage.dry:  # edits the sources as for a build, but times the existing module
             module = next((ROOT / "mpo_ext").glob("_C*.so"), None)
         else:
             try:

@@ -1,7 +1,7 @@
-"""The small program that compute-sanitizer watches: every kernel of ours, and few kernels of others.
+"""The small program that compute-sanitizer checks: it runs every kernel of mpo_ext, and few other kernels.
 
-Inputs and expected values are computed on the CPU, so that almost everything that is instrumented is ours. Rows are
-split over blocks, start off the 16-byte grid, and share blocks.
+Inputs and expected values are computed on the CPU, so that few kernels of torch are instrumented. The cases have rows
+that are split over blocks, that start at addresses not aligned to 16 bytes, and that share blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def loss_and_grad(logits: Tensor, labels: Tensor, ref_logp: Tensor, backend: str
 
 
 def logits_problems(backend: str, device: str) -> list[str]:
-    """Runs the kernels on logits of several dtypes and widths. Returns what differs from float64."""
+    """Runs the kernels on logits of several dtypes and widths, and returns the differences from float64."""
     wrong = []
     generator = torch.Generator().manual_seed(1)
     ref_logp = torch.tensor([-30.0, -40.0])
@@ -55,7 +55,7 @@ def logits_problems(backend: str, device: str) -> list[str]:
 
 
 def linear_problems(backend: str, device: str) -> list[str]:
-    """Runs the kernels on tiles of logits, in every mode. Returns what differs from float64."""
+    """Runs the kernels on tiles of logits, in every mode, and returns the differences from float64."""
     wrong = []
     generator = torch.Generator().manual_seed(2)
     hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 9, 64), (1003, 64)))

@@ -31,7 +31,7 @@ _NO_NUMBERS = (
 
 
 class GpuStage:
-    """One stage: where it runs, and its results so far. ``path`` is rewritten after every case.
+    """A stage: its device, and its results so far. The result file is rewritten after every case.
 
     Args:
         name: Name of the stage, such as "correct".
@@ -59,9 +59,9 @@ class GpuStage:
         print(f"[{time.perf_counter() - self._began:6.1f} s] {self.name}: {text}", flush=True)
 
     def check(self, case: str, run: Callable[[], list[str] | None]) -> bool:
-        """Runs a check and records whether it passed. ``run`` returns what is wrong; an exception is wrong, too."""
+        """Runs a check and records whether it passed. It fails if ``run`` returns problems or raises an exception."""
         begin = time.perf_counter()
-        self.note(f"{case} ...")  # names the check that hangs
+        self.note(f"{case} ...")  # the last line then names a check that hangs
         try:
             wrong = run() or []
             self.synchronize()
@@ -115,7 +115,7 @@ class GpuStage:
             torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Gives cached memory back, so that the next case starts as the first did."""
+        """Frees cached memory, so that all cases start with the same free memory."""
         if not self.dry:
             torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""Stage train_step: a decoder with random weights and gradient checkpointing; the loss is computed in several ways."""
+"""Stage train_step: measures training steps of a decoder with random weights, for several ways to compute the loss."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ START = "SFT start"  # the model that most runs begin from
 SFT = "SFT"  # every row is compared with its start and with this row
 TEXT = "text"  # step-by-step questions that name the digits and have no image
 COLUMNS = (*FORMS, TEXT)
-EMA_SHIFT = {"mode": "ema", "update": "after", "per": "optimizer_step"}  # as NeMo-RL
+EMA_SHIFT = {"mode": "ema", "update": "after", "per": "optimizer_step"}  # as in NeMo-RL
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +78,11 @@ class StudyTask:
     """A task of the study: its starts, its runs, and the tables that show them.
 
     Attributes:
-        starts: Changes of the settings of each start, by the name of the start. ``START`` has none.
+        starts: For each start model, by name, the settings that differ from those of ``START``.
         rows: Every run of a seed by name.
         tables: Tables by name.
-        differences: Differences that the pages quote: row, row to compare with, column. Within a table, the verdicts
-            are corrected for their number.
+        differences: Differences that the pages quote: row, row to compare with, column. The verdicts of a table are
+            corrected for the number of its differences.
         pair_files: Names of all files of pairs of the start ``START``.
         main: Names of the tables whose rows run first, for all seeds.
         columns: Additional columns of the tables: header, form, quantity in percent.

@@ -20,7 +20,7 @@ def task_of(document: Mapping[str, Any]) -> StudyTask:
 
 
 def prefix_of(document: Mapping[str, Any]) -> str:
-    """Returns the beginning of the names of the blocks that show a result file."""
+    """Returns the prefix of the names of the blocks that show a result file."""
     return "study" if document.get("task", OLD_TASK) == OLD_TASK else "prior"
 
 
@@ -44,9 +44,9 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 
 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
-    """Returns the paired standard error over the questions of a difference in "cot", in points.
+    """Returns the paired standard error, over the questions, of a difference in the column "cot", in points.
 
-    It is that of the first seed with both results; None if the results do not have the single questions.
+    The answers are those of the first measured seed of each row. None: the results lack single answers.
     """
     bits = []
     for name in (row, other):
@@ -68,5 +68,5 @@ def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
 
 
 def start_of(task: StudyTask, row: str) -> str:
-    """Returns the name of the start of a row; a start is its own start."""
+    """Returns the name of the start model that a row begins from; for a start model, its own name."""
     return row if row in task.starts else task.rows[row].start

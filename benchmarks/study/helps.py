@@ -1,4 +1,4 @@
-"""The table of "When does MPO help?": MPO's gain over SFT beside the fault of the start, for each start."""
+"""The table of the page "When does MPO help?": for each start, its errors and MPO's gain over SFT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEADER = [
 def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the Markdown table, with one line for each start that has results of SFT and MPO.
 
-    The verdicts of all lines are made together. ``documents`` are the result files by name.
+    The verdicts are corrected for the number of lines. ``documents`` are the result files by name.
     """
     lines = [line for name in ("study_prior", "study") for line in _lines(documents[name])]
     found = verdicts([gains for _, gains, _, _ in lines])
@@ -35,8 +35,8 @@ def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
 def _lines(document: Mapping[str, Any]) -> list[tuple[list[str], Sequence[float], float | None, list[str]]]:
     """Returns the parts of the line of each start.
 
-    They are the cells before the gain, MPO's gain in each seed, its standard error over the questions if there is one
-    seed, and the cells after the verdict.
+    The parts are the cells before the gain, MPO's gain in each seed, the gain's standard error over the questions if
+    there is only one seed, and the cells after the verdict.
     """
     lines: list[tuple[list[str], Sequence[float], float | None, list[str]]] = []
     task = figures.task_of(document)

@@ -25,7 +25,7 @@ SHARES = {
 
 
 def count_errors(response: str, question: str, values: Sequence[int]) -> int:
-    """Returns the number of wrong digits, of digits that are not named, and of wrong answers in a response.
+    """Returns the number of errors in a response: wrong digits, digits that are not named, and a wrong answer.
 
     Args:
         response: Step-by-step response.
@@ -40,10 +40,10 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 
 
 def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Returns the shares of pairs by their label: "right", "equal" or "wrong", and of chosen responses without error.
+    """Returns the share of pairs with each label, and "chosen_right", the share of chosen responses without error.
 
-    A label is wrong if the chosen response has more errors than the rejected one. Only step-by-step pairs with images
-    count; the result is empty if there is none.
+    The label is "right" if the chosen response has fewer errors than the rejected one, "equal" if both have as many,
+    and otherwise "wrong". Only step-by-step pairs with images count; the result is empty if there is none.
     """
     errors = [
         tuple(count_errors(text, pair.question, pair.extra["digits"]) for text in (pair.chosen, pair.rejected))
@@ -77,7 +77,7 @@ def table(document: Mapping[str, Any]) -> str:
 
 
 def cost(document: Mapping[str, Any]) -> str:
-    """Returns sentences that compare the generated tokens per pair of DropoutNTP and RLAIF-V with the paper's."""
+    """Returns sentences that compare the generated tokens per pair of DropoutNTP and RLAIF-V with the paper."""
     starts = _starts(document, RLAIF_V)
     if not starts:
         return "Not run yet.\n"
@@ -101,7 +101,7 @@ def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 
 
 def _tokens_per_pair(starts: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Returns the mean number of generated tokens for each pair of the sampling run ``name`` that was made."""
+    """Returns the mean number of tokens that the sampling run ``name`` generated for each pair that it made."""
     runs = [start["sampling"][name] for start in starts]
     made = [sum(count for output, count in run["lines"].items() if output.endswith("pairs")) for run in runs]
     return statistics.fmean(run["generated_tokens"] / count for run, count in zip(runs, made, strict=True))

@@ -1,8 +1,8 @@
 """The task "language-prior" of the study: the demo's task, where the errors are digits made up from the model's text.
 
-The settings are those of the demo. They and this file were frozen before the reported seeds ran (docs/study.md). The
-tables "alone", "repair" and "rlaif", and the paper's directions for "weights", were added later, before these rows
-ran.
+The settings are those of the demo. They and this file were frozen before the reported seeds ran (docs/study.md). Later
+additions are the tables "alone", "repair" and "rlaif", and the paper's directions for the table "weights". Each was
+added before its rows ran.
 """
 
 from collections.abc import Mapping
@@ -35,8 +35,8 @@ PAIR_FILES = ("mixed", *SHARES, "correctness", HALF, *KEEPS, TEXT, RLAIF_V)
 RATES = {"x 0.25": 0.25, "x 0.5": 0.5, "x 2": 2.0, "x 4": 4.0, "x 8": 8.0}
 SHAPES = {"1:1": 0.5, "9:1": 0.9}  # w_p / (w_p + w_q) by the ratio w_p : w_q
 WEIGHTS_OF_NTP = (0.01, 0.25, 0.5, 2.0, 4.0)
-STRENGTHS = (0.0, 0.5, 0.75, 0.95)  # 0.9 is that of START
-#: Changes of the settings by the name of a variant of the start.
+STRENGTHS = (0.0, 0.5, 0.75, 0.95)  # strengths of the prior; START has 0.9
+#: Changed settings of each variant of the start, by the variant's name.
 OTHERS = {
     "descending prior": {"prior_step": -1},
     "prior + 3": {"prior_step": 3},
@@ -78,7 +78,7 @@ ROWS: dict[str, StudyRow] = {
 
 
 def _of_variants(names: list[str]) -> tuple[tuple[str, str], ...]:
-    """Returns the rows of a table that shows the start, SFT and MPO of each variant of the start."""
+    """Returns rows of a table: for each variant of the start in ``names``, the start, SFT and MPO."""
     rows = []
     for name in names:
         suffix = f", {name}" if name else ""

@@ -49,7 +49,7 @@ def train_start(
 ) -> list[dict[str, float]]:
     """Trains the start model, in place, on correct responses to questions.
 
-    Most questions have an image. Some have lost their image, and some name the digits in words.
+    Most questions have an image. Some questions lose their image, and some name the digits in words.
 
     Returns:
         For each evaluation, ``step``, ``loss`` and the validation accuracy of each column.

@@ -101,7 +101,7 @@ def make_files(
 ) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
     """Returns the pairs of each file, and the summaries of the sampling runs.
 
-    The mixed pairs are those of the demo. ``has_all`` is False for a start whose rows need only these.
+    The mixed pairs are those of the demo. ``has_all`` is False for a start whose rows need only the mixed pairs.
 
     Raises:
         RuntimeError: If a file would have no pair.

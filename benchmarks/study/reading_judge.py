@@ -1,8 +1,8 @@
 """An engine that judges the claims of a step-by-step response, for the RLAIF-V pairs of the task "language-prior".
 
-As in RLAIF-V, each claim is asked back with the image. Two things are simpler than in the paper, because the start is
-tiny: a program splits a response into claims, and a claim is asked back as a direct question ("Which digit is
-top-left ?") instead of one with yes or no. The verdict is yes if the start's own direct answer agrees with the claim.
+As in RLAIF-V, each claim becomes a question about the image. Two things are simpler than in the paper, because the
+start is tiny: a program splits a response into claims, and the question asks for the digit ("Which digit is top-left
+?") instead of yes or no. The verdict is yes if the start's own direct answer agrees with the claim.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from benchmarks.study.settings import AnySettings
 from mpo_ext import report
 
 RESULTS = "results"  # subfolder of a seed's folder
-PARTS = ("pairs", "sampling", "labels", "curve")  # fields of a start that ``study.json`` lists apart
+PARTS = ("pairs", "sampling", "labels", "curve")  # fields of a start that ``study.json`` lists separately
 _COLORS = ("C0", "C2", "C1")
 
 Results = Mapping[tuple[int, str], Mapping[str, Any]]

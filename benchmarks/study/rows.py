@@ -49,7 +49,7 @@ def run_row(folder: Path, settings: AnySettings, row: str) -> dict[str, Any]:
 
 
 def row_recipe(row: StudyRow, settings: AnySettings, folder: Path, out: Path) -> Recipe:
-    """Returns the recipe of a row. The pairs come from ``folder``, that of the start; the run writes to ``out``."""
+    """Returns the recipe of a row. ``folder`` holds the row's start and its pairs; the run writes to ``out``."""
     recipe = make_recipe(
         training.pair_file(folder, row.pairs), out, loss=dict(row.loss), steps=settings.branch_steps,
         batch=settings.branch_batch, rate=settings.branch_rate * row.rate, schedule="cosine", settings=settings,

@@ -118,11 +118,11 @@ class Study:
             self.write()
 
     def settings_of(self, seed: int, row: str) -> AnySettings:
-        """Returns the settings of a start, or those of the start of a row."""
+        """Returns the settings of ``row`` if it is a start, otherwise the settings of its start."""
         return dataclasses.replace(self.settings[seed], **self.task.starts[tables.start_of(self.task, row)])
 
     def folder_of(self, seed: int, row: str) -> str:
-        """Returns the name of the folder of a start, or of the start of a row."""
+        """Returns the name of the folder of ``row`` if it is a start, otherwise of the folder of its start."""
         variant = tables.start_of(self.task, row).removeprefix(START)
         return f"seed-{seed}" + (f"-{results.slug(variant)}" if variant else "")
 

@@ -23,33 +23,36 @@ _FORMS = {"cot": "step by step", TEXT: "in words", "direct": "directly"}
 _PREPOSITIONS = {
     "higher": " than", "lower": " than", CANNOT_TELL: " against", ONE_SEED: " against", NOT_RUN: " against",
 }  # fmt: skip
-#: Share of unparsable step-by-step answers, in percent, from which a row is named.
+#: Rows with a larger percentage of unparsable step-by-step answers are named.
 MANY_UNPARSABLE = 1.0
 
 
 def finding(verdict: str, paper: str) -> str:
-    """Returns "appears" if a verdict is the direction ``paper``, and "does not appear" if it is the opposite."""
+    """Returns "appears" if ``verdict`` equals ``paper``, the direction in the paper, and otherwise "does not appear".
+
+    A verdict that cannot be told is returned unchanged.
+    """
     if verdict == CANNOT_TELL:
         return verdict
     return APPEARS if verdict == paper else DOES_NOT_APPEAR
 
 
 def family_of(document: Document, name: str) -> list[tuple[Difference, list[float], DifferenceVerdict]]:
-    """Returns the differences of a table, their value in each seed, and their verdicts, which are made together."""
+    """Returns each difference of a table with its value in each seed and its verdict, which ``verdicts`` decides."""
     family = figures.task_of(document).differences[name]
     measured = [figures.differences(document, *each) for each in family]
     return list(zip(family, measured, verdicts(measured), strict=True))
 
 
 def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
-    """Returns the words that begin a list of differences."""
+    """Returns the text of a verdict, or the text for a difference with one seed or without results."""
     if len(numbers) > 1:
         return verdict.text
     return ONE_SEED if numbers else NOT_RUN
 
 
 def findings(document: Document) -> str:
-    """Returns a list of the paper's directions that appear in the study, do not appear, or cannot be told."""
+    """Returns a Markdown list: which directions of the paper appear in the study, do not appear, or cannot be told."""
     task = figures.task_of(document)
     groups: dict[str, list[str]] = {APPEARS: [], DOES_NOT_APPEAR: [], CANNOT_TELL: [], ONE_SEED: [], NOT_RUN: []}
     for name in task.differences:
@@ -111,11 +114,11 @@ def _verdict_sentences(document: Document, name: str) -> list[str]:
 
 
 def _topic(difference: Difference, family: Sequence[Difference]) -> tuple[str, bool, str]:
-    """Returns how the sentence about a difference begins, and how the sentence names the difference.
+    """Returns the beginning of the sentence about a difference, and the words for the difference in this sentence.
 
     Returns:
-        The beginning, whether the beginning names the row, and the name: that of the row to compare with if the
-        beginning names the row, otherwise that of the row.
+        The beginning; whether it names the row; and the words, which name the row to compare with if the beginning
+        names the row, and the row otherwise.
     """
     row, other, column = difference
     form = _FORMS[column]
@@ -166,7 +169,7 @@ def best_rates(document: Document) -> str:
 
 
 def strengths(document: Document) -> str:
-    """Returns, for each strength of the prior, how far direct answers are above step-by-step ones, and MPO's gain."""
+    """Returns, for each strength of the prior, the gap between direct and step-by-step accuracy, and MPO's gain."""
     parts = []
     for label, row in figures.task_of(document).tables["strength"].rows:
         if not label.startswith(START):
@@ -186,7 +189,7 @@ def strengths(document: Document) -> str:
 
 
 def unparsable(document: Document) -> str:
-    """Returns the rows that leave many step-by-step answers without a readable answer."""
+    """Returns a sentence that names the rows with many unreadable step-by-step answers."""
     task = figures.task_of(document)
     shares = {row: figures.values(document, row, "cot", "unparsable") for row in (*task.starts, *task.rows)}
     means = {row: statistics.fmean(values.values()) for row, values in shares.items() if values}

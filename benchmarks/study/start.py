@@ -24,8 +24,8 @@ from mpo_ext.demo.train import METHODS, make_recipe
 def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, Any]:
     """Makes a start model, its files of pairs and the reference log-probs, unless they exist.
 
-    Files of other settings in ``folder`` are deleted. A start that has a result but no model is made again; it must
-    give the same answers, because the rows that were measured from it are compared with the rows to come.
+    Files of other settings in ``folder`` are deleted. A start that has a result but no model is made again. It must
+    then give the same answers, because rows that were measured before are compared with later rows.
 
     Args:
         folder: Folder of the start in this seed.
@@ -85,7 +85,7 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
 def _is_same(
     known: Mapping[str, Any], evaluation: Mapping[str, Mapping[str, Any]], files: Mapping[str, Sequence[Pair]]
 ) -> bool:
-    """Returns whether a start has the answers and the numbers of pairs of an earlier result, as far as it has them."""
+    """Returns whether a start has all answers and numbers of pairs that ``known``, an earlier result, holds."""
     pairs = {name: len(made) for name, made in files.items()}
     return all(
         evaluation[column][quantity] == value
@@ -103,7 +103,7 @@ def _compute_reference(
 ) -> None:
     """Writes the start model's log-probs of the file of pairs ``name``, which the rows use as their reference.
 
-    The trainer computes them before a training step, whose learning rate is 0.
+    The trainer computes the log-probs before a training step, which changes nothing at a learning rate of 0.
     """
     recipe = make_recipe(
         training.pair_file(folder, name), folder / "runs" / "reference", loss=METHODS["MPO"], steps=1,

@@ -40,7 +40,7 @@ SCHEMA = 1
 def load(path: Path, *, has_all: bool = True) -> dict[str, Any]:
     """Returns the content of a result file. A wrong format raises ValueError, whose message names the file.
 
-    ``has_all`` is False for a file that may lack rows, because they were declared after it was written.
+    ``has_all`` is False for a file that may lack rows, which were declared after the file was written.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -155,7 +155,7 @@ def _cells(document: Mapping[str, Any], label: str, row: str) -> list[str]:
     ]
 
 
-_NOISE = 2.5  # a mean of three seeds differs from zero at the 5 % level if it is this many standard deviations
+_NOISE = 2.5  # standard deviations; a mean of three seeds beyond them differs from zero at the 5 % level
 
 
 def _differences(document: Mapping[str, Any]) -> str:
@@ -174,7 +174,7 @@ def _differences(document: Mapping[str, Any]) -> str:
 
 
 def _verdicts(document: Mapping[str, Any]) -> str:
-    """Returns a table of the differences by table of the page, with the verdict of ``verdicts``."""
+    """Returns a table of the differences and their verdicts, grouped by the tables of the page."""
     rows = []
     for name in task_of(document).differences:
         for (row, other, column), numbers, verdict in sentences.family_of(document, name):

@@ -1,4 +1,4 @@
-"""Trains and evaluates models for the starts and the rows of the study."""
+"""Trains and evaluates the models of the study: the start models, and the models of the rows."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def evaluate_held_out(
 
 
 def encode_right(right: Sequence[bool]) -> str:
-    """Returns which questions were answered right as hexadecimal digits, with a leading 1 bit."""
+    """Encodes a bit for each question (1: the answer is right), after a leading 1, as hexadecimal digits."""
     return f"{int('1' + ''.join(str(int(value)) for value in right), 2):x}"
 
 
@@ -116,7 +116,7 @@ def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task
 
 
 def reading_tasks(settings: PriorSettings) -> dict[str, list[reading.ReadingTask]]:
-    """Returns the held-out questions of the task "language-prior" by column. With images, they are the demo's."""
+    """Returns the held-out questions of the task "language-prior" by column. Those with images are the demo's."""
     tasks = held_out_tasks(settings)
     columns = {form: [task for task in tasks if task.form == form] for form in digits.FORMS}
     split, count = digits.load_digits()["held-out"], settings.text_evaluation_tasks

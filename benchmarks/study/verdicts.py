@@ -27,8 +27,8 @@ class DifferenceVerdict:
 def verdicts(family: Sequence[Sequence[float]]) -> list[DifferenceVerdict]:
     """Returns the verdict on each of several paired differences, which are tested together.
 
-    A difference is higher (lower) than zero if Holm's method, over all differences of the family with at least 2
-    seeds, rejects at the level 5 % that its mean over the seeds is zero.
+    A difference is higher or lower if its mean over the seeds differs from zero at the 5 % level. Holm's method
+    corrects for the number of differences with at least 2 seeds.
 
     Args:
         family: For each difference, its value in each seed.

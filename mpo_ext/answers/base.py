@@ -46,7 +46,7 @@ class Matcher(abc.ABC):
     """
 
     kind: ClassVar[str]
-    longest: ClassVar[int | None] = LONGEST_ANSWER  # characters; None: the time is linear
+    longest: ClassVar[int | None] = LONGEST_ANSWER  # characters; None suits matchers that take linear time
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
         """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
@@ -110,6 +110,6 @@ def rank(verdict: Verdict) -> tuple[int, float]:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raises TypeError unless ``value`` is a bool; ``name`` is its name in the message."""
+    """Raises TypeError unless ``value`` is a bool; ``name`` is the argument in the message."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, got {value!r}")

@@ -36,7 +36,7 @@ _DOUBT = re.compile(
 _NAMED_LETTERS = re.compile(
     rf"(?:either\s+|not\s+|neither\s+|both\s+)?{_BRACKETED}(?:\s*(?:/|\b(?:or|nor|and)\b)\s*{_BRACKETED})*\s*\??", re.I
 )
-_LAST_UNKNOWN = "J"  # without known options, a row of letters after this one is a word ("NO")
+_LAST_UNKNOWN = "J"  # if the options are unknown, letters after "J" are read as a word ("NO"), not as a selection
 _OTHER_LETTER = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]|(?<!\w)([B-HJ-Z])(?!\w)")
 
 
@@ -95,12 +95,12 @@ class ChoiceMatcher(Matcher):
                 return self._verdict(None, "unclear letter", form, true_form)
             same = predicted.letters == true.letters
             if not same and not labels and _has_text(predicted) and predicted.text == true.text:
-                return self._verdict(None, "unclear letter", form, true_form)  # the options may be in another order
+                return self._verdict(None, "unclear letter", form, true_form)  # same text: options may be reordered
             return self._verdict(same, "letter", form, true_form)
         if predicted.text == true.text != "" or fold(prediction) == fold(truth) != "":
             return self._verdict(True, "text", form, true_form)
         if predicted.is_unclear or true.is_unclear or predicted.letters or true.letters:
-            return self._verdict(None, "text", form, true_form)  # one of the two names no option
+            return self._verdict(None, "text", form, true_form)  # unclear, or only one of the two names an option
         # Without letters, the truth is the text of an unknown option: the answers are compared as texts.
         correct = compare_texts(predicted.text, true.text)
         return self._verdict(None if correct is False and labels else correct, "text", form, true_form)
@@ -169,7 +169,7 @@ def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
     owners = "".join(label for label, text in texts.items() if text == whole and text)
     lone = _lone_letter(answer)
     if lone and (not texts or lone in texts):
-        # An option whose text is another option's letter: "A" may select either of the two.
+        # The answer "A" is unclear if another option has the text "A".
         return Choice(lone, whole, bool(owners) and lone not in owners)
     if owners:
         return Choice(owners, whole, len(owners) > 1)

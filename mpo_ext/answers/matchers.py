@@ -23,7 +23,7 @@ class CustomMatcher(Matcher):
     None means that the answer is unreadable. A score is a number in [0, 1].
 
     Attributes:
-        function: The function, or its import path "module:function". Other processes can import the path.
+        function: The function, or its import path "module:function", which other processes can import, too.
         accept: Minimum score counted as correct.
     """
 

@@ -3,7 +3,8 @@
 import re
 
 _WRAPPERS = (("**", "**"), ("*", "*"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-_MAX_WRAPPINGS, _LONG, _MAX_WRAPPINGS_OF_LONG = 50, 2000, 4  # a pass over the answer removes one wrapping
+# Maximum number of wrappings to remove, which is smaller for an answer of more than _LONG characters, to save time.
+_MAX_WRAPPINGS, _LONG, _MAX_WRAPPINGS_OF_LONG = 50, 2000, 4
 #: Braces and escaped characters; an escaped brace does not count.
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _MARKUP = re.compile(r"[*`$\\.\u3002]")
@@ -33,7 +34,7 @@ def clean_answer(answer: str) -> str:
             if answer.startswith(left) and answer.endswith(right) and inner.strip() and left not in inner:
                 answer = inner
                 break
-        if answer.count("**") == 1:  # the opening ** stands before the marker
+        if answer.count("**") == 1:  # the other ** was cut off, as in "7**" from "**Answer: 7**"
             answer = answer.removeprefix("**").removesuffix("**")
         command = _TEXT_COMMAND.match(answer)
         if command and closing_brace(answer, command.end()) == len(answer) - 1:

@@ -197,7 +197,7 @@ def _read_amount(text: str) -> Number | None:
     """Returns the number with its unit if they make up the whole text, or else None."""
     text = _NEGATIVE.sub("-", text)
     head = _HEAD.match(text)
-    assert head is not None  # every part may be empty
+    assert head is not None  # every part of the pattern is optional
     if head[1] and head[3]:
         return None
     sign = -1 if "-" in head[1] + head[3] else 1

@@ -60,7 +60,7 @@ class NumberRule:
 
     Attributes:
         percent: As in ``NumberMatcher``. In addition, with "either", 50% equals both 0.5 and 50.
-        is_rounding_wrong: Whether an answer that is the truth rounded to fewer decimals is wrong; False: unreadable.
+        is_rounding_wrong: Whether the truth, rounded to fewer decimals, is a wrong answer; False: it is unreadable.
     """
 
     relative: float
@@ -101,7 +101,7 @@ class NumberRule:
         return (None, "unclear value") if self._is_unclear(first, second, prediction, truth) else (False, "value")
 
     def _one_unit(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
-        """Compares a number that has a unit with a number that has none. The result is that of ``compare``.
+        """Returns the result of ``compare`` for a number that has a unit and a number that has none.
 
         ``first`` and ``second`` are ``prediction`` and ``truth`` after ``_without_percent``.
         """
@@ -153,7 +153,7 @@ def _folded(units: tuple[str, ...]) -> frozenset[str]:
 
 
 def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> bool | None:
-    """Returns whether an answer equals the truth (None: unclear) if at least one of the two is not a number.
+    """Returns whether an answer equals the truth, if at least one of the two is not a number; None if it is unclear.
 
     ``number`` is the number in the answer, or None.
     """
@@ -229,8 +229,8 @@ class NumberMatcher(Matcher):
 class ChartMatcher(Matcher):
     """Applies the relaxed accuracy of ChartQA: numbers within 5 % of the truth are right.
 
-    Other answers are compared as text, ignoring case. An answer is unreadable in the cases of ``NumberMatcher``. The
-    only exception is a rounded number beyond the tolerance, which is wrong.
+    Other answers are compared as text, ignoring case. An answer is unreadable in the same cases as for
+    ``NumberMatcher``, except that a rounded number beyond the tolerance is wrong.
 
     Attributes:
         relative: Tolerance as a fraction of the truth.
@@ -266,6 +266,6 @@ class ChartMatcher(Matcher):
         rule = NumberRule(relative=relative, absolute=absolute, is_rounding_wrong=True)
         correct, name = rule.compare(predicted, true)
         if self.years == "exact" and correct:
-            correct = None  # the same value in another form, where the text has to be equal
+            correct = None  # "exact" requires the same text, but the answer has the value in another form
         name = "year" if is_exact and name == "value" else name
         return self._verdict(correct, name, number_text(predicted), number_text(true))

@@ -62,7 +62,7 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
     if fold(prediction) in _ZERO and fold(truth) in _ZERO:
         return False, "text"
     if (first and is_symbol(first)) or (second and is_symbol(second)):
-        return False, "value"  # a product with a variable
+        return False, "value"  # the number is multiplied by a variable
     for left in (first, *_readings(prediction, first)):
         for right in (second, *_readings(truth, second)):
             if (
@@ -104,7 +104,7 @@ def _readings(text: str, number: Number | None) -> list[Number | None]:
         if magnitude:
             word = _WORDS[magnitude[1][0].casefold()]
             reading = parse_number(f"{each[: magnitude.start()]} {word} {each[magnitude.end() :]}".strip())
-            if reading and magnitude[1] in ("b", "t", "m"):  # a variable, as in "2b", or exactly so many
+            if reading and magnitude[1] in ("b", "t", "m"):  # "2b" is 2 billion or has the variable b; it is never 2
                 reading = dataclasses.replace(reading, others=())
             readings.append(reading)
     return readings

@@ -40,8 +40,8 @@ class ExactMatcher(Matcher):
 class AnlsMatcher(Matcher):
     """Scores answers by DocVQA's normalized Levenshtein similarity: ``1 - distance / length of the longer text``.
 
-    An answer that is not right is wrong if its score is 0, or if its digits differ from those of the truth; otherwise
-    it is unreadable. It is also unreadable if it may be another form of the truth, such as "Total: $5" for "$5".
+    An answer that is not right is unreadable if it may be another form of the truth, such as "Total: $5" for "$5", or
+    if it has the digits of the truth and its score is not 0. Otherwise it is wrong.
 
     Attributes:
         threshold: Similarity below which the score is 0.
@@ -88,7 +88,7 @@ def _may_be_same(first: str, second: str) -> bool:
     if left is None and right is None and first.isascii() and second.isascii() and not _DIGIT.search(first + second):
         return False
     digits, other_digits = re.sub("[^0-9]", "", first), re.sub("[^0-9]", "", second)
-    if digits and other_digits:  # a date with other separators, or a list or range of numbers that begins alike
+    if digits and other_digits:  # a date, list or range in another form has the same digits
         return digits == other_digits and len(digits) >= 4
     return False
 

@@ -58,7 +58,7 @@ _PLAIN = (
     ("\u00b0 deg degree degrees", "1", {"degree": 1}),
     ("rad radian radians", "1", {"radian": 1}),
 )
-# A kilobyte has 1000 or 1024 bytes: each amount of data is a base unit.
+# A kilobyte may have 1000 or 1024 bytes, so each unit of data is a separate base unit.
 _DATA_PREFIXES = {"": "", "k": "kilo", "K": "kilo", "M": "mega", "G": "giga", "T": "tera", "P": "peta"}
 _DATA = {"B": "byte", "b": "bit"}
 # Symbols of other units, which differ from a known unit only in case ("mS" and "ms", "mM" and "mm", "kn" and "kN").
@@ -183,7 +183,7 @@ def parse_unit(text: str) -> Unit | None:
 def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
     """Returns the factor and the dimension of the unit ``word``, or None if the unit is unknown.
 
-    ``text`` is the whole unit, from which "degrees" in "degrees Celsius" is recognised.
+    ``text`` is the whole unit. It shows whether "degrees" belongs to a temperature scale ("degrees Celsius").
     """
     name = word.replace(" ", "").rstrip(".")
     scale = "kelvin" if name in ("K", "\u00b0K") else _TEMPERATURES.get(name.casefold())
@@ -205,7 +205,7 @@ def _fold_word(word: str) -> str:
 
 
 def is_case_off(first: str, second: str) -> bool:
-    """Returns whether two texts differ only in case, and this case may change a unit ("5 M" and "5 m")."""
+    """Returns whether two texts differ only in case, in a way that may change a unit ("5 M" and "5 m")."""
     if first == second or first.casefold() != second.casefold():
         return False
     symbols = zip(_AFTER_NUMBER.findall(first), _AFTER_NUMBER.findall(second), strict=False)

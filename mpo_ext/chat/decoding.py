@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
 
-_METASPACE = "\u2581"  # SentencePiece's sign for a space, which it cannot tell from a space
+_METASPACE = "\u2581"  # SentencePiece writes a space as this character, and decodes this character as a space
 
 
 def squash(text: str) -> str:

@@ -39,7 +39,7 @@ class EncodedPrompt(NamedTuple):
 
     Attributes:
         messages: The turns before the response, in the form that the chat template takes.
-        text: The text up to the beginning of the response. The place of an image is not expanded.
+        text: The text up to the beginning of the response, with a single placeholder for each image.
         ids: Token ids of ``text``.
         tools: The tools of the conversation.
     """
@@ -81,7 +81,7 @@ class ChatEncoder:
     - If the generation prompt opens a block such as ``<think>``, and a response closes the block without opening it,
       the opening tag is put before the response.
     - If the tokenizer merges the end of the prompt with the beginning of the response, the response is tokenized
-      apart from the prompt, because in sampling, too, the model writes after a complete prompt.
+      apart from the prompt. In sampling, the model also continues a complete prompt.
     - Tokens that a tokenizer adds at the end of every text (``add_eos_token``) are left out.
 
     Args:
@@ -145,7 +145,9 @@ class ChatEncoder:
             self._say(f"{surplus} token(s) of the tokenizer have no row in the embedding: texts with them are refused")
 
     def prompt(self, conversation: Conversation) -> EncodedPrompt:
-        """Returns the prompt of a conversation. It opens no images; only ``media.expanded`` opens videos.
+        """Returns the prompt of a conversation.
+
+        Images are not opened. Videos are opened only if ``media.expanded`` needs their frames.
 
         Raises:
             ChatError: If the conversation does not fit the chat template.
@@ -194,7 +196,7 @@ class ChatEncoder:
         return len(self._suffix_ids)
 
     def processor_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages that hold their media.
+        """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages with images and videos.
 
         ``options`` are those of ``Renderer.ids``.
         """
@@ -229,7 +231,7 @@ class ChatEncoder:
         ids, prompt = list(ids), self.prompt(conversation)
         texts = possible_texts(self.decode, self._special_ids, prompt.ids[-_CONTEXT:], ids)
         lead = self.form.lead if not self.form.lead.strip() else ""
-        if not self.decode(prompt.ids[-_CONTEXT:]).endswith(prompt.text[-1:]):  # white space at the end is not decoded
+        if not self.decode(prompt.ids[-_CONTEXT:]).endswith(prompt.text[-1:]):  # white space at the end was dropped
             lead = prompt.text[len(prompt.text.rstrip()) :] + lead
         closing = self.form.tail.partition(self.decode([self.end_id]))[0] if self.ends_in_tail else ""
         texts = list(dict.fromkeys(text.removeprefix(lead).removesuffix(closing) for text in texts))
@@ -266,7 +268,7 @@ class ChatEncoder:
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
-        """Encodes a short conversation, and adds the notices about merged tokens and a doubled first token."""
+        """Encodes a short conversation, and adds notices if tokens are merged or the first token is doubled."""
         if self.form.opened:
             return
         conversation = Conversation(question="question")
@@ -349,7 +351,7 @@ class ChatEncoder:
         return EncodedResponse(ids[size:end], is_target[size:end], False)
 
     def _continue(self, prompt: EncodedPrompt, rest: str) -> tuple[list[int], bool]:
-        """Returns the ids of ``rest``, the text after the prompt, and whether it was tokenized apart from it."""
+        """Returns the ids of ``rest``, the text after the prompt, and whether the two were tokenized separately."""
         whole = self._encode(prompt.text + rest)
         size = len(prompt.ids)
         if whole[:size] == prompt.ids:
@@ -418,7 +420,7 @@ def _check_single_end(chat: ChatEncoder, ids: Sequence[int], response: str) -> N
 def _tokenize_apart(
     tokenizer: Any, decode: Callable[[Sequence[int]], str], context: list[int], text: str
 ) -> list[int] | None:
-    """Returns the ids of ``text`` that decode to it after the ids ``context``, or None if no ids are found.
+    """Returns ids that decode to ``text`` after the ids ``context``, or None if no such ids are found.
 
     SentencePiece prepends a space to a text. The text is therefore also encoded after an anchor such as a line break,
     whose ids are cut off.

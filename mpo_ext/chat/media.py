@@ -16,9 +16,9 @@ def takes_videos(processor: Any) -> bool:
 
 
 def expanded(conversation: AnyConversation, processor: Any) -> AnyConversation:
-    """Returns the conversation whose media the processor gets.
+    """Returns a conversation with the images and videos that its processor takes.
 
-    A processor without a video processor gets the frames of videos as numbered images; see ``with_frames``.
+    For a processor without a video processor, the frames of videos become numbered images; see ``with_frames``.
     """
     if not conversation.videos or takes_videos(processor) or not hasattr(processor, "tokenizer"):
         return conversation
@@ -26,9 +26,9 @@ def expanded(conversation: AnyConversation, processor: Any) -> AnyConversation:
 
 
 def with_frames(conversation: AnyConversation) -> AnyConversation:
-    """Returns a conversation with the frames of each video as images, numbered as InternVL does.
+    """Returns a conversation in which the frames of each video are images, numbered as in InternVL.
 
-    Each video becomes a line ``Frame1: <image>`` for each frame.
+    A video becomes lines such as ``Frame1: <image>``, one line for each frame.
     """
     if not conversation.videos:
         return conversation
@@ -55,7 +55,7 @@ def with_frames(conversation: AnyConversation) -> AnyConversation:
 def media_arguments(images: Sequence[Sequence[Any]], videos: Sequence[Sequence[LoadedVideo]]) -> dict[str, Any]:
     """Returns the arguments of a processor for the images and videos of a batch of texts.
 
-    The frames are those of ``load_video``. The arguments keep the processor from choosing some of these frames.
+    The videos have the frames of ``load_video``, of which the processor must use all (``do_sample_frames=False``).
     """
     arguments: dict[str, Any] = {"images": [list(part) for part in images]} if any(images) else {}
     flat = [video for part in videos for video in part]

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpo_ext.chat.time_limit import time_limit
 
-#: Time limit in seconds for rendering a conversation, because a template may loop for ever. It takes milliseconds.
+#: Time limit in seconds for rendering a conversation: a template may loop forever. Rendering takes milliseconds.
 RENDER_SECONDS = 60.0
 PROBE = "Qz7 probe 7zQ"  # a response that does not occur in any template
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")
@@ -103,7 +103,7 @@ class Renderer:
         self._as_parts = hasattr(processor, "tokenizer")
 
     def turn(self, role: str, text: str) -> dict[str, Any]:
-        """Returns a message whose content is the text for a tokenizer, or a list with a text part for a processor."""
+        """Returns a message. For a tokenizer, its content is the text; for a processor, a list with one text part."""
         return {"role": role, "content": [{"type": "text", "text": text}] if self._as_parts else text}
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = ()) -> str:
@@ -120,7 +120,7 @@ class Renderer:
     def ids(
         self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = (), **options: Any
     ) -> list[int]:
-        """Returns the token ids that the processor makes from messages, which hold their images and videos.
+        """Returns the token ids that the processor makes from messages and the images and videos in them.
 
         ``generation_prompt`` and ``tools`` are as in ``render``; ``options`` are passed to ``apply_chat_template``.
         """
@@ -193,7 +193,7 @@ def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
 def _inner_tail(renderer: Renderer, question: dict[str, Any]) -> str:
     try:
         whole = renderer.render([question, renderer.turn("assistant", PROBE), question], generation_prompt=False)
-    except ChatError:  # some templates take a single turn
+    except ChatError:  # some templates accept only a single turn
         return ""
     return whole.rpartition(PROBE)[2]
 

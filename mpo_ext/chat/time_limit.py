@@ -1,4 +1,4 @@
-"""A time limit for foreign code that runs in this process, such as a chat template."""
+"""A time limit for third-party code that runs in this process, such as a chat template."""
 
 import contextlib
 import ctypes
@@ -44,7 +44,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
             timer.cancel()
             with lock:
                 is_done = True
-            while is_up and not has_arrived:  # the exception is on its way and must not arrive later
+            while is_up and not has_arrived:  # waits for the exception, which must not arrive after the block
                 time.sleep(0.001)
     except _TimeUpError:
         raise TimeoutError(f"{what} must end within {seconds:g} seconds, got no end") from None

@@ -84,7 +84,7 @@ def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 
 
 def check_response_turn(turn: Mapping[str, Any], before: str, whole: str) -> None:
-    """Raises ``ChatError`` if the text ``whole`` lacks a turn of a response after its beginning ``before``."""
+    """Raises ``ChatError`` if a turn of a response is missing in ``whole``, which begins with the text ``before``."""
     content = turn["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)
     if turn["role"] != "tool":

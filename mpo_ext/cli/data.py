@@ -267,7 +267,7 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _check_view_options(args: argparse.Namespace) -> None:
-    """Raises ValueError if an option is given that has no effect with, or without, ``--serve``."""
+    """Raises ValueError if an option is given that only works with, or only works without, ``--serve``."""
     names, state = (("out", "limit", "seed"), "with") if args.serve else (("port", "pick_into"), "without")
     for name in names:
         if (value := getattr(args, name)) is not None:
@@ -303,7 +303,7 @@ def _check_json_report(args: argparse.Namespace, source: Any) -> None:
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
-    """Returns a line with the format and the number of pairs with media, which reveals a wrongly detected format."""
+    """Returns a line with the format and the number of pairs with media, to reveal a wrongly detected format."""
     origin = "detected" if args.format is None else "set by --from"
     pairs = sum(subset.pairs for subset in stats.values())
     text_only = sum(subset.text_only for subset in stats.values())

@@ -51,7 +51,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 class _Removed(argparse.Action):
-    """An option of the removed ``demo --study``. It exits with an error that names the replacement."""
+    """An option of the removed ``demo --study``. Using it is an error, whose message names the replacement."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
         parser.error(

@@ -127,7 +127,7 @@ def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
 
     Args:
         what: Name of the argument in error messages.
-        texts: Each is NAME=PATH, or a PATH whose name is its last part without suffix (for RUN/final: RUN).
+        texts: Texts NAME=PATH or PATH. The default name is the last part of PATH without suffix; RUN for RUN/final.
     """
     named: dict[str, str] = {}
     for text in texts:

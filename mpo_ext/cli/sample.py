@@ -212,7 +212,7 @@ def run_sample(args: argparse.Namespace) -> int:
     place = {"image_root": args.image_root, "root_map": shared.root_map(args), "system": args.system}
     # Checked before the model is loaded, because loading may take minutes.
     check_run(pipeline, args.source, args.out, world_size=world_size, **place)
-    if args.engine != "openai":  # for which these are the server's names of the models
+    if args.engine != "openai":  # the model names of a server are not paths
         check_model_path("--model", args.model)
         if getattr(args, "judge_model", None) is not None:
             check_model_path("--judge-model", args.judge_model)
@@ -250,13 +250,13 @@ def _check_ray(args: argparse.Namespace, world_size: int) -> None:
 
 
 def _load_in_actor(args: argparse.Namespace) -> Any:
-    """Applies the options that hold for a process, and loads the engines."""
+    """Loads the engines in an actor of Ray, after applying the options of ``add_image_limit`` to its process."""
     shared.apply_media_options(args)
     return _load_engines(args)
 
 
 def _load_engines(args: argparse.Namespace) -> Any:
-    """Loads the model and, if the options name a model that judges, that model, and returns an engine."""
+    """Loads the model, and the separate judge model if the options name it, and returns an engine."""
     engine = _load_engine(args, args.model)
     if getattr(args, "judge_model", None) is None:
         return engine

@@ -24,7 +24,7 @@ _MISPLACED = (
     *((engine, name, "it is an option of openai") for engine in ENGINES[:2] for name in ("base_url", "api_key_env")),
 )
 Command = Callable[[argparse.Namespace], int]
-FAILED, WRONG_SETTINGS = 1, 2  # exit statuses; argparse has the same status for wrong arguments
+FAILED, WRONG_SETTINGS = 1, 2  # exit statuses; argparse also exits with 2 for wrong arguments
 # Errors of the operating system about the paths that a user names, such as "no such file", not about their contents.
 _PATH_ERRORS = {
     errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
@@ -35,8 +35,8 @@ _PATH_ERRORS = {
 def exit_status(error: Exception) -> int:
     """Returns the exit status of a command that ends with an expected error.
 
-    The status is 2 if the arguments, the settings, the paths that they name or the installed packages must change
-    before the command can succeed, and 1 if the command failed at its work.
+    The status is 2 if the user must first change arguments, settings, paths or installed packages, and 1 for all other
+    errors.
     """
     if isinstance(error, DefectError):
         return FAILED
@@ -51,14 +51,14 @@ def exit_status(error: Exception) -> int:
 def command(name: str, extra: str, *, failure: int = FAILED) -> Callable[[Command], Command]:
     """Returns a decorator for the functions of commands, which turns errors into exit statuses.
 
-    The decorated function prints an expected error on stderr and returns its ``exit_status``, or ``failure`` if that
-    is larger; with ``--debug``, it raises the error. After an interruption it returns 130. It also applies the options
-    of ``add_image_limit``.
+    The decorated function applies the options of ``add_image_limit`` and runs the command. It prints an expected error
+    on stderr and returns its ``exit_status``, but at least ``failure``; with ``--debug``, it raises the error. After
+    an interruption it returns 130.
 
     Args:
         name: Name of the command in messages.
         extra: Extra of mpo_ext that installs the dependencies of the command, such as "train".
-        failure: Least exit status after an expected error: 2 for a check, whose status 1 means a defect.
+        failure: Minimum exit status after an expected error: 2 for a check, whose status 1 means a defect.
     """
 
     def decorate(run: Command) -> Command:

@@ -25,9 +25,9 @@ from mpo_ext.data.jsonl import UNREADABLE, dump_line, parse_object
 from mpo_ext.data.literals import read_literal
 from mpo_ext.files import atomic_write
 
-#: What to do with a .json file that is neither rows nor a meta file.
+#: Advice in messages about a .json file that holds neither rows nor the subsets of a meta file.
 ROWS_ADVICE = "rows are expected as one JSON array, or as one object per line"
-_VERSION = 1  # part of the names of cached files
+_VERSION = 1  # part of the hash in the names of cached files; a new version converts all files again
 _HEAD = 1 << 16
 _COMPRESSIONS: dict[str, tuple[bytes, Callable[[Any], IO[bytes]]]] = {
     ".gz": (b"\x1f\x8b", gzip.open),  # type: ignore[dict-item]
@@ -47,7 +47,7 @@ _REFUSED = {
 }
 _PARQUET = b"PAR1"
 _RESPONSES = ("chosen", "rejected_response", "rejected_messages", "preferred_output")  # fields that only rows have
-# The longest mark comes first: that of UTF-32 begins with that of UTF-16.
+# Byte order marks. The mark of UTF-32 comes first, because it begins with the mark of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -73,7 +73,7 @@ def is_parquet(path: str) -> bool:
 
 
 def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
-    """Converts a file of rows to a file of JSON lines in the cache, unless it is such a file already.
+    """Converts a file of rows to a file of JSON lines in the cache, unless the file already consists of JSON lines.
 
     Args:
         path: Path of a file that is not parquet.
@@ -170,7 +170,7 @@ def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, 
 def refuse_rows(path: str, values: dict[str, Any]) -> None:
     """Raises ValueError if ``values``, the object in a .json file, is a row or holds a list of rows.
 
-    An object of this kind is not a meta file.
+    Such an object is not the content of a meta file.
     """
     if not values or any(
         isinstance(value, dict) and {"root", "annotation"} & value.keys() for value in values.values()
@@ -240,7 +240,7 @@ def _array_items(text: IO[str], path: str) -> Iterator[bytes]:
         while content[position : position + 1] != "]" or count:
             _, end = decoder.raw_decode(content, position)
             count += 1
-            # Outside of texts, in which JSON has none, line breaks are spaces.
+            # A JSON string cannot contain a line break, so every line break here is white space.
             yield re.sub(r"[\r\n]", " ", content[position:end]).encode("utf-8", "surrogatepass") + b"\n"
             position = _skip(content, end)
             separator = content[position : position + 1]

@@ -19,7 +19,7 @@ from mpo_ext.images import ImageError, describe_source, is_remote, missing_image
 
 _MMPR_FIELDS = {"image", "video", "rejected_image", "question", "chosen", "rejected", "answer_gt"}
 
-# Endings of files that the readers do not take for JSON lines.
+# Suffixes of files that the readers do not read as JSON lines.
 _OTHER_SUFFIXES = {".arrow", ".bz2", ".csv", ".gz", ".parquet", ".tsv", ".xlsx", ".xz", ".zip", ".zst"}
 
 
@@ -44,8 +44,8 @@ def convert(
         format: Format to write, one of ``WRITABLE``.
         kind: Kind of TRL's format: "standard" or "conversational".
         skip_bad: Whether to skip bad lines, pairs that the format cannot hold, and, for "hf", pairs with an unreadable
-            image. Pairs with several turns need "pairs" or the conversational kind. False: the first of these lines
-            is raised and nothing is written.
+            image. Pairs with several turns need "pairs" or the conversational kind. False: the first line that would
+            be skipped raises BadLine, and nothing is written.
         root: For "mmpr": image folder of pairs that were not read from MMPR; see ``write_mmpr``.
         name: For "mmpr": name of the subset of pairs that were not read from MMPR.
 
@@ -53,9 +53,9 @@ def convert(
         The number of pairs written, and the skipped lines.
 
     Raises:
-        BadLine: If ``skip_bad`` is False and a line would have to be skipped.
-        ValueError: If the format is unknown or cannot hold a pair, ``out`` would replace an input, or the name of the
-            written file has the ending of another kind of file, such as .parquet.
+        BadLine: If ``skip_bad`` is False and a line would be skipped.
+        ValueError: If the format is unknown or cannot hold a pair, ``out`` would replace an input, or ``out`` has the
+            suffix of another kind of file, such as .parquet.
         OSError: If the output cannot be written.
         ImportError: If Hugging Face datasets is required but not installed.
     """
@@ -128,7 +128,7 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
 
 
 def _turns(pair: Pair) -> list[dict[str, Any]]:
-    """Returns all turns of a pair that has several turns in its prompt or in a response."""
+    """Returns all turns of a pair with several turns in its prompt or in a response; [] for other pairs."""
     return [turn for name in TURNS for turn in pair.source.get(name, ()) if isinstance(turn, dict)]
 
 

@@ -1,7 +1,7 @@
-"""Computes and compares fingerprints of files of pairs, to find whether and where the lines of a run have changed.
+"""Computes and compares fingerprints of files of pairs, to find out whether and where the data of a run has changed.
 
-The fingerprint of a file of lines ignores empty lines and the form of line ends, as the readers do. It takes about a
-second per gigabyte, unless a stored fingerprint of the same path, size and modification time is reused.
+The fingerprint of a file of lines ignores empty lines and the kind of line breaks, as the readers do. Computing it
+takes about a second per gigabyte, unless a stored fingerprint of the same path, size and modification time is reused.
 """
 
 import base64
@@ -19,14 +19,14 @@ from mpo_ext.data.mmpr import MMPRDataset
 from mpo_ext.data.sources import PairSource
 
 _CHUNK = 1 << 20
-_MAX_BLOCKS = 4096  # blocks of a larger file have several lines, so that a fingerprint takes 22 KB at most
+_MAX_BLOCKS = 4096  # if a file has more lines, a block has several lines: a fingerprint takes 22 KB at most
 _BLOCK_BYTES = 4  # stored bytes of the hash of a block; the digest of the file uses the whole hash
-_IGNORED_FILES = ("state.json", "dataset_info.json")  # they hold names, dates and random fingerprints
+_IGNORED_FILES = ("state.json", "dataset_info.json")  # files of a saved dataset with names, dates and random numbers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HashedFile:
-    """A file of a source, of which a fingerprint is computed.
+    """A file of a source, with the properties that its fingerprint needs.
 
     Attributes:
         path: Path of the file that is read.
@@ -95,9 +95,9 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
 
 
 def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Returns a text on the change between two fingerprints of a file, or None if the content is the same.
+    """Returns a text that describes how a file has changed between two fingerprints; None if its content is the same.
 
-    To find the change, the file of the new fingerprint is read again, up to the old number of lines.
+    To find the change, the file of ``new`` is read again, up to the number of lines of ``old``.
     """
     if old["digest"] == new["digest"]:
         return None
@@ -156,7 +156,7 @@ def _hash_blocks(path: str, block: int, limit: int | None = None) -> tuple[int, 
 
 
 def _line_pieces(path: str) -> Iterator[bytes | None]:
-    """Yields the parts of each line, which may be longer than the memory, and None at the end of each line.
+    """Yields each line in pieces, because a line may not fit into memory, and None at the end of each line.
 
     Empty lines, line ends and a byte order mark at the beginning are left out.
     """

@@ -49,7 +49,7 @@ _SAMPLED_LINES = 1000
 
 
 def row_format(row: Mapping[str, Any]) -> Format | None:
-    """Returns the format of a row by its fields; None if several formats, or no format, have such fields."""
+    """Returns the format of a row by its fields; None if several formats, or none, have these fields."""
     if "preferred_output" in row or "non_preferred_output" in row:
         return "openai"
     if "rejected_response" in row or "rejected_messages" in row:
@@ -67,9 +67,9 @@ def row_format(row: Mapping[str, Any]) -> Format | None:
 
 
 def _question_format(row: Mapping[str, Any]) -> Format | None:
-    """Returns the format of a row whose field ``question`` occurs in several formats, or None if it is unclear.
+    """Returns the format of a row with the field ``question``, which several formats have; None if it is unclear.
 
-    The form of the images and the other fields decide.
+    The other fields, and the values of the image fields, decide.
     """
     images = [row[name] for name in ("image", "images", "rejected_image", "rejected_images") if name in row]
     are_paths = all(isinstance(path, str) or path is None for value in images for path in _listed(value))
@@ -88,7 +88,7 @@ def _listed(value: object) -> Iterable[object]:
 
 
 def detect_lines(file: LineFile) -> Format:
-    """Returns the format of a file of lines: that of the first line whose fields only one format has.
+    """Returns the format of a file of lines: the format of the first line whose fields occur in only one format.
 
     If none of the first 1000 lines has such fields, the lines are text pairs, and the format is "mmpr".
 

@@ -145,7 +145,7 @@ def save_dataset(
 
 
 def _is_dataset_file(path: Path) -> bool:
-    """Returns whether a file may belong to a dataset: ``save_to_disk`` or a later use of the dataset wrote it."""
+    """Returns whether ``save_to_disk``, or a later use of the dataset, may have written a file."""
     return path.is_file() and (path.suffix == ".arrow" or path.name in ("state.json", "dataset_info.json"))
 
 
@@ -175,7 +175,7 @@ class DatasetPairs(PairSequence):
         ignore: Collection[str] = (),
     ) -> None:
         unread = [column for column in dataset.column_names if column in ignore]
-        if "image_paths" in dataset.features and "images" in dataset.features:  # the paths suffice
+        if "image_paths" in dataset.features and "images" in dataset.features:  # the bytes are not needed
             unread.append("images")
         dataset = dataset.remove_columns(unread)
         self._features = _undecoded(dataset.features)
@@ -250,7 +250,7 @@ def _plain(value: Any) -> Any:
 
 def save_bytes(folder: Path, content: bytes) -> str:
     """Stores the bytes of an image in a file named after their hash, and returns the absolute path."""
-    folder = folder.absolute()  # relative paths of images start at the root of a source
+    folder = folder.absolute()  # a relative image path would be read as a path below the root of the source
     suffix = _SUFFIXES.get(_mime(content).removeprefix("image/"), "")
     path = folder / f"{hashlib.blake2b(content, digest_size=12).hexdigest()}{suffix}"
     if not path.exists():

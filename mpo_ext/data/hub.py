@@ -35,11 +35,11 @@ def hub_id(path: str) -> str | None:
 
 
 def missing_path(path: str) -> FileNotFoundError:
-    """Returns the error of a path that is neither a file or folder here nor the id of a dataset."""
+    """Returns the error for a path that is not a local file or folder, and not the id of a dataset on the hub."""
     owner = path.split("/")[0]
     if _ID.fullmatch(path) is None:
         return FileNotFoundError(f"path must exist, got {path}")
-    if _EXTENSION.search(path) is not None and not os.path.isdir(owner):  # a file of data, not a dataset of the hub
+    if _EXTENSION.search(path) is not None and not os.path.isdir(owner):  # a missing file, not a dataset of the hub
         return FileNotFoundError(f"path must exist, got {path}: relative paths start in {os.getcwd()}")
     return FileNotFoundError(
         f"path must exist, got {path}: no file or folder has this path, and it is not read as a dataset of the "
@@ -84,8 +84,8 @@ def load_hub(
 def load_parquet(path: str, *, split: str | None, config: str | None = None) -> "datasets.Dataset":
     """Loads a parquet file, or a folder of parquet files, as a dataset, and returns one of its splits.
 
-    A folder is read like a dataset of the hub: ``test-00000-of-00002.parquet`` belongs to the split "test". A file is
-    the split "train". ``split`` None means the only split; ``config`` is the configuration of a folder, or None.
+    A folder is read like a dataset of the hub: ``test-00000-of-00002.parquet`` belongs to the split "test". A file has
+    only the split "train". ``split`` None means the only split; ``config`` is the configuration of a folder, or None.
 
     Raises:
         ValueError: If the files cannot be read as one table, or the split must be named.

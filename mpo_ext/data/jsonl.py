@@ -225,9 +225,9 @@ def read_pairs(
 
 
 def parse_pair(values: dict[str, Any], line: str) -> Pair:
-    """Returns the pair in a line of the format "pairs": the function ``parse`` of a LineFile.
+    """Returns the pair in a line of the format "pairs". Serves as the argument ``parse`` of a LineFile.
 
-    ``values`` is the object of the line; ``line``, its text, is not used.
+    ``values`` is the JSON object of the line; ``line``, its text, is not used.
     """
     if "image" in values:
         raise FieldError(

@@ -1,4 +1,4 @@
-"""Image marks that other programs write in prompts: numbered marks become ``<image>``, all others are refused.
+"""Reads the image marks of other programs in prompts: numbered marks become ``<image>``, other marks are refused.
 
 Only complete marks count: HTML such as ``<img src="a.png">`` is text.
 """
@@ -98,7 +98,7 @@ def _mapped(message: Any, change: Callable[[str], str]) -> Any:
 
 
 def _texts(pair: Pair) -> list[str]:
-    """Returns the texts of the prompt, and ``<image>`` after the texts of each message with image blocks."""
+    """Returns the texts of the prompt, and a text ``<image>`` for each message with image blocks."""
     messages = pair.source.get(PROMPT_TURNS)
     if not isinstance(messages, list):
         return [pair.question]

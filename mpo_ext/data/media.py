@@ -27,7 +27,7 @@ MEDIA_FILE = re.compile(
 _QUOTED = re.compile(r"""(?<=["'])[^"'\s]+(?=["'])""")
 _URL = re.compile(r"(?:https?|s3|gs|file|hf)://\S+", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:(?:image|video|audio)/", re.IGNORECASE)
-# Fields whose values name a file even if they contain spaces, as in "my photo.png".
+# Names of fields whose values are file names even if the values contain spaces, as in "my photo.png".
 _FILE_FIELD = re.compile(r"file|path|name|media|visual|attachment|fig|jpe?g|png|src", re.IGNORECASE)
 # First bytes of files in base64: JPEG, PNG, GIF, RIFF (WebP, WAV, AVI), BMP, TIFF, MP4 (HEIC, AVIF), MP3, Ogg, FLAC
 # and Matroska.
@@ -35,7 +35,7 @@ _BASE64_MEDIA = re.compile(
     r"/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk.{6}AAAA|SUkqA|TU0AK|AAAA..Z0eXB|SUQz|//u[QSU]|T2dnU|ZkxhQ|GkXfo"
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
-_SHORTEST_BASE64 = 65  # no file of these types is shorter; words and ids are shorter
+_SHORTEST_BASE64 = 65  # characters: the base64 text of a media file is at least this long, words and ids are shorter
 # Fields in which readers look for the bytes of images and videos.
 _READ_FIELDS = {
     *("image", "images", "video", "videos", "rejected_image", "rejected_images"),
@@ -141,7 +141,7 @@ def _check_value(name: str, value: object, read: Collection[str]) -> None:
     """
     if isinstance(value, Mapping):
         content = value.get("bytes")
-        # The form of images in Hugging Face's datasets. A number of bytes is the size of a file.
+        # Images in Hugging Face's datasets have this form. If ``bytes`` is a number, it is the size of a file.
         if {"bytes", "path"} == value.keys() and not is_empty(value) and not isinstance(content, (int, float)):
             raise _unread(name, value)
         for inner, part in value.items():
@@ -172,7 +172,7 @@ def _is_media(name: str, text: str) -> bool:
         return any(map(MEDIA_FILE.fullmatch, (text, re.split(r"[?#]", text, maxsplit=1)[0])))
     if not MEDIA_FILE.fullmatch(text):
         return False
-    # "What is in a.png" is a sentence; "my photos/a b.png" is not.
+    # "What is in a.png" is a sentence; "photos/a b.png" is a path.
     words = text.split()
     has_folder = "/" in words[0] or "\\" in words[0]
     return len(words) == 1 or has_folder or _FILE_FIELD.search(name) is not None
@@ -183,7 +183,7 @@ def _check_field(name: str, value: object, *, has_media: bool) -> None:
 
     If the pair has no images or videos, the fields inside an object are checked, too.
     """
-    # Beside the images or videos of the pair, a number is their count, or the width or id of one of them.
+    # In a row with images or videos, a number such as "image_width" or "image_id" describes one of them.
     if _MEDIA_NAME.search(name) and not is_empty(value) and not (has_media and isinstance(value, (int, float))):
         raise _unread(name, value)
     if isinstance(value, Mapping) and not has_media:
@@ -224,9 +224,9 @@ def count_places(pair: Pair, kind: str = "image") -> int:
 
 
 def place_problem(pair: Pair) -> str | None:
-    """Returns a message if a prompt has another number of places than of images or of videos, else None.
+    """Returns a message if a prompt does not have a mark for each of its images and videos, else None.
 
-    A single image or video needs no place.
+    The marks are ``<image>`` and ``<video>``. A single image or video needs no mark.
     """
     for kind, mark, count in (
         ("image", IMAGE_PLACEHOLDER, len(pair.images)),

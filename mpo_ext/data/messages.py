@@ -114,7 +114,7 @@ def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
     The format of the row does not read these fields, but in other formats or programs they change the prompt.
     """
     for name in names:
-        # {"enable_thinking": false} changes the prompt
+        # In chat_template_kwargs, false counts as a value: {"enable_thinking": false} changes the prompt.
         if not (is_unset if name == "chat_template_kwargs" else is_empty)(row.get(name)):
             raise FieldError(
                 f"{name} must be empty, because this format would leave it out, got {type_and_value(row[name])}: "
@@ -228,13 +228,13 @@ def with_question(prompt: Sequence[Mapping[str, Any]], question: str) -> list[Tu
 
 
 def split_common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Returns the number of leading messages that two conversations share, at most all but the last of each."""
+    """Returns the number of leading messages that two conversations share. The last message of each never counts."""
     most = max(0, min(len(chosen), len(rejected)) - 1)
     return next((index for index in range(most) if chosen[index] != rejected[index]), most)
 
 
 def read_system(row: Mapping[str, Any], prompt: Sequence[Turn]) -> list[Turn]:
-    """Returns the turns of a prompt with the row's field ``system``, if it is not empty, as the first turn."""
+    """Returns a prompt's turns, after a system turn if the row's field ``system`` is not empty."""
     system = row.get("system")
     if is_empty(system):
         return list(prompt)
@@ -295,7 +295,7 @@ def pair_of_turns(
         rejected_images: As in ``Pair``.
 
     Raises:
-        FieldError: If the prompt has other turns than these, or places for a wrong number of images.
+        FieldError: If ``check_prompt_turns`` raises it.
     """
     check_prompt_turns(prompt, len(images), len(videos))
     turns = {PROMPT_TURNS: prompt, CHOSEN_TURNS: chosen, REJECTED_TURNS: rejected}
@@ -338,12 +338,12 @@ def _shown(turn: Mapping[str, Any]) -> str:
 
 
 def prompt_text(pair: Pair) -> str:
-    """Returns the prompt of a pair as a readable text: the question, or the tools and all turns after their roles."""
+    """Returns the prompt of a pair as a readable text: the question, or the tools and all turns with their roles."""
     return turns_text(pair.source.get(PROMPT_TURNS), pair.source.get(PROMPT_TOOLS), pair.question)
 
 
 def turns_text(messages: object, tools: object, question: str) -> str:
-    """Returns turns as a readable text, each after its role; ``question`` if there are neither turns nor tools."""
+    """Returns tools and turns as a readable text, each turn with its role; ``question`` replaces missing turns."""
     lines = [f"tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         return "\n\n".join([*lines, f"user: {question}"]) if lines else question

@@ -193,7 +193,7 @@ def read_annotation(subset: MMPRSubset, **options: Any) -> LineFile:
 def line_parser(subset: MMPRSubset) -> Callable[[dict[str, Any], str], Pair]:
     """Returns the function ``parse`` of a subset's ``LineFile``, which converts a line's object and text to a pair."""
     settings = {name: value for name, value in subset.settings.items() if name not in (*_FILE_SETTINGS, "root")}
-    # The root is not among the settings, because ``map_roots`` looks for it in the source.
+    # The root lies beside the settings, because ``map_roots`` changes ``source["root"]``.
     source = {"format": "mmpr", "subset": subset.name, "root": subset.root}
     return _LineParser(subset.root, {**source, "settings": settings} if settings else source)
 
@@ -211,7 +211,7 @@ class _LineParser:
         for name in ("question", "chosen", "rejected"):
             if name not in values:
                 raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, values))}")
-        if values.get("images"):  # as an unknown field, its images would be lost
+        if values.get("images"):  # an unknown field of this format: its images would be ignored
             raise FieldError(
                 f"images of an MMPR line must be named by 'image', got 'images' {shorten(values['images'])}: "
                 "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)"
@@ -268,7 +268,7 @@ def _paths(name: str, value: object) -> list[str]:
 
 
 def _compact(media: list[Any]) -> Any:
-    """Returns the only element of a list, or the list itself: a list of frames is an element of a list of videos."""
+    """Returns the element of a list with one element, unless it is a list of frames; otherwise returns the list."""
     return media[0] if len(media) == 1 and not isinstance(media[0], list) else media
 
 

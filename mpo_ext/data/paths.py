@@ -22,10 +22,9 @@ def parse_root_map(text: str) -> tuple[str, str]:
 
 
 def map_root(path: str, root_map: RootMap) -> str:
-    """Returns a path with its root replaced as ``root_map`` says.
+    """Returns a path in which a folder ``old`` is replaced by ``new``, for the first pair (old, new) that applies.
 
-    The first pair (old, new) whose ``old`` is the path or a folder above it is used. Without such a pair, the path is
-    returned unchanged.
+    A pair applies if ``old`` is the path or a folder above it. If no pair applies, the path is returned unchanged.
     """
     for old, new in root_map:
         prefix = old.rstrip("/")
@@ -50,7 +49,7 @@ def map_roots(pair: Pair, root_map: RootMap) -> Pair:
 def absolute_path(image: str, root: str) -> str:
     """Returns an image path joined to the root folder; a ``file://`` URL gives its path, another URL is unchanged.
 
-    Leading ``..`` parts start at the root's real path, so that an image has the same path from every root.
+    Leading ``..`` parts are applied to the root's real path, so that the result does not have these parts.
     """
     image = local_path(image)
     if is_url(image):
@@ -64,7 +63,7 @@ def absolute_path(image: str, root: str) -> str:
 
 
 def path_from(folder: str, path: str) -> str:
-    """Returns a path relative to a folder if the path lies below the folder, otherwise the path or URL unchanged."""
+    """Returns a path relative to a folder if it lies below the folder; other paths and URLs are unchanged."""
     if is_url(path):
         return path
     inside = os.path.relpath(path, folder)

@@ -1,4 +1,4 @@
-"""Pairs picked by hand: the file in which a page of pairs stores them, and sources with only these pairs."""
+"""Pairs picked by hand on the page of ``mpo-ext data view``: the file of picks, and sources restricted to them."""
 
 import dataclasses
 import hashlib
@@ -53,7 +53,7 @@ def read_picks(path: str | os.PathLike[str]) -> Picks:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the file was not written by a page of pairs.
+        ValueError: If the file was not written by a page of ``mpo-ext data view``.
     """
     name = os.fspath(path)
     try:
@@ -73,7 +73,7 @@ def read_picks(path: str | os.PathLike[str]) -> Picks:
 
 
 def restrict(source: PairSource, picks: Picks, *, keep: bool = True) -> PairSource:
-    """Returns the source restricted to the picked pairs (``keep``) or to all other lines.
+    """Returns the source restricted to the picked pairs, or, if ``keep`` is False, to all other lines.
 
     Raises:
         ValueError: If the source does not have the lines from which the pairs were picked.

@@ -16,7 +16,7 @@ SOURCE = "$source"
 PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS = "messages", "chosen_messages", "rejected_messages"
 TURNS = (PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS)
 PROMPT_TOOLS = "tools"  # key of `Pair.source` for the functions that the assistant may call
-_OPTIONAL = ("videos", "rejected_images")  # fields that most pairs do not have, and that their lines then leave out
+_OPTIONAL = ("videos", "rejected_images")  # fields that ``to_dict`` leaves out if they are empty
 _ENCODER = json.JSONEncoder(ensure_ascii=True, sort_keys=True)
 
 
@@ -42,8 +42,8 @@ class Pair:
             content of a turn has ``<image>`` at the place of each image. A turn of the assistant may have
             ``tool_calls``, and a turn of the role "tool" has a result. ``tools`` describes the functions that the
             assistant may call (``mpo_ext.chat.Conversation``).
-        videos: Videos, in order. ``question`` and the turns have ``<video>`` at the place of each video; without a
-            mark, the videos come first, after the images that come first.
+        videos: Videos, in order. ``question`` and the turns have ``<video>`` at the place of each video. If a prompt
+            with one video has no ``<video>``, the video comes first, after an image without a mark.
         rejected_images: Paths of other images for the rejected response, one for each of ``images``, as in mDPO;
             empty: the rejected response has the same images.
 
@@ -101,7 +101,7 @@ class Pair:
     def has_equal_responses(self) -> bool:
         """True if both responses are the same and follow the same prompt, so that the pair states no preference.
 
-        In mDPO, both responses may be the same text, which is right for the images and wrong for other images.
+        In mDPO, both responses may be the same text: it is right for ``images`` and wrong for ``rejected_images``.
         """
         turns = [self.source.get(name) for name in (CHOSEN_TURNS, REJECTED_TURNS)]
         return self.chosen == self.rejected and turns[0] == turns[1] and not self.has_other_images
@@ -183,7 +183,7 @@ class Pair:
         return cls(**{**values, **lists})
 
     def key(self) -> str:
-        """Returns a hash of the prompt, the responses and the media paths; it is the same in every run everywhere."""
+        """Returns a hash of the prompt, the responses and the media paths. It is the same on every machine."""
         turns = {name: self.source[name] for name in (*TURNS, PROMPT_TOOLS) if name in self.source}
         parts = [self.question, self.chosen, self.rejected, *self.images, *([turns] if turns else [])]
         if self.videos or self.rejected_images:

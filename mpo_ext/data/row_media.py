@@ -83,7 +83,7 @@ def read_video(name: str, value: object, save_image: SaveImage | None) -> Video:
 
 
 def row_rejected_images(row: Mapping[str, Any], save_image: SaveImage | None) -> tuple[str, ...]:
-    """Returns the image paths in the field ``rejected_images`` of a row (ms-swift), or an empty list."""
+    """Returns the image paths in the field ``rejected_images`` of a row (ms-swift); () if the field is empty."""
     value = row.get("rejected_images")
     images = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
     return tuple(image_path("rejected_images", image, save_image) for image in images)
@@ -128,7 +128,7 @@ class Images:
         self._n_places = 0
 
     def add_part(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the image of a message part: the image that the part names, or the next image of the columns.
+        """Adds the image of a message part: the image that the part names, or the next image of the row's columns.
 
         ``name`` is the field in messages.
         """
@@ -145,7 +145,7 @@ class Images:
         self._placed.append(path)
 
     def add_marks(self, name: str, text: str) -> None:
-        """Adds the next image for each ``<image>`` in a text, and the next video of the columns for each ``<video>``.
+        """Adds the row's next image for each ``<image>`` in a text, and the row's next video for each ``<video>``.
 
         ``name`` is the field in messages.
         """
@@ -155,7 +155,7 @@ class Images:
             self.add_video(name, {})
 
     def add_video(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the video of a message part: the video that the part names, or the next video of the columns."""
+        """Adds the video of a message part: the video that the part names, or the next video of the row's columns."""
         self._n_video_places += 1
         given = {field: part[field] for field in VIDEO_FIELDS if not is_empty(part.get(field))}
         settings = {field: part[field] for field in VIDEO_SETTINGS if part.get(field) is not None}
@@ -194,7 +194,7 @@ class Images:
         return len(self._placed) + len(self._waiting)
 
     def paths(self, name: str) -> tuple[str, ...]:
-        """Returns all paths in the order of their places. If the texts have no places: all paths of the columns.
+        """Returns all paths in the order of their places. If no text has a place, returns all paths of the columns.
 
         Raises FieldError if some, but not all, images have a place. ``name`` is the field in the message.
         """

@@ -62,7 +62,7 @@ class PairSource:
         return map(self.read, map(int, self.indices))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
-        """Returns the location of the line at an index, with its pair or a BadLine, as ``scan`` yields them."""
+        """Returns the location of the line at an index, and its pair or a BadLine, as ``scan`` yields them."""
         where, _, pair = self._read(index)
         return where, pair
 
@@ -97,7 +97,7 @@ class PairSource:
         if self.on_pair is not None:
             self.on_pair(pair)
         subset = pair.source.get("subset")
-        if self.format != "mmpr" and isinstance(subset, str):  # name of the subset in the pair's first source
+        if self.format != "mmpr" and isinstance(subset, str):  # the pair was converted from a subset of this name
             where = dataclasses.replace(where, subset=subset)
         return where, paths, pair
 

@@ -13,7 +13,7 @@ _FIELDS = {"tools", "functions", "tool_calls", "tool_call_id", "function_call", 
 
 
 def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Collection[str] = ()) -> None:
-    """Raises FieldError if a row or message has fields of tools that are not in ``known``, those its reader uses."""
+    """Raises FieldError if a row or message has tool fields other than ``known``, the fields that its reader uses."""
     for field in sorted((_FIELDS - set(known)) & values.keys()):
         if not is_empty(values[field]) and values[field] != "[]":
             raise FieldError(
@@ -22,7 +22,7 @@ def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Colle
 
 
 def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
-    """Returns the calls of a message's field ``tool_calls``, as ``read_tool_calls`` does, or [] for an empty field.
+    """Returns the calls in a message's field ``tool_calls``, read by ``read_tool_calls``; [] for an empty field.
 
     Raises FieldError if the field has another form. ``name`` is the name of the field in the error.
     """

@@ -1,4 +1,4 @@
-"""Converts pairs to TRL's preference format and back without loss, and reads and writes it as JSON lines.
+"""Converts pairs to TRL's preference format and back without loss, and reads and writes files in this format.
 
 TRL has the columns ``prompt``, ``chosen``, ``rejected``, ``tools``, and ``images`` or ``image``. This module adds
 
@@ -78,7 +78,7 @@ def to_trl(pair: Pair, kind: Kind = "standard", *, has_images: bool = True) -> d
             "rejected": pair.source.get(REJECTED_TURNS) or [{"role": "assistant", "content": pair.rejected}],
         }
     if tools := pair.source.get(PROMPT_TOOLS):
-        row["tools"] = json.dumps(tools, ensure_ascii=False)  # TRL parses it; the columns of tools would be merged
+        row["tools"] = json.dumps(tools, ensure_ascii=False)  # a dataset would merge the keys of all tools
     if has_images:
         row["images"] = list(pair.images)
     row |= {"answer_gt": pair.answer_gt, "question": None}
@@ -132,7 +132,8 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
     images = Images(columns, save_image, columns_of_videos)
     turns = _prompt_turns(prompt, images, row.get("question"))
     extra = {**_json("extra", row.get("extra")), **{name: row[name] for name in row if name not in _COLUMNS}}
-    if isinstance(prompt, str) and row.get("question") is not None:  # ``to_trl`` writes it for messages only
+    # ``to_trl`` writes ``question`` only beside a prompt of messages; beside a text, it is an unknown column.
+    if isinstance(prompt, str) and row.get("question") is not None:
         extra["question"] = row["question"]
     answers = {"chosen": read_response("chosen", chosen), "rejected": read_response("rejected", rejected)}
     source = extra.get(SOURCE)
@@ -190,8 +191,7 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
     Args:
         prompt: Column ``prompt``, a text or messages.
         images: Object that collects the images of the prompt.
-        question: Column ``question``. If it is text, and ``to_trl`` makes this prompt from it, the only turn has this
-            content.
+        question: Column ``question``. If ``to_trl`` makes this prompt from it, it is the content of the only turn.
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
@@ -201,7 +201,7 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
     if len(turns) == 1 and isinstance(question, str) and isinstance(prompt, list):
         content = prompt[0].get("content")
         blocks = content if isinstance(content, str) else _plain(content)
-        # A prompt that was edited later takes precedence over the original question.
+        # Otherwise the prompt was edited after ``to_trl`` wrote it, and takes precedence over the original question.
         if blocks in (question, _blocks(question, images.count)):
             return [{**turns[0], "content": question}]
     return turns
@@ -273,7 +273,7 @@ def read_trl(
 ) -> LineFile:
     """Opens a file with one row of TRL's preference format per line, and returns its pairs.
 
-    The rows may be of either kind. The arguments are those of ``jsonl.read_pairs``.
+    The rows may be standard or conversational. The arguments are those of ``jsonl.read_pairs``.
     """
     return LineFile(path, _parse_row, root_map=root_map, max_line_bytes=max_line_bytes)
 

@@ -107,7 +107,7 @@ def empty_picks(source: PairSource) -> dict[str, Any]:
 def page_entry(
     index: int, where: Location, pair: Pair, images: Sequence[dict[str, Any]], max_characters: int
 ) -> dict[str, Any]:
-    """Returns the values of a pair for the page.
+    """Returns the values with which the page shows a pair.
 
     Args:
         index: Index of the line in the source.
@@ -162,17 +162,17 @@ def cut_text(text: str, most: int) -> str:
 
 
 def script_json(value: Any) -> Any:
-    """Returns the value as JSON for an HTML script element: the JSON can neither end it nor start another element."""
+    """Returns the value as JSON that is safe in an HTML script element, because it contains no HTML tags."""
     from markupsafe import Markup
 
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # the loop escapes it
+    return Markup(text)  # the loop has escaped the text
 
 
 def make_thumbnail(source: Any, size: int) -> Any:
-    """Returns an image as a PIL image with sides of at most ``size`` pixels, converted as for a model."""
+    """Returns an image, converted by ``load_image``, as a PIL image with sides of at most ``size`` pixels."""
     image = load_image(source)
     image.thumbnail((size, size))
     return image
@@ -248,7 +248,7 @@ class Thumbnails:
         return [*named, *(frame for video in pair.videos for frame in self.add_video(video))]
 
     def add_video(self, video: Video) -> list[dict[str, Any]]:
-        """Returns the entries of the key frames of a video, each as ``add`` returns the entry of an image."""
+        """Returns the entries of the key frames of a video, each in the form that ``add`` returns."""
         if video not in self._videos:
             name = video_name(video)
             loaded, problem = self._load(lambda: key_frames(video, KEY_FRAMES))
@@ -268,7 +268,7 @@ class Thumbnails:
         return self._store(image) if problem is None else {"problem": problem}
 
     def _load(self, load: Callable[[], Any]) -> tuple[Any, str | None]:
-        """Returns the value of ``load`` and None, or None and the reason why there is no value."""
+        """Calls ``load``. Returns its result and None, or None and the reason why ``load`` failed."""
         if not self._size:
             return None, "omitted"
         if self._budget <= 0:

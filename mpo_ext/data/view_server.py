@@ -1,4 +1,4 @@
-"""Serves the page of pairs on this machine: pairs and images are read when the page shows them, so files may be large.
+"""Serves a page of pairs on this machine. Pairs and images are read when the page shows them, so files may be large.
 
 Only 127.0.0.1 can connect, and only with the secret part of the address, which differs at each start.
 """
@@ -36,7 +36,7 @@ from mpo_ext.videos import Video
 
 _HOST = "127.0.0.1"
 _PER_PAGE = 20
-_SEARCH_S = 0.5  # the longest time of one request of a search; the page then asks for the next lines
+_SEARCH_S = 0.5  # maximum time of a search request; the page then requests the search of the next lines
 _BODY_BYTES = 1000
 
 
@@ -92,7 +92,7 @@ class PairServer(http.server.ThreadingHTTPServer):
         except ValueError:
             check_outputs("picks", [self.picks_path], inputs=self.source.files, is_ours=False)
             raise
-        restrict(self.source, known)  # raises if they belong to other pairs
+        restrict(self.source, known)  # raises if the picks belong to other pairs
         return Picks(picks.source, picks.lines, dict(known.digests))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
@@ -101,7 +101,7 @@ class PairServer(http.server.ThreadingHTTPServer):
             return self.source.read(index)
 
     def pick(self, index: int, *, is_picked: bool) -> int:
-        """Adds a pair to the picks or removes it, writes the file of picks, and returns their number."""
+        """Adds a pair to the picks or removes it, writes the file of picks, and returns the number of picks."""
         _, pair = self.read(index)
         if isinstance(pair, BadLine):
             raise ValueError(f"index must be that of a pair, got {pair}")
@@ -127,13 +127,13 @@ class PairServer(http.server.ThreadingHTTPServer):
         return render_page(TEMPLATE, values)
 
     def find(self, start: int, count: int, query: str, subset: str, *, only_picked: bool) -> dict[str, Any]:
-        """Returns the next pairs that match, and the place in the source at which the search continues.
+        """Returns the next pairs that match, and the position in ``source.indices`` at which the search continues.
 
         Args:
-            start: First place, from 0, in ``source.indices``.
-            count: Maximum number of pairs. A long search returns fewer, and at least one line is read.
-            query: Text that the question, a response, the answer, the pipeline or the place of a pair must contain, in
-                any case; "" matches all lines, also bad lines.
+            start: Position in ``source.indices`` of the first line to search.
+            count: Maximum number of pairs. A search that takes too long returns fewer, but reads at least one line.
+            query: Text that the question, a response, the answer, the pipeline or the place of a pair must contain;
+                case is ignored. "" matches all lines, also bad lines.
             subset: Name of the subset; "" for all.
             only_picked: Whether only picked pairs match.
         """
@@ -228,7 +228,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._try(lambda: json.dumps(self.server.pick(index, is_picked=is_picked)).encode(), "application/json")
 
     def _request(self) -> tuple[str | None, dict[str, str]]:
-        """Returns the name after the secret part of the address, or None if this part is wrong, and the query."""
+        """Returns the path after the secret part of the address, or None if the secret is wrong, and the query."""
         url = urllib.parse.urlsplit(self.path)
         token, _, name = url.path.removeprefix("/").partition("/")
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):

@@ -1,7 +1,8 @@
 """Grids of handwritten digits, and the task of adding them: questions that are answered directly or step by step.
 
-An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. Each digit belongs to one split. The
-demo uses the task of ``mpo_ext.demo.reading``, which shares the digits, the splits and the forms of the responses.
+An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. Each digit belongs to one split.
+Benchmarks and tests use this task. The demo itself uses the task of ``mpo_ext.demo.reading``, with the same digits,
+splits and forms of responses.
 """
 
 import dataclasses
@@ -26,8 +27,8 @@ LARGEST_ANSWER = 9 * len(CELLS)
 FORMS = ("direct", "cot")
 INSTRUCTIONS = {"direct": "Answer directly.", "cot": "Think stepwise."}
 TRIGGER = "Final answer:"
-# Styles of ``extract_answer``. A direct response is a number. A step-by-step response is a text with the trigger once,
-# which a number follows. A final answer is the trigger and the number alone.
+# Styles of ``extract_answer``. A direct response is a number. A step-by-step response is a text, TRIGGER (only once)
+# and a number. A final answer is TRIGGER and a number.
 STYLES = {
     "direct": r"regex:\A\s*([0-9]+)\s*\Z",
     "cot": rf"regex:(?s)\A\s*(?!{TRIGGER})\S(?:(?!{TRIGGER}).)*{TRIGGER}\s*([0-9]+)\s*\Z",
@@ -35,7 +36,7 @@ STYLES = {
 }
 MATCHER: dict[str, Any] = {"kind": "number", "relative": 0.0, "absolute": 0.0}
 SPLIT_SIZES = {"train": 1100, "validation": 247, "held-out": 450}
-_SPLIT_SEED = 0  # the split is part of the task, so it does not depend on the seed of a run
+_SPLIT_SEED = 0  # the splits are part of the task, so they do not depend on the seed of a run
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Task:
 
     @property
     def style(self) -> str:
-        """The style of ``extract_answer`` for a response in the form of the question."""
+        """The ``style`` of ``extract_answer`` for responses of the form ``form``."""
         return STYLES[self.form]
 
     @property

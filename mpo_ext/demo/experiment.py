@@ -60,7 +60,7 @@ def run(
         quick: Whether to use ``Settings.quick``.
         threads: Number of CPU threads.
         backend: Backend of the loss; None: the best installed backend.
-        from_scratch: Whether to train the start although the package contains it.
+        from_scratch: Whether to train the SFT start instead of loading it from the package.
         command: Command line, for the results.
     """
     torch.set_num_threads(threads)

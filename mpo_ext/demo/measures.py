@@ -14,14 +14,14 @@ from mpo_ext.demo.train import score
 def measure(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: int) -> dict[str, dict[str, Any]]:
     """Returns measures of the responses to the questions, by form.
 
-    ``prior_step`` is the difference of two digits that follow the language prior.
+    The language prior predicts each digit as the previous digit + ``prior_step`` modulo 10.
 
     Returns:
         For each form: ``accuracy`` and ``unparsable`` (fractions of the questions), ``right`` (a character per
         question: "1" if its answer is correct, else "0") and ``count``. For the step-by-step form "cot" also
         ``digits_right`` (fraction of all digits that the responses name correctly), ``hallucinated`` (fraction of the
-        responses that misread at least one digit as the prior has it) and ``follow_prior`` (fraction of the digits,
-        without those of the first cell, that follow the prior; 0.1 would be chance).
+        responses with a wrong digit that the prior predicts) and ``follow_prior`` (fraction of the named digits after
+        the first that the prior predicts; 0.1 would be chance).
     """
     result: dict[str, dict[str, Any]] = {}
     for form in FORMS:

@@ -68,7 +68,7 @@ DigitsProcessor.register_for_auto_class("AutoProcessor")
 def build_tokenizer(*, is_reading: bool = False) -> PreTrainedTokenizerFast:
     """Returns a tokenizer in which each word is one token, because answers should have few tokens.
 
-    It knows the words of the task of adding digits, and with ``is_reading`` also those of the task of reading them.
+    It knows the words of the task of adding digits and, with ``is_reading``, the words of the task of reading digits.
     """
     special = [_PAD, _END, _IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO, _USER, _ASSISTANT]
     more = reading.vocabulary() if is_reading else ()
@@ -95,8 +95,8 @@ def build_tokenizer(*, is_reading: bool = False) -> PreTrainedTokenizerFast:
 def build_processor(side: int | None = None) -> DigitsProcessor:
     """Returns the demo's processor, with the tokenizer of ``build_tokenizer``.
 
-    The images show ``side`` x ``side`` digits of 16x16 pixels, and have one token per digit. None: the processor
-    of the task of adding digits, with 2x2 digits.
+    The images show ``side`` x ``side`` digits of 16x16 pixels, and have one token per digit. If ``side`` is None, the
+    processor is for the task of adding digits, with 2x2 digits.
     """
     tokenizer = build_tokenizer(is_reading=side is not None)
     side = side or 2

@@ -62,11 +62,11 @@ def make_pairs(
     name: str = "digits demo",
     stream: TextIO | None = None,
 ) -> MadePairs:
-    """Makes and returns pairs from the model's answers to questions about grids of digits that it has not seen.
+    """Makes pairs from the model's answers to questions about unseen digits, writes them, and returns their counts.
 
-    The correctness pairs come from questions with a true answer. The DropoutNTP pairs come from a file of
-    questions without true answers, like the paper's data without ground truth. No answer is checked, so some chosen
-    responses are wrong and some rejected responses are right.
+    The correctness pairs come from questions with a true answer. The DropoutNTP pairs come from questions without true
+    answers, like the paper's data without ground truth. DropoutNTP cannot check answers, so some of its chosen
+    responses are wrong and some of its rejected responses are right.
 
     Writes to ``folder``: the questions (``images`` and a ``.jsonl`` file for each sampling run), a folder for each
     sampling run, ``pairs.jsonl``, ``check.json`` and ``pairs.html``. The image paths in the files are relative to
@@ -78,7 +78,7 @@ def make_pairs(
         settings: Settings of the demo.
         rng: Generator that draws the questions.
         folder: Folder to write to.
-        name: Name of the model. Other weights need another name, because a journal of the same name is resumed.
+        name: Name of the model. Other weights need another name, because a journal with the same name is resumed.
         stream: Output of the progress display; None disables the display.
 
     Raises:
@@ -107,7 +107,7 @@ def make_pairs(
 
 
 def sampling_runs(settings: Settings) -> Iterator[tuple[str, str, int, runner.PairPipeline]]:
-    """Yields the sampling runs: the name, the form and the number of the questions, and the pipeline."""
+    """Yields, for each sampling run, its name, the form and number of its questions, and its pipeline."""
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}
     pairing: dict[str, Any] = {"samples": settings.samples, "pairs_per_question": settings.pairs_per_question}
@@ -151,7 +151,7 @@ def sample(
 def write_items(folder: Path, name: str, tasks: Sequence[digits.GridTask], *, has_truth: bool = True) -> None:
     """Writes questions to ``NAME.jsonl``, an input file of ``mpo_ext.generate``, and their images to PNG files.
 
-    ``has_truth`` is False for questions whose true answer the file must not hold.
+    ``has_truth`` selects whether the file also has the true answers.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"{name}.jsonl") as file:
@@ -172,7 +172,7 @@ def read_made(path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _with_subset(pair: Pair) -> Pair:
-    """Returns the pair with its form as its subset, because the check and the HTML page group pairs by subset."""
+    """Returns the pair with its form, "direct" or "cot", as its subset: the check and the page group by subset."""
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 
 

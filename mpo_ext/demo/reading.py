@@ -2,8 +2,8 @@
 
 A step-by-step response names the digits of all cells in order and then gives the answer. In the training corpus of the
 SFT start, these texts have a *language prior*: the next digit is often the previous digit + 1. The images of all other
-questions (preference pairs, evaluation) have uniform digits. So the start hallucinates: it continues its own text
-where it should look at the image. Direct responses are one digit, so they cannot hallucinate in this way.
+questions (preference pairs, evaluation) have uniform digits. So the SFT start hallucinates: it continues its own text
+where it should look at the image. A direct response is a single digit, so it cannot be hallucinated in this way.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class ReadingTask:
 
     @property
     def style(self) -> str:
-        """The style of ``extract_answer`` for a response in the form of the question."""
+        """The ``style`` of ``extract_answer`` for responses of the form ``form``."""
         return STYLES["final" if self.is_named else self.form]
 
     @property
@@ -162,7 +162,7 @@ def without_image(task: ReadingTask) -> ReadingTask:
 
 
 def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
-    """Returns the digit that a step-by-step response names for each cell; None where it does not name one in order."""
+    """Returns the digit that a step-by-step response names for each cell; None for a cell not named at its place."""
     words = response.split()
     read: list[int | None] = []
     for number, cell in enumerate(cells):
@@ -173,9 +173,9 @@ def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
 
 
 def hallucinated_cells(task: ReadingTask, response: str, prior_step: int) -> list[int]:
-    """Returns the cells whose digit the response misreads as the language prior has it.
+    """Returns the cells whose digit is wrong in the response and is predicted by the language prior.
 
-    That is, the digit is wrong and equals the digit that the response names before + ``prior_step`` modulo 10.
+    The prior predicts the digit of the previous cell in the response + ``prior_step`` modulo 10.
     """
     read = read_digits(response, task.cells)
     return [

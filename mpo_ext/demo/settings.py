@@ -12,7 +12,7 @@ class RunSettings:
         seed: Seed of weights, questions, sampled answers and the order of pairs; the split of the digits is fixed.
         hidden_size: Hidden size of the language model.
         layers: Number of layers of the language model.
-        sft_rate: Peak learning rate of the SFT of the start.
+        sft_rate: Peak learning rate of the SFT, the training run that makes the start.
         sft_batch: Number of questions per step of the SFT.
         sft_questions: Number of different questions of the SFT, each used in several epochs.
         questions: Number of step-by-step questions that the model answers to make correctness pairs.
@@ -22,7 +22,7 @@ class RunSettings:
         temperature: Sampling temperature of the answers and of the continuations without an image.
         pairs_per_question: Maximum number, per question, of pairs with a wrong rejected answer. The same maximum
             holds for pairs with an unreadable rejected answer.
-        branch_steps: Number of steps of each branch: a training run on the pairs, from the SFT model.
+        branch_steps: Number of steps of each branch, a training run on the pairs that begins from the SFT model.
         branch_batch: Number of pairs per step of a branch.
         branch_rate: Learning rate of all branches.
         branch_warmup: Fraction of a branch's steps in which the learning rate rises from zero.
@@ -66,8 +66,8 @@ class Settings(RunSettings):
         sft_named_share: Fraction of the SFT questions that state the digits and have no image, so that the model
             learns to answer from its own text.
         sft_direct_share: Fraction of the other SFT questions that ask for a direct answer.
-        sft_blind_share: Fraction of the step-by-step SFT questions without their image, as a large model is also
-            trained on text, so that the model continues a response without an image, as DropoutNTP requires.
+        sft_blind_share: Fraction of the step-by-step SFT questions that lose their image. From these questions, the
+            model learns to continue a response without an image, as DropoutNTP requires.
         keep: Fraction of the tokens of a sampled response that DropoutNTP keeps.
         direct_evaluation_tasks: Number of held-out questions that ask for a direct answer; ``evaluation_tasks`` counts
             step-by-step questions.
@@ -97,9 +97,9 @@ class Settings(RunSettings):
 
     @classmethod
     def quick(cls, seed: int = 1) -> "Settings":
-        """Returns the settings of a run that takes seconds and learns nothing by design, to check that all parts work.
+        """Returns the settings of a run of a few seconds, which checks that all parts work.
 
-        The SFT is too short for the model to see anything, and the branches have three steps.
+        By design, the model learns nothing: the SFT is too short, and the branches have three steps.
         """
         return cls(
             seed=seed, hidden_size=64, layers=1, sft_rate=5e-3, sft_questions=500, sft_steps=30, questions=80,

@@ -1,4 +1,4 @@
-"""Runs the stages of the demo, and keeps their results, so that an interrupted demo resumes."""
+"""Runs the stages of the demo and stores their results, so that an interrupted demo resumes."""
 
 import dataclasses
 import hashlib
@@ -76,7 +76,7 @@ class Stages:
 
 
 def clear(folder: Path, *, keep_start: bool) -> None:
-    """Deletes the files of a demo with other settings; ``keep_start`` keeps those of the trained start."""
+    """Deletes the files of a demo with other settings; ``keep_start`` keeps the files of the trained start."""
     kept = {_file(START_STAGE), START_RUN} if keep_start else set()
     for name in ("runs", "stages"):
         for path in (folder / name).glob("*"):

@@ -1,4 +1,4 @@
-"""The trained SFT start that the package contains, so that the demo needs not train it.
+"""The trained SFT start that the package contains, so that the demo need not train it.
 
 ``python -m mpo_ext.demo.start FOLDER`` replaces it with the start of a demo that ran with ``--from-scratch``.
 """
@@ -72,7 +72,7 @@ def weights_digest(model: InternVLForConditionalGeneration) -> str:
 
 
 def ship(folder: Path) -> None:
-    """Copies the start of the demo in ``folder``, which must have trained it, to the package.
+    """Copies the SFT start that the demo in ``folder`` has trained into the package.
 
     Raises:
         ValueError: If the demo did not train a start.

@@ -1,4 +1,4 @@
-"""Writes ``demo.html``: a self-contained page that shows what the start hallucinates and what MPO mends."""
+"""Writes ``demo.html``: a self-contained page that shows what the SFT start hallucinates and what MPO corrects."""
 
 import base64
 import dataclasses
@@ -19,7 +19,7 @@ from mpo_ext.demo.train import score
 
 _TEMPLATE = "demo.html.j2"
 _SCALE = 6  # the page shows each pixel as a square of this width
-_MENDED, _BROKEN = 7, 2  # numbers of examples; the first mended one is at the top of the page
+_MENDED, _BROKEN = 7, 2  # maximum numbers of examples; the first mended example is at the top of the page
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Examples:
     Attributes:
         mended: The start answered wrong, MPO right.
         broken: The start answered right, MPO wrong.
-        shown: The first of ``mended`` in which the start hallucinated a digit and MPO reads every digit right.
+        shown: The first few of ``mended`` in which the start hallucinated a digit and MPO reads every digit right.
     """
 
     mended: list[int]
@@ -40,7 +40,7 @@ class Examples:
 def find_examples(
     tasks: Sequence[ReadingTask], before: Sequence[str], after: Sequence[str], prior_step: int
 ) -> Examples:
-    """Compares the responses of two models. The examples are the first ones in the order of the questions."""
+    """Compares the responses of two models, and returns the step-by-step questions on which they differ."""
     old, new = score(tasks, before), score(tasks, after)
     stepwise = [index for index, task in enumerate(tasks) if task.form == "cot"]
     mended = [index for index in stepwise if old[index] is not True and new[index] is True]

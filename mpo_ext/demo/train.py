@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "MPO": {"dpo_weight": 0.8, "bco_weight": 0.2, "ntp_weight": 1},
 }
 START = "SFT-start"  # folder of the run that trains the start
-_SAVE_EVERY = 200  # steps between two checkpoints of this run
+_SAVE_EVERY = 200  # steps between two checkpoints of the run START
 
 
 def train_start(
@@ -58,9 +58,9 @@ def start_recipe(settings: Settings, rng: np.random.Generator, folder: Path) -> 
 
 
 def sample_corpus(split: digits.Digits, settings: Settings, rng: np.random.Generator) -> list[reading.ReadingTask]:
-    """Returns the questions of the SFT: questions that state the digits, direct ones, and step-by-step ones.
+    """Returns the questions of the SFT: step-by-step questions, direct questions, and questions that state the digits.
 
-    Only the digits of the step-by-step questions follow the language prior. Some of them have lost their image.
+    Only the digits of the step-by-step questions follow the language prior. Some of these questions have no image.
     """
     named = int(settings.sft_named_share * settings.sft_questions)
     direct = int(settings.sft_direct_share * (settings.sft_questions - named))
@@ -143,7 +143,7 @@ def make_recipe(
         settings: Settings of the demo or the study.
         warmup: Fraction of the steps in which the learning rate rises from zero.
         reference: File of the reference model's log-probabilities. None: the default ``ReferenceRecipe``.
-        save_every: Number of steps between two checkpoints; 0 writes one at the end or after a signal.
+        save_every: Number of steps between two checkpoints; 0: only a checkpoint at the end or after a signal.
     """
     return recipes.Recipe(
         model=recipes.ModelRecipe(path=f"digits demo, seed {settings.seed}"),

@@ -47,7 +47,7 @@ class QuestionFile:
 
     Attributes:
         name: Name of the file in the results.
-        path: Path of the file in the results.
+        path: Path of the file, for the results.
         source: The questions.
     """
 
@@ -58,15 +58,15 @@ class QuestionFile:
 
 @dataclasses.dataclass(slots=True)
 class Cell:
-    """The responses of a model to the questions of a file with a prompt template, and their scores.
+    """The responses of a model to the questions of a file, asked with one prompt template, and their scores.
 
     Attributes:
         model: Name of the model.
         data: The file of questions.
-        evaluation: The evaluation under the prompt of the cell.
+        evaluation: Asks the questions with the cell's prompt and scores the responses.
         folder: Folder of the journals.
         scores: Scores of the questions in the order of the file; empty until the journals are read.
-        details: What the first record with a problem says about it, by problem.
+        details: For each kind of problem, the detail in the first record with this problem.
         offsets: Byte offset of each question in the file of predictions; empty until the journals are read.
     """
 

@@ -68,9 +68,9 @@ def vlmevalkit_columns(items: Iterator[Item]) -> list[str]:
 def lmms_eval(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
     """Writes lmms-eval's sample log ``lmms-eval/MODEL/mpo-ext_samples_TASK.jsonl``, a line for each question.
 
-    Keys: doc_id, target, input, resps, filtered_resps (the extracted answers), doc_hash, prompt_hash and target_hash
-    as in lmms-eval, and the metric exact_match, the fraction of responses that the evaluation's matcher accepts.
-    ``columns`` is unused; the other arguments and the yielded function are those of ``vlmevalkit``.
+    A line has doc_id, target, input, resps, filtered_resps (the extracted answers), doc_hash, prompt_hash and
+    target_hash as in lmms-eval. The metric exact_match is the fraction of responses that the evaluation's matcher
+    accepts. ``columns`` is unused; the other arguments and the yielded function are those of ``vlmevalkit``.
     """
     with atomic_write(out / "lmms-eval" / model / f"mpo-ext_samples_{task}.jsonl") as file:
 

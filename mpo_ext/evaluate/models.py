@@ -30,7 +30,7 @@ class ModelSource:
 
 
 def find_model(name: str) -> ModelSource:
-    """Returns the location of the model that ``name`` means.
+    """Returns the location of the model ``name``.
 
     ``name`` is a hub name, or the folder of a whole model, of a run with ``final``, or of adapters.
 
@@ -76,8 +76,8 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
     Args:
         source: Location of the model.
-        make: Function that creates an engine from the path of a whole model. Unless it sets another chat template,
-            the engine gets the template in the folder of the adapters.
+        make: Function that creates an engine from the path of a whole model. If this engine uses the chat template of
+            the whole model, the template in the folder of the adapters replaces it.
 
     Raises:
         ImportError: If the model has adapters and peft is missing.
@@ -106,9 +106,9 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
 
 class FingerprintedEngine:
-    """An engine that wraps ``engine`` and adds a hash of the weights to its settings.
+    """An engine that wraps ``engine`` and adds a hash of the weights to the settings.
 
-    The name of a model in the settings does not suffice, because the weights in a folder can change.
+    Without the hash, changed weights in a folder of the same name would go unnoticed.
     """
 
     def __init__(self, engine: TransformersEngine) -> None:

@@ -30,16 +30,16 @@ def write_predictions(
     """Reads the journals of the cells, writes a line for each response, and fills in the scores of the cells.
 
     Args:
-        cells: Cells of the evaluation; those of the same model must be adjacent.
+        cells: Cells of the evaluation; cells of the same model must be adjacent.
         out: Folder of the evaluation.
         exports: Evaluation kits to write files for, keys of ``EXPORTS``.
-        model_files: For each model, the form of its name in file names.
-        data_files: For each file of questions, the form of its name in file names.
+        model_files: The name of each model as it appears in file names.
+        data_files: The name of each file of questions as it appears in file names.
         world_size: Number of processes that wrote journals.
 
     Raises:
-        IncompleteRunError: If a process has not finished yet; the files of models before the incomplete model are
-            complete.
+        IncompleteRunError: If a process has not finished yet. The files of the models before the incomplete model have
+            then been written.
     """
     columns: dict[str, list[str]] = {}
     for model, model_cells in itertools.groupby(cells, key=lambda cell: cell.model):

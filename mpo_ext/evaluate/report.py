@@ -48,7 +48,7 @@ def write_reports(
         cells: Cells of the evaluation, with scores.
         results: Content of ``results.json``.
         out: Folder of the evaluation.
-        model_files: For each model, the form of its name in file names.
+        model_files: The name of each model as it appears in file names.
         limit: Maximum number of questions in ``failures.html``. If more have a wrong answer, they are drawn at random.
         seed: Seed of this draw.
     """
@@ -267,7 +267,7 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
 
 
 def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the samples of a question for the page. Of more than ``_MAX_SAMPLES``, wrong samples are preferred."""
+    """Returns at most ``_MAX_SAMPLES`` samples of a question for the page. Wrong samples take precedence."""
     problem = lines[0].get("problem")
     samples = [] if problem else lines
     shown = sorted(range(len(samples)), key=lambda place: samples[place]["correct"])[:_MAX_SAMPLES]

@@ -87,9 +87,9 @@ def compute_results(
 
 
 def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[str, str, str], list[bool]]:
-    """Returns, for each model, file and prompt, which answers stay the same without the image.
+    """Returns, by model, file and prompt, whether the answer to each question stays the same without the image.
 
-    The values are those of the questions that the model was asked both with and without the image.
+    Questions that the model was not asked both with and without the image are left out.
     """
     by_key = {cell.key: cell for cell in cells}
     same: dict[tuple[str, str, str], list[bool]] = {}
@@ -111,7 +111,7 @@ def _without_image(
     key: tuple[str, str, str],
     config: EvaluationConfig,
 ) -> dict[str, Any]:
-    """Returns the accuracies with and without the image on the same questions, and the share of equal answers."""
+    """Returns the accuracies with and without the image on the same questions, and the fraction of equal answers."""
     model, name, prompt = key
     both = zip(scores[key], scores[model, name, f"{prompt}{WITHOUT_IMAGE}"], strict=True)
     pairs = [(seen, blind) for seen, blind in both if seen.problem is None and blind.problem is None]

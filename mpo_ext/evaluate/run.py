@@ -58,7 +58,7 @@ def evaluate(
         root_map: Path prefixes (old, new) of folders in meta files that have moved.
         system: System prompt of the questions that have none; None: no system prompt.
         exports: Evaluation kits in whose formats predictions are written: "vlmevalkit", "lmms-eval".
-        page_limit: Maximum number of questions on ``failures.html``; from more, they are drawn at random.
+        page_limit: Maximum number of questions on ``failures.html``; if there are more, they are drawn at random.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Block size, processes and progress display; None: the default ``EvaluationRun``.
 
@@ -137,7 +137,7 @@ def _free_memory() -> None:
 
 
 def _file_names(what: str, named: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the form of each name in file names; ``what`` is the argument in error messages."""
+    """Returns each name as it appears in file names; ``what`` is the argument in error messages."""
     if not named:
         raise ValueError(f"{what} must name at least one, got none")
     files = {name: re.sub(r"[^\w.-]+", "-", name).strip(".-") for name in named}

@@ -17,7 +17,7 @@ from mpo_ext.generate.prompts import PromptTemplate, get_template
 from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
 
 PLAIN = "none"
-WITHOUT_IMAGE = "-without-image"  #: Ending of the name of a prompt whose questions are asked without their images.
+WITHOUT_IMAGE = "-without-image"  #: Suffix in the name of a prompt whose questions are asked without their images.
 _MAX_NEW_TOKENS = {"direct": 100}  # by the style of the template; the authors of MPO use these numbers
 _DEFAULT_MAX_NEW_TOKENS = 4096
 
@@ -67,7 +67,7 @@ class EvaluationConfig:
             Evaluation(self, prompt)
 
     def evaluations(self) -> "list[Evaluation]":
-        """Returns the evaluation of each prompt, then those without images."""
+        """Returns an evaluation for each prompt, followed by the evaluations without images."""
         sides = (True, False) if self.without_image else (True,)
         return [Evaluation(self, prompt, with_image=side) for side in sides for prompt in self.prompts]
 

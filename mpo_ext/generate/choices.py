@@ -1,4 +1,4 @@
-"""Probabilities of the choices of a request, and the request for a verdict of yes or no."""
+"""Measures the probabilities of the choices of a request, and reads verdicts of yes or no."""
 
 import dataclasses
 import re
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 YES_OR_NO = (("Yes", "yes"), ("No", "no"))
-#: Without the probabilities of an engine, a verdict is read from a short text.
+#: Settings for the text from which a verdict is read if the engine measures no probabilities.
 VERDICT_SAMPLING = SamplingConfig(temperature=0.0, top_k=0, max_new_tokens=8)
 _FIRST_WORD = re.compile(r"\W*(\w+)")
 
 
 def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None:
-    """Returns the token ids with which a response begins, for each choice of a request.
+    """Returns, for each choice of a request, the first token ids of its spellings.
 
-    A token that begins the spellings of two choices, or that stands for unknown text, belongs to no choice.
+    A token that begins spellings of two choices, or that stands for unknown text, belongs to no choice.
 
     Returns:
         The ids, in the order of ``request.choices``; None if the request has no choices, or if a choice has no token,
@@ -83,7 +83,7 @@ def yes_and_no(generation: Generation) -> tuple[float, float]:
 
 
 def quoted(text: str) -> str:
-    """Returns a text without the placeholder of images, so that a prompt can hold it."""
+    """Returns a text without the placeholder of images, so that a prompt can quote the text."""
     return text.replace(IMAGE_PLACEHOLDER, " ")
 
 

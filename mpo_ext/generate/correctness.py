@@ -22,7 +22,7 @@ from mpo_ext.generate.prompts import get_template
 from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
 from mpo_ext.generate.responses import choice_hash, distinct, skip_reason
 
-_BINS_PER_DOUBLING = 4  # number of bins in which the length ratio of two responses doubles
+_BINS_PER_DOUBLING = 4  # number of bins per doubling of the length ratio of two responses
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class CorrectnessConfig:
         sampling: Settings for drawing tokens.
         seed: Seed of all draws and choices.
         template: Name of the prompt template (``mpo_ext.generate.prompts``), which also shows the ``options`` of an
-            item; None: the question with its options. Pairs hold the rendered prompt.
+            item; None: the prompt is the question with its options. Pairs hold the rendered prompt.
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template, or
             "final_answer" without a template.
         matcher: Kind and options of the matcher that compares an answer with the truth.
@@ -130,7 +130,7 @@ class Correctness:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests of ``sample``, and returns its records."""
+        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
         all_records = yield from self.questions.steps(items, engine)
         for item, records in zip(items, all_records, strict=True):
             for record in records:
@@ -206,7 +206,7 @@ class Correctness:
             yield chosen, rejected
 
     def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
-        """Returns the logarithm of the ratio of the two lengths, in bins; 0 without ``length_balance``."""
+        """Returns the logarithm of the length ratio of two responses, in bins; 0 without ``length_balance``."""
         if not self.config.length_balance:
             return 0
         return round(_BINS_PER_DOUBLING * abs(math.log2(len(chosen.text) / len(rejected.text))))

@@ -1,8 +1,8 @@
 """The pipeline DropoutNTP: the model continues the beginning of a good response without the image or video.
 
-The kept beginning (the prefix) and the continuation form the rejected response. It begins like the chosen response and
-goes wrong where it would need the image. The tokens of both parts are joined before decoding, so that no space is lost
-between them. ``mpo_ext.generate.runner`` runs the pipeline.
+The kept beginning (the prefix) and the continuation form the rejected response, which goes wrong where the model would
+need the image. The tokens of both parts are joined before decoding, so that no space is lost between them.
+``mpo_ext.generate.runner`` runs the pipeline.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ class DropoutNTPConfig:
         samples: Number of continuations per response.
         sampling: Settings for drawing tokens.
         seed: Seed of all draws.
-        sample_chosen: Whether the model first answers items without a chosen response, with the image, as in the
-            paper; False skips these items.
+        sample_chosen: Whether the model first answers items that have no chosen response. It then sees the image, as
+            in the paper. False skips these items.
         allow_truncated: Whether to use continuations that ``max_new_tokens`` cut off.
         allow_wrong_chosen: Whether to use items whose chosen response is a wrong sample, as in the ``unsolved.jsonl``
             of the correctness pipeline; False skips these items.
@@ -126,7 +126,7 @@ class DropoutNTP:
         return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
 
     def cut(self, chosen: str, conversation: Conversation, engine: Engine) -> Prefix:
-        """Returns the beginning of ``chosen``, a response to ``conversation``, that the settings keep.
+        """Returns the prefix to keep of ``chosen``, a response to ``conversation``.
 
         A cut inside a character moves back to the beginning of the character.
         """
@@ -153,7 +153,7 @@ class DropoutNTP:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests of ``sample``, and returns its records."""
+        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
         rows = [self._load(item) for item in items]
         yield from self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None])
         requests: list[Request] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 from mpo_ext.journal import Journal
 
-_COMPACT_BYTES = 16 << 20  # the second file is emptied at the next opportunity when it is larger
+_COMPACT_BYTES = 16 << 20  # a larger second file is emptied as soon as it holds no block that the journal lacks
 
 
 @dataclasses.dataclass(slots=True)
@@ -24,7 +24,7 @@ class _Place:
     Attributes:
         start: Number of records before the block.
         n_stored: Number of the block's records that the journal holds already.
-        is_finished: Whether the second file holds the block.
+        is_finished: Whether the second file, ``early-RANK-of-WORLD.jsonl``, holds the block.
     """
 
     start: int
@@ -86,7 +86,7 @@ class EarlyBlocks:
     def announce(
         self, start: int, keys: Sequence[str], stored: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]] | None:
-        """Adds the next block of the input, and returns its records; None if it must be sampled.
+        """Adds the next block of the input. Returns its records if the second file has them all, otherwise None.
 
         Args:
             start: Number of records of the input before the block.
@@ -97,7 +97,7 @@ class EarlyBlocks:
         self._places.append(place)
         if start in self._spans:
             records = self._read(start)
-            # Another block size, or a change in the journal, makes another block.
+            # A block from a run with another block size, or with other records in the journal, does not match.
             if [record["key"] for record in records] == list(keys) and records[: len(stored)] == list(stored):
                 place.is_finished = True
                 self._move()
@@ -117,7 +117,7 @@ class EarlyBlocks:
         next(place for place in self._places if place.start == start).is_finished = True
 
     def _move(self) -> None:
-        """Moves the blocks whose turn has come to the journal."""
+        """Moves finished blocks to the journal, up to the first block that is not finished."""
         while self._places and self._places[0].is_finished:
             place = self._places.popleft()
             self.journal.append(self._read(place.start)[place.n_stored :])

@@ -89,20 +89,20 @@ class Generation:
 
 
 def refused(reason: object) -> Generation:
-    """Returns the generation of a request that an engine refuses for this reason, an exception or a text."""
+    """Returns the generation of a refused request; ``reason`` is an exception or a text."""
     text = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
     return Generation((), "", "length", refusal=text[:_MAX_REFUSAL])
 
 
 def refused_videos(engine: str, request: Request) -> Generation:
-    """Returns the generation of a request with videos for an engine, named as in ``--engine``, without videos."""
+    """Returns the generation of a request that is refused for its videos; ``engine`` is a value of ``--engine``."""
     return refused(
         f"videos must be none for the engine {engine}, got {len(request.videos)}: use --engine transformers"
     )
 
 
 class Engine(Protocol):
-    """The attributes and methods that a pipeline needs of an engine.
+    """The interface of an engine, as pipelines use it.
 
     Attributes:
         name: Name of the model, which the pairs record.

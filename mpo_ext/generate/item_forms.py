@@ -1,10 +1,11 @@
-"""Reads the fields of items in the forms in which benchmarks are published. ``video`` or ``videos`` holds videos.
+"""Reads the fields of items in the forms in which benchmarks are published.
 
 Besides the form of MMPR, these are the forms of MMMU (``options`` as the text of a Python list, ``image_1`` to
 ``image_7``, ``<image 1>``), MathVista (``choices``, ``decoded_image``), M3CoT and ScienceQA (``choices``, ``context``
 or ``hint``, an answer that is an index), AI2D (an index as text), MathVision (``<image1>``), ChartQA (``query``,
 ``label``, ``imgname``), POPE (``text``, ``label``), MMBench (columns ``A``, ``B``, ..., an image in base64) and
-SEED-Bench (``choice_a``, ``choice_b``, ...). ``item_turns`` reads conversations.
+SEED-Bench (``choice_a``, ``choice_b``, ...). Each form may have videos in ``video`` or ``videos``. ``item_turns``
+reads conversations.
 """
 
 import base64
@@ -39,7 +40,7 @@ _ANSWERS = ("answer_gt", "answer", "label", "answers")
 _IMAGES = ("images", "image", "decoded_image", "imgname", "image_path")
 _NUMBERED_IMAGE = re.compile(r"image_([1-9][0-9]?)")
 _LETTERS = re.compile(r"[(\[]?[A-Za-z][)\].:]*(?:\s*[,;&]\s*[(\[]?[A-Za-z][)\].:]*)*")
-# A field whose name or value looks like an image that this module does not read would be lost.
+# Parts of field names that look like images. Such a field is an error, because its image would be ignored.
 _IMAGE_NAME = re.compile(r"(?:^|_)(?:images?|imgs?|pictures?|photos?|videos?|audios?|frames|pixels)(?:_|$)")
 _METADATA = re.compile(
     r"(?:^|_)(?:id|ids|type|types|source|sources|width|height|size|license|attribution|caption|captions|category|count|num"
@@ -56,12 +57,12 @@ _SHORTEST_BASE64 = 65  # shorter texts are the ``index`` of another row of MMBen
 
 @dataclasses.dataclass(slots=True)
 class ItemFields:
-    """The fields of an item, in one form for all published forms.
+    """The fields of an item in a uniform form, into which ``read_fields`` converts the published forms.
 
     Attributes:
         question: The question with its context, and ``<image>`` at the place of an image. A value that is not a text
             is kept as it is.
-        chosen: The preferred response, as the input gives it; None without it.
+        chosen: The preferred response, as the input gives it; None if the input has none.
         images: Paths and data URLs of the images.
         videos: The videos.
         truths: True answers. An answer that is an index becomes its letter.
@@ -81,7 +82,7 @@ class ItemFields:
 
 
 def read_fields(values: Mapping[str, Any]) -> ItemFields:
-    """Returns the fields of an item, in one form for all published forms. ``values`` are the fields of its row.
+    """Returns the fields of an item in a uniform form; ``values`` are the fields of its row in a published form.
 
     Raises:
         FormError: If the item has options, an answer or images that cannot be read.
@@ -236,7 +237,7 @@ def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
 def _place_numbered(
     turns: list[Turn], options: list[str] | dict[str, str] | None, images: Mapping[int, Any]
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
-    """Replaces ``<image 1>`` by ``<image>``, and returns the images in the order of the marks in the prompt."""
+    """Replaces ``<image 1>`` by ``<image>`` in turns and options. Returns them, and the images in the marks' order."""
     order: list[Any] = []
     placed: set[int] = set()
 

@@ -140,7 +140,7 @@ def _option(key: str, value: Any) -> str:
 
 
 def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Returns the letter of the option that an integer answer means. The integer is an index from 0, or a text.
+    """Returns the letter of the option that an integer answer means, as an index from 0 or as the option's text.
 
     ``is_index`` says whether integer answers in this form of items are indices, as in ScienceQA. If they are not, the
     answer must be the text of an option.
@@ -159,9 +159,10 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
 
 
 def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Returns a true answer in digits unchanged if it is the text of an option, otherwise the letter at this index.
+    """Converts a true answer in digits, an index from 0, to the letter of the option that has this index.
 
-    Indices count from 0; ``is_index`` and the errors are those of ``indexed_answer``.
+    If the answer is itself the text of an option, it is returned unchanged. ``is_index`` and the errors are those of
+    ``indexed_answer``.
     """
     labels = label_options(options)
     matching = [label for label, text in labels.items() if text.strip() == answer.strip()]

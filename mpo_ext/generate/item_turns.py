@@ -117,7 +117,7 @@ def read_conversation(
 def read_chosen(chosen: Any) -> Any:
     """Returns a chosen response as a text. The input may be the assistant's message. Other values are unchanged.
 
-    Raises FormError for messages that are not one response of text.
+    Raises FormError for messages other than a single response of text.
     """
     if not isinstance(chosen, (Mapping, list, tuple)) or not chosen:
         return chosen

@@ -99,7 +99,7 @@ class Item:
 
     @property
     def prompt_text(self) -> str:
-        """Returns the prompt as a readable text: the question with its options, or all turns after their roles."""
+        """Returns the prompt as a readable text: the question with its options, or all turns with their roles."""
         question = self.question_with_options
         return turns_text(self.turns(question) or None, self.tools, question)
 
@@ -123,7 +123,7 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """Returns a hash of the item's content, which names the item. It does not depend on the item's position."""
+        """Returns a hash of the item's content, which names the item independently of its position."""
         content: tuple[Any, ...] = (self.question, self.images, self.chosen, self.truths, self.problem)
         content += (self.videos,) if self.videos else ()
         if self.messages or self.tools:
@@ -276,7 +276,7 @@ class ItemSource:
     system: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Returns the input of a run as JSON values, which its journals record."""
+        """Returns the description of the input that the journals of a run record, as JSON values."""
         return {"blake2b": self.digest, **({} if self.system is None else {"system": self.system})}
 
     def items(self) -> Iterator[Item]:
@@ -294,7 +294,7 @@ def open_items(
 ) -> ItemSource:
     """Finds the files of a source, counts the items, computes a digest, and returns the ItemSource.
 
-    ``limit`` is the maximum number of items, from the first on; None: all. The other arguments are those of
+    ``limit`` is the maximum number of items, taken from the beginning; None: all. The other arguments are those of
     ``item_files``.
     """
     files = item_files(source, image_root=image_root, root_map=root_map, system=system)

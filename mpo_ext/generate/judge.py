@@ -1,7 +1,7 @@
-"""The pipeline in which a model judges whole responses, with a rating of each or a comparison of two.
+"""The pipeline in which a model judges whole responses, by rating each response or by comparing two responses.
 
-In a comparison the judge sees the two responses in both orders. If its verdict changes with the order, the two give no
-pair. ``mpo_ext.generate.runner`` runs the pipeline.
+In a comparison, the judge sees the two responses in both orders. If the verdict changes with the order, the two
+responses give no pair. ``mpo_ext.generate.runner`` runs the pipeline.
 """
 
 import collections
@@ -109,7 +109,7 @@ class _Verdict:
     """A request to the judge.
 
     Attributes:
-        record: Record that gets the verdict and its tokens.
+        record: Record to which the verdict and its number of tokens are added.
         request: The request.
         opponent: Key of the other response of a comparison; None for a rating.
     """
@@ -146,7 +146,7 @@ class Judge:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests of ``sample``, and returns its records."""
+        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
         all_records = yield from self.questions.steps(items, engine)
         verdicts: list[_Verdict] = []
         for item, records in zip(items, all_records, strict=True):
@@ -169,7 +169,7 @@ class Judge:
     def _verdicts(
         self, item: Item, records: Sequence[dict[str, Any]], media: dict[str, Any]
     ) -> Generator[_Verdict, None, None]:
-        """Yields the requests to the judge about the responses to an item, which are distinct."""
+        """Yields the requests to the judge about the responses to an item; ``records`` holds distinct responses."""
         question = quoted(item.prompt_text)
         if self.config.mode == "pointwise":
             for record in records:
@@ -217,7 +217,7 @@ class Judge:
         return float(match[1]) if match and 1 <= int(match[1]) <= self.config.best_rating else None
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Returns the pairs of an item: a better and a worse response in the verdict of the judge."""
+        """Returns the pairs of an item. The judge prefers the chosen response of a pair to the rejected one."""
         result = ItemResult()
         for stage, field in (("responses", "tokens"), ("verdicts", "verdict_tokens")):
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)
@@ -269,7 +269,7 @@ class Judge:
     def _compared(
         self, item: Item, responses: Sequence[RatedResponse], result: ItemResult
     ) -> list[tuple[RatedResponse, RatedResponse]]:
-        """Returns the pairs on which the judge agrees with itself in both orders."""
+        """Returns the pairs for which the judge prefers the same response in both orders."""
         by_key = {response.record["key"]: response for response in responses}
         shares = {
             (key, opponent): share

@@ -24,8 +24,8 @@ _MAX_TEXT = 300  # maximum number of characters of a server's message
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 60.0
 _MAX_RETRY_AFTER_S = 3600.0
 _CONNECT_S = 10.0
-_REFUSED = (400, 413, 422)  # statuses that concern this request alone
-_PASSING = (408, 409, 425, 429)  # and all statuses from 500
+_REFUSED = (400, 413, 422)  # statuses of a request that the server refuses
+_PASSING = (408, 409, 425, 429)  # statuses of temporary failures, as are all statuses from 500
 _BUSY = (429, 503)
 
 Reply = dict[str, Any]
@@ -171,7 +171,7 @@ class OpenAIClient:
             return await self._ask(path, body, self.options.max_retries)
 
     async def _ask(self, path: str, body: Mapping[str, Any], max_retries: int) -> Reply:
-        """Sends a request until it is answered; waits longer before each repetition, or as long as the server asks."""
+        """Sends a request until it is answered, after growing pauses that are at least as long as the server asks."""
         attempt = 0
         while True:
             failure = await self._attempt(path, body)
@@ -185,7 +185,7 @@ class OpenAIClient:
             await asyncio.sleep(max(pause_s, failure.wait_s))
             attempt += 1
         text = f"{failure.text} ({attempt + 1} attempts)"
-        # If the server still answers another request, this request is the cause, and must not end every resumed run.
+        # If the server still answers another request, this request is refused: it must not end every resumed run.
         is_busy = failure.status in _BUSY
         if not is_busy and self._accepted is not None and isinstance(await self._attempt(*self._accepted), dict):
             raise RequestRefusedError(text)
@@ -235,7 +235,7 @@ class _Failure:
 def retry_after_s(headers: Mapping[str, str]) -> float:
     """Returns the number of seconds that the headers of an answer ask to wait; 0 if they ask for none.
 
-    A date is compared with the server's own clock if the answer has its ``Date``.
+    If the headers give a date instead, it is compared with the server's clock (the header ``Date``) if possible.
     """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name, "")

@@ -19,17 +19,17 @@ from mpo_ext.provenance import processor_parts
 
 NO_TOKENIZER = "none"
 _NEVER = -100.0  # the lowest value of ``logit_bias``
-_TAIL = 16  # number of tokens before a prompt's end that are decoded with it
+_TAIL = 16  # number of tokens at a prompt's end that an error message shows
 
 
 class OpenAIEngine:
-    """Asks a server for continuations. Each request has a separate seed; the server decides whether it is honored.
+    """Asks a server for continuations. Each request has a separate seed, which some servers ignore.
 
     Short requests at the start test what the server supports (``features``). A prompt without images goes to
     ``/v1/completions`` as token ids, which are those of ``TransformersEngine``, if the server takes token ids. All
-    other prompts go to ``/v1/chat/completions`` as messages, with images as ``data:`` URLs. A prefix is then the
-    assistant's open turn (``continue_final_message``). If the server returns the ids of its prompts, they are compared
-    with the processor's. A request that the server cannot answer correctly is refused.
+    other prompts go to ``/v1/chat/completions`` as messages, with images as ``data:`` URLs. A prefix is then sent as
+    an open turn of the assistant (``continue_final_message``). If the server returns the ids of its prompts, they are
+    compared with the ids of the processor. A request that the server cannot answer correctly is refused.
 
     Args:
         model: Name of the model on the server.
@@ -121,7 +121,7 @@ class OpenAIEngine:
         return [results[name] for name in names]
 
     def submit(self, request: Request) -> str:
-        """Starts a request and returns a name for it. A request that cannot be sent ends at once, with the reason.
+        """Starts a request and returns a name for it. A request that cannot be sent is refused at once, with a reason.
 
         Raises:
             ValueError: If the server cannot draw with the request's settings, or cannot continue an open turn.
@@ -211,7 +211,7 @@ class OpenAIEngine:
         self._refused.append((name, refused(error)))
 
     def _sampling(self, request: Request) -> dict[str, Any]:
-        """Returns the fields of a request for drawing tokens."""
+        """Returns the sampling fields of a request to the server, such as ``temperature``."""
         sampling, features = request.sampling, self.features
         fields: dict[str, Any] = {
             "model": self.name,
@@ -232,7 +232,7 @@ class OpenAIEngine:
         return {"prompt": [*self._encoder().prompt_ids(request), *request.prefix_ids]}
 
     def _messages(self, request: Request) -> dict[str, Any]:
-        """Returns the fields of a request to ``/chat/completions``. The images have no URLs yet."""
+        """Returns the fields of a request to ``/chat/completions``; ``_with_images`` adds the images later."""
         chat = self.chat
         as_parts = bool(request.images) or (chat is not None and chat.is_multimodal)
         messages = chat_messages(request, as_parts=as_parts)
@@ -262,8 +262,8 @@ class OpenAIEngine:
         """Returns the generation of a request from the server's answer.
 
         Raises:
-            ServerError: If the server has written another prompt than the model's processor, or has taken thoughts out
-                of the text.
+            ServerError: If the server has written another prompt than the model's processor, or has removed the
+                thoughts from the text.
         """
         (choice,) = reply["choices"]
         reason = choice["finish_reason"]
@@ -286,7 +286,7 @@ class OpenAIEngine:
         return Generation(generation.token_ids, generation.text, reason)
 
     def _text_generation(self, request: Request, text: str, reason: Any, reply: Reply) -> Generation:
-        """Returns the generation of a request from its text, whose token ids are computed."""
+        """Returns the generation of a request from the text of the answer, and computes its token ids."""
         if self.chat is None:
             usage = reply.get("usage") or {}
             count = usage.get("completion_tokens")
@@ -307,7 +307,7 @@ class OpenAIEngine:
 def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> None:
     """Compares the ids of a server's prompt with those of the model's processor, before and after the images.
 
-    The ids of the prefix may be other ids of the same text, because a server without token ids tokenizes it again.
+    The ids may differ if their text is the same, because a server that gets messages tokenizes the prefix again.
 
     Raises:
         ServerError: If the prompts differ.

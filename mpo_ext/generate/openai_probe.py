@@ -8,8 +8,8 @@ from mpo_ext.chat import ChatEncoder, Conversation
 from mpo_ext.generate.openai_client import OpenAIClient, Reply, RequestRefusedError, ServerError
 
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
-#: Fields beyond OpenAI's interface, which vLLM, SGLang and others take. They turn off the settings of the checkpoint's
-#: ``generation_config``, as in the other engines.
+#: Fields beyond OpenAI's interface, which vLLM, SGLang and others take. They turn off the sampling settings of the
+#: checkpoint's ``generation_config``, which the other engines ignore, too.
 EXTENSIONS: dict[str, Any] = {
     "top_k": -1,
     "min_p": 0.0,
@@ -20,7 +20,7 @@ EXTENSIONS: dict[str, Any] = {
 OPEN_TURN = {"add_generation_prompt": False, "continue_final_message": True}
 _QUESTION, _PREFIX = "Count to nine.", "One, two, three, four,"
 _MISSING = (404, 405, 501)  # statuses of a server that does not have the path
-_FIRST_RETRIES = 4  # about 5 seconds
+_FIRST_RETRIES = 4  # retries of a test request, which take about 5 seconds in all
 _N_DRAWS = 6
 
 
@@ -55,7 +55,7 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
     Args:
         client: Client of the server.
         model: Name of the model on the server.
-        chat: Encoder of prompts; None: without a tokenizer, the server gets only texts.
+        chat: Encoder of prompts; None: there is no tokenizer, so the server gets only texts.
         extra_body: Further fields of all requests.
 
     Raises:
@@ -68,7 +68,7 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
         ids = chat.prompt_ids(Conversation(question=_QUESTION))
         completion = prober.find_form(COMPLETIONS, {"prompt": ids})
         if completion is not None and _prompt_tokens(completion) != len(ids):
-            completion = None  # the server has taken the ids for something else
+            completion = None  # the server did not read the ids as one prompt
     messages: list[dict[str, Any]] = [{"role": "user", "content": _QUESTION}]
     answer = prober.find_form(CHAT, {"messages": messages})
     if completion is None and answer is None:
@@ -90,7 +90,7 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Form:
-    """The form of requests; the attributes are those of ``ServerFeatures``."""
+    """The form of the requests that a server takes; ``ServerFeatures`` describes the attributes."""
 
     extensions: bool
     seed_bits: int
@@ -145,9 +145,9 @@ class _Prober:
         return None
 
     def continues(self, messages: list[dict[str, Any]], chat: ChatEncoder, answer: Reply) -> bool:
-        """Returns whether the server continues an open turn. Its prompt then also has the prefix, and no end of turn.
+        """Returns whether the server continues an open turn: the prompt is then longer by exactly the prefix.
 
-        A server that ignores the fields would close the assistant's turn and begin another one, which takes tokens.
+        A server that ignores ``OPEN_TURN`` closes the assistant's turn and begins a new one, which takes more tokens.
         """
         conversation = Conversation(question=_QUESTION)
         n_prefix = len(chat.response_ids(conversation, _PREFIX)) - 1

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 _INTERVAL_S = 0.3
 _GRACE_S = 3.0  # time to end after SIGTERM; then SIGKILL follows
-_WATCHERS: list["subprocess.Popen[bytes]"] = []  # a reference to each, so that none is collected while it runs
+_WATCHERS: list["subprocess.Popen[bytes]"] = []  # keeps the running watchers from being garbage-collected
 
 
 @contextlib.contextmanager
@@ -52,11 +52,11 @@ def children(pid: int) -> set[int]:
 
 
 def watch(parent: int, excluded: set[int]) -> None:
-    """Waits until ``parent``, the parent of this process, has ended, and then ends the processes that it started.
+    """Waits until ``parent``, the parent of this process, has ended, and then ends the processes that it left behind.
 
     When ``parent`` has started all processes to be ended, it writes a line with the pids of its children to stdin.
     (Closing stdin is not enough: processes that the parent has forked hold it open.) Children that the parent starts
-    later are left alone. Children of known processes are known, too.
+    later are left alone. All descendants of the processes to be ended are ended, too.
 
     Args:
         parent: Pid of the parent.
@@ -105,9 +105,9 @@ def _add(known: dict[int, str], pids: Iterable[int]) -> None:
 
 
 def _start_time(pid: int) -> str | None:
-    """Returns the start time of a process, or None if it has ended. A later process with the same pid starts later.
+    """Returns the start time of a process; another process with the same pid has another start time.
 
-    A zombie, which has ended and waits for its parent, counts as ended.
+    Returns None if the process has ended. A zombie, which waits for its parent, counts as ended.
     """
     try:
         with open(f"/proc/{pid}/stat") as file:

@@ -29,7 +29,7 @@ class ItemResult:
         notes: Remarks for the summary, each with the number of lines that it concerns.
         tokens: Number of generated tokens.
         stage_tokens: Number of generated tokens by stage, for pipelines that have several stages.
-        details: More about a reason, such as the path of an image, by reason.
+        details: For some reasons of skips, a detail such as the path of an image.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -77,7 +77,7 @@ class Summary:
         skipped_items: Number of items skipped as a whole.
         notes: Remarks, each with the number of pairs that it concerns.
         stage_tokens: Number of generated tokens by stage; empty for a pipeline with one stage.
-        examples: For a reason of skips, the first of its details.
+        examples: For each reason of skips that has details, the first detail.
     """
 
     items: int = 0
@@ -200,7 +200,7 @@ class PairOutputs:
         pairs = sum(name != "unsolved" for name, _ in result.lines)
         if pairs:
             digest = int(item.digest, 16)
-            if digest in self._digests:  # with the same seeds, and so with the same samples
+            if digest in self._digests:  # equal items have equal seeds, and so equal samples
                 self.summary.notes[_REPEATED] += pairs
             self._digests.add(digest)
         for name, line in result.lines:

@@ -62,7 +62,7 @@ class QuestionSampler:
         seed: Seed of all draws.
         template: Template of the prompts; None: the question with its options.
         needs_truths: Whether questions without a true answer are left out.
-        with_image: Whether the model sees the images and videos. If not, items without them are not asked.
+        with_image: Whether the model sees the images and videos. If not, text-only items are not asked.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The actors of a Ray run, as the driver sees them: it sends blocks, receives records and replaces dead actors."""
+"""The driver's side of a Ray run: sends blocks to actors, receives their records and replaces dead actors."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from mpo_ext.generate.ray_worker import Block, BlockResult, EngineReport, RayWorker, describe_error
 from mpo_ext.journal import differences
 
-_MAX_DEATHS = 3  # number of actors that may die while they sample a block; the last of them has no other block
+_MAX_DEATHS = 3  # maximum number of actors that die while they sample a block; the last actor gets only this block
 _CALLS = 2  # number of blocks that an actor has at a time, so that it need not wait for the driver
 _AHEAD = 2  # number of samples that a streaming engine has at a time, in units of its concurrency
 _STOP_S = 30.0
@@ -83,7 +83,7 @@ class RayPool:
         """Yields each block with its records, in the order in which the blocks finish.
 
         Raises:
-            BlockError: If a block cannot be sampled. All other blocks that have begun are yielded before.
+            BlockError: If a block cannot be sampled. All other blocks that have begun are yielded first.
         """
         while True:
             for actor in self._actors:
@@ -138,7 +138,7 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether only one more actor may die during a block. Its actor must then have no other blocks."""
+        """Returns whether only one more actor may die during a block. This actor must then have no other blocks."""
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 
     def _add_actor(self) -> None:
@@ -170,13 +170,13 @@ class RayPool:
         return [(actor.blocks.pop(result.start), result) for result in answer]
 
     def _check(self, report: EngineReport) -> None:
-        """Raises RuntimeError if an engine has other settings than the first one."""
+        """Raises RuntimeError if an engine has other settings than the first engine."""
         self._report = self._report or report
         for name, first, second in differences(self._report.settings, report.settings):
             raise RuntimeError(f"all engines must have the same settings, got {first!r} and {second!r} for {name}")
 
     def _replace(self, actor: _Actor, error: Exception) -> None:
-        """Creates an actor in place of a dead one, and notes its blocks to be sampled again."""
+        """Creates an actor in place of a dead actor, and queues the blocks of the dead actor again."""
         self._ray.kill(actor.handle)
         self._actors.remove(actor)
         self._callers = {ref: caller for ref, caller in self._callers.items() if caller is not actor}

@@ -1,7 +1,7 @@
 """Runs a pipeline on a Ray cluster: each actor holds an engine, and the driver keeps the journal.
 
-The driver reads the items and sends blocks to the actors, only a few per actor at a time. It stores each block when it
-finishes (``mpo_ext.generate.early_blocks``). A run with Ray resumes like any other run and gives the same outputs.
+The driver reads the items, sends each actor a few blocks at a time, and stores each block when the block finishes
+(``mpo_ext.generate.early_blocks``). A run with Ray resumes like any other run and gives the same outputs.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def run(
         **place: As in ``runner.run``; ``image_root`` must be the same folder on every machine.
 
     Raises:
-        BlockError: If a block cannot be sampled. All blocks that were being sampled are stored before.
+        BlockError: If a block cannot be sampled. The other blocks that have begun are stored first.
         ImportError: If ray is missing.
         RuntimeError: If an engine cannot be created, or two engines have different settings.
         SettingsMismatchError: If the folder holds a run with other settings or another input.

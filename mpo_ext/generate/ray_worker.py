@@ -45,7 +45,7 @@ class BlockResult:
     """The result of a block.
 
     Attributes:
-        start: The block's ``start``.
+        start: The attribute ``start`` of the block.
         records: Records of each item; empty after an error.
         error: The message of an error, or None.
     """
@@ -92,9 +92,9 @@ class RayWorker:
         return EngineReport(self.engine.name, self.engine.settings(), concurrency)
 
     def step(self, blocks: Sequence[Block]) -> list[BlockResult]:
-        """Begins blocks, and returns the results of the blocks that have finished, at least one.
+        """Begins blocks, and returns the results of at least one finished block.
 
-        A streaming engine also returns earlier blocks. Another engine finishes all the blocks.
+        With a streaming engine, blocks of earlier calls may finish first. Any other engine finishes all given blocks.
         """
         if self._feeder is None:
             return [self._run(block) for block in blocks]
@@ -121,7 +121,10 @@ class RayWorker:
             return BlockResult(block.start, [], f"{block}: {describe_error(error)}{self._culprit(block)}")
 
     def _culprit(self, block: Block) -> str:
-        """Returns a text that names an item, if it fails alone and the next item does not; otherwise an empty text."""
+        """Samples the items one by one after an error, and returns a text that names the item that fails.
+
+        Returns "" if no item fails alone, or if a neighbour fails, too: then the cause is not the item.
+        """
         if len(block.items) < 2:
             return ""
         for place in range(len(block.items)):

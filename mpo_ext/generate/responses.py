@@ -47,7 +47,7 @@ def skip_reason(record: Mapping[str, Any], *, allow_truncated: bool, allow_degen
 
 
 def normalized(text: str) -> str:
-    """Returns a text with single spaces, by which equal responses are found."""
+    """Returns a text with single spaces. Responses are equal if their normalized texts are equal."""
     return " ".join(text.split())
 
 

@@ -33,7 +33,7 @@ UNREADABLE_VERDICT = "verdict on a claim is neither yes nor no"
 _STAGES = {
     "responses": "tokens", "claims": "claim_tokens", "questions": "question_tokens", "verdicts": "verdict_tokens",
 }  # fmt: skip
-_CLEAR = 0.5  # least probability of yes and no together with which a verdict is clear
+_CLEAR = 0.5  # minimum sum of the probabilities of yes and no for a clear verdict
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class _Draft:
         self.record["failure"] = reason
 
     def is_whole(self, generation: Generation, name: str) -> bool:
-        """Returns whether a generated list is complete; otherwise the draft fails. ``name`` names the list."""
+        """Returns whether a generated list is complete; otherwise calls ``fail``. ``name`` names the list."""
         if generation.refusal is not None:
             self.record["refusal"] = generation.refusal
             self.fail(f"prompt for the {name} refused by the engine")
@@ -156,7 +156,7 @@ class RlaifV:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests of ``sample``, and returns its records."""
+        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
         all_records = yield from self.questions.steps(items, engine)
         drafts: list[_Draft] = []
         for item, records in zip(items, all_records, strict=True):
@@ -315,7 +315,7 @@ class RlaifV:
 
 
 def n_rejected(record: Mapping[str, Any]) -> int:
-    """Returns the number of claims in a record whose verdict is no, or as probable as yes."""
+    """Returns the number of claims in a record for which "no" is at least as probable as "yes"."""
     return sum(yes <= no for yes, no in record["verdicts"])
 
 

@@ -66,10 +66,10 @@ def run(
     """Samples the missing records, and writes the outputs when all records exist.
 
     Args:
-        pipeline: ``DropoutNTP`` or ``Correctness``.
+        pipeline: The pipeline, such as ``DropoutNTP`` or ``Correctness``.
         engine: Engine that answers the requests.
-        source: File of items, as in ``item_files``. Or a meta file (.json) that names such files, as MMPR's prompts
-            are published.
+        source: File of items, or a meta file (.json) that names such files, as MMPR's prompts are published; see
+            ``item_files``.
         out: Folder of the run.
         block_size: Number of samples to request at a time. If an item has more samples, all its samples are requested
             together. A kill loses at most these samples.

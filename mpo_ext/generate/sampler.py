@@ -4,7 +4,7 @@ Each process of a run takes every item whose position modulo the number of proce
 records to a separate journal (``mpo_ext.journal``) in input order. Memory does not grow with the number of items.
 
 Items go through the engine in blocks, whose bounds depend only on the input and the block size. If a kill left a block
-incomplete, the whole block is generated again with the same arithmetic, and only the missing records are appended.
+incomplete, the whole block is generated again, with the same results, and only the missing records are appended.
 Engines that take requests at any time run several blocks at the same time (``mpo_ext.generate.feeding``).
 """
 
@@ -71,7 +71,7 @@ def check_world_size(out: Path, world_size: int) -> None:
 
 
 def stored_date(out: Path) -> str | None:
-    """Returns the date for chat templates that the journals in a folder record, in ISO format, or None without one."""
+    """Returns the date for chat templates, in ISO format, that the journals in a folder record; None: no date."""
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         engine = (read_header(path) or {}).get("engine", {})
         for settings in (engine, engine.get("judge", {})):
@@ -243,7 +243,7 @@ def _no_steps() -> Steps:
 
 
 def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[StoredBlock]:
-    """Yields each block with those of its records that the journal holds already."""
+    """Yields each block with the records of the block that the journal already holds."""
     stored = journal.records()
     for items in item_blocks:
         keys = [pipeline.keys(item) for item in items]

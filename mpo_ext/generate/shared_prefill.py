@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class UnsharedError(Exception):
-    """Raised if the state of a model after its prompts cannot be repeated. The message gives the reason."""
+    """Raised if the state of a model after the prefill cannot be repeated for the samples. The message says why."""
 
 
 def sharing_problem(model: Any) -> str | None:
@@ -39,9 +39,9 @@ class SharedPrefill:
     """A decoding loop for ``generate(custom_generate=...)`` of transformers, whose inputs hold each prompt once.
 
     ``generate`` prepares positions, cache, logits processors and stopping criteria, as for the loops of transformers.
-    The prompts run in one forward pass. Then their cache and all inputs are repeated for the samples, and each sample
-    gets the tokens that ``generate`` and ``SeededDraw`` would give it in a separate row, apart from rounding. When
-    half of the samples have ended, they leave the batch.
+    The prompts run in one forward pass. Then their cache and all inputs are repeated for the samples. Apart from
+    rounding, a sample gets the same tokens as if the inputs held its prompt in a separate row. When half of the
+    samples have ended, they leave the batch.
 
     Args:
         prompts: For each sample, the row of its prompt in the inputs.
@@ -158,7 +158,7 @@ def _is_image(name: str, value: Any) -> bool:
 
 
 def _select_rows(name: str, value: Any, rows: "Tensor", n_rows: int) -> Any:
-    """Returns an input of the model, which has ``n_rows`` rows, with the rows ``rows``.
+    """Returns the rows with the indices ``rows`` of an input of the model; ``n_rows`` is the number of its rows.
 
     A cache is changed in place. An input without rows is returned unchanged.
     """

@@ -58,8 +58,8 @@ class TransformersEngine:
     Attributes:
         chat: Encoder of prompts and responses, the same as in training.
         shares_prefill: Whether requests with the same prompt and images share one prefill.
-        inference_mode: Whether the model runs in ``torch.inference_mode``. It must not if its parameters are gathered
-            in each forward pass and trained later (FSDP2, ZeRO-3).
+        inference_mode: Whether the model runs in ``torch.inference_mode``. Must be False if the parameters are trained
+            later and gathered in each forward pass (FSDP2, ZeRO-3).
 
     Raises:
         ChatError: If the chat template cannot be used.
@@ -263,7 +263,7 @@ class TransformersEngine:
     def _without_defaults(self) -> Iterator[None]:
         """Hides the model's ``generation_config`` in a ``with`` block.
 
-        Otherwise, ``generate`` would take every setting that is None from it.
+        Otherwise, ``generate`` would fill in the settings that are None from this config.
         """
         from transformers import GenerationConfig
 
@@ -335,8 +335,8 @@ def _batches(
     """Yields batches of questions. A question is the list of indices of the requests with the same prompt.
 
     The questions of a batch have equal settings, equal numbers of images, videos of equal shapes and similar lengths.
-    A batch has at most ``batch_size`` requests, or a single question. ``shares_prefill`` is the engine's, and
-    ``adds_special`` is ``ChatEncoder.adds_special_tokens``.
+    A batch has at most ``batch_size`` requests, or a single question. ``shares_prefill`` is the engine's attribute,
+    and ``adds_special`` is ``ChatEncoder.adds_special_tokens``.
     """
     groups: dict[Any, dict[Any, list[int]]] = {}
     for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):

@@ -1,4 +1,4 @@
-"""LoRA adapters in vLLM: finds settings that vLLM would ignore or refuse late, and sets vLLM's options."""
+"""Rejects LoRA adapters that vLLM would ignore in part or refuse late, and returns vLLM's options for the others."""
 
 import json
 from pathlib import Path

@@ -57,7 +57,7 @@ class VLLMEngine:
         **options: Any,
     ) -> None:
         check_integer("concurrency", concurrency, least=1)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # otherwise it writes about 40 lines at the start
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # otherwise vLLM writes about 40 lines at the start
         if adapter is not None:
             options = {**adapter_options(adapter), **options}
         try:
@@ -109,7 +109,7 @@ class VLLMEngine:
         return [results[name] for name in names]
 
     def submit(self, request: Request) -> str:
-        """Starts a request and returns a name for it. A request that vLLM refuses ends at once, with the reason."""
+        """Starts a request and returns a name for it. A request that vLLM rejects is refused, with a reason."""
         name = str(next(self._names))
         if request.videos:
             self._refused.append((name, refused_videos("vllm", request)))
@@ -236,6 +236,6 @@ def _refusals() -> tuple[type[Exception], ...]:
     """Returns the exception types of vLLM for prompts that it refuses."""
     try:
         from vllm.exceptions import VLLMValidationError
-    except ImportError:  # older versions of vLLM do not have it
+    except ImportError:  # older versions of vLLM do not have this class
         return (ValueError,)
     return (ValueError, VLLMValidationError)

@@ -1,4 +1,4 @@
-"""Runs the commands of stages, one after the other, as processes that a signal or a kill does not leave behind."""
+"""Runs the commands of stages, one after the other. Their processes end even if this process is killed."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from mpo_ext.files import FileLock, LockedError
 from mpo_ext.generate.orphans import ended_with_this_process
 from mpo_ext.train.signals import handled
 
-_GROUP_S = 60.0  # time for processes that their launcher has left behind
+_GROUP_S = 60.0  # maximum time to wait for processes that outlive their launcher
 
 
 class InterruptedStageError(Exception):
@@ -34,7 +34,7 @@ class StageRunner:
     """A context manager that runs commands in the folder of a run; only one process at a time can use a folder.
 
     Each command runs in a process group. SIGINT and SIGTERM are passed on to this group, so that training writes a
-    checkpoint. If this process is killed, a watcher ends the group; the next runner waits until it has ended.
+    checkpoint. If this process is killed, a watcher ends the group. The next runner waits until the group has ended.
 
     Raises:
         LockedError: If another process runs the rounds of this folder.
@@ -69,14 +69,14 @@ class StageRunner:
             raise InterruptedStageError(self._received)
         package = str(Path(mpo_ext.__file__).resolve().parents[1])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        # Modules of the current folder must not replace those of Python.
+        # PYTHONSAFEPATH: modules in the current folder must not replace modules of Python.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
         sys.stdout.flush()
         process = subprocess.Popen(
             list(command), env=environment, start_new_session=True, pass_fds=[self._stage_lock.fileno()]
         )
         self._process = process
-        if self._received is not None:  # before the handler knew the process
+        if self._received is not None:  # the signal arrived before ``self._process`` was set
             self._pass_on(self._received)
         status = process.wait()
         _wait_for_group(process.pid)
@@ -87,7 +87,7 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _wait_for_old_stages(self) -> Iterator[FileLock]:
-        """Yields a lock. The processes of a stage inherit its descriptor, so they hold the lock, too."""
+        """Waits until the stage of a killed run has ended, and yields the lock that stages inherit."""
         path, what = self.folder / "stage.lock", f"the stages of {self.folder}"
         lock = FileLock(path, what)
         try:

@@ -86,7 +86,7 @@ class QuestionsRecipe:
         path: File of items, as ``mpo-ext sample`` reads it, or a list with a file for each round.
         image_root: Folder at which relative image paths start; a meta file (.json) has its own roots.
         root_map: (old, new) path prefixes of moved folders in a meta file.
-        limit: Maximum number of items, from the first of the file; None: all.
+        limit: Maximum number of items, taken from the beginning of the file; None: all.
     """
 
     path: StringOrStrings
@@ -219,7 +219,7 @@ class SampleRecipe:
 
     @property
     def pipelines(self) -> dict[str, PipelineRecipe]:
-        """The pipelines by their name as a command: correctness, dropout-ntp."""
+        """The settings of the given pipelines, by the name "correctness" or "dropout-ntp"."""
         given = {"correctness": self.correctness, "dropout-ntp": self.dropout_ntp}
         return {name: pipeline for name, pipeline in given.items() if pipeline is not None}
 
@@ -297,7 +297,7 @@ class RoundEvaluationRecipe:
 
 @section
 class LaunchRecipe:
-    """Words that start the processes of a stage. The module of the stage follows, such as ``-m mpo_ext.train RECIPE``.
+    """Launchers of the stages: the words of a command before ``-m MODULE``.
 
     An empty list starts one process with the Python of this command.
 
@@ -323,13 +323,13 @@ class IterateRecipe:
         sample: Settings of the pipelines that make pairs.
         train: Sections of a training recipe (``mpo_ext.train.recipe``), without the settings that each round sets.
             Sources in ``data.train`` are mixed with the pairs of each round.
-        evaluate: Settings of the evaluation after each round, and of the model that the first round starts from.
+        evaluate: Settings for evaluating the model of each round, and the model that the first round starts from.
         reference: Reference model of a round: "round" is the model that the round starts from, as in on-policy DPO;
             "first" is the model that the first round starts from.
         seed: Seed of the samples of the first round; each later round adds 1.
         engine: Settings of the engine that samples and evaluates.
-        launch: Words that start the processes of a stage, for several GPUs.
-        page_pairs: Maximum number of pairs of each pipeline and round on its page; 0 writes no such pages.
+        launch: Launchers of the stages, for several GPUs.
+        page_pairs: Maximum number of pairs on the page of a pipeline in a round; 0 writes no pages.
         keep_checkpoints: Whether the checkpoints of a round are kept after its training. Final models are always kept.
     """
 

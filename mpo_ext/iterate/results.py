@@ -17,16 +17,16 @@ from mpo_ext.report import Line, Panel, save_page, save_panels
 RESULTS = "rounds.json"
 _FORMAT = "mpo_ext.rounds/1"
 _TEMPLATE = "iterate.html.j2"
-_LAST = 10  # the numbers of training are means over the last 1 / _LAST of the logged steps
+_LAST = 10  # training metrics are means over the last 1 / _LAST of the logged steps
 _METRICS = ("reward_accuracy", "reward_margin", "loss", "ntp_loss")
 
 
 def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, Any]:
     """Returns the content of ``rounds.json`` as JSON values. All stages of the rounds ``numbers`` must be done.
 
-    For each round: its ``model``; its ``sources`` of pairs (not for round 0); ``training``; ``accuracy`` as in
-    ``results.json`` of an evaluation; and ``comparisons`` on the same questions with the first model and with the
-    model of the round before.
+    A round has its ``model`` and its ``accuracy`` as in ``results.json`` of an evaluation. A round after round 0 also
+    has its ``sources`` of pairs, its ``training`` metrics, and ``comparisons`` on the same questions with the first
+    model and with the model of the round before.
     """
     rounds: list[dict[str, Any]] = []
     shares: list[dict[tuple[str, str], dict[int, float]]] = []
@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
 
 
 def _question_accuracies(path: Path) -> dict[tuple[str, str], dict[int, float]]:
-    """Returns the share of correct responses, by (data, prompt) and then by the index of the question."""
+    """Returns the fraction of correct responses, by (data, prompt) and then by the index of the question."""
     right: dict[tuple[str, str], dict[int, list[bool]]] = {}
     with open(path, encoding="utf-8") as file:
         for line in map(json.loads, file):
@@ -135,7 +135,7 @@ def accuracy_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 
 
 def percent(row: Mapping[str, Any], name: str = "accuracy", sign: str = "") -> str:
-    """Returns a share in percent with its standard error; "-" for None. ``sign`` is "+" for differences."""
+    """Returns a fraction in percent with its standard error; "-" for None. ``sign`` is "+" for differences."""
     if row[name] is None:
         return "-"
     error = row["standard_error"]

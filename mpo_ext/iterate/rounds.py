@@ -78,7 +78,9 @@ def folder_results(recipe: IterateRecipe) -> dict[str, Any]:
 
 
 def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
-    """Checks the model, without its weights, and all files of questions. Returns lines and hash of each file.
+    """Checks the model, without its weights, and all files of questions.
+
+    Returns, by path, the number of items and the hash of each file.
 
     Raises:
         OSError: If a file or the model is missing.
@@ -150,12 +152,12 @@ def _check_settings(recipe: IterateRecipe, inputs: dict[str, Any]) -> None:
 
 
 def _is_longer_list(before: Any, after: Any) -> bool:
-    """Returns whether a list of files of questions only has new files at its end, for more rounds."""
+    """Returns whether ``after`` is ``before``, a list of files of questions, with further files at the end."""
     return isinstance(before, list) and isinstance(after, list) and after[: len(before)] == before
 
 
 def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | None) -> None:
-    """Mixes the pairs of a round: writes the training recipe, whose sources are the files of pairs.
+    """Writes the training recipe of a round, which mixes the files of pairs of the round.
 
     Raises ValueError if no pipeline has made a pair.
     """
@@ -173,7 +175,7 @@ def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | Non
 
 
 def _run_stage(runner: StageRunner, recipe: IterateRecipe, stage: RoundStage, stream: TextIO | None) -> None:
-    """Runs a stage and marks it as done. A page without pairs is left out."""
+    """Runs a stage and marks it as done. The stage of a page is skipped if there are no pairs to show."""
     is_page = stage.name.startswith("page of ")
     if is_page and Path(stage.arguments[2]).stat().st_size == 0:
         return

@@ -30,10 +30,10 @@ class RoundStage:
 
     Attributes:
         round: Number of the round; 0 is the evaluation of the first model.
-        name: "evaluate", "correctness", "dropout-ntp", "pages" or "train".
+        name: "evaluate", "train", the name of a pipeline such as "correctness", or "page of" and this name.
         module: Module that Python runs.
         arguments: Arguments of the module.
-        launcher: Words before ``-m MODULE``; empty: the Python of this process.
+        launcher: Words of the command before ``-m MODULE``; empty: the Python of this process.
         product: File or folder that exists after the stage.
     """
 
@@ -102,7 +102,7 @@ def evaluate_stage(recipe: IterateRecipe, number: int) -> RoundStage:
 
 
 def all_stages(recipe: IterateRecipe) -> Iterator[RoundStage]:
-    """Yields the stages of all rounds in their order. A pipeline without pairs skips the stage of its page."""
+    """Yields the stages of all rounds in their order."""
     for number in range(recipe.rounds + 1):
         if number:
             for name in recipe.sample.pipelines:
@@ -203,7 +203,7 @@ def _matcher_options(matcher: Mapping[str, Any]) -> list[str]:
 
 
 def _option(name: str, value: Any) -> list[str]:
-    """Returns the words of an option: none for None and False, only the name for True."""
+    """Returns an option as words of a command line: no words for None and False, only the name for True."""
     if value is None or value is False:
         return []
     option = f"--{name.replace('_', '-')}"
