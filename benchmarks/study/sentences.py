@@ -163,7 +163,7 @@ def best_rates(document: Document) -> str:
     error = "" if verdict.error is None else f" ± {verdict.error:.1f}"
     word = group_of(gains, verdict)
     return (
-        f"Over {count}, {'; '.join(parts)}. Each at its best rate, MPO less SFT is {statistics.fmean(gains):+.1f}"
+        f"Over {count}, {'; '.join(parts)}. Each at its best rate, MPO minus SFT is {statistics.fmean(gains):+.1f}"
         f"{error} points: *{word}*."
     )
 
@@ -185,7 +185,7 @@ def strengths(document: Document) -> str:
             )
     if not parts:
         return ""
-    return f"Start's direct less step-by-step accuracy, and MPO less SFT step by step, by prior. {'; '.join(parts)}."
+    return f"Gap and gain in points, by prior: {'; '.join(parts)}."
 
 
 def unparsable(document: Document) -> str:

@@ -126,7 +126,7 @@ def test_the_best_rates_are_those_of_seeds_with_all_rates() -> None:
     reading = sentences.reading(make_document(cot, (1, 2, 3, 4), direct={"SFT, rate x 4": 44.0}))
     assert line_of(reading, "Best rates") == (
         "- **Best rates.** Over 3 seeds, SFT is best at x 4 (52.0 step by step, 44.0 directly); MPO is best at x 0.5 "
-        "(55.1 step by step, 50.0 directly). Each at its best rate, MPO less SFT is +3.1 ± 0.1 points: *higher*."
+        "(55.1 step by step, 50.0 directly). Each at its best rate, MPO minus SFT is +3.1 ± 0.1 points: *higher*."
     )
 
 
