@@ -80,7 +80,7 @@ check-attention: $(VENV)/.dev $(VENV)/.native
 TRAINERS := tests/integrations
 RUN_TESTS := $(TRAINERS)/run_tests.py
 SIDE_BY_SIDE := $(TRAINERS)/side_by_side.py
-ROUNDS := --rounds 2 --steps 3 --save
+ROUNDS := --pairs 2 --length 8 --rounds 2 --steps 3 --save
 INTEGRATIONS := $(addprefix integrations-,trl old-trl log-probs axolotl llama-factory ms-swift)
 .PHONY: $(INTEGRATIONS)
 integrations: $(INTEGRATIONS)
@@ -110,7 +110,7 @@ integrations-axolotl: $(VENV)/.dev $(VENV)/.native build/log-probs/.installed
 integrations-llama-factory: $(VENV)/.native build/llama-factory/.installed
 	build/llama-factory/bin/python $(RUN_TESTS) llama-factory llamafactory,trl,transformers $(TRAINERS)/test_llama_factory.py
 	build/llama-factory/bin/python $(TRAINERS)/run_page.py LLaMA-Factory
-	build/llama-factory/bin/python $(SIDE_BY_SIDE) llama-factory --pairs 1 --length 5 $(ROUNDS)
+	build/llama-factory/bin/python $(SIDE_BY_SIDE) llama-factory $(ROUNDS)
 
 integrations-ms-swift: $(VENV)/.native build/ms-swift/.installed
 	build/ms-swift/bin/python $(RUN_TESTS) ms-swift ms-swift,trl,transformers $(TRAINERS)/test_ms_swift.py

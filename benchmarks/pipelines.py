@@ -1,8 +1,8 @@
 """Compares the pipelines that make preference pairs, on the digits task of the demo: ``python -m benchmarks.pipelines``.
 
 The start in the package answers step-by-step questions about grids of digits that it was not trained on. For each
-pipeline, three quantities are measured: generated tokens per pair, pairs per second, and the share of pairs whose label
-is wrong (``benchmarks.study.labels``). The verdicts of RLAIF-V come from ``benchmarks.study.reading_judge``.
+pipeline, three quantities are measured: generated tokens per pair, pairs per second of CPU time, and the share of pairs
+whose label is wrong (``benchmarks.study.labels``). The verdicts of RLAIF-V come from ``benchmarks.study.reading_judge``.
 
 ``benchmarks.documents`` imports this module for its table, so slow imports are in the functions that measure.
 """
@@ -33,8 +33,7 @@ _FIELDS = {"environment", "settings", "results"}
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Runs each pipeline ``args.repeat`` times in turn, and returns its figures.
 
-    Each run samples with another seed. The seconds are the medians of the runs, the other figures are those of all
-    pairs of all runs.
+    Each run samples with another seed. The shares of labels are those of all pairs of all runs.
     """
     import numpy as np
 
@@ -110,11 +109,11 @@ def table(documents: Documents) -> str:
         rows.append(
             [
                 f"`{name}`", f"{n_pairs:,}", *(f"{count:.1f}" for count in tokens[name]),
-                f"{statistics.median(run['pairs'] / run['seconds'] for run in runs):.1f}",
+                f"{statistics.median(run['pairs'] / run['cpu_seconds'] for run in runs):.1f}",
                 *(f"{100 * figures[share]:.1f}" for share in ("right", "equal", "wrong", "chosen_right")),
             ]
         )  # fmt: skip
-    header = ["pipeline", "pairs", "tokens per pair", "and claims", "pairs per second"]
+    header = ["pipeline", "pairs", "tokens per pair", "and claims", "pairs per CPU second"]
     text = markdown_table([*header, *(f"{name}, %" for name in labels.SHARES.values())], rows)
     generated, written = (100 * tokens[DROPOUT_NTP][at] / tokens[RLAIF_V][at] for at in (0, 1))
     loads = [environment["load_before"][0], environment["load_after"][0]]

@@ -36,7 +36,7 @@ def test_the_table_divides_by_the_pairs_and_compares_with_the_paper(tmp_path: Pa
     run = {"pairs": 10, "seconds": 2.0, "cpu_seconds": 2.0, "tokens": 300, "claim_tokens": 0}
     shares = dict.fromkeys(labels.SHARES, 0.25)
     results = {
-        pipelines.CORRECTNESS: {"runs": [run, {**run, "pairs": 30, "seconds": 1.0}], **shares},
+        pipelines.CORRECTNESS: {"runs": [run, {**run, "pairs": 30, "cpu_seconds": 1.0}], **shares},
         pipelines.DROPOUT_NTP: {"runs": [run], **shares},
         pipelines.RLAIF_V: {"runs": [{**run, "tokens": 600, "claim_tokens": 450}], **shares},
     }
