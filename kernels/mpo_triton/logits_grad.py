@@ -28,7 +28,10 @@ def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK:
 
 @triton.jit
 def grad_of_label(z_label, row_max, row_sum, weight):
-    """Returns weight * (1 - p), in double: 1 - p cancels if p is near 1, and Triton has no expm1."""
+    """Returns weight * (1 - p) for the label's probability p.
+
+    It is computed in double, because 1 - p cancels if p is near 1 and Triton has no expm1.
+    """
     logp = (z_label.to(tl.float64) - row_max.to(tl.float64)) - tl.log(row_sum.to(tl.float64))
     return (weight.to(tl.float64) * (1.0 - tl.exp(logp))).to(tl.float32)
 

@@ -261,7 +261,7 @@ class _GradientCell:
 
 
 class _LossProbe(torch.autograd.Function):
-    """Returns the probe in place of logits; its backward passes the gradient in ``cell`` to the value."""
+    """Returns the probe in place of logits. Its backward passes the gradient in ``cell`` to ``value``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
@@ -274,7 +274,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Returns the value; its backward stores the gradient in ``cell``, and sends zeros to the model's output."""
+    """Returns ``value``. Its backward stores the gradient in ``cell``, and sends zeros to ``logits``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
