@@ -14,7 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import audit, hardware, integrations, machine_code, matrix, measure, pipelines, predictions, schema, tables
+from benchmarks import (
+    audit,
+    hardware,
+    integrations,
+    machine_code,
+    matrix,
+    measure,
+    pipelines,
+    predictions,
+    schema,
+    tables,
+)
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.study import tables as study
 from benchmarks.tables import Documents

@@ -1,8 +1,9 @@
-"""Compares the pipelines that make preference pairs, on the digits task of the demo: ``python -m benchmarks.pipelines``.
+"""Compares the pipelines that make preference pairs, on the demo's digits task: ``python -m benchmarks.pipelines``.
 
 The start in the package answers step-by-step questions about grids of digits that it was not trained on. For each
-pipeline, three quantities are measured: generated tokens per pair, pairs per second of CPU time, and the share of pairs
-whose label is wrong (``benchmarks.study.labels``). The verdicts of RLAIF-V come from ``benchmarks.study.reading_judge``.
+pipeline, three quantities are measured: generated tokens per pair, pairs per second of CPU time, and the share of
+pairs whose label is wrong (``benchmarks.study.labels``). The verdicts of RLAIF-V come from
+``benchmarks.study.reading_judge``.
 
 ``benchmarks.documents`` imports this module for its table, so slow imports are in the functions that measure.
 """
@@ -120,8 +121,8 @@ def table(documents: Documents) -> str:
     return (
         f"{text}\n{settings['questions']} questions, {settings['samples']} responses per question, "
         f"{settings['repeat']} runs of each pipeline in turn. Measured on {environment['threads']} thread of "
-        f"{environment['cpu']} ({environment['cores']} cores), load average {min(loads):.1f} to {max(loads):.1f}, commit "
-        f"{environment['commit']}, {environment['started'][:10]}: `{environment['command']}`.\n\n"
+        f"{environment['cpu']} ({environment['cores']} cores), load average {min(loads):.1f} to {max(loads):.1f}, "
+        f"commit {environment['commit']}, {environment['started'][:10]}: `{environment['command']}`.\n\n"
         f"DropoutNTP needed {generated:.0f} % of the generated tokens of RLAIF-V, and {written:.0f} % if claims and "
         f"questions count; in the paper {100 * labels.PAPER[0] / labels.PAPER[1]:.1f} %.\n"
     )
@@ -138,7 +139,9 @@ def load(path: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Runs the pipelines, prints the table and writes the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipelines", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/pipelines"), help="folder that is written anew")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/pipelines"), help="folder to write to, which is emptied first"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"file of the results (default: {RESULTS})")
     parser.add_argument("--questions", type=int, default=500, help="questions for each run (default: 500)")
     parser.add_argument("--samples", type=int, default=8, help="responses per question (default: 8)")

@@ -30,8 +30,8 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--seeds", type=at_least(1), default=1, help="number of runs, each with the next seed")
     parser.add_argument(
         "--threads", type=at_least(1), default=1,
-        help="number of CPU threads (default: 1; the model is so small that more threads hardly help, and beside other "
-        "work on the machine they wait for each other)",
+        help="number of CPU threads (default: 1, because the model is small, and several threads wait for each other "
+        "if the machine has other work)",
     )  # fmt: skip
     parser.add_argument(
         "--backend", choices=("cpu", "reference"), help="backend of the loss (default: the best that is installed)"

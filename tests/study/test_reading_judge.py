@@ -75,4 +75,4 @@ def test_the_response_that_the_direct_answers_confirm_is_chosen(tmp_path: Path) 
     assert (pair["chosen"], pair["rejected"]) == (RIGHT, WRONG)
     assert pair["provenance"]["rejected_claims"] == [0, 2]
     assert sorted(engine.asked) == sorted([*CELLS[2], "bottom-right", "largest", "largest"])  # each claim once
-    assert judge.claim_tokens == 4 * 5 * len("- largest is 9".split())  # four responses of five claims
+    assert judge.claim_tokens == 2 * 5 * 4  # two different responses of five claims of four words
