@@ -35,7 +35,7 @@ _BASE64_MEDIA = re.compile(
     r"/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk.{6}AAAA|SUkqA|TU0AK|AAAA..Z0eXB|SUQz|//u[QSU]|T2dnU|ZkxhQ|GkXfo"
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
-_SHORTEST_BASE64 = 65  # characters: the base64 text of a media file is at least this long, words and ids are shorter
+_SHORTEST_BASE64 = 65  # no file of these types is shorter; words and ids are shorter
 # Fields in which readers look for the bytes of images and videos.
 _READ_FIELDS = {
     *("image", "images", "video", "videos", "rejected_image", "rejected_images"),
