@@ -46,15 +46,17 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
     """Returns the paired standard error, over the questions, of a difference in the column "cot", in points.
 
-    The answers are those of the first measured seed of each row. None: the results lack single answers.
+    The answers are those of the first seed for which both rows are measured. None: no such seed, or no single answers.
     """
-    bits = []
-    for name in (row, other):
-        measured = [each for each in document["results"] if each["row"] == name and each["status"] == "measured"]
-        right = next((each["evaluation"]["cot"].get("right") for each in measured), None)
-        if right is None:
-            return None
-        bits.append([int(bit) for bit in f"{int(right, 16):b}"[1:]])
+    answers: dict[str, dict[int, str | None]] = {row: {}, other: {}}
+    for result in document["results"]:
+        if result["row"] in answers and result["status"] == "measured":
+            answers[result["row"]][result["seed"]] = result["evaluation"]["cot"].get("right")
+    common = [seed for seed in answers[row] if seed in answers[other]]
+    chosen = [answers[name][common[0]] for name in (row, other)] if common else []
+    bits = [[int(bit) for bit in f"{int(right, 16):b}"[1:]] for right in chosen if right is not None]
+    if len(bits) < 2:
+        return None
     changes = [ours - theirs for ours, theirs in zip(*bits, strict=True)]
     return 100 * statistics.stdev(changes) / math.sqrt(len(changes))
 

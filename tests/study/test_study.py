@@ -331,6 +331,13 @@ def test_a_difference_with_one_seed_has_the_error_of_its_questions() -> None:
     mpo["evaluation"]["cot"]["right"] = training.encode_right([True, True, False, False, True])
     sft["evaluation"]["cot"]["right"] = training.encode_right([False, True, False, True, False])
     assert study.question_error(document, "MPO", "SFT") == pytest.approx(100 * (0.7 / 5) ** 0.5)
+    # A seed that only one row has does not count: its questions are others.
+    other = copy.deepcopy(mpo)
+    other["seed"] = 0
+    other["evaluation"]["cot"]["right"] = training.encode_right([False] * 5)
+    alone = {**document, "results": [other, *document["results"]]}
+    assert study.question_error(alone, "MPO", "SFT") == pytest.approx(100 * (0.7 / 5) ** 0.5)
+    assert study.question_error({**document, "results": [other, sft]}, "MPO", "SFT") is None
     (line,) = [
         line for line in study.tables(document)["prior_differences"].splitlines() if "± 37.4 (questions)" in line
     ]
