@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from mpo_ext.loss.preference import LOSSES
+from mpo_ext.train.batch_loss import weighted_config
+from mpo_ext.train.dataset import BatchCounts, StepSize
 from mpo_ext.train.loop import Trainer, train
 from mpo_ext.train.recipe import LossRecipe
 
@@ -36,6 +38,33 @@ def assert_same(one: Any, other: Any, *names: str) -> None:
         )
     for name, weight in one[1].items():
         torch.testing.assert_close(weight, other[1][name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_pairs", "of_tokens"),
+    [
+        ({}, [0.4, 0.2, 0.4], [1 / 3, 0.6, 1 / 15]),
+        ({"loss__ntp_average": "sequence"}, [0.4, 0.2, 0.4], [0.5, 0.25, 0.25]),
+        ({"loss__average_over": "micro_batch"}, [1 / 3] * 3, [1 / 3] * 3),
+        (
+            {"loss__average_over": "micro_batch", "optim__micro_batch_size": 1, "optim__micro_batch_tokens": 100},
+            [0.4, 0.2, 0.4],  # each pair counts as a micro-batch; one has no chosen tokens
+            [0.4, 0.2, 0.2],
+        ),
+    ],
+)
+def test_each_micro_batch_has_its_share_of_the_step(
+    tmp_path: Path, settings: dict[str, Any], of_pairs: list[float], of_tokens: list[float]
+) -> None:
+    """The shares have the number of ranks as a factor, because accelerate averages the gradients over the ranks."""
+    recipe = digits_run.recipe(tmp_path / "run", tmp_path / "pairs.jsonl", **settings)
+    counts = [BatchCounts(2, 5, 2), BatchCounts(1, 9, 1), BatchCounts(2, 1, 1)]
+    size = StepSize(BatchCounts(5, 15, 4), micro_steps=2, micro_batches=3)
+    configs = [weighted_config(recipe, each, size, world_size=2) for each in counts]
+    weights = [(c.dpo_weight, c.bco_weight, c.ntp_weight) for c in configs if c is not None]
+    shares = zip(of_pairs, of_tokens, strict=True)
+    assert weights == [pytest.approx((2 * 0.8 * pairs, 2 * 0.2 * pairs, 2 * tokens)) for pairs, tokens in shares]
+    assert weighted_config(recipe, None, size, world_size=2) is None
 
 
 @pytest.mark.parametrize(("average", "smoothing"), [("token", 0), ("sequence", 0.1)])

@@ -693,10 +693,13 @@ def test_deepspeed_gets_a_separate_folder(accelerator: Any, save: Callable[..., 
     )
     engine = Engine()
     store = Checkpoints(tmp_path)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
     path = store.save(deepspeed, 1, engine, None, {"step": 1})
+    drawn = random.random(), np.random.random(), torch.rand(())
     assert "deepspeed/zero_0.pt" in json.loads((path / "manifest.json").read_text())["files"]
     assert store.load(deepspeed, path, engine, None) == {"step": 1}
     assert engine.loaded == "states"
+    assert (random.random(), np.random.random(), torch.rand(())) == drawn
     with pytest.raises(CheckpointError, match="resumed under DeepSpeed, as it was saved, got one process, DDP"):
         store.load(accelerator, path, Small(), None)
     with pytest.raises(CheckpointError, match="resumed under one process, DDP or FSDP2, as it was saved, got DeepSp"):

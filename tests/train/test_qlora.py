@@ -34,6 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def cpu_that_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes bitsandbytes pack weights on any CPU as it does on those with AVX512-BF16."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_card, "write_card", lambda *args, **options: None)
 
@@ -96,6 +102,7 @@ def test_only_linear_layers_of_the_language_model_are_quantized(folder: Path, na
     assert {parameter.dtype for parameter in others} == {torch.bfloat16}
     towers = [key for key, _ in quantized_layers(base) if "vision" in key or "projector" in key or "head" in key]
     assert towers == []
+    assert not any(layer.support_avx512bf16_for_cpu for _, layer in quantized_layers(base))
 
 
 def test_weights_that_are_packed_nevertheless_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -20,6 +21,8 @@ import transformers
 from accelerate import Accelerator
 from digits_run import recipe
 from families import EXPERTS, PAD, QWEN3_VISION, QWEN_TOKENS, TEXT, Family, build, patches, sample, text_model
+from run_recipe import Job, log_of, result_of, text_of
+from run_recipe import run as run_ranks
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -259,6 +262,23 @@ def test_logits_are_taken_from_their_position_in_the_result() -> None:
     assert logits[0] is x
 
 
+def test_the_name_of_a_layer_selects_routers() -> None:
+    class Model(nn.Module):
+        spec = SimpleNamespace(target_class=nn.Linear, class_name=None, layer_name="mlp.gate", index=0)
+        _can_record_outputs = {"router_logits": spec}  # noqa: RUF012 - as transformers writes it
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.ModuleDict({"gate": nn.Linear(2, 2), "gate_proj": nn.Linear(2, 2)})
+            self.gate = nn.Linear(2, 2)
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    model = Model()
+    assert [(router.module, router.position) for router in find_routers(model)] == [(model.mlp["gate"], 0)]
+
+
 def test_internvl_with_experts_has_the_loss() -> None:
     routers = make_router_loss(internvl_moe(), None, print)
     assert routers is not None
@@ -280,14 +300,25 @@ def test_adapters_train_under_the_loss_of_the_policy_only() -> None:
 # Weights of micro-batches, and runs.
 
 
-@pytest.mark.parametrize("average_over", ["step", "micro_batch"])
-def test_the_weights_of_all_micro_batches_add_up(tmp_path: Path, average_over: str) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "share"),
+    [
+        ({"loss__average_over": "step"}, [0.3, 0.1, 0.6]),
+        ({"loss__average_over": "micro_batch"}, [1 / 3] * 3),
+        (
+            {"loss__average_over": "micro_batch", "optim__micro_batch_size": 1, "optim__micro_batch_tokens": 100},
+            [0.4, 0.2, 0.4],
+        ),
+    ],
+)
+def test_the_weights_of_all_micro_batches_add_up(
+    tmp_path: Path, overrides: dict[str, Any], share: list[float]
+) -> None:
     counts = [BatchCounts(2, 5, 2, 30), BatchCounts(1, 9, 1, 10), BatchCounts(2, 1, 1, 60)]
     size = StepSize(BatchCounts(5, 15, 4, 100), micro_steps=2, micro_batches=3)
-    settings = recipe(tmp_path, tmp_path / "p", loss__average_over=average_over)
+    settings = recipe(tmp_path, tmp_path / "p", **overrides)
     weights = [router_weight(settings, 0.02, each, size, world_size=2) for each in counts]
     assert sum(weights) == pytest.approx(2 * 0.02)
-    share = {"step": [0.3, 0.1, 0.6], "micro_batch": [1 / 3] * 3}[average_over]
     assert weights == pytest.approx([2 * 0.02 * each for each in share])
     assert router_weight(settings, 0.02, None, size, world_size=2) == 0
 
@@ -354,6 +385,23 @@ def test_accumulation_has_the_gradient_of_one_micro_batch_up_to_the_use_of_exper
     assert parts["loss"] == pytest.approx(
         0.8 * parts["dpo_loss"] + 0.2 * parts["bco_loss"] + parts["ntp_loss"] + parts["router_aux_loss"], rel=1e-6
     )
+
+
+def test_two_ranks_train_as_one_does(folder: Path) -> None:
+    """In micro-batches of one pair the use of experts is the same; in each step a rank has one pair less."""
+    settings = {
+        "loss__router_aux_loss_coef": 1.0, "reward_shift__mode": "fixed", "optim__batch_size": 5,
+        "optim__micro_batch_size": 1, "optim__max_steps": 2, "data__eval": [str(folder / "pairs" / "pairs.jsonl")],
+    }  # fmt: skip
+    one = Job(folder / "one", folder / "pairs" / "pairs.jsonl", settings, model=folder / "model")
+    two = dataclasses.replace(one, out=folder / "two", world_size=2)
+    assert run_ranks(one) == [0], text_of(one)
+    assert run_ranks(two) == [0, 0], text_of(two)
+    for line, other in zip(log_of(two), log_of(one), strict=True):
+        assert line == {name: pytest.approx(value, abs=1e-5, rel=1e-5) for name, value in other.items()}
+    weights, truth = (result_of(job)["weights"] for job in (two, one))
+    for name, value in truth.items():
+        torch.testing.assert_close(weights[name], value, atol=2e-5, rtol=0, msg=name)
 
 
 def test_a_dense_model_refuses_the_weight(folder: Path) -> None:

@@ -29,6 +29,7 @@ from mpo_ext.checks import LinesError
 from mpo_ext.files import FileLock, LockedError
 from mpo_ext.loss.weights import fingerprint
 from mpo_ext.train import batch_loss, loop, model_card, progress, reference_file, reference_model, resume, setup
+from mpo_ext.train import forward as forward_module
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.metrics import Log, Totals, means
 from mpo_ext.train.model import freeze_parts, load_model, prepare_model, switch_off_dropout
@@ -526,6 +527,20 @@ def test_a_reference_model_from_a_path_is_checked_too(
     trainer.data.recipe = dataclasses.replace(trainer.recipe, reference=other)
     assert setup.choose_layout(trainer.model, trainer.data, reference) == f"{CHECKED}, not packed: the reference fails"
     assert trainer.data.collator.layout == "shared"
+
+
+def test_a_run_from_logits_never_asks_for_the_head(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models whose head ``hidden_and_head`` refuses are checked and trained from logits."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no head")
+
+    monkeypatch.setattr(forward_module, "hidden_and_head", refuse)
+    trainer = trainer_of(tmp_path / "out", pairs, loss__from_logits=True, optim__max_steps=1)
+    assert trainer.run() == 0
+    assert trainer.data.collator.layout == "packed"
 
 
 def test_split_attention_trains_as_the_dense_mask_and_separate_rows_do(tmp_path: Path, pairs: Path) -> None:
