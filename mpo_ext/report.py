@@ -81,6 +81,7 @@ def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel
     """Writes a figure of the panels with matplotlib, three panels per row. The path's suffix selects the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -114,7 +115,7 @@ def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel
             _draw_line(axes, line)
         for axis, values in ((axes.xaxis, [line.x for line in lines]), (axes.yaxis, [line.y for line in lines])):
             if lines and all(isinstance(value, int) for part in values for value in part):
-                axis.get_major_locator().set_params(integer=True)
+                axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         if len(panel.content) > 1:
             axes.legend(fontsize=8)
     with atomic_path(path) as temporary:

@@ -43,10 +43,11 @@ def save(
     tokenizer: Any = None,
 ) -> Path:
     """Saves a text model without weights; ``rows`` is the size of its embedding, ``stop`` its stop token."""
+    kind = "Qwen2" if tokenizer is None else "Granite"  # transformers rebuilds the tokenizers of Qwen2
     tokenizer = with_template(tokenizer or build_tokenizer(SPECIAL[QWEN]), template)
     tokenizer.save_pretrained(folder)
-    config = transformers.Qwen2Config(vocab_size=rows or len(tokenizer) + 1, num_hidden_layers=1)
-    config.architectures = ["Qwen2ForCausalLM"]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=rows or len(tokenizer) + 1, num_hidden_layers=1)
+    config.architectures = [f"{kind}ForCausalLM"]
     config.save_pretrained(folder)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>") if stop is None else stop
     transformers.GenerationConfig(eos_token_id=end).save_pretrained(folder)
