@@ -84,7 +84,8 @@ def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[M
 def _subset(name: str, entry: object, folder: Path, root_map: RootMap) -> MMPRSubset:
     def error(setting: str, rule: str) -> ValueError:
         value = entry.get(setting) if isinstance(entry, dict) else entry
-        shown = repr(describe_source(value)) if isinstance(value, str) else shorten(value)
+        is_path = isinstance(entry, dict) and isinstance(value, str)
+        shown = repr(describe_source(value)) if is_path else shorten(value)
         return ValueError(f"{name[:80]}: {setting} must be {rule}, got {shown}")
 
     if not isinstance(entry, dict):
