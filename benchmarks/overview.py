@@ -67,7 +67,7 @@ def loss() -> Iterator[str]:
     )
     for place, (term, meaning) in enumerate(terms):
         y = 48 + 46 * place
-        yield box(326, y, 262, 38, fill="#eff6ff")
+        yield box(326, y, 282, 38, fill="#eff6ff")
         yield text(338, y + 24, term, color=BLUE, bold=True)
         yield text(404, y + 24, meaning, size=12)
     yield text(326, 208, "logits: 1 read forward, 1 read + 1 write", size=12, color=GREY)
@@ -78,14 +78,14 @@ def loss() -> Iterator[str]:
 def speed() -> Iterator[str]:
     """Yields the elements of the right part: a bar for each way to compute the loss."""
     seconds = times()
-    yield text(628, 34, "Time on a CPU", size=15, bold=True)
+    yield text(644, 34, "Time on a CPU", size=15, bold=True)
     for place, (label, value) in enumerate(seconds.items()):
         y = 52 + 44 * place
         width = BAR_PIXELS * value / max(seconds.values())
-        yield text(628, y + 8, label, size=12)
-        yield box(628, y + 14, width, 16, fill=BLUE if place == 0 else "#cbd5e1")
-        yield text(636 + width, y + 27, f"{value:.2f} s", size=12, color=GREY)
-    yield text(628, 244, "1 pair, T = 512, V = 151,936, float32", size=11, color=GREY)
+        yield text(644, y + 8, label, size=12)
+        yield box(644, y + 14, width, 16, fill=BLUE if place == 0 else "#cbd5e1")
+        yield text(652 + width, y + 27, f"{value:.2f} s", size=12, color=GREY)
+    yield text(644, 244, "1 pair, T = 512, V = 151,936, float32", size=11, color=GREY)
 
 
 def draw() -> str:

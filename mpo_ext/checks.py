@@ -15,6 +15,10 @@ def install_hint(extra: str) -> str:
 
 
 _MAX_DEPTH = 100
+_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml")
+_COMPRESSIONS = (".gz", ".bz2", ".xz")
+_DATASET_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")  # written by save_to_disk
+_SHOWN_FILES = 10
 
 
 class DefectError(ValueError):
@@ -103,6 +107,27 @@ def environment_integer(name: str, default: int) -> int:
     if not text.isascii() or not text.isdigit():
         raise ValueError(f"{name} must be an integer of at least 0 in the environment, got {text!r}")
     return int(text)
+
+
+def describe_folder(folder: str | os.PathLike[str]) -> str:
+    """Returns a text for messages about a folder where a file is expected: the folder and the files to name."""
+    text = f"the folder {os.fspath(folder)}"
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    except OSError:
+        return text
+    if not set(_DATASET_FILES).isdisjoint(names):
+        return f"{text} of a dataset that save_to_disk wrote: write it as a file with the dataset's to_parquet"
+    names = [name for name in names if os.path.splitext(_uncompressed(name))[1].lower() in _DATA_FILES]
+    if not names:
+        return f"{text}, which contains no {', '.join(_DATA_FILES[:5])} file"
+    more = f" and {len(names) - _SHOWN_FILES:,} more" if len(names) > _SHOWN_FILES else ""
+    return f"{text}, which contains {', '.join(names[:_SHOWN_FILES])}{more}: name a file"
+
+
+def _uncompressed(name: str) -> str:
+    stem, ending = os.path.splitext(name)
+    return stem if ending in _COMPRESSIONS else name
 
 
 def is_nested_deeply(value: object) -> bool:

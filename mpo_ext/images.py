@@ -27,7 +27,8 @@ _FORMATS = (
     "SGI", "QOI", "DDS",
 )  # fmt: skip
 _GREY_BLOCK = 1 << 20  # pixels that are scaled at a time
-_SHOWN = 80  # maximum number of characters of a source in a message
+_SHOWN = 80  # number of characters that a message shows of a source that cannot be a path
+_LONGEST_PATH = 4096  # PATH_MAX of Linux
 _URL = re.compile(r"data:|file:/|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)(?!//)", re.IGNORECASE)
 _NO_ANIMATIONS = ("MPO", "PSD")  # formats whose other frames are previews or layers
@@ -35,8 +36,6 @@ _GREYS = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 _WHITE_IS_ZERO = 0
-
-
 # Beginnings of image files in base64, and their media types.
 _BASE64_KINDS = {
     "iVBORw0KGgo": "png",
@@ -50,7 +49,7 @@ _BASE64_IMAGE = re.compile(rf"(?:^|(?<=/))({'|'.join(_BASE64_KINDS)})[A-Za-z0-9+
 
 
 class ImageError(ValueError):
-    """Raised for an image that cannot be used. The message shows at most 80 characters of the source."""
+    """Raised for an image that cannot be used. The message names the source."""
 
 
 def load_image(source: Any) -> Any:
@@ -144,7 +143,10 @@ def missing_image_advice(source: str) -> str:
 
 
 def describe_source(source: Any) -> str:
-    """Returns a text of at most 80 characters that names the source of an image in a message."""
+    """Returns a text that names the source of an image in a message: a path or a URL as a whole.
+
+    A ``data:`` URL, base64 text, or a text that is too long for a path is cut to 80 characters.
+    """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source):,} bytes"
     if not isinstance(source, (str, os.PathLike)):
@@ -152,10 +154,10 @@ def describe_source(source: Any) -> str:
         return f"a PIL image of mode {mode}" if isinstance(mode, str) else type_and_value(source)
     text = os.fspath(source)
     if isinstance(text, bytes):
-        return shorten(text, _SHOWN)
+        return repr(text)
     if is_data_url(text):
         return f"{text[:40]}... ({len(text):,} characters)" if len(text) > _SHOWN else text
-    if len(text) <= _SHOWN:
+    if len(text) <= _LONGEST_PATH and not missing_image_advice(text):
         return text
     return f"{text[: _SHOWN - 3]}..." if is_url(text) else f"...{text[3 - _SHOWN :]}"
 

@@ -27,6 +27,7 @@ class Line:
         color: Any matplotlib colour.
         style: A matplotlib line style, such as "-" or "--".
         smooth: Number of values in the running mean that is drawn over the raw values; 1 draws only the raw values.
+        errors: Lengths of the error bars to either side, one per position; None: no error bars.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Line:
     color: str = "C0"
     style: str = "-"
     smooth: int = 1
+    errors: Sequence[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel
     """Writes a figure of the panels with matplotlib, three panels per row. The path's suffix selects the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -107,9 +110,12 @@ def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel
             axes.bar_label(drawn, fmt="%.1f", fontsize=5 if panel.is_horizontal else 8)
         if panel.is_horizontal:
             axes.invert_yaxis()
-        for line in panel.content:
-            if isinstance(line, Line):
-                _draw_line(axes, line)
+        lines = [line for line in panel.content if isinstance(line, Line)]
+        for line in lines:
+            _draw_line(axes, line)
+        for axis, values in ((axes.xaxis, [line.x for line in lines]), (axes.yaxis, [line.y for line in lines])):
+            if lines and all(isinstance(value, int) for part in values for value in part):
+                axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         if len(panel.content) > 1:
             axes.legend(fontsize=8)
     with atomic_path(path) as temporary:
@@ -128,8 +134,11 @@ def _draw_line(axes: Any, line: Line) -> None:
         mean = np.convolve(line.y, np.full(line.smooth, 1 / line.smooth), mode="valid")
         start = line.smooth // 2
         axes.plot(line.x[start : start + len(mean)], mean, line.style, color=line.color, label=line.label)
-    else:
+    elif line.errors is None:
         axes.plot(line.x, line.y, line.style, color=line.color, label=line.label, marker=".")
+    else:
+        style = {"color": line.color, "label": line.label, "marker": ".", "capsize": 3}
+        axes.errorbar(line.x, line.y, line.errors, linestyle=line.style, **style)
 
 
 def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, Any]) -> None:

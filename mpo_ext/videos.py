@@ -41,7 +41,7 @@ _FIELDS = {"path", "video", "frames", "fps", "max_frames"}
 
 
 class VideoError(ImageError):
-    """Raised for a video that cannot be used. The message shows at most 80 characters of the source."""
+    """Raised for a video that cannot be used. The message names the source."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Video:
         if bool(self.path) == bool(self.frames):
             raise ValueError(
                 "a video must have a path or a list of frames, got "
-                + (f"the path {shorten(self.path)} and {len(self.frames)} frames" if self.path else "neither")
+                + (f"the path {self.path!r} and {len(self.frames)} frames" if self.path else "neither")
             )
         if self.fps is not None:
             check_number("fps", self.fps, "(0, inf)")
@@ -239,7 +239,7 @@ def video_exists(video: Video) -> bool:
 
 
 def describe_video(video: Video) -> str:
-    """Returns a text of at most about 100 characters that names a video in a message."""
+    """Returns a text that names a video in a message."""
     if video.path:
         return describe_source(video.path)
     return f"{describe_source(video.frames[0])} and {len(video.frames) - 1} more frames"

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import subprocess
 import urllib.parse
 import warnings
@@ -20,6 +21,8 @@ from mpo_ext import images as image_module
 from mpo_ext.data import Pair, open_pairs, read_pairs, write_pairs
 from mpo_ext.data.check import check_pairs
 from mpo_ext.data.convert import convert
+from mpo_ext.data.reader import FieldError
+from mpo_ext.data.row_media import row_images
 from mpo_ext.data.view import make_thumbnail, write_view
 from mpo_ext.generate.items import Item
 from mpo_ext.images import ImageError, describe_source, load_image, local_path, missing_image_advice, read_source
@@ -213,7 +216,7 @@ PATHS = (f"/{LONG}", LONG, f"/images/{LONG}.png", BARE)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source[:24])
-def test_an_unusable_source_is_named_in_at_most_80_characters(source: str) -> None:
+def test_a_source_that_cannot_be_a_path_is_named_in_at_most_80_characters(source: str) -> None:
     with pytest.raises(ImageError, match=SOURCES[source]) as caught:
         load_image(source)
     assert len(str(caught.value)) < 250
@@ -221,10 +224,29 @@ def test_an_unusable_source_is_named_in_at_most_80_characters(source: str) -> No
 
 
 @pytest.mark.parametrize("source", PATHS, ids=range(len(PATHS)))
-def test_a_missing_file_is_named_in_at_most_80_characters(source: str) -> None:
+def test_a_text_that_cannot_be_a_path_is_named_in_at_most_80_characters(source: str) -> None:
     with pytest.raises(FileNotFoundError, match="image must be a file that exists") as caught:
         load_image(source)
     assert len(str(caught.value).partition(": it is base64")[0]) < 130
+
+
+def test_messages_show_paths_and_urls_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "/".join(["a folder with a long name"] * 6)
+    path, url = str(folder / "none.png"), f"https://host/{'part/' * 40}a.png?size=large"
+    with pytest.raises(FileNotFoundError, match=rf"^image must be a file that exists, got {re.escape(path)}$"):
+        load_image(path)
+    with pytest.raises(ImageError, match=re.escape(f"got the URL {url}: download it first")):
+        load_image(url)
+    folder.mkdir(parents=True)
+    Path(path).write_text("text")
+    with pytest.raises(ImageError, match=re.escape(path)):
+        load_image(Path(path))
+    write_pairs(tmp_path / "p.jsonl", [Pair("q", "c", "r", (f"{path}x", url))])
+    examples = check_pairs(open_pairs(tmp_path / "p.jsonl")).examples
+    assert examples["missing image"][0].message.endswith(f"got {path}x")
+    assert examples["image is a URL"][0].message.endswith(f"got {url}")
+    with pytest.raises(FieldError, match=re.escape(f"got {path}, {path}x and {path}")):
+        row_images({"image": [path, f"{path}x"], "images": [path]}, None)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Tests of tables: every Markdown table is a table for a GFM parser."""
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mpo_ext.report import markdown_table, text_table
+from mpo_ext.report import Line, Panel, markdown_table, save_panels, text_table
 
 markdown_it = pytest.importorskip("markdown_it")
 
@@ -47,3 +49,20 @@ def test_a_text_table_aligns_numbers_to_the_right() -> None:
         "  part   time  why\n  a     1.5 s  left\n  bc     10 s  text"
     )  # fmt: skip
     assert text_table(["", ""], [["a", "1"], ["bc", "10"]]) == "  a   1\n  bc  10"
+
+
+@pytest.mark.parametrize("rounds", [[0], [0, 1], [1, 2, 3]])
+def test_lines_have_error_bars_and_whole_numbers_as_ticks(
+    rounds: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn: list[Any] = []
+    save = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **options: drawn.append(self) or save(self, *args))
+    accuracies = [50.5 + number for number in rounds]
+    line = Line("a", rounds, accuracies, errors=[3.0] * len(rounds))
+    save_panels(tmp_path / "a.png", "", [Panel("Accuracy", "round", "accuracy (%)", [line])])
+    (axes,) = drawn[0].axes
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    (bars,) = (drawn for drawn in axes.collections if hasattr(drawn, "get_segments"))
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[y - 3, y + 3] for y in accuracies]

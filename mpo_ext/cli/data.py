@@ -128,24 +128,49 @@ def _open(args: argparse.Namespace) -> Any:
     return restrict(source, read_picks(args.picked or args.not_picked), keep=args.picked is not None)
 
 
-def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Callable[[Any], None]]:
-    """Returns the opened pairs, and a function ``warn(skipped)`` to call after all pairs have been read.
+def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[Any], None]]:
+    """Returns the opened pairs, their ``StoredMedia``, and a function to call after all pairs have been read.
 
-    The function prints the skipped lines and a warning about missing images.
+    The function ``warn(skipped)`` prints the skipped lines and a warning about missing images.
     """
     import dataclasses
 
     from mpo_ext.data.sources import MissingImages
 
     missing = MissingImages()
-    source = dataclasses.replace(_open(args), on_pair=missing.add)
+    source, stored = _open_with_stored(args)
+
+    def record(pair: Any) -> None:
+        missing.add(pair)
+        stored.add(pair)
+
+    source = dataclasses.replace(source, on_pair=record)
 
     def warn(skipped: Any) -> None:
         for line in (*skipped.lines(), missing.warning(source)):
             if line is not None:
                 print(_printable(line), file=sys.stderr)
 
-    return source, warn
+    return source, stored, warn
+
+
+def _open_with_stored(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Returns the opened pairs, and the ``StoredMedia`` of the pairs that are read from them."""
+    import dataclasses
+
+    from mpo_ext.data.sources import StoredMedia
+
+    source = _open(args)
+    stored = StoredMedia(source)
+    return dataclasses.replace(source, on_pair=stored.add), stored
+
+
+def _say_stored(stored: Any) -> None:
+    """Prints the folder in which images of the rows are stored, if there is one."""
+    from mpo_ext.data.sources import stored_note
+
+    if stored.folder:
+        print(_printable(stored_note(stored.folder)), file=sys.stderr)
 
 
 @command("data check", extra="data", failure=2)
@@ -157,7 +182,7 @@ def _check(args: argparse.Namespace) -> int:
     from mpo_ext.data.stats import token_counter
     from mpo_ext.files import write_json
 
-    source = _open(args)
+    source, stored = _open_with_stored(args)
     _check_json_report(args, source)
     length, unit = token_counter(args.tokenizer)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -167,6 +192,7 @@ def _check(args: argparse.Namespace) -> int:
         )
     console = _console()
     console.print(_format_line(args, source, report.stats), markup=False, highlight=False)
+    _say_stored(stored)
     console.print(_stats_table(report.stats, unit))
     if report.is_clean:
         console.print("No findings.", style="green")
@@ -183,7 +209,7 @@ def _check(args: argparse.Namespace) -> int:
 
         encoded = check_processor(args, args.model, good_pairs(source))
         values["model"] = encoded.to_dict()
-        for line in (*(f"{name:<20}{fact}" for name, fact in encoded.facts), *encoded.lines):
+        for line in encoded.text_lines():
             console.print(_printable(line), markup=False, highlight=False)
         if encoded.problems:
             console.print(f"NOT VALID: {_printable('; '.join(encoded.problems))}", markup=False, highlight=False)
@@ -199,7 +225,7 @@ def _stats(args: argparse.Namespace) -> int:
     from mpo_ext.data.stats import collect_stats, token_counter
     from mpo_ext.files import write_json
 
-    source, warn = _open_with_warning(args)
+    source, stored, warn = _open_with_warning(args)
     _check_json_report(args, source)
     length, unit = token_counter(args.tokenizer)
     skipped = Skipped()
@@ -207,6 +233,7 @@ def _stats(args: argparse.Namespace) -> int:
     console = _console()
     console.print(_format_line(args, source, stats), markup=False, highlight=False)
     console.print(_stats_table(stats, unit))
+    _say_stored(stored)
     warn(skipped)
     if args.json is not None:
         subsets = {name: subset.to_dict() for name, subset in stats.items()}
@@ -221,7 +248,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     if (written := written_paths(args.out, args.to)) and not args.force:
         raise FileExistsError(f"out must not exist without --force, got {written[0]}")
-    source, warn = _open_with_warning(args)
+    source, stored, warn = _open_with_warning(args)
     try:
         count, skipped = convert(
             source,
@@ -234,8 +261,15 @@ def _convert(args: argparse.Namespace) -> int:
         )
     except BadLine as bad:
         print(f"{bad}\n--skip-bad skips such lines and counts them", file=sys.stderr)
+        _say_stored(stored)
         return 1
-    print(f"wrote {count:,} pairs to {args.out / 'meta.json' if args.to == 'mmpr' else args.out}")
+    place = args.out / "meta.json" if args.to == "mmpr" else args.out
+    if stored.folder and args.to != "hf":  # a dataset contains its images
+        folder = f"{stored.folder} (--image-dir sets another folder)"
+        print(f"wrote {count:,} pairs to {place}, which need the images in {folder}")
+    else:
+        print(f"wrote {count:,} pairs to {place}")
+        _say_stored(stored)
     if args.kind is None and args.to in ("trl", "hf"):
         print(
             "the prompts are texts (--kind standard), to which TRL applies no chat template; --kind conversational "
@@ -255,13 +289,14 @@ def _view(args: argparse.Namespace) -> int:
     from mpo_ext.files import check_outputs
     from mpo_ext.report import is_page
 
-    source, warn = _open_with_warning(args)
+    source, stored, warn = _open_with_warning(args)
     out = args.out or Path("pairs.html")
     check_outputs("--out", [out], inputs=source.files, is_ours=is_page(out))
     count, skipped = write_view(
         out, source, title=args.title, limit=args.limit or 2000, seed=args.seed or 0, thumbnail=args.thumbnail
     )
     print(f"wrote {count:,} of {len(source.indices):,} pairs to {out}")
+    _say_stored(stored)
     warn(skipped)
     return 0
 
@@ -277,7 +312,7 @@ def _check_view_options(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from mpo_ext.data.view_server import PairServer
 
-    source = _open(args)
+    source, stored = _open_with_stored(args)
     picks_path = args.pick_into or Path("picked.json")
     options = {"picks_path": picks_path, "title": args.title, "thumbnail": args.thumbnail}
     with PairServer(source, port=args.port or 0, **options) as server:
@@ -286,6 +321,7 @@ def _serve(args: argparse.Namespace) -> int:
             server.serve_forever()
         except KeyboardInterrupt:
             print(f"{len(server.picks.digests):,} pairs are picked", file=sys.stderr)
+            _say_stored(stored)
     return 0
 
 

@@ -50,9 +50,7 @@ def _check_model(args: argparse.Namespace) -> int:
 
     report = check_processor(args, args.model)
     print()
-    for name, fact in report.facts:
-        print(f"{name:<20}{fact}")
-    print("\n".join(report.lines))
+    print("\n".join(report.text_lines()))
     print("NOT VALID: " + "; ".join(report.problems) if report.problems else "valid: the ids are the processor's")
     return 1 if report.problems else 0
 

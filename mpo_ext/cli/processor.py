@@ -12,6 +12,7 @@ from mpo_ext.cli.shared import chat_options, engine_options
 
 _SEARCHED_PAIRS = 1000  # maximum number of pairs that are searched for a pair with images
 _PROVED_PAIRS = 3
+_REASONS = 5  # maximum number of reasons in a message
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,15 +23,24 @@ class ProcessorReport:
         facts: Facts about the processor and the chat template, each with its name.
         lines: Lines of text that show the encoded pairs.
         problems: Reasons why training with this processor would be wrong or would stop.
+        warnings: Facts that may make training worse, such as text that the tokenizer does not know.
     """
 
     facts: tuple[tuple[str, str], ...]
     lines: tuple[str, ...]
     problems: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON values."""
-        return {"facts": dict(self.facts), "lines": list(self.lines), "problems": list(self.problems)}
+        lists = {name: list(getattr(self, name)) for name in ("lines", "problems", "warnings")}
+        return {"facts": dict(self.facts), **lists}
+
+    def text_lines(self) -> Iterator[str]:
+        """Yields the facts, the encoded pairs and the warnings as lines of text."""
+        yield from (f"{name:<20}{fact}" for name, fact in self.facts)
+        yield from self.lines
+        yield from (f"WARNING: {warning}" for warning in self.warnings)
 
 
 def check_processor(
@@ -53,6 +63,7 @@ def check_processor(
     from mpo_ext.processors import load_without_weights
     from mpo_ext.train.encode import Encoder
     from mpo_ext.train.proof import prove
+    from mpo_ext.train.unknown_tokens import find_unknown
 
     path = find_model(model).path
     loaded = load_without_weights(path, **engine_options(args))
@@ -65,16 +76,18 @@ def check_processor(
         **chat_options(args),
     )
     facts = tuple(_facts(path, loaded, encoder.chat))
-    if pairs is not None:
-        proof = prove(encoder, _first(pairs), count=_PROVED_PAIRS)
-        problems = list(proof.problems)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            proof = prove(encoder, _examples(Path(folder), has_images=encoder.chat.is_multimodal))
-        problems = [*proof.problems, *proof.skipped]
+    with tempfile.TemporaryDirectory() as folder:
+        if pairs is None:
+            first = list(_examples(Path(folder), has_images=encoder.chat.is_multimodal))
+        else:
+            first = _first(pairs)
+        proof = prove(encoder, first, count=_PROVED_PAIRS)
+    problems = [*proof.problems, *(proof.skipped if pairs is None else ())]
     if not proof.pairs:
-        problems.append("no pair could be encoded")
-    return ProcessorReport(facts, tuple(proof.lines()), tuple(problems))
+        reasons = [f"{count:,} x {reason}" for reason, count in proof.reasons.items()]
+        problems.append(f"no pair could be encoded: {'; '.join(reasons[:_REASONS]) or 'the data has no valid pair'}")
+    unknown = find_unknown(encoder.chat, first)
+    return ProcessorReport(facts, tuple(proof.lines()), tuple(problems), () if unknown is None else (str(unknown),))
 
 
 def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:

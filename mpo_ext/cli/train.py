@@ -88,12 +88,14 @@ def print_data(recipe: "Recipe") -> bool:
         Whether the trainer can use the data. It can if no defect is found, or if ``data.skip_bad`` is set and
         ``data.train`` and ``data.eval`` (if given) each have a pair without defect.
     """
-    from mpo_ext.train.mixture import Mixture
+    from mpo_ext.train.mixture import Mixture, SourceOverview, stored_lines
 
     is_valid, is_complete = True, True
+    inspected: list[SourceOverview] = []
     print("\nData")
     for name, sources in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         overviews = Mixture(sources, seed=recipe.optim.seed, name=name).inspect() if sources else []
+        inspected += overviews
         for overview in overviews:
             print(f"  {overview}")
             if overview.images:
@@ -113,6 +115,8 @@ def print_data(recipe: "Recipe") -> bool:
         read = sum(overview.lines_read for overview in overviews)
         is_complete &= all(overview.lines_read == overview.lines for overview in overviews)
         is_valid &= bad == 0 or (recipe.data.skip_bad and bad < read)
+    for line in stored_lines(inspected):
+        print(f"  {line}")
     rest = "" if is_complete else ", and the lines between those that were read"
     print(f"  not checked: whether images can be opened (mpo-ext data check does that), lengths in tokens{rest}")
     if not is_valid:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,6 +27,7 @@ from mpo_ext.images import is_url, read_image
 if TYPE_CHECKING:
     import datasets
 
+_STORED_NAME = re.compile(r"[0-9a-f]{24}(?:\.[a-z]{3,4})?")
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "gif": ".gif", "bmp": ".bmp"}
 
 
@@ -257,6 +259,11 @@ def save_bytes(folder: Path, content: bytes) -> str:
         with atomic_write(path) as file:
             file.write(content)
     return str(path)
+
+
+def is_stored_name(name: str) -> bool:
+    """Returns whether a file name has the form that ``save_bytes`` gives to files."""
+    return _STORED_NAME.fullmatch(name) is not None
 
 
 def _mime(content: bytes) -> str:

@@ -1,7 +1,7 @@
 """Refuses images, videos and audio that no reader uses: marks in texts, and media in unknown fields."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
@@ -9,6 +9,7 @@ from mpo_ext.checks import shorten
 from mpo_ext.data.marks import NO_IMAGE, check_marks
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import PROMPT_TURNS, SOURCE, Pair
+from mpo_ext.images import describe_source
 
 #: Kinds of bad lines.
 IMAGE_IN_RESPONSE, UNREAD_FIELD = "image in response", "unread field"
@@ -36,6 +37,8 @@ _BASE64_MEDIA = re.compile(
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _SHORTEST_BASE64 = 65  # no file of these types is shorter; words and ids are shorter
+#: Column in which imagefolder datasets name the file of a row's image.
+FILE_NAME = "file_name"
 # Fields in which readers look for the bytes of images and videos.
 _READ_FIELDS = {
     *("image", "images", "video", "videos", "rejected_image", "rejected_images"),
@@ -80,10 +83,10 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
     for name, value in values.items():
         if pair.extra.get(name) is value:  # the reader did not use this field of the row
             _check_field(name, value, has_media=bool(pair.media_paths))
-    read = {re.split(r"[/\\]", path)[-1] for path in pair.media_paths}
-    for name, value in pair.extra.items():
-        if name not in (SOURCE, "provenance"):
-            _check_value(name, value, read)
+    unread = {name: value for name, value in pair.extra.items() if name not in (SOURCE, "provenance")}
+    read = set(map(file_name, (*pair.media_paths, *_held_names(values)))) - {""} if unread else set()
+    for name, value in unread.items():
+        _check_value(name, value, read)
     for text in _prompt_texts(pair):
         if not pair.images and (count := text.count(IMAGE_PLACEHOLDER)):
             raise FieldError(
@@ -108,6 +111,33 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
     return check_marks(pair)
 
 
+def _held_names(values: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the images and videos whose content the fields of a row hold.
+
+    The names are the paths beside the contents and, if there is a content, the text in ``file_name``.
+    """
+    names = [path for name, value in values.items() if name in _READ_FIELDS for path in _paths_of_contents(value)]
+    if names:
+        names.append(values.get(FILE_NAME))
+    return [name for name in names if isinstance(name, str) and not is_media_content(name)]
+
+
+def _paths_of_contents(value: object) -> Iterator[object]:
+    """Yields, for each image or video that a value holds, the path beside its content, or None."""
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        yield value.get("path")
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _paths_of_contents(part)
+    elif isinstance(value, bytes) or (isinstance(value, str) and _DATA_URL.match(value)):
+        yield None
+
+
+def file_name(path: str) -> str:
+    """Returns the last part of a path or URL with slashes of any kind."""
+    return re.split(r"[/\\]", path.strip())[-1]
+
+
 def refuse_bytes(row: Mapping[str, Any]) -> None:
     """Raises FieldError if a column of a table holds bytes, unless it is a column for images or messages."""
     for name, value in row.items():
@@ -124,9 +154,11 @@ def _refuse_bytes(name: str, value: object) -> None:
 
 
 def _unread(name: str, value: object) -> FieldError:
+    is_place = isinstance(value, str) and any(form.fullmatch(value.strip()) for form in (MEDIA_FILE, _URL))
+    shown = repr(describe_source(value)) if is_place else shorten(value)
     return FieldError(
         f"images must be in image or images, and videos in video or videos (audio is not supported), got the field "
-        f"{name!r} {shorten(value)}: rename it, or name it in ignore (--ignore) if it does not matter",
+        f"{name!r} {shown}, which is not read: rename it, or name it in ignore (--ignore) if it does not matter",
         kind=UNREAD_FIELD,
     )
 
@@ -151,7 +183,7 @@ def _check_value(name: str, value: object, read: Collection[str]) -> None:
             _check_value(name, part, read)
     elif isinstance(value, str):
         text = value.strip()
-        if re.split(r"[/\\]", text)[-1] in read:
+        if file_name(text) in read:
             return
         # A cell of a CSV file may hold a list of paths as text.
         if _is_media(name, text) or (text.startswith("[") and any(map(MEDIA_FILE.fullmatch, _QUOTED.findall(text)))):

@@ -84,7 +84,9 @@ def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[M
 def _subset(name: str, entry: object, folder: Path, root_map: RootMap) -> MMPRSubset:
     def error(setting: str, rule: str) -> ValueError:
         value = entry.get(setting) if isinstance(entry, dict) else entry
-        return ValueError(f"{name[:80]}: {setting} must be {rule}, got {shorten(value)}")
+        is_path = isinstance(entry, dict) and isinstance(value, str)
+        shown = repr(describe_source(value)) if is_path else shorten(value)
+        return ValueError(f"{name[:80]}: {setting} must be {rule}, got {shown}")
 
     if not isinstance(entry, dict):
         raise error("the entry", f"an object with root and annotation ({ROWS_ADVICE})")
@@ -423,7 +425,7 @@ def write_mmpr(
                 and not source
                 and (relative := [path for path in pair.media_paths if not os.path.isabs(path) and not is_url(path)])
             ):
-                raise ValueError(f"images must be absolute where no root is given, got {shorten(relative)}")
+                raise ValueError(f"images must be absolute where no root is given, got {describe_source(relative[0])}")
             settings = {"root": source.get("root", default_root), **source.get("settings", {})}
             if not source:
                 settings |= {"data_augment": False, "repeat_time": 1}

@@ -11,7 +11,7 @@ from mpo_ext.data.marks import NO_IMAGE
 from mpo_ext.data.media import VIDEO, is_empty
 from mpo_ext.data.reader import FieldError
 from mpo_ext.images import describe_source, is_data_url
-from mpo_ext.videos import Video
+from mpo_ext.videos import Video, describe_video
 
 SaveImage = Callable[[bytes], str]
 
@@ -42,9 +42,14 @@ def row_images(row: Mapping[str, Any], save_image: SaveImage | None) -> list[str
         found[name] = [image_path("images", image, save_image) for image in images]
     if len(found) == 2 and found["image"] != found["images"]:
         raise FieldError(
-            f"image and images must not both be given, got {shorten(row['image'])} and {shorten(row['images'])}"
+            f"image and images must not both be given, got {_paths_text(found['image'])} and "
+            f"{_paths_text(found['images'])}"
         )
     return next(iter(found.values()), [])
+
+
+def _paths_text(paths: Sequence[str]) -> str:
+    return ", ".join(map(describe_source, paths))
 
 
 def row_videos(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Video]:
@@ -64,7 +69,8 @@ def row_videos(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Vid
             found[name] = [read_video(name, part, save_image) for part in values]
     if len(found) == 2 and found["video"] != found["videos"]:
         raise FieldError(
-            f"video and videos must not both be given, got {shorten(row['video'])} and {shorten(row['videos'])}"
+            f"video and videos must not both be given, got {', '.join(map(describe_video, found['video']))} and "
+            f"{', '.join(map(describe_video, found['videos']))}"
         )
     return next(iter(found.values()), [])
 
@@ -217,7 +223,7 @@ class Images:
                 value = value.get("url")
             found.append(image_path(name, value, self._save_image))
         if len(set(found)) > 1:
-            raise FieldError(f"{name} must name one image in an image part, got {shorten(found)}")
+            raise FieldError(f"{name} must name one image in an image part, got {_paths_text(found)}")
         return found[0] if found else None
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mpo_ext.checks import check_choice
+from mpo_ext.checks import check_choice, describe_folder
 from mpo_ext.data.containers import as_lines, cache_folder, is_parquet
 from mpo_ext.data.formats import FORMATS, ROW_READERS, Format, detect_columns, detect_lines
-from mpo_ext.data.hf import DatasetPairs, is_saved_dataset, save_bytes, saved_dataset
+from mpo_ext.data.hf import DatasetPairs, is_saved_dataset, is_stored_name, save_bytes, saved_dataset
 from mpo_ext.data.hub import has_parquet, hub_id, load_hub, load_parquet, missing_path
 from mpo_ext.data.jsonl import LineFile, parse_pair
 from mpo_ext.data.mmpr import MMPRDataset, MMPRSubset, line_parser, read_annotation
@@ -34,6 +34,7 @@ class PairSource:
         subsets: Subsets of a meta file, by name; empty for the other formats.
         on_pair: Function that is called with each pair, after its image paths are made absolute; None: no call.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
+        image_dir: Folder for the images and videos that rows hold as bytes; "" if the format has none.
         selected: Indices ``[n]`` int64 of the lines that ``scan`` and ``scan_for`` visit, ascending; None: all lines.
     """
 
@@ -44,6 +45,7 @@ class PairSource:
     subsets: dict[str, MMPRSubset]
     on_pair: Callable[[Pair], object] | None = None
     is_dataset: bool = False
+    image_dir: str = ""
     selected: np.ndarray | None = None
 
     @property
@@ -136,6 +138,34 @@ class MissingImages:
         return f"{text}: relative {media} start at {source.root}: try --root"
 
 
+class StoredMedia:
+    """Finds images and videos that rows hold as bytes, and that reading the rows stores in ``PairSource.image_dir``.
+
+    ``add`` serves as ``PairSource.on_pair``.
+
+    Attributes:
+        folder: The folder, once a pair has such an image or video; "" before.
+    """
+
+    def __init__(self, source: PairSource) -> None:
+        self.folder = ""
+        self._image_dir = source.image_dir
+
+    def add(self, pair: Pair) -> None:
+        """Records whether a pair has a stored image or video."""
+        if self._image_dir and not self.folder and any(map(self._is_stored, pair.media_paths)):
+            self.folder = self._image_dir
+
+    def _is_stored(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        return folder == self._image_dir and is_stored_name(name)
+
+
+def stored_note(folder: str) -> str:
+    """Returns a line for the user about the folder of ``StoredMedia``."""
+    return f"images that the rows hold as bytes are stored in {folder}"
+
+
 def open_pairs(
     path: str | os.PathLike[str],
     *,
@@ -175,7 +205,7 @@ def open_pairs(
     name = os.fspath(path)
     options = _ReadOptions(
         root_map=tuple(root_map),
-        image_dir=Path(image_dir) if image_dir is not None else cache_folder() / "images",
+        image_dir=Path(image_dir if image_dir is not None else cache_folder() / "images").absolute(),
         max_line_bytes=max_line_bytes,
         ignore=frozenset(ignore),
     )
@@ -191,10 +221,13 @@ def open_pairs(
         folder = os.path.abspath("." if root is None else root)
         return _open_table(f"hf://{dataset_id}", dataset, format, folder, options)
     if os.path.isdir(name):
-        if format not in (None, "hf") and not has_parquet(name) and not is_saved_dataset(name):
-            raise ValueError(f"path must be a file for the format {format!r}, got the folder {name}")
-        if is_saved_dataset(name) or not has_parquet(name):
+        if is_saved_dataset(name):
             return _open_table(name, saved_dataset(name, split), format, folder, options, is_saved=True)
+        if not has_parquet(name):
+            raise ValueError(
+                "path must be a file of pairs, a folder of parquet files, or a folder that save_to_disk wrote, got "
+                f"{describe_folder(name)}"
+            )
         folder = os.path.abspath(name if root is None else root)
         return _open_table(name, load_parquet(name, split=split), format, folder, options)
     if os.path.isfile(name) and is_parquet(name):
@@ -245,7 +278,7 @@ def _open_file(name: str, format: Format | None, folder: str, options: _ReadOpti
         return PairSource(name, format, pairs, folder, {})
     parse = parse_pair if format == "pairs" else _RowParser(format, options.image_dir)
     pairs = LineFile(lines, parse, root_map=options.root_map, **line_options)
-    return PairSource(name, format, pairs, folder, {})
+    return PairSource(name, format, pairs, folder, {}, image_dir="" if format == "pairs" else str(options.image_dir))
 
 
 def _no_pair(values: dict[str, Any], line: str) -> Pair:
@@ -291,7 +324,8 @@ def _open_table(
         pairs.parse = functools.partial(_parse_mmpr_row, line_parser(_subset_of(name, folder)))
     else:
         pairs.parse = _parse_pairs_row if rows == "pairs" else ROW_READERS[rows]
-    return PairSource(name, "hf" if is_saved else rows, pairs, folder, {}, is_dataset=True)
+    image_dir = str(options.image_dir)
+    return PairSource(name, "hf" if is_saved else rows, pairs, folder, {}, is_dataset=True, image_dir=image_dir)
 
 
 def _parse_mmpr_row(parse: Callable[[dict[str, Any], str], Pair], row: dict[str, Any], *, save_image: object) -> Pair:

@@ -83,6 +83,11 @@ class Cell:
         """Returns the names of the model, the file of questions and the prompt."""
         return self.model, self.data.name, self.evaluation.prompt
 
+    @property
+    def with_image(self) -> bool:
+        """Returns whether the model sees the images of the questions."""
+        return self.evaluation.questions.with_image
+
     def ask(self, engine: Engine, run: EvaluationRun) -> None:
         """Samples the responses that are missing in the journal of this process, and appends them to the journal."""
         evaluation, source = self.evaluation, self.data.source

@@ -12,6 +12,7 @@ from mpo_ext.checks import install_hint
 from mpo_ext.data.view import Thumbnails, count_names, cut_text, script_json
 from mpo_ext.evaluate.cells import Cell
 from mpo_ext.evaluate.predictions import predictions_path, read_predictions
+from mpo_ext.evaluate.scoring import WITHOUT_IMAGE
 from mpo_ext.files import atomic_path, atomic_write
 from mpo_ext.report import Bars, Panel, markdown_table, save_page, save_panels
 
@@ -88,6 +89,8 @@ def markdown_report(results: Mapping[str, Any]) -> str:
         texts += ["## Without the image\n", _WITHOUT_IMAGE, without_image_table(results)]
     skipped: dict[tuple[str, str], int] = {}
     for row in rows:
+        if row["prompt"].endswith(WITHOUT_IMAGE):  # questions without an image were asked once
+            continue
         for reason, count in row["refused"].items():
             skipped[row["data"], reason] = max(count, skipped.get((row["data"], reason), 0))
     if skipped:
@@ -201,7 +204,10 @@ def _without_chance(svg: str) -> str:
 
 
 def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, str], limit: int, seed: int) -> None:
-    """Writes the page of the questions with a wrong answer, with the responses of all models and prompts."""
+    """Writes the page of the questions with a wrong answer, with the responses of all models and prompts.
+
+    Wrong answers to questions without their images do not count; the page shows them beside the others.
+    """
     by_data: dict[str, list[Cell]] = {}
     for cell in cells:
         by_data.setdefault(cell.data.name, []).append(cell)
@@ -209,10 +215,15 @@ def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, s
         (data, index)
         for data, data_cells in by_data.items()
         for index in range(data_cells[0].data.source.count)
-        if any(not all(cell.scores[index].right) for cell in data_cells)
+        if any(not all(cell.scores[index].right) for cell in data_cells if cell.with_image)
     ]
     total = sum(data_cells[0].data.source.count for data_cells in by_data.values())
     notes = [f"{len(failed):,} of {total:,} questions have a wrong answer; the others are not shown."]
+    if not all(cell.with_image for cell in cells):
+        notes.append(
+            f"Answers without the image stand in the columns of the prompts ending in {WITHOUT_IMAGE}. They are for "
+            "comparison: a question with only such wrong answers is not shown."
+        )
     skipped = sum(score.problem is not None for data_cells in by_data.values() for score in data_cells[0].scores)
     if skipped:
         notes.append(f"{skipped:,} questions could not be asked; table.md has the reasons.")

@@ -21,7 +21,7 @@ from mpo_ext.answers import label_options
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.data.literals import read_literal
 from mpo_ext.data.marks import NUMBERED_MARK
-from mpo_ext.data.media import MEDIA_FILE, is_media_content
+from mpo_ext.data.media import FILE_NAME, MEDIA_FILE, file_name, is_media_content
 from mpo_ext.data.messages import Turn, last_question, with_question
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.row_media import row_videos
@@ -33,6 +33,7 @@ from mpo_ext.generate.item_options import (
     take_options,
 )
 from mpo_ext.generate.item_turns import ItemTurns, read_chosen, read_conversation, take_conversation
+from mpo_ext.images import is_data_url
 from mpo_ext.videos import Video
 
 _QUESTIONS = ("question", "query", "text")
@@ -111,7 +112,12 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
         turns, options, images = _place_numbered(turns, options, numbered or dict(enumerate(images, 1)))
     if options is not None:
         rest["options"] = options
+    names = {file_name(image) for image in images if isinstance(image, str) and not is_data_url(image)}
+    has_content = any(isinstance(image, str) and is_data_url(image) for image in images)
     for key, value in rest.items():
+        is_text = isinstance(value, str) and not is_media_content(value)
+        if key == FILE_NAME and is_text and (has_content or file_name(value) in names):
+            continue  # the name of the image
         if _is_image_like(key, value):
             raise FormError(f"the field {key!r} looks like an image, and is not read: name it image or images")
     several = turns if len(turns) > 1 else []

@@ -11,7 +11,7 @@ from typing import Any
 
 from mpo_ext.answers import label_options
 from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-from mpo_ext.checks import check_json, is_nested_deeply
+from mpo_ext.checks import check_json, describe_folder, is_nested_deeply
 from mpo_ext.data.containers import as_lines
 from mpo_ext.data.jsonl import UNREADABLE
 from mpo_ext.data.messages import turns_text, with_question
@@ -327,6 +327,8 @@ def item_files(
     """
     if system is not None and (not isinstance(system, str) or not system.strip()):
         raise ValueError(f"system must be a text, got {system!r}")
+    if os.path.isdir(source):
+        raise ValueError(f"path must be a file of items or questions, got {describe_folder(source)}")
     if not _is_meta(source):
         if root_map:
             raise ValueError(f"root_map must be left out unless source is a meta file (.json), got {root_map}")

@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,10 @@ _FORMAT = "mpo_ext.rounds/1"
 _TEMPLATE = "iterate.html.j2"
 _LAST = 10  # training metrics are means over the last 1 / _LAST of the logged steps
 _METRICS = ("reward_accuracy", "reward_margin", "loss", "ntp_loss")
+_COUNTS = ("steps", "averaged_steps", "averaged_pairs")  # of the values of ``_training``
+_SHARES = ("accuracy", "unreadable", "cut_off")  # ends of the names of metrics that are shares
+# For each accuracy of pairs, the number of its pairs.
+_PAIRS_OF = {"reward_accuracy": "averaged_pairs", "eval_reward_accuracy": "eval_pairs"}
 
 
 def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, Any]:
@@ -106,13 +111,13 @@ def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
 def _training(path: Path) -> dict[str, Any]:
     """Returns the number of steps, means of metrics over the last tenth of the logged steps, and the last evaluation.
 
-    The means are weighted by the number of pairs of each step.
+    The means are weighted by the number of pairs of each step; ``averaged_pairs`` is the sum of these numbers.
     """
     with open(path, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     steps = [line for line in lines if "loss" in line]
     last = steps[-max(1, len(steps) // _LAST) :]
-    pairs = sum(line.get("pairs", 1) for line in last)
+    pairs = round(sum(line.get("pairs", 1) for line in last))
     means = {
         name: sum(line[name] * line.get("pairs", 1) for line in last) / pairs
         for name in _METRICS
@@ -120,7 +125,8 @@ def _training(path: Path) -> dict[str, Any]:
     }
     evaluations = [line for line in lines if any(name.startswith("eval_") for name in line)]
     evaluation = {name: value for line in evaluations[-1:] for name, value in line.items() if name.startswith("eval_")}
-    return {"steps": steps[-1]["step"] if steps else 0, "averaged_steps": len(last), **means, **evaluation}
+    counts = {"steps": steps[-1]["step"] if steps else 0, "averaged_steps": len(last), "averaged_pairs": pairs}
+    return {**counts, **means, **evaluation}
 
 
 def accuracy_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -140,6 +146,31 @@ def percent(row: Mapping[str, Any], name: str = "accuracy", sign: str = "") -> s
         return "-"
     error = row["standard_error"]
     return f"{100 * row[name]:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _training_cells(training: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the names and texts of the metrics of a training run; shares are in percent."""
+    cells = []
+    for name, value in training.items():
+        if name in _COUNTS:
+            continue
+        if not isinstance(value, (int, float)):  # the log holds numbers that are not finite as texts
+            cells.append((name, str(value)))
+        elif name.endswith(_SHARES):
+            cells.append(
+                (f"{name} in %", percent({"accuracy": value, "standard_error": _share_error(training, name)}))
+            )
+        else:
+            cells.append((name, f"{value:.4g}"))
+    return cells
+
+
+def _share_error(training: Mapping[str, Any], name: str) -> float | None:
+    """Returns the standard error of an accuracy in the metrics of a training run; None if it is unknown."""
+    if name == "eval_answer_accuracy":
+        return training.get("eval_answer_standard_error")
+    count = training.get(_PAIRS_OF.get(name, ""), 0)
+    return math.sqrt(training[name] * (1 - training[name]) / (count - 1)) if count > 1 else None
 
 
 def write_rounds_page(path: Path, recipe: IterateRecipe, results: Mapping[str, Any]) -> None:
@@ -181,11 +212,13 @@ def _page_round(recipe: IterateRecipe, values: Mapping[str, Any]) -> dict[str, A
         }
         for source in values.get("sources", [])
     ]
+    training = _training_cells(values["training"]) if number else []
     links = [("model card", f"{folder}/train/final/README.md"), ("training log", f"{folder}/train/log.jsonl")]
     links = [("training recipe", f"{folder}/recipe.yaml"), *links] if number else []
     links += [("wrong answers", f"{folder}/evaluation/failures.html"), ("results", f"{folder}/evaluation/table.md")]
     links = [(name, link) for name, link in links if (recipe.folder / link).exists()]
-    return {**values, "comparisons": comparisons, "sources": sources, "links": links}
+    page = {"comparisons": comparisons, "sources": sources, "training_cells": training, "links": links}
+    return {**values, **page}
 
 
 def _link(recipe: IterateRecipe, path: Path) -> str | None:
@@ -197,30 +230,38 @@ def _picture(results: Mapping[str, Any]) -> str:
     """Returns a picture of accuracy, pairs and reward accuracy per round as a data URL."""
     rounds = results["rounds"]
     numbers = [values["round"] for values in rounds]
-    accuracies: dict[str, list[tuple[int, float]]] = {}
+    accuracies: dict[str, list[tuple[int, float, float]]] = {}
     pairs: dict[str, list[tuple[int, float]]] = {}
-    rewards: list[tuple[int, float]] = []
+    rewards: list[tuple[int, float, float]] = []
     for values in rounds:
         for row in values["accuracy"]:
             if row["accuracy"] is not None:
                 name = f"{row['data']}, {row['prompt']}"
-                accuracies.setdefault(name, []).append((values["round"], 100 * row["accuracy"]))
+                point = (values["round"], 100 * row["accuracy"], 100 * (row["standard_error"] or 0))
+                accuracies.setdefault(name, []).append(point)
         for source in values.get("sources", []):
             name = f"{source['pipeline']}, {Path(source['path']).stem}"
             pairs.setdefault(name, []).append((values["round"], source["pairs"]))
         if "reward_accuracy" in values.get("training", {}):
-            rewards.append((values["round"], 100 * values["training"]["reward_accuracy"]))
-    panels = [Panel("Accuracy", "round", "%", _lines(accuracies)), Panel("Pairs", "round", "pairs", _lines(pairs))]
+            error = _share_error(values["training"], "reward_accuracy") or 0
+            rewards.append((values["round"], 100 * values["training"]["reward_accuracy"], 100 * error))
+    panels = [
+        Panel("Accuracy", "round", "accuracy (%)", _lines(accuracies)),
+        Panel("Pairs", "round", "pairs", _lines(pairs)),
+    ]
     if rewards:
-        panels.append(Panel("Reward accuracy in training", "round", "%", _lines({"reward accuracy": rewards})))
+        lines = _lines({"reward accuracy": rewards})
+        panels.append(Panel("Reward accuracy in training", "round", "reward accuracy (%)", lines))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rounds.png"
-        save_panels(path, f"Rounds {numbers[0]} to {numbers[-1]}", panels)
+        save_panels(path, f"Rounds {numbers[0]} to {numbers[-1]}, with standard errors", panels)
         return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _lines(named: Mapping[str, Sequence[tuple[int, float]]]) -> list[Line]:
-    return [
-        Line(name, [x for x, _ in points], [y for _, y in points], color=f"C{number % 10}")
-        for number, (name, points) in enumerate(named.items())
-    ]
+def _lines(named: Mapping[str, Sequence[tuple[float, ...]]]) -> list[Line]:
+    """Returns a line for each name; its points are tuples of x, y and, optionally, the standard error."""
+    lines = []
+    for number, (name, points) in enumerate(named.items()):
+        x, y, *errors = zip(*points, strict=True)
+        lines.append(Line(name, x, y, color=f"C{number % 10}", errors=errors[0] if errors else None))
+    return lines

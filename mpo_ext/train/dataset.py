@@ -7,6 +7,7 @@ of the data. Each rank splits its slice into micro-batches by length.
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.train.batch import Batch, RowLayout, collate
 from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, Sample, SkippedPair
-from mpo_ext.train.mixture import Mixture
+from mpo_ext.train.mixture import Mixture, stored_lines
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.sampler import StepSampler, micro_batches, token_micro_batches
@@ -351,11 +352,13 @@ def check_lines(data: RunData, limit: int, say: Callable[[str], None]) -> None:
     """
     problems: list[str] = []
     if data.accelerator.is_main_process:
-        for mixture in data.mixtures:
-            for overview in mixture.inspect(files=False, limit=limit):
-                if mixture is data.mixture:
-                    say(str(overview))
-                problems += overview.examples
+        overviews = [mixture.inspect(files=False, limit=limit) for mixture in data.mixtures]
+        for overview in overviews[0]:
+            say(str(overview))
+        for overview in itertools.chain.from_iterable(overviews):
+            problems += overview.examples
+        for line in stored_lines(itertools.chain.from_iterable(overviews)):
+            say(line)
     for texts in gather(data.accelerator, problems):
         if texts and not data.recipe.data.skip_bad:
             raise LinesError(

@@ -70,10 +70,12 @@ def means(
 ) -> dict[str, float]:
     """Returns the metrics of a step or an evaluation from the sums of ``Totals.reduce``.
 
-    Most metrics are means over pairs. The next-token loss is a mean over chosen tokens or responses (``ntp_parts`` of
-    ``Totals.add``). Entropy and top1 are means over labelled tokens. ``weights`` are the weights of the DPO, BCO and
-    next-token terms of the loss. If ``router_coef`` is positive, the loss includes the auxiliary loss of the routers
-    with this weight.
+    Most metrics are means over pairs. ``reward_accuracy`` is the share of pairs whose chosen reward is strictly higher
+    than the rejected one, as in TRL: equal rewards count as wrong. While the policy equals the reference, rewards
+    differ from 0 by rounding only, and this share has no meaning. The next-token loss is a mean over chosen tokens or
+    responses (``ntp_parts`` of ``Totals.add``). Entropy and top1 are means over labelled tokens. ``weights`` are the
+    weights of the DPO, BCO and next-token terms of the loss. If ``router_coef`` is positive, the loss includes the
+    auxiliary loss of the routers with this weight.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)

@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mpo_ext.data.media import place_problem
 from mpo_ext.data.mmpr import MMPRDataset
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
-from mpo_ext.data.sources import PairSource, open_pairs
+from mpo_ext.data.sources import PairSource, StoredMedia, open_pairs, stored_note
 from mpo_ext.images import describe_source, image_exists, missing_image_advice
 from mpo_ext.train.encode import prompt_key
 from mpo_ext.train.source_recipe import SourceRecipe
@@ -71,6 +71,7 @@ class SourceOverview:
         missing: Number of different image and video files that do not exist.
         pairs_missing: Number of read pairs with at least one missing image file; pairs that are counted in
             ``misplaced`` are left out.
+        stored_in: Folder in which images that rows hold as bytes are stored; "" if no read pair has such an image.
         examples: Messages for the first bad lines and missing images.
     """
 
@@ -88,6 +89,7 @@ class SourceOverview:
     images: int = 0
     missing: int = 0
     pairs_missing: int = 0
+    stored_in: str = ""
     examples: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
@@ -222,6 +224,7 @@ class Mixture(Sequence[Pair | BadLine]):
             overview = SourceOverview(source.path, source.format, recipe.format is not None, source.root, size)
             count = min(size, min(limit, _INSPECTED_DATASET_ROWS) if source.is_dataset else limit)
             file_exists: dict[int, bool] = {}
+            stored = StoredMedia(source)
             for line in np.linspace(0, size - 1, count).round().astype(int) if count else ():
                 pair, name = self.read(first + int(line))
                 overview.lines_read += 1
@@ -230,6 +233,7 @@ class Mixture(Sequence[Pair | BadLine]):
                     if overview.bad <= _EXAMPLES:
                         overview.examples.append(str(pair))
                     continue
+                stored.add(pair)
                 overview.with_images += bool(pair.images)
                 overview.with_videos += bool(pair.videos)
                 overview.with_rejected_images += bool(pair.rejected_images)
@@ -240,7 +244,7 @@ class Mixture(Sequence[Pair | BadLine]):
                     continue
                 if files:
                     overview.pairs_missing += not _has_images(pair, name, file_exists, overview)
-            overview.images = len(file_exists)
+            overview.images, overview.stored_in = len(file_exists), stored.folder
             overviews.append(overview)
         return overviews
 
@@ -273,6 +277,11 @@ class Mixture(Sequence[Pair | BadLine]):
                 )
         self._opened[number] = source
         return source
+
+
+def stored_lines(overviews: Iterable[SourceOverview]) -> list[str]:
+    """Returns a line of text for each folder in which images of the inspected sources are stored."""
+    return [stored_note(folder) for folder in dict.fromkeys(overview.stored_in for overview in overviews) if folder]
 
 
 def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: SourceOverview) -> bool:

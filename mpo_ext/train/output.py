@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,8 +24,10 @@ from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import reference_date
 from mpo_ext.train.resume import RunState, changed_settings
+from mpo_ext.train.unknown_tokens import find_unknown
 
 _LOCK = "run.lock"
+_READ_PAIRS = 100  # number of pairs in which unknown tokens are searched
 _SHOWN_EVALUATION = ("loss", "accuracy", "unreadable", "cut_off", "refused")  # ends of the names of printed metrics
 
 
@@ -112,6 +115,9 @@ class RunOutput:
         if self.is_main:
             proof = prove(data.encoder, data.first_pairs())
             self._write_first_pairs(proof)
+            unknown = find_unknown(data.encoder.chat, itertools.islice(data.first_pairs(), _READ_PAIRS))
+            if unknown is not None:
+                self.console.say(f"WARNING: {unknown}")
         for shared in gather(self.accelerator, proof):
             if shared is not None:
                 shared.check()

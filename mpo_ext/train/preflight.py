@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mpo_ext.checks import LinesError, check_is_no_run, check_model_path, install_hint
+from mpo_ext.checks import LinesError, check_is_no_run, check_model_path, describe_folder, install_hint
 from mpo_ext.data.hub import hub_id, missing_path
 from mpo_ext.processors import check_on_hub
 from mpo_ext.train.hub import check_access
@@ -54,7 +54,7 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], None]]:
     yield lambda: check_trackers(output.trackers)
     if output.eval_generate is not None:
         questions = output.eval_generate.path
-        yield lambda: _check_exists("output.eval_generate.path must be a file of questions", questions)
+        yield lambda: _check_file("output.eval_generate.path must be a file of questions", questions)
     if output.resume not in ("auto", "never"):
         rule = 'output.resume must be "auto", "never" or the folder of a checkpoint'
         yield lambda: _check_exists(rule, output.resume)
@@ -89,6 +89,12 @@ def _check_package(package: str, setting: str, extra: str) -> None:
 def _check_exists(rule: str, path: str) -> None:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{rule}, got {path}: it does not exist")
+
+
+def _check_file(rule: str, path: str) -> None:
+    _check_exists(rule, path)
+    if os.path.isdir(path):
+        raise ValueError(f"{rule}, got {describe_folder(path)}")
 
 
 def _check_output(folder: str) -> None:

@@ -94,8 +94,15 @@ def first_step_lines(recipe: Recipe, line: Mapping[str, float], batches: Sequenc
     """
     if text := lone_pairs(recipe.optim.micro_batch_tokens, batches):
         yield text
-    if recipe.reference_kind is not None and recipe.reference.path is None and recipe.loss.preference is None:
+    if recipe.reference_kind is None or recipe.reference.path is not None:
+        return
+    if recipe.loss.preference is None:
         yield compare_first_loss(recipe, line)
+    if abs(line["reward_margin"]) <= _FIRST_LOSS_TOLERANCE[recipe.precision]:
+        yield (
+            f"step 1: the policy still equals the reference, so the reward accuracy, {line['reward_accuracy']:.2f}, "
+            "is rounding noise until the first update"
+        )
 
 
 def lone_pairs(limit: int | None, batches: Sequence[Batch]) -> str | None:

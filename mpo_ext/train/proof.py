@@ -3,9 +3,10 @@
 The result, a ``Proof``, also holds the pairs as decoded text.
 """
 
+import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -63,7 +64,8 @@ class Proof:
     Attributes:
         notices: Rules that the encoder applies beyond the chat template, and comparisons that could not be made.
         pairs: The first pairs, decoded.
-        skipped: Messages of pairs that could not be encoded.
+        skipped: Messages of the first pairs that could not be encoded.
+        reasons: Number of pairs that could not be encoded or that training leaves out, by reason.
         problems: Differences between the encoder and the processor, and other reasons not to train.
     """
 
@@ -71,6 +73,7 @@ class Proof:
     pairs: tuple[ProvedPair, ...]
     skipped: tuple[str, ...]
     problems: tuple[str, ...]
+    reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def lines(self, most: int | None = None) -> Iterator[str]:
         """Yields the proof as lines of text. ``most`` limits the texts, as in ``ProvedPair.lines``."""
@@ -106,14 +109,18 @@ def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3
     proved: list[ProvedPair] = []
     skipped: list[str] = []
     problems: list[str] = []
+    reasons: collections.Counter[str] = collections.Counter()
     notices = dict.fromkeys(encoder.chat.notices)
     for pair, name in itertools.islice(pairs, 50 * count):
         try:
             sample = encoder.encode(pair, name)
         except BadPairError as error:
             skipped.append(str(error))
+            reasons[str(error).removeprefix(f"{name}: ").partition(", got ")[0]] += 1
             continue
         if not isinstance(sample, Sample):
+            skipped.append(f"{name}: {sample.reason}: {sample.detail}")
+            reasons[sample.reason] += 1
             continue
         proved.append(_decode(encoder, sample))
         problems += [f"{name}: {problem}" for problem in _decoding_problems(encoder, pair, sample)]
@@ -125,7 +132,7 @@ def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3
             )
         if len(proved) == count:
             break
-    return Proof(tuple(notices), tuple(proved), tuple(skipped[:count]), tuple(problems))
+    return Proof(tuple(notices), tuple(proved), tuple(skipped[:count]), tuple(problems), dict(reasons.most_common()))
 
 
 def _decoding_problems(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:

@@ -1,6 +1,9 @@
 """The pictures of README.md and docs/: the overview shows the figures of results/, and each main page has one."""
 
 import re
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
 
 import pytest
 import yaml
@@ -24,10 +27,43 @@ def test_the_bars_show_the_measured_times(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_committed_diagrams_are_drawn_ones(name: str) -> None:
     committed = (diagrams.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
     assert committed == diagrams.draw(name), "run python -m benchmarks.diagrams"
-    words = re.findall(r'<text x="(\d+)" y="\d+" font-size="(\d+)"[^>]*>([^<]*)<', committed)
-    assert all(0.56 * int(size) * len(text) < diagrams.WIDTH - 16 for _, size, text in words[1:]), (
-        "a line must fit its box"
-    )
+
+
+Area = tuple[float, float, float, float]  # left, top, right and bottom
+
+
+def areas(svg: str) -> Iterator[tuple[str, Area]]:
+    """Yields the words and the area of each text of a picture in DejaVu Sans, which is wide; "" for a box."""
+    image_font = pytest.importorskip("PIL.ImageFont")
+    folder = Path(pytest.importorskip("matplotlib").get_data_path(), "fonts", "ttf")
+    for element, attributes, words in re.findall(r"<(rect|text) ([^>]*?)/?>([^<]*)", svg):
+        values = dict(re.findall(r'([\w-]+)="([^"]*)"', attributes))
+        left, top = float(values["x"]), float(values["y"])
+        if element == "rect":
+            yield "", (left, top, left + float(values["width"]), top + float(values["height"]))
+            continue
+        name = "DejaVuSans-Bold.ttf" if "font-weight" in values else "DejaVuSans.ttf"
+        size = float(values["font-size"])
+        width = image_font.truetype(str(folder / name), 100).getlength(unescape(words)) * size / 100
+        yield unescape(words), (left, top - 0.8 * size, left + width, top + 0.2 * size)
+
+
+def is_apart(first: Area, second: Area) -> bool:
+    return first[2] < second[0] or second[2] < first[0] or first[3] < second[1] or second[3] < first[1]
+
+
+def is_inside(inner: Area, outer: Area, margin: float = 4) -> bool:
+    return inner[0] >= outer[0] and inner[1] >= outer[1] and inner[2] + margin <= outer[2] and inner[3] <= outer[3]
+
+
+@pytest.mark.parametrize("picture", sorted(diagrams.FOLDER.glob("*.svg")), ids=lambda path: path.stem)
+def test_no_text_runs_over_its_box_or_another_text(picture: Path) -> None:
+    found = list(areas(picture.read_text(encoding="utf-8")))
+    texts, boxes = [entry for entry in found if entry[0]], [area for words, area in found if not words]
+    assert texts
+    for number, (words, area) in enumerate(texts):
+        assert all(is_inside(area, other) or is_apart(area, other) for other in boxes), words
+        assert all(is_apart(area, other) for _, other in texts[number + 1 :]), words
 
 
 def test_each_main_page_has_a_picture() -> None:

@@ -1,5 +1,6 @@
 """The commands check, stats, convert and view."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from mmpr_files import GOOD, run_data
 
 from mpo_ext.cli import data
+from mpo_ext.cli.main import main
 from mpo_ext.data import (
     Pair,
     open_pairs,
@@ -19,6 +21,8 @@ from mpo_ext.data.formats import FORMATS
 from mpo_ext.data.hf import load_dataset_folder
 from mpo_ext.data.trl import Kind
 from mpo_ext.data.view import write_view
+from mpo_ext.train.mixture import Mixture, stored_lines
+from mpo_ext.train.source_recipe import SourceRecipe
 
 
 def test_check_exits_with_0_1_or_2(
@@ -126,6 +130,33 @@ def test_a_url_instead_of_a_path_is_reported(
     assert "a URL, not fetched" in (tmp_path / "p.html").read_text()
 
 
+@pytest.mark.parametrize("command", [["check"], ["stats"], ["view"], ["check", "--from", "mmpr"]])
+def test_a_folder_without_a_dataset_names_its_files(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rule = "path must be a file of pairs, a folder of parquet files, or a folder that save_to_disk wrote"
+    assert run_data(command[0], folder, *command[1:]) == 2
+    err = capsys.readouterr().err
+    assert f"{rule}, got the folder {folder}, which contains no .jsonl, .json, .csv, .tsv, .parquet file\n" in err
+    for name in ("train.jsonl", "meta.json", "rows.csv.gz", "notes.txt"):
+        (folder / name).write_text("{}")
+    assert run_data(command[0], folder, *command[1:]) == 2
+    text = f"got the folder {folder}, which contains meta.json, rows.csv.gz, train.jsonl: name a file\n"
+    assert text in capsys.readouterr().err
+    source = SourceRecipe(path=str(folder))
+    with pytest.raises(ValueError, match=f"^data.train: {rule}, got the folder .* contains meta.json"):
+        Mixture([source], name="data.train")
+
+
+def test_a_folder_in_place_of_another_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    expected = f"{tmp_path} must be a file, got the folder {tmp_path}, which contains recipe.yaml: name a file\n"
+    assert main(["train", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"mpo-ext train: {expected}"
+
+
 def test_an_empty_file_is_reported_as_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("empty.jsonl", "empty.json"):
         (tmp_path / name).write_text("\n")
@@ -216,3 +247,56 @@ def test_a_missing_package_is_named(package: str, command: str, mmpr: Path, tmp_
 def test_the_options_offer_every_format_and_kind() -> None:
     assert data._FORMATS == FORMATS
     assert get_args(Kind) == data._KINDS
+
+
+@pytest.fixture
+def rows_with_bytes(tmp_path: Path) -> Path:
+    """A dataset with an image as bytes."""
+    datasets = pytest.importorskip("datasets")
+    buffer = io.BytesIO()
+    pytest.importorskip("PIL.Image").new("RGB", (8, 8)).save(buffer, "PNG")
+    row = {"prompt": "q", "chosen": "c", "rejected": "r", "image": {"bytes": buffer.getvalue(), "path": None}}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "rows")
+    return tmp_path / "rows"
+
+
+def test_each_command_names_the_folder_of_the_images_in_rows_once(
+    rows_with_bytes: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, page = tmp_path / "stored", tmp_path / "p.html"
+    for command in (["check"], ["stats"], ["view", "--out", page]):
+        assert run_data(command[0], rows_with_bytes, *command[1:], "--image-dir", folder) == 0
+        said = capsys.readouterr()
+        assert f"images that the rows hold as bytes are stored in {folder}\n" in said.err
+        assert (said.out + said.err).count(str(folder)) == 1
+    write_pairs(images / "p.jsonl", [Pair("q", "c", "r", ("a.png",))])
+    for command in (["check"], ["stats"], ["view", "--out", page]):
+        assert run_data(command[0], images / "p.jsonl", *command[1:], "--image-dir", images) == 0
+        assert "stored in" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("format", ["pairs", "trl", "mmpr", "hf"])
+def test_convert_names_the_images_that_the_written_pairs_need(
+    format: str, rows_with_bytes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, folder = tmp_path / "out", tmp_path / "stored"
+    assert run_data("convert", rows_with_bytes, out, "--to", format, "--image-dir", folder) == 0
+    place = out / "meta.json" if format == "mmpr" else out
+    said = capsys.readouterr()
+    if format == "hf":  # contains the images
+        assert said.out == f"wrote 1 pairs to {out}\n"
+        assert f"images that the rows hold as bytes are stored in {folder}\n" in said.err
+        return
+    assert said.out == (
+        f"wrote 1 pairs to {place}, which need the images in {folder} (--image-dir sets another folder)\n"
+    )
+    ((_, pair),) = open_pairs(place).scan()
+    assert isinstance(pair, Pair)
+    assert [Path(image).parent for image in pair.images] == [folder]
+
+
+def test_a_dry_run_names_the_folder_of_the_images_in_rows(rows_with_bytes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stored"
+    source = SourceRecipe(path=str(rows_with_bytes), image_dir=str(folder))
+    overviews = [*Mixture([source]).inspect(), *Mixture([source]).inspect()]
+    assert stored_lines(overviews) == [f"images that the rows hold as bytes are stored in {folder}"]

@@ -47,6 +47,23 @@ def test_options_reach_the_evaluation(items: Path, tmp_path: Path, monkeypatch: 
     assert len(list((tmp_path / "o" / "lmms-eval").rglob("*.jsonl"))) == 2 * 2 * 3
 
 
+def test_a_folder_of_questions_names_its_files(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = items.parent
+    arguments = (folder / "model", "--data", folder, "--out", tmp_path / "o")
+    assert run(monkeypatch, *arguments) == 2
+    expected = (
+        f"path must be a file of items or questions, got the folder {folder}, which contains items.jsonl: name a"
+    )
+    assert expected in capsys.readouterr().err
+    (folder / "state.json").touch()
+    assert run(monkeypatch, *arguments) == 2
+    assert "of a dataset that save_to_disk wrote: write it as a file with the dataset's to_parquet" in (
+        capsys.readouterr().err
+    )
+
+
 def test_all_models_are_located_before_the_first_is_asked(
     items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,7 @@ TABLE: list[tuple[list[str], int, str]] = [
             (["model.path=gone"], "model.path must be a folder here or a model of the Hugging Face hub"),
             (["reference.path=./gone"], "reference.path must be a folder here"),
             (["output.eval_generate=gone.jsonl"], "output.eval_generate.path must be a file of questions"),
+            (["output.eval_generate=."], "output.eval_generate.path must be a file of questions, got the folder ."),
             (["output.push_to_hub=me/model"], "output.push_to_hub"),
             (["output.trackers=[nothing]"], "output.trackers must name trackers"),
             (["output.dir=file/run"], "output.dir must be a folder"),

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 for package in ("transformers", "sklearn", "PIL"):
     pytest.importorskip(package)
 
+import tokenizers
 import torch
 import transformers
 from tiny_processors import QWEN, SPECIAL, ZEPHYR, build_tokenizer, with_template
@@ -20,12 +22,32 @@ from mpo_ext.demo.model import build_model, build_processor
 CHAT = QWEN.replace("IMAGE", "<image>")
 
 
-def save(folder: Path, template: str = CHAT, *, rows: int | None = None, stop: int | None = None) -> Path:
+def ascii_tokenizer(unknown: str = "") -> Any:
+    """A tokenizer with a token per ASCII character that is not ``unknown``; every other character becomes <unk>."""
+    tokens = [*(letter for letter in string.printable if letter not in unknown), "<unk>", "<pad>", "</s>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=SPECIAL[QWEN], **special
+    )
+
+
+def save(
+    folder: Path,
+    template: str = CHAT,
+    *,
+    rows: int | None = None,
+    stop: int | None = None,
+    tokenizer: Any = None,
+) -> Path:
     """Saves a text model without weights; ``rows`` is the size of its embedding, ``stop`` its stop token."""
-    tokenizer = with_template(build_tokenizer(SPECIAL[QWEN]), template)
+    kind = "Qwen2" if tokenizer is None else "Granite"  # transformers rebuilds the tokenizers of Qwen2
+    tokenizer = with_template(tokenizer or build_tokenizer(SPECIAL[QWEN]), template)
     tokenizer.save_pretrained(folder)
-    config = transformers.Qwen2Config(vocab_size=rows or len(tokenizer) + 1, num_hidden_layers=1)
-    config.architectures = ["Qwen2ForCausalLM"]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=rows or len(tokenizer) + 1, num_hidden_layers=1)
+    config.architectures = [f"{kind}ForCausalLM"]
     config.save_pretrained(folder)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>") if stop is None else stop
     transformers.GenerationConfig(eos_token_id=end).save_pretrained(folder)
@@ -38,6 +60,7 @@ def write(path: Path, *lines: dict[str, Any]) -> Path:
 
 
 PAIR = {"question": "How many?", "chosen": "Two.", "rejected": "Three."}
+EQUAL = {**PAIR, "rejected": "Two."}
 
 
 def test_doctor_proves_a_model_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,9 +159,43 @@ def test_check_finds_pairs_that_a_model_cannot_read(tmp_path: Path, capsys: pyte
     assert f"not encoded: {pairs}:1: chosen must fit the chat template" in capsys.readouterr().out
     pairs = write(tmp_path / "pairs.jsonl", {**PAIR, "chosen": "Two.<|im_end|> or three"})
     assert main(["data", "check", str(pairs), "--model", str(model)]) == 1
-    assert "NOT VALID: no pair could be encoded" in capsys.readouterr().out
+    expected = "NOT VALID: no pair could be encoded: 1 x chosen must fit the chat template\n"
+    assert expected in capsys.readouterr().out
+    pairs = write(tmp_path / "pairs.jsonl", *({**PAIR, "images": [f"{n}.png"]} for n in range(2)), EQUAL)
+    assert main(["data", "check", str(pairs), "--model", str(model), "--images", "skip"]) == 1
+    out = capsys.readouterr().out
+    reasons = "2 x images must be none for a text model; 1 x chosen and rejected are equal"
+    assert f"NOT VALID: no pair could be encoded: {reasons}\n" in out
+    assert f"not encoded: {pairs}:3: chosen and rejected are equal: both responses are the same 5 tokens" in out
+    pairs = write(tmp_path / "pairs.jsonl", {**PAIR, "chosen": 5})
+    assert main(["data", "check", str(pairs), "--model", str(model)]) == 1
+    assert "NOT VALID: no pair could be encoded: the data has no valid pair\n" in capsys.readouterr().out
     small = save(tmp_path / "small", rows=200)
     pairs = write(tmp_path / "pairs.jsonl", PAIR)
     assert main(["data", "check", str(pairs), "--model", str(small)]) == 2
     assert "must be below the 200 rows of the model's embedding, got 259" in capsys.readouterr().err
     assert main(["data", "check", str(pairs)]) == 0
+
+
+def test_check_warns_of_text_that_the_tokenizer_does_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, report = save(tmp_path / "model", tokenizer=ascii_tokenizer()), tmp_path / "report.json"
+    known = [{**PAIR, "question": f"How many in {number}?"} for number in range(4)]
+    pairs = write(tmp_path / "pairs.jsonl", *known)
+    assert main(["data", "check", str(pairs), "--model", str(model)]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    pairs = write(tmp_path / "pairs.jsonl", *known, {**PAIR, "question": "<unk> Äpfel?", "chosen": "Zwei: 2½."})
+    assert main(["data", "check", str(pairs), "--model", str(model), "--json", str(report)]) == 0
+    counts = f"2 x <unk> in 1 of 5 pairs, such as 'Ä' in the prompt of {pairs}:5"
+    warning = f"the tokenizer does not know all characters: {counts}"
+    assert f"\nWARNING: {warning}\n" in capsys.readouterr().out
+    assert json.loads(report.read_text())["model"]["warnings"] == [warning]
+
+
+def test_doctor_says_why_no_pair_could_be_encoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save(tmp_path / "model", tokenizer=ascii_tokenizer(unknown="23"))
+    assert main(["doctor", str(model)]) == 1
+    out = capsys.readouterr().out
+    assert "no pair could be encoded: 1 x chosen and rejected are equal\n" in out
+    assert "WARNING: the tokenizer does not know all characters: 4 x <unk> in 1 of 1 pairs, such as '2'" in out

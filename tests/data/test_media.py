@@ -1,5 +1,6 @@
 """Images, video and audio that no reader uses: every command and the dry run refuse and count their lines."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,38 @@ def test_bytes_in_a_column_are_refused_by_its_name(name: str, has_image: bool, t
     assert isinstance(bad, BadLine), bad
     assert (bad.kind, f"got the field '{name}" in bad.reason) == ("unread field", True)
     assert isinstance(open_pairs(tmp_path / "d", ignore=[name]).read(0)[1], Pair)
+
+
+@pytest.mark.parametrize("path", [None, "0001.png", "other.png"])
+def test_file_name_beside_bytes_names_their_image(path: str | None, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    content = base64.b64decode(PNG)
+    row = {**TEXT["trl"], "image": {"bytes": content, "path": path}, "file_name": "train/0001.png"}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "d")
+    _, pair = open_pairs(tmp_path / "d", image_dir=tmp_path / "stored").read(0)
+    assert isinstance(pair, Pair), pair
+    assert pair.extra == {"file_name": "train/0001.png"}
+    assert [Path(image).read_bytes() for image in pair.images] == [content]
+    datasets.Dataset.from_list([{**row, "figure": "b.png"}]).save_to_disk(tmp_path / "e")
+    _, bad = open_pairs(tmp_path / "e", image_dir=tmp_path / "stored").read(0)
+    assert isinstance(bad, BadLine)
+    assert "got the field 'figure' 'b.png', which is not read" in bad.reason
+
+
+def test_file_name_beside_a_data_url_names_its_image(tmp_path: Path) -> None:
+    row = {**TEXT["trl"], "image": f"data:image/png;base64,{PNG}", "file_name": "train/0001.png"}
+    assert isinstance(read_row(tmp_path, row), Pair)
+    for other in ({"image": "a.png"}, {"file_name": PNG}, {"file_name": "data:image/png;base64,AAAA"}):
+        bad = read_row(tmp_path, {**row, **other})
+        assert isinstance(bad, BadLine), other
+        assert "got the field 'file_name'" in bad.reason
+
+
+def test_the_path_in_an_unread_field_is_shown_whole(tmp_path: Path) -> None:
+    path = f"/{'long/' * 40}a.png"
+    bad = read_row(tmp_path, {**TEXT["trl"], "figure": path})
+    assert isinstance(bad, BadLine)
+    assert f"got the field 'figure' '{path}'" in bad.reason
 
 
 def test_empty_values() -> None:

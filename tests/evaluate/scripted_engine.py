@@ -25,6 +25,18 @@ class ScriptedEngine(StubEngine):
         return Generation(tuple(self.encode(text)), text, "length" if text.endswith("...") else "stop")
 
 
+class SeeingEngine(ScriptedEngine):
+    """Answers from ``answers`` if it sees an image, otherwise from ``blind``."""
+
+    def __init__(self, answers: dict[str, list[str]], blind: dict[str, list[str]]) -> None:
+        super().__init__(answers)
+        self.seen, self.blind = answers, blind
+
+    def _answer(self, request: Any) -> Any:
+        self.answers = self.seen if request.images else self.blind
+        return super()._answer(request)
+
+
 def write_lines(path: Path, lines: Sequence[Any]) -> Path:
     path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
     return path

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from scripted_engine import ScriptedEngine, write_lines
+from scripted_engine import ScriptedEngine, SeeingEngine, write_lines
 
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.evaluate.scoring import EvaluationConfig
@@ -142,6 +142,24 @@ def test_the_page_shows_the_failures_and_escapes_all_text(data: Path, tmp_path: 
     assert late["answers"][1]["samples"][0]["text"].startswith(HOSTILE)
     options = [tag for tag, attributes in page.tags if tag == "option"]
     assert len(options) == 2 + 4 * 3  # data, and two models in each of four filters
+
+
+def test_the_page_lists_wrong_answers_with_the_image_only(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    lines = [{"question": question, "image": "a.png", "answer_gt": "7"} for question in ("seen", "misread")]
+    data = write_lines(tmp_path / "d.jsonl", lines)
+
+    right, wrong = ["Final answer: 7"], ["Final answer: 1"]
+    engine = SeeingEngine({"seen": right, "misread": wrong}, {"seen": wrong, "misread": right})
+    config = EvaluationConfig(prompts=("cot",), without_image=True)
+    evaluate({"m": engine}, {"d": data}, tmp_path / "out", config=config, image_root=str(tmp_path))
+    text = (tmp_path / "out" / "failures.html").read_text()
+    shown = json.loads(Page(text).scripts[0])
+    assert [item["question"] for item in shown["items"]] == ["misread"]
+    assert shown["columns"] == ["m, cot", "m, cot-without-image"]
+    assert "1 of 2 questions have a wrong answer" in text
+    assert "Answers without the image stand in the columns of the prompts ending in -without-image" in text
 
 
 def test_the_page_reports_omissions(tmp_path: Path) -> None:

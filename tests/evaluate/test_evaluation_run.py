@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from scripted_engine import ScriptedEngine, write_lines
+from scripted_engine import ScriptedEngine, SeeingEngine, write_lines
 from stub_engine import StubEngine
 
 from mpo_ext.evaluate.cells import EvaluationRun
@@ -389,18 +389,6 @@ def test_the_options_of_each_item_decide_about_its_answers(tmp_path: Path) -> No
     assert row["majority"]["accuracy"] == 1.0  # "y" and "(B)" are the same answer
 
 
-class SeeingEngine(ScriptedEngine):
-    """Answers from ``answers`` if it sees an image, otherwise from ``blind``."""
-
-    def __init__(self, answers: dict[str, list[str]], blind: dict[str, list[str]]) -> None:
-        super().__init__(answers)
-        self.seen, self.blind = answers, blind
-
-    def _answer(self, request: Any) -> Any:
-        self.answers = self.seen if request.images else self.blind
-        return super()._answer(request)
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
@@ -430,6 +418,7 @@ def test_without_the_image_the_same_questions_are_compared(pictures: Path, tmp_p
     assert results["comparisons"] == []
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| d, cot |     m |         4 |  50.0 ± 28.9 |" in table
+    assert "Questions that were not asked" not in table
     lines = lines_of(tmp_path / "out" / "predictions-m.jsonl")
     assert [line["prompt"] for line in lines] == ["cot"] * 5 + ["cot-without-image"] * 5
 

@@ -237,6 +237,14 @@ def test_unknown_images_refuse_the_item_by_name(fields: dict[str, Any], field: s
     assert problem == f"the field {field!r} looks like an image, and is not read: name it image or images"
 
 
+@pytest.mark.parametrize("image", [RED_URL, {"bytes": RED, "path": None}, "train/a.jpeg"])
+def test_file_name_beside_an_image_names_the_image(image: Any) -> None:
+    item = read({"question": "Q?", "answer": "7", "image": image, "file_name": "a.jpeg"})
+    assert (len(item.images), item.extra) == (1, {"file_name": "a.jpeg"})
+    problem = Item.from_dict({"question": "Q?", "answer": "7", "image": image, "file_name": RED_URL}).problem
+    assert problem == "the field 'file_name' looks like an image, and is not read: name it image or images"
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -150,6 +151,10 @@ def test_the_page_shows_the_rounds_and_links_to_existing_files(whole: Path) -> N
     for values in results["rounds"]:
         row = values["accuracy"][0]
         assert f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}" in page
+        if training := values.get("training"):
+            share, count = training["reward_accuracy"], training["averaged_pairs"]
+            assert f"<td>{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / (count - 1)):.1f}</td>" in page
+    assert "<th>reward_accuracy in %</th>" in page
     links = [part.partition('"')[0] for part in page.split('href="')[1:]]
     assert {"round-2/correctness.html", "round-1/dropout-ntp.html", "round-2/evaluation/failures.html"} <= set(links)
     assert all((whole / link).exists() for link in links)
@@ -233,6 +238,7 @@ def test_a_folder_of_other_files_is_left_alone(
     [
         ({"model": "./none"}, "model must be a folder here or a hub id, got ./none"),
         ({"evaluate": {"data": "none.jsonl"}}, "evaluate.data.none must be a file of questions, got none.jsonl"),
+        ({"evaluate": {"data": {"d": "."}}}, "evaluate.data.d must be a file of questions, got the folder ., which"),
         ({"sample": {"questions": "none.jsonl", "correctness": {}}}, "source must exist, got none.jsonl"),
         (
             {"launch": {"train": ["no-such-launcher"]}},

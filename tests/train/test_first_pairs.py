@@ -135,6 +135,22 @@ def test_a_run_shows_its_first_pairs_and_exports_its_stop_token(
     assert exported["eos_token_id"] == [2, end]
 
 
+def test_a_run_warns_of_text_that_the_tokenizer_does_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = write_pairs(tmp_path, 8)
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for name, suffix in (("known", ""), ("unknown", " zebra")):
+        pairs.write_text("".join(json.dumps({**line, "question": line["question"] + suffix}) + "\n" for line in lines))
+        model, processor = tiny()
+        settings = recipe(tmp_path / name, pairs, optim__max_steps=1)
+        assert train(settings, model=model, processor=processor) == 0
+        said = capsys.readouterr().err
+        warning = "WARNING: the tokenizer does not know all characters: 8 x <unk> in 8 of 8 pairs, such as 'zebra' in"
+        assert (warning in said) == bool(suffix)
+        assert ("does not know all characters" in said) == bool(suffix)
+
+
 def test_an_id_beyond_the_embedding_is_refused_at_the_start(tmp_path: Path) -> None:
     """The tokenizer has more tokens than the embedding has rows."""
     pairs = write_pairs(tmp_path, 8)

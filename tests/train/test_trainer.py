@@ -391,9 +391,12 @@ def test_an_image_that_has_changed_is_found_in_a_precomputed_reference(tmp_path:
 
 
 def test_the_first_step_says_what_its_loss_should_be(tmp_path: Path, pairs: Path, capsys: Any) -> None:
-    run(recipe(tmp_path / "same", pairs))
-    assert re.search(r"step 1: loss \S+, expected 0\.8318 \+ \S+ \(next token\): policy and reference agree",
-                     capsys.readouterr().err)  # fmt: skip
+    accuracy = run(recipe(tmp_path / "same", pairs))[0]["reward_accuracy"]
+    said = capsys.readouterr().err
+    assert re.search(r"step 1: loss \S+, expected 0\.8318 \+ \S+ \(next token\): policy and reference agree", said)
+    assert f"the reward accuracy, {accuracy:.2f}, is rounding noise until the first update" in said
+    run(recipe(tmp_path / "ipo", pairs, loss__preference="ipo", loss__bco_weight=0.0))
+    assert "is rounding noise until the first update" in capsys.readouterr().err
     model, processor = tiny()
     kept: dict[str, Any] = {}
 
@@ -407,7 +410,9 @@ def test_the_first_step_says_what_its_loss_should_be(tmp_path: Path, pairs: Path
             return reference
 
     Other(recipe(tmp_path / "other", pairs), model=model, processor=processor).run()
-    assert "policy and reference DIFFER" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "policy and reference DIFFER" in said
+    assert "rounding noise" not in said
 
 
 def test_the_log_has_every_quantity_and_the_model_its_card(tmp_path: Path, pairs: Path) -> None:
