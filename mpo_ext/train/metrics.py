@@ -38,7 +38,7 @@ class Totals:
 
         Args:
             out: Output of the loss for the micro-batch.
-            ntp_parts: Number of chosen tokens or responses over which the next-token term is averaged.
+            ntp_parts: Divisor of the next-token term, as returned by ``BatchCounts.ntp_parts``.
             tokens: Number of token positions of the micro-batch, without padding.
         """
         pairs = len(out.chosen_reward)
@@ -70,10 +70,10 @@ def means(
 ) -> dict[str, float]:
     """Returns the metrics of a step or an evaluation from the sums of ``Totals.reduce``.
 
-    Most metrics are means over pairs. The next-token loss is a mean over chosen tokens or responses (``ntp_parts`` of
-    ``Totals.add``). Entropy and top1 are means over labelled tokens. ``weights`` are the weights of the DPO, BCO and
-    next-token terms of the loss. If ``router_coef`` is positive, the loss includes the auxiliary loss of the routers
-    with this weight.
+    Most metrics are means over pairs. The next-token loss is a mean over the tokens of chosen responses, or over
+    chosen responses, depending on ``ntp_average``. Entropy and top1 are means over labelled tokens. ``weights`` are
+    the weights of the DPO, BCO and next-token terms of the loss. If ``router_coef`` is positive, the loss includes the
+    auxiliary loss of the routers with this weight.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)
