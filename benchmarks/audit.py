@@ -64,11 +64,14 @@ class Check:
     is_sanitizer: bool = False
 
     def environment(self, scale: float) -> dict[str, str]:
-        """Returns the environment variables of the check."""
+        """Returns the environment variables of the check. ``scale`` multiplies the numbers of cases in ``counts``."""
         return {name: str(max(1, round(scale * count))) for name, count in self.counts.items()} | self.settings
 
     def command(self, scale: float) -> str:
-        """Returns the command line of the check, with its environment variables, for a reader."""
+        """Returns the command line of the check, with its environment variables, for display.
+
+        ``scale`` multiplies the numbers of cases in ``counts``.
+        """
         words = [f"{name}={value}" for name, value in self.environment(scale).items()]
         words += ["make", "sanitize", f"SANITIZERS={self.tests[0]}"] if self.is_sanitizer else ["pytest", *self.tests]
         return shlex.join(words)

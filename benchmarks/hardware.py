@@ -25,7 +25,7 @@ WAYS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 
 
 def needed_memory(name: str, overrides: tuple[str, ...], ranks: int, folder: Path) -> tuple[int, int]:
-    """Returns the assumed number of tokens of a pair, and the predicted peak bytes of a rank, for a recipe.
+    """Returns, for a recipe, the assumed number of tokens per pair and the predicted peak bytes per rank.
 
     The config of the model and a pair are written into ``folder``. With more than one rank, parameters, gradients and
     the state of the optimizer are sharded.

@@ -117,7 +117,7 @@ _PAIRS = ((3072, 1024), (12288, 2048))
 
 
 def step_times(documents: Documents) -> str:
-    """Returns a table of the predicted time and memory of a training step, by trainer, for each size of ``_PAIRS``."""
+    """Returns a table: predicted time and memory of a training step, by trainer and by size (``_PAIRS``)."""
     model, machine = _described_model(), machines.gpu("H100")
     frozen = _described_model(trainable_share=0.005, head_learns=False)
     adapters = "mpo_ext, precomputed, adapters of 0.5 % of the weights, frozen head"

@@ -69,7 +69,7 @@ class Results:
                 self.beside[name] = statistics.median(values)
 
     def skip(self, name: str, reason: str, sweep: str, loss: LossShape | None, **values: Any) -> None:
-        """Adds a point for the provider ``name``, which could not run, with the reason in place of measurements."""
+        """Adds a point for the provider ``name``, which could not run. ``reason`` takes the place of measurements."""
         self.missing.setdefault(name, reason)
         self.points.append(point(sweep, name, loss, **values, reason=reason))
 
@@ -200,7 +200,7 @@ def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, s
 def _peaks(
     benchmark: losses.LossBenchmark, group: Group, cases: Mapping[str, losses.Provider], seconds_in_all: float
 ) -> dict[str, int | str]:
-    """Returns the peak bytes of each provider in ``group.memory``, or the reason why they were not measured."""
+    """Returns, for each provider in ``group.memory``, its peak bytes or the reason why they were not measured."""
     peaks: dict[str, int | str] = {}
     begin = time.perf_counter()
     for name in group.memory:
@@ -221,8 +221,8 @@ def run_groups(
 ) -> Results:
     """Measures the groups in their order until ``seconds`` have passed, and returns the results.
 
-    For a group that has not begun by then, the points hold this reason in place of measurements. ``log`` receives a
-    line for each measured group.
+    A group that has not begun by then is not measured. Its points hold "the N s of this benchmark were over" as their
+    ``reason``, in place of measurements. ``log`` receives a line for each measured group.
     """
     results = Results()
     begin = time.perf_counter()

@@ -51,6 +51,9 @@ class Gate:
     Args:
         connection: Connection to the process that assigns turns. None: never wait, and append each step to ``steps``.
         parts: Measures the parts of each step. None: measure whole steps only.
+
+    Attributes:
+        steps: Measured steps; always empty if ``connection`` is given, because the gate then sends each step.
     """
 
     def __init__(self, connection: Any = None, parts: Parts | None = None) -> None:

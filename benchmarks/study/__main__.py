@@ -25,10 +25,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="run only the rows of these tables, or these rows"
     )
-    made.add_argument("--demo", type=Path, help="folder of mpo-ext demo --from-scratch, whose trained starts are used")
+    made.add_argument("--demo", type=Path, help="folder of mpo-ext demo --from-scratch; uses its starting models")
     made.add_argument("--results", type=Path, help="study.json of an earlier run, whose runs are not repeated")
-    made.add_argument("--seed", type=at_least(0), default=0, help="seed of the first start (default: 0)")
-    made.add_argument("--seeds", type=at_least(1), default=1, help="number of starts, each with the next seed")
+    made.add_argument("--seed", type=at_least(0), default=0, help="seed of the first starting model (default: 0)")
+    made.add_argument("--seeds", type=at_least(1), default=1, help="number of seeds, each with a starting model")
     made.add_argument("--threads", type=at_least(1), help="CPU threads of each process (default: divides the cores)")
     made.add_argument(
         "--backend", choices=("cpu", "reference"), help="backend of the loss (default: the best that is installed)"

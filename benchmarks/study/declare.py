@@ -7,7 +7,7 @@ from typing import Any
 from mpo_ext.demo.digits import FORMS
 
 START = "SFT start"  # the model that most runs begin from
-SFT = "SFT"  # every row is compared with its start and with this row
+SFT = "SFT"  # every row is compared with its starting model and with this row
 TEXT = "text"  # step-by-step questions that name the digits and have no image
 COLUMNS = (*FORMS, TEXT)
 EMA_SHIFT = {"mode": "ema", "update": "after", "per": "optimizer_step"}  # as in NeMo-RL
@@ -15,7 +15,7 @@ EMA_SHIFT = {"mode": "ema", "update": "after", "per": "optimizer_step"}  # as in
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRow:
-    """Settings of a training run that begins from a start model. The defaults are the settings of the MPO run.
+    """Settings of a training run that begins from a starting model. The defaults are the settings of the MPO run.
 
     Attributes:
         loss: Fields of ``LossRecipe``.
@@ -23,7 +23,7 @@ class StudyRow:
         rate: Factor of the learning rate.
         reward_shift: Fields of ``RewardShiftRecipe``.
         is_synced: Whether the reference is synced with the policy (TR-DPO), with a mixing weight of 0.6.
-        start: Name of the start that the run begins from, a key of ``StudyTask.starts``.
+        start: Name of the starting model, a key of ``StudyTask.starts``.
     """
 
     loss: Mapping[str, Any]
@@ -75,15 +75,15 @@ LOSSES: dict[str, StudyRow] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudyTask:
-    """A task of the study: its starts, its runs, and the tables that show them.
+    """A task of the study: its starting models, its runs, and the tables that show them.
 
     Attributes:
-        starts: For each start model, by name, the settings that differ from those of ``START``.
+        starts: For each starting model, by name, the settings that differ from those of ``START``.
         rows: Every run of a seed by name.
         tables: Tables by name.
         differences: Differences that the pages quote: row, row to compare with, column. The verdicts of a table are
             corrected for the number of its differences.
-        pair_files: Names of all files of pairs of the start ``START``.
+        pair_files: Names of all files of pairs of the starting model ``START``.
         main: Names of the tables whose rows run first, for all seeds.
         columns: Additional columns of the tables: header, form, quantity in percent.
         paper: The directions that the paper reports: "higher" or "lower", by difference.

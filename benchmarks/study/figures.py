@@ -70,5 +70,5 @@ def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
 
 
 def start_of(task: StudyTask, row: str) -> str:
-    """Returns the name of the start model that a row begins from; for a start model, its own name."""
+    """Returns the name of the starting model of a row; for a starting model, its own name."""
     return row if row in task.starts else task.rows[row].start

@@ -1,4 +1,4 @@
-"""The table of the page "When does MPO help?": for each start, its errors and MPO's gain over SFT."""
+"""The table of the page "When does MPO help?": for each starting model, its errors and MPO's gain over SFT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HEADER = [
 
 
 def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the Markdown table, with one line for each start that has results of SFT and MPO.
+    """Returns the Markdown table, with one line for each starting model that has results of SFT and MPO.
 
     The verdicts are corrected for the number of lines. ``documents`` are the result files by name.
     """
@@ -33,7 +33,7 @@ def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _lines(document: Mapping[str, Any]) -> list[tuple[list[str], Sequence[float], float | None, list[str]]]:
-    """Returns the parts of the line of each start.
+    """Returns the parts of a line for each starting model.
 
     The parts are the cells before the gain, MPO's gain in each seed, the gain's standard error over the questions if
     there is only one seed, and the cells after the verdict.

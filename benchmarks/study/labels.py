@@ -63,7 +63,7 @@ def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
 def table(document: Mapping[str, Any]) -> str:
     """Returns a Markdown table of the generated tokens per pair and of the labels, by kind of step-by-step pairs.
 
-    The numbers are means over the starts of ``document`` that have them.
+    The numbers are means over the starting models of ``document`` that have them.
     """
     rows = []
     for name in ("correctness", *KEEPS, RLAIF_V):
@@ -96,7 +96,7 @@ def cost(document: Mapping[str, Any]) -> str:
 
 
 def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Returns the starts that have labels of the file of pairs ``name``."""
+    """Returns the entries of starting models that have labels of the file of pairs ``name``."""
     return [start for start in document["starts"] if start.get("labels", {}).get(name)]
 
 

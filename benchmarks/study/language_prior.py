@@ -36,7 +36,7 @@ RATES = {"x 0.25": 0.25, "x 0.5": 0.5, "x 2": 2.0, "x 4": 4.0, "x 8": 8.0}
 SHAPES = {"1:1": 0.5, "9:1": 0.9}  # w_p / (w_p + w_q) by the ratio w_p : w_q
 WEIGHTS_OF_NTP = (0.01, 0.25, 0.5, 2.0, 4.0)
 STRENGTHS = (0.0, 0.5, 0.75, 0.95)  # strengths of the prior; START has 0.9
-#: Changed settings of each variant of the start, by the variant's name.
+#: Changed settings of each variant of the starting model, by the variant's name.
 OTHERS = {
     "descending prior": {"prior_step": -1},
     "prior + 3": {"prior_step": 3},
@@ -78,7 +78,7 @@ ROWS: dict[str, StudyRow] = {
 
 
 def _of_variants(names: list[str]) -> tuple[tuple[str, str], ...]:
-    """Returns rows of a table: for each variant of the start in ``names``, the start, SFT and MPO."""
+    """Returns rows of a table: for each variant in ``names``, the starting model, SFT and MPO."""
     rows = []
     for name in names:
         suffix = f", {name}" if name else ""

@@ -1,4 +1,4 @@
-"""Makes the start and the pairs of the task "perception"."""
+"""Makes the starting model and the pairs of the task "perception"."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the start model, in place, on correct responses to questions.
+    """Trains the starting model, in place, on correct responses to questions.
 
     Most questions have an image. Some questions lose their image, and some name the digits in words.
 
@@ -85,7 +85,7 @@ def _sample(
     rng: np.random.Generator,
     folder: Path,
 ) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
-    """Samples answers about digits that the start model has not seen, and makes pairs from them.
+    """Samples answers about digits that the starting model has not seen, and makes pairs from them.
 
     Returns the pairs and the sampling summaries, both by kind of pairs (the kinds are those of ``choose``).
     """

@@ -1,4 +1,4 @@
-"""Makes the start and the pairs of the task "language-prior", with the functions of the demo."""
+"""Makes the starting model and the pairs of the task "language-prior", with the functions of the demo."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from mpo_ext.generate.routing import RoutedEngine
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 _CURVE_STEPS = 100  # steps between two logged losses
-TRAINED = "trained"  # folder with a start that a demo has trained
+TRAINED = "trained"  # folder with a starting model that a demo has trained
 _SETTINGS = "start.json"
 
 
 def adopt(out: Path, demo: Path, seeds: Sequence[int]) -> None:
-    """Copies the starts that ``mpo-ext demo --from-scratch`` has trained, so that the study need not train them again.
+    """Copies the starting models of ``mpo-ext demo --from-scratch``, so that the study need not train them.
 
-    ``prepare`` uses a start only if it has the settings of the study.
+    ``prepare`` uses a starting model only if it has the settings of the study.
 
     Args:
         out: Folder of the study.
@@ -48,7 +48,7 @@ def adopt(out: Path, demo: Path, seeds: Sequence[int]) -> None:
         seeds: Seeds of the study.
 
     Raises:
-        FileNotFoundError: If the demo has not trained the start of a seed.
+        FileNotFoundError: If the demo has not trained the starting model of a seed.
     """
     first, *others = json.loads((demo / "results.json").read_text(encoding="utf-8"))["runs"]
     runs = {run["settings"]["seed"]: (run, demo / f"seed-{run['settings']['seed']}") for run in others}
@@ -73,9 +73,9 @@ def train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the start as the demo does, in place, and returns ``step`` and ``loss`` of every hundredth step.
+    """Trains the starting model as the demo does, in place, and returns ``step`` and ``loss`` of every hundredth step.
 
-    A start that ``adopt`` has copied is loaded instead.
+    A starting model that ``adopt`` has copied is loaded instead.
     """
     trained = folder / TRAINED
     if (trained / _SETTINGS).exists():
@@ -101,7 +101,8 @@ def make_files(
 ) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
     """Returns the pairs of each file, and the summaries of the sampling runs.
 
-    The mixed pairs are those of the demo. ``has_all`` is False for a start whose rows need only the mixed pairs.
+    The mixed pairs are those of the demo. ``has_all`` is False for a starting model
+    whose rows need only the mixed pairs.
 
     Raises:
         RuntimeError: If a file would have no pair.

@@ -1,8 +1,8 @@
 """An engine that judges the claims of a step-by-step response, for the RLAIF-V pairs of the task "language-prior".
 
 As in RLAIF-V, each claim becomes a question about the image. Two things are simpler than in the paper, because the
-start is tiny: a program splits a response into claims, and the question asks for the digit ("Which digit is top-left
-?") instead of yes or no. The verdict is yes if the start's own direct answer agrees with the claim.
+starting model is tiny: a program splits a response into claims, and the question asks for the digit ("Which digit is
+top-left ?") instead of yes or no. The verdict is yes if the starting model's own direct answer agrees with the claim.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class ReadingJudge:
     """Splits responses into claims, and compares each claim with the direct answer of an engine.
 
     Args:
-        engine: Engine of the start.
+        engine: Engine of the starting model.
         side: Number of rows and columns of a grid.
 
     Attributes:
-        claim_tokens: Number of words in all lists of claims so far. The start's tokenizer has one token per word.
+        claim_tokens: Number of words in all lists of claims so far. The model's tokenizer has one token per word.
     """
 
     name = "direct answers"
@@ -61,7 +61,7 @@ class ReadingJudge:
         return self.engine.decode_response(conversation, token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Returns a list of claims for each request for claims, and yes or no for each request for a verdict."""
+        """Answers each request: with a list of claims, or with yes or no if it asks for a verdict."""
         generations: dict[int, Generation] = {}
         asked: dict[int, tuple[str, Request]] = {}
         for place, request in enumerate(requests):

@@ -19,7 +19,7 @@ from benchmarks.study.settings import AnySettings
 from mpo_ext import report
 
 RESULTS = "results"  # subfolder of a seed's folder
-PARTS = ("pairs", "sampling", "labels", "curve")  # fields of a start that ``study.json`` lists separately
+PARTS = ("pairs", "sampling", "labels", "curve")  # fields of a starting model that ``study.json`` lists separately
 _COLORS = ("C0", "C2", "C1")
 
 Results = Mapping[tuple[int, str], Mapping[str, Any]]
@@ -31,7 +31,7 @@ def slug(name: str) -> str:
 
 
 def key_of(settings: AnySettings, row: str) -> str:
-    """Returns a hash of everything that a result depends on: the settings of the start, and those of the row."""
+    """Returns a hash of everything that a result depends on: the settings of the starting model and of the row."""
     rows = tables.TASKS[settings.task].rows
     parts = [dataclasses.asdict(settings), dataclasses.asdict(rows[row]) if row in rows else None]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,6 +1,6 @@
-"""Runs a row of the study: trains a seed's start model with the row's settings, and evaluates the model.
+"""Runs a row of the study: trains a seed's starting model with the row's settings, and evaluates the model.
 
-A row is a training run that begins from the start model. It is shown as a row of a results table.
+A row is a training run that begins from the starting model. It is shown as a row of a results table.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "cho
 
 
 def run_row(folder: Path, settings: AnySettings, row: str) -> dict[str, Any]:
-    """Trains a start model with the settings of a row, evaluates the model, and writes the result.
+    """Trains a starting model with the settings of a row, evaluates the model, and writes the result.
 
-    ``start.prepare`` must have filled the ``folder`` of the row's start, and ``settings`` are those of this start.
+    ``start.prepare`` must have filled ``folder``, the folder of the row's starting model. ``settings`` are those of
+    this model.
 
     Returns:
         The result. Its ``evaluation`` has the accuracies; its ``log`` has the means of the metrics over the first
@@ -49,7 +50,10 @@ def run_row(folder: Path, settings: AnySettings, row: str) -> dict[str, Any]:
 
 
 def row_recipe(row: StudyRow, settings: AnySettings, folder: Path, out: Path) -> Recipe:
-    """Returns the recipe of a row. ``folder`` holds the row's start and its pairs; the run writes to ``out``."""
+    """Returns the recipe of a row.
+
+    ``folder`` holds the row's starting model and its pairs; the run writes to ``out``.
+    """
     recipe = make_recipe(
         training.pair_file(folder, row.pairs), out, loss=dict(row.loss), steps=settings.branch_steps,
         batch=settings.branch_batch, rate=settings.branch_rate * row.rate, schedule="cosine", settings=settings,

@@ -1,7 +1,7 @@
-"""Runs the study: makes a start model and its pairs for each seed, and trains every row of the task from that model.
+"""Runs the study: makes a starting model and its pairs for each seed, and trains each row from that model.
 
-Each result is a file that is written atomically, so the same command resumes an interrupted study. Starts and rows of
-several seeds may run in parallel, each in its own process.
+Each result is a file that is written atomically, so the same command resumes an interrupted study. Starting models
+and rows of several seeds may be trained in parallel, each in its own process.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ class Study:
                         raise error
 
     def finish(self, seed: int, row: str, result: dict[str, Any]) -> None:
-        """Adds the result of a run. ``row`` may be a start.
+        """Adds the result of a run. ``row`` may be a starting model.
 
-        If a start has succeeded, its rows are queued. If a start has failed, its rows count as failed.
+        If a starting model has succeeded, its rows are queued. If it has failed, its rows count as failed.
         """
         self.results[seed, row] = result
         is_start = row in self.task.starts
@@ -118,19 +118,20 @@ class Study:
             self.write()
 
     def settings_of(self, seed: int, row: str) -> AnySettings:
-        """Returns the settings of ``row`` if it is a start, otherwise the settings of its start."""
+        """Returns the settings of ``row`` if it is a starting model, otherwise those of its starting model."""
         return dataclasses.replace(self.settings[seed], **self.task.starts[tables.start_of(self.task, row)])
 
     def folder_of(self, seed: int, row: str) -> str:
-        """Returns the name of the folder of ``row`` if it is a start, otherwise of the folder of its start."""
+        """Returns the folder name of ``row`` if it is a starting model, otherwise that of its starting model."""
         variant = tables.start_of(self.task, row).removeprefix(START)
         return f"seed-{seed}" + (f"-{results.slug(variant)}" if variant else "")
 
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
-        """Returns the sort key of a run.
+        """Returns the sort key of a run in the queue.
 
-        The rows of the main table come first, for all seeds; other rows follow by seed. A start that other rows need
-        comes after the rows of finished starts, so that an interrupted study has complete comparisons.
+        The rows of the main tables come first: each row for all seeds. Then come the other rows that can be trained
+        now, by seed. Starting models outside the main tables come last, so that an interrupted study has
+        complete comparisons.
         """
         seed, row = run
         place = [*self.task.starts, *self.task.rows].index(row)

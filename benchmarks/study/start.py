@@ -1,4 +1,4 @@
-"""Prepares a start of a seed: the trained model, the files of pairs, and the log-probs of the reference."""
+"""Prepares the starting model of a seed: its weights, the files of pairs, and the log-probs of the reference."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from mpo_ext.demo.train import METHODS, make_recipe
 
 
 def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, Any]:
-    """Makes a start model, its files of pairs and the reference log-probs, unless they exist.
+    """Makes a starting model, its files of pairs and the reference log-probs, unless they exist.
 
-    Files of other settings in ``folder`` are deleted. A start that has a result but no model is made again. It must
-    then give the same answers, because rows that were measured before are compared with later rows.
+    Files of other settings in ``folder`` are deleted. A starting model that has a result but no weights is trained
+    again. It must then give the same answers, because rows that were measured before are compared with later rows.
 
     Args:
-        folder: Folder of the start in this seed.
-        settings: Settings of the start.
-        row: Name of the start.
+        folder: Folder of the starting model in this seed.
+        settings: Settings of the starting model.
+        row: Name of the starting model.
 
     Returns:
-        The result of the start: ``evaluation`` of the start model, ``pairs`` (number of pairs by file), ``sampling``
+        The result of the starting model: ``evaluation``, ``pairs`` (number of pairs by file), ``sampling``
         (summaries by kind of pairs), ``labels`` (result of ``label_shares`` by file) and ``curve`` (measurements
         during training).
 
     Raises:
-        RuntimeError: If the model's answers gave no pair for a file, or a start that is made again differs.
+        RuntimeError: If the model's answers gave no pair for a file, or a model that is trained again differs.
     """
     known = results.read(folder.parent, settings, row)
     if known is not None and training.start_file(folder).exists():
@@ -85,7 +85,7 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
 def _is_same(
     known: Mapping[str, Any], evaluation: Mapping[str, Mapping[str, Any]], files: Mapping[str, Sequence[Pair]]
 ) -> bool:
-    """Returns whether a start has all answers and numbers of pairs that ``known``, an earlier result, holds."""
+    """Returns whether a starting model has all answers and numbers of pairs of ``known``, an earlier result."""
     pairs = {name: len(made) for name, made in files.items()}
     return all(
         evaluation[column][quantity] == value
@@ -101,7 +101,7 @@ def _compute_reference(
     name: str,
     folder: Path,
 ) -> None:
-    """Writes the start model's log-probs of the file of pairs ``name``, which the rows use as their reference.
+    """Writes the starting model's log-probs of the file of pairs ``name``, which the rows use as their reference.
 
     The trainer computes the log-probs before a training step, which changes nothing at a learning rate of 0.
     """

@@ -1,7 +1,7 @@
 """Reads result files of the study and makes their tables.
 
-A result file has ``results`` (one per seed and row; the starts are rows, too) and ``starts`` (one per seed, with the
-pairs of the start). ``TASKS`` declares the rows and tables.
+A result file has ``results`` (one per seed and row; the starting models are rows, too) and ``starts`` (one per
+seed, with the pairs of the starting model). ``TASKS`` declares the rows and tables.
 """
 
 import functools

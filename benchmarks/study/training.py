@@ -1,4 +1,4 @@
-"""Trains and evaluates the models of the study: the start models, and the models of the rows."""
+"""Trains and evaluates the models of the study: the starting models, and the models of the rows."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def reading_tasks(settings: PriorSettings) -> dict[str, list[reading.ReadingTask
 
 
 def start_file(folder: Path) -> Path:
-    """Returns the path of the weights of a seed's start model."""
+    """Returns the path of the weights of a seed's starting model."""
     return folder / "start.pt"
 
 

@@ -53,7 +53,7 @@ def with_frames(conversation: AnyConversation) -> AnyConversation:
 
 
 def media_arguments(images: Sequence[Sequence[Any]], videos: Sequence[Sequence[LoadedVideo]]) -> dict[str, Any]:
-    """Returns the arguments of a processor for the images and videos of a batch of texts.
+    """Returns a processor's arguments for the images and videos of several texts.
 
     The videos have the frames of ``load_video``, of which the processor must use all (``do_sample_frames=False``).
     """

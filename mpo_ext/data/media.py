@@ -243,7 +243,7 @@ def _prompt_texts(pair: Pair) -> list[str]:
 
 
 def count_places(pair: Pair, kind: str = "image") -> int:
-    """Returns the number of places for images in the prompt of a pair, or for videos if ``kind`` is "video"."""
+    """Returns how many places for images (``kind`` "video": for videos) the prompt of a pair has."""
     mark = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}[kind]
     messages = pair.source.get(PROMPT_TURNS)
     if not isinstance(messages, list):

@@ -82,7 +82,10 @@ def _unbundled(value: object) -> object:
 
 
 def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
-    """Returns a message as a turn. The turn has ``is_call`` if the message itself is the call of a tool."""
+    """Returns a message as a turn.
+
+    ``is_call`` is set if the whole message is a tool call, not a message that has ``tool_calls``.
+    """
     refuse_tools(message, name, known={"tool_calls", "tool_call_id"})
     is_sharegpt = "from" in message and "role" not in message
     role_field, content_field = ("from", "value") if is_sharegpt else ("role", "content")

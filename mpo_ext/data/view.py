@@ -100,7 +100,7 @@ def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def empty_picks(source: PairSource) -> dict[str, Any]:
-    """Returns the content of a file of picks without pairs, to which the page adds the picked pairs."""
+    """Returns the content of a picks file for ``source`` with no pair picked yet; the page adds the picks."""
     return Picks(os.fspath(source.path), len(source.pairs), {}).to_dict()
 
 

@@ -68,7 +68,7 @@ DigitsProcessor.register_for_auto_class("AutoProcessor")
 def build_tokenizer(*, is_reading: bool = False) -> PreTrainedTokenizerFast:
     """Returns a tokenizer in which each word is one token, because answers should have few tokens.
 
-    It knows the words of the task of adding digits and, with ``is_reading``, the words of the task of reading digits.
+    It knows the words of the adding task and, with ``is_reading``, those of the reading task.
     """
     special = [_PAD, _END, _IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO, _USER, _ASSISTANT]
     more = reading.vocabulary() if is_reading else ()

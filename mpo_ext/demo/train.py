@@ -236,7 +236,10 @@ def evaluate(
 
 
 def summarize(tasks: Sequence[digits.GridTask], responses: Sequence[tuple[str, int]]) -> dict[str, float]:
-    """Returns the statistics of ``evaluate`` for the result of ``respond`` to questions of one form."""
+    """Returns what ``evaluate`` reports for one form of question.
+
+    ``responses`` is the output of ``respond`` for ``tasks``: the text of each response and its number of tokens.
+    """
     right = score(tasks, [text for text, _ in responses])
     return {
         "accuracy": right.count(True) / len(right),

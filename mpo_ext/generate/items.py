@@ -31,6 +31,9 @@ WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that
 class Item:
     """A question to make pairs from, or to evaluate a model with.
 
+    Pairs that are made from an item with a ``subset`` have absolute image paths, and record the subset and its root.
+    In pairs from other items, relative image paths start at the folder of the written file.
+
     Attributes:
         question: The question, or the last user turn of a conversation; it may hold ``<image>`` and ``<video>`` at the
             places of images and videos.
@@ -42,9 +45,7 @@ class Item:
         truths: True answers, each of which counts as right.
         extra: Other fields of the input line. ``options`` is a list of texts, or a dict from letter to text.
         image_root: Folder at which relative image paths start.
-        subset: Name of the item's subset in a meta file; None without a meta file. The pairs of a subset have absolute
-            image paths and record the subset and its root. In other pairs, relative image paths start at the folder of
-            the written file.
+        subset: Name of the item's subset in a meta file; None without a meta file.
         problem: Reason why the item cannot be used, or None.
     """
 

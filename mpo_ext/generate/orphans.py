@@ -83,7 +83,8 @@ def end(processes: dict[int, str]) -> None:
     """Ends processes with SIGTERM, and after some seconds with SIGKILL.
 
     Args:
-        processes: Start time of each process, by pid.
+        processes: Start time of each process, by pid. A process whose start time differs is left alone, because the
+            system has given the pid to another process.
     """
     for number, patience_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 0.0)):
         for pid in list(processes):

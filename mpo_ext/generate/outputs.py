@@ -41,7 +41,7 @@ class ItemResult:
     details: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def skip(self, reason: str) -> "ItemResult":
-        """Marks the item as skipped for this reason, and returns this result."""
+        """Marks the item as skipped, counts ``reason``, and returns this result."""
         self.skipped[reason] += 1
         self.is_skipped = True
         return self

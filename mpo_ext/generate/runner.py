@@ -127,7 +127,7 @@ def write_outputs(
     """Converts complete journals into the outputs: a file ``<name>.jsonl`` for each output, and ``summary.json``.
 
     Returns the numbers of the run. If a record is missing, the function writes no file and returns None.
-    ``world_size`` is the number of journals, and ``model`` the name of the model for the provenance of the pairs.
+    ``world_size`` is the number of journals, and ``model`` is the name of the model in the pairs' provenance.
     """
     with contextlib.suppress(IncompleteRunError):
         samples = read_samples(pipeline, source, out, world_size=world_size)

@@ -28,8 +28,8 @@ class VLLMEngine:
     """Runs a model in vLLM's offline engine, which batches the requests. Each request has a separate seed.
 
     Requests can be added while others are running (``mpo_ext.generate.feeding``). vLLM gets the token ids of prompts,
-    which are those of ``TransformersEngine``, and expands the image tokens. The processes of vLLM end with this
-    process, even if it is killed.
+    which are those of ``TransformersEngine``, and expands the image tokens. If this process ends, even by
+    SIGKILL, the processes of vLLM are ended, too (on Linux).
 
     Args:
         model: Folder or name of the model.

@@ -1,4 +1,7 @@
-"""Runs the commands of stages, one after the other. Their processes end even if this process is killed."""
+"""Runs the commands of stages, one after the other.
+
+If this process is killed, even by SIGKILL, the processes of the commands are ended, too (on Linux).
+"""
 
 import contextlib
 import os

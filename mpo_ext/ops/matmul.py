@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class WideMatmuls(NamedTuple):
-    """The support of torch for float32 results of matmuls of half-precision inputs on a device."""
+    """Float32 results of half-precision matmuls that torch supports on a device."""
 
     writes: bool  # whether a matmul can write its product to a float32 tensor
     adds: bool  # whether a matmul can add its product to a float32 tensor

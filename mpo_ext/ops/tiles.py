@@ -327,7 +327,7 @@ def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 
 class _TileSize:
-    """Computes the shape of the tiles of ``rows`` from the bytes of a tile and of the tensors computed from it.
+    """Computes the shape of the tiles of ``rows`` from the bytes that a tile and the tensors derived from it take.
 
     ``keeps_logits`` is an argument of ``TiledRows``; ``kept_dtype``, ``grad_bytes`` and ``only_fitting`` are arguments
     of ``KeptLogits``.

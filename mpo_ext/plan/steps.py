@@ -167,7 +167,7 @@ def _positions(step: StepShape, rows: Rows) -> _Positions:
 
 
 class _Layers:
-    """The stages of the layers of decoder and vision tower for the rows of a micro-batch."""
+    """Stages of a micro-batch in the layers of the decoder and of the vision tower."""
 
     def __init__(self, model: ModelShape, step: StepShape, rows: Rows) -> None:
         self.model, self.step = model, step

@@ -258,7 +258,7 @@ def _hash_tokens(sample: Sample) -> str:
 
 
 def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: InputChanges) -> None:
-    """Adds the changes of the processor, of libraries and of the encoding of the first pairs to ``changes``.
+    """Adds to ``changes`` what differs in the processor, the libraries and the encoded first pairs.
 
     Another version of a library may store the same tokenizer in another form. If the versions differ, the encoded
     pairs therefore decide whether the encoding has changed.

@@ -38,7 +38,7 @@ class Totals:
 
         Args:
             out: Output of the loss for the micro-batch.
-            ntp_parts: Number of chosen tokens or responses over which the next-token term is averaged.
+            ntp_parts: Divisor of the next-token term, as returned by ``BatchCounts.ntp_parts``.
             tokens: Number of token positions of the micro-batch, without padding.
         """
         pairs = len(out.chosen_reward)
@@ -72,10 +72,10 @@ def means(
 
     Most metrics are means over pairs. ``reward_accuracy`` is the share of pairs whose chosen reward is strictly higher
     than the rejected one, as in TRL: equal rewards count as wrong. While the policy equals the reference, rewards
-    differ from 0 by rounding only, and this share has no meaning. The next-token loss is a mean over chosen tokens or
-    responses (``ntp_parts`` of ``Totals.add``). Entropy and top1 are means over labelled tokens. ``weights`` are the
-    weights of the DPO, BCO and next-token terms of the loss. If ``router_coef`` is positive, the loss includes the
-    auxiliary loss of the routers with this weight.
+    differ from 0 by rounding only, and this share has no meaning. The next-token loss is a mean over the tokens of
+    chosen responses, or over chosen responses, depending on ``ntp_average``. Entropy and top1 are means over labelled
+    tokens. ``weights`` are the weights of the DPO, BCO and next-token terms of the loss. If ``router_coef`` is
+    positive, the loss includes the auxiliary loss of the routers with this weight.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)

@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[ParameterGro
 
 
 def _part_of_parameters(model: nn.Module, parts: Iterable[str]) -> dict[int, str]:
-    """Returns the name of the part of each parameter, by ``id(parameter)``, for all parameters of ``parts``."""
+    """Maps ``id(parameter)`` to the name of its part, for all parameters of ``parts``."""
     inner: Any = unwrap_model(model)
     found: dict[int, str] = {}
     for part in MODEL_PARTS:  # in Qwen2-VL the projector is a submodule of the vision tower

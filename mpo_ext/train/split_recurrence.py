@@ -29,14 +29,15 @@ _CHECKED_TOKENS = 24, 16  # numbers of tokens of the sequence in ``_check`` and 
 
 
 class _States:
-    """The states of B sequences in a layer, with the methods of transformers' ``Cache`` that layers with states call.
+    """Convolution and recurrent states of one layer for B sequences.
 
-    Unlike a ``Cache``, an instance keeps the autograd graph of the states. Each attribute is a dict by ``state_idx``,
-    the number of a state in the layer.
+    Stands in for transformers' ``Cache``: it has the methods that recurrent layers call. Unlike a ``Cache``, it keeps
+    the autograd graph of the states. Each attribute is a dict from ``state_idx`` (a layer may have several states) to
+    a tensor.
 
     Attributes:
-        conv: ``[B, C, K - 1]`` each, the last inputs of a convolution of C channels and K taps.
-        recurrent: ``[B, ...]`` each, the state of a recurrence.
+        conv: Last inputs of a convolution with C channels and K taps, ``[B, C, K - 1]``.
+        recurrent: State of a recurrence, ``[B, ...]``.
     """
 
     def __init__(self) -> None:
