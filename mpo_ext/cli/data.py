@@ -4,6 +4,7 @@ The exit status is 1 if ``check`` finds a defect or a bad line stops ``convert``
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from mpo_ext.cli.shared import Command, add_chat, add_debug, add_image_limit, ad
 _FORMATS = ("mmpr", "pairs", "trl", "sharegpt", "alpaca", "swift", "openai", "rlaif-v", "hf")
 _WRITABLE = ("mmpr", "pairs", "trl", "hf")
 _KINDS = ("standard", "conversational")
+_LINES_PER_UPDATE = 256  # of the progress display, which takes longer than the check of a line
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -187,9 +189,13 @@ def _check(args: argparse.Namespace) -> int:
     length, unit = token_counter(args.tokenizer)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("check", total=len(source.indices))
-        report = check_pairs(
-            source, images=args.images, keep=args.examples, length=length, on_line=lambda: progress.advance(task)
-        )
+        lines = itertools.count(1)
+
+        def on_line() -> None:
+            if (line := next(lines)) % _LINES_PER_UPDATE == 0:
+                progress.update(task, completed=line)
+
+        report = check_pairs(source, images=args.images, keep=args.examples, length=length, on_line=on_line)
     console = _console()
     console.print(_format_line(args, source, report.stats), markup=False, highlight=False)
     _say_stored(stored)

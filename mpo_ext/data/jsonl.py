@@ -180,7 +180,8 @@ def parse_object(text: str) -> dict[str, Any]:
     value = _DECODER.decode(text)
     if not isinstance(value, dict):
         raise TypeError(f"a line must hold an object, got {type(value).__name__} {text[:60]!r}")
-    if is_nested_deeply(value):
+    # A text with few brackets needs no look at its values, which takes longer than to count.
+    if text.count("{") + text.count("[") > _FEW_BRACKETS and is_nested_deeply(value):
         raise FieldError("nested too deeply", kind="bad JSON")
     return value
 
@@ -200,6 +201,7 @@ def _finite(text: str) -> float:
     return value
 
 
+_FEW_BRACKETS = 100  # not more than the levels of nesting that is_nested_deeply allows
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
 
 

@@ -38,7 +38,9 @@ def check_marks(pair: Pair) -> Pair:
         FieldError: If a pair without images has a mark; if a pair with images has a mark of another program without a
             number; or if numbered marks do not name each image once, or stand beside ``<image>``.
     """
-    texts = _texts(pair)
+    texts = [text for text in _texts(pair) if "<" in text or "[" in text]  # every mark has one of these characters
+    if not texts:
+        return pair
     numbers = [int(match[2]) for text in texts for match in NUMBERED_MARK.finditer(text)]
     for text in texts:
         mark = _MARKS.search(text) or (None if pair.images else NUMBERED_MARK.search(text))

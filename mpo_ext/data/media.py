@@ -80,9 +80,10 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
             an image or video that the pair does not have. If a response has ``<image>``. If the pair has videos and a
             response has ``<video>``.
     """
+    has_media = bool(pair.media_paths)
     for name, value in values.items():
-        if pair.extra.get(name) is value:  # the reader did not use this field of the row
-            _check_field(name, value, has_media=bool(pair.media_paths))
+        if name in pair.extra and pair.extra[name] is value:  # the reader did not use this field of the row
+            _check_field(name, value, has_media=has_media)
     unread = {name: value for name, value in pair.extra.items() if name not in (SOURCE, "provenance")}
     read = set(map(file_name, (*pair.media_paths, *_held_names(values)))) - {""} if unread else set()
     for name, value in unread.items():
@@ -99,10 +100,10 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
             )
         if _AUDIO_PLACEHOLDER in text:
             raise FieldError(f"question must not hold {_AUDIO_PLACEHOLDER}, got {shorten(text)}", kind=VIDEO)
-    for name in ("chosen", "rejected"):
-        text = getattr(pair, name)
-        for mark, is_mark in ((IMAGE_PLACEHOLDER, True), (VIDEO_PLACEHOLDER, bool(pair.videos))):
-            if is_mark and mark in text:
+    marks = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) if pair.videos else (IMAGE_PLACEHOLDER,)
+    for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        for mark in marks:
+            if mark in text:
                 medium = "an image" if mark == IMAGE_PLACEHOLDER else "a video"
                 raise FieldError(
                     f"{name} must not hold {mark}, the mark of {medium} in a prompt, got {shorten(text)}",

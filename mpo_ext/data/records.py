@@ -68,18 +68,16 @@ class Pair:
             if not isinstance(value, str):
                 raise TypeError(f"{name} must be a str, got {type_and_value(value)}")
             check_text(name, value)
-        for name in ("images", "rejected_images"):
-            _check_images(name, getattr(self, name))
+        _check_images("images", self.images)
+        if self.rejected_images != ():
+            _check_images("rejected_images", self.rejected_images)
         if self.rejected_images and len(self.rejected_images) != len(self.images):
             raise ValueError(
                 f"rejected_images must be one for each of the {len(self.images)} images, got "
                 f"{len(self.rejected_images)}"
             )
-        if not isinstance(self.videos, tuple) or not all(isinstance(video, Video) for video in self.videos):
-            raise TypeError(f"videos must be a tuple of Video, got {type_and_value(self.videos)}")
-        for index, video in enumerate(self.videos):
-            for path in video.paths:
-                check_text(f"videos[{index}]", path)
+        if self.videos != ():
+            _check_videos(self.videos)
         if self.answer_gt is not None:
             if not isinstance(self.answer_gt, str):
                 raise TypeError(f"answer_gt must be a str or None, got {type_and_value(self.answer_gt)}")
@@ -103,8 +101,10 @@ class Pair:
 
         In mDPO, both responses may be the same text: it is right for ``images`` and wrong for ``rejected_images``.
         """
+        if self.chosen != self.rejected:
+            return False
         turns = [self.source.get(name) for name in (CHOSEN_TURNS, REJECTED_TURNS)]
-        return self.chosen == self.rejected and turns[0] == turns[1] and not self.has_other_images
+        return turns[0] == turns[1] and not self.has_other_images
 
     @property
     def has_other_images(self) -> bool:
@@ -114,6 +114,8 @@ class Pair:
     @property
     def media_paths(self) -> tuple[str, ...]:
         """Paths of all files of the pair: its images, rejected images, video files and frames of videos."""
+        if not self.rejected_images and not self.videos:
+            return self.images
         return (*self.images, *self.rejected_images, *(path for video in self.videos for path in video.paths))
 
     def map_paths(self, change: Callable[[str], str]) -> "Pair":
@@ -131,8 +133,7 @@ class Pair:
         _check_images("images", images)
         pair = object.__new__(Pair)  # the other fields are checked already
         for field in _FIELDS:
-            object.__setattr__(pair, field, getattr(self, field))
-        object.__setattr__(pair, "images", images)
+            object.__setattr__(pair, field, images if field == "images" else getattr(self, field))
         return pair
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,10 +160,9 @@ class Pair:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"a pair must be an object, got {type_and_value(values)}")
-        known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
-            if name not in known:
-                raise ValueError(f"unknown field {name!r}; known fields: {', '.join(known)}")
+            if name not in _FIELDS:
+                raise ValueError(f"unknown field {name!r}; known fields: {', '.join(_FIELDS)}")
         for name in ("question", "chosen", "rejected"):
             if name not in values:
                 raise ValueError(
@@ -184,7 +184,8 @@ class Pair:
 
     def key(self) -> str:
         """Returns a hash of the prompt, the responses and the media paths. It is the same on every machine."""
-        turns = {name: self.source[name] for name in (*TURNS, PROMPT_TOOLS) if name in self.source}
+        source = self.source
+        turns = {name: source[name] for name in (*TURNS, PROMPT_TOOLS) if name in source}
         parts = [self.question, self.chosen, self.rejected, *self.images, *([turns] if turns else [])]
         if self.videos or self.rejected_images:
             parts.append({"videos": [video.to_value() for video in self.videos], "rejected": self.rejected_images})
@@ -193,6 +194,14 @@ class Pair:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Pair))
+
+
+def _check_videos(videos: object) -> None:
+    if not isinstance(videos, tuple) or not all(isinstance(video, Video) for video in videos):
+        raise TypeError(f"videos must be a tuple of Video, got {type_and_value(videos)}")
+    for index, video in enumerate(videos):
+        for path in video.paths:
+            check_text(f"videos[{index}]", path)
 
 
 def _check_images(name: str, images: object) -> None:
