@@ -50,10 +50,13 @@ def test_each_block_is_up_to_date(page: Path, results: dict[str, Any]) -> None:
         assert content == documents.render(block, results), f"{name(page)}: block {block!r} is not up to date: {HOW}"
 
 
-def test_results_are_of_full_runs(results: dict[str, Any]) -> None:
+def test_results_are_of_full_runs_on_one_machine(results: dict[str, Any]) -> None:
+    machines = set()
     for one in schema.ON_CPU:
         assert results[one]["quick"] is False, f"results/{one}.json is of a quick run: {HOW}"
-        assert "--only" not in results[one]["environment"]["command"]
+        environment = results[one]["environment"]
+        machines.add((environment["cpu"], environment["threads"], environment["versions"]["torch"]))
+    assert len(machines) == 1, f"benchmarks that ran separately must have run on one machine, got {machines}"
 
 
 def test_the_cost_model_holds_for_at_least_thirty_measured_points(results: dict[str, Any]) -> None:
