@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import audit, check_model, documents, hardware, integrations, machine_code, predictions, schema, suite
+from benchmarks import (
+    audit,
+    check_model,
+    documents,
+    hardware,
+    integrations,
+    machine_code,
+    pipelines,
+    predictions,
+    schema,
+    suite,
+)
 from benchmarks.measure import provenance
 from benchmarks.study import tables as study
 from mpo_ext.plan import machines
@@ -141,6 +152,7 @@ def make_documents() -> dict[str, Any]:
         "cost_model": make_document("cost_model", compared, settings={"rates": rates}),
         "machine_code": machine_code.load(RESULTS / "machine_code.json"),
         "audit": audit.load(RESULTS / "audit.json"),
+        "pipelines": pipelines.load(RESULTS / "pipelines.json"),
         "study": study.load(RESULTS / "study.json"),
         "study_prior": study.load(RESULTS / "study_prior.json"),
         "integrations": make_integrations(),
