@@ -78,7 +78,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def run_evaluate(args: argparse.Namespace) -> int:
     """Runs ``mpo-ext evaluate`` and returns the exit status."""
     from mpo_ext.evaluate.cells import EvaluationRun
-    from mpo_ext.evaluate.report import accuracy_table, without_image_table
+    from mpo_ext.evaluate.report import accuracy_table, console_notes, without_image_table
     from mpo_ext.evaluate.run import evaluate
     from mpo_ext.evaluate.scoring import EvaluationConfig
     from mpo_ext.generate.engine import rank_and_world_size
@@ -115,6 +115,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             reasons = [f"{reason} ({details[reason]})" if reason in details else reason for reason in reasons]
             print(f"mpo-ext evaluate: no question was asked: {', '.join(reasons)}", file=sys.stderr)
             return 1
+        print("".join(f"{note}\n" for note in console_notes(results)), end="", file=sys.stderr)
     return 0
 
 

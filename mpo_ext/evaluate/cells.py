@@ -142,10 +142,15 @@ def open_questions(
     is_meta = Path(path).suffix == ".json"
     roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta else {"image_root": image_root}
     source = open_items(os.fspath(path), limit=limit, system=system, **roots)
-    problems = collections.Counter(
-        item.problem or ("" if item.truths else "no true answer") for item in source.items()
-    )
+    problems: collections.Counter[str] = collections.Counter()
+    details: dict[str, str] = {}
+    for item in source.items():
+        problem = item.problem or ("" if item.truths else "no true answer")
+        problems[problem] += 1
+        if item.detail is not None:
+            details.setdefault(problem, f" ({item.detail})")
     if not problems[""]:
-        counts = ", ".join(f"{count} with {problem}" for problem, count in problems.most_common()) or "no line"
+        counts = ", ".join(f"{count} with {name}{details.get(name, '')}" for name, count in problems.most_common())
+        counts = counts or "no line"
         raise ValueError(f"data must hold questions with a true answer, got {os.fspath(path)}: {counts}")
     return QuestionFile(name, os.fspath(path), source)

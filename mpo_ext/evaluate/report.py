@@ -12,6 +12,7 @@ from mpo_ext.checks import install_hint
 from mpo_ext.data.view import Thumbnails, count_names, cut_text, script_json
 from mpo_ext.evaluate.cells import Cell
 from mpo_ext.evaluate.predictions import predictions_path, read_predictions
+from mpo_ext.evaluate.results import ALL
 from mpo_ext.evaluate.scoring import WITHOUT_IMAGE
 from mpo_ext.files import atomic_path, atomic_write
 from mpo_ext.report import Bars, Panel, markdown_table, save_page, save_panels
@@ -24,6 +25,9 @@ _WITHOUT_IMAGE = (
     "The same questions with and without their image, for the questions that have one. Same answer: the share of the "
     "questions whose readable answer is equal with and without the image; for several samples, the most frequent "
     "answer. Difference: accuracy with the image less accuracy without it, in points.\n"
+)
+_MOST_FREQUENT = (
+    "This share is a lower bound of chance: a model that always gives this answer is right as often without an image."
 )
 _TEMPLATE = "failures_view.html.j2"
 _THUMBNAIL = 320
@@ -87,13 +91,7 @@ def markdown_report(results: Mapping[str, Any]) -> str:
     texts += ["## Beside the accuracy\n", _UNREADABLE, _markdown(header, lines)]
     if "without_image" in results:
         texts += ["## Without the image\n", _WITHOUT_IMAGE, without_image_table(results)]
-    skipped: dict[tuple[str, str], int] = {}
-    for row in rows:
-        if row["prompt"].endswith(WITHOUT_IMAGE):  # questions without an image were asked once
-            continue
-        for reason, count in row["refused"].items():
-            skipped[row["data"], reason] = max(count, skipped.get((row["data"], reason), 0))
-    if skipped:
+    if skipped := _skipped(rows):
         lines = [[data, reason, f"{count:,}"] for (data, reason), count in skipped.items()]
         texts += ["Questions that were not asked:\n", _markdown(["", "reason", "questions"], lines)]
         texts += [f"{reason}, for example: {text}\n" for reason, text in results.get("refused_examples", {}).items()]
@@ -111,6 +109,42 @@ def markdown_report(results: Mapping[str, Any]) -> str:
     return "\n".join(texts)
 
 
+def console_notes(results: Mapping[str, Any]) -> list[str]:
+    """Returns lines to print beside the accuracies: unreadable responses, and questions that were not asked."""
+    settings = results["settings"]
+    rows = [row for row in results["results"] if not row["prompt"].endswith(WITHOUT_IMAGE)]
+    notes = []
+    for model, prompt in dict.fromkeys((row["model"], row["prompt"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["prompt"]) == (model, prompt) and row["data"] != ALL]
+        asked = sum(row["questions"] for row in own)
+        unreadable = sum(row["unreadable"] * row["questions"] for row in own)
+        if unreadable:
+            share = f"{100 * unreadable / asked:.1f} % of the responses unreadable"
+            notes.append(f"{model}, {prompt}: {share}: do --prompt, --style and --matcher fit the model?")
+    examples = results.get("refused_examples", {})
+    for (data, reason), count in _skipped(rows).items():
+        if data != ALL:
+            example = f", for example: {examples[reason]}" if reason in examples else ""
+            notes.append(f"{data}: {count:,} questions not asked: {reason}{example}")
+    for data, file in settings["data"].items():
+        asked = sorted({row["questions"] for row in rows if row["data"] == data})
+        if asked[0] < file["questions"]:
+            numbers = " to ".join(f"{number:,}" for number in dict.fromkeys((asked[0], asked[-1])))
+            notes.append(f"{data}: the accuracy is over {numbers} of {file['questions']:,} questions")
+    return notes
+
+
+def _skipped(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], int]:
+    """Returns the number of questions that were not asked, by file and reason."""
+    skipped: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if row["prompt"].endswith(WITHOUT_IMAGE):  # questions without an image were asked once
+            continue
+        for reason, count in row["refused"].items():
+            skipped[row["data"], reason] = max(count, skipped.get((row["data"], reason), 0))
+    return skipped
+
+
 def accuracy_table(results: Mapping[str, Any]) -> str:
     """Returns a Markdown table of the accuracies, with a row for each file and prompt and a column for each model."""
     models = list(results["settings"]["models"])
@@ -121,14 +155,22 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
 
 
 def without_image_table(results: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of the accuracies with and without the image, and of the unchanged answers."""
+    """Returns a Markdown table of the accuracies with and without the image, and of the unchanged answers.
+
+    Below it stand the shares of the most frequent true answers.
+    """
     lines = []
     for row in results["without_image"]:
         shares = [row["with_image"], row["without_image"], {**row["unchanged"], "accuracy": row["unchanged"]["share"]}]
         difference = _difference(row["comparison"])
         lines.append([_case(row), row["model"], f"{row['questions']:,}", *map(_percent, shares), difference])
     header = ["", "model", "questions", "with image %", "without image %", "same answer %", "difference"]
-    return _markdown(header, lines)
+    frequent = dict.fromkeys(
+        f"{row['data']}: most frequent true answer: {100 * row['most_frequent_truth']:.1f} % of the questions.\n"
+        for row in results["without_image"]
+        if row["most_frequent_truth"] is not None
+    )
+    return "\n".join([_markdown(header, lines), *frequent, *([f"{_MOST_FREQUENT}\n"] if frequent else [])])
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

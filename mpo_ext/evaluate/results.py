@@ -9,7 +9,7 @@ import itertools
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import mpo_ext
 from mpo_ext.evaluate.cells import Cell
@@ -19,6 +19,13 @@ from mpo_ext.evaluate.statistics import Comparison, compare, mean_and_error, pas
 FORMAT = "mpo_ext.evaluation/1"
 ALL = "all"  #: Name of the results over all files of questions.
 _PACKAGES = ("torch", "transformers")
+
+
+class _Answered(NamedTuple):
+    """A question that was asked with and without its image: whether the answer is the same, and the true answers."""
+
+    is_same: bool
+    truths: tuple[str, ...]
 
 
 def compute_results(
@@ -86,19 +93,19 @@ def compute_results(
     return results
 
 
-def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[str, str, str], list[bool]]:
-    """Returns, by model, file and prompt, whether the answer to each question stays the same without the image.
+def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[str, str, str], list[_Answered]]:
+    """Returns, by model, file and prompt, what ``without_image`` in the results needs of each question.
 
     Questions that the model was not asked both with and without the image are left out.
     """
     by_key = {cell.key: cell for cell in cells}
-    same: dict[tuple[str, str, str], list[bool]] = {}
+    same: dict[tuple[str, str, str], list[_Answered]] = {}
     for (model, name, prompt), cell in by_key.items():
         if prompt not in config.prompts:
             continue
         pairs = zip(cell.scores, by_key[model, name, f"{prompt}{WITHOUT_IMAGE}"].scores, strict=True)
         same[model, name, prompt] = [
-            cell.evaluation.is_same(item, seen, blind)
+            _Answered(cell.evaluation.is_same(item, seen, blind), item.truths)
             for item, (seen, blind) in zip(cell.data.source.items(), pairs, strict=True)
             if seen.problem is None and blind.problem is None
         ]
@@ -107,20 +114,28 @@ def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[st
 
 def _without_image(
     scores: Mapping[tuple[str, str, str], Sequence[QuestionScore]],
-    same: Mapping[tuple[str, str, str], Sequence[bool]],
+    same: Mapping[tuple[str, str, str], Sequence[_Answered]],
     key: tuple[str, str, str],
     config: EvaluationConfig,
 ) -> dict[str, Any]:
-    """Returns the accuracies with and without the image on the same questions, and the fraction of equal answers."""
+    """Returns the accuracies with and without the image on the same questions, and the fraction of equal answers.
+
+    ``most_frequent_truth`` is the fraction of the questions whose true answer is the most frequent one; None if a
+    question has several true answers.
+    """
     model, name, prompt = key
     both = zip(scores[key], scores[model, name, f"{prompt}{WITHOUT_IMAGE}"], strict=True)
     pairs = [(seen, blind) for seen, blind in both if seen.problem is None and blind.problem is None]
     seen, blind = [seen.accuracy for seen, _ in pairs], [blind.accuracy for _, blind in pairs]
+    unchanged = [float(question.is_same) for question in same[key]]
+    truths = collections.Counter(question.truths for question in same[key])
+    is_single = bool(truths) and all(len(each) == 1 for each in truths)
     return {
         "questions": len(pairs),
         "with_image": _estimate(seen),
         "without_image": _estimate(blind),
-        "unchanged": dict(zip(("share", "standard_error"), mean_and_error(list(map(float, same[key]))), strict=True)),
+        "unchanged": dict(zip(("share", "standard_error"), mean_and_error(unchanged), strict=True)),
+        "most_frequent_truth": max(truths.values()) / len(pairs) if is_single else None,
         "comparison": dataclasses.asdict(compare(blind, seen, samples=config.samples)),
     }
 

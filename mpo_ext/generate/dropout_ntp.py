@@ -17,7 +17,7 @@ from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig,
 from mpo_ext.generate.feeding import Steps, run_steps
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
-from mpo_ext.generate.questions import AnswerScorer, media_fields, prompt_fields, refusal_fields
+from mpo_ext.generate.questions import AnswerScorer, item_fields, media_fields, prompt_fields, refusal_fields
 from mpo_ext.generate.repetition import is_degenerate
 from mpo_ext.images import ImageError
 
@@ -241,6 +241,7 @@ class DropoutNTP:
         """Checks an item, opens the images that the model will see, and returns the state of the item."""
         row = _Row(item, item.problem, chosen=item.chosen)
         if row.problem:
+            row.details = item_fields(item)
             return row
         if _is_wrong(item) and not self.config.allow_wrong_chosen:
             row.problem = WRONG_CHOSEN

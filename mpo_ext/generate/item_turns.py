@@ -22,6 +22,7 @@ from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, SOURC
 from mpo_ext.data.tools import read_tools, refuse_tools
 from mpo_ext.generate.item_options import FormError
 
+NO_QUESTION = "no question"  # the problem of an item; journals hold this text
 _MESSAGES = ("messages", "conversations", "conversation")
 _FIELDS = (*_MESSAGES, "system", "history", "tools")
 
@@ -101,7 +102,7 @@ def read_conversation(
             images.add_marks("question", question)
             turns.append({"role": "user", "content": question})
         else:
-            raise FormError("no question")
+            raise FormError(NO_QUESTION)
         n_places = images.count - sum(text.count(IMAGE_PLACEHOLDER) for text in options)
         for text in options:
             images.add_marks("options", text)

@@ -21,9 +21,11 @@ from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import PROMPT_TOOLS, PROMPT_TURNS, SOURCE, Pair
 from mpo_ext.generate.item_forms import FormError, read_fields
 from mpo_ext.generate.item_rows import count_rows, read_rows
+from mpo_ext.generate.item_turns import NO_QUESTION
 from mpo_ext.images import is_data_url, is_remote, is_url, load_image
 from mpo_ext.videos import Video, load_video
 
+_MAX_NAMES = 500  # maximum length of the names of fields in a message
 WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that is known to be wrong
 
 
@@ -47,6 +49,7 @@ class Item:
         image_root: Folder at which relative image paths start.
         subset: Name of the item's subset in a meta file; None without a meta file.
         problem: Reason why the item cannot be used, or None.
+        detail: What else to tell about ``problem``, or None.
     """
 
     question: str = ""
@@ -60,6 +63,7 @@ class Item:
     image_root: str = ""
     subset: str | None = None
     problem: str | None = None
+    detail: str | None = None
 
     @property
     def pair_images(self) -> tuple[str, ...]:
@@ -176,26 +180,27 @@ class Item:
         try:
             fields = read_fields({key: value for key, value in values.items() if key != SOURCE})
         except FormError as error:
-            return cls(question=str(values.get("question")), problem=str(error))
+            detail = _no_question(values) if str(error) == NO_QUESTION else None
+            return cls(question=str(values.get("question")), problem=str(error), detail=detail)
+        question, images, chosen = fields.question, fields.images, fields.chosen
+        if not isinstance(question, str) or not question.strip():
+            return cls(question=str(question), problem=NO_QUESTION, detail=_no_question(values))
         try:
             check_json(
                 "item",
-                {**fields.extra, "question": fields.question, "chosen": fields.chosen,
+                {**fields.extra, "question": question, "chosen": chosen,
                  "": [fields.truths, fields.turns, fields.tools]},
             )  # fmt: skip
         except (TypeError, ValueError):
             return cls(problem="unreadable line")
-        question, images, chosen = fields.question, fields.images, fields.chosen
         paths = [*images, *(path for video in fields.videos for path in video.paths)]
         if subset is None:
             subset, image_root = _remembered_subset(source, paths, image_root)
         options = fields.extra.get("options") or ()
-        texts = [turn["content"] for turn in fields.turns] or [question if isinstance(question, str) else ""]
+        texts = [turn["content"] for turn in fields.turns] or [question]
         text = "".join([*texts, *(options.values() if isinstance(options, dict) else options)])
         problem = None
-        if not isinstance(question, str) or not question.strip():
-            problem = "no question"
-        elif not all(map(_is_path, images)):
+        if not all(map(_is_path, images)):
             problem = "images are no paths"  # words: ignore (journals hold this text)
         elif any(map(is_remote, paths)) and not any(map(is_remote, images)):
             problem = "videos are URLs, which are not fetched: download them first"
@@ -208,12 +213,12 @@ class Item:
         elif text.count(VIDEO_PLACEHOLDER) not in {0, len(fields.videos)}:
             problem = f"number of {VIDEO_PLACEHOLDER} is not that of the videos"
         if problem is not None:
-            return cls(question=str(question), problem=problem)
+            return cls(question=question, problem=problem)
         turns = fields.turns
         if system is not None and not any(turn["role"] in ("system", "developer") for turn in turns):
             turns = [{"role": "system", "content": system}, *(turns or [{"role": "user", "content": question}])]
         return cls(
-            question=str(question),
+            question=question,
             messages=tuple(turns),
             tools=tuple(fields.tools),
             images=tuple(images),
@@ -368,6 +373,13 @@ def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
 def media_problem(error: Exception) -> str:
     """Returns the problem of an item whose media raised an error in ``load_media``."""
     return f"{'video' if str(error).startswith('video') else 'image'} cannot be read"
+
+
+def _no_question(values: Mapping[str, Any]) -> str:
+    """Returns the detail of the problem ``NO_QUESTION``, with the names of the fields that a row has."""
+    names = ", ".join(map(repr, values)) or "none"
+    names = names if len(names) <= _MAX_NAMES else f"{names[:_MAX_NAMES]} ..."
+    return f"the question must be in 'question', or in 'messages'; the fields are {names}"
 
 
 def _is_path(image: object) -> bool:

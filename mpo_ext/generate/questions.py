@@ -21,6 +21,12 @@ def refusal_fields(refusal: str) -> dict[str, str]:
     return {"problem": "prompt refused by the engine", "refusal": refusal}
 
 
+def item_fields(item: Item) -> dict[str, str]:
+    """Returns the fields of a record for an item that has a problem."""
+    detail = {} if item.detail is None else {"detail": item.detail}
+    return {"problem": str(item.problem), **detail}
+
+
 def media_fields(error: Exception) -> dict[str, str]:
     """Returns the fields of a record for an item whose image or video cannot be read, from the error of loading it."""
     hint = ": relative paths start at image_root (--image-root)" if isinstance(error, FileNotFoundError) else ""
@@ -119,7 +125,7 @@ class QuestionSampler:
         requests: list[Request] = []
         for row, item in enumerate(items):
             if item.problem or (self.needs_truths and not item.truths):
-                problems[row] = {"problem": item.problem or "no true answer"}
+                problems[row] = item_fields(item) if item.problem else {"problem": "no true answer"}
                 continue
             if not self.with_image and not item.images and not item.videos:
                 problems[row] = {"problem": "no image that could be left out"}

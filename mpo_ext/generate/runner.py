@@ -160,9 +160,10 @@ def check_run(
     if not first:
         raise ValueError(f"source must hold items, got an empty file: {source}")
     if all(item.problem for item in first):
+        detail = f" ({first[0].detail})" if first[0].detail else ""
         raise ValueError(
             f"source must hold items (question, image, and chosen or answer_gt), one JSON object a line, got none "
-            f"among the first {len(first)} of {source}: {first[0].problem}"
+            f"among the first {len(first)} of {source}: {first[0].problem}{detail}"
         )
     if pipeline.needs_truths and not any(item.truths for item in first):
         raise ValueError(

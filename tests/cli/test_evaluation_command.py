@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from scripted_engine import write_lines
+from scripted_engine import ScriptedEngine, write_lines
 from stub_engine import StubEngine
 
 from mpo_ext.cli import evaluate as cli
@@ -18,8 +18,8 @@ def items(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "items.jsonl", [{"question": f"Q{n}", "answer_gt": "7"} for n in range(6)])
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(cli, "load_engine", lambda args, model: StubEngine())
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object, engine: StubEngine | None = None) -> int:
+    monkeypatch.setattr(cli, "load_engine", lambda args, model: engine or StubEngine())
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers(required=True))
     args = parser.parse_args(["evaluate", *map(str, arguments)])
@@ -141,3 +141,31 @@ def test_an_evaluation_that_asks_nothing_fails(
     assert "mpo-ext evaluate: no question was asked: image cannot be read (image must be a file that exists" in error
     assert "gone.png: relative paths start at image_root (--image-root))\n" in error
     assert (tmp_path / "o" / "results.json").exists()
+
+
+def test_unreadable_responses_and_skipped_questions_are_told(
+    tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = {"question": "Q", "image": "gone.png", "answer_gt": "7"}
+    asked = [{"question": each, "answer_gt": "7"} for each in "abcd"]
+    data = write_lines(tmp_path / "d.jsonl", [*asked, gone, gone])
+    other = write_lines(tmp_path / "e.jsonl", asked)
+    answers = {each: ["Final answer: 7" if each == "a" else "?"] for each in "abcd"}
+    arguments = (f"m={items.parent / 'model'}", "--data", data, "--data", other, "--prompt", "cot")
+    status = run(monkeypatch, *arguments, "--out", tmp_path / "o", engine=ScriptedEngine(answers))
+    assert status == 0
+    *_, unreadable, skipped, number = capsys.readouterr().err.splitlines()
+    assert unreadable == (
+        "m, cot: 75.0 % of the responses unreadable: do --prompt, --style and --matcher fit the model?"
+    )
+    assert skipped.startswith("d: 2 questions not asked: image cannot be read, for example: image must be a file that")
+    assert "gone.png" in skipped
+    assert number == "d: the accuracy is over 4 of 6 questions"
+
+
+def test_nothing_is_told_about_readable_answers_to_all_questions(
+    tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = ScriptedEngine({f"Q{n}": ["7"] for n in range(6)})
+    assert run(monkeypatch, items.parent / "model", "--data", items, "--out", tmp_path / "o", engine=engine) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"written to {tmp_path / 'o'}"

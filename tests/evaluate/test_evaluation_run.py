@@ -336,6 +336,7 @@ def test_bad_settings_are_named(options: dict[str, Any], error: type[Exception],
         ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"page_limit": 0}, "page_limit must be at least 1, got 0"),
         ({"lines": [{"question": "x"}, "{\n"]}, "1 with no true answer, 1 with unreadable line"),
+        ({"lines": [{"problem": "x", "answer": "7"}]}, "no question (the question must be in 'question', or in"),
         ({"lines": []}, "data must hold questions with a true answer"),
     ],
 )
@@ -451,3 +452,23 @@ def test_without_the_image_several_files_are_taken_together(pictures: Path, tmp_
     results = evaluate({"m": engine}, data, tmp_path / "out", config=config, image_root=str(tmp_path))
     shares = {row["data"]: (row["questions"], row["unchanged"]["share"]) for row in results["without_image"]}
     assert shares == {"d": (4, 1.0), "e": (1, 0.0), "all": (5, 0.8)}
+
+
+@pytest.mark.parametrize(
+    ("truths", "share"),
+    [(["A", "B", "A", "C"], 0.5), (["A", "B", ["A", "C"], "C"], None), ([["A"], "A", "B", "C"], 0.5)],
+)
+def test_the_most_frequent_true_answer_is_a_bound_of_chance(
+    truths: list[Any], share: float | None, tmp_path: Path
+) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    lines = [{"question": "Q", "image": "a.png", "answer_gt": truth} for truth in truths]
+    lines += [{"question": "Q", "answer_gt": "B"}, {"question": "Q", "image": "gone.png", "answer_gt": "B"}]
+    data = write_lines(tmp_path / "d.jsonl", lines)
+    config = EvaluationConfig(prompts=("cot",), without_image=True)
+    root = {"image_root": str(tmp_path)}
+    results = evaluate({"m": StubEngine()}, {"d": data}, tmp_path / "out", config=config, **root)
+    assert [row["most_frequent_truth"] for row in results["without_image"]] == [share]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert ("d: most frequent true answer: 50.0 % of the questions.\n" in table) == (share is not None)
+    assert ("lower bound of chance" in table) == (share is not None)

@@ -17,7 +17,7 @@ from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP
 from mpo_ext.generate.items import Item, item_files, open_items, read_items
-from mpo_ext.generate.runner import run
+from mpo_ext.generate.runner import check_run, run
 
 
 def picture(color: str = "red", form: str = "PNG") -> bytes:
@@ -414,6 +414,32 @@ def test_a_row_with_too_few_or_too_many_values_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "bench.tsv"
     path.write_text("question\tanswer\nQ1\t7\nQ2\nQ3\t7\t8\n")
     assert [item.problem for item in read_items(item_files(path))] == [None, "unreadable line", "unreadable line"]
+
+
+@pytest.mark.parametrize("extra", [{}, {"system": "Be brief."}])
+def test_a_row_without_question_names_its_fields(extra: dict[str, str], tmp_path: Path) -> None:
+    row = {"image": {"bytes": RED, "path": None}, "instruction": "How many?", "answer": "7", **extra}
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([row]), tmp_path / "d.parquet")
+    for (item,) in (read_items(item_files(tmp_path / "d.parquet")), [Item.from_dict(row)]):
+        assert item.problem == "no question"
+        names = ", ".join(map(repr, row))
+        assert item.detail == f"the question must be in 'question', or in 'messages'; the fields are {names}"
+    with pytest.raises(ValueError, match=r"no question \(the question must be in 'question'"):
+        check_run(Correctness(CorrectnessConfig()), tmp_path / "d.parquet", tmp_path / "out")
+    rows = [row | {"question": "Q?"}, row]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
+    for pipeline in (Correctness(CorrectnessConfig()), DropoutNTP()):
+        summary = run(pipeline, StubEngine(), tmp_path / "e.parquet", tmp_path / pipeline.name)
+        assert summary.skipped["no question"] == 1
+        assert "'instruction'" in summary.examples["no question"]
+
+
+def test_the_names_of_many_fields_are_cut() -> None:
+    detail = Item.from_dict({f"field {number}": 1 for number in range(1000)}).detail
+    assert detail is not None
+    assert len(detail) < 600
+    assert detail.endswith(" ...")
 
 
 def test_parquet(tmp_path: Path) -> None:
