@@ -277,7 +277,14 @@ def test_nothing_is_lost_or_doubled_among_a_thousand_requests_with_faults(server
 
 def test_only_so_many_requests_run_at_the_same_time(server: Server) -> None:
     engine = engine_of(server, concurrency=3)
-    server.fault, server.most_running = lambda body: time.sleep(0.05), 0
+    limit = time.monotonic() + 20
+
+    def fault(body: dict[str, Any]) -> None:
+        while server.most_running < 3 and time.monotonic() < limit:  # a busy machine starts the requests slowly
+            time.sleep(0.01)
+        time.sleep(0.05)
+
+    server.fault, server.most_running = fault, 0
     assert len(engine.generate([Request(question="Why?", seed=seed, sampling=SAMPLING) for seed in range(12)])) == 12
     assert server.most_running == 3
 
