@@ -287,7 +287,8 @@ def test_the_proof_at_the_start_of_a_run_finds_no_fault(name: str) -> None:
 def assert_proved(encoder: Encoder, pair: Pair) -> None:
     proof = prove(encoder, [(pair, "pairs.jsonl:1")])
     assert proof.notices == encoder.chat.notices
-    assert not proof.skipped
+    # A template may drop the reasoning in which two responses differ.
+    assert set(proof.reasons) <= {"chosen and rejected are equal"}
     assert not proof.problems
 
 
