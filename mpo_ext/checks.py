@@ -14,11 +14,8 @@ def install_hint(extra: str) -> str:
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
 
 
-_MAX_DEPTH = 100
-_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml")
-_COMPRESSIONS = (".gz", ".bz2", ".xz")
-_DATASET_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")  # written by save_to_disk
-_SHOWN_FILES = 10
+#: Number of levels of nested lists and dicts that ``is_nested_deeply`` accepts.
+MAX_DEPTH = 100
 
 
 class DefectError(ValueError):
@@ -109,31 +106,10 @@ def environment_integer(name: str, default: int) -> int:
     return int(text)
 
 
-def describe_folder(folder: str | os.PathLike[str]) -> str:
-    """Returns a text for messages about a folder where a file is expected: the folder and the files to name."""
-    text = f"the folder {os.fspath(folder)}"
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    except OSError:
-        return text
-    if not set(_DATASET_FILES).isdisjoint(names):
-        return f"{text} of a dataset that save_to_disk wrote: write it as a file with the dataset's to_parquet"
-    names = [name for name in names if os.path.splitext(_uncompressed(name))[1].lower() in _DATA_FILES]
-    if not names:
-        return f"{text}, which contains no {', '.join(_DATA_FILES[:5])} file"
-    more = f" and {len(names) - _SHOWN_FILES:,} more" if len(names) > _SHOWN_FILES else ""
-    return f"{text}, which contains {', '.join(names[:_SHOWN_FILES])}{more}: name a file"
-
-
-def _uncompressed(name: str) -> str:
-    stem, ending = os.path.splitext(name)
-    return stem if ending in _COMPRESSIONS else name
-
-
 def is_nested_deeply(value: object) -> bool:
-    """Returns whether lists and dicts are nested more than 100 levels deep, so that recursive functions could fail."""
+    """Returns whether lists and dicts are nested more than ``MAX_DEPTH`` levels deep; recursion could then fail."""
     level = [value]
-    for _ in range(_MAX_DEPTH):
+    for _ in range(MAX_DEPTH):
         parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
         level = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
         if not level:

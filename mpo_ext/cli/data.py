@@ -135,18 +135,10 @@ def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[An
 
     The function ``warn(skipped)`` prints the skipped lines and a warning about missing images.
     """
-    import dataclasses
-
     from mpo_ext.data.sources import MissingImages
 
     missing = MissingImages()
-    source, stored = _open_with_stored(args)
-
-    def record(pair: Any) -> None:
-        missing.add(pair)
-        stored.add(pair)
-
-    source = dataclasses.replace(source, on_pair=record)
+    source, stored = _open_with_stored(args, missing.add)
 
     def warn(skipped: Any) -> None:
         for line in (*skipped.lines(), missing.warning(source)):
@@ -156,15 +148,22 @@ def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[An
     return source, stored, warn
 
 
-def _open_with_stored(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Returns the opened pairs, and the ``StoredMedia`` of the pairs that are read from them."""
+def _open_with_stored(
+    args: argparse.Namespace, on_pair: Callable[[Any], object] = lambda pair: None
+) -> tuple[Any, Any]:
+    """Returns the opened pairs, and the ``StoredMedia`` of the pairs that are read. ``on_pair`` gets each pair."""
     import dataclasses
 
     from mpo_ext.data.sources import StoredMedia
 
     source = _open(args)
     stored = StoredMedia(source)
-    return dataclasses.replace(source, on_pair=stored.add), stored
+
+    def record(pair: Any) -> None:
+        stored.add(pair)
+        on_pair(pair)
+
+    return dataclasses.replace(source, on_pair=record), stored
 
 
 def _say_stored(stored: Any) -> None:

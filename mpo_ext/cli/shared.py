@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mpo_ext.checks import DefectError, LinesError, check_choice, describe_folder, install_hint
+from mpo_ext.checks import DefectError, LinesError, check_choice, install_hint
 
 # The names in ``mpo_ext.answers`` and ``mpo_ext.generate.prompts``, which are imported when a command runs.
 MATCHERS = ("exact", "choice", "number", "chart", "anls", "vqa", "math", "custom", "any")
@@ -90,6 +90,8 @@ def command(name: str, extra: str, *, failure: int = FAILED) -> Callable[[Comman
 def _describe(error: Exception, name: str, extra: str) -> str:
     text = str(error) if isinstance(error, LinesError) else " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, IsADirectoryError) and error.filename is not None:
+        from mpo_ext.data.hub import describe_folder
+
         return f"{error.filename} must be a file, got {describe_folder(error.filename)}"
     if isinstance(error, ImportError) and "pip install" not in text:
         return f"{text}: {install_hint(extra)}"

@@ -29,7 +29,8 @@ from mpo_ext.files import atomic_write
 ROWS_ADVICE = "rows are expected as one JSON array, or as one object per line"
 _VERSION = 1  # part of the hash in the names of cached files; a new version converts all files again
 _HEAD = 1 << 16
-_COMPRESSIONS: dict[str, tuple[bytes, Callable[[Any], IO[bytes]]]] = {
+#: Suffixes of compressed files, with their first bytes and the function that opens them.
+COMPRESSIONS: dict[str, tuple[bytes, Callable[[Any], IO[bytes]]]] = {
     ".gz": (b"\x1f\x8b", gzip.open),  # type: ignore[dict-item]
     ".bz2": (b"BZh", bz2.open),  # type: ignore[dict-item]
     ".xz": (b"\xfd7zXZ\x00", lzma.open),  # type: ignore[dict-item]
@@ -88,7 +89,7 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
     """
     with open(path, "rb") as file:
         head = file.read(_HEAD)
-    compression = next((suffix for suffix, (magic, _) in _COMPRESSIONS.items() if head.startswith(magic)), None)
+    compression = next((suffix for suffix, (magic, _) in COMPRESSIONS.items() if head.startswith(magic)), None)
     name = path
     if compression is not None:
         name = name.removesuffix(compression)
@@ -194,7 +195,7 @@ def _is_list_of_objects(value: object) -> bool:
 @contextlib.contextmanager
 def _opened(path: str, compression: str | None) -> Iterator[IO[bytes]]:
     try:
-        with open(path, "rb") if compression is None else _COMPRESSIONS[compression][1](path) as file:
+        with open(path, "rb") if compression is None else COMPRESSIONS[compression][1](path) as file:
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise ValueError(f"path must be a complete {compression} file, got {path}: {error}") from None

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpo_ext.data.hf import require_datasets
+from mpo_ext.data.containers import COMPRESSIONS
+from mpo_ext.data.hf import is_saved_dataset, require_datasets
 
 if TYPE_CHECKING:
     import datasets
 
 _PREFIX = "hf://"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_READ_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml")  # of pairs, questions or settings
+_SHOWN_FILES = 10
 _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 
 
@@ -116,6 +119,26 @@ def pick_split(path: str, loaded: Any, split: str | None) -> "datasets.Dataset":
 def has_parquet(folder: str) -> bool:
     """Returns whether a folder holds parquet files, at any depth."""
     return next(Path(folder).rglob("*.parquet"), None) is not None
+
+
+def describe_folder(folder: str | os.PathLike[str]) -> str:
+    """Returns a text for messages about a folder where a file is expected: the folder and the files to name."""
+    text = f"the folder {os.fspath(folder)}"
+    if is_saved_dataset(os.fspath(folder)):
+        return f"{text} of a dataset that save_to_disk wrote: write it as a file with the dataset's to_parquet"
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and _is_read(entry.name))
+    except OSError:
+        return text
+    if not names:
+        return f"{text}, which contains no {', '.join(_READ_FILES[:5])} file"
+    more = f" and {len(names) - _SHOWN_FILES:,} more" if len(names) > _SHOWN_FILES else ""
+    return f"{text}, which contains {', '.join(names[:_SHOWN_FILES])}{more}: name a file"
+
+
+def _is_read(name: str) -> bool:
+    stem, suffix = os.path.splitext(name)
+    return os.path.splitext(stem if suffix in COMPRESSIONS else name)[1].lower() in _READ_FILES
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mpo_ext.checks import check_index, check_integer, is_nested_deeply, shorten
+from mpo_ext.checks import MAX_DEPTH, check_index, check_integer, is_nested_deeply, shorten
 from mpo_ext.data.media import check_media, drop_fields
 from mpo_ext.data.paths import RootMap, map_roots
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, FieldError, Location, PairSequence, raise_bad_line
@@ -180,8 +180,8 @@ def parse_object(text: str) -> dict[str, Any]:
     value = _DECODER.decode(text)
     if not isinstance(value, dict):
         raise TypeError(f"a line must hold an object, got {type(value).__name__} {text[:60]!r}")
-    # A text with few brackets needs no look at its values, which takes longer than to count.
-    if text.count("{") + text.count("[") > _FEW_BRACKETS and is_nested_deeply(value):
+    # Counting brackets is faster than looking at the values, and suffices for most lines.
+    if text.count("{") + text.count("[") > MAX_DEPTH and is_nested_deeply(value):
         raise FieldError("nested too deeply", kind="bad JSON")
     return value
 
@@ -201,7 +201,6 @@ def _finite(text: str) -> float:
     return value
 
 
-_FEW_BRACKETS = 100  # not more than the levels of nesting that is_nested_deeply allows
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
 
 

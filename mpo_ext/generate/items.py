@@ -11,8 +11,9 @@ from typing import Any
 
 from mpo_ext.answers import label_options
 from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-from mpo_ext.checks import check_json, describe_folder, is_nested_deeply
+from mpo_ext.checks import check_json, is_nested_deeply
 from mpo_ext.data.containers import as_lines
+from mpo_ext.data.hub import describe_folder
 from mpo_ext.data.jsonl import UNREADABLE
 from mpo_ext.data.messages import turns_text, with_question
 from mpo_ext.data.mmpr import read_meta, resolve_image

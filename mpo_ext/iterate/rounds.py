@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from mpo_ext.checks import check_is_no_run, check_model_path, describe_folder
+from mpo_ext.checks import check_is_no_run, check_model_path
 from mpo_ext.evaluate.cells import open_questions
 from mpo_ext.files import atomic_write, check_outputs, write_json
 from mpo_ext.generate.items import open_items
@@ -105,9 +105,7 @@ def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
     settings = recipe.evaluate
     places: dict[str, Any] = {name: getattr(settings, name) for name in ("limit", "image_root", "root_map")}
     for name, path in settings.data.items():
-        if Path(path).is_dir():
-            raise ValueError(f"evaluate.data.{name} must be a file of questions, got {describe_folder(path)}")
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise FileNotFoundError(f"evaluate.data.{name} must be a file of questions, got {path}: it does not exist")
         file = open_questions(name, path, **places)
         inputs[path] = {"items": file.source.count, "blake2b": file.source.digest}

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mpo_ext.checks import LinesError, check_is_no_run, check_model_path, describe_folder, install_hint
-from mpo_ext.data.hub import hub_id, missing_path
+from mpo_ext.checks import LinesError, check_is_no_run, check_model_path, install_hint
+from mpo_ext.data.hub import describe_folder, hub_id, missing_path
 from mpo_ext.processors import check_on_hub
 from mpo_ext.train.hub import check_access
 from mpo_ext.train.recipe import Recipe

@@ -238,7 +238,7 @@ def test_a_folder_of_other_files_is_left_alone(
     [
         ({"model": "./none"}, "model must be a folder here or a hub id, got ./none"),
         ({"evaluate": {"data": "none.jsonl"}}, "evaluate.data.none must be a file of questions, got none.jsonl"),
-        ({"evaluate": {"data": {"d": "."}}}, "evaluate.data.d must be a file of questions, got the folder ., which"),
+        ({"evaluate": {"data": {"d": "."}}}, "path must be a file of items or questions, got the folder ., which"),
         ({"sample": {"questions": "none.jsonl", "correctness": {}}}, "source must exist, got none.jsonl"),
         (
             {"launch": {"train": ["no-such-launcher"]}},

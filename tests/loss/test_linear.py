@@ -221,7 +221,7 @@ def eager_gradients(case: Linear, logits: Tensor, by_logits: Tensor, tensors: di
 class Judgement:
     """Gradients by hidden, weight and bias: exact, of eager torch, with positive terms, and those per row weight.
 
-    ``certain`` has the gradients with positive terms if each label had the probability 0 instead of its own.
+    ``certain`` has the gradients with positive terms if the probability of each label were 0.
     """
 
     exact: dict[str, Array]
