@@ -82,13 +82,13 @@ def run_llama_factory(kind: str, model: Path, options: argparse.Namespace) -> tu
 
 def run_ms_swift(kind: str, model: Path, options: argparse.Namespace) -> tuple[Any, list[float]]:
     import ms_swift_runs
-    import swift.rlhf_trainers  # noqa: F401  # replaces the list of callbacks
     import tiny_models
-    import transformers.trainer
+    from swift.callbacks import callbacks_map
 
     times = steps_recorder()
-    transformers.trainer.DEFAULT_CALLBACKS.append(times)
-    settings = ("per_device_train_batch_size", options.pairs, "max_steps", options.steps, "learning_rate", 1e-4)
+    callbacks_map["step_times"] = lambda args, trainer: times
+    settings: tuple[Any, ...] = ("per_device_train_batch_size", options.pairs, "max_steps", options.steps)
+    settings += ("learning_rate", 1e-4, "callbacks", "step_times")
     out = Path(tempfile.mkdtemp(dir=model)) / "out"
     pairs = tiny_models.pairs(length=options.length)
     log = ms_swift_runs.run(kind, model, out, pairs, *settings)
