@@ -93,7 +93,8 @@ def _add_convert(commands: Any) -> None:
     parser = _add_command(commands, "convert", "write pairs in another format", _convert)
     parser.add_argument("out", type=Path, help="folder for mmpr and hf, file for pairs and trl")
     parser.add_argument("--to", choices=_WRITABLE, required=True, help="format to write")
-    parser.add_argument("--kind", choices=_KINDS, help="kind of TRL's format, for trl and hf (default: standard)")
+    text = "for trl and hf: messages, to which TRL applies the chat template, or texts (default: conversational)"
+    parser.add_argument("--kind", choices=_KINDS, help=text)
     parser.add_argument("--out-root", type=Path, help="for mmpr: image folder of pairs that were not read from MMPR")
     parser.add_argument("--name", default="pairs", help="for mmpr: name of the subset of these pairs (default: pairs)")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines instead of stopping")
@@ -259,7 +260,7 @@ def _convert(args: argparse.Namespace) -> int:
             source,
             args.out,
             args.to,
-            kind=args.kind or "standard",
+            kind=args.kind or "conversational",
             skip_bad=args.skip_bad,
             root=args.out_root,
             name=args.name,
@@ -275,12 +276,6 @@ def _convert(args: argparse.Namespace) -> int:
     else:
         print(f"wrote {count:,} pairs to {place}")
         _say_stored(stored)
-    if args.kind is None and args.to in ("trl", "hf"):
-        print(
-            "the prompts are texts (--kind standard), to which TRL applies no chat template; --kind conversational "
-            "writes messages, to which it does",
-            file=sys.stderr,
-        )
     warn(skipped)
     return 0
 

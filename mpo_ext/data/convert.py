@@ -28,7 +28,7 @@ def convert(
     out: str | os.PathLike[str],
     format: Format,
     *,
-    kind: Kind = "standard",
+    kind: Kind = "conversational",
     skip_bad: bool = False,
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",

@@ -42,7 +42,7 @@ def require_datasets() -> Any:
 
 def to_dataset(
     pairs: Callable[[], Iterator[Pair]] | Sequence[Pair],
-    kind: Kind = "standard",
+    kind: Kind = "conversational",
     *,
     embed: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -115,7 +115,7 @@ def _encoded(path: str, embed: bool) -> dict[str, Any]:
 
 
 def save_dataset(
-    folder: str | os.PathLike[str], pairs: Callable[[], Iterator[Pair]] | Sequence[Pair], kind: Kind = "standard"
+    folder: str | os.PathLike[str], pairs: Callable[[], Iterator[Pair]] | Sequence[Pair], kind: Kind = "conversational"
 ) -> int:
     """Writes a dataset with its images for ``datasets.load_from_disk``; it appears complete or not at all.
 

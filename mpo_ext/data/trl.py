@@ -44,7 +44,7 @@ _COLUMNS = (
 )
 
 
-def to_trl(pair: Pair, kind: Kind = "standard", *, has_images: bool = True) -> dict[str, Any]:
+def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True) -> dict[str, Any]:
     """Returns a pair as a row of TRL's preference format.
 
     Args:
@@ -282,7 +282,9 @@ def _parse_row(values: dict[str, Any], line: str) -> Pair:
     return from_trl(values)
 
 
-def write_trl(path: str | os.PathLike[str], pairs: Iterable[Pair], kind: Kind = "standard", **options: Any) -> int:
+def write_trl(
+    path: str | os.PathLike[str], pairs: Iterable[Pair], kind: Kind = "conversational", **options: Any
+) -> int:
     """Writes a file with one row of ``to_trl`` per line atomically, and returns the number of rows.
 
     ``options`` are those of ``to_trl``. With the default ``has_images=True``, every row has a list ``images``.

@@ -88,6 +88,8 @@ class MPOTrainingConfig(DPOConfig):
         if reason := _other_terms(self.loss_type):  # before DPOConfig compares the number of weights
             raise ValueError(f"{reason}; otherwise use trl.DPOTrainer and trl.DPOConfig")
         super().__post_init__()
+        _settings_of(self)
+        _reward_shift_of(self)
 
 
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
@@ -374,7 +376,11 @@ def _reward_shift_of(args: DPOConfig) -> RewardShift:
         return RewardShift()
     names = {"mode": "reward_shift", "update": "reward_shift_update", "per": "reward_shift_per",
              "decay": "reward_shift_decay", "value": "reward_shift_value"}  # fmt: skip
-    return make_reward_shift({key: getattr(args, name) for key, name in names.items()})
+    try:
+        return make_reward_shift({key: getattr(args, name) for key, name in names.items()})
+    except (TypeError, ValueError) as error:  # the message begins with the name that RewardShift has for the setting
+        key, _, rule = str(error).partition(" ")
+        raise type(error)(f"{names.get(key, key)} {rule}") from None
 
 
 def _has_images(dataset: Any) -> bool:

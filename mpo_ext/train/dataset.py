@@ -19,7 +19,7 @@ from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.train.batch import Batch, RowLayout, collate
 from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, Sample, SkippedPair
-from mpo_ext.train.mixture import Mixture, stored_lines
+from mpo_ext.train.mixture import Mixture, root_advice, stored_lines
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.sampler import StepSampler, micro_batches, token_micro_batches
@@ -197,13 +197,8 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         skip = "data.skip_bad=true leaves such pairs out"
         if not isinstance(result, MissingImageError):
             return skip
-        source = self.mixture.sources[self.mixture.locate(index)[0]]
-        if source.path.endswith(".json"):
-            return f"root_map moves the folders of a meta file: {{path: {source.path}, root_map: ...}}; {skip}"
-        return (
-            "relative images start at the folder of their file; root names another folder, as in data.train="
-            f"{{path: {source.path}, root: .}}; mpo-ext data check finds all that are missing; {skip}"
-        )
+        source = self.mixture.open_source(self.mixture.locate(index)[0])
+        return f"{root_advice(source.path, source.root)}; mpo-ext data check finds all missing images; {skip}"
 
     def encode(self, index: int) -> Sample | SkippedPair | BadLine | BadPairError:
         """Reads and encodes a pair of the mixture. Returns a sample, or the reason why the pair is skipped or bad."""
@@ -340,7 +335,7 @@ def without_responses(sample: Sample) -> Sample:
 
 
 def check_lines(data: RunData, limit: int, say: Callable[[str], None]) -> None:
-    """Prints an overview of the training pairs, and checks the lines of all pairs. All ranks must call this function.
+    """Prints an overview of the training pairs, and checks the lines and that images exist. All ranks must call this.
 
     Args:
         data: Data of the run.
@@ -348,21 +343,25 @@ def check_lines(data: RunData, limit: int, say: Callable[[str], None]) -> None:
         say: Function that prints a line.
 
     Raises:
-        LinesError: If a line has no valid pair and ``data.skip_bad`` is False.
+        LinesError: If a read line has no valid pair or names a missing file, and ``data.skip_bad`` is False.
     """
     problems: list[str] = []
     if data.accelerator.is_main_process:
-        overviews = [mixture.inspect(files=False, limit=limit) for mixture in data.mixtures]
+        overviews = [mixture.inspect(limit=limit) for mixture in data.mixtures]
         for overview in overviews[0]:
             say(str(overview))
         for overview in itertools.chain.from_iterable(overviews):
             problems += overview.examples
+            if overview.missing:
+                count = f"{overview.missing:,} of {overview.images:,} images and videos do not exist"
+                problems.append(f"{overview.path}: {count}: {root_advice(overview.path, overview.root)}")
+                say(problems[-1])
         for line in stored_lines(itertools.chain.from_iterable(overviews)):
             say(line)
     for texts in gather(data.accelerator, problems):
         if texts and not data.recipe.data.skip_bad:
             raise LinesError(
-                "the lines must hold pairs, but:\n  "
+                "the lines must hold pairs with existing images, but:\n  "
                 + "\n  ".join(dict.fromkeys(texts))
                 + "\ndata.skip_bad=true leaves such lines out"
             )

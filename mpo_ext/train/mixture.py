@@ -67,7 +67,7 @@ class SourceOverview:
         with_images: Number of read pairs with images.
         with_videos: Number of read pairs with videos.
         with_rejected_images: Number of read pairs with other images for the rejected response.
-        images: Number of different images and video files in the read pairs; 0 if the image files were not checked.
+        images: Number of different images and video files in the read pairs.
         missing: Number of different image and video files that do not exist.
         pairs_missing: Number of read pairs with at least one missing image file; pairs that are counted in
             ``misplaced`` are left out.
@@ -210,11 +210,10 @@ class Mixture(Sequence[Pair | BadLine]):
             groups[index] = int.from_bytes(digest, "big", signed=True)
         return groups
 
-    def inspect(self, *, files: bool = True, limit: int = _INSPECTED_LINES) -> list[SourceOverview]:
+    def inspect(self, *, limit: int = _INSPECTED_LINES) -> list[SourceOverview]:
         """Returns an overview of each source: format, bad lines, pairs with images, and missing image files.
 
         Args:
-            files: Whether to check that the image files exist.
             limit: Maximum number of lines to read per source, spread evenly over the source.
         """
         overviews = []
@@ -242,8 +241,7 @@ class Mixture(Sequence[Pair | BadLine]):
                     if overview.misplaced <= _EXAMPLES:
                         overview.examples.append(f"{name}: {problem}")
                     continue
-                if files:
-                    overview.pairs_missing += not _has_images(pair, name, file_exists, overview)
+                overview.pairs_missing += not _has_images(pair, name, file_exists, overview)
             overview.images, overview.stored_in = len(file_exists), stored.folder
             overviews.append(overview)
         return overviews
@@ -277,6 +275,16 @@ class Mixture(Sequence[Pair | BadLine]):
                 )
         self._opened[number] = source
         return source
+
+
+def root_advice(path: str, root: str) -> str:
+    """Returns advice for a source with missing image files: the setting that names their folder.
+
+    ``root`` is the folder against which the relative image paths of the source are resolved.
+    """
+    if path.endswith(".json"):
+        return f"root_map moves the folders of a meta file: {{path: {path}, root_map: ...}}"
+    return f"relative images start at {root}; root names another folder, as in {{path: {path}, root: .}}"
 
 
 def stored_lines(overviews: Iterable[SourceOverview]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,16 @@ def fake_build(monkeypatch: pytest.MonkeyPatch, **attributes: object) -> None:
     compiled = native.compiled()
     module = SimpleNamespace(**{name: getattr(compiled, name) for name in dir(compiled)} | attributes)
     monkeypatch.setattr(native, "compiled", lambda: module)
+
+
+def test_a_reader_that_closes_the_pipe_gets_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "mpo_ext", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (1, "")
 
 
 @pytest.mark.parametrize(

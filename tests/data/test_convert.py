@@ -1,6 +1,7 @@
 """Conversions between all formats, and writers that fail."""
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,13 @@ def test_lines_are_not_written_under_the_name_of_another_kind_of_file(
     with pytest.raises(ValueError, match="out must be the name of a JSON lines file"):
         convert(open_pairs(mmpr), tmp_path / name, format)
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("format", ["trl", "hf"])
+def test_without_a_kind_the_prompt_is_a_message(mmpr: Path, tmp_path: Path, format: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    out = tmp_path / ("out.jsonl" if format == "trl" else "out")
+    convert(open_pairs(str(mmpr)), out, format)
+    is_file = format == "trl"
+    row = json.loads(out.read_text().splitlines()[0]) if is_file else datasets.load_from_disk(str(out))[0]
+    assert [turn["role"] for turn in row["prompt"]] == ["user"]

@@ -106,6 +106,16 @@ def assert_same_run(ours: Any, theirs: Any, our_log: list[dict[str, Any]], their
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("reward_shift", "cumulativ"), ("reward_shift_update", "later"), ("reward_shift_per", "step"),
+     ("reward_shift_decay", 2.0), ("ntp_average", "word"), ("label_smoothing", 0.7)],
+)  # fmt: skip
+def test_a_wrong_setting_is_refused_by_its_name(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must .*{value}"):
+        arguments(MPOTrainingConfig, tmp_path, **{name: value})
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["text", "images"])
 def test_ten_steps_without_a_reward_shift_are_those_of_trl(

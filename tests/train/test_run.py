@@ -1092,13 +1092,14 @@ def test_the_learning_rate_is_set_before_the_backward_pass(tmp_path: Path, pairs
 
 
 def test_a_bad_pair_saves_the_steps_before_and_may_be_skipped_by_the_resumed_run(tmp_path: Path, pairs: Path) -> None:
-    def remove_an_image(lines: list[dict[str, Any]]) -> None:
-        lines[3]["images"] = ["none.png"]
+    def damage_an_image(lines: list[dict[str, Any]]) -> None:
+        lines[3]["images"] = ["damaged.png"]
 
-    bad = with_lines(pairs, "bad.jsonl", remove_an_image)
+    bad = with_lines(pairs, "bad.jsonl", damage_an_image)
+    bad.with_name("damaged.png").write_bytes(b"no image")
     for seed in range(20):  # the bad pair must not be in the first step
         trainer = trainer_of(tmp_path / f"{seed}", bad, optim__seed=seed)
-        with pytest.raises(ValueError, match=r"bad.jsonl:4: .*none.png.*data.skip_bad=true leaves such pairs out"):
+        with pytest.raises(ValueError, match=r"bad.jsonl:4: .*damaged.png.*data.skip_bad=true leaves such pairs out"):
             trainer.run()
         if trainer.state.step > 0:
             break
