@@ -397,9 +397,10 @@ def test_a_signal_while_log_probs_are_computed_ends_the_run_and_loses_none(
 
 
 def test_a_bad_pair_ends_a_run_with_known_log_probs_by_its_name(tmp_path: Path, pairs: Path) -> None:
-    data = with_lines(pairs, "broken.jsonl", lambda lines: lines[19].update(images=["gone.png"]))
+    data = with_lines(pairs, "broken.jsonl", lambda lines: lines[19].update(images=["damaged.png"]))
+    data.with_name("damaged.png").write_bytes(b"no image")
     trainer = trainer_of(tmp_path / "out", data, reference__kind="precomputed")
-    with pytest.raises(ValueError, match=r"broken\.jsonl:20.*gone\.png"):
+    with pytest.raises(ValueError, match=r"broken\.jsonl:20.*damaged\.png"):
         trainer.run()
     assert len((tmp_path / "out" / "reference.jsonl").read_text().splitlines()) == 1 + 19
 
