@@ -29,7 +29,7 @@ NO_PAIR = ""  # digest of a dummy sample
 
 
 class BatchCounts(NamedTuple):
-    """The numbers over which the terms of the loss are averaged, for a micro-batch or a step."""
+    """Numbers of pairs, tokens and responses in a micro-batch or a step, by which loss sums are divided."""
 
     pairs: int = 0
     chosen_tokens: int = 0
@@ -37,7 +37,7 @@ class BatchCounts(NamedTuple):
     routed_tokens: int = 0  # Batch.routed_tokens
 
     def ntp_parts(self, ntp_average: str) -> int:
-        """Returns the divisor of the next-token term: chosen tokens ("token"), or chosen responses ("sequence")."""
+        """Returns the divisor of the next-token loss: chosen tokens for "token", chosen responses for "sequence"."""
         return self.chosen_tokens if ntp_average == "token" else self.chosen_responses
 
 
@@ -53,7 +53,7 @@ class StepSlice:
         step: Step number, from 0.
         batches: The micro-batches.
         counts: Sizes of each micro-batch in ``batches``.
-        skipped: Pairs that were skipped, with the reason.
+        skipped: Skipped pairs; each object states its reason.
         n_cut: Number of pairs with a truncated response.
         n_split: Number of pairs with a response that was tokenized separately from the prompt.
         error: Error message of a bad pair that must end the run, or None.
@@ -83,9 +83,9 @@ class StepSize(NamedTuple):
 
 
 def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
-    """Returns the size of a step over all ranks. ``step_slice`` is the part of this rank.
+    """Returns the size of a step over all ranks. ``step_slice`` is this rank's slice of the step.
 
-    If a slice has an error, all ranks raise ValueError. All ranks must call this function.
+    All ranks must call this function. If the slice of any rank has an error, all ranks raise ``ValueError``.
     """
     ranks = gather(accelerator, (step_slice.error, _sum_counts(step_slice.counts), len(step_slice.batches)))
     if errors := [error for error, _, _ in ranks if error is not None]:
@@ -96,7 +96,7 @@ def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collator:
-    """Calls ``collate`` with the options of a run. The fields are arguments of ``collate``.
+    """Combines samples into a batch by calling ``collate``. The fields are the other arguments of ``collate``.
 
     Instances can be pickled, for DataLoader workers.
     """
@@ -173,7 +173,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         return StepSlice(step, batches, counts, tuple(skipped), n_cut, n_split)
 
     def _split(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Returns the micro-batches of a slice, as positions in ``samples``."""
+        """Divides a slice into micro-batches. Returns the indices in ``samples`` for each micro-batch."""
         prompts, keys = [len(sample.prompt_ids) for sample in samples], [sample.prompt_key for sample in samples]
         if self.micro_batch_tokens is None:
             lengths = [
@@ -193,7 +193,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         return token_micro_batches(prompts, responses, self.micro_batch_tokens, self.collator.layout, groups=keys)
 
     def _advice(self, index: int, result: BadLine | BadPairError) -> str:
-        """Returns advice on a bad pair: how to correct the path of a missing image, and how to skip bad pairs."""
+        """Returns advice on a bad pair: how to skip it or, for a missing image, how to correct the path."""
         skip = "data.skip_bad=true leaves such pairs out"
         if not isinstance(result, MissingImageError):
             return skip
@@ -201,7 +201,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         return f"{root_advice(source.path, source.root)}; mpo-ext data check finds all missing images; {skip}"
 
     def encode(self, index: int) -> Sample | SkippedPair | BadLine | BadPairError:
-        """Reads and encodes a pair of the mixture. Returns a sample, or the reason why the pair is skipped or bad."""
+        """Reads and encodes a pair of the mixture. Returns a sample, or an object that states why there is none."""
         pair, name = self.mixture.read(index)
         if isinstance(pair, BadLine):
             return pair
@@ -212,7 +212,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
 
 
 def _all_lines(lines: int, epoch: int) -> np.ndarray:
-    """Returns the indices of all lines of a mixture, each once; an ``epoch`` function for ``StepSampler``."""
+    """Returns the line indices from 0 to ``lines - 1`` for any epoch. ``StepSampler`` needs such a function."""
     return np.arange(lines)
 
 
@@ -220,12 +220,12 @@ class RunData:
     """Loads this rank's slices of a run's training and evaluation pairs.
 
     Attributes:
-        encoder: Encoder from pairs to samples; may be replaced before the run.
+        encoder: Encodes pairs as samples; may be replaced before the run.
         mixture: Training pairs.
         sampler: Assigns the training pairs to steps and ranks.
         total_steps: Number of steps of the run.
         eval_mixture: Evaluation pairs, or None.
-        dummy: Sample for dummy batches; None before ``set_dummy``.
+        dummy: Sample from which dummy batches are made; None before the call of ``set_dummy``.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any, encoder: Encoder, collator: Collator) -> None:
@@ -249,7 +249,7 @@ class RunData:
         return [mixture for mixture in (self.mixture, self.eval_mixture) if mixture is not None]
 
     def first_pairs(self) -> Iterator[tuple[Pair, str]]:
-        """Yields the valid pairs in the order of the first epoch, each with its file and line number."""
+        """Yields the valid training pairs in the order of the first epoch, each with its file and line number."""
         for index in self.sampler.order(0):
             pair, name = self.mixture.read(int(index))
             if not isinstance(pair, BadLine):
@@ -264,15 +264,15 @@ class RunData:
         return self._load(self.steps(), range(first, self.total_steps))
 
     def load_evaluation(self) -> Iterator[StepSlice]:
-        """Yields the evaluation pairs of this rank, a slice per step. A step has as many pairs as a training step."""
+        """Yields this rank's slices of the evaluation pairs, with as many pairs per step as in training."""
         assert self.eval_mixture is not None
         sampler = StepSampler(self.eval_mixture.epoch, batch_size=self.recipe.optim.batch_size)
         return self._load(self._dataset(self.eval_mixture, sampler), range(sampler.steps_per_epoch))
 
     def load_all_lines(self) -> Iterator[StepSlice]:
-        """Yields this rank's slices of all lines of all mixtures, each line once.
+        """Yields this rank's slices of all training and evaluation lines. Each line occurs once.
 
-        Bad pairs are skipped here; the training steps report them.
+        Bad pairs are skipped, even if ``data.skip_bad`` is False.
         """
         for mixture in self.mixtures:
             epoch = functools.partial(_all_lines, len(mixture))
@@ -280,16 +280,16 @@ class RunData:
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields ``size.micro_steps`` micro-batches with their sizes, so that all ranks run the same number.
+        """Yields ``size.micro_steps`` micro-batches with their sizes, the same number on all ranks.
 
-        After the micro-batches of the slice come dummy batches, with None instead of sizes.
+        The micro-batches of ``step_slice`` come first. Dummy batches follow, with None instead of their sizes.
         """
         yield from zip(step_slice.batches, step_slice.counts, strict=True)
         for _ in range(size.micro_steps - len(step_slice.batches)):
             yield self.dummy_batch(), None
 
     def dummy_batch(self) -> Batch:
-        """Returns a batch without labels, for a rank that has fewer micro-batches than other ranks."""
+        """Returns a batch without labels. A rank runs it if other ranks have more micro-batches."""
         assert self.dummy is not None
         return self.collator([self.dummy])
 
@@ -327,7 +327,7 @@ class RunData:
 
 
 def without_responses(sample: Sample) -> Sample:
-    """Returns the sample with two empty responses."""
+    """Returns a copy of the sample with two empty responses."""
     empty = sample.chosen_ids[:0]
     return dataclasses.replace(
         sample, chosen_ids=empty, rejected_ids=empty, chosen_targets=None, rejected_targets=None, rejected_prompt=None
@@ -335,15 +335,17 @@ def without_responses(sample: Sample) -> Sample:
 
 
 def check_lines(data: RunData, limit: int, say: Callable[[str], None]) -> None:
-    """Prints an overview of the training pairs, and checks the lines and that images exist. All ranks must call this.
+    """Reads some lines of each source, prints an overview of the training sources, and reports errors.
+
+    An error is a line without a valid pair, or a missing image or video file. All ranks must call this function.
 
     Args:
         data: Data of the run.
-        limit: Maximum number of lines to read per source, spread evenly over the source.
+        limit: Maximum number of lines to read per source. The lines are spread evenly over the source.
         say: Function that prints a line.
 
     Raises:
-        LinesError: If a read line has no valid pair or names a missing file, and ``data.skip_bad`` is False.
+        LinesError: If a line that was read has an error and ``data.skip_bad`` is False.
     """
     problems: list[str] = []
     if data.accelerator.is_main_process:

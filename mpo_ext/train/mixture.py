@@ -1,4 +1,4 @@
-"""``Mixture``: random access to the lines of several sources, and the lines that each epoch visits."""
+"""``Mixture``: the lines of several sources as one sequence, and the lines that each epoch visits."""
 
 import dataclasses
 import hashlib
@@ -37,9 +37,10 @@ class MixtureSubset:
         name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
         first: Index of the subset's first line in the mixture.
         lines: Number of lines.
-        repeat_time: ``repeat_time`` of the source times ``repeat_time`` of the subset.
+        repeat_time: Average number of visits to each line per epoch: ``repeat_time`` of the source times that of the
+            subset.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
-        label: The name. If several subsets have the same name, the part of the path that differs comes before it.
+        label: Unique name for display: ``name``, preceded by a part of the path if several subsets have the same name.
     """
 
     source: int
@@ -58,20 +59,19 @@ class SourceOverview:
     Attributes:
         path: Path of the source.
         format: Format of the source.
-        is_format_given: Whether the recipe names the format.
+        is_format_given: Whether the recipe sets the format. False: the format was detected.
         root: Folder against which relative image paths are resolved.
         lines: Number of lines of the source.
         lines_read: Number of lines that were read, spread evenly over the source.
         bad: Number of read lines without a valid pair.
-        misplaced: Number of read pairs whose ``<image>`` or ``<video>`` marks do not fit their images or videos.
+        misplaced: Number of read pairs whose ``<image>`` or ``<video>`` marks do not match their images or videos.
         with_images: Number of read pairs with images.
         with_videos: Number of read pairs with videos.
         with_rejected_images: Number of read pairs with other images for the rejected response.
-        images: Number of different images and video files in the read pairs.
+        images: Number of different image and video files in the read pairs.
         missing: Number of different image and video files that do not exist.
-        pairs_missing: Number of read pairs with at least one missing image file; pairs that are counted in
-            ``misplaced`` are left out.
-        stored_in: Folder in which images that rows hold as bytes are stored; "" if no read pair has such an image.
+        pairs_missing: Number of read pairs with at least one missing file, without the pairs counted in ``misplaced``.
+        stored_in: Folder to which images were written that rows hold as bytes; "" if no read pair has such an image.
         examples: Messages for the first bad lines and missing images.
     """
 
@@ -107,14 +107,14 @@ class SourceOverview:
 
 
 class Mixture(Sequence[Pair | BadLine]):
-    """The lines of all sources as one sequence. An index selects a line; ``repeat_time`` does not change the indices.
+    """The lines of all sources as one sequence. An index selects a line.
 
     Memory holds an offset of 8 bytes per line, but not the lines. A pickled copy in another process reopens the
     sources when it first reads a line.
 
-    ``repeat_time`` sets how often an epoch visits the lines of a subset: an epoch takes ``floor(n * repeat_time)``
-    pairs from ``n`` lines. Each line occurs as often as the integer part of ``repeat_time``; the remaining pairs are
-    different lines, drawn at random in each epoch. All epochs have the same number of pairs.
+    ``repeat_time`` sets how often an epoch visits the lines of a subset. It does not change the indices. From a subset
+    of ``n`` lines, an epoch takes ``floor(n * repeat_time)`` pairs. Each line occurs ``floor(repeat_time)`` times; the
+    remaining pairs are different lines, drawn at random in each epoch. All epochs have the same number of pairs.
 
     Attributes:
         subsets: Subsets of all sources, in the order of their lines.
@@ -153,7 +153,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return sum(subset.pairs for subset in self.subsets)
 
     def __len__(self) -> int:
-        """Returns the number of lines; a line that an epoch repeats counts once."""
+        """Returns the number of lines of all sources."""
         return self._starts[-1]
 
     def __getitem__(self, index: Any) -> Any:
@@ -165,7 +165,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return {**self.__dict__, "_opened": [None] * len(self.sources)}
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Returns the index of the source that contains a line, and the index of the line in this source."""
+        """Returns the index of the source that contains line ``index``, and the index of the line in this source."""
         size = len(self)
         if not -size <= index < size:
             raise IndexError(f"index must be in [{-size}, {size}), got {index}")
@@ -174,7 +174,9 @@ class Mixture(Sequence[Pair | BadLine]):
         return source, index - self._starts[source]
 
     def read(self, index: int) -> tuple[Pair | BadLine, str]:
-        """Returns the pair of a line (with absolute image paths) or its error, and the file and line number as text.
+        """Returns the pair at a line or, for a bad line, its error; and the file and line number as text.
+
+        The image paths of the pair are absolute.
 
         Raises:
             RuntimeError: If the source's number of lines has changed since the mixture was created.
@@ -184,7 +186,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return pair, str(where)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Returns the line indices of an epoch, ``[pairs]`` int64, ascending; repeated lines occur several times."""
+        """Returns the line indices of an epoch in ascending order, ``[pairs]`` int64. Indices may repeat."""
         check_integer("epoch", epoch, least=0)
         parts = []
         for subset in self.subsets:
@@ -198,9 +200,9 @@ class Mixture(Sequence[Pair | BadLine]):
         return np.concatenate(parts)
 
     def prompt_groups(self) -> np.ndarray:
-        """Reads all lines and returns a group number for each, ``[len(self)]`` int64: equal for equal prompts.
+        """Reads all lines and returns a group number for each line, ``[len(self)]`` int64.
 
-        The group number of a bad line is unique.
+        Lines with the same prompt have the same group number. The group number of a bad line is unique.
         """
         groups = np.empty(len(self), dtype=np.int64)
         for index in range(len(self)):
@@ -214,7 +216,7 @@ class Mixture(Sequence[Pair | BadLine]):
         """Returns an overview of each source: format, bad lines, pairs with images, and missing image files.
 
         Args:
-            limit: Maximum number of lines to read per source, spread evenly over the source.
+            limit: Maximum number of lines to read per source. The lines are spread evenly over the source.
         """
         overviews = []
         for number, recipe in enumerate(self.sources):
@@ -247,7 +249,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return overviews
 
     def lines(self) -> Iterator[str]:
-        """Yields the lines of a text table: name, lines, ``repeat_time`` and pairs per epoch of each subset."""
+        """Yields a text table, line by line: name, lines, ``repeat_time`` and pairs per epoch of each subset."""
         width = max(len(subset.label) for subset in self.subsets)
         yield f"{'subset':<{width}}  {'lines':>11}  {'repeat_time':>11}  {'pairs/epoch':>11}"
         for subset in self.subsets:
@@ -255,7 +257,7 @@ class Mixture(Sequence[Pair | BadLine]):
         yield f"{'all':<{width}}  {len(self):>11,}  {'':>11}  {self.pairs:>11,}"
 
     def open_source(self, number: int) -> PairSource:
-        """Returns the source at index ``number`` of ``sources``. The first call opens it."""
+        """Returns the source at index ``number`` of ``sources``. The source is opened at the first call."""
         source = self._opened[number]
         if source is not None:
             return source
@@ -288,15 +290,15 @@ def root_advice(path: str, root: str) -> str:
 
 
 def stored_lines(overviews: Iterable[SourceOverview]) -> list[str]:
-    """Returns a line of text for each folder in which images of the inspected sources are stored."""
+    """Returns a line of text for each folder (``SourceOverview.stored_in``) to which images were written."""
     return [stored_note(folder) for folder in dict.fromkeys(overview.stored_in for overview in overviews) if folder]
 
 
 def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: SourceOverview) -> bool:
-    """Returns whether all image files of a pair exist, and counts missing files in ``overview``.
+    """Returns whether all image and video files of a pair exist, and counts missing files in ``overview``.
 
-    ``file_exists`` holds the results of earlier checks by hash of the path, so each file is checked once. ``name`` is
-    the file and line number of the pair.
+    ``file_exists`` caches whether a file exists, by the hash of its path. ``name`` is the file and line number of the
+    pair.
     """
     is_complete = True
     for image in pair.media_paths:
@@ -314,9 +316,9 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns a label for each subset: its name, preceded by the end of its path if another path has this name.
+    """Returns a unique label for each subset: its name, preceded by the end of its path if the name is not unique.
 
-    The end of the path is the shortest that distinguishes the paths.
+    The end of the path is as short as possible.
     """
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []
