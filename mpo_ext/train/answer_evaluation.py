@@ -98,7 +98,7 @@ class AnswerEvaluation:
         return answer_metrics([score for score, _ in whole])
 
     def _ask(self) -> Iterator[tuple[QuestionScore, dict[str, Any]]]:
-        """Asks the questions of this rank. Yields the score of each question, and its line for the file of answers."""
+        """Asks this rank's questions. Yields the score of each question, and its JSON object for the answers file."""
         accelerator, evaluation = self._accelerator, self._evaluation
         rank, world_size = (0, 1) if self._in_step else (accelerator.process_index, accelerator.num_processes)
         ours = itertools.islice(self.questions.source.items(), rank, None, world_size)

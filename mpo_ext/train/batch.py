@@ -47,8 +47,8 @@ class Batch:
         copies: 2 if all prompts go through the model twice with the same images, once for each response of a pair
             (layout "separate"); otherwise 1.
         segment_lengths: For each row, a tuple for each of its prompts: the number of tokens of the prompt, followed by
-            the numbers of tokens of its non-empty responses. ``()`` for an empty prompt. Only in the layout "packed",
-            a row has several prompts.
+            the numbers of tokens of its non-empty responses. ``()`` for an empty prompt. Only the layout "packed" has
+            several prompts in a row.
         image_blocks: For each row, a tuple for each of its prompts: the start and the end (exclusive) of each run of
             image tokens. Image tokens have type 1 in ``token_type_ids``. Empty if the model does not take this input.
     """
@@ -140,7 +140,7 @@ class Batch:
 
 
 class _PlacedPrompt(NamedTuple):
-    """The prompt of a sample, with its sequence row and its start in the row."""
+    """The prompt of a sample, with its sequence row and the position of its first token in the row."""
 
     number: int  # index of the prompt in _RowPlan.prompts
     sample: Sample
@@ -161,7 +161,7 @@ class _PlacedPrompt(NamedTuple):
 
 
 class _PlacedResponse(NamedTuple):
-    """A response, with its prompt and its start in the sequence row of the prompt."""
+    """A response, with its prompt and the position of its first token in the prompt's sequence row."""
 
     prompt: _PlacedPrompt
     start: int  # position of the first token in the row
@@ -200,7 +200,7 @@ class _RowPlan(NamedTuple):
 
     @property
     def owners(self) -> list[Sample]:
-        """The sample of each prompt, without the repeated prompts if ``copies`` is 2."""
+        """The samples whose prompts are in ``prompts``. A prompt that occurs twice (``copies``) counts once."""
         return [prompt.sample for prompt in self.prompts[: len(self.prompts) // self.copies]]
 
     @property
@@ -300,7 +300,7 @@ def collate(
 
 
 def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor | None]]:
-    """Returns ``(ids, targets)`` of both responses; the rejected one is empty if ``with_rejected`` is False."""
+    """Returns token ids and target mask of both responses. ``with_rejected=False`` empties the rejected response."""
     chosen = (sample.chosen_ids, sample.chosen_targets)
     return [
         chosen,

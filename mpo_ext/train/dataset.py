@@ -1,7 +1,7 @@
 """Reads, encodes and batches the pairs of a run: ``StepDataset`` gives each rank its slice of each optimizer step.
 
-The pairs of a step depend only on the seed and the step number (``StepSampler``), so a run resumes without any state
-of the data. Each rank splits its slice into micro-batches by length.
+The pairs of a step depend only on the seed and the step number (``StepSampler``), so a run resumes without a stored
+position in the data. Each rank splits its slice into micro-batches by length.
 """
 
 import contextlib

@@ -331,7 +331,10 @@ class Encoder:
                 )
 
     def _expected_tokens(self, kind: str, inputs: Mapping[str, Tensor]) -> int | None:
-        """Returns how many tokens of ``kind`` ("image" or "video") belong to ``inputs``; None if this is unknown."""
+        """Returns how many tokens the prompt needs for the images or videos in ``inputs``; None if unknown.
+
+        ``kind`` is "image" or "video".
+        """
         grid = inputs.get(f"{kind}_grid_thw")
         merge = getattr(getattr(self.processor, f"{kind}_processor", None), "merge_size", None)
         if grid is not None and isinstance(merge, int):

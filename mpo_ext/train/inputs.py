@@ -78,8 +78,8 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
 
     Args:
         data: Data and encoder of the run.
-        known: Inputs that a checkpoint stores, or None. A file that they list with the same path, size and
-            modification time is not read again.
+        known: Inputs that a checkpoint stores, or None. Files that have not changed since (same path, size and
+            modification time) are not read again.
         fixed_weights: Fingerprints of the models whose weights a checkpoint does not store, by the name of the setting
             that names the model.
 

@@ -64,7 +64,8 @@ def train(
             the function returns True, the run ends as if this step were the last. None: no call.
 
     Returns:
-        The exit status: 0 if the run finished, ``INTERRUPTED`` if SIGTERM or SIGINT ended it after a checkpoint.
+        The exit status: 0 if the run finished, ``INTERRUPTED`` if SIGTERM or SIGINT ended it. Its progress is then
+        saved.
 
     Raises:
         ValueError: If recipe, data and checkpoint do not match, or every pair was skipped.
@@ -328,7 +329,7 @@ class Trainer:
             self.output.log_step(line)
 
     def _end_step(self) -> bool:
-        """Evaluates and writes a checkpoint if they are due after this step. Returns whether a signal ends the run."""
+        """Runs the evaluations and writes the checkpoint that are due. Returns whether a signal ends the run."""
         if self.stop.agree():
             return True
         if self.stop.is_over or self.state.step == self.data.total_steps:

@@ -154,7 +154,11 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
 
 
 def plan_or_raise(inner: nn.Module) -> MaskPlan:
-    """Returns the masks that a model needs."""
+    """Returns the masks that a model needs; see ``plan_masks``.
+
+    Raises:
+        ValueError: If the model does not support rows with several responses.
+    """
     plan = plan_masks(inner)
     if isinstance(plan, str):
         raise ValueError(f'layout must be "separate" for this model, got "shared": {plan}')
@@ -162,7 +166,7 @@ def plan_or_raise(inner: nn.Module) -> MaskPlan:
 
 
 def no_mask(implementation: str | None) -> str:
-    """Returns a message that an attention implementation cannot use the masks of ``attention_masks``."""
+    """Returns the message for an attention implementation that cannot use the masks of ``attention_masks``."""
     why = "takes no such mask" if "flash" in str(implementation) else "is not supported"
     return f"attention {implementation!r} {why}: set model.attention to {' or '.join(_IMPLEMENTATIONS)}"
 

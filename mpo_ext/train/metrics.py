@@ -97,7 +97,7 @@ def means(
 
 
 def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
-    """Returns the mean of the reward accuracies on two kinds of pairs: longer chosen, and longer rejected response.
+    """Returns the reward accuracy with equal weights of two kinds of pairs: longer chosen or longer rejected response.
 
     If only one kind of pair occurs, the result is the accuracy on this kind. If no pair has responses of unequal
     lengths, the result is ``accuracy``.

@@ -40,7 +40,7 @@ class MixtureSubset:
         repeat_time: Average number of visits to each line per epoch: ``repeat_time`` of the source times that of the
             subset.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
-        label: Unique name for display: ``name``, preceded by a part of the path if several subsets have the same name.
+        label: Name for display: ``name``, preceded by a part of the path if several subsets have the same name.
     """
 
     source: int
@@ -71,7 +71,7 @@ class SourceOverview:
         images: Number of different image and video files in the read pairs.
         missing: Number of different image and video files that do not exist.
         pairs_missing: Number of read pairs with at least one missing file, without the pairs counted in ``misplaced``.
-        stored_in: Folder to which images were written that rows hold as bytes; "" if no read pair has such an image.
+        stored_in: Folder to which images are written that rows hold as bytes; "" if no read pair has such an image.
         examples: Messages for the first bad lines and missing images.
     """
 
@@ -174,7 +174,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return source, index - self._starts[source]
 
     def read(self, index: int) -> tuple[Pair | BadLine, str]:
-        """Returns the pair at a line or, for a bad line, its error; and the file and line number as text.
+        """Returns the pair of a line (or the error of a bad line), and the file and line number as text.
 
         The image paths of the pair are absolute.
 
@@ -316,7 +316,7 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns a unique label for each subset: its name, preceded by the end of its path if the name is not unique.
+    """Returns a label for each subset: its name, preceded by the end of its path if another path has this name.
 
     The end of the path is as short as possible.
     """

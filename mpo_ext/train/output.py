@@ -147,8 +147,8 @@ class RunOutput:
         recorded. ``fixed_weights`` is ``RunSetup.fixed_weights``.
 
         Raises:
-            LinesError: If a setting has changed that must stay the same in a run. Also if an input that affects
-                training has changed and ``output.resume_changed_data`` is False.
+            LinesError: If a setting that must stay the same in a run has changed, or if ``output.resume_changed_data``
+                is False and an input that affects training has changed.
         """
         if checkpoint is None:
             self.inputs = collect_inputs(data, None, fixed_weights) if self.save else None

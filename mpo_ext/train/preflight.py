@@ -23,7 +23,7 @@ def check_needs(recipe: Recipe) -> None:
     Raises:
         ImportError: If the only problem is a package that is not installed.
         OSError: If the only problem is a path that cannot be read or written.
-        ValueError: If the only problem is another setting, or (``LinesError``) there are several problems.
+        ValueError: If the only problem is the value of a setting. With several problems, its subclass ``LinesError``.
     """
     errors = []
     for check in _checks(recipe):

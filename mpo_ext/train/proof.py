@@ -233,7 +233,10 @@ def _decode(encoder: Encoder, sample: Sample) -> ProvedPair:
 
 
 def _marked(encoder: Encoder, ids: Tensor, targets: Tensor | None) -> str:
-    """Returns the decoded response with its targets in double square brackets. None: all tokens are targets."""
+    """Returns the decoded response with its targets in double square brackets.
+
+    If ``targets`` is None, all tokens are targets.
+    """
     is_target = [True] * len(ids) if targets is None else targets.tolist()
     text = ""
     for marked, group in itertools.groupby(zip(ids.tolist(), is_target, strict=True), lambda entry: entry[1]):

@@ -14,7 +14,7 @@ def gather(accelerator: Any, value: Any) -> list[Any]:
 
 
 def join_cpu_ranks() -> None:
-    """Connects the ranks of a run with FSDP or DeepSpeed on CPUs. Does nothing in other runs.
+    """Starts the process group of a run with FSDP or DeepSpeed on CPUs. Does nothing in other runs.
 
     accelerate selects FSDP and DeepSpeed only if the ranks have GPUs. If ``ACCELERATE_USE_CPU`` is true, this function
     makes accelerate select them on CPUs, too. The config file of a cluster can thus be tried on any machine.

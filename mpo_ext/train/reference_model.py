@@ -24,7 +24,7 @@ Inspect = Callable[[Tensor | HiddenRows], None]
 
 
 class Reference(Protocol):
-    """The interface of all kinds of reference: computes log-probs, and updates the reference towards the policy."""
+    """The interface of all kinds of reference. It returns log-probs and can be updated towards the policy."""
 
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
         """Returns the summed log-probs of the B chosen and then the B rejected responses: ``[2B]`` float64."""

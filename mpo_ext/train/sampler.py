@@ -71,7 +71,10 @@ class StepSampler:
         return self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def rank_slice(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        """Returns the part of ``step(step)`` for a rank, possibly empty. Part lengths differ by at most 1."""
+        """Returns the pair indices of a step for one rank, possibly none.
+
+        The numbers of pairs of two ranks differ by at most 1.
+        """
         check_integer("world_size", world_size, least=1)
         check_integer("rank", rank, least=0)
         if rank >= world_size:
@@ -128,8 +131,8 @@ def token_micro_batches(
     """Divides the pairs of a rank into micro-batches with at most ``limit`` token positions.
 
     The method is first-fit decreasing bin packing. Prompts are sorted by their longest pair. The pairs of a prompt go
-    into the first micro-batch with enough room. If they exceed the limit together, they are divided. A single pair
-    above the limit has a separate micro-batch.
+    together into the first micro-batch with enough room. They are divided if they exceed the limit, or in the layout
+    "separate". A single pair above the limit has a separate micro-batch.
 
     Args:
         prompts: Number of prompt tokens of each pair.
@@ -185,9 +188,9 @@ def _rows_of_group(
 
 
 def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:
-    """Returns the indices in ``lengths`` by group. In each group, the longest pair comes first.
+    """Groups the indices of ``lengths``. Each group is sorted by length, the longest first.
 
-    The group with the longest pair comes first. If ``groups`` is None, each pair is a group.
+    The groups are sorted by the length of their longest pair. If ``groups`` is None, each pair is a group.
     """
     if groups is not None and len(groups) != len(lengths):
         raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")

@@ -48,12 +48,12 @@ _FALLBACKS: dict[SharedLayout, str] = {"shared": "not packed", "masked": "with a
 
 
 class RunSetup(NamedTuple):
-    """The parts of a run, of which accelerate has prepared the models and the optimizer.
+    """The parts of a run. The models and the optimizer are prepared by accelerate.
 
     ``groups`` are the parameter groups of the optimizer. ``reference_model`` is the separate reference model, or None.
-    ``reference_fingerprint`` identifies the weights for precomputed log-probs; otherwise it is not used.
-    ``fixed_weights`` holds fingerprints of models whose weights checkpoints do not store, by the name of their
-    setting, such as ``model.path``.
+    ``reference_fingerprint`` identifies the weights of a reference with precomputed log-probs. ``fixed_weights`` holds
+    fingerprints of models whose weights checkpoints do not store, by the name of their setting, such as
+    ``model.path``.
     """
 
     model: nn.Module
@@ -232,7 +232,8 @@ def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, referen
 def _choose_wrapped_layers(accelerator: Any, model: nn.Module) -> None:
     """Sets the layer classes that FSDP wraps, unless accelerate's config file names them.
 
-    Some models, such as LLaVA and Gemma 3, list classes that they do not contain. accelerate would raise for them.
+    Some models, such as LLaVA and Gemma 3, list classes that they do not contain. accelerate would raise an error for
+    these classes.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap:

@@ -62,7 +62,7 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
 
 
 def shared_layouts(models: Sequence[nn.Module], setting: SharedPrefix, reasons: list[str]) -> Iterator[SharedLayout]:
-    """Yields the layouts with shared prompts to check, and prepares the models for each: split attention on or off.
+    """Yields the layouts with shared prompts to check. Before each, enables or disables split attention of the models.
 
     Args:
         models: Models that will run on the batches.

@@ -113,7 +113,7 @@ def token_blocks(token_types: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def base_implementation(name: str | None) -> str | None:
-    """Returns the original attention implementation for a name of split attention, such as "sdpa".
+    """Returns the original attention implementation, such as "sdpa", for the name of a split implementation.
 
     Any other name is returned unchanged.
     """
@@ -121,7 +121,7 @@ def base_implementation(name: str | None) -> str | None:
 
 
 def is_split(name: str | None) -> bool:
-    """Returns whether an attention implementation is one of the split implementations (``NAMES``)."""
+    """Returns whether an attention implementation is a split implementation, registered by ``split_decoder``."""
     return name in _BASES
 
 
@@ -135,8 +135,8 @@ def join_decoder(config: Any) -> None:
 def split_decoder(decoder: nn.Module, config: Any) -> str | None:
     """Switches the attention implementation of a decoder to split attention.
 
-    Calls without ``row_segments`` run the previous implementation as before. The name of the split implementation is
-    not saved with the model.
+    Calls without ``row_segments`` still run the previous implementation. The name of the split implementation is not
+    saved with the model.
 
     Args:
         decoder: Decoder of a Hugging Face model.
@@ -319,7 +319,10 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 
 
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
-    """Returns whether ``joint_attention`` can compute a call. False if no part has its prompt in another part."""
+    """Returns whether ``joint_attention`` is used for a call.
+
+    It must support the call, and the prompt of at least one part must be in another part.
+    """
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
     return is_plain and any(part.prompt is not None for part in parts) and can_join(query, value)
@@ -348,7 +351,7 @@ def _tokens(tensor: Tensor) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: _Attend) -> Tensor:
-    """Returns causal attention ``[n, H, D]`` of n queries over m keys. The queries belong to the last n keys.
+    """Returns causal attention ``[n, H, D]`` of n queries over m keys. Query i and key m - n + i are the same token.
 
     ``window`` is the number of tokens of the sliding window, or None. ``attend`` computes attention.
     """
@@ -408,8 +411,8 @@ def _windows(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Divides queries into groups. Yields the slice of queries, the slice of visible keys and the mask of each group.
 
-    ``count`` is the number of queries and ``total`` the number of keys. The queries belong to the last ``count`` keys.
-    If ``causal`` is False, queries also attend to later keys.
+    ``count`` is the number of queries and ``total`` the number of keys. Query i and key ``total - count + i`` are the
+    same token. If ``causal`` is False, queries also attend to later keys.
     """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)

@@ -35,7 +35,7 @@ def is_partitioned(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_partitioning() -> Iterator[None]:
-    """Disables ZeRO-3 in transformers in the ``with`` block, so that a single rank can load a whole model."""
+    """Disables ZeRO-3 of transformers during the ``with`` block, so that a single rank can load a whole model."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():
@@ -74,7 +74,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def full_state_dict(model: nn.Module, *, is_main: bool) -> dict[str, Tensor] | None:
-    """Returns the unsharded state dict of a model, on the CPU, to the main rank; None to other ranks.
+    """Returns the unsharded state dict of a model, on the CPU. Ranks other than the main rank get None.
 
     All ranks must call this function. If a parameter is tied, its names share one tensor.
     """
