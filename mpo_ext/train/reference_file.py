@@ -197,7 +197,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Returns a text with the changes since a file was made that may have changed the encoding of pairs.
+    """Returns a text with the possible reasons why a log-prob file lacks a pair, such as a changed processor.
 
     ``header`` holds the settings of the file, ``settings`` those of this run.
     """

@@ -199,9 +199,10 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
 
 
 def _fixed_weights(recipe: Recipe, policy: nn.Module, reference: nn.Module | None) -> dict[str, str]:
-    """Returns the fingerprints of weights that checkpoints do not store, by setting; empty for quantized models.
+    """Returns fingerprints of model weights that checkpoints do not store, by the setting that names the model.
 
-    A resuming run loads these weights again: frozen parameters and a reference model without updates.
+    A resuming run loads these weights again: frozen parameters, and a reference model without updates. The result is
+    empty for quantized models.
     """
     if recipe.model.lora is not None and recipe.model.lora.quantization is not None:
         return {}

@@ -121,7 +121,7 @@ def base_implementation(name: str | None) -> str | None:
 
 
 def is_split(name: str | None) -> bool:
-    """Returns whether an attention implementation is a split implementation, registered by ``split_decoder``."""
+    """Returns whether ``name`` is an attention implementation that ``split_decoder`` has registered."""
     return name in _BASES
 
 
@@ -135,8 +135,8 @@ def join_decoder(config: Any) -> None:
 def split_decoder(decoder: nn.Module, config: Any) -> str | None:
     """Switches the attention implementation of a decoder to split attention.
 
-    Calls without ``row_segments`` still run the previous implementation. The name of the split implementation is not
-    saved with the model.
+    Split attention supports rows with several responses without a mask. Calls without ``row_segments`` still run the
+    previous implementation. The name of the split implementation is not saved with the model.
 
     Args:
         decoder: Decoder of a Hugging Face model.
@@ -295,7 +295,7 @@ def _split_eager(
 
 
 def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, attend: _Attend) -> Tensor:
-    """Computes the attention output ``[R, L, H, D]`` part by part, with one or more calls of ``attend`` for each."""
+    """Computes the attention output ``[R, L, H, D]`` of sequence rows. Calls ``attend`` for each part of the rows."""
     rows, heads, length, _ = query.shape
     sizes = call.segments.sizes
     queries, keys, values = (_tokens(tensor).split(sizes) for tensor in (query, key, value))

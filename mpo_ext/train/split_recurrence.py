@@ -135,7 +135,10 @@ def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
 
 
 class _SplitForward:
-    """Replaces ``layer.forward``. ``cache_name`` is the argument of ``layer.forward`` that takes the states."""
+    """Replaces ``layer.forward``, so that the layer also supports rows with several responses.
+
+    ``cache_name`` is the argument of ``layer.forward`` that takes the states.
+    """
 
     def __init__(self, layer: nn.Module, cache_name: str) -> None:
         self._layer = layer
