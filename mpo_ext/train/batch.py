@@ -374,7 +374,7 @@ def _fill_rows(plan: _RowPlan, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _label_rows(responses: Sequence[_PlacedResponse], length: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Returns ``Batch.index``, ``Batch.labels`` and the number of labels per response. ``length`` is L."""
+    """Returns ``Batch.index``, ``Batch.labels`` and the label count per response, for rows of ``length`` tokens."""
     index, labels = [], []
     for response in responses:
         places = torch.arange(len(response.ids) or 1) + response.start - 1
@@ -449,7 +449,7 @@ def _image_blocks(sample: Sample) -> tuple[tuple[int, int], ...]:
 
 
 def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:
-    """Returns the image and video inputs by name, each concatenated over the samples that have images or videos."""
+    """Returns the image and video inputs by name, concatenated over the samples that have images or videos."""
     joined: dict[str, Tensor] = {}
     for is_video in (False, True):
         parts = [
@@ -475,7 +475,7 @@ def _is_of_video(name: str) -> bool:
 
 
 def _padded_cat(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenates tensors along the first axis. Zeros pad each other axis to the largest size.
+    """Concatenates tensors along the first axis. All other axes are padded with zeros to the largest size.
 
     ``name`` is the name of the input, for error messages.
     """

@@ -83,9 +83,9 @@ class StepSize(NamedTuple):
 
 
 def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
-    """Returns the size of a step over all ranks. ``step_slice`` is this rank's slice of the step.
+    """Returns the size of a step over all ranks. ``step_slice`` is this rank's part of the step.
 
-    All ranks must call this function. If the slice of any rank has an error, all ranks raise ``ValueError``.
+    All ranks must call this function. If the part of any rank has an error, all ranks raise ``ValueError``.
     """
     ranks = gather(accelerator, (step_slice.error, _sum_counts(step_slice.counts), len(step_slice.batches)))
     if errors := [error for error, _, _ in ranks if error is not None]:
@@ -116,7 +116,7 @@ class Collator:
 
 @dataclasses.dataclass(eq=False)
 class StepDataset(torch.utils.data.Dataset[StepSlice]):
-    """Reads, encodes and batches a rank's slice of each step. Item k is the slice of step k.
+    """Reads, encodes and batches the pairs of a rank. Item k is the ``StepSlice`` of step k.
 
     DataLoader workers run this class.
 
@@ -173,7 +173,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         return StepSlice(step, batches, counts, tuple(skipped), n_cut, n_split)
 
     def _split(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Divides a slice into micro-batches. Returns the indices in ``samples`` for each micro-batch."""
+        """Divides samples into micro-batches. Returns the indices in ``samples`` for each micro-batch."""
         prompts, keys = [len(sample.prompt_ids) for sample in samples], [sample.prompt_key for sample in samples]
         if self.micro_batch_tokens is None:
             lengths = [
@@ -217,7 +217,7 @@ def _all_lines(lines: int, epoch: int) -> np.ndarray:
 
 
 class RunData:
-    """Loads this rank's slices of a run's training and evaluation pairs.
+    """Loads this rank's part of all training pairs and evaluation pairs, step by step.
 
     Attributes:
         encoder: Encodes pairs as samples; may be replaced before the run.
@@ -256,21 +256,21 @@ class RunData:
                 yield pair, name
 
     def steps(self) -> StepDataset:
-        """Returns the dataset of this rank's training slices."""
+        """Returns the dataset of this rank's training pairs, with one item per step."""
         return self._dataset(self.mixture, self.sampler)
 
     def load_steps(self, first: int) -> Iterator[StepSlice]:
-        """Yields this rank's training slices from step ``first`` (counted from 0) to the last step."""
+        """Yields this rank's part of each training step, from step ``first`` (counted from 0) to the last step."""
         return self._load(self.steps(), range(first, self.total_steps))
 
     def load_evaluation(self) -> Iterator[StepSlice]:
-        """Yields this rank's slices of the evaluation pairs, with as many pairs per step as in training."""
+        """Yields this rank's part of the evaluation pairs, in steps of as many pairs as a training step."""
         assert self.eval_mixture is not None
         sampler = StepSampler(self.eval_mixture.epoch, batch_size=self.recipe.optim.batch_size)
         return self._load(self._dataset(self.eval_mixture, sampler), range(sampler.steps_per_epoch))
 
     def load_all_lines(self) -> Iterator[StepSlice]:
-        """Yields this rank's slices of all training and evaluation lines. Each line occurs once.
+        """Yields this rank's part of all training and evaluation lines, step by step. Each line occurs once.
 
         Bad pairs are skipped, even if ``data.skip_bad`` is False.
         """

@@ -203,7 +203,7 @@ class Trainer:
         return self.reference.model if moves else None  # type: ignore[union-attr]
 
     def _run_step(self, step_slice: StepSlice) -> bool:
-        """Runs an optimizer step on this rank's slice, and returns whether a signal ends the run."""
+        """Runs an optimizer step on this rank's part of the pairs. Returns whether a signal ends the run."""
         began_s = time.perf_counter()
         recipe, state = self.recipe, self.state
         try:

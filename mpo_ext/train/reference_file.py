@@ -209,7 +209,10 @@ def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 
 
 def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
-    """Returns the digests of the pairs whose log-probs are already in the journals of an interrupted run."""
+    """Returns the digests of the pairs whose log-probs an interrupted run has already computed.
+
+    The digests are read from the journals, the files that the ranks of this run wrote beside ``path``.
+    """
     known: set[str] = set()
     for journal in _journal_paths(path):
         if read_header(journal) is not None:
@@ -219,7 +222,10 @@ def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
 
 
 def _merge_journals(path: Path, settings: Mapping[str, Any]) -> int:
-    """Merges the journals of all ranks into the file ``path`` and deletes them. Returns the number of pairs."""
+    """Merges the journals, the files that the ranks wrote beside ``path``, into the file ``path``.
+
+    Deletes the journals and returns the number of pairs.
+    """
     journals = _journal_paths(path)
     logp = {record["key"]: record["logp"] for journal in journals for record in read_records(journal)}
     with atomic_write(path, is_locked=True) as file:

@@ -51,7 +51,7 @@ class RunState:
         self.reward_shift = RewardShift(**dataclasses.asdict(recipe.reward_shift))
 
     def count_pairs(self, step_slice: StepSlice) -> None:
-        """Adds the pairs of this rank's slice of a step to ``pair_counts``."""
+        """Adds the trained and the skipped pairs of ``step_slice`` to ``pair_counts``."""
         for skipped in step_slice.skipped:
             self.pair_counts.add(skipped)
         self.pair_counts.kept += sum(counts.pairs for counts in step_slice.counts)

@@ -321,7 +321,7 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
     """Returns whether ``joint_attention`` is used for a call.
 
-    It must support the call, and the prompt of at least one part must be in another part.
+    It must support the call, and at least one part must attend to a prompt in another part.
     """
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
