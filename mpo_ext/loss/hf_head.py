@@ -1,9 +1,8 @@
 """Runs a Hugging Face model up to its output head, for ``linear_mpo_loss``: the logits are never computed.
 
-The model is called through its wrappers, such as DDP, because they must see the forward pass. During the call, only
-the ``forward`` of the head is replaced. The replacement records its arguments and returns a few known numbers, the
-probe, in place of logits. The model's output for the probe reveals the factor and the softcap that the model applies
-to its logits.
+The model is called through its wrappers, such as DDP. During the call, only the ``forward`` of the head is replaced.
+The replacement records its arguments and returns a few known numbers, the probe, in place of logits. The model's
+output for the probe reveals the factor and the softcap that the model applies to its logits.
 
 Neither transformers nor peft is imported: models are recognised by their attributes.
 """
@@ -154,10 +153,7 @@ def value_in_forward(
 
 
 class _HeadCall(NamedTuple):
-    """A recorded call of the output head.
-
-    ``dtypes`` are the dtype of the hidden states and, under autocast, the autocast dtype.
-    """
+    """A recorded call of the head. ``dtypes``: dtype of the hidden states and, under autocast, the autocast dtype."""
 
     hidden: Tensor
     weight: Tensor
@@ -177,11 +173,7 @@ def _record(call: _HeadCall) -> Tensor:
 def _run(
     model: nn.Module, inner: nn.Module, inputs: dict[str, Any], in_head: Callable[[_HeadCall], Tensor]
 ) -> tuple[_HeadCall, Any]:
-    """Runs the model with the forward of its output head replaced by ``in_head``.
-
-    Returns:
-        The recorded call of the head, and the model's output.
-    """
+    """Runs the model with ``in_head`` as its head's forward. Returns the recorded call of the head, and the output."""
     if inputs.get("labels") is not None:
         raise ValueError(
             "inputs must not hold labels, since the model would compute its own loss from what stands in for logits, "
@@ -230,8 +222,8 @@ def _check_is_whole(name: str, tensor: Tensor | None) -> None:
 class _Probe(torch.autograd.Function):
     """Returns the probe, a few fixed numbers per token, in place of logits.
 
-    The output stays connected to the autograd graph of the head's inputs. DDP with ``find_unused_parameters`` needs
-    this connection to find the parameters that get a gradient. Backward sends no gradient through it.
+    The output stays in the autograd graph, so DDP's ``find_unused_parameters`` finds the parameters that get a
+    gradient. Backward returns no gradient.
     """
 
     @staticmethod
@@ -262,7 +254,7 @@ class _Tie(torch.autograd.Function):
 
 
 class _GradientCell:
-    """Holds a gradient: ``_LossOfLogits`` stores it in backward, and ``_LossProbe`` reads it later in that backward."""
+    """Holds a gradient that ``_LossOfLogits`` stores in backward. ``_LossProbe`` reads the gradient afterwards."""
 
     gradient: Tensor
 
@@ -304,10 +296,7 @@ def _probe_rows(hidden: Tensor) -> Tensor:
 
 
 def _held(parameter: Any) -> Any:
-    """Returns the parameter, or under ZeRO-3 a view of it.
-
-    ZeRO-3 empties the parameter after the layer's forward. The view keeps the gathered values until backward.
-    """
+    """Returns the parameter, or under ZeRO-3 a view of it, which keeps the gathered values until backward."""
     return parameter.view_as(parameter) if hasattr(parameter, "ds_id") else parameter
 
 
@@ -318,10 +307,7 @@ def _probed(
     calls: list[_HeadCall],
     returned: list[Tensor],
 ) -> Iterator[None]:
-    """Replaces the forward of ``layers`` by ``in_head`` within the ``with`` block.
-
-    Each call is appended to ``calls``, and its result to ``returned``.
-    """
+    """Replaces the layers' forward by ``in_head`` in the ``with`` block; appends to ``calls`` and ``returned``."""
 
     def probing(layer: nn.Linear) -> Any:
         is_sharded = _is_forward_of_tp_plan(layer)
@@ -404,10 +390,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Returns the linear layers that may be the model's output head.
-
-    The result has several layers only if peft wraps the head in ModulesToSaveWrapper.
-    """
+    """Returns the model's output head, or all layers inside peft's ModulesToSaveWrapper if it wraps the head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise TypeError(
@@ -485,7 +468,7 @@ def _read_probe(
 
 
 def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | None) -> float:
-    """Returns the largest relative error of ``logits`` if the model applies ``scale`` and ``softcap`` to the probe.
+    """Returns the largest relative error of ``logits``, compared with the probe after scale and softcap.
 
     The error is infinite if ``scale`` is 0 or not finite.
     """
