@@ -1,4 +1,4 @@
-"""Unsloth's log-probs of tokens by ``token_logp``: the function of ``mpo_ext.patch("unsloth")``."""
+"""Computes Unsloth's log-probs of tokens with ``token_logp``: the function of ``mpo_ext.patch("unsloth")``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chunked_selective_log_softmax(
 
 
 def replacements() -> tuple[list[Replacement], str]:
-    """Returns what ``mpo_ext.patch("unsloth")`` replaces, and a line that describes it."""
+    """Returns the attributes that ``mpo_ext.patch("unsloth")`` replaces, and a line that describes the change."""
     changes = replace_in_modules(own_function, chunked_selective_log_softmax, "unsloth_zoo", "unsloth")
     generated = [module for title, module in list(sys.modules.items()) if _GENERATED.fullmatch(title)]
     changes += [
