@@ -96,7 +96,7 @@ class Video:
         return dataclasses.replace(self, frames=tuple(map(change, self.frames)))
 
     def to_value(self) -> Any:
-        """Returns the video as a JSON value: a path, a list of frames, or an object with these and the settings."""
+        """Returns the video as a JSON value: a path, a list of frames, or, if it has settings, an object."""
         content: Any = self.path or list(self.frames)
         settings = {name: getattr(self, name) for name in ("fps", "max_frames") if getattr(self, name) is not None}
         return {"path" if self.path else "frames": content, **settings} if settings else content

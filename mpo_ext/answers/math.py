@@ -127,7 +127,7 @@ def _is_named(text: str) -> bool:
 
 
 def _is_sentence(text: str) -> bool:
-    """Returns whether a text has words that are not names of functions or symbols."""
+    """Returns whether a text has words of ordinary language, and not only names of functions and symbols."""
     if re.search(r"\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*\b(?:or|and)\b", text):
         text = re.sub(r"\b(?:or|and)\b", "", text)  # "x = 1 \text{ or } x = 2"
     if re.fullmatch(r"[^\W\d_]+(?:\s+[^\W\d_]+)+", text) and re.search(r"[^\W\d_]{3}", text):
@@ -138,7 +138,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""Splits a known unit off the end of an expression. Returns the expression and the unit, or "" without a unit.
+    r"""Splits a known unit off the end of an expression. The unit is "" if there is none.
 
     "\sqrt{2} \text{ m}" gives "\sqrt{2}" and "m".
     """

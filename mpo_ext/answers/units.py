@@ -267,7 +267,7 @@ _CONVERSIONS = frozenset(map(Fraction, _FACTORS.split()))
 
 
 def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
-    """Returns whether two values may be the same quantity, if only one of them has a unit, ``unit``.
+    """Returns whether a value with the unit ``unit`` and a value without a unit may be the same quantity.
 
     This is so if they differ only in the sign, if their ratio is a power of ten, or if ``unit`` is known and the ratio
     is a usual factor between units. Temperatures may be in two scales (Celsius, Fahrenheit, kelvin).

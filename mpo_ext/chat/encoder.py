@@ -271,9 +271,9 @@ class ChatEncoder:
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
-        """Encodes a short conversation, and adds a notice for each oddity.
+        """Encodes a short conversation, and adds notices about unusual results.
 
-        The oddities are: the tokenizer merges prompt and response, or the prompt has the BOS token twice.
+        The notices tell that the tokenizer merges prompt and response, or that the prompt has the BOS token twice.
         """
         if self.form.opened:
             return

@@ -32,7 +32,7 @@ def response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: i
 
 
 def check_written(response: str, prompt: str, whole: str) -> None:
-    """Raises ``ChatError`` if the text ``whole`` of a conversation lacks the response after the prompt."""
+    """Raises ``ChatError`` if the response does not follow the prompt in ``whole``, the text of the conversation."""
     block = OPEN_TAG.search(prompt)  # a response may begin with the block that the prompt opens
     if squash(response) not in squash(whole[block.start() if block else len(prompt) :]):
         raise ChatError(
@@ -54,7 +54,7 @@ def renderings(response: str, opened: str) -> list[str]:
 
 
 def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
-    """Raises ``ChatError`` if a turn is missing in the text of the prompt, ``text``.
+    """Raises ``ChatError`` if the text of a turn is missing in ``text``, the text of the prompt.
 
     The thoughts of earlier assistant turns, up to ``</think>``, may be missing.
     """
@@ -84,9 +84,9 @@ def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 
 
 def check_response_turn(turn: Mapping[str, Any], before: str, whole: str) -> None:
-    """Raises ``ChatError`` if a turn of a response is missing in the conversation's text ``whole``.
+    """Raises ``ChatError`` if the text of a response's turn is missing in ``whole``, the text of the conversation.
 
-    ``before`` is the beginning of ``whole``, up to the turn.
+    ``before`` is the text before this turn, the beginning of ``whole``.
     """
     content = turn["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)
@@ -100,7 +100,7 @@ def _json_text(text: str) -> str:
 
 
 def check_tools(tools: Tools, text: str) -> None:
-    """Raises ``ChatError`` if the name of a tool is missing in the text of the prompt, ``text``."""
+    """Raises ``ChatError`` if the name of a tool is missing in ``text``, the text of the prompt."""
     for tool in tools:
         name = str(tool.get("function", tool).get("name"))
         if name not in text:

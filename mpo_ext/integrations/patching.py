@@ -81,7 +81,7 @@ def unpatch(name: str) -> None:
     """Restores a trainer that ``patch`` changed.
 
     Raises:
-        RuntimeError: If the trainer is not patched, or another package has patched it after mpo_ext.
+        RuntimeError: If the trainer is not patched, or another patch was applied after the patch of mpo_ext.
         ValueError: If ``name`` is unknown.
     """
     _known(name)
@@ -104,9 +104,9 @@ def unpatch(name: str) -> None:
 
 
 def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replacement]:
-    """Returns replacements for every attribute of the packages' imported modules that is ``function``.
+    """Returns replacements of ``function`` by ``value`` in all imported modules of the packages.
 
-    The new value of these attributes is ``value``.
+    Every attribute that is ``function`` is replaced, whatever its name.
     """
     return [Replacement(module, name, value) for package in packages for module, name in _holders(function, package)]
 
@@ -178,7 +178,7 @@ def source_hash(path: str) -> str:
 
 
 def _holders(value: Any, package: str) -> Iterator[tuple[ModuleType, str]]:
-    """Yields ``(module, name)`` for each attribute of the package's imported modules that is the object ``value``."""
+    """Yields ``(module, name)`` for each attribute that is ``value``, in all imported modules of the package."""
     for title, other in list(sys.modules.items()):
         if title.partition(".")[0] == package and isinstance(other, ModuleType):
             yield from ((other, name) for name, held in list(vars(other).items()) if held is value)

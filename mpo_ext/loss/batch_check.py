@@ -238,8 +238,7 @@ def _check_labelled(sequences: Sequence[BatchSequence], ahead: int, ignore_index
 def _check_alignment(sequences: Sequence[BatchSequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
     """Yields a finding if the labels are shifted by a wrong number of positions relative to the input ids.
 
-    The label at position t must equal the input id at t if ``ahead`` is 1, and the input id at t + 1 if ``ahead`` is
-    0.
+    The label at position t must equal the input id at ``t`` if ``ahead`` is 1, and at ``t + 1`` if ``ahead`` is 0.
     """
     shares = {offset: _share_of_equal(sequences, offset, ignore_index) for offset in (-1, 0, 1, 2)}
     expected = 1 - ahead
@@ -288,9 +287,9 @@ def _share_of_equal(sequences: Sequence[BatchSequence], offset: int, ignore_inde
 def _check_alignment_by_logp(
     sequences: Sequence[BatchSequence], ahead: int, ignore_index: int
 ) -> Iterator[BatchFinding]:
-    """Yields a finding if the labels have a higher mean log-prob at another distance from the logits than ``ahead``.
+    """Yields a finding if the labels are probably not ``ahead`` positions after the logits that predict them.
 
-    The difference must exceed 2 nats. A trained model gives labels a high log-prob only at the right distance.
+    The evidence is a mean log-prob that is more than 2 nats higher at another distance.
     """
     means = {}
     for other in range(-1, 3):

@@ -303,9 +303,9 @@ def _score_hidden(
     head: HeadOptions,
     options: linear_ops.LinearOptions,
 ) -> _Rows:
-    """Returns the log-probs and statistics of this rank's rows from hidden states, weight and bias (``inputs``).
+    """Computes the log-probs and statistics of this rank's rows from hidden states, weight and bias (``inputs``).
 
-    The result also holds the tensor for backward. ``_score_logits`` describes the other arguments.
+    The result also holds the tensor for backward. ``_score_logits`` describes ``shard``, ``same`` and ``names``.
     """
     hidden, weight, bias = inputs
     if options.backend == "reference":

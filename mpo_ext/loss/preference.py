@@ -241,10 +241,10 @@ def _aot_unpaired(pairs: Pairs) -> Tensor:
 
 
 def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
-    """Sorts ``better`` and ``worse``, and returns the logistic loss of each pair of k-th smallest values.
+    """Returns the logistic loss of the sorted values of ``better`` against the sorted values of ``worse``, ``[B]``.
 
-    Both inputs and the result are ``[B]``. Element i of the result is the loss of ``better[i]``. Pairs with an empty
-    response are excluded.
+    The k-th smallest value of ``better``, ``[B]``, is compared with the k-th smallest value of ``worse``, ``[B]``.
+    Element i of the result is the loss of ``better[i]``. Pairs with an empty response are excluded.
     """
     better, order = torch.where(pairs.has_both_sides, better, torch.inf).sort()
     worse = torch.where(pairs.has_both_sides, worse, torch.inf).sort().values

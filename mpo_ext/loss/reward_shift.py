@@ -32,8 +32,8 @@ class RewardShift:
     ``torch.distributed`` is initialised, the rewards of all ranks update the state.
 
     An update uses the mean reward of the chosen and rejected responses of its batch. Pairs in which a response has no
-    labelled token do not count. A reward that is not finite makes delta NaN for good. To leave out such a step, keep
-    ``state_dict()`` from before it and load it again; the trainer of mpo_ext does the same.
+    labelled token do not count. A reward that is not finite makes delta NaN for good. To undo such a step, load a
+    ``state_dict()`` from before the step, as the trainer of mpo_ext does.
 
     Args:
         mode: "cumulative": delta is the average of the mean rewards of all updates so far. With
@@ -211,8 +211,8 @@ class RewardShift:
     def _apply(self, batch: Tensor, *, each_rank_counts: bool) -> None:
         """Updates the state with ``batch``, ``[2]``: the sum and the count of this rank's rewards.
 
-        With ``each_rank_counts``, each rank's mean reward has the same weight. Otherwise the rewards of all ranks are
-        averaged with equal weights.
+        With ``each_rank_counts``, each rank's mean reward has the same weight. Otherwise, each reward has the same
+        weight.
         """
         if each_rank_counts:  # the authors' code averages the ranks' means, unweighted by numbers of pairs
             has_pairs = (batch[1] > 0).double()

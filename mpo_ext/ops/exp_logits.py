@@ -1,4 +1,4 @@
-"""Computes exponentials of tiles of logits on a GPU. With a frozen head, forward uses them for the hidden gradient.
+"""Computes exponentials of tiles of logits on a GPU, for the gradient of hidden states under a frozen head.
 
 Forward sums ``exp(z - r) @ weight`` over the tiles, with a reference r for each row. When r changes, the previous sum
 must be rescaled. To make this rare, r changes only if the row's largest logit exceeds r by more than a slack.

@@ -227,11 +227,10 @@ def _finish_hidden_grad(
 ) -> None:
     """Completes the gradient d logp / d hidden in ``total``, in place.
 
-    The gradient is ``slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum)``. y is the label, and p_y is its
+    The gradient is ``head.slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum)``. y is the label, and p_y is its
     probability. tanh'_y is the derivative of the softcap's tanh, or 1 without a softcap. S is the initial content of
-    ``total``, the sum over all columns except y.
-
-    ``columns`` are the positions of the labels in the head. The term of y is 0 if y lies in another shard of the head.
+    ``total``, the sum over all columns except y. ``columns`` are the positions of the labels in the head. The term of
+    y is 0 if y lies in another shard of the head.
     """
     label_factor = -torch.expm1(logp)
     if head.softcap:
@@ -338,8 +337,8 @@ def linear_grad(
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
     The logits of each tile are computed again, or restored from ``kept``, and overwritten with their gradient. Sums
-    over tiles are formed in float32 (float64 for float64 inputs) and rounded once. If ``kept`` is given, the call
-    overwrites it with the gradient of weight, if that is wanted. ``kept_weight_grad`` then returns this gradient.
+    over tiles are formed in float32 (float64 for float64 inputs) and rounded once. The call overwrites ``kept``. A
+    wanted gradient of weight is written there, and ``kept_weight_grad`` returns it.
 
     Returns:
         The gradients of hidden, weight and bias, contiguous, each in the shape of its input. A gradient that is not

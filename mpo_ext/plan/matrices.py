@@ -15,7 +15,7 @@ class Matrix(NamedTuple):
         outputs: Number of features of an output row.
         learns: Whether the weights are trained.
         number: Number of matrices.
-        active: Number of matrices that multiply a token; for a matrix of an expert, less than ``number``.
+        active: Average number of these matrices that multiply a token. For experts, it may be less than ``number``.
         is_expert: Whether the matrix belongs to an expert.
     """
 

@@ -132,7 +132,7 @@ def _logits_compiled(loss: LossShape, machine: Machine) -> Parts:
 def head_products(loss: LossShape, rows: int, count: float, name: str, dtype: str) -> Stage:
     """Returns a stage of ``count`` matrix products, each of ``rows * vocab * hidden_size`` multiplications.
 
-    These are the products of hidden states and head, and those of their gradients. Each product reads the head or
+    Such products compute the logits from the head, and the gradients from the logits. Each product reads the head or
     writes a tensor of the head's size. ``dtype`` is the dtype of the inputs.
     """
     flop = 2.0 * count * rows * loss.vocab * loss.hidden_size
