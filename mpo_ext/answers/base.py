@@ -55,7 +55,7 @@ class Matcher(abc.ABC):
 
         Args:
             prediction: The extracted answer. A missing answer (None) raises a TypeError.
-            truth: The true answer, or a list of answers that are all right.
+            truth: The true answer, or a list of true answers.
         """
         truths = self._check(prediction, truth)
         if (verdict := self._early_verdict(prediction, truths)) is not None:

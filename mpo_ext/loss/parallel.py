@@ -274,8 +274,8 @@ def _score_logits(
 ) -> _Rows:
     """Returns the log-probs and statistics of this rank's rows over the whole vocabulary.
 
-    ``shard`` names the columns that this rank holds (None: all). The tensors in ``same`` must be equal on all ranks of
-    ``vocab_parallel``. ``names`` are the requested statistics.
+    ``shard`` is the part of the vocabulary that this rank's logits cover (None: all). The tensors in ``same`` must be
+    equal on all ranks of ``vocab_parallel``. ``names`` are the requested statistics.
     """
     mask, empty = logits_ops.stats_mask(names), logits.new_empty(0)
     if shard is not None:

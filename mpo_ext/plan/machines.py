@@ -66,9 +66,9 @@ class Machine:
         matmul_rates: FLOP per second of large matmuls, by dtype.
         matmul_shares: Fraction of ``matmul_rates`` that matmuls reach, by the smallest of their three sizes m, n, k.
             Between two sizes, the fraction is interpolated over the logarithm of the size. Empty: 1 for all sizes.
-        attention_rates: FLOP per second of attention kernels, by kind and dtype: "plain" without a mask (causal or
-            full; only the scores that are needed count), "masked" with a dense mask (all scores count). The rate of
-            matmuls replaces a missing rate.
+        attention_rates: FLOP per second of attention kernels, by kind and dtype. "plain" attention is causal or full,
+            and only the needed scores count. "masked" attention has a dense mask, and all scores count. If a rate is
+            missing, the rate of matmuls is used.
         kernel_rate: Logits per second that our kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
         fresh: Bytes per second at which the operating system provides new memory in small pages (page faults); writing
