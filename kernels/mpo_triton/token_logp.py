@@ -97,9 +97,10 @@ def token_logp_chunk_kernel(
 def merge_chunks(
     states_ptr, row, chunks, is_valid, MAX_CHUNKS: tl.constexpr, STATE: tl.constexpr, STATS: tl.constexpr
 ):
-    """Returns the softmax state of a row, merged from the states of its chunks.
+    """Returns the softmax state of a row in float64, merged from the states of its chunks.
 
-    The state is row_max, row_sum, e_d, z_sum and squared, in float64. If STATS is 0, the last three have no meaning.
+    With d = z - row_max for each logit z, the state is row_max, row_sum = sum(exp(d)), e_d = sum(exp(d) * d), z_sum =
+    sum(z) and squared = sum(exp(d)^2). If STATS is 0, the last three have no meaning.
     """
     lanes = tl.arange(0, MAX_CHUNKS)
     mask = (lanes < chunks) & is_valid
@@ -130,7 +131,8 @@ def merge_tile(
 ):
     """Merges a tile's softmax state of a row into the state of all earlier tiles, and stores the result.
 
-    Returns the state over all tiles so far: new_max, row_sum, e_d, z_sum, squared and z_label.
+    Returns the state over all tiles so far: new_max, row_sum, e_d, z_sum, squared and z_label. z_label is the logit of
+    the label; ``merge_chunks`` defines the other values.
     """
     old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
     old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)

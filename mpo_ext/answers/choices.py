@@ -206,7 +206,7 @@ def _may_name_option(text: str, texts: Mapping[str, str]) -> bool:
 
 
 def _names_options(answer: str) -> bool:
-    """Returns whether an answer such as "A or B" names letters without deciding for one."""
+    """Returns whether an answer such as "A or B" names letters without selecting one of them."""
     return _NAMED_LETTERS.fullmatch(answer) is not None
 
 

@@ -46,7 +46,10 @@ def empty_row_state(labels: Tensor) -> Tensor:
 
 
 class RowLayout(NamedTuple):
-    """Rows in memory: row i starts at ``(i // inner) * outer_stride + (i % inner) * row_stride`` elements."""
+    """The positions of rows in memory.
+
+    Row i starts at element ``(i // inner) * outer_stride + (i % inner) * row_stride``.
+    """
 
     tensor: Tensor
     inner: int
