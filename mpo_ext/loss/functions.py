@@ -46,7 +46,10 @@ R = TypeVar("R")
 
 
 def _names_config_fields(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a loss function to raise an error with advice if a field of MPOConfig is passed as an argument."""
+    """Decorates a loss function to reject a field of MPOConfig that is passed as an argument.
+
+    The error message tells how to pass the field in ``config``.
+    """
 
     @wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
