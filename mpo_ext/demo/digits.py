@@ -1,7 +1,7 @@
 """Grids of handwritten digits, and the task of adding them: questions that are answered directly or step by step.
 
-An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. Each digit belongs to one split.
-Benchmarks and tests use this task. The demo itself uses the task of ``mpo_ext.demo.reading``, with the same digits,
+An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. The splits share no digit image.
+Benchmarks and tests use this task. The demo uses the task of ``mpo_ext.demo.reading`` instead, with the same digits,
 splits and forms of responses.
 """
 
@@ -55,7 +55,10 @@ class Digits:
 
 
 class GridTask(Protocol):
-    """A question about a grid of digits, with the correct answer: ``Task`` or ``reading.ReadingTask``."""
+    """Protocol of a question about a grid of digits, with the correct answer.
+
+    ``Task`` and ``reading.ReadingTask`` implement it.
+    """
 
     @property
     def values(self) -> tuple[int, ...]: ...
@@ -147,7 +150,7 @@ def load_digits() -> dict[str, Digits]:
 
 
 def part(split: Digits, begin: int, end: int | None) -> Digits:
-    """Returns the digits of a split from index ``begin`` to ``end`` (exclusive; None: to the last)."""
+    """Returns the digits of a split from index ``begin`` to ``end`` (exclusive; None: up to the last digit)."""
     chosen = slice(begin, end)
     return Digits(split.images[chosen], split.values[chosen], split.indices[chosen])
 
@@ -158,9 +161,9 @@ def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str
     On average, half of the questions are about the whole grid, and half about two cells.
 
     Args:
-        digits: Split of which the grids are made.
+        digits: Digits that the grids show.
         count: Number of questions.
-        rng: Generator of the draws.
+        rng: Random generator.
         form: Form of the responses, "direct" or "cot"; None draws the form of each question.
     """
     if form is not None and form not in FORMS:

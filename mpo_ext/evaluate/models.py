@@ -106,9 +106,9 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
 
 class FingerprintedEngine:
-    """An engine that wraps ``engine`` and adds a hash of the weights to the settings.
+    """Wraps an engine, and adds a hash of the model's weights to the settings of the engine.
 
-    Without the hash, changed weights in a folder of the same name would go unnoticed.
+    A resumed run compares the settings, and thus detects changed weights in the same folder.
     """
 
     def __init__(self, engine: TransformersEngine) -> None:

@@ -1,8 +1,8 @@
 """Evaluates models on questions with a known answer: samples the missing responses and writes the results.
 
-Each combination of a model, a file of questions and a prompt has separate journals (``mpo_ext.generate.sampler``).
-Therefore an interrupted evaluation can resume, and models, files and prompts can be added later. All results are
-computed from the journals.
+Each combination of a model, a file of questions and a prompt has separate journals, to which sampled responses are
+appended (``mpo_ext.generate.sampler``). Therefore an interrupted evaluation can resume, and models, files and prompts
+can be added later. All results are computed from the journals.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def _check_outputs(
     data: Iterable[str | os.PathLike[str]],
     root_map: Sequence[tuple[str, str]],
 ) -> None:
-    """Raises if the evaluation would replace a file of questions, or a file that no evaluation has written."""
+    """Raises an error if the evaluation would replace a file of questions, or a file of another origin."""
     inputs: list[str | os.PathLike[str]] = []
     for path in data:
         files = item_files(os.fspath(path), root_map=root_map if Path(path).suffix == ".json" else ())
@@ -137,7 +137,10 @@ def _free_memory() -> None:
 
 
 def _file_names(what: str, named: Mapping[str, Any]) -> dict[str, str]:
-    """Returns each name as it appears in file names; ``what`` is the argument in error messages."""
+    """Maps each name to its form in file names, with only letters, digits and ``_.-``.
+
+    ``what`` is the name of the argument in error messages.
+    """
     if not named:
         raise ValueError(f"{what} must name at least one, got none")
     files = {name: re.sub(r"[^\w.-]+", "-", name).strip(".-") for name in named}

@@ -1,7 +1,7 @@
 """The settings of an evaluation, and the scores of responses.
 
 The journals hold only the responses. Answers are extracted and compared when the journals are read, so the same
-responses can be scored again with another style or matcher, without the model.
+responses can be scored again with another answer style or matcher, without the model.
 """
 
 import dataclasses
@@ -67,12 +67,12 @@ class EvaluationConfig:
             Evaluation(self, prompt)
 
     def evaluations(self) -> "list[Evaluation]":
-        """Returns an evaluation for each prompt, followed by the evaluations without images."""
+        """Returns an ``Evaluation`` for each prompt. With ``without_image``, the evaluations without images follow."""
         sides = (True, False) if self.without_image else (True,)
         return [Evaluation(self, prompt, with_image=side) for side in sides for prompt in self.prompts]
 
     def sampling(self, template: PromptTemplate | None) -> SamplingConfig:
-        """Returns the sampling settings for prompts from ``template``; None stands for prompts without a template."""
+        """Returns the sampling settings for prompts made from ``template``, or for plain questions if it is None."""
         max_new_tokens = self.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = _MAX_NEW_TOKENS.get(template.answer_style if template else "", _DEFAULT_MAX_NEW_TOKENS)
@@ -157,7 +157,7 @@ class Evaluation:
         self.keys, self.steps = self.questions.keys, self.questions.steps
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the responses depend on, as JSON values."""
+        """Returns all settings that determine the responses, as JSON values."""
         settings = {
             "prompt": self.prompt,
             "template": self.template.text if self.template else None,
@@ -168,9 +168,10 @@ class Evaluation:
         return settings if self.questions.with_image else {**settings, "with_image": False}
 
     def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[ScoredResponse]]:
-        """Returns the reason why a question could not be asked (or None), and the scored responses.
+        """Scores a question's responses, which ``records`` from a journal hold.
 
-        ``records`` are the question's records in a journal.
+        Returns:
+            The reason why the question could not be asked (or None), and the scored responses.
         """
         problem = next((record["problem"] for record in records if "problem" in record), None)
         if problem is not None:
@@ -210,7 +211,7 @@ class Evaluation:
         )
 
     def is_same(self, item: Item, first: QuestionScore, second: QuestionScore) -> bool:
-        """Returns whether two models, or a model with and without the image, gave the same readable answer."""
+        """Returns whether the most frequent answers of two scores are equal; False if a score has no answer."""
         if first.answer is None or second.answer is None:
             return False
         return is_same_answer(first.answer, second.answer, self.scorer.matcher_for(item))
