@@ -1,7 +1,7 @@
-"""The small program that compute-sanitizer checks: it runs every kernel of mpo_ext, and few other kernels.
+"""The small program that compute-sanitizer checks. It runs every kernel of mpo_ext, and few other kernels.
 
-Inputs and expected values are computed on the CPU, so that few kernels of torch are instrumented. The cases have rows
-that are split over blocks, that start at addresses not aligned to 16 bytes, and that share blocks.
+Inputs and expected values are computed on the CPU, so that few kernels of torch are instrumented. The test cases have
+rows that are split over thread blocks, rows that are not aligned to 16 bytes, and rows that share a block.
 """
 
 from __future__ import annotations
