@@ -1,4 +1,4 @@
-"""Stage "train_step": measures training steps of a randomly initialized decoder, for several ways to compute the loss."""
+"""Stage "train_step": measures training steps of a random decoder, for several ways to compute the loss."""
 
 from __future__ import annotations
 

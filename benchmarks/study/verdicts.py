@@ -1,4 +1,4 @@
-"""The rule by which the study says whether a difference is certain."""
+"""The significance test by which the study decides whether a difference is higher, lower or cannot be told."""
 
 import dataclasses
 import math
@@ -25,9 +25,9 @@ class DifferenceVerdict:
 
 
 def verdicts(family: Sequence[Sequence[float]]) -> list[DifferenceVerdict]:
-    """Returns the verdict on each of several paired differences, which are tested together.
+    """Tests several paired differences together, and returns the verdict on each.
 
-    A difference is higher or lower if its mean over the seeds differs from zero at the 5 % level. Holm's method
+    A difference is "higher" or "lower" if its mean over the seeds differs from zero at the 5 % level. Holm's method
     corrects for the number of differences with at least 2 seeds.
 
     Args:
