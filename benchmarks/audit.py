@@ -189,7 +189,7 @@ def count_native(output: str) -> dict[str, int]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads and checks results/audit.json."""
+    """Reads results/audit.json, checks its format, and returns its content."""
     results = json.loads(path.read_text())
     known = {check.name for check in CHECKS}
     for name, figures in results.items():

@@ -71,7 +71,10 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) 
 
 @functools.cache
 def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[steps.ModelShape, steps.StepShape]:
-    """Returns the shapes of the model and the training step of ``benchmarks.train_step``, for the cost model."""
+    """Returns the shapes of the model and the training step of ``benchmarks.train_step``, for the cost model.
+
+    ``precomputed`` tells whether the log-probs of the reference are precomputed.
+    """
     from mpo_ext.plan.memory import MemoryEstimate
 
     with torch.device("meta"):

@@ -20,7 +20,10 @@ _TITLES = {
 
 
 def check(document: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError if the content of the file has a wrong format. ``name`` is the file name, for messages."""
+    """Raises ValueError if ``document``, the content of results/integrations.json, has a wrong format.
+
+    ``name`` is the file name, for messages.
+    """
     if set(document) != {"schema", "runs", "tests"} or document["schema"] != 1:
         raise ValueError(f"{name}: must have schema 1, runs and tests, got {sorted(document)}")
     for title, run in document["runs"].items():

@@ -167,7 +167,7 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Returns functions that each run one matmul of the labelled rows, by name. They measure the floor.
+    """Returns functions that each run one matmul of the labelled rows, by name. They measure the floor, a lower bound.
 
     The matmuls write to preallocated memory, and have the dtype that mpo_ext uses for them.
     """
@@ -184,9 +184,9 @@ def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
 
 
 def _floor_seconds(name: str, medians: Mapping[str, float]) -> float:
-    """Returns the floor of the method ``name``: the seconds of the matmuls that it needs.
+    """Returns the floor of the method ``name``, a lower bound: the seconds of the matmuls that the method needs.
 
-    A method with a frozen head needs one matmul less. ``medians`` are the median seconds of the matmuls by name.
+    A frozen head needs one matmul less. ``medians`` are the median seconds of the matmuls by name.
     """
     forward_and_hidden = medians["mm forward"] + medians["mm d hidden"]
     return forward_and_hidden if name == FROZEN else forward_and_hidden + medians["mm d weight"]

@@ -65,7 +65,7 @@ class LogClock:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Times all calls of the functions in ``PARTS`` inside the ``with`` block."""
+        """Measures the time of all logging functions (``PARTS``) inside the ``with`` block."""
         with contextlib.ExitStack() as stack:
             for part, functions in PARTS.items():
                 for owner, name in functions:

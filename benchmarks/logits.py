@@ -135,9 +135,9 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: LogitsBatch) -> dict[str, Callable[[], Any]]:
-    """Returns, by name, a function that reads the labelled logits twice and writes them once. Its time is the floor.
+    """Returns, by name, a function that reads the labelled logits twice and writes them once.
 
-    It works in place, and views the logits as float32.
+    Its time is the floor, a lower bound of the time of the loss. It works in place, and views the logits as float32.
     """
     labelled = batch.logits[:, int((batch.labels[0] == -100).sum()) :]
     return {"floor": lambda: (labelled.view(torch.float32).sum(), labelled.view(torch.float32).mul_(1.0))}

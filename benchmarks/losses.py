@@ -140,7 +140,7 @@ def _elapsed(run: Provider, batch: Any) -> float:
 def runs_of(
     benchmark: LossBenchmark, cases: Mapping[str, Provider], loss: LossShape, *, device: str = "cpu"
 ) -> dict[str, Run]:
-    """Returns the (prepare, run) functions of each provider, and of the programs that measure the floor, by name.
+    """Returns (prepare, run) functions by name, for each provider and for the programs that measure the floor.
 
     All run on the shape ``loss``. Before a run of a provider that overwrites the logits, ``prepare`` restores them.
     """
@@ -156,7 +156,10 @@ def runs_of(
 
 
 def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Returns the floor of each provider in seconds. ``timings`` are the measured times of ``runs_of``."""
+    """Returns the floor of each provider in seconds, a lower bound of its time.
+
+    ``timings`` are the measured times of the runs of ``runs_of``.
+    """
     medians = {name: timing.median_s for name, timing in timings.items()}
     return {name: benchmark.floor_seconds(name, medians) for name in names}
 

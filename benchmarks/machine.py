@@ -88,7 +88,7 @@ def _attend(query: torch.Tensor, options: dict[str, Any]) -> None:
 
 
 def sample(runs: int = 5) -> dict[str, list[float]]:
-    """Times each program of ``programs`` ``runs`` times, and returns the seconds by name."""
+    """Runs each program that measures the machine ``runs`` times, and returns the seconds of the runs by program."""
     return {name: timing.seconds for name, timing in interleaved(programs(), runs).items()}
 
 

@@ -129,7 +129,7 @@ def table(documents: Documents) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads and checks results/pipelines.json."""
+    """Reads results/pipelines.json, checks its format, and returns its content."""
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if set(document) != _FIELDS or set(document["results"]) != {CORRECTNESS, DROPOUT_NTP, RLAIF_V}:
         raise ValueError(f"{path} must be written by python -m benchmarks.pipelines, got {sorted(document)}")

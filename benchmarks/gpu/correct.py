@@ -239,7 +239,7 @@ def _large_problems(stage: GpuStage) -> list[str]:
 
 
 def _beyond_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Checks ``mpo_loss`` on more than 2^31 logits, and returns the problems. The last rows are labelled."""
+    """Checks ``mpo_loss`` on more than 2^31 logits, and returns the problems. Only the last rows are labelled."""
     vocab, few = 151_936, 4
     tokens = 2**31 // (2 * vocab) + 9
     logits = torch.empty(2, tokens, vocab, dtype=torch.bfloat16, device=stage.device)

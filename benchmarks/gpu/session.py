@@ -148,7 +148,10 @@ def gpu_facts() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class PairBatch:
-    """Inputs of ``mpo_loss`` for B pairs: logits ``[2B, T, V]``, labels ``[2B, T]`` and ref_logp ``[2B]``."""
+    """Inputs of ``mpo_loss`` for B pairs: logits ``[2B, T, V]``, labels ``[2B, T]`` and ref_logp ``[2B]``.
+
+    The labels are not shifted: ``labels[i, t]`` belongs to ``logits[i, t]``.
+    """
 
     logits: Tensor
     labels: Tensor

@@ -20,7 +20,7 @@ def task_of(document: Mapping[str, Any]) -> StudyTask:
 
 
 def prefix_of(document: Mapping[str, Any]) -> str:
-    """Returns the name prefix of the page blocks that show the result file ``document``."""
+    """Returns "study" or "prior": the prefix of the names of the generated blocks in docs/ that show a result file."""
     return "study" if document.get("task", OLD_TASK) == OLD_TASK else "prior"
 
 

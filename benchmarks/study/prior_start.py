@@ -138,7 +138,7 @@ def _make_kinds(
 ) -> dict[str, list[Pair]]:
     """Samples pairs of several kinds, and returns the pairs of each file except "mixed" and RLAIF-V.
 
-    Some files are parts of ``mixed``, the pairs of the file "mixed". The sampling summaries are added to
+    ``mixed`` holds the pairs of the file "mixed", of which some files get a part. The sampling summaries are added to
     ``summaries``.
     """
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)

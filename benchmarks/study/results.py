@@ -71,7 +71,7 @@ def current_commit() -> str:
 
 
 def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, AnySettings]) -> int:
-    """Copies results from the result file of an earlier study into the folder ``out``. Returns the number of results.
+    """Copies results from the result file of an earlier study into the folder ``out``. Returns their number.
 
     Results are skipped if they are failures, if ``settings`` lacks their seed, or if ``out`` already has them. The
     file does not hold the settings of single runs, so the caller must know that these have not changed.

@@ -97,7 +97,10 @@ def reading(document: Document) -> str:
 
 
 def _verdict_sentences(document: Document, name: str) -> list[str]:
-    """Returns the verdicts of a table as sentences. Differences with the same beginning of the sentence share one."""
+    """Returns the verdicts of a table as sentences.
+
+    One sentence covers all differences for which ``_topic`` returns the same beginning.
+    """
     family = family_of(document, name)
     sentences: dict[tuple[str, bool], dict[str, list[str]]] = {}
     for each, numbers, verdict in family:
@@ -117,11 +120,11 @@ def _verdict_sentences(document: Document, name: str) -> list[str]:
 
 
 def _topic(difference: Difference, family: Sequence[Difference]) -> tuple[str, bool, str]:
-    """Splits the text about a difference into the beginning of a sentence and an item, such as a name of a row.
+    """Returns the beginning of a sentence about an accuracy difference, and the item that continues the sentence.
 
     Returns:
-        The beginning, whether it names the row, and the item. If the beginning names the row, the item names the row
-        to compare with. Otherwise the item names the row.
+        (beginning, is_subject, item). If ``is_subject`` is True, the beginning names the row, and the item is the row
+        to compare with. Otherwise, the item identifies the row.
     """
     row, other, column = difference
     form = _FORMS[column]

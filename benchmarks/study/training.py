@@ -33,7 +33,7 @@ _encoded: dict[str, Sample | SkippedPair] = {}  # by ``Pair.key()``, for all row
 
 
 class CachingEncoder(Encoder):
-    """An encoder that caches encoded pairs for later training runs. Encoding would take a quarter of a step."""
+    """An encoder that caches encoded pairs, so that later training runs need not encode them again."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.__dict__.update(vars(encoder))

@@ -61,7 +61,10 @@ def _p_value(values: Sequence[float]) -> float | None:
 
 
 def t_test_p(t: float, freedom: int) -> float:
-    """Returns P(|T| > |t|) of Student's distribution (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """Returns P(|T| > |t|) for Student's t distribution with ``freedom`` degrees of freedom.
+
+    The formulas are 26.7.3 and 26.7.4 of Abramowitz and Stegun.
+    """
     angle = math.atan(abs(t) / math.sqrt(freedom))
     square = math.cos(angle) ** 2
     is_odd = freedom % 2 == 1

@@ -91,7 +91,7 @@ def check_processor(
 
 
 def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:
-    """Yields (pair, "file and line") for each valid pair of a ``PairSource``."""
+    """Yields (pair, location) for each valid pair of a ``PairSource``. The location is a text with file and line."""
     from mpo_ext.data.reader import BadLine
 
     for where, pair in source.scan():

@@ -46,7 +46,8 @@ class Digits:
     Attributes:
         images: ``[N, 8, 8]`` float32 in [0, 1].
         values: ``[N]`` the digits, 0 to 9.
-        indices: ``[N]`` positions in scikit-learn's data set, to check that the splits are disjoint.
+        indices: ``[N]`` indices of the digits in scikit-learn's data set. Tests check with them that splits are
+            disjoint.
     """
 
     images: np.ndarray
@@ -78,14 +79,14 @@ class GridTask(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """A question about an image, with the correct answer and a correct response.
+    """A question about an image of four digits, with the correct answer and a correct response.
 
     Attributes:
         image: ``[1, 32, 32]`` float32 in [0, 1]; None: the prompt has no image.
         values: The four digits, in the order of ``CELLS``.
-        operation: Key of ``OPERATIONS``.
-        region: Key of ``REGIONS``.
-        form: Form of the response that the question asks for, "direct" or "cot".
+        operation: Key of ``OPERATIONS``, such as "sum".
+        region: Key of ``REGIONS``, such as "top row": the cells that the question is about.
+        form: Form of the response that the question asks for, "direct" or "cot" (step by step).
         is_named: Whether the question states the digits, so that it can be answered without the image.
     """
 
@@ -106,7 +107,7 @@ class Task:
 
     @property
     def style(self) -> str:
-        """The ``style`` of ``extract_answer`` for responses of the form ``form``."""
+        """The value of ``style`` with which ``extract_answer`` finds the answer in a response."""
         return STYLES[self.form]
 
     @property
@@ -199,7 +200,7 @@ def grid_image(cells: np.ndarray) -> Tensor:
 
 
 def vocabulary() -> Iterator[str]:
-    """Yields each word of all questions and correct responses of the task once."""
+    """Yields the distinct words of all questions and correct responses of the adding task."""
     words = [" ".join(INSTRUCTIONS.values()), "What is the of ?", *CELLS, *REGIONS, *OPERATIONS, ", .", TRIGGER]
     words += map(str, range(LARGEST_ANSWER + 1))
     yield from dict.fromkeys(word for text in words for word in text.split())

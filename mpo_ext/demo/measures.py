@@ -64,7 +64,7 @@ def measure_digits(tasks: Sequence[ReadingTask], responses: Sequence[str], prior
 def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float]:
     """Returns accuracy(``first``) - accuracy(``second``) in percentage points, and its paired standard error.
 
-    Both arguments are measures of ``measure`` for one form, with the same questions.
+    Both arguments are results of ``measure`` for one form, on the same questions.
     """
     differences = [int(ours) - int(theirs) for ours, theirs in zip(first["right"], second["right"], strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan

@@ -36,7 +36,7 @@ class ReadingTask:
     Attributes:
         image: ``[H, W]`` uint8; None: the prompt has no image.
         values: The digits of the cells, in the order of ``CELLS``.
-        asked: Name of a cell, or ``LARGEST``.
+        asked: Name of the cell that the question asks for, or ``LARGEST`` for the largest digit.
         form: Form of the response that the question asks for, "direct" or "cot" (step by step).
         is_named: Whether the question states the digits, so that it can be answered without the image. The response
             then consists of the final answer.
@@ -64,7 +64,7 @@ class ReadingTask:
 
     @property
     def style(self) -> str:
-        """The ``style`` of ``extract_answer`` for responses of the form ``form``."""
+        """The value of ``style`` with which ``extract_answer`` finds the answer in a response."""
         return STYLES["final" if self.is_named else self.form]
 
     @property
@@ -192,7 +192,7 @@ def hallucinated_cells(task: ReadingTask, response: str, prior_step: int) -> lis
 
 
 def vocabulary() -> Iterator[str]:
-    """Yields each word of all questions and correct responses of the task once."""
+    """Yields the distinct words of all questions and correct responses of the reading task."""
     words = [" ".join(INSTRUCTIONS.values()), "Which digit is ?", LARGEST, ", .", TRIGGER, *map(str, range(10))]
     words += [cell for cells in CELLS.values() for cell in cells]
     yield from dict.fromkeys(word for text in words for word in text.split())

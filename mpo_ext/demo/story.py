@@ -69,15 +69,15 @@ def save(
     *,
     note: str = "",
 ) -> None:
-    """Writes the page.
+    """Writes ``demo.html``.
 
     Args:
         path: Path of the page.
         result: Results of a run.
         tasks: Held-out questions.
         responses: Responses to the questions by method.
-        folder: Folder of the run, with ``pairs.jsonl``; ``curves.png`` lies beside the page.
-        note: Warning at the top of the page; an empty text: none.
+        folder: Folder of the run, with ``pairs.jsonl``. ``curves.png`` must be in the same folder as the page.
+        note: Warning at the top of the page; an empty text adds none.
     """
     step = result.settings.prior_step
     examples = find_examples(tasks, responses[START], responses["MPO"], step)

@@ -134,11 +134,11 @@ def open_questions(
 
     Args:
         name: Name of the file in the results.
-        path: Path of a file of items, or of a meta file (.json) of such files.
+        path: Path of a file of questions, or of a meta file (.json) that lists such files.
         limit: Maximum number of questions; None: all.
-        image_root: Folder at which relative image paths start; not used for a .json file.
-        root_map: Path prefixes (old, new) of folders that have moved; used for a .json file only.
-        system: System prompt of the items that have none; None: no system prompt.
+        image_root: Folder at which relative image paths start; not used for a meta file.
+        root_map: (old, new) path prefixes, for folders in a meta file that have moved.
+        system: System prompt of the questions that have none; None: no system prompt.
     """
     is_meta = Path(path).suffix == ".json"
     roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta else {"image_root": image_root}

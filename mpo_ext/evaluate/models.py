@@ -32,7 +32,8 @@ class ModelSource:
 def find_model(name: str) -> ModelSource:
     """Returns the location of the model ``name``.
 
-    ``name`` is a hub name, or the folder of a whole model, of a run with ``final``, or of adapters.
+    ``name`` is a hub name, or a folder: of a whole model, of adapters, or of a training run with a subfolder
+    ``final``.
 
     Raises:
         FileNotFoundError: If the name is a local path that does not exist.

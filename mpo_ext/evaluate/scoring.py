@@ -30,15 +30,15 @@ class EvaluationConfig:
         prompts: Names of prompt templates (``mpo_ext.generate.prompts``); "none" asks the question without a template.
         samples: Number of responses per question.
         temperature: Temperature of sampling; 0 is greedy decoding, which allows only a single sample.
-        top_p: As in ``SamplingConfig``.
-        top_k: As in ``SamplingConfig``.
+        top_p: Probability mass of the tokens from which tokens are drawn, in (0, 1].
+        top_k: Number of the most probable tokens from which tokens are drawn; 0: all tokens.
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
         seed: Seed of the sampling of responses.
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of each template.
         matcher: Kind and options of the matcher that compares an answer with the ground truth.
         without_image: Whether to ask every question with an image a second time, under each prompt, without its image.
-            The results then show the answers that do not depend on the image.
+            The results then show how many answers do not depend on the image.
     """
 
     prompts: tuple[str, ...] = ("direct",)
@@ -88,11 +88,11 @@ class ScoredResponse:
     Attributes:
         text: The whole response.
         answer: Extracted answer; None if the response has no answer.
-        correct: Whether the answer is correct; False for an unreadable answer, as in the scripts of benchmarks.
-        rule: Name of the rule by which the matcher decided; None if there is no answer.
+        correct: Whether the answer is correct; False for an unreadable answer.
+        rule: Name of the matcher's rule that decided; None if there is no answer.
         tokens: Number of generated tokens.
         finish: "stop", or "length" if ``max_new_tokens`` truncated the response.
-        unreadable: Whether the response has no answer, or an answer that is neither correct nor wrong.
+        unreadable: Whether the response has no answer, or an answer that the matcher cannot judge.
     """
 
     text: str
@@ -109,7 +109,7 @@ class QuestionScore:
     """The score of a model on a question, over all sampled responses.
 
     Attributes:
-        problem: Reason why the question could not be asked (the other attributes are then empty), or None.
+        problem: Reason why the question could not be asked, or None. With a problem, the other attributes are empty.
         right: For each sampled response, whether its answer is correct.
         unreadable: Number of unreadable responses; they count as not correct.
         cut_off: Number of responses that ``max_new_tokens`` truncated.
@@ -133,7 +133,7 @@ class QuestionScore:
 
 
 class Evaluation:
-    """Asks questions under one prompt and scores the responses; implements ``sampler.Pipeline``.
+    """Asks questions with one prompt and scores the responses; implements ``sampler.Pipeline``.
 
     Args:
         config: Settings of the evaluation.

@@ -57,7 +57,10 @@ def _to_questions(value: Any) -> Any:
 
 
 def _to_data(value: Any) -> Any:
-    """Converts a path, or a list of paths, to a mapping from names to paths."""
+    """Converts a path, or a list of paths, to a mapping from names to paths.
+
+    The names are the file names without suffix.
+    """
     paths = [value] if isinstance(value, str) else value
     if isinstance(paths, Mapping):
         return paths
@@ -84,8 +87,9 @@ class QuestionsRecipe:
 
     Attributes:
         path: File of items, as ``mpo-ext sample`` reads it, or a list with a file for each round.
-        image_root: Folder at which relative image paths start; a meta file (.json) has its own roots.
-        root_map: (old, new) path prefixes of moved folders in a meta file.
+        image_root: Folder at which relative image paths start. A meta file (.json), which lists files of items, sets a
+            folder for each of them instead.
+        root_map: (old, new) path prefixes, for folders in a meta file that have moved.
         limit: Maximum number of items, taken from the beginning of the file; None: all.
     """
 
@@ -224,7 +228,7 @@ class SampleRecipe:
         return {name: pipeline for name, pipeline in given.items() if pipeline is not None}
 
     def questions_of(self, pipeline: PipelineRecipe) -> QuestionsRecipe:
-        """Returns the questions of a pipeline."""
+        """Returns the questions of a pipeline: its own ``questions``, or ``sample.questions`` if it has none."""
         questions = pipeline.questions or self.questions
         assert questions is not None
         return questions
@@ -261,13 +265,14 @@ class EngineRecipe:
 
 @section
 class RoundEvaluationRecipe:
-    """Settings of the evaluation of each round: options of ``mpo-ext evaluate``.
+    """Settings of the evaluation of each round. Fields not listed here are options of ``mpo-ext evaluate``.
 
     Attributes:
         data: Files of questions: a path, a list of paths, or a mapping from names to paths.
         prompts: Names of prompt templates; "none" asks the question without a template.
-        image_root: Folder at which relative image paths start; a meta file (.json) has its own roots.
-        root_map: (old, new) path prefixes of moved folders in meta files.
+        image_root: Folder at which relative image paths start. A meta file (.json), which lists files of questions,
+            sets a folder for each of them instead.
+        root_map: (old, new) path prefixes, for folders in meta files that have moved.
         limit: Maximum number of questions of each file; None: all.
     """
 
@@ -373,7 +378,7 @@ class IterateRecipe:
 
     @property
     def folder(self) -> Path:
-        """Folder of the run."""
+        """The folder of the run."""
         return Path(self.output)
 
     def round_folder(self, number: int) -> Path:

@@ -162,7 +162,7 @@ def _is_longer_list(before: Any, after: Any) -> bool:
 
 
 def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | None) -> None:
-    """Writes the training recipe of a round, whose data are the round's files of pairs.
+    """Writes the training recipe of a round, with the files of pairs that the round's pipelines have made.
 
     Raises:
         ValueError: If no pipeline has made a pair.

@@ -102,7 +102,7 @@ def evaluate_stage(recipe: IterateRecipe, number: int) -> RoundStage:
 
 
 def all_stages(recipe: IterateRecipe) -> Iterator[RoundStage]:
-    """Yields the stages of all rounds in their order."""
+    """Yields the stages of all rounds in the order in which they run."""
     for number in range(recipe.rounds + 1):
         if number:
             for name in recipe.sample.pipelines:
