@@ -27,10 +27,10 @@ def is_ours(provider: str) -> bool:
 
 
 def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns every measured point of the result files with the time and memory that the cost model predicts.
+    """Returns the measurements in the result files, each with the time and memory that the cost model predicts.
 
-    Each prediction uses the speed of the machine measured at the same time as the point, because other programs may
-    slow the machine down. Points that the cost model does not describe are left out.
+    Other programs may slow the machine down. Therefore each prediction uses the speed of the machine that was measured
+    at the same time. Measurements that the cost model does not describe are left out.
     """
     points = []
     for benchmark in ("logits", "linear", "train_step"):
@@ -111,10 +111,10 @@ def middle(values: Sequence[float]) -> float:
 
 
 def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Returns (kind, points) tuples, sorted by kind.
+    """Groups measurements by kind, and returns (kind, measurements) tuples, sorted by kind.
 
-    The kind of a point names its implementation and its benchmark, for example "mpo_ext, linear" or "peers, linear".
-    Peers are other libraries.
+    A kind names the implementation and the benchmark, for example "mpo_ext, linear" or "peers, linear". Peers are
+    other libraries.
     """
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
@@ -124,7 +124,7 @@ def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping
 
 
 def summary(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields a dict for each kind of points (``by_kind``), with statistics of the prediction errors."""
+    """Yields a dict for each kind of measurement (``by_kind``), with statistics of the prediction errors."""
     for kind, members in by_kind(points):
         errors = [error(point) for point in members]
         memory = [

@@ -41,7 +41,7 @@ class CommandCost:
 
 
 def main() -> None:
-    """Writes two files of pairs, runs all commands on each, and prints a table in Markdown."""
+    """Writes two files of pairs, runs the measured commands on each, and prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="folder for the files (default: a temporary folder)")

@@ -52,8 +52,9 @@ class Results:
     Attributes:
         points: Points (entries) of the result file.
         missing: The reason why an implementation could not run, by its name.
-        machine: Seconds of the programs of ``benchmarks.machine``, by program, from all groups.
-        beside: Median seconds of the programs of ``benchmarks.machine``, by program, from the last group.
+        machine: Seconds of the programs that measure the machine (``benchmarks.machine``), by program, from all
+            groups.
+        beside: Median seconds of these programs, by program, from the last group.
     """
 
     points: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -62,7 +63,7 @@ class Results:
     beside: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add_machine(self, seconds: Mapping[str, Sequence[float]]) -> None:
-        """Stores the seconds of the programs of ``benchmarks.machine``, and their medians in ``beside``."""
+        """Stores the seconds of the programs that measure the machine, and their medians in ``beside``."""
         self.beside = {}
         for name, values in seconds.items():
             if name.startswith("machine: "):
@@ -70,9 +71,9 @@ class Results:
                 self.beside[name] = statistics.median(values)
 
     def skip(self, name: str, reason: str, sweep: str, loss: LossShape | None, **values: Any) -> None:
-        """Adds a point for the implementation ``name``, which could not run.
+        """Adds an entry for the implementation ``name``, which could not run.
 
-        The point has the reason in place of measurements.
+        The entry has the reason in place of measurements.
         """
         self.missing.setdefault(name, reason)
         self.points.append(point(sweep, name, loss, **values, reason=reason))
@@ -339,7 +340,7 @@ def run_sampling(*, quick: bool, threads: int, log: Callable[[str], None]) -> Re
 
 
 def machine_points(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Returns an entry of a result file for each program of ``benchmarks.machine``, from the seconds of its runs."""
+    """Returns an entry of a result file for each program that measures the machine, from the seconds of its runs."""
     return [
         point("machine", name.removeprefix("machine: "), None, seconds=list(values))
         for name, values in seconds.items()

@@ -150,7 +150,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_limit(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--max-image-pixels``, ``--video-fps`` and ``--video-max-frames``, which ``command`` applies."""
+    """Adds ``--max-image-pixels``, ``--video-fps`` and ``--video-max-frames``.
+
+    The decorator ``command`` applies these options before it runs a command.
+    """
     text = "maximum number of pixels of an image; a larger one is refused (default: 67108864)"
     parser.add_argument("--max-image-pixels", type=at_least(1), metavar="N", help=text)
     text = "frames per second of videos that do not set fps (default: 2)"
@@ -180,7 +183,7 @@ def add_root_map(parser: argparse.ArgumentParser) -> None:
 
 
 def add_system(parser: argparse.ArgumentParser) -> None:
-    """Adds the option ``--system``."""
+    """Adds the option ``--system``, the system prompt."""
     parser.add_argument("--system", metavar="TEXT", help="system prompt of the items that have none (default: none)")
 
 

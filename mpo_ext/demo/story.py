@@ -145,7 +145,10 @@ def _bar(result: DemoResult, method: str, label: str) -> dict[str, Any]:
 
 
 def _dropout_pair(folder: Path) -> dict[str, Any] | None:
-    """Returns the first DropoutNTP pair as kept text and two continuations; None if there is no such pair."""
+    """Returns the parts of the first DropoutNTP pair: image, question, kept text, and two continuations of this text.
+
+    Returns None if there is no such pair.
+    """
     for _, pair in open_pairs(folder / "pairs.jsonl").scan():
         if not isinstance(pair, Pair) or (pair.provenance or {}).get("pipeline") != "dropout_ntp":
             continue

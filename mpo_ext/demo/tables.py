@@ -66,7 +66,10 @@ def _mean(values: Sequence[float], *, signed: bool = False) -> str:
 
 
 def markdown(results: Sequence[DemoResult]) -> str:
-    """Returns both tables as Markdown, for all seeds together. With several seeds, the tables of each seed follow."""
+    """Returns the tables of measures and differences as Markdown, for all seeds together.
+
+    With several seeds, the tables of each seed follow.
+    """
     text = _section(results)
     if len(results) > 1:
         for each in results:
@@ -95,7 +98,7 @@ def _differences_note(results: Sequence[DemoResult]) -> str:
 
 
 def print_tables(console: Console, results: Sequence[DemoResult]) -> None:
-    """Prints both tables, and the durations of the stages of the first seed."""
+    """Prints the tables of measures and differences, and the durations of the stages of the first seed."""
 
     def show(title: str, make: Callable[[Sequence[DemoResult]], tuple[list[str], list[list[str]]]], note: str) -> None:
         header, rows = make(results)

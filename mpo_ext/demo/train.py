@@ -130,7 +130,7 @@ def make_recipe(
     reference: Path | None = None,
     save_every: int = 0,
 ) -> recipes.Recipe:
-    """Returns the recipe of a training run, which resumes in the folder ``out`` if it was interrupted.
+    """Returns the recipe of a training run in the folder ``out``. An interrupted run resumes.
 
     Args:
         pairs: Path of the file of pairs.

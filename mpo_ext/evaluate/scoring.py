@@ -211,7 +211,10 @@ class Evaluation:
         )
 
     def is_same(self, item: Item, first: QuestionScore, second: QuestionScore) -> bool:
-        """Returns whether the most frequent answers of two scores are equal; False if a score has no answer."""
+        """Returns whether the most frequent answers in two scores of a question are equal.
+
+        Returns False if a score has no answer.
+        """
         if first.answer is None or second.answer is None:
             return False
         return is_same_answer(first.answer, second.answer, self.scorer.matcher_for(item))

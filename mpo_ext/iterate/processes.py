@@ -22,7 +22,7 @@ _GROUP_S = 60.0  # maximum time to wait for processes that outlive their launche
 
 
 class InterruptedStageError(Exception):
-    """Raised when this process has received SIGINT or SIGTERM. The running command, if any, has ended before.
+    """Raised if this process has received SIGINT or SIGTERM. A running command ends before the error is raised.
 
     Attributes:
         number: Number of the signal.

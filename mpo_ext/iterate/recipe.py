@@ -302,7 +302,7 @@ class RoundEvaluationRecipe:
 
 @section
 class LaunchRecipe:
-    """Launch commands of the stages, as lists of words. ``-m MODULE`` follows the words.
+    """Launch commands of the stages, as lists of words. ``-m MODULE`` and the arguments are appended.
 
     An empty list starts one process with the current Python.
 
