@@ -55,7 +55,7 @@ class Sizes:
 
     @property
     def prompt(self) -> int:
-        """Largest number of tokens in a prompt: image tokens, one token per word, and two tokens of the chat template."""
+        """Largest number of tokens in a prompt: image tokens, one token per word, and two of the chat template."""
         return self.images * self.image_tokens + self.text + 10
 
     @property

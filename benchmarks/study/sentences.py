@@ -122,9 +122,11 @@ def _verdict_sentences(document: Document, name: str) -> list[str]:
 def _topic(difference: Difference, family: Sequence[Difference]) -> tuple[str, bool, str]:
     """Returns the beginning of a sentence about an accuracy difference, and the item that continues the sentence.
 
+    A difference compares the accuracy of a row with another row.
+
     Returns:
-        (beginning, is_subject, item). If ``is_subject`` is True, the beginning names the row, and the item is the row
-        to compare with. Otherwise, the item identifies the row.
+        (beginning, is_subject, item). If ``is_subject`` is True, the beginning names the row, and the item is the
+        other row. Otherwise, the item identifies the row.
     """
     row, other, column = difference
     form = _FORMS[column]

@@ -311,7 +311,10 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _check_view_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for an option that requires ``--serve`` without it, or that conflicts with ``--serve``."""
+    """Raises ValueError if the given options do not fit together.
+
+    Some options require ``--serve``. Others cannot be used with ``--serve``.
+    """
     names, state = (("out", "limit", "seed"), "with") if args.serve else (("port", "pick_into"), "without")
     for name in names:
         if (value := getattr(args, name)) is not None:
