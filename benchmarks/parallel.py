@@ -1,7 +1,7 @@
-"""Measures the memory of a rank when 1, 2 or 4 ranks share a vocabulary: ``python -m benchmarks.parallel``.
+"""Measures the memory of a rank if 1, 2 or 4 ranks split the vocabulary: ``python -m benchmarks.parallel``.
 
-The ranks run on this machine with gloo. A peak is measured over a forward and a backward, relative to the memory
-before the tensors of the rank were made. Every rank holds all hidden states and their gradient, which are listed
+The ranks run on this machine with gloo. The peak memory of forward and backward is measured, beyond the memory before
+the tensors of the rank were made. Every rank holds all hidden states and their gradient. Their memory is listed
 separately.
 """
 

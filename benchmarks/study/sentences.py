@@ -1,7 +1,7 @@
-"""Writes the sentences that say what the tables of the study show.
+"""Writes the sentences that state what the tables of the study show.
 
-Each sentence follows from the results by a rule, so nobody chooses what the page says. ``verdicts.verdicts`` decides
-whether a difference is higher, lower, or cannot be told. A difference with one seed has no verdict.
+Each sentence follows from the results by a rule, so that nobody chooses what the page states. ``verdicts.verdicts``
+decides whether a difference is higher, lower or "cannot be told". A difference with one seed has no verdict.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ MANY_UNPARSABLE = 1.0
 
 
 def finding(verdict: str, paper: str) -> str:
-    """Returns "appears" if ``verdict`` equals ``paper``, the direction in the paper, and otherwise "does not appear".
+    """Compares a verdict with the direction in the paper. Returns "appears" or "does not appear".
 
-    A verdict that cannot be told is returned unchanged.
+    ``paper`` is "higher" or "lower". The verdict "cannot be told" is returned unchanged.
     """
     if verdict == CANNOT_TELL:
         return verdict
@@ -38,21 +38,21 @@ def finding(verdict: str, paper: str) -> str:
 
 
 def family_of(document: Document, name: str) -> list[tuple[Difference, list[float], DifferenceVerdict]]:
-    """Returns each difference of a table with its value in each seed and its verdict, which ``verdicts`` decides."""
+    """Returns (difference, its value in each seed, its verdict) for each difference of the table ``name``."""
     family = figures.task_of(document).differences[name]
     measured = [figures.differences(document, *each) for each in family]
     return list(zip(family, measured, verdicts(measured), strict=True))
 
 
 def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
-    """Returns the text of a verdict, or the text for a difference with one seed or without results."""
+    """Returns the text of a verdict. With one seed or without results, returns a text that says so."""
     if len(numbers) > 1:
         return verdict.text
     return ONE_SEED if numbers else NOT_RUN
 
 
 def findings(document: Document) -> str:
-    """Returns a Markdown list: which directions of the paper appear in the study, do not appear, or cannot be told."""
+    """Returns a Markdown list of the paper's claims: which appear in the study, do not appear, or cannot be told."""
     task = figures.task_of(document)
     groups: dict[str, list[str]] = {APPEARS: [], DOES_NOT_APPEAR: [], CANNOT_TELL: [], ONE_SEED: [], NOT_RUN: []}
     for name in task.differences:
@@ -83,7 +83,10 @@ def amount(document: Document, each: Difference, numbers: Sequence[float], verdi
 
 
 def reading(document: Document) -> str:
-    """Returns a list with the verdicts of each table, followed by sentences about rates, priors and readability."""
+    """Returns a Markdown list with the verdicts of each table.
+
+    Facts about learning rates, strengths of the prior and unreadable answers follow.
+    """
     task = figures.task_of(document)
     lines = [f"- **{task.tables[name].title}.** {' '.join(_verdict_sentences(document, name))}"
              for name in task.differences]  # fmt: skip
@@ -94,7 +97,10 @@ def reading(document: Document) -> str:
 
 
 def _verdict_sentences(document: Document, name: str) -> list[str]:
-    """Returns the verdicts of a table as sentences, each about the differences that share a row."""
+    """Returns the verdicts of a table as sentences.
+
+    One sentence covers all differences for which ``_topic`` returns the same beginning.
+    """
     family = family_of(document, name)
     sentences: dict[tuple[str, bool], dict[str, list[str]]] = {}
     for each, numbers, verdict in family:
@@ -114,11 +120,13 @@ def _verdict_sentences(document: Document, name: str) -> list[str]:
 
 
 def _topic(difference: Difference, family: Sequence[Difference]) -> tuple[str, bool, str]:
-    """Returns the beginning of the sentence about a difference, and the words for the difference in this sentence.
+    """Returns the beginning of a sentence about an accuracy difference, and the item that continues the sentence.
+
+    A difference compares the accuracy of a row with another row.
 
     Returns:
-        The beginning; whether it names the row; and the words, which name the row to compare with if the beginning
-        names the row, and the row otherwise.
+        (beginning, is_subject, item). If ``is_subject`` is True, the beginning names the row, and the item is the
+        other row. Otherwise, the item identifies the row.
     """
     row, other, column = difference
     form = _FORMS[column]
@@ -135,9 +143,10 @@ def _topic(difference: Difference, family: Sequence[Difference]) -> tuple[str, b
 
 
 def best_rates(document: Document) -> str:
-    """Returns the rate with the best step-by-step accuracy of SFT and of MPO, over the seeds that have all rates.
+    """Returns a sentence with the learning rates at which SFT and MPO have the best step-by-step accuracy.
 
-    The best rate is chosen on the reported seeds, so the accuracy at this rate is a little too high for both.
+    Only seeds with results for all rates count. The best rate is chosen on the reported seeds, so the accuracies are
+    slightly too high.
     """
     rows = {
         method: {label.removeprefix(f"{method}, "): row for label, row in figures.task_of(document).tables["rate"].rows
@@ -169,7 +178,10 @@ def best_rates(document: Document) -> str:
 
 
 def strengths(document: Document) -> str:
-    """Returns, for each strength of the prior, the gap between direct and step-by-step accuracy, and MPO's gain."""
+    """Returns a sentence with two quantities for each strength of the language prior.
+
+    They are the accuracy gap (direct - step by step) of the starting model, and MPO's gain over SFT.
+    """
     parts = []
     for label, row in figures.task_of(document).tables["strength"].rows:
         if not label.startswith(START):
@@ -189,7 +201,7 @@ def strengths(document: Document) -> str:
 
 
 def unparsable(document: Document) -> str:
-    """Returns a sentence that names the rows with many unreadable step-by-step answers."""
+    """Returns a sentence that names the models with many unreadable step-by-step answers."""
     task = figures.task_of(document)
     shares = {row: figures.values(document, row, "cot", "unparsable") for row in (*task.starts, *task.rows)}
     means = {row: statistics.fmean(values.values()) for row, values in shares.items() if values}

@@ -1,6 +1,7 @@
 """The commands ``mpo-ext data check``, ``stats``, ``convert`` and ``view``. They import dependencies when they run.
 
-The exit status is 1 if ``check`` finds a defect or a bad line stops ``convert``, 2 if the command cannot run, else 0.
+The exit status is 1 if ``check`` finds a defect, or if ``convert`` stops at a bad line. It is 2 if the command cannot
+run, and otherwise 0.
 """
 
 import argparse
@@ -132,9 +133,9 @@ def _open(args: argparse.Namespace) -> Any:
 
 
 def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[Any], None]]:
-    """Returns the opened pairs, their ``StoredMedia``, and a function to call after all pairs have been read.
+    """Opens the pairs. Returns their source, a ``StoredMedia`` as in ``_open_with_stored``, and a function ``warn``.
 
-    The function ``warn(skipped)`` prints the skipped lines and a warning about missing images.
+    After all pairs have been read, ``warn(skipped)`` prints the skipped lines and a warning about missing images.
     """
     from mpo_ext.data.sources import MissingImages
 
@@ -152,7 +153,10 @@ def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[An
 def _open_with_stored(
     args: argparse.Namespace, on_pair: Callable[[Any], object] = lambda pair: None
 ) -> tuple[Any, Any]:
-    """Returns the opened pairs, and the ``StoredMedia`` of the pairs that are read. ``on_pair`` gets each pair."""
+    """Opens the pairs. Returns their source, and a ``StoredMedia`` that finds images extracted from the data.
+
+    ``on_pair`` is called with each pair that is read.
+    """
     import dataclasses
 
     from mpo_ext.data.sources import StoredMedia
@@ -168,7 +172,7 @@ def _open_with_stored(
 
 
 def _say_stored(stored: Any) -> None:
-    """Prints the folder in which images of the rows are stored, if there is one."""
+    """Prints the folder to which images in the data were extracted, if there is one."""
     from mpo_ext.data.sources import stored_note
 
     if stored.folder:
@@ -302,7 +306,10 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _check_view_options(args: argparse.Namespace) -> None:
-    """Raises ValueError if an option is given that only works with, or only works without, ``--serve``."""
+    """Raises ValueError if the given options do not fit together.
+
+    Some options require ``--serve``. Others cannot be used with ``--serve``.
+    """
     names, state = (("out", "limit", "seed"), "with") if args.serve else (("port", "pick_into"), "without")
     for name in names:
         if (value := getattr(args, name)) is not None:
@@ -326,7 +333,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _check_json_report(args: argparse.Namespace, source: Any) -> None:
-    """Raises if ``--json`` names an input, or a file that is not an earlier report."""
+    """Raises an error if the path of ``--json`` is an input, or an existing file that is not a report."""
     from mpo_ext.files import check_outputs
 
     if args.json is not None:
@@ -339,7 +346,7 @@ def _check_json_report(args: argparse.Namespace, source: Any) -> None:
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
-    """Returns a line with the format and the number of pairs with media, to reveal a wrongly detected format."""
+    """Returns a line with the format, how it was determined, and the number of pairs with images or videos."""
     origin = "detected" if args.format is None else "set by --from"
     pairs = sum(subset.pairs for subset in stats.values())
     text_only = sum(subset.text_only for subset in stats.values())
@@ -392,5 +399,5 @@ def _console() -> Any:
 
 
 def _printable(text: str) -> str:
-    """Returns a text with escaped control characters, because a hostile file could otherwise control the terminal."""
+    """Returns a text with escaped control characters, so that a malicious file cannot control the terminal."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
