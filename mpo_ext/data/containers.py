@@ -155,7 +155,10 @@ def _kind(name: str, text: str) -> str:
 
 
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
-    """Returns whether a .json file can be a meta file, because it holds a single object that is not a pair."""
+    """Returns whether a .json file may be a meta file.
+
+    It may be a meta file unless it holds a pair, or several objects on separate lines.
+    """
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
         try:
             first = parse_object(next(iter(lines), ""))
@@ -176,9 +179,9 @@ def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, 
 
 
 def refuse_rows(path: str, values: dict[str, Any]) -> None:
-    """Raises ValueError if ``values``, the object in a .json file, is a pair or holds a list of rows.
+    """Raises ValueError if the object ``values`` in a .json file is a pair or holds a list of rows.
 
-    Such a file is not a meta file.
+    Such an object cannot be the content of a meta file.
     """
     if not values or any(
         isinstance(value, dict) and {"root", "annotation"} & value.keys() for value in values.values()
@@ -273,7 +276,7 @@ def _skip(text: str, position: int) -> int:
 
 @contextlib.contextmanager
 def long_cells() -> Iterator[None]:
-    """Raises the size limit of cells in the csv module within a ``with`` block, for cells that hold base64 images."""
+    """Increases the maximum cell size of the csv module within a ``with`` block, for cells that hold base64 images."""
     limit = csv.field_size_limit(1 << 30)
     try:
         yield

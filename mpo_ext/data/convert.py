@@ -128,7 +128,7 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
 
 
 def _turns(pair: Pair) -> list[dict[str, Any]]:
-    """Returns all multi-turn messages that a pair stores for its prompt and responses, as one list."""
+    """Returns the turns that a pair stores for a multi-turn prompt or response, as one list."""
     return [turn for name in TURNS for turn in pair.source.get(name, ()) if isinstance(turn, dict)]
 
 

@@ -60,8 +60,8 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
 
     Args:
         file: The file.
-        known: Stored fingerprints. One with the same path, size and modification time is returned without reading the
-            file.
+        known: Stored fingerprints. If a stored fingerprint has the file's path, size and modification time, it is
+            returned, and the file is not read.
 
     Returns:
         A dict with the file's ``path``, ``size`` in bytes and ``mtime_ns``, its ``name`` in messages, and ``digest``,

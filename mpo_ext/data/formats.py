@@ -127,7 +127,7 @@ def _begins_with_array(path: str) -> bool:
 def detect_columns(row: Mapping[str, Any], name: str) -> Format:
     """Detects the format of a table from its columns.
 
-    A table with only ``question``, ``chosen`` and ``rejected`` has the format "mmpr".
+    A table with ``question``, ``chosen`` and ``rejected``, but no column that shows the format, has the format "mmpr".
 
     Args:
         row: A row with a value of each column's type.

@@ -32,7 +32,11 @@ _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "gif": ".gif", "bmp
 
 
 def require_datasets() -> Any:
-    """Imports and returns the package ``datasets``. The ImportError tells how to install it."""
+    """Imports the package ``datasets``, and returns the module.
+
+    Raises:
+        ImportError: If the package is missing. The message tells how to install it.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -128,7 +132,7 @@ def save_dataset(
         The number of rows.
 
     Raises:
-        FileExistsError: If ``folder`` exists and holds other files than a dataset.
+        FileExistsError: If ``folder`` exists and holds a file that does not belong to a dataset.
     """
     target = Path(folder)
     if target.exists() and not (target.is_dir() and all(map(_is_dataset_file, target.iterdir()))):
@@ -294,7 +298,7 @@ def is_saved_dataset(folder: str) -> bool:
 
 
 def saved_dataset(path: str | os.PathLike[str], split: str | None = None) -> "datasets.Dataset":
-    """Loads a dataset, or one of its splits, that ``save_to_disk`` wrote.
+    """Loads a dataset that ``save_to_disk`` wrote, or one of its splits.
 
     Args:
         path: Folder of the dataset.

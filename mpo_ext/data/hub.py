@@ -38,7 +38,10 @@ def hub_id(path: str) -> str | None:
 
 
 def missing_path(path: str) -> FileNotFoundError:
-    """Returns a FileNotFoundError for a path that does not exist, with a hint if it looks like the id of a dataset."""
+    """Returns a FileNotFoundError for a path that does not exist.
+
+    The message gives a hint if the path may mean a dataset on the Hugging Face hub.
+    """
     owner = path.split("/")[0]
     if _ID.fullmatch(path) is None:
         return FileNotFoundError(f"path must exist, got {path}")
@@ -108,7 +111,16 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
 
 
 def pick_split(path: str, loaded: Any, split: str | None) -> "datasets.Dataset":
-    """Returns the split of a loaded dataset with a name; None: the only split. ``path`` is for error messages."""
+    """Returns a split of a loaded dataset.
+
+    Args:
+        path: Path of the dataset in error messages.
+        loaded: Splits of the dataset, by name.
+        split: Name of the split; None: the only split.
+
+    Raises:
+        ValueError: If there is no such split, or ``split`` is None and there are several splits.
+    """
     names: Sequence[str] = list(map(str, loaded))
     if split is None and len(names) == 1:
         return loaded[names[0]]

@@ -1,4 +1,4 @@
-"""Reads files with one JSON object per line by means of an index, and reads and writes the format "pairs"."""
+"""Gives random access to the lines of JSON lines files, and reads and writes the format "pairs"."""
 
 import collections
 import json

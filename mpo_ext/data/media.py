@@ -249,7 +249,7 @@ def _prompt_texts(pair: Pair) -> list[str]:
 def count_places(pair: Pair, kind: str = "image") -> int:
     """Returns the number of places for images (or, with ``kind="video"``, for videos) in the prompt of a pair.
 
-    A place is a placeholder in the text, such as ``<image>``, or a part of a message.
+    A place is a placeholder in a text, such as ``<image>``, or a message part of the type ``kind``.
     """
     mark = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}[kind]
     messages = pair.source.get(PROMPT_TURNS)
@@ -263,7 +263,7 @@ def count_places(pair: Pair, kind: str = "image") -> int:
 
 
 def place_problem(pair: Pair) -> str | None:
-    """Checks that a prompt has a placeholder for each image and video. Returns an error message, or None if it has.
+    """Checks that a prompt has a placeholder for each image and video. Returns an error message or None.
 
     The placeholders are ``<image>`` and ``<video>``. A single image or video needs no placeholder.
     """

@@ -242,7 +242,7 @@ def split_common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 
 
 def read_system(row: Mapping[str, Any], prompt: Sequence[Turn]) -> list[Turn]:
-    """Returns the turns of a prompt with the row's field ``system`` as the first turn, if it is not empty."""
+    """Returns the turns of a prompt. A non-empty field ``system`` of the row becomes the first turn."""
     system = row.get("system")
     if is_empty(system):
         return list(prompt)
@@ -351,7 +351,10 @@ def prompt_text(pair: Pair) -> str:
 
 
 def turns_text(messages: object, tools: object, question: str) -> str:
-    """Returns tools and turns as readable text, each turn with its role. Without turns, the text has ``question``."""
+    """Returns tools and turns as readable text, each turn with its role.
+
+    If ``messages`` is not a list of turns, the text has ``question`` instead.
+    """
     lines = [f"tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         return "\n\n".join([*lines, f"user: {question}"]) if lines else question

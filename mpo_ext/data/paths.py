@@ -50,7 +50,7 @@ def map_roots(pair: Pair, root_map: RootMap) -> Pair:
 def absolute_path(image: str, root: str) -> str:
     """Joins an image path to the folder ``root``. A ``file://`` URL becomes its path, and other URLs are unchanged.
 
-    If the path begins with ``..`` parts, each part is replaced by going up one folder from the real path of ``root``.
+    Leading ``..`` parts are resolved against the real path of ``root``.
     """
     image = local_path(image)
     if is_url(image):

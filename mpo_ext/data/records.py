@@ -91,7 +91,7 @@ class Pair:
 
     @property
     def source(self) -> dict[str, Any]:
-        """The value of ``extra["$source"]``, which describes the source format; empty if no reader set it."""
+        """The value of ``extra["$source"]``, from which the original format can be restored; empty if not set."""
         return self.extra.get(SOURCE, {})
 
     @property
@@ -121,7 +121,7 @@ class Pair:
     def map_paths(self, change: Callable[[str], str]) -> "Pair":
         """Returns a copy of the pair in which ``change`` is applied to each of ``media_paths``.
 
-        The other fields are not copied.
+        The values of all other fields are shared with the pair.
 
         Raises:
             TypeError: If a changed path is not a str.

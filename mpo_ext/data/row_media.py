@@ -263,7 +263,7 @@ def _anthropic_source(name: str, source: object) -> object:
 def refuse_fields(name: str, values: Mapping[str, Any], known: set[str]) -> None:
     """Raises FieldError if ``values`` has a non-empty field that is not in ``known``.
 
-    ``name`` is the name of the message's field in the error.
+    ``name`` names the object with these fields in the error text.
     """
     for field, value in values.items():
         if field not in known and value not in (None, "", [], {}):  # 0 may be a weight

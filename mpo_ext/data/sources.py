@@ -64,7 +64,7 @@ class PairSource:
         return map(self.read, map(int, self.indices))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
-        """Reads the line with an index. Returns its location, and its pair with absolute image paths or a BadLine."""
+        """Reads the line at an index. Returns its location, and its pair with absolute image paths or a BadLine."""
         where, _, pair = self._read(index)
         return where, pair
 
@@ -87,7 +87,7 @@ class PairSource:
             yield where, pair
 
     def _read(self, index: int) -> tuple[Location, tuple[str, ...], Pair | BadLine]:
-        """Reads the line with an index.
+        """Reads the line at an index.
 
         Returns:
             The location, the media paths as written in the line, and the pair with absolute paths or a BadLine.

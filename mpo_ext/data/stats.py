@@ -107,7 +107,7 @@ def count_words(text: str) -> int:
 
 
 def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[str], int], str]:
-    """Returns a function that counts the tokens of a text, and a description of its unit.
+    """Returns a function that measures the length of a text, and a description of its unit, such as tokens or words.
 
     ``tokenizer`` is the name or folder of a transformers tokenizer; None: the function counts words.
 

@@ -30,7 +30,7 @@ def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Colle
 def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
     """Reads the field ``tool_calls`` of a message; [] for an empty field.
 
-    Raises FieldError if the field is invalid. ``name`` is the name of the message's field in the error.
+    Raises FieldError if the field is invalid. ``name`` names the message in the error text.
     """
     try:
         return [] if is_empty(calls) else read_tool_calls(calls)
@@ -39,9 +39,10 @@ def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
 
 
 def call_in_content(name: str, content: object) -> list[dict[str, Any]]:
-    """Reads the tool calls of a message with the role "function_call", whose content is the calls in JSON.
+    """Reads the tool calls of a message with the role "function_call", whose content is JSON.
 
-    Raises FieldError if the content is invalid. ``name`` is the name of the message's field in the error.
+    The content is a call or a list of calls. Raises FieldError if it is invalid. ``name`` names the message in the
+    error text.
     """
     try:
         value = json.loads(content) if isinstance(content, str) else content

@@ -209,7 +209,7 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
 
 
 def _is_same_prompt(original: object, prompt: object) -> bool:
-    """Returns whether the messages ``prompt`` are what ``to_trl`` writes for the turns ``original``."""
+    """Returns whether ``to_trl`` converts the turns ``original`` to the messages ``prompt``."""
     if not is_conversation(original) or not isinstance(original, list) or not isinstance(prompt, list):
         return False
     if not all(isinstance(turn.get("content"), str) and isinstance(turn.get("role"), str) for turn in original):

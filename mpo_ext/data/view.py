@@ -157,7 +157,7 @@ def _utf16(text: str) -> int:
 
 
 def cut_text(text: str, most: int) -> str:
-    """Truncates a text to ``most`` characters, and appends the number of missing characters."""
+    """Truncates a text that has more than ``most`` characters, and appends the number of missing characters."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most:,} more characters]"
 
 

@@ -96,7 +96,7 @@ class PairServer(http.server.ThreadingHTTPServer):
         return Picks(picks.source, picks.lines, dict(known.digests))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
-        """Reads the line with an index from the source. Only one thread reads at a time."""
+        """Reads the line at an index of the source. Only one thread reads at a time."""
         with self.lock:
             return self.source.read(index)
 

@@ -1,6 +1,6 @@
 """Splits responses into claims, and turns claims into yes-or-no questions.
 
-The steps are those of RLAIF-V (arXiv 2405.17220). The prompts have been written for mpo_ext.
+The steps are those of RLAIF-V (arXiv 2405.17220). The prompts are not those of the paper.
 """
 
 import re

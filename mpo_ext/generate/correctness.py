@@ -130,9 +130,9 @@ class Correctness:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Does the work of ``sample`` as a generator that yields lists of requests and receives their generations.
+        """Yields lists of requests, and receives the generations of each list.
 
-        Its return value is that of ``sample``.
+        Returns the same records as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         for item, records in zip(items, all_records, strict=True):
@@ -185,8 +185,8 @@ class Correctness:
     ) -> Iterator[tuple[ScoredSample, ScoredSample]]:
         """Yields up to ``pairs_per_question`` pairs of a right sample and a candidate.
 
-        Pairs with a small length gap come first, and a hash orders pairs with equal gaps. Adds the number of skipped
-        pairs to ``result``.
+        With ``length_balance``, pairs with similar lengths come first. Otherwise, a hash determines the order. Adds
+        the number of skipped pairs to ``result``.
         """
         ranked = sorted(
             itertools.product(right, candidates), key=lambda pair: (self._length_gap(*pair), self._hash(item, *pair))
@@ -210,7 +210,10 @@ class Correctness:
             yield chosen, rejected
 
     def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
-        """Returns the absolute log ratio of two responses' lengths, rounded to bins; 0 without ``length_balance``."""
+        """Returns how much the lengths of two responses differ: the absolute log ratio, rounded to bins.
+
+        Returns 0 without ``length_balance``.
+        """
         if not self.config.length_balance:
             return 0
         return round(_BINS_PER_DOUBLING * abs(math.log2(len(chosen.text) / len(rejected.text))))

@@ -127,7 +127,7 @@ class DropoutNTP:
     def cut(self, chosen: str, conversation: Conversation, engine: Engine) -> Prefix:
         """Returns the beginning of a chosen response that the settings ``keep`` and ``unit`` select.
 
-        ``conversation`` is the prompt of the response. With the unit "tokens", the prefix ends between characters.
+        ``conversation`` is the prompt of the response. The unit "tokens" does not split a character of several tokens.
         """
         if self.config.unit == "words":
             words = chosen.split(" ")
@@ -152,9 +152,9 @@ class DropoutNTP:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Does the work of ``sample`` as a generator that yields lists of requests and receives their generations.
+        """Yields lists of requests, and receives the generations of each list.
 
-        Its return value is that of ``sample``.
+        Returns the same records as ``sample``.
         """
         rows = [self._load(item) for item in items]
         yield from self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None])
@@ -243,7 +243,7 @@ class DropoutNTP:
         return result
 
     def _load(self, item: Item) -> _Row:
-        """Checks whether an item can be used, opens the media that the model will see, and returns the item's row."""
+        """Checks an item, opens the media that the model will see, and returns the state of the item."""
         row = _Row(item, item.problem, chosen=item.chosen)
         if row.problem:
             row.details = item_fields(item)
@@ -267,7 +267,7 @@ class DropoutNTP:
         return Conversation(key=row.item.digest, **fields, **(row.media if with_image else {}))
 
     def _sample_chosen(self, rows: Sequence[_Row]) -> Generator[list[Request], list[Generation], None]:
-        """Samples chosen responses for rows that have none, with the images, and stores the responses in the rows.
+        """Samples a chosen response for each row, with the images, and stores it in the row.
 
         Yields a list of requests, and receives their generations.
         """

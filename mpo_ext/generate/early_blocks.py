@@ -1,7 +1,7 @@
 """Lets blocks of records finish in any order, although a journal stores them in the order of the input.
 
-A block that finishes early waits in a second file until all earlier blocks are in the journal. Because the block is on
-disk, a killed run does not lose it.
+A block that finishes early waits in a second file, the file of early blocks, until all earlier blocks are in the
+journal. Because the block is on disk, a killed run does not lose it.
 """
 
 import collections
@@ -24,7 +24,7 @@ class _Place:
     Attributes:
         start: Index of the block's first record among all records of the input.
         n_stored: Number of the block's records that the journal already holds.
-        is_finished: Whether the second file holds the complete block.
+        is_finished: Whether the file of early blocks holds the complete block.
     """
 
     start: int
@@ -35,8 +35,8 @@ class _Place:
 class EarlyBlocks:
     """Writes blocks of records to a journal in the order of the input. Blocks may finish in any order.
 
-    A block that finishes early waits in a second file, ``early-RANK-of-WORLD.jsonl``. A later run reads the file, so
-    its blocks need not be sampled again. The file is deleted at the end if no block waits in it.
+    A block that finishes early waits in the file of early blocks, ``early-RANK-of-WORLD.jsonl``. A later run reads the
+    file, so its blocks need not be sampled again. The file is deleted at the end if no block waits in it.
 
     Use an instance as a context manager inside the context of the journal. Call ``announce`` for each block, in the
     order of the input, and ``finish`` for each block that is complete.
@@ -62,7 +62,10 @@ class EarlyBlocks:
         return self
 
     def _read_spans(self) -> None:
-        """Stores the offsets of those blocks in the second file that are not completely in the journal."""
+        """Reads the file of early blocks.
+
+        Stores the offset of each block that is incomplete in the journal.
+        """
         n_stored = sum(1 for _ in self.journal.records())
         with open(self.path, "rb") as file:
             self._header_bytes = len(file.readline())
@@ -96,7 +99,7 @@ class EarlyBlocks:
             stored: Records of the block that the journal already holds.
 
         Returns:
-            All records of the block if the second file holds them, otherwise None.
+            All records of the block if an earlier run has stored them in the file of early blocks, otherwise None.
         """
         place = _Place(start, len(stored))
         self._places.append(place)
@@ -113,7 +116,7 @@ class EarlyBlocks:
     def finish(self, start: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes all records of the block that begins at ``start``.
 
-        The block goes to the journal or, if an earlier block is not finished, to the second file.
+        The block goes to the journal or, if an earlier block is not finished, to the file of early blocks.
         """
         if self._places[0].start == start:
             self.journal.append(records[self._places.popleft().n_stored :])
@@ -125,7 +128,7 @@ class EarlyBlocks:
         next(place for place in self._places if place.start == start).is_finished = True
 
     def _move(self) -> None:
-        """Moves finished blocks from the second file to the journal, up to the first unfinished block."""
+        """Moves blocks from the file of early blocks to the journal, up to the first unfinished block."""
         while self._places and self._places[0].is_finished:
             place = self._places.popleft()
             self.journal.append(self._read(place.start)[place.n_stored :])

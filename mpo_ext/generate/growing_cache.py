@@ -46,9 +46,9 @@ class GrowingLayer(DynamicLayer):
 
 
 def repeat_cache(cache: DynamicCache, rows: Tensor) -> None:
-    """Reorders the batch of a cache in place: row i becomes a copy of row ``rows[i]``. Indices may be repeated.
+    """Reorders the batch of a cache in place: row i becomes a copy of row ``rows[i]``.
 
-    Each plain ``DynamicLayer`` that holds tokens is replaced by a ``GrowingLayer``.
+    An index may occur several times. Each plain ``DynamicLayer`` that holds tokens is replaced by a ``GrowingLayer``.
     """
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:

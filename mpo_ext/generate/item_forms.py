@@ -262,8 +262,8 @@ def _place_numbered(
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
     """Replaces marks such as ``<image 1>`` by ``<image>``, and sorts the images into the order of the marks.
 
-    Images without a mark come first. If there are any besides marked images, their placeholders are added to the first
-    user turn.
+    Images without a mark come first. If other images have marks, an ``<image>`` for each unmarked image is added to
+    the first user turn.
 
     Returns:
         The turns, the options and the sorted images.

@@ -89,7 +89,8 @@ def read_conversation(
         data_url: Function that converts a base64 text to a data URL.
 
     Raises:
-        FormError: If the conversation cannot be used as a prompt. The message holds no values of the item.
+        FormError: If the conversation cannot be used as a prompt. Equal problems of different items have equal
+            messages.
     """
     name = next((name for name in _MESSAGES if name in fields), None)
     images = Images(columns, lambda content: data_url(base64.b64encode(content).decode()))

@@ -66,7 +66,7 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """Image paths that pairs from this item record: absolute if the item has a subset, else as in the input."""
+        """Image paths for pairs made from this item: absolute if the item has a subset, otherwise as in the input."""
         if self.subset is None:
             return self.images
         return self.image_sources
@@ -83,12 +83,12 @@ class Item:
 
     @property
     def pair_videos(self) -> tuple[Video, ...]:
-        """Videos that a pair from this item records, with absolute paths if the item has a subset."""
+        """Videos for pairs made from this item, with absolute paths if the item has a subset."""
         return self.videos if self.subset is None else self.video_sources
 
     @property
     def question_with_options(self) -> str:
-        """The question, followed by a line for each option. A question that shows the options gets no lines."""
+        """The question, followed by a line for each option unless it already shows the options."""
         options = self.options
         if options is None:
             return self.question
@@ -115,7 +115,10 @@ class Item:
 
     @property
     def pair_extra(self) -> dict[str, Any]:
-        """Extra fields of pairs from this item: ``extra`` and, for an item with a subset, its name and image root."""
+        """Extra fields for pairs made from this item.
+
+        These are ``extra`` and, if the item has a subset, the name of the subset and ``image_root``.
+        """
         if self.subset is None:
             return dict(self.extra)
         return {**self.extra, SOURCE: {"subset": self.subset, "root": self.image_root}}
@@ -305,7 +308,7 @@ def open_items(
     """Opens the files of a source, counts their items and hashes their contents.
 
     Args:
-        source: As in ``item_files``, like ``image_root``, ``root_map`` and ``system``.
+        source: See ``item_files``.
         image_root: See ``item_files``.
         root_map: See ``item_files``.
         system: See ``item_files``.
@@ -380,7 +383,7 @@ def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
 
 
 def media_problem(error: Exception) -> str:
-    """Returns the ``problem`` of an item from an error that ``load_media`` raised."""
+    """Converts an error of ``load_media`` to the ``problem`` of an item."""
     return f"{'video' if str(error).startswith('video') else 'image'} cannot be read"
 
 

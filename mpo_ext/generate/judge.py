@@ -63,7 +63,7 @@ class JudgeConfig:
         best_rating: The best rating, from 2 to 9; the worst rating is 1. If the engine measures probabilities, the
             score of a response is the mean of the ratings, weighted with their probabilities.
         min_gap: Minimum difference of the scores of the two responses of a pair; with "pointwise" only.
-        pairs_per_question: Maximum number of pairs per question; with "pairwise", of comparisons. 0: no limit.
+        pairs_per_question: Maximum number of pairs or, with "pairwise", of comparisons per question; 0: no limit.
         max_shorter: As in ``RlaifVConfig``; with "pointwise" only.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
@@ -149,9 +149,9 @@ class Judge:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Does the work of ``sample`` as a generator that yields lists of requests and receives their generations.
+        """Yields lists of requests, and receives the generations of each list.
 
-        Its return value is that of ``sample``.
+        Returns the same records as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         verdicts: list[_Verdict] = []
@@ -175,7 +175,7 @@ class Judge:
     def _verdicts(
         self, item: Item, records: Sequence[dict[str, Any]], media: dict[str, Any]
     ) -> Generator[_Verdict, None, None]:
-        """Yields the verdicts to request about the responses to an item.
+        """Yields a request for each verdict that the judge must give about the responses to an item.
 
         ``records`` holds the journal records of distinct responses.
         """
@@ -226,7 +226,7 @@ class Judge:
         return float(match[1]) if match and 1 <= int(match[1]) <= self.config.best_rating else None
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the responses to an item. The judge prefers the chosen response of each pair."""
+        """Pairs responses to an item. The judge prefers the chosen response of each pair to the rejected response."""
         result = ItemResult()
         for stage, field in (("responses", "tokens"), ("verdicts", "verdict_tokens")):
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)

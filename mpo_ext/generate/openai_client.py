@@ -182,7 +182,8 @@ class OpenAIClient:
         A pause is at least as long as the server requests.
 
         Raises:
-            RequestRefusedError: If the server refuses the request, or fails at it while it answers another request.
+            RequestRefusedError: If the server refuses the request, or if all attempts fail although it still answers
+                an earlier request.
             ServerError: If the server cannot be used.
         """
         attempt = 0

@@ -310,9 +310,10 @@ class OpenAIEngine:
 
 
 def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> None:
-    """Checks that the server's prompt equals the prompt of the model's processor, before and after the images.
+    """Checks that the server's prompt equals the prompt of the model's processor.
 
-    Different token ids are accepted if their texts are equal.
+    Image tokens, and texts between images, are not compared. Different token ids are accepted if their texts are
+    equal.
 
     Args:
         chat: Encoder with the model's processor.
@@ -355,7 +356,7 @@ def _with_json_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_images(fields: Mapping[str, Any], images: Sequence[Any]) -> dict[str, Any]:
-    """Returns the request fields with the images as ``data:`` URLs at the places of the image parts."""
+    """Returns the request fields with each image part in the messages replaced by a ``data:`` URL."""
     if not images:
         return dict(fields)
     urls = iter([_data_url(image) for image in images])

@@ -33,7 +33,7 @@ class ServerFeatures:
         returns_ids: Whether answers hold the token ids of the prompt and of the continuation.
         has_chat: Whether ``/chat/completions`` is available.
         continues: Whether ``/chat/completions`` continues an unfinished turn of the assistant.
-        extensions: Whether the server accepts the fields in ``EXTENSIONS``.
+        extensions: Whether the server accepts the fields in ``EXTENSIONS``, such as ``top_k``.
         draws_top_k: Whether ``top_k`` has an effect.
         seed_bits: Maximum number of bits of a seed.
         limit: Name of the request field for the maximum number of new tokens.
@@ -153,8 +153,8 @@ class _Prober:
     def continues(self, messages: list[dict[str, Any]], chat: ChatEncoder, answer: Reply) -> bool:
         """Returns whether the server continues an unfinished assistant turn.
 
-        Sends such a turn, and compares the number of prompt tokens with ``answer``, the answer without the turn. The
-        difference must be the number of tokens in the turn's text: closing the turn would take more tokens.
+        Sends a request that ends with such a turn. Its prompt must be longer than that of ``answer``, the answer to
+        the same request without this turn, by exactly the tokens of the turn's text.
         """
         conversation = Conversation(question=_QUESTION)
         n_prefix = len(chat.response_ids(conversation, _PREFIX)) - 1

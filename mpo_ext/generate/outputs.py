@@ -94,7 +94,7 @@ class Summary:
 
     @property
     def skipped_samples(self) -> int:
-        """Number of skipped samples, without skipped items."""
+        """Number of skipped samples. Items that are skipped as a whole do not count."""
         return self.skipped.total() - self.skipped_items
 
     @property

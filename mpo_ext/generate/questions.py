@@ -119,9 +119,9 @@ class QuestionSampler:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Does the work of ``sample`` as a generator that yields a list of requests and receives their generations.
+        """Yields a list of requests, and receives their generations.
 
-        Its return value is that of ``sample``. A record has ``key``, ``text``, ``finish`` and ``tokens`` or, if the
+        Returns a list of records for each item. A record has ``key``, ``text``, ``finish`` and ``tokens`` or, if the
         item cannot be used, ``key`` and ``problem``.
         """
         problems: dict[int, dict[str, str]] = {}

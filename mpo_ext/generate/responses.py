@@ -78,12 +78,14 @@ def pairs_by_score(
     limit: int,
     seed: int,
 ) -> list[tuple[RatedResponse, RatedResponse]]:
-    """Returns (chosen, rejected) pairs of responses with different scores. A seeded hash orders the pairs.
+    """Returns (chosen, rejected) pairs of responses with different scores.
+
+    A seeded hash determines which pairs are returned if there are more than ``limit``.
 
     Args:
         item: The question.
         responses: The responses, which must be distinct.
-        result: Its ``notes`` count the possible pairs that are not used.
+        result: Its ``notes`` count the possible pairs that do not meet ``min_gap`` or ``max_shorter``.
         min_gap: Minimum difference of the two scores.
         max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response;
             1: no limit.

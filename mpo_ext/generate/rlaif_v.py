@@ -159,9 +159,9 @@ class RlaifV:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Does the work of ``sample`` as a generator that yields lists of requests and receives their generations.
+        """Yields lists of requests, and receives the generations of each list.
 
-        Its return value is that of ``sample``.
+        Returns the same records as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         drafts: list[_Draft] = []
@@ -178,7 +178,10 @@ class RlaifV:
         return all_records
 
     def _split(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
-        """Splits the responses into claims. Yields the requests that this needs, and receives their generations."""
+        """Splits the responses into claims.
+
+        With a model that lists the claims, yields its requests and receives their generations.
+        """
         if self.config.claims == "sentences":
             for draft in drafts:
                 draft.claims = split_sentences(draft.record["text"])
@@ -200,7 +203,10 @@ class RlaifV:
                 draft.fail("response without a claim")
 
     def _ask(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
-        """Turns the claims into questions. Yields the requests that this needs, and receives their generations."""
+        """Turns the claims into questions.
+
+        With a model that writes the questions, yields its requests and receives their generations.
+        """
         alive = [draft for draft in drafts if draft.is_alive]
         if self.config.questions == "statement":
             for draft in alive:
@@ -272,7 +278,7 @@ class RlaifV:
         return Request(key=key, question=question, seed=seed, sampling=sampling, role="judge", **values)
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs of responses to an item whose numbers of rejected claims differ by at least ``min_gap``."""
+        """Pairs responses to an item if their numbers of rejected claims differ by at least ``min_gap``."""
         result = ItemResult()
         for stage, field in _STAGES.items():
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)

@@ -9,7 +9,7 @@ from mpo_ext.generate.engine import Engine, Generation, Request
 
 
 class RoutedEngine:
-    """Sends each request to one of two engines, depending on its ``role``.
+    """Sends each request to one of two engines, depending on the request's ``role``.
 
     Args:
         answer: Engine of the model that answers the questions.

@@ -24,7 +24,7 @@ from mpo_ext.journal import Journal, read_header, read_records
 
 
 class Pipeline(Protocol):
-    """The part of a pipeline that samples records.
+    """The interface of a pipeline that samples records.
 
     Attributes:
         name: Name of the pipeline, which is stored in its journals.
@@ -73,7 +73,7 @@ def check_world_size(out: Path, world_size: int) -> None:
 
 
 def stored_date(out: Path) -> str | None:
-    """Returns the date for chat templates that the journals in a folder store, in ISO format, or None."""
+    """Returns the chat template's date, in ISO format, that the journals in a folder store, or None."""
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         engine = (read_header(path) or {}).get("engine", {})
         for settings in (engine, engine.get("judge", {})):

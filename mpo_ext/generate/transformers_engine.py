@@ -277,7 +277,7 @@ class TransformersEngine:
     def _without_defaults(self) -> Iterator[None]:
         """Replaces the model's ``generation_config`` within a ``with`` block.
 
-        Otherwise, transformers' ``generate`` would use it for all settings that are None.
+        Otherwise, transformers' ``generate`` would take all settings that are None from the model's config.
         """
         from transformers import GenerationConfig
 
@@ -346,16 +346,17 @@ def _batches(
     shares_prefill: bool,
     adds_special: Callable[[str], bool],
 ) -> Iterator[list[list[int]]]:
-    """Groups requests into batches. A batch is a list of questions; a question lists the indices of equal prompts.
+    """Groups requests into batches.
 
-    In a batch, the requests have equal settings, equal numbers of images, videos of equal shapes and similar lengths.
-    A batch has at most ``batch_size`` requests, unless it has only one question.
+    A batch is a list of questions. A question is the list of the indices of all requests with the same prompt. In a
+    batch, the requests have equal settings, equal numbers of images, videos of equal shapes and similar lengths. A
+    batch has at most ``batch_size`` requests, unless it has only one question.
 
     Args:
         requests: The requests.
         prompts: Prompt of each request.
         batch_size: Maximum number of requests in a batch.
-        shares_prefill: Whether requests with equal prompts form one question. False: each request is a question.
+        shares_prefill: Whether requests with the same prompt form one question. False: each request is a question.
         adds_special: Function that returns whether special tokens are added to a prompt text.
     """
     groups: dict[Any, dict[Any, list[int]]] = {}
@@ -382,7 +383,7 @@ def _batches(
 
 
 def make_generation(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Generation:
-    """Returns the ``Generation`` of a request from its sampled token ids. Ids from the end token on are removed."""
+    """Returns the ``Generation`` of a request from its sampled token ids, up to the first end token."""
     end = next((place for place, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = list(ids[:end])
     head = chat.response_text(request, request.prefix_ids) if request.prefix_ids else ""

@@ -1,4 +1,4 @@
-"""Checks whether vLLM can run LoRA adapters completely, and returns the vLLM options that they need."""
+"""Checks whether vLLM can run LoRA adapters completely, and returns the vLLM options for them."""
 
 import json
 from pathlib import Path

@@ -192,7 +192,7 @@ def _first_probs(completion: Any) -> dict[int, float]:
 def devices_of_rank(count: int) -> str | None:
     """Returns the value of ``CUDA_VISIBLE_DEVICES`` that gives this process ``count`` GPUs of this machine.
 
-    Without it, vLLM would start the engines of all processes on the first GPUs. Returns None if the variable must not
+    Otherwise, vLLM would start the engines of all processes on the first GPUs. Returns None if the variable must not
     change: without a launcher, without GPUs, or if exactly ``count`` GPUs are visible.
 
     Raises:
@@ -218,7 +218,7 @@ def devices_of_rank(count: int) -> str | None:
 
 
 def _single_ids(suppressed: Sequence[Sequence[int]]) -> list[int]:
-    """Returns the token ids to suppress, sorted, from sequences of one id each.
+    """Converts sequences of one token id each to a sorted list of token ids.
 
     Raises:
         ValueError: If a sequence has several ids.
