@@ -122,9 +122,9 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
 
 
 def _encoding(head: bytes) -> str:
-    """Returns the encoding of a file from its first bytes.
+    """Detects the encoding of a file from its first bytes.
 
-    Recognises byte order marks, and UTF-16 without a mark by zero bytes around the first "{" or "[".
+    Recognises byte order marks. Without a mark, recognises UTF-16 by the zero bytes around the first "{" or "[".
     """
     for mark, encoding in _MARKS:
         if head.startswith(mark):

@@ -47,7 +47,7 @@ def skip_reason(record: Mapping[str, Any], *, allow_truncated: bool, allow_degen
 
 
 def normalized(text: str) -> str:
-    """Returns a text in which each run of white space is a single space, for the comparison of responses."""
+    """Replaces each run of white space by one space, so that responses can be compared."""
     return " ".join(text.split())
 
 

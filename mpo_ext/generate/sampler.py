@@ -36,7 +36,7 @@ class Pipeline(Protocol):
         """Returns the settings that determine the records, as JSON values."""
 
     def keys(self, item: Item) -> list[str]:
-        """Returns the keys of the records of an item, in order."""
+        """Returns the keys that identify the records of an item, in order."""
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields lists of requests for a block of items, and receives their generations.
@@ -263,7 +263,10 @@ def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal
 
 
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    """Yields a record for each key until the records end. Raises ValueError if a record has another key."""
+    """Yields the next record for each key, and stops when the records end.
+
+    Raises ValueError if a record has a different key. ``path`` is the file in the message.
+    """
     for key in keys:
         record = next(records, None)
         if record is None:
