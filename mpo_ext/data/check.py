@@ -66,7 +66,7 @@ class CheckReport:
         return sum(self.counts.values(), collections.Counter())
 
     def add(self, finding: Finding, keep: int) -> None:
-        """Counts a finding. Also stores it as an example, unless ``keep`` examples of its kind are stored already."""
+        """Counts a finding, and stores it as an example until ``keep`` examples of its kind are stored."""
         self.counts.setdefault(finding.where.subset, collections.Counter())[finding.kind] += 1
         examples = self.examples.setdefault(finding.kind, [])
         if len(examples) < keep:

@@ -77,7 +77,7 @@ def is_parquet(path: str) -> bool:
 
 
 def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
-    """Returns the path of a JSON lines file with the rows of a file, which is converted into the cache if necessary.
+    """Converts a file to JSON lines in the cache if necessary, and returns the path of the JSON lines file.
 
     Args:
         path: Path of a file that is not parquet.
@@ -157,7 +157,7 @@ def _kind(name: str, text: str) -> str:
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
     """Returns whether a .json file may be a meta file.
 
-    It may be a meta file unless it holds a pair, or several objects on separate lines.
+    A file with a pair, or with several objects on separate lines, is not a meta file.
     """
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
         try:

@@ -113,7 +113,7 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
 
 
 def _held_names(values: Mapping[str, Any]) -> list[str]:
-    """Returns the file names that a row gives for images and videos whose bytes it holds.
+    """Returns the file names of the images and videos that a row holds as bytes or data URLs.
 
     The names are the ``path`` beside ``bytes``, and the field ``file_name`` of the row.
     """
@@ -126,7 +126,7 @@ def _held_names(values: Mapping[str, Any]) -> list[str]:
 def _paths_of_contents(value: object) -> Iterator[object]:
     """Finds the images and videos that a value holds as bytes or data URLs.
 
-    Yields the ``path`` beside each, or None without a path.
+    Yields the ``path`` of each, or None if it has no path.
     """
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         yield value.get("path")

@@ -20,8 +20,8 @@ _FIRST_WORD = re.compile(r"\W*(\w+)")
 def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None:
     """Returns the token ids with which each choice of a request can begin.
 
-    These are the first tokens of all spellings of the choice. Tokens that two choices share are removed, as are the
-    unknown token and the token that ends the turn.
+    These are the first tokens of all spellings of the choice. Tokens that two choices share, the unknown token and the
+    end-of-turn token are removed.
 
     Returns:
         A list of ids for each choice, in the order of ``request.choices``; None if the request has no choices, or if a

@@ -88,7 +88,10 @@ class Item:
 
     @property
     def question_with_options(self) -> str:
-        """The question, followed by a line for each option unless it already shows the options."""
+        """The question, followed by its options, one per line.
+
+        A question that already shows the options is unchanged.
+        """
         options = self.options
         if options is None:
             return self.question

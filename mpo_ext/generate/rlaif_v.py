@@ -133,7 +133,7 @@ class _Draft:
 class RlaifV:
     """The RLAIF-V pipeline, which checks the claims of each response one by one. The only output is ``pairs``.
 
-    Equal responses to a question are checked once, as are equal questions about an item.
+    Equal responses to a question are checked once. Equal questions about an item are asked once.
     """
 
     name = "rlaif_v"

@@ -206,7 +206,7 @@ def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterat
 
 @dataclasses.dataclass(slots=True)
 class StoredBlock:
-    """A block of items, and those of its records that a journal holds.
+    """A block of items, and the records of the block that a journal already holds.
 
     Attributes:
         items: The items.
@@ -254,7 +254,7 @@ def _no_steps() -> Steps:
 
 
 def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[StoredBlock]:
-    """Yields each block of items together with those of its records that the journal already holds."""
+    """Yields each block of items with the records of the block that the journal already holds."""
     stored = journal.records()
     for items in item_blocks:
         keys = [pipeline.keys(item) for item in items]
