@@ -1,4 +1,4 @@
-"""The blocks of README.md and docs/ are what the generator makes of results/."""
+"""Tests that the generated blocks of README.md and docs/ agree with results/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/matrix.py and its table: cells that cannot run say why, and the results are kept cell by cell."""
+"""Tests tools/matrix.py and its table: a cell that cannot run gives a reason, and each cell's result is saved."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""The suite on tiny shapes: every provider is listed, the time limit holds, and rates are those of their programs."""
+"""Tests the benchmark suite on tiny shapes: every provider gets an entry, the time limit holds, and rates are right.
+"""
 
 from __future__ import annotations
 

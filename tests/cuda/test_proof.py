@@ -1,4 +1,5 @@
-"""Properties that correct results do not prove: memory traffic, fences, and that tests detect broken kernels."""
+"""Tests properties that correct results do not show: memory traffic, fences, and that broken kernels fail the tests.
+"""
 
 import re
 
@@ -29,7 +30,8 @@ def bytes_of(report: object, buffer: object) -> tuple[int, int]:
 
 
 def efficiency(report: object, kind: str, width: int) -> float:
-    """Returns the bytes that vector loads (or stores) of logits request over the bytes of the sectors they touch."""
+    """Returns the efficiency of vector loads or stores of logits: bytes requested over bytes of the sectors touched.
+    """
     accesses = [
         a for a in report.accesses if a.space == "global" and a.kind == kind and f".v{width // 4}." in a.ins.text
     ]
@@ -121,7 +123,7 @@ def fence_problems(text: str) -> list[str]:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_each_arrival_is_between_two_fences(arch: str) -> None:
-    """Reads the PTX, since a missing fence has no effect on the simulator's sequentially consistent memory."""
+    """Checks the PTX text, because the simulator's memory is sequentially consistent and hides a missing fence."""
     text = ptx("token_logp", arch)
     assert len(re.findall(r"\.entry", text)) == 12
     assert fence_problems(text) == []

@@ -1,4 +1,4 @@
-"""Conversions between all formats, and writers that fail."""
+"""Tests conversions between all formats, and the errors of writers."""
 
 import base64
 from pathlib import Path

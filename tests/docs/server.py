@@ -1,4 +1,4 @@
-"""Runs programs in forks of itself, which has imported what takes them seconds: JSON in, an exit code out."""
+"""Runs programs in forked processes that inherit slow imports. Reads requests as JSON, and answers with exit codes."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Items with several turns, system prompts, a history and tools: what is read, refused, sampled and written."""
+"""Tests items with several turns, a system prompt, a history or tools: which are read, refused, sampled and written.
+"""
 
 import base64
 import dataclasses
