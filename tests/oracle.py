@@ -367,8 +367,8 @@ def _noise(
     """Returns the unavoidable error of each result, by name, in absolute terms.
 
     A reward is a small difference of two large sums, so one rounding of a sum is a large relative error of the reward
-    and of all results computed from it. Eager torch's error may be small there by chance, so it is no sufficient
-    bound. The derivative of a term by a reward is at most 1, and the second derivative at most 1/4.
+    and of all results computed from it. Eager torch's error may be small there by chance, so it does not bound the
+    allowed error. The derivative of a term by a reward is at most 1, and the second derivative at most 1/4.
     """
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)

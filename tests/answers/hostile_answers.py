@@ -1,5 +1,4 @@
-"""Long answers that slow regular expressions down: they repeat the parts that the patterns of mpo_ext.answers match.
-"""
+"""Long answers that slow regular expressions down. They repeat parts that the patterns of mpo_ext.answers match."""
 
 import random
 

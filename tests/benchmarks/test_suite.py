@@ -1,5 +1,4 @@
-"""Tests the benchmark suite on tiny shapes: every provider gets an entry, the time limit holds, and rates are right.
-"""
+"""Tests the benchmark suite on tiny shapes: an entry for every provider, the time limit, and correct rates."""
 
 from __future__ import annotations
 

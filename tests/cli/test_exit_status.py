@@ -1,5 +1,4 @@
-"""Tests exit statuses: 2 if the user must change arguments, settings or paths; 1 if the work failed or found a defect.
-"""
+"""Tests exit statuses: 2 if the user must change arguments, settings or paths; 1 for failed work or a found defect."""
 
 from __future__ import annotations
 

@@ -88,8 +88,7 @@ def build(kind: str, *, tied: bool = False, is_large: bool = False) -> Any:
 
 
 def original_weights(model: Any) -> dict[str, torch.Tensor]:
-    """Returns the model's weights under the names of OpenGVLab's modeling_internvl_chat.py and modeling_intern_vit.py.
-    """
+    """Returns the model's weights under the names of OpenGVLab's code (modeling_internvl_chat.py and its imports)."""
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     tower, out = "model.vision_tower.", {}
     out["vision_model.embeddings.class_embedding"] = state.pop(f"{tower}embeddings.cls_token")

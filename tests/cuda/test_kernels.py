@@ -335,8 +335,7 @@ def exact_pair_loss(
 
 
 def pair_labels(lengths: list[int], vocab: int, seed: int = 0) -> tuple[list[int], np.ndarray]:
-    """Returns labels of packed sequences and the offsets of the sequences. The first half of each sequence is ignored.
-    """
+    """Returns labels and offsets of packed sequences. The first half of each sequence is ignored."""
     random = np.random.default_rng(seed)
     labels: list[int] = []
     for length in lengths:

@@ -1,5 +1,4 @@
-"""Tests properties that correct results do not show: memory traffic, fences, and that broken kernels fail the tests.
-"""
+"""Tests properties that results do not show: memory traffic, fences, and that broken kernels fail the tests."""
 
 import re
 
@@ -30,8 +29,7 @@ def bytes_of(report: object, buffer: object) -> tuple[int, int]:
 
 
 def efficiency(report: object, kind: str, width: int) -> float:
-    """Returns the efficiency of vector loads or stores of logits: bytes requested over bytes of the sectors touched.
-    """
+    """Returns bytes requested over bytes of the touched sectors, for vector loads or stores of logits."""
     accesses = [
         a for a in report.accesses if a.space == "global" and a.kind == kind and f".v{width // 4}." in a.ins.text
     ]

@@ -32,8 +32,8 @@ class Server:
         image: Text that stands for an image in the prompt.
         template: Chat template to use instead of the tokenizer's.
         key: API key that requests must have; None: any.
-        fault: Function that maps a request body to a fault: None, a status with headers, or one of "cut", "half", "text"
-            and "empty".
+        fault: Function that maps a request body to a fault: None, a status with headers, or one of "cut", "half",
+            "text" and "empty".
         finish: Finish reason to report instead of the actual one.
         message: Further fields of a chat message.
         bodies: Path and body of each request that was answered.
@@ -105,8 +105,7 @@ class Server:
 
 
 def parsed(turn: dict[str, Any]) -> dict[str, Any]:
-    """Returns a message with the arguments of its tool calls parsed from JSON, because vLLM's server parses them too.
-    """
+    """Returns a message with the arguments of its tool calls parsed from JSON, like vLLM's server."""
     calls = [
         {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
         for call in turn.get("tool_calls", ())

@@ -1,5 +1,4 @@
-"""Tests the pipeline DropoutNTP: where responses are cut, the model's prompts, and which continuations are rejected.
-"""
+"""Tests the pipeline DropoutNTP: where it cuts responses, its prompts, and which continuations it rejects."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Tests items with several turns, a system prompt, a history or tools: which are read, refused, sampled and written.
-"""
+"""Tests items with several turns, a system prompt, a history or tools: reading, refusal, sampling and output."""
 
 import base64
 import dataclasses

@@ -100,8 +100,7 @@ def test_prompts_are_token_ids_with_the_prefix(server: Server) -> None:
 
 @pytest.mark.parametrize("pipeline", ["correctness", "dropout_ntp"])
 def test_the_forms_of_requests_give_the_same_pairs(server: Server, tmp_path: Path, pipeline: str) -> None:
-    """Compares three forms: ids in and out; ids in and text out; chat messages with an assistant message to continue.
-    """
+    """Compares three request forms: ids in and out; ids in and text out; chat messages that the server continues."""
     config = DropoutNTPConfig(samples=2, sampling=SAMPLING, matcher={"kind": "number"})
     made: Any = Correctness(CORRECTNESS) if pipeline == "correctness" else DropoutNTP(config)
     source, results = write_items(tmp_path, 12), []

@@ -51,8 +51,7 @@ def run(pipeline: Any, source: Path, out: Path, engine: StubEngine | None = None
 
 
 def run_until_killed(target: Callable[[], Any], after_s: float) -> bool:
-    """Calls ``target`` in a process that is killed after ``after_s`` seconds. Returns whether it failed or was killed.
-    """
+    """Calls ``target`` in a process, and kills it after ``after_s`` seconds. Returns whether it did not finish."""
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
     process.join(after_s)

@@ -1,5 +1,4 @@
-"""Tests a transformers Trainer with MPOLossMixin against MPO in plain float64 torch, and resumed against whole runs.
-"""
+"""Tests a transformers Trainer with MPOLossMixin against MPO in plain float64 torch, and that it resumes."""
 
 from __future__ import annotations
 

@@ -35,8 +35,7 @@ class RankPool:
             process.start()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Calls ``function(rank, *args)`` on all ranks and returns the results. An error on any rank fails the test.
-        """
+        """Calls ``function(rank, *args)`` on all ranks. Returns the results; an error on any rank fails the test."""
         for pipe in self.pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}

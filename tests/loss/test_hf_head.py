@@ -496,8 +496,7 @@ def ddp(rank: int, **settings: Any) -> None:
 
 
 def ddp_without_images(rank: int) -> None:
-    """Checks DDP with ``find_unused_parameters`` on batches without images, where the vision tower gets no gradient.
-    """
+    """Checks DDP with ``find_unused_parameters`` on text batches, where the vision tower gets no gradient."""
     inner = build("internvl")
     model = nn.parallel.DistributedDataParallel(copy.deepcopy(inner), find_unused_parameters=True)
     for seed in range(2):

@@ -49,9 +49,7 @@ ALL = ("hidden", "weight", "bias")
 
 @pytest.fixture(params=MODES)
 def mode(request: pytest.FixtureRequest) -> str:
-    """Returns a key of ``MODES``: recompute the logits in backward, keep them, or compute a frozen head's gradient
-    early.
-    """
+    """Returns a key of ``MODES``: "recompute" or "keep" the logits for the backward pass, or "frozen" head weights."""
     return request.param
 
 

@@ -204,8 +204,7 @@ def test_one_pair_makes_the_two_averages_equal(backend: str, device: str) -> Non
 
 
 def test_gradient_accumulation_with_a_fixed_shift_equals_one_large_batch(backend: str, device: str) -> None:
-    """Compares the mean of two one-pair micro-batches with one batch of two pairs, with NTP averaged over responses.
-    """
+    """Compares the mean of two one-pair micro-batches with a batch of two pairs, with NTP averaged over responses."""
     batch = Batch(seed=6, pairs=2)
     config = MPOConfig(ntp_average="sequence")
     logits, labels = batch.logits.float().to(device), batch.labels.to(device)

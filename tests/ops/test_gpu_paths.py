@@ -222,8 +222,7 @@ def test_counters_lie_outside_of_torchs_allocator(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Simulates a GPU of compute capability 9.0. Returns a one-element list; a test puts a CUDA error message into it.
-    """
+    """Simulates a GPU of compute capability 9.0. Returns a list of one string: the CUDA error, which tests set."""
     error = [""]
     built = SimpleNamespace(
         has_cuda=True, cuda_archs="80 and PTX", cuda_compiler="nvcc 13", cuda_device_error=lambda: error[0]

@@ -1,5 +1,4 @@
-"""Tests the operators as PyTorch custom operators: schemas, fake kernels, torch.compile, and special autograd cases.
-"""
+"""Tests the operators as PyTorch custom operators: schemas, fake kernels, torch.compile, special autograd cases."""
 
 from __future__ import annotations
 

@@ -388,8 +388,7 @@ def test_verdicts_are_corrected_for_their_number() -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch):
-    """Replaces the study's runs by instant ones. Returns the list of executed (seed, row), and a set of rows to fail.
-    """
+    """Replaces the study's runs by instant ones. Returns a list of the runs (seed, row), and a set of rows to fail."""
     asked: list[tuple[int, str]] = []
     failing: set[str] = set()
 
