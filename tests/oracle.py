@@ -128,17 +128,18 @@ def token_logp_exact(
     shift: bool = False,
     ignore_index: int = -100,
 ) -> tuple[Array, Array, Array]:
-    """Returns log-probabilities of labels, and the gradient of their weighted sum.
+    """Computes the log-probabilities of labels, and the gradient of their weighted sum.
 
     Args:
         logits: ``[..., V]``.
         labels: ``[...]``.
         weight: ``[...]``, the upstream gradient; None means ones.
-        shift: Whether position t is scored against label t + 1 of the last labels axis.
-        ignore_index: Label of the positions that give 0.
+        shift: Whether position t is scored against label t + 1, along the last axis of ``labels``.
+        ignore_index: Positions with this label get log-probability 0.
 
     Returns:
-        ``(logp, gradient, share)``, shaped ``[...]``, ``[..., V]`` and ``[..., V]``; the gradient is weight * share.
+        ``(logp, gradient, share)``, shaped ``[...]``, ``[..., V]`` and ``[..., V]``. ``share`` is the derivative of a
+        log-probability by its logits, and the gradient is weight * share.
     """
     vocab = logits.shape[-1]
     targets = labels.cpu().numpy()
@@ -242,17 +243,17 @@ def mpo_exact(
     shift: bool = True,
     **options: Any,
 ) -> Exact:
-    """Returns the loss, its terms and its gradient by the logits.
+    """Computes the exact loss, its terms, and the gradient of the logits.
 
     Args:
         logits: ``[2B, T, V]``, chosen first; or packed ``[N, V]``.
         labels: ``[2B, T]`` or ``[N]``.
         ref_logp: ``[2B]``, or None if ref_logits is given.
         ref_logits: Like logits.
-        reward_shift: Delta, or a function that returns it for the sum and the number of the batch's rewards.
+        reward_shift: Delta, or a function of the sum and the number of the batch's rewards that returns delta.
         cu_seqlens: ``[2B + 1]`` for packed logits.
         shift: Whether position t is scored against label t + 1 of the same sequence.
-        options: Any of DEFAULTS.
+        options: Settings of the loss; DEFAULTS has all of them.
     """
     o = {**DEFAULTS, **options}
     ignore_index = o["ignore_index"]
@@ -368,7 +369,8 @@ def _noise(
 
     A reward is a small difference of two large sums, so one rounding of a sum is a large relative error of the reward
     and of all results computed from it. Eager torch's error may be small there by chance, so it does not bound the
-    allowed error. The derivative of a term by a reward is at most 1, and the second derivative at most 1/4.
+    allowed error. The bounds use that the derivative of a loss term by a reward is at most 1, and the second
+    derivative at most 1/4.
     """
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)
@@ -638,7 +640,7 @@ def assert_gradient_as_accurate(
 
     In half precision, one unit in the last place of a label's entry exceeds the sum of all other entries of a large
     vocabulary. So the relative error of the other entries is checked too. It may be ``factor`` times eager torch's
-    largest relative error, plus one unit in the last place of the entry and one of the exponent in it.
+    largest relative error, plus one rounding of the entry and one rounding of the exponent from which it is computed.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.

@@ -57,7 +57,7 @@ def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path: Path) -> None:
 
 
 def test_frames_of_a_variable_rate(tmp_path: Path) -> None:
-    """At each sampling time, the latest frame counts. Its time comes from the file."""
+    """At each sampling time, the latest earlier frame is taken, with its time from the file."""
     path = write_video(tmp_path / "a.mkv", 6, stamps=[0, 1, 2, 10, 12, 14], codec="ffv1")
     video = load_video(Video(str(path), fps=4.0))
     # 8 times in 1.875 s. Frame 2 is shown from 0.25 s to 1.25 s, at four of these times, and taken once.

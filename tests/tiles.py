@@ -199,7 +199,7 @@ LINEAR_OPTIONS = [{"recompute": True}, {"recompute": False}, {"frozen": True}, {
 
 
 def check_unseen_bad_label(name: str, backend: str, device: str = "cpu") -> None:
-    """Checks that an out-of-range label in a response without weight in the loss still makes the loss NaN.
+    """Checks that an out-of-range label makes the loss NaN, even in a response that no loss term uses.
 
     With a valid label in its place, the loss must be finite.
     """

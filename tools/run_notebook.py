@@ -1,6 +1,6 @@
 """Runs a notebook from top to bottom in an empty folder, and prints the output of its cells.
 
-python tools/run_notebook.py docs/notebooks/first_run.ipynb
+Usage: ``python tools/run_notebook.py docs/notebooks/first_run.ipynb``.
 """
 
 from __future__ import annotations

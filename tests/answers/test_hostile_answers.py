@@ -31,7 +31,7 @@ def _without_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def seconds_of(answer: str, truths: tuple[str, ...] = TRUTHS) -> dict[str, float]:
-    """Returns the CPU seconds of each extraction style and each matcher; the maximum over the truths."""
+    """Returns the CPU seconds of each extraction style and each matcher on an answer; the maximum over ``truths``."""
     seconds = {}
 
     def measure(name: str, call: object, *arguments: object) -> object:

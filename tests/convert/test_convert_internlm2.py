@@ -67,7 +67,10 @@ def write_tokenizer(folder: Path, *, dummy: bool = False, unused: int = 1, **cha
 
 
 def spm_ids(proto: Any, text: str) -> list[int]:
-    """Encodes text with SentencePiece's BPE: merges the pair with the best score, the leftmost among equals."""
+    """Encodes text with SentencePiece's BPE: merges the adjacent pair with the best score until no pair is left.
+
+    Among equal scores, the leftmost pair is merged first.
+    """
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     text = (" " if proto.normalizer_spec.add_dummy_prefix else "") + text

@@ -1,8 +1,8 @@
 """Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE ...]`` prints a table or fails.
 
-No innermost loop over logits or rows may spill: it may not access local memory. A kernel that is compiled for four
-blocks per multiprocessor has 64 registers, and may spill between its loops. In the code for sm_80 and sm_90 the main
-loop of token_logp must load, and those of logits_grad and exp_logits load and store, 128 bits at a time.
+Innermost loops over logits or rows must not spill registers, that is, access local memory. A kernel that is compiled
+for four blocks per multiprocessor has 64 registers, and may spill between its loops. In code for sm_80 and sm_90, the
+main loops must access 128 bits at a time: token_logp in loads, logits_grad and exp_logits in loads and stores.
 ``--json results/machine_code.json`` writes registers, spills and lengths of the main loops, for docs/performance.md.
 cuobjdump is taken from PATH or from the triton package.
 """
@@ -44,7 +44,7 @@ def find_cuobjdump() -> str | None:
 
 
 def _output(command: list[str], module: str) -> list[str]:
-    """Runs a command on each file of ``module``, a path list, and returns the lines that it prints."""
+    """Runs a command on each file in ``module``, separated by ``os.pathsep``. Returns the lines that it prints."""
     lines = []
     for file in module.split(os.pathsep):
         lines += subprocess.run([*command, file], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -63,7 +63,7 @@ def check_token_logp(rows: Rows, out: dict[str, np.ndarray], stats: int) -> None
 
 
 def check_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray, scale: float = 1.0) -> None:
-    """Checks a gradient of logits: each element may have its rounding error plus a float32 arithmetic error.
+    """Checks a gradient of logits. The allowed error is the rounding of its dtype and of float32 arithmetic.
 
     ``place`` has the layout of the gradient. Ignored rows must be 0, and rows with an invalid label NaN.
     """
@@ -275,7 +275,7 @@ def exact_pair_loss(
     state: tuple[float, float],
     **c: object,
 ) -> dict[str, np.ndarray]:
-    """Computes the loss of B pairs and its outputs in float64, from the definition."""
+    """Computes the loss of pairs and the other outputs of pair_loss in float64, from the definition."""
 
     def log_sigmoid(x: float) -> float:
         return -float(np.logaddexp(0, -x))

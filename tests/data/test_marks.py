@@ -1,4 +1,4 @@
-"""Tests image placeholders of other programs: ``<image 2>`` becomes image 2; unknown ones make a bad line."""
+"""Tests image placeholders of other programs: ``<image 2>`` stands for image 2; unknown placeholders are rejected."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,7 @@
-"""Runs programs in forked processes that inherit slow imports. Reads requests as JSON, and answers with exit codes."""
+"""Runs programs in forked processes, which need not repeat slow imports.
+
+Reads requests as JSON lines, and answers each with the exit code of its program.
+"""
 
 import json
 import os

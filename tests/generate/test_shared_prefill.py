@@ -1,4 +1,4 @@
-"""Tests that samples of one question share a prefill, and get the same tokens as when each has a separate row."""
+"""Tests that the samples of a question share one prefill, and get the same tokens as in separate rows."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import dataclasses

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def kill_in_step(step: int, module: str, *arguments: Any) -> None:
-    """Calls ``module.run_until_killed(*arguments)`` in a process that is killed before the optimizer step of ``step``.
+    """Calls ``module.run_until_killed(*arguments)`` in a process that is killed right before the update of ``step``.
 
     The function must train with transformers' Trainer. The arguments are passed as strings.
     """

@@ -2,7 +2,7 @@
 
     PYTHON tests/integrations/run_tests.py NAME PACKAGE[,PACKAGE] [arguments of pytest]
 
-``NAME`` names the entry in results/integrations.json. ``PACKAGE`` is a package to save the version of.
+``NAME`` names the entry in results/integrations.json. The entry also has the version of each ``PACKAGE``.
 """
 
 from __future__ import annotations

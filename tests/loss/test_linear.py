@@ -97,7 +97,7 @@ class Linear:
 
     @property
     def logit_noise(self) -> float:
-        """The unavoidable error of a logit: one rounding of the largest logit, before its terms cancel."""
+        """The unavoidable error of a logit: the machine epsilon times the largest sum of a logit's absolute terms."""
         return self.eps * float(self.exact_head.magnitude.max(initial=1.0))
 
 
@@ -208,7 +208,7 @@ def run_rows(
 
 
 def yardstick(case: Linear, backend: str) -> Linear:
-    """Returns the inputs for eager torch: converted to float32 for kernels, which do not round logits further."""
+    """Returns the inputs for eager torch: in float32 for kernels, because kernels do not round logits further."""
     if backend == "reference" or case.eps < 1e-8:
         return case
     widened = {name: tensor.float() for name, tensor in case.tensors.items()}

@@ -300,7 +300,7 @@ def pairs(seed: int, vocab: int = 24) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> list[float]:
-    """Runs three steps on two data-parallel ranks times two ranks that split the vocabulary or the sequences.
+    """Runs three steps on two data-parallel groups of two ranks, which split the vocabulary or the sequences.
 
     Returns for each step: the delta that the loss used, the value after the step, and the count.
     """

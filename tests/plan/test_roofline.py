@@ -1,4 +1,4 @@
-"""Tests the cost model against stages computed by hand and known operation counts; costs grow with every size."""
+"""Tests the cost model: stages computed by hand, operation counts of each method, and growth with every size."""
 
 from __future__ import annotations
 

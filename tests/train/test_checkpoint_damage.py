@@ -141,9 +141,7 @@ def test_no_damage_is_silent(
 def check_one(
     store: Checkpoints, accelerator: Any, older: Path, newest: Path, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Asserts that loading a damaged checkpoint fails and leaves the model unchanged, and that "auto" takes the
-    older.
-    """
+    """Asserts that a damaged checkpoint fails to load without side effects, and that "auto" takes the older one."""
     other = nn.Linear(8, 8)
     before = [parameter.detach().clone() for parameter in other.parameters()]
     with pytest.raises(CheckpointError):

@@ -185,7 +185,7 @@ _ASKED = [(2, {"model__lora": {"rank": 4, "dropout": 0.2}}), (3, {}), (1, {}), (
 def test_training_is_the_same_with_and_without_questions(
     stage: int, settings: dict[str, Any], job_of: Callable[..., Job], questions: Path
 ) -> None:
-    """``output.eval_generate``, whose questions are split over the ranks, does not change a bit of training."""
+    """Generating answers for ``output.eval_generate`` on all ranks leaves training unchanged, bit for bit."""
     name = f"asked-{stage}-{len(str(settings))}"
     generation = {"path": str(questions), "every": 2, "max_new_tokens": 5, "style": "direct", "prompt": "none",
                   "batch_size": 2, "matcher": {"kind": "number"}, "image_root": str(questions.parent)}  # fmt: skip

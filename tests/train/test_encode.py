@@ -226,7 +226,7 @@ def test_an_image_without_a_place_comes_first(family: Any, images: tuple[str, ..
 
 
 def test_nested_images_lie_as_the_model_flattens_them(images: tuple[str, ...]) -> None:
-    """Idefics3 computes equal features from one image of each of N rows, ``[N, 1, ...]``, and N images of one row."""
+    """Idefics3 gives equal features for N rows with one image, ``[N, 1, ...]``, and for one row with N images."""
     processor = idefics3()
     both = sample(Encoder(processor), Pair("?", "yes", "no", images[:2])).image_inputs
     assert both["pixel_values"].shape[1:] == (1, 3, 32, 32)

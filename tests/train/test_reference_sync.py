@@ -131,7 +131,7 @@ def run_here(recipe: Recipe, lines: list[dict[str, float]]) -> Trainer:
 
 
 class Two(nn.Module):
-    """A model with two parameters and a buffer. ``get_output_embeddings`` shows that it is not a wrapper."""
+    """A model with two parameters and a buffer; ``get_output_embeddings`` marks it as an unwrapped model."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         super().__init__()

@@ -150,9 +150,9 @@ def checkpoints(job: Job) -> dict[str, float | None]:
 
 
 def kill_repeatedly(name: str, job_of: Callable[..., Job], truth: Job, kills: int) -> Counter[str]:
-    """Kills and resumes runs until ``kills`` kills, and checks that each ends like the run ``truth``.
+    """Kills and resumes runs, ``kills`` times in all, and checks that each run ends like ``truth``.
 
-    A kill is right before a random event, or at a random time. Returns the number of kills of each kind.
+    Some kills are right before a random event, others at a random time. Returns the number of kills of each kind.
     """
     rng = random.Random(f"{name} {SEED}")
     events, seconds = int(truth.beside("events").read_text()), float(truth.beside("seconds").read_text())

@@ -56,7 +56,7 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def any_precision() -> Iterator[None]:
-    """Resets accelerate's state, which allows only one precision per process."""
+    """Resets accelerate's state before and after a test, because accelerate allows only one precision per process."""
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)

@@ -1,4 +1,4 @@
-"""Tests mpo_ext on models that transformers trained in their chat format: equal labels, and all answers right."""
+"""Tests mpo_ext on models that transformers alone has trained on chats: labels are equal, and all answers right."""
 
 import json
 from collections.abc import Callable, Sequence

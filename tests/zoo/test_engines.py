@@ -106,7 +106,7 @@ def test_the_end_of_the_turn_stops_both_engines(name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ENCODED)
 def test_sampled_ids_become_the_trained_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DropoutNTP continues a part of a response. The rejected response has the ids of both."""
+    """In DropoutNTP, a rejected response has the ids of its prefix, followed by the sampled ids."""
     family, ours, _, _ = engines(name, monkeypatch)
     chosen = (*family.responses, "The cat sat on the mat. It is red.")[0]
     rejected = chosen.replace("red", "blue").replace("7", "8")

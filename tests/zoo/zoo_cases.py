@@ -237,7 +237,7 @@ plain_texts = st.lists(st.sampled_from(PLAIN), min_size=1, max_size=3).map("".jo
 
 @st.composite
 def image_cases(draw: st.DrawFn, families: Sequence[str], images: int) -> ImageCase:
-    """Draws a conversation with at least one image, at any place in the user's turns. ``images`` is their number."""
+    """Draws a conversation with one or more of ``images`` images, at any places in the user's turns."""
     part = st.one_of(plain_texts, st.integers(0, images - 1))
     turns: list[tuple[str, tuple[str | int, ...]]] = []
     for _ in range(draw(st.integers(0, 1))):

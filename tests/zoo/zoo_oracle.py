@@ -134,7 +134,7 @@ def _adds_special_tokens(processor: Any, text: str) -> bool:
 def _without_white_end(
     processor: Any, messages: Sequence[Mapping[str, Any]], suffix: int, kwargs: Mapping[str, Any]
 ) -> Iterator[list[int]]:
-    """Yields the ids of the conversation, then again each time after removing one white-space character at its end."""
+    """Yields the token ids of the conversation, and again after removing each white-space character at its end."""
     text = _text(processor, messages, kwargs)
     tokenizer = getattr(processor, "tokenizer", processor)
     special = _adds_special_tokens(processor, text)
