@@ -77,7 +77,7 @@ def module(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) 
 
 
 def _mangled_pair(dtype: str, grad_dtype: str) -> str:
-    """Returns the mangled template arguments <dtype, grad_dtype>; C++ mangling abbreviates a repeated class type."""
+    """Returns the first two mangled template arguments; C++ mangling abbreviates a class type that is repeated."""
     second = _MANGLED[grad_dtype] if dtype != grad_dtype else "f" if dtype == "float32" else "S"
     return _MANGLED[dtype] + second
 

@@ -1,4 +1,4 @@
-"""Tests a transformers Trainer with MPOLossMixin against MPO in plain float64 torch, and that it resumes."""
+"""Tests a transformers Trainer with MPOLossMixin against MPO in plain float64 torch; also kills and resumes it."""
 
 from __future__ import annotations
 

@@ -222,13 +222,13 @@ def eager_gradients(case: Linear, logits: Tensor, by_logits: Tensor, tensors: di
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Reference gradients of hidden, weight and bias, and sizes that bound the allowed errors.
+    """Reference gradients of hidden, weight and bias, and sizes from which the allowed errors are computed.
 
     Attributes:
         exact: Gradients of the oracle.
         eager: Gradients of eager torch.
         size: Gradients with the absolute value of each term.
-        share: Like ``size``, for a weight of 1 in each row with a gradient.
+        share: Like ``size``, with a weight of 1 in each row that has a gradient.
         certain: Like ``size``, with only the terms of the labels, as if each label had probability 0.
     """
 

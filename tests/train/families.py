@@ -419,7 +419,7 @@ def samples_of(family: str) -> list[Sample]:
 
 
 def image_rows(samples: Sequence[Sample]) -> int:
-    """Returns the number of images or tiles in the samples' pixel values."""
+    """Returns the number of rows of the samples' pixel values: images, tiles or patches."""
     return sum(
         value.shape[0] * (value.shape[1] if value.ndim == 5 else 1)
         for one in samples

@@ -33,7 +33,7 @@ def llava_onevision() -> nn.Module:
 def onevision_images(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     """Returns token ids and inputs of 8 x 8 images in LLaVA-OneVision's format.
 
-    A single image gets ten image tokens, because its tiles are used too; each of several images gets five.
+    A single image gets ten image tokens, because it is also used as a tile; each of several images gets five.
     """
     pixels = torch.randn(count, 2, 1, 8, 8, generator=generator)
     inputs = {"image_sizes": torch.full((count, 2), 8), "batch_num_images": torch.tensor([count])}

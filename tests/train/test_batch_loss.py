@@ -147,7 +147,7 @@ def test_settings_that_do_not_go_together_are_named(values: dict[str, Any], mess
 
 
 def test_on_step_ends_a_run(tmp_path: Path, pairs: Path) -> None:
-    """The run ends as after its last step: with a checkpoint, a log line and the final model."""
+    """``on_step`` ends the run at step 3; the run still writes a checkpoint, a log line and the final model."""
     model, processor = digits_run.tiny()
     recipe = digits_run.recipe(tmp_path / "run", pairs, optim__epochs=5, output__log_every=100)
     seen: list[int] = []
