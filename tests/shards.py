@@ -1,4 +1,4 @@
-"""Checks the operators on shards of the vocabulary; the tests of all backends use it."""
+"""Checks the operators on shards of the vocabulary, for the tests of all backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks that the tests of all backends share: logits in vocabulary tiles, and the loss from hidden states."""
+"""Check functions for the tests of all backends: logits in vocabulary tiles, and the loss from hidden states."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Writes small video files with PyAV. The grey value of a frame identifies it."""
+"""Writes small video files with PyAV, in which the grey value of a frame identifies the frame."""
 
 from collections.abc import Sequence
 from fractions import Fraction

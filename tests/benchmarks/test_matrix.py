@@ -1,4 +1,7 @@
-"""Tests tools/matrix.py and its table: a cell that cannot run gives a reason, and each cell's result is saved."""
+"""Tests tools/matrix.py, which tests pairs of Python and torch versions, and its table.
+
+A pair that cannot run gets a reason, and the result of each pair is saved.
+"""
 
 import json
 import subprocess

@@ -26,7 +26,7 @@ _CHECKED_WITH = re.compile(r"<!-- checked with: (?P<words>[^>]*\S) -->")
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block.
+    """A fenced code block of a documentation page.
 
     Attributes:
         page: Path of the page from the root of the repository.

@@ -49,7 +49,7 @@ ALL = ("hidden", "weight", "bias")
 
 @pytest.fixture(params=MODES)
 def mode(request: pytest.FixtureRequest) -> str:
-    """Returns a key of ``MODES``: "recompute" or "keep" the logits for the backward pass, or "frozen" head weights."""
+    """Returns a key of ``MODES``: the backward pass recomputes the logits, uses kept logits, or has a frozen head."""
     return request.param
 
 

@@ -268,7 +268,7 @@ def test_random_cases_equal_one_process(pool: RankPool) -> None:
 
 
 def same_bits(rank: int, seeds: range) -> list[dict[str, Tensor]]:
-    """Checks that two runs give the same bits. Returns the results that must agree on all ranks."""
+    """Checks that two runs give the same bits. Returns the results that must be equal on all ranks."""
     shared = []
     for seed in seeds:
         case = make_case(seed)

@@ -137,7 +137,7 @@ def out_of_memory() -> None:
 
 
 def test_a_reward_shift_keeps_its_memory() -> None:
-    """A CUDA graph needs this: a replay reads and writes the memory addresses of the capture."""
+    """The shift must keep its memory, because a replayed CUDA graph reads and writes the addresses of its capture."""
     logits, labels, ref_logp = torch.randn(2, 3, 7), torch.ones(2, 3, dtype=torch.int64), torch.tensor([-9.0, -4.0])
     for options in ({}, {"mode": "ema"}, {"per": "optimizer_step", "update": "after"}):
         shift = RewardShift(**options)

@@ -18,7 +18,7 @@ Accuracies = Mapping[str, Mapping[int, float] | float]  # by row: by seed, or th
 
 
 def make_document(cot: Accuracies, seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **more: Accuracies) -> dict[str, Any]:
-    """Returns a study result file with only the rows in ``cot`` measured; accuracies are in percent.
+    """Returns the contents of a study result file with only the rows in ``cot`` measured; accuracies are in percent.
 
     ``more`` has other quantities: "direct", "hallucinated" and "unparsable".
     """

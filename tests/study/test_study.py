@@ -41,7 +41,9 @@ def make_result(seed: int, row: str, cot: float, direct: float = 0.1, **more: An
 
 
 def make_document(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
-    """Returns a study result file. All rows have equal results, except those that the tests below compare."""
+    """Returns the contents of a study result file. The rows have equal results, except those that the tests
+    compare.
+    """
     results = []
     for seed in seeds:
         for row in (START, *perception.ROWS):
@@ -284,7 +286,10 @@ def test_a_run_that_is_listed_twice_is_rejected() -> None:
 
 
 def make_prior_document(gains: dict[int, float]) -> dict[str, Any]:
-    """Returns a result file of the task "language-prior". ``gains`` maps a seed to MPO's advantage over SFT."""
+    """Returns the contents of a result file of the task "language-prior".
+
+    ``gains`` maps a seed to MPO's advantage over SFT.
+    """
     task, results = language_prior.TASK, []
     for seed, gain in gains.items():
         for row in (*task.starts, *task.rows):
@@ -388,7 +393,10 @@ def test_verdicts_are_corrected_for_their_number() -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch):
-    """Replaces the study's runs by instant ones. Returns a list of the runs (seed, row), and a set of rows to fail."""
+    """Replaces the study's runs by instant ones.
+
+    Returns a list that collects (seed, row) of each run, and a set to which tests add rows that must fail.
+    """
     asked: list[tuple[int, str]] = []
     failing: set[str] = set()
 

@@ -27,7 +27,7 @@ EVALUATION = {
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """Replaces the study's runs by instant ones. Returns a list of the runs (seed, row)."""
+    """Replaces the study's runs by instant ones. Returns a list that collects (seed, row) of each run."""
     runs_asked: list[tuple[int, str]] = []
 
     def task(folder: Path, settings: PriorSettings, row: str) -> dict[str, Any]:

@@ -408,7 +408,7 @@ def sample(
 
 
 def samples_of(family: str) -> list[Sample]:
-    """Returns four pairs of unequal lengths: two with one prompt with two images, one with an image, one without."""
+    """Returns four pairs of unequal lengths: two share a prompt with two images, one has an image, one has none."""
     some = 1 if ALL[family].images else 0
     return [
         sample(family, 1, prompt=9, text=8, chosen=6, rejected=3, images=2 * some),

@@ -48,7 +48,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Replaces the model card, which is slow to draw. Returns a list of the arguments that it is called with."""
+    """Replaces the model card, which is slow to draw. Returns a list that collects the arguments of each card."""
     written: list[Any] = []
     monkeypatch.setattr(model_card, "write_card", lambda folder, **values: written.append(values))
     return written

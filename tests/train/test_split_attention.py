@@ -1,6 +1,6 @@
 """Tests split attention: loss and gradients equal those of the dense mask and of separate rows.
 
-Split attention does not build a mask of the row.
+Split attention does not build a mask for the whole row.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class CompiledTriton:
 
 
 def compile_triton(jit_fn, signature, constexprs=None, arch=80, num_warps=4, num_stages=None, aligned=(), **options):
-    """Compiles a @triton.jit function ahead of time.
+    """Compiles a @triton.jit function ahead of time. Returns a CompiledTriton.
 
     signature: {argument: "*bf16" | "i32" | "fp32" | ... | "constexpr"}; arguments
     named in constexprs may be left out.

@@ -100,7 +100,7 @@ def _bar(m, ins):
         raise ValueError("barrier number")
 
     def result(flags, slot):
-        """Reduces the predicates of the barrier's participants, for each resident block (slot)."""
+        """Combines the predicates of the threads at a barrier, for each resident block (slot)."""
         yes = np.bincount(slot[flags], minlength=m.R)
         return yes if op_name == "popc" else yes > 0 if op_name == "or" else yes == np.bincount(slot, minlength=m.R)
 
