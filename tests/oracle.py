@@ -52,7 +52,7 @@ def wide(tensor: Tensor | Array) -> Array:
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
     """Returns the machine epsilon of the accumulation dtype: float64 for float64 logits, otherwise float32.
 
-    A numpy dtype is that of exact logits; long double then stands for float64 logits.
+    Exact logits have a numpy dtype, and long double if they were computed from float64.
     """
     is_double = dtype == (torch.float64 if isinstance(dtype, torch.dtype) else np.longdouble)
     return torch.finfo(torch.float64 if is_double else torch.float32).eps

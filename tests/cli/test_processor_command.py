@@ -51,7 +51,7 @@ def save(
         folder: Where to save.
         template: Chat template.
         rows: Number of rows of the embedding; None: one more than the tokenizer has tokens.
-        stop: Id of the stop token; None: that of <|im_end|>.
+        stop: Id of the stop token; None: the id of <|im_end|>.
         tokenizer: Tokenizer to save; None: a Qwen2 tokenizer.
     """
     kind = "Qwen2" if tokenizer is None else "Granite"  # transformers rebuilds the tokenizers of Qwen2

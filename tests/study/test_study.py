@@ -41,9 +41,7 @@ def make_result(seed: int, row: str, cot: float, direct: float = 0.1, **more: An
 
 
 def make_document(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
-    """Returns the contents of a study result file. The rows have equal results, except those that the tests
-    compare.
-    """
+    """Returns the contents of a study result file. Rows have equal results unless the tests compare them."""
     results = []
     for seed in seeds:
         for row in (START, *perception.ROWS):

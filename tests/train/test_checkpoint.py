@@ -747,7 +747,7 @@ def test_an_export_of_a_model_with_images_is_what_was_trained(accelerator: Any, 
 
 @pytest.fixture
 def adapted(tmp_path: Path) -> nn.Module:
-    """Returns a model with adapters whose base was loaded from a folder."""
+    """Returns a model with adapters. Its base model was loaded from a folder."""
     tied().save_pretrained(tmp_path / "base")
     return with_adapters(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
 

@@ -1,4 +1,4 @@
-"""Tests the check of a run's first batch: it reports nothing for correct batches, and names the mistake in others."""
+"""Tests the check of a run's first batch: it accepts correct batches, and names the mistake in wrong batches."""
 
 import dataclasses
 import json

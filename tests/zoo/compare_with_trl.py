@@ -1,7 +1,7 @@
-"""Compares each family's token ids with those of TRL's DPOTrainer. Run by hand with ``make zoo-trl``.
+"""Compares each family's token ids with the ids of TRL's DPOTrainer. Run by hand with ``make zoo-trl``.
 
-TRL tokenizes the prompt and the whole conversation, like mpo_ext. Its response begins where the two differ. It ends
-with the conversation, and includes the white space that the template writes there.
+TRL tokenizes the prompt and the whole conversation, like mpo_ext. TRL's response begins at the first token where they
+differ. It ends with the conversation, including the white space that the template writes there.
 """
 
 import collections

@@ -383,7 +383,7 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """The shared memory of all resident blocks: one byte array, of which each block has an equal part."""
+    """The shared memory of all resident blocks: one byte array with an equal part for each block."""
 
     def __init__(self, nslots, size, ranges, check_poison=False, check_races=False, banks=True):
         self.size = size

@@ -61,7 +61,9 @@ class Module:
         return [f.name for f in self.parsed.functions.values() if f.entry]
 
     def kernel(self, name=None):
-        """Returns the kernel called name, or else the only kernel whose name contains name; None: the only kernel."""
+        """Returns the kernel with this name, or the only kernel that contains it in its name; None: the only
+        kernel.
+        """
         names = self.entries
         hits = [n for n in names if name is None or n == name] or [n for n in names if name in n]
         if len(hits) != 1:
