@@ -378,9 +378,7 @@ def test_a_run_logs_the_loss_and_trains_on_it(folder: Path, capsys: pytest.Captu
 
 
 def test_accumulation_has_the_gradient_of_one_micro_batch_up_to_the_use_of_experts(folder: Path) -> None:
-    """The other loss terms agree exactly. The router loss differs slightly: it uses the expert load per
-    micro-batch.
-    """
+    """The other loss terms agree exactly. The router loss differs slightly: it uses a micro-batch's expert load."""
     coef = {"loss__router_aux_loss_coef": 1.0, "reward_shift__mode": "fixed"}
     whole, parts = (run(folder, f"{size}", optim__micro_batch_size=size, **coef)[0] for size in (6, 1))
     assert parts["dpo_loss"] == pytest.approx(whole["dpo_loss"], rel=1e-5)

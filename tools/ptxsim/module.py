@@ -61,7 +61,7 @@ class Module:
         return [f.name for f in self.parsed.functions.values() if f.entry]
 
     def kernel(self, name=None):
-        """Returns the kernel with this name, or the only kernel that contains it in its name; None: the only
+        """Returns the kernel with this name, or the only kernel with it as a part of its name; None: the only
         kernel.
         """
         names = self.entries
