@@ -61,8 +61,9 @@ class Module:
         return [f.name for f in self.parsed.functions.values() if f.entry]
 
     def kernel(self, name=None):
-        """Returns the kernel with this name, or the only kernel with it as a part of its name; None: the only
-        kernel.
+        """Returns a kernel of the module.
+
+        name: the kernel's name, or a part of exactly one kernel's name; None: the module's only kernel.
         """
         names = self.entries
         hits = [n for n in names if name is None or n == name] or [n for n in names if name in n]
