@@ -1,4 +1,4 @@
-"""The facts of ``mpo-ext doctor`` for builds other than the one under test."""
+"""Tests what ``mpo-ext doctor`` reports for other builds of the compiled module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def facts(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 
 
 def fake_build(monkeypatch: pytest.MonkeyPatch, **attributes: object) -> None:
-    """Replaces attributes of the compiled module."""
+    """Replaces attributes of the compiled module, to imitate another build."""
     compiled = native.compiled()
     module = SimpleNamespace(**{name: getattr(compiled, name) for name in dir(compiled)} | attributes)
     monkeypatch.setattr(native, "compiled", lambda: module)

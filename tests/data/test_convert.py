@@ -1,4 +1,4 @@
-"""Conversions between all formats, and writers that fail."""
+"""Tests conversions between all formats, and the errors of writers."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ from mpo_ext.images import ImageError
 
 
 def assert_same_mmpr(meta: Path, other: Path) -> None:
-    """Asserts that the lines are equal byte for byte, and the settings equal except ``annotation``."""
+    """Asserts that two MMPR datasets have equal lines, byte for byte, and equal settings except ``annotation``."""
     assert [subset.name for subset in read_meta(meta)] == [subset.name for subset in read_meta(other)]
     for one, two in zip(read_meta(meta), read_meta(other), strict=True):
         assert Path(one.annotation).read_bytes() == Path(two.annotation).read_bytes()

@@ -1,4 +1,4 @@
-"""MPOTrainer and the patch of TRL against TRL's own DPOTrainer and against MPO in plain float64 torch."""
+"""Tests MPOTrainer and the patch of TRL against TRL's DPOTrainer and against MPO in plain float64 torch."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_patched_trainer_has_the_reward_shift_that_the_patch_asks_for(
 
 
 class Recorder:
-    """A collator that keeps the token ids of its batches."""
+    """A collator that records the token ids of its batches."""
 
     def __init__(self, collator: Any) -> None:
         self.collator, self.batches = collator, []

@@ -1,4 +1,4 @@
-"""Mixtures: lines of several sources, the draws of an epoch, and the inspection of sources."""
+"""Tests mixtures of data sources: their lines, the samples of an epoch, and the inspection of the sources."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ def pairs_file(path: Path, count: int, name: str = "q") -> SourceRecipe:
 
 
 def meta_file(folder: Path, subsets: dict[str, tuple[int, float]]) -> SourceRecipe:
-    """Writes an MMPR meta file; each subset has a number of lines and a repeat_time."""
+    """Writes an MMPR meta file. ``subsets`` maps a name to (number of lines, repeat_time)."""
     entries = {}
     for name, (count, repeat) in subsets.items():
         lines = [

@@ -1,4 +1,4 @@
-"""Tests a run besides its arithmetic: adapters, frozen parts, other families, bad input, and the files it writes."""
+"""Tests a run besides its arithmetic: adapters, frozen parts, model families, bad input, and written files."""
 
 import json
 import math
@@ -317,7 +317,7 @@ def test_a_model_with_other_image_tokens_than_the_processor_is_an_error(tmp_path
 
 
 def poison(model: nn.Module, calls: set[int]) -> None:
-    """Makes the hidden states NaN in some forwards of training."""
+    """Makes the hidden states NaN in the training forwards ``calls``, counted from 1."""
     count = 0
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
