@@ -72,8 +72,7 @@ class ChatEncoder:
     """Turns conversations and responses into token ids, and token ids into responses. Instances can be pickled.
 
     The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``. The ids
-    of a response are the ids that follow the prompt in the whole conversation, up to and including the token that ends
-    the turn. Text that the template writes after this token, such as a line break, belongs to no response.
+    of a response follow the prompt in the whole conversation. They end with the token that ends the turn.
 
     In five cases, the encoder deviates from the template. ``notices`` names the cases that hold for all conversations:
 
@@ -85,7 +84,7 @@ class ChatEncoder:
       the encoder puts the opening tag before the response.
     - If the tokenizer merges the end of the prompt with the beginning of the response, the encoder tokenizes the
       response separately.
-    - If the tokenizer adds tokens at the end of every text (``add_eos_token``), the encoder removes them.
+    - If the tokenizer adds tokens at the end of every text, the encoder removes them.
 
     Args:
         processor: The model's processor, or the tokenizer of a text model.

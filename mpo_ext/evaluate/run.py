@@ -48,15 +48,13 @@ def evaluate(
     """Asks every model every question with every prompt template, and writes the results into a folder.
 
     Args:
-        models: Models by their name in the results. A model is a folder (of a whole model, of adapters, or of a
-            training run with a subfolder ``final``), a name on the hub, or an engine. The models are loaded one after
-            the other.
+        models: Models by their name in the results. A model is a folder (a model, adapters, or a training run with
+            ``final/``), a name on the hub, or an engine. The models are loaded one after the other.
         data: Files of questions by their name in the results; ``item_files`` describes the kinds of files.
         out: Folder of the evaluation.
         config: Prompts, sampling and matcher; None: the default ``EvaluationConfig``.
         limit: Maximum number of questions per file; None: all questions.
-        image_root: Folder at which relative image paths start. A meta file (.json), which lists files of questions,
-            sets a folder for each of them instead.
+        image_root: Folder at which relative image paths start. A meta file (.json) names its own folders instead.
         root_map: (old, new) path prefixes, for folders in meta files that have moved.
         system: System prompt of the questions that have none; None: no system prompt.
         exports: Evaluation toolkits, "vlmevalkit" or "lmms-eval". Predictions are also written in their formats.
