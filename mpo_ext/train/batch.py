@@ -29,9 +29,9 @@ class Batch:
             chosen responses come first, and images are stored once for both rows of a pair. "shared": each row is
             ``[prompt | chosen | rejected]``. Pairs with the same prompt share a row, ``[prompt | chosen | rejected |
             chosen | rejected ...]``. If a rejected response has other images than the chosen response, its prompt has
-            a separate row. "packed": the rows of "shared", joined to a single row without padding; needs split
-            attention. "masked": the rows of "shared", always with a dense attention mask. "shared" uses this mask only
-            if the model lacks split attention.
+            a separate row. "packed": the rows of "shared", joined to a single row without padding. The model must
+            support split attention (``use_split_attention``). "masked": the rows of "shared", always with a dense
+            attention mask. "shared" uses this mask only if the model does not support split attention.
         inputs: Keyword arguments of the model, without attention masks: ``input_ids`` ``[R, L]`` (R sequence rows of L
             tokens), ``position_ids`` if the layout needs them, other inputs per token, ``pixel_values`` ...
         segments: ``[R, L]`` int32: 0 for a prompt, 1, 2, ... for the responses to this prompt, -1 for padding.
@@ -46,11 +46,12 @@ class Batch:
         digests: ``Sample.digest`` of each pair.
         copies: 2 if all prompts go through the model twice with the same images, once for each response of a pair
             (layout "separate"); otherwise 1.
-        segment_lengths: For each row, a tuple for each of its prompts: the number of tokens of the prompt, followed by
+        segment_lengths: For each row and each prompt in it, a tuple: the number of tokens of the prompt, followed by
             the numbers of tokens of its non-empty responses. ``()`` for an empty prompt. Only the layout "packed" has
             several prompts in a row.
-        image_blocks: For each row, a tuple for each of its prompts: the start and the end (exclusive) of each run of
-            image tokens. Image tokens have type 1 in ``token_type_ids``. Empty if the model does not take this input.
+        image_blocks: For each row and each prompt in it, a tuple of ``(start, end)`` for the runs of image tokens, as
+            token indices in the prompt, with ``end`` exclusive. Image tokens have type 1 in ``token_type_ids``.
+            Empty if no prompt has this input.
     """
 
     layout: RowLayout
@@ -67,7 +68,10 @@ class Batch:
     image_blocks: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
 
     def with_merged_responses(self) -> "Batch":
-        """Returns a copy of the batch in which the responses to a prompt are one segment and attend to each other."""
+        """Returns a copy of the batch in which the responses to a prompt are one segment and attend to each other.
+
+        ``check_shared_prefix`` uses the copy to measure the effect of a broken mask.
+        """
         lengths = tuple(
             tuple((prompt[0], sum(prompt[1:])) if len(prompt) > 1 else prompt for prompt in row)
             for row in self.segment_lengths
@@ -300,7 +304,7 @@ def collate(
 
 
 def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor | None]]:
-    """Returns token ids and target mask of both responses. ``with_rejected=False`` empties the rejected response."""
+    """Returns token ids and targets of both responses. If ``with_rejected`` is False, the rejected one is empty."""
     chosen = (sample.chosen_ids, sample.chosen_targets)
     return [
         chosen,

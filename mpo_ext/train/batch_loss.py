@@ -36,8 +36,8 @@ class BatchLoss:
         routers: Auxiliary loss of the policy's mixture-of-experts routers; None: no such loss.
 
     Attributes:
-        first_batch: Check of the micro-batches of the first step. While it is set, each call checks its micro-batch.
-            None: no check.
+        first_batch: Check that each call runs on its micro-batch; None: no check. The trainer sets it for the first
+            step only.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class BatchLoss:
 def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, world_size: int) -> MPOConfig | None:
     """Returns the loss settings for a micro-batch, with scaled weights of the loss terms.
 
-    Each weight is multiplied by the fraction of the step that the micro-batch contributes to this term, such as its
-    fraction of the pairs; see ``loss.average_over``. Each weight is also multiplied by ``world_size``, because
+    Each weight is multiplied by the micro-batch's fraction of the step, such as its fraction of the step's pairs. The
+    setting ``loss.average_over`` defines the fraction. Each weight is also multiplied by ``world_size``, because
     accelerate averages gradients over the ranks.
 
     Args:
         recipe: The recipe of the run.
-        counts: Sizes of the micro-batch; None for a dummy batch.
+        counts: Sizes of the micro-batch; None for a dummy batch (``RunData.dummy_batch``).
         size: Size of the step over all ranks.
         world_size: Number of ranks.
 
@@ -145,16 +145,16 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
 
 
 def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size: StepSize, world_size: int) -> float:
-    """Returns the weight of the auxiliary router loss for a micro-batch; 0 for a dummy batch.
+    """Returns the weight of the auxiliary router loss for a micro-batch.
 
-    The weight is ``coef * world_size`` times a fraction. With ``average_over="step"``, this is the fraction of the
-    step's routed tokens that are in the micro-batch. With ``average_over="micro_batch"``, it is the fraction that
-    ``weighted_config`` uses for the preference terms.
+    The weight is ``coef * world_size`` times the micro-batch's fraction of the step. With ``average_over="step"``,
+    this is its fraction of the step's routed tokens. With ``average_over="micro_batch"``, it is the fraction that
+    ``weighted_config`` uses for the DPO and BCO terms.
 
     Args:
         recipe: The recipe of the run.
         coef: Weight of the router loss in the loss of a step.
-        counts: Sizes of the micro-batch; None for a dummy batch.
+        counts: Sizes of the micro-batch; None for a dummy batch (``RunData.dummy_batch``), whose weight is 0.
         size: Size of the step over all ranks.
         world_size: Number of ranks.
     """
@@ -170,11 +170,11 @@ def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size:
 
 
 def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, counts: BatchCounts) -> MPOOutput:
-    """Returns ``out`` with its ``ntp_loss`` averaged as ``recipe.ntp_average`` says, for the log.
+    """Returns ``out`` with the ``ntp_loss`` for the log, averaged as ``recipe.ntp_average`` says.
 
     Args:
         out: Output of the loss for a micro-batch.
-        used: Settings with which ``out`` was computed; its ``ntp_average`` may differ.
+        used: Settings with which ``out`` was computed. Their ``ntp_average`` may differ from that of ``recipe``.
         recipe: Loss settings of the recipe.
         counts: Sizes of the micro-batch.
     """

@@ -115,7 +115,7 @@ def _digest_of(values: Any) -> str:
 
 
 def file_digests(accelerator: Any, folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Returns the SHA-256 by name of the files that this rank hashes. The files are divided among the ranks."""
+    """Returns the SHA-256 of this rank's part of the files, by name. The files are divided among the ranks."""
     return {
         name: _file_digest(folder / name) for name in names[accelerator.process_index :: accelerator.num_processes]
     }

@@ -212,7 +212,10 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
 
 
 def _all_lines(lines: int, epoch: int) -> np.ndarray:
-    """Returns the line indices from 0 to ``lines - 1`` for any epoch. ``StepSampler`` needs such a function."""
+    """Returns the line indices from 0 to ``lines - 1``.
+
+    ``StepSampler`` calls the function with the number of an epoch; the result is the same for all epochs.
+    """
     return np.arange(lines)
 
 
@@ -225,7 +228,7 @@ class RunData:
         sampler: Assigns the training pairs to steps and ranks.
         total_steps: Number of steps of the run.
         eval_mixture: Evaluation pairs, or None.
-        dummy: Sample from which dummy batches are made; None before the call of ``set_dummy``.
+        dummy: Sample from which ``dummy_batch`` makes its batch; None before the call of ``set_dummy``.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any, encoder: Encoder, collator: Collator) -> None:
@@ -289,7 +292,7 @@ class RunData:
             yield self.dummy_batch(), None
 
     def dummy_batch(self) -> Batch:
-        """Returns a batch without labels. A rank runs it if other ranks have more micro-batches."""
+        """Returns a dummy batch, whose labels are all -100. A rank runs it if other ranks have more micro-batches."""
         assert self.dummy is not None
         return self.collator([self.dummy])
 

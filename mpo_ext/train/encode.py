@@ -86,7 +86,7 @@ class SkippedPair:
 
     Attributes:
         name: File and line number of the pair.
-        reason: ``TOO_LONG``, ``NO_ROOM``, ``EQUAL`` or ``EQUAL_CUT``.
+        reason: Text of the reason, one of the constants of this module, such as ``TOO_LONG``.
         detail: Text with the numbers of tokens, for messages.
     """
 
@@ -234,7 +234,10 @@ class Encoder:
         )
 
     def _rejected_prompt(self, pair: Pair, conversation: Conversation, name: str) -> Sample | None:
-        """Returns the prompt with ``pair.rejected_images`` as a sample without responses; None if there are none."""
+        """Returns the prompt with ``pair.rejected_images``, as a sample without responses.
+
+        Returns None if both responses have the same images.
+        """
         if not pair.has_other_images:
             return None
         ids, token_inputs, image_inputs = self._prompt(

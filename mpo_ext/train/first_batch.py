@@ -21,8 +21,9 @@ _IGNORE_INDEX = MPOConfig().ignore_index
 class FirstBatchCheck:
     """Checks the micro-batches of the first step for mistakes in the labels and the log-probs.
 
-    In each micro-batch, labels must be valid indices of the output head. In the first micro-batch, labels are also
-    compared with tokens. If the reference is the starting state of the policy, their log-probs are compared, too.
+    In each micro-batch, labels must be valid indices of the output head. In the first micro-batch, the labels are also
+    compared with the input tokens. If the reference is the starting state of the policy, the log-probs of policy and
+    reference are compared, too.
 
     Attributes:
         findings: Probable mistakes that this rank has found.
@@ -74,7 +75,7 @@ class FirstBatchCheck:
         """Prints the findings of all ranks as warnings. All ranks must call this method.
 
         Raises:
-            LinesError: If no label of the first step is trained, or a label is out of range.
+            LinesError: If all labels of the first step are -100, or a label is out of range.
         """
         ranks = gather(accelerator, (self.findings, self._n_labels, self._names))
         findings = dict.fromkeys(str(finding) for findings, *_ in ranks for finding in findings)

@@ -1,10 +1,13 @@
 """Attention on a CPU for rows with several responses to a prompt, by kernel calls without a mask.
 
-The flash kernel of SDPA on the CPU aligns causal attention to the first key. A causal call for the queries of a second
-response over the keys of prompt and response would therefore need a mask. This module uses two kinds of calls instead.
-In a causal call, each response attends to itself. In a call without a mask, all responses attend to their prompt. The
-two results are averaged with the weights ``exp(lse - joint lse)``, where lse is the log-sum-exp of the scores of a
-query. In backward, each kernel call takes the joint result and the joint log-sum-exp, which gives the exact gradients
+The tokens of a second response attend to the prompt and to earlier tokens of the response. A single causal call of
+SDPA's flash kernel on the CPU cannot compute this, because the kernel aligns the first query to the first key. This
+module makes two kinds of calls instead. In a causal call, each response attends to itself. In a call without a mask,
+all responses attend to their prompt.
+
+Both calls return lse, the log-sum-exp of the scores of each query. The log-sum-exp over all keys is
+``joint = logaddexp(lse_1, lse_2)``, and the output is the sum of both results with the weights ``exp(lse_i - joint)``.
+In backward, each kernel call takes the output and the log-sum-exp over all keys, which gives the exact gradients
 (FlashAttention-2, arXiv 2307.08691, section 3.1).
 """
 

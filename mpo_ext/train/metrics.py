@@ -74,8 +74,9 @@ def means(
     Most metrics are means over pairs. ``reward_accuracy`` is the fraction of pairs whose chosen reward is strictly
     higher than the rejected reward, as in TRL. It has no meaning while the policy equals the reference, because all
     rewards are then 0 except for rounding. The next-token loss is a mean over chosen tokens or chosen responses
-    (``ntp_average``). Entropy and top1 are means over labelled tokens. ``weights`` are the weights of the DPO, BCO and
-    next-token terms in the loss, and ``router_coef`` is the weight of the auxiliary router loss.
+    (``ntp_average``). ``entropy`` and ``top1`` (whether the label has the largest logit) are means over labelled
+    tokens. ``weights`` are the weights of the DPO, BCO and next-token terms in the loss, and ``router_coef`` is the
+    weight of the auxiliary router loss.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)

@@ -71,7 +71,8 @@ class SourceOverview:
         images: Number of different image and video files in the read pairs.
         missing: Number of different image and video files that do not exist.
         pairs_missing: Number of read pairs with at least one missing file, without the pairs counted in ``misplaced``.
-        stored_in: Folder to which images are written that rows hold as bytes; "" if no read pair has such an image.
+        stored_in: Folder of the image files that were written from bytes in the rows; "" if no read pair has such an
+            image.
         examples: Messages for the first bad lines and missing images.
     """
 

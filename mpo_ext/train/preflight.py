@@ -23,7 +23,8 @@ def check_needs(recipe: Recipe) -> None:
     Raises:
         ImportError: If the only problem is a package that is not installed.
         OSError: If the only problem is a path that cannot be read or written.
-        ValueError: If the only problem is the value of a setting. With several problems, its subclass ``LinesError``.
+        ValueError: If the only problem is the value of a setting.
+        LinesError: If there are several problems. The class is a subclass of ``ValueError``.
     """
     errors = []
     for check in _checks(recipe):

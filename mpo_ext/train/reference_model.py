@@ -79,9 +79,10 @@ class CopyReference:
 
     @torch.no_grad()
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Updates the parameters towards the policy, computed in at least float32. Buffers do not change, as in TRL.
+        """Updates the parameters towards the policy. Buffers do not change, as in TRL.
 
-        Each rank updates the tensors that it holds: the whole model under DDP, its shards under FSDP2.
+        The new values are computed in at least float32. Each rank updates the tensors that it holds: the whole model
+        under DDP, its shards under FSDP2.
         """
         target, source = unwrap_model(self.model), unwrap_model(policy)
         for model in (target, source):

@@ -140,7 +140,7 @@ def _matches(spec: Any, name: str, module: nn.Module) -> bool:
 
 
 def _unknown_loss(model: nn.Module, routers: Sequence[Router]) -> str | None:
-    """Returns why ``RouterLoss`` is not the auxiliary loss of this model in transformers; None if it is."""
+    """Returns why ``RouterLoss`` does not match the model's auxiliary loss in transformers; None if it matches."""
     owner = next(kind for kind in routers[0].owner.__mro__ if "_can_record_outputs" in vars(kind))
     function = getattr(sys.modules[owner.__module__], "load_balancing_loss_func", None)
     if function is None:
@@ -162,8 +162,8 @@ def _recorder(position: int, logits: list[Tensor]) -> Any:
 class _LoadBalancing(torch.autograd.Function):
     """Autograd function of ``RouterLoss``. It does not store the probabilities; backward computes them again.
 
-    With T tokens counted over all routers, d loss / d z[t,j] = E / T * p[t,j] * (f_j - sum_e f_e * p[t,e]) for the
-    logits z and the probabilities p.
+    For the logits z and the probabilities p, d loss / d z[t,j] = E / T * p[t,j] * (f_j - sum_e f_e * p[t,e]). T is the
+    number of counted tokens times the number of routers.
     """
 
     @staticmethod

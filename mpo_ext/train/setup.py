@@ -257,7 +257,7 @@ def _prepare_reference_model(accelerator: Any, model: nn.Module) -> nn.Module:
 
 
 def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | None = None) -> str | None:
-    """Chooses the row layout and the samples for dummy batches and blank images, and sets them in ``data``.
+    """Chooses the row layout, the sample for dummy batches and ``blank`` of ``collate``, and sets them in ``data``.
 
     Layouts with a shared prompt are tried first. A layout is chosen if the recipe and the models allow it and, on the
     first pairs, it gives the same log-probs as separate rows. A reference model from ``reference.path`` is also

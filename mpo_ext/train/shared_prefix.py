@@ -100,10 +100,11 @@ def check_shared_prefix(
 ) -> str | None:
     """Returns None if a few pairs have the same log-probs in ``layout`` and in "separate", otherwise the reason.
 
-    The model runs three times in evaluation mode, without gradients. In the third run, the responses attend to each
-    other. This run measures the effect of a broken mask. During the runs, sliding windows are shorter than the
-    sequences. Afterwards, the model's state is restored. If the model is sharded, all ranks must call this function
-    together, and the caller must combine their results.
+    The model runs three times in evaluation mode, without gradients: with separate rows, with ``layout``, and with
+    responses that attend to each other. The third run measures the effect of a broken mask. During the runs, sliding
+    windows are shortened, so that they take effect on short pairs, too. Afterwards, the model's state is restored.
+
+    If the model is sharded, all ranks must call this function together, and the caller must combine their results.
 
     Args:
         model: Model; see ``forward``.
@@ -112,8 +113,8 @@ def check_shared_prefix(
         positions: See ``collate``.
         device: Device of the batches; None: the device of the model's parameters.
         tolerance: Maximum root mean square difference of the log-probs, in nats. None: 16 times the machine epsilon of
-            the arithmetic, at least 1e-3. If the effect of a broken mask is smaller than ``2 * tolerance``, half of
-            this effect is the maximum, but at least ``tolerance / 4``.
+            the arithmetic, at least 1e-3. The maximum is reduced to half the effect of a broken mask if this is
+            smaller, but not below ``tolerance / 4``.
         layout: Layout to check.
         from_logits: Whether the model computes logits; see ``loss.from_logits``.
 

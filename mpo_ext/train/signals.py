@@ -81,8 +81,8 @@ def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None
 def blocked_in_new_workers() -> Iterator[None]:
     """Blocks SIGTERM and SIGINT during the ``with`` block, which starts worker processes.
 
-    The workers inherit the blocked signals; ``init_worker`` unblocks them. From Python 3.11 on, the workers also do
-    not import modules from the current folder.
+    The workers inherit the blocked signals; ``init_worker`` unblocks them. The block also sets PYTHONSAFEPATH, so that
+    workers do not import modules from the current folder (Python 3.11 or later).
     """
     safe_path = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"

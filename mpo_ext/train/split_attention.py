@@ -243,7 +243,7 @@ def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _
 def _split_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Split attention with ``scaled_dot_product_attention``; a function for ``AttentionInterface``.
+    """Computes split attention with ``scaled_dot_product_attention``; a function for ``AttentionInterface``.
 
     ``query`` is ``[R, H, L, D]``; ``key`` and ``value`` are ``[R, G, L, D]`` with H a multiple of G. Returns the
     attention output ``[R, L, H, D]``, with zeros for padding, and None instead of attention weights.
@@ -274,7 +274,7 @@ def _split_sdpa(
 def _split_eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Split attention with the model's own eager attention; a function for ``AttentionInterface``.
+    """Computes split attention with the model's own eager attention; a function for ``AttentionInterface``.
 
     Arguments and result are the same as in ``_split_sdpa``. Attention sinks and soft caps are also supported.
     """
@@ -329,9 +329,9 @@ def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Converts the tensors to the dtype that autocast uses for attention.
+    """Converts the tensors to the dtype that autocast uses for attention; float64 tensors are not converted.
 
-    Autocast itself does not act on calls with a mask that is not a tensor.
+    Autocast does not convert the inputs of the kernels that torch calls for a ``causal_lower_right`` mask.
     """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -409,10 +409,11 @@ def _with_blocks(
 def _windows(
     count: int, total: int, window: int, device: torch.device, *, causal: bool = True
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Divides queries into groups. Yields the slice of queries, the slice of visible keys and the mask of each group.
+    """Divides the queries of sliding-window attention into groups, which limits the size of the masks.
 
-    ``count`` is the number of queries and ``total`` the number of keys. Query i and key ``total - count + i`` are the
-    same token. If ``causal`` is False, queries also attend to later keys.
+    Yields for each group the slice of its queries, the slice of the keys that they see, and the mask. ``count`` is the
+    number of queries, ``total`` the number of keys and ``window`` the number of tokens of the window. Query i and key
+    ``total - count + i`` are the same token. If ``causal`` is False, queries also attend to all later keys.
     """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)
@@ -437,7 +438,7 @@ class _WithBase:
 def _split_flash(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Split attention with a single flash-attn call for all parts; a function for ``AttentionInterface``.
+    """Computes split attention with a single flash-attn call for all parts; a function for ``AttentionInterface``.
 
     Arguments and result are the same as in ``_split_sdpa``. The parts are packed as sequences of variable length.
     """
