@@ -42,7 +42,7 @@ class CMakeBuild(build_ext):
 def _belongs_to(work: Path, source: Path) -> bool:
     """Returns whether the CMake cache in ``work`` was made for the folder ``source``.
 
-    It was not if the source tree was copied with its build folder.
+    The result is False if the build folder was copied together with the source tree.
     """
     cache = work / "CMakeCache.txt"
     return cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={source}\n" in cache.read_text()

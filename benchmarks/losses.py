@@ -85,8 +85,8 @@ def usable(
 ) -> tuple[dict[str, Provider], dict[str, str]]:
     """Tries each provider on a small shape, and returns the providers that can run on the shape ``loss``.
 
-    From the time of the trial, the time on ``loss`` is estimated. A provider of another library is not usable if its
-    run takes longer than ``most_seconds``.
+    The time on ``loss`` is estimated from this trial, or measured. A provider of another library is not usable if this
+    time exceeds ``most_seconds``.
 
     Returns:
         The usable providers by name, and for each other name the reason why it is not usable.

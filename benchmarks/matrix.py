@@ -32,7 +32,7 @@ load = functools.partial(schema.load, check=check)
 def table(documents: Mapping[str, Any]) -> str:
     """Returns a table of the test results by version of torch (rows) and of Python (columns).
 
-    Without a result file, returns a sentence.
+    Without a result file, returns a message that there are no results.
     """
     document = documents.get("matrix")
     if document is None:

@@ -100,7 +100,11 @@ def paths(documents: Documents) -> str:
 
 
 def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) -> steps.ModelShape:
-    """Returns the shape of a decoder as large as Qwen2.5-7B, without a vision tower."""
+    """Returns the shape of a decoder as large as Qwen2.5-7B, without a vision tower.
+
+    ``trainable_share`` is the trainable fraction of the parameters. ``head_learns`` tells whether the output head is
+    trained.
+    """
     layers, width, middle, keys, vocab = 28, 3584, 18944, 512, 152064
     decoder = layers * (2 * width * width + 2 * width * keys + 3 * width * middle)
     # The trainer keeps input and output of each linear layer in bfloat16; a norm keeps its input and its result.

@@ -49,8 +49,8 @@ class Gate:
     The trainer calls the gate with the loss after each step.
 
     Args:
-        connection: Connection to the process that assigns turns, to which each measured step is sent. None: the steps
-            are appended to ``steps`` instead, and the trainer never waits.
+        connection: Connection to the process that assigns turns. Each measured step is sent to that process. None:
+            the steps are appended to ``steps`` instead, and the trainer never waits.
         parts: Measures the parts of each step. None: only whole steps are measured.
 
     Attributes:

@@ -25,7 +25,8 @@ _HEADS: tuple[dict[str, Any], ...] = ({}, {"logit_scale": 0.5, "softcap": 20.0, 
 def difference(found: Tensor, exact: Tensor, rtol: float, atol: float, what: str) -> list[str]:
     """Compares two tensors. Returns a list with a description of the largest error, or [] if they agree.
 
-    They agree if each error is at most ``atol + rtol * abs(exact)``.
+    They agree if each error is at most ``atol + rtol * abs(exact)``, or both values are NaN. ``what`` names the
+    tensors in the description.
     """
     found, exact = found.detach().double(), exact.detach().double()
     error = (found - exact).abs()

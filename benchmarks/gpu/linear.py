@@ -1,6 +1,7 @@
-"""Stage "linear": compares ``linear_mpo_loss`` with the necessary matmuls alone and with other libraries.
+"""Stage "linear": compares ``linear_mpo_loss`` with other libraries, and with the matmuls of the loss alone.
 
-It also measures several memory budgets of ``linear_mpo_loss``.
+The matmuls compute the logits, and the gradients of the hidden states and the head. The stage also measures several
+memory budgets of ``linear_mpo_loss``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _RUNS, _BUDGET_RUNS = 7, 3
 
 
 def run(stage: GpuStage) -> None:
-    """Measures all implementations of the loss, and the necessary matmuls alone, with 100 % and 10 % labelled rows.
+    """Measures all implementations of the loss, and its matmuls alone, with 100 % and 10 % labelled rows.
 
     Then measures several memory budgets of ``linear_mpo_loss``.
     """
@@ -49,7 +50,7 @@ def run(stage: GpuStage) -> None:
 
 
 def _measure_products(stage: GpuStage, loss: LossShape) -> dict[str, float]:
-    """Measures the necessary matmuls alone and, on a GPU, the matmuls of single tiles of the vocabulary.
+    """Measures the matmuls of the loss alone and, on a GPU, the matmuls of single tiles of the vocabulary.
 
     Returns the median seconds by name.
     """
@@ -98,7 +99,8 @@ def _measure(
 ) -> None:
     """Measures the time and memory of an implementation of the loss, and adds the result to the result file.
 
-    ``make(name)`` returns the implementation. ``floors`` holds median seconds of the necessary matmuls.
+    ``make(name)`` returns the implementation. ``floors`` holds the median seconds of the matmuls alone.
+    ``sweep`` is the beginning of the case's name in the result file.
     """
     case = f"{sweep}, {loss.share:.0%} labelled"
     torch.compiler.reset()

@@ -15,14 +15,15 @@ EMA_SHIFT = {"mode": "ema", "update": "after", "per": "optimizer_step"}  # as in
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRow:
-    """Settings of a training run of the study, which begins from a starting model.
+    """Settings of a training run of the study.
 
-    The results of a run are a row of a table. The defaults are the settings of the MPO run.
+    A run begins from a starting model, and its results are a row of a table. The defaults are the
+    settings of the MPO run.
 
     Attributes:
         loss: Fields of ``LossRecipe``.
         pairs: Name of the file of pairs, one of ``StudyTask.pair_files``.
-        rate: Factor of the learning rate.
+        rate: Factor by which the learning rate is multiplied.
         reward_shift: Fields of ``RewardShiftRecipe``.
         is_synced: Whether the reference is synced with the policy (TR-DPO), with a mixing weight of 0.6.
         start: Name of the starting model, a key of ``StudyTask.starts``.

@@ -47,8 +47,8 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
     """Returns the paired standard error of the accuracy difference of two rows, over the questions, in points.
 
-    The column is "cot". Only the first seed with results of both rows is used. Returns None if there is no such seed,
-    or if the file does not say which questions were answered correctly.
+    Only the column "cot" (step-by-step questions) and the first seed with results of both rows are used. Returns None
+    if there is no such seed, or if the file does not say which questions were answered correctly.
     """
     answers: dict[str, dict[int, str | None]] = {row: {}, other: {}}
     for result in document["results"]:

@@ -43,11 +43,11 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 
 
 def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Returns the fractions of pairs with a right, equal and wrong label, by "right", "equal" and "wrong".
+    """Returns the fractions of pairs with a right, equal and wrong label.
 
-    A label is right if the chosen response has fewer errors than the rejected response, equal if it has as many
-    errors, and otherwise wrong. "chosen_right" is the fraction of chosen responses without errors. Only step-by-step
-    pairs with images count. Without such pairs, the result is empty.
+    The keys are "right", "equal" and "wrong". A label is right if the chosen response has fewer errors than the
+    rejected response, equal if it has as many errors, and otherwise wrong. "chosen_right" is the fraction of chosen
+    responses without errors. Only step-by-step pairs with images count. Without such pairs, the result is empty.
     """
     errors = [
         tuple(count_errors(text, pair.question, pair.extra["digits"]) for text in (pair.chosen, pair.rejected))
@@ -100,7 +100,7 @@ def cost(document: Mapping[str, Any]) -> str:
 
 
 def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Returns the entries of ``document`` for starting models with labels of the file of pairs ``name``."""
+    """Returns the entries of the starting models for which the labels of the file of pairs ``name`` were checked."""
     return [start for start in document["starts"] if start.get("labels", {}).get(name)]
 
 

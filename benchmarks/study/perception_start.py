@@ -56,7 +56,7 @@ def train_start(
     Most questions have an image. For some, the image is removed. Others have no image and state the digits in words.
 
     Returns:
-        For each evaluation, ``step``, ``loss`` and the validation accuracy of each column.
+        For each evaluation, ``step``, ``loss`` and the validation accuracy of each kind of questions.
     """
     splits = digits.load_digits()
     tasks = digits.sample_tasks(digits.part(splits["train"], 0, settings.sft_digits), settings.sft_questions, rng)

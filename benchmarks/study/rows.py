@@ -1,6 +1,6 @@
-"""Executes a training run of the study, which begins from a starting model, and evaluates the trained model.
+"""Executes a training run of the study, and evaluates the trained model.
 
-The code calls such a run a row, because its results are a row of a table.
+A run begins from a starting model. The code calls a run a row, because its results are a row of a table.
 """
 
 from __future__ import annotations

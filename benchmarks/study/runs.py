@@ -136,8 +136,8 @@ class Study:
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
         """Returns the sort key of a run in the queue.
 
-        First come the runs of the main tables: each run for all seeds. Then come the other runs that can start now, by
-        seed. Other starting models come last. So an interrupted study has complete comparisons.
+        The rows of the main tables come first, each for all seeds. An interrupted study thus has complete comparisons.
+        The other training runs follow, and then the other starting models, both ordered by seed.
         """
         seed, row = run
         place = [*self.task.starts, *self.task.rows].index(row)

@@ -52,7 +52,7 @@ def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
 
 
 def findings(document: Document) -> str:
-    """Returns a Markdown list of the paper's claims: which appear in the study, do not appear, or cannot be told."""
+    """Returns a Markdown list of the paper's claims, grouped by whether they appear in the study."""
     task = figures.task_of(document)
     groups: dict[str, list[str]] = {APPEARS: [], DOES_NOT_APPEAR: [], CANNOT_TELL: [], ONE_SEED: [], NOT_RUN: []}
     for name in task.differences:
@@ -120,13 +120,11 @@ def _verdict_sentences(document: Document, name: str) -> list[str]:
 
 
 def _topic(difference: Difference, family: Sequence[Difference]) -> tuple[str, bool, str]:
-    """Returns the beginning of a sentence about an accuracy difference, and the item that continues the sentence.
-
-    A difference compares the accuracy of a row with another row.
+    """Returns the beginning of a sentence about an accuracy difference, and the item that follows the verdict.
 
     Returns:
-        (beginning, is_subject, item). If ``is_subject`` is True, the beginning names the row, and the item is the
-        other row. Otherwise, the item identifies the row.
+        (beginning, is_subject, item). If ``is_subject`` is True, the beginning names the row and the item is the other
+        row, as in "MPO: higher than SFT". Otherwise the item names the row, as in "Compared with SFT: higher: MPO".
     """
     row, other, column = difference
     form = _FORMS[column]

@@ -20,7 +20,7 @@ class StudySettings(RunSettings):
         validation_tasks: Number of validation questions per measurement.
         sft_digits: Number of training digits in the SFT. The pairs use the other training digits.
         sft_text_share: Fraction of the SFT questions that state the digits and have no image.
-        text_questions: Number of questions without an image that make pairs.
+        text_questions: Number of questions without an image from which pairs are made.
         late_continuations: Number of times that DropoutNTP continues an answer if it keeps 0.75 of the answer. Few of
             these continuations are wrong, because the kept part names all digits. If less of an answer is kept, the
             answer is continued once.
@@ -77,7 +77,7 @@ class PriorSettings(Settings):
     Attributes:
         kind_questions: Number of step-by-step questions for each of the files that compare kinds of pairs.
         kind_pairs: Largest number of pairs in each of these files.
-        text_questions: Number of questions without an image that make pairs.
+        text_questions: Number of questions without an image from which pairs are made.
         text_evaluation_tasks: Number of held-out questions that state the digits and have no image.
     """
 

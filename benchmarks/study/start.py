@@ -103,7 +103,7 @@ def _compute_reference(
 ) -> None:
     """Writes the starting model's log-probs of the file of pairs ``name``. The training runs use them as reference.
 
-    The trainer computes the log-probs before its first step. The step has a learning rate of 0.
+    Runs a single training step with a learning rate of 0, because the trainer computes the log-probs before this step.
     """
     recipe = make_recipe(
         training.pair_file(folder, name), folder / "runs" / "reference", loss=METHODS["MPO"], steps=1,

@@ -80,8 +80,9 @@ def evaluate_columns(
     processor: DigitsProcessor,
     tasks: Mapping[str, Sequence[digits.GridTask]],
 ) -> dict[str, dict[str, float]]:
-    """Lets the model answer the questions of each column greedily. Returns accuracy and other measures by column.
+    """Lets the model answer questions greedily. Returns accuracy and other measures by column.
 
+    ``tasks`` holds the questions by column. A column is a kind of questions, such as "cot" (step by step).
     ``summarize`` computes the measures.
     """
     return {column: summarize(asked, respond(model, processor, asked)) for column, asked in tasks.items()}
@@ -92,8 +93,8 @@ def evaluate_held_out(
 ) -> Mapping[str, Mapping[str, Any]]:
     """Lets the model answer the held-out questions greedily, and returns accuracy and other measures by column.
 
-    For the task "language-prior", the step-by-step column "cot" also has the measures of ``measure_digits``, and
-    ``right``: the result of ``encode_right``, which says which answers are correct.
+    A column is a kind of questions, such as "cot" (step by step). For the task "language-prior", "cot" also has the
+    measures of ``measure_digits``, and ``right``: the result of ``encode_right``, the record of correct answers.
     """
     if not isinstance(settings, PriorSettings):
         tasks = adding_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
@@ -118,7 +119,10 @@ def encode_right(right: Sequence[bool]) -> str:
 
 
 def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
-    """Returns ``count`` questions for each column of the task "perception", drawn with a fixed seed."""
+    """Returns ``count`` questions of the task "perception" for each column, drawn with a fixed seed.
+
+    A column is a kind of questions: "direct", "cot" (step by step) or "text" (digits stated in words, no image).
+    """
     rng = np.random.default_rng(_EVALUATION_SEED)
     tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
     return {**tasks, TEXT: list(map(digits.in_words, digits.sample_tasks(split, count, rng, "cot")))}
@@ -127,7 +131,8 @@ def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task
 def reading_tasks(settings: PriorSettings) -> dict[str, list[reading.ReadingTask]]:
     """Returns the held-out questions of the task "language-prior" by column.
 
-    The questions with images are those of the demo.
+    A column is a kind of questions: "direct", "cot" (step by step) or "text" (digits stated, no image). The questions
+    with images are those of the demo.
     """
     tasks = held_out_tasks(settings)
     columns = {form: [task for task in tasks if task.form == form] for form in digits.FORMS}

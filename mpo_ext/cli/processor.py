@@ -51,8 +51,8 @@ def check_processor(
     Args:
         args: Arguments with the options of ``add_chat``.
         model: Folder of a model, of a run or of adapters, or a name on the hub.
-        pairs: Tuples (pair, name); the pairs have absolute image paths. None: example pairs, one of text and, if the
-            model takes images, one with an image.
+        pairs: Tuples (pair, name); the pairs have absolute image paths. None: an example pair of text, and another
+            with an image if the model takes images.
 
     Raises:
         ImportError: If a package is missing.

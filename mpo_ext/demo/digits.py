@@ -107,7 +107,7 @@ class Task:
 
     @property
     def style(self) -> str:
-        """The value of ``style`` with which ``extract_answer`` finds the answer in a response."""
+        """The form of the answer in a response: the argument ``style`` of ``extract_answer``."""
         return STYLES[self.form]
 
     @property

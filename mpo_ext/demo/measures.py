@@ -17,11 +17,15 @@ def measure(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: 
     The language prior predicts each digit as the previous digit + ``prior_step`` modulo 10.
 
     Returns:
-        For each form: ``accuracy`` and ``unparsable`` (fractions of the questions), ``right`` (a character per
-        question: "1" if its answer is correct, else "0") and ``count`` (number of questions). For the step-by-step
-        form "cot" also ``digits_right`` (fraction of all digits that the responses name correctly), ``hallucinated``
-        (fraction of the responses with a wrong digit that the prior predicts) and ``follow_prior`` (fraction of the
-        named digits after the first that the prior predicts; 0.1 would be chance).
+        A dict for each form:
+
+        - ``accuracy``, ``unparsable``: Fractions of the questions.
+        - ``right``: A character per question, "1" if its answer is correct, else "0".
+        - ``count``: Number of questions.
+        - ``digits_right`` (form "cot" only): Fraction of all digits that the responses name correctly.
+        - ``hallucinated`` (form "cot" only): Fraction of the responses with a wrong digit that the prior predicts.
+        - ``follow_prior`` (form "cot" only): Fraction of the named digits that the prior predicts, not counting the
+          first digit of a response. Chance is 0.1.
     """
     result: dict[str, dict[str, Any]] = {}
     for form in FORMS:

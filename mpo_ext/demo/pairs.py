@@ -1,4 +1,8 @@
-"""Makes the demo's preference pairs with ``mpo_ext.generate``: correctness, format and DropoutNTP pairs."""
+"""Makes the demo's preference pairs with ``mpo_ext.generate``: correctness, format and DropoutNTP pairs.
+
+The rejected response has a wrong answer in a correctness pair, and no readable answer in a format pair. In a
+DropoutNTP pair, it is the beginning of the chosen response, continued by the model without the image.
+"""
 
 import collections
 import dataclasses
@@ -135,9 +139,9 @@ def sample(
     Args:
         pipeline: The pipeline.
         engine: Engine that answers the questions.
-        folder: Folder with the questions ``ITEMS.jsonl``. The output is written to its subfolder ``run``.
+        folder: Folder with the file of questions. The output is written to its subfolder ``run``.
         run: Name of the sampling run.
-        items: Name ``ITEMS`` of the file of questions, without suffix; None: ``run``.
+        items: Name of the file of questions without ``.jsonl``; None: the name ``run``.
         limit: Maximum number of questions; None: all.
         stream: Output of the progress display; None disables the display.
     """

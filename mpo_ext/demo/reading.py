@@ -64,7 +64,7 @@ class ReadingTask:
 
     @property
     def style(self) -> str:
-        """The value of ``style`` with which ``extract_answer`` finds the answer in a response."""
+        """The form of the answer in a response: the argument ``style`` of ``extract_answer``."""
         return STYLES["final" if self.is_named else self.form]
 
     @property
@@ -179,7 +179,7 @@ def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
 
 
 def hallucinated_cells(task: ReadingTask, response: str, prior_step: int) -> list[int]:
-    """Returns the indices of the cells with a wrong digit in the response that the language prior predicts.
+    """Returns the indices of the cells for which the response names a wrong digit predicted by the language prior.
 
     The prior predicts a cell's digit as (digit of the previous cell in the response + ``prior_step``) modulo 10.
     """

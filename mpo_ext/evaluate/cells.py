@@ -66,7 +66,7 @@ class Cell:
         evaluation: Asks the questions with the cell's prompt and scores the responses.
         folder: Folder of the journals, the files to which sampled responses are appended.
         scores: Scores of the questions in the order of the file; empty until the journals are read.
-        details: Details of the first question with each problem, by problem.
+        details: For each problem, the details of the first question that has the problem.
         offsets: Byte offset of each question's lines in the file of predictions; empty until the journals are read.
     """
 

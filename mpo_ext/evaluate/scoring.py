@@ -168,7 +168,7 @@ class Evaluation:
         return settings if self.questions.with_image else {**settings, "with_image": False}
 
     def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[ScoredResponse]]:
-        """Scores a question's responses, which ``records`` from a journal hold.
+        """Scores the responses to a question. ``records`` are the question's records in a journal.
 
         Returns:
             The reason why the question could not be asked (or None), and the scored responses.

@@ -8,8 +8,9 @@ _Z95 = 1.959963984540054
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns the mean and its standard error. The mean is None without values, the error for fewer than 2 values.
+    """Returns the mean and its standard error.
 
+    The mean is None if there are no values. The standard error is None for fewer than 2 values.
     Pass one value per question, not per sample, because samples of one question are correlated.
     """
     count = len(values)

@@ -37,8 +37,8 @@ class StageRunner:
     """A context manager that runs commands, and locks ``folder`` against other processes.
 
     Each command runs in a process group. SIGINT and SIGTERM are forwarded to this group, so that training writes a
-    checkpoint. If this process is killed, the group is also killed. Entering the context waits until the commands of a
-    killed process have ended.
+    checkpoint. If this process is killed, the group is also killed. Entering the context waits until the commands of
+    an earlier, killed process have ended.
 
     Raises:
         LockedError: If another process holds the lock of the folder.

@@ -30,8 +30,8 @@ def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, 
     """Returns the content of ``rounds.json`` as JSON values. All stages of the rounds ``numbers`` must be done.
 
     Each round has its ``model`` and its ``accuracy``, in the format of an evaluation's ``results.json``. A round after
-    round 0 also has its ``sources`` of pairs, its ``training`` metrics, and ``comparisons``. These compare it, on the
-    same questions, with the first model and with the model of the previous round.
+    round 0 also has its ``sources`` of pairs, its ``training`` metrics, and ``comparisons``. The comparisons are
+    between the round's model and, on the same questions, the first model and the model of the previous round.
     """
     rounds: list[dict[str, Any]] = []
     shares: list[dict[tuple[str, str], dict[int, float]]] = []
@@ -114,8 +114,8 @@ def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
 def _training(path: Path) -> dict[str, Any]:
     """Reads a training log, and returns the number of steps, mean metrics and the metrics of the last evaluation.
 
-    The means cover the last tenth of the logged steps, weighted by the pairs per step. ``averaged_pairs`` is the total
-    number of these pairs.
+    The means cover the last tenth of the logged steps, weighted by the pairs per step. ``averaged_pairs`` is the
+    number of pairs in these steps.
     """
     with open(path, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]

@@ -173,7 +173,10 @@ def _repeat_time(pipeline: PipelineRecipe, pairs: int) -> float:
 
 
 def _engine_options(recipe: IterateRecipe, model: int) -> list[str]:
-    """Returns the command-line options for the engine and the chat template of the model of round ``model``."""
+    """Returns the command-line options for the engine and the chat template.
+
+    ``model`` is the number of the round that trained the model; 0 is the first model.
+    """
     engine, chat = recipe.engine, recipe.chat
     arguments = ["--engine", engine.name, "--block-size", str(engine.block_size)]
     for option in ("dtype", "device", "batch_size"):
