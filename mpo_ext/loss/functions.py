@@ -105,8 +105,8 @@ def mpo_loss(
         cu_seqlens: ``[2B + 1]`` int32 or int64: the start of each packed sequence, followed by N. None: the input is
             padded.
         shift: Whether position t is scored against ``labels[t + 1]`` of its sequence, as in Hugging Face models.
-        stats: Names of statistics of the labelled rows: "entropy" (in nats), "mean_logit", "top1" (whether the label
-            has the largest logit) and "sum_p_squared" (sum of the squared probabilities).
+        stats: Statistics to compute over the labelled rows, any of "entropy" (in nats), "mean_logit", "top1" (whether
+            the label has the largest logit) and "sum_p_squared" (sum of the squared probabilities).
         reuse_logits: Whether backward may write the gradient over the logits. A second backward then raises. If
             another operation also needs the logits in its backward, torch raises "modified by an inplace operation".
             The backend "reference" ignores ``reuse_logits``.

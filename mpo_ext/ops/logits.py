@@ -88,7 +88,8 @@ def token_logp_shard(
 ) -> Tensor:
     """Returns each row's softmax state over a shard of the vocabulary, ``[..., ROW_STATE]``, for ``merge_shards``.
 
-    The arguments are those of ``token_logp``. ``logits`` are the columns of the shard; labels are ids of the whole
+    A state holds the row's maximum, four sums and the logit of the label, see ``mpo_ext.loss.eager.shard_state``. The
+    arguments are those of ``token_logp``. ``logits`` are the columns of the shard; labels are ids of the whole
     vocabulary.
     """
     state = empty_row_state(labels)

@@ -78,11 +78,11 @@ class Head(NamedTuple):
 
 
 class KeptLogits:
-    """Computes where a block of memory holds the logits that forward keeps for backward.
+    """Computes the places of logits in a block of memory, in which forward keeps them for backward.
 
-    Backward overwrites the block with the gradient of weight. It reads the logits of a tile of columns, and then
-    writes the gradient of these columns, from the first column to the last. The gradient starts at byte 0. The logits
-    start at an offset, so the gradient never overwrites logits that backward has not read yet.
+    Backward overwrites the block with the gradient of weight. For each tile, from the first columns to the last, it
+    reads the logits and then writes the gradient. The gradient starts at byte 0. The logits start at an offset, so the
+    gradient never overwrites logits that backward has not read yet.
 
     Let n be the number of labelled rows. If a logit and a gradient value have equal size, the block holds
     ``max(n, D)`` values per column, plus a tile. With ``only_fitting``, it holds D values per column. If n is larger
