@@ -133,7 +133,8 @@ def image_exists(source: str) -> bool:
 def missing_image_advice(source: str) -> str:
     """Returns advice for an error message about the missing image file ``source``, or "".
 
-    Advice exists if ``source`` ends with a base64 image, perhaps after a root folder, but is not a ``data:`` URL.
+    The advice is for a base64 image that lacks the ``data:image/...;base64,`` before it. A root folder may have been
+    put before the base64 text.
     """
     match = _BASE64_IMAGE.search(source)
     if match is None:

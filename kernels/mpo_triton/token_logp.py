@@ -131,6 +131,9 @@ def merge_tile(
 ):
     """Merges a tile's softmax state of a row into the state of all earlier tiles, and stores the result.
 
+    ``has_label``: whether the label lies in the tile. ``is_later``: whether the row is valid and the tile is not the
+    first.
+
     Returns the state over all tiles so far: new_max, row_sum, e_d, z_sum, squared and z_label. z_label is the logit of
     the label; ``merge_chunks`` defines the other values.
     """
@@ -178,7 +181,8 @@ def store_stats(
 ):
     """Stores the statistics of a row that STATS selects. If the row is not valid, stores ``filler`` in their place.
 
-    In memory, consecutive statistics of a row are ``rows`` elements apart.
+    In memory, consecutive statistics of a row are ``rows`` elements apart. ``total`` is the size of the vocabulary.
+    ``merge_chunks`` defines the values from ``row_max`` to ``squared``; ``log_sum`` is the logarithm of ``row_sum``.
     """
     if STATS & 1:
         entropy = log_sum - e_d / row_sum

@@ -17,8 +17,9 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
     """Corrects the result of math-verify, and returns "equal", "different", "rounded" or "unread".
 
     ``MathProcess.compare`` explains these results. math-verify rounds to six decimals, so all tiny numbers are equal
-    for it. This function compares the values of two expressions with a relative tolerance of 1e-6. The result is
-    "unread" for an inequality and a set such as an interval, because math-verify cannot compare them.
+    for it. This function compares the values of two expressions with a relative tolerance of 1e-6. If one is an
+    inequality and the other a set such as an interval, the result is "unread", because math-verify cannot compare
+    them.
 
     Args:
         is_equal: Result of math-verify: whether the prediction equals the truth.

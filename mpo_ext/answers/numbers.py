@@ -105,9 +105,9 @@ class NumberRule:
         return (None, "unclear value") if self._is_unclear(first, second, prediction, truth) else (False, "value")
 
     def _one_unit(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
-        """Returns the result of ``compare`` for two numbers of which exactly one has a unit.
+        """Returns the result of ``compare`` if exactly one of the two numbers has a unit.
 
-        ``first`` and ``second`` are ``prediction`` and ``truth`` after ``_without_percent``.
+        ``first`` and ``second`` are the results of ``_without_percent`` for ``prediction`` and ``truth``.
         """
         unit = first.unit or second.unit
         if unit == "%":
@@ -121,7 +121,10 @@ class NumberRule:
         return correct, rule
 
     def _is_unclear(self, first: Number, second: Number, prediction: Number, truth: Number) -> bool:
-        """Returns whether two numbers with different values may still mean the same number."""
+        """Returns whether two numbers with different values may still mean the same number.
+
+        The arguments are those of ``_one_unit``.
+        """
         if any(_within(other, second.value, self.relative, self.absolute) for other in first.others):
             return True
         if any(_within(first.value, other, self.relative, self.absolute) for other in second.others):

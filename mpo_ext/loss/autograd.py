@@ -122,8 +122,8 @@ class ValueOfHidden(torch.autograd.Function):
     """Attaches the gradients with respect to the hidden states and the output head to a precomputed value.
 
     The value is a loss or the log-probs of the labels. For a loss, ``row_weight`` is d loss / d logp of each row. For
-    log-probs, ``row_weight`` is None, and backward uses the incoming gradient of each log-prob. ``kept`` is the last
-    output of ``ops.linear.linear_token_logp``.
+    log-probs, ``row_weight`` is None, and backward uses the incoming gradient of each log-prob. ``kept`` is the tensor
+    for backward that ``ops.linear.linear_token_logp`` returns.
     """
 
     @staticmethod
@@ -192,10 +192,11 @@ def _gradients_over_ranks(
     hidden_grad: Tensor | None,
     logits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of hidden states, weight and bias when each rank holds a shard of the output head.
+    """Returns the gradients of hidden states, weight and bias (``inputs``) if each rank holds a shard of the head.
 
-    The gradient of the hidden states is summed over the ranks. Only its labelled rows are sent. It is rounded to the
-    dtype of the hidden states after the sum.
+    The gradient of the hidden states is summed over the ranks, for labelled rows only, and then rounded to their
+    dtype. ``rows`` are row_max, row_sum and row_weight. ``hidden_grad`` is d logp / d hidden, and ``logits`` are the
+    kept logits; each is None unless forward kept it.
     """
     hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
     d_weight, d_bias = None, None

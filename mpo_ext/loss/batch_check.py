@@ -287,9 +287,10 @@ def _share_of_equal(sequences: Sequence[BatchSequence], offset: int, ignore_inde
 def _check_alignment_by_logp(
     sequences: Sequence[BatchSequence], ahead: int, ignore_index: int
 ) -> Iterator[BatchFinding]:
-    """Yields a finding if the labels are probably not ``ahead`` positions after the logits that predict them.
+    """Yields a finding if the log-probs suggest that the labels are shifted by a wrong number of positions.
 
-    The evidence is a mean log-prob that is more than 2 nats higher at another distance.
+    A label should be ``ahead`` positions after the logits that predict it. The finding means that the mean log-prob of
+    the labels is more than 2 nats higher at another distance, from -1 to 2.
     """
     means = {}
     for other in range(-1, 3):

@@ -296,7 +296,7 @@ def _probe_rows(hidden: Tensor) -> Tensor:
 
 
 def _held(parameter: Any) -> Any:
-    """Returns the parameter, or under ZeRO-3 a view of it, which keeps the gathered values until backward."""
+    """Returns the parameter. Under ZeRO-3, returns a view, which keeps the gathered values until backward."""
     return parameter.view_as(parameter) if hasattr(parameter, "ds_id") else parameter
 
 
@@ -307,7 +307,10 @@ def _probed(
     calls: list[_HeadCall],
     returned: list[Tensor],
 ) -> Iterator[None]:
-    """Replaces the layers' forward by ``in_head`` in the ``with`` block; appends to ``calls`` and ``returned``."""
+    """Replaces the layers' forward by ``in_head`` in the ``with`` block.
+
+    Each call of a layer is appended to ``calls``, and the result of ``in_head`` to ``returned``.
+    """
 
     def probing(layer: nn.Linear) -> Any:
         is_sharded = _is_forward_of_tp_plan(layer)

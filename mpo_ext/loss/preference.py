@@ -104,7 +104,7 @@ def preference_loss(
     is NaN, the loss of its pair and the mean over the batch are not finite.
 
     Args:
-        name: Key of ``LOSSES``. If TRL 1.16 has the loss, its name is TRL's.
+        name: Name of the loss, a key of ``LOSSES``. If TRL 1.16 has the loss, TRL uses the same name.
         chosen_logp: ``[B]`` float32 or float64 sum of the label log-probs of each chosen response.
         rejected_logp: ``[B]`` sum for each rejected response, in the same dtype.
         ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. A loss
@@ -116,7 +116,7 @@ def preference_loss(
         beta: Temperature of the implicit reward ``beta * (logp - ref_logp)``; tau in "ipo", 1 / eta in "sppo_hard",
             and the weight lambda in "orpo".
         label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)``.
-        delta: Reward shift of "bco_pair": a number, or a 0-d tensor, which the host does not read.
+        delta: Reward shift of "bco_pair": a number or a 0-d tensor. The host does not wait for the tensor's value.
 
     Returns:
         ``[B]`` in the dtype of the log-probs.
@@ -234,8 +234,8 @@ def _aot(pairs: Pairs) -> Tensor:
 def _aot_unpaired(pairs: Pairs) -> Tensor:
     """Returns AOT for unpaired data (arXiv 2406.05882): sorted chosen log-ratios against sorted rejected log-ratios.
 
-    The formula is that of ``_aot`` with ``a = chosen_ratio`` and ``b = rejected_ratio``. Earlier TRL calls this loss
-    "aot_pair".
+    The formula is that of ``_aot`` with ``a = chosen_ratio`` and ``b = rejected_ratio``. Older versions of TRL call
+    this loss "aot_pair".
     """
     return _sorted_logistic(pairs, pairs.chosen_ratio, pairs.rejected_ratio)
 

@@ -50,11 +50,13 @@ def linear_token_logp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the log-probability of each label from hidden states. Only logits of labelled rows are computed.
 
+    The arguments after ``keep`` are the fields of ``LinearOptions``.
+
     Returns:
         ``(logp, row_max, row_sum, row_stats, kept)``. The first four are the outputs of ``logits.token_logp``, on the
-        device of ``hidden``. ``kept`` is the tensor for backward. Its content depends on ``keep``, with n labelled
-        rows: empty (KEEP_NOTHING), d logp / d hidden ``[n, D]`` (KEEP_HIDDEN_GRAD), or the bytes of the logits in the
-        layout of ``KeptLogits`` (KEEP_LOGITS).
+        device of ``hidden``. ``kept`` is the tensor for backward. ``keep`` selects its content: nothing (KEEP_NOTHING,
+        an empty tensor), d logp / d hidden of the n labelled rows (KEEP_HIDDEN_GRAD, ``[n, D]``), or the logits in the
+        layout of ``KeptLogits`` (KEEP_LOGITS, uint8).
     """
     _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
     if not 0 <= stats < 1 << len(STATS) or keep not in (KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS):
@@ -225,12 +227,12 @@ def _rescale_(total: Tensor, old_max: Tensor, row_max: Tensor, *, is_first: bool
 def _finish_hidden_grad(
     head: Head, columns: Tensor, logp: Tensor, row_sum: Tensor, z_label: Tensor, total: Tensor
 ) -> None:
-    """Completes the gradient d logp / d hidden in ``total``, in place.
+    """Adds the label's part to the gradient d logp / d hidden in ``total``, and scales the sum, in place.
 
-    The gradient is ``head.slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum)``. y is the label, and p_y is its
-    probability. tanh'_y is the derivative of the softcap's tanh, or 1 without a softcap. S is the initial content of
-    ``total``, the sum over all columns except y. ``columns`` are the positions of the labels in the head. The term of
-    y is 0 if y lies in another shard of the head.
+    Before the call, ``total`` holds S, the sum of ``exp(z_v - row_max) * tanh'_v * weight_v`` over all columns v but
+    the label y. After the call, it holds ``head.slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum)``. p_y is the
+    probability of y. tanh' is the derivative of the softcap's tanh, or 1 without a softcap. ``columns`` holds y as an
+    index of ``head.weight``. If y is out of range, it lies in another shard of the head, and its part is 0.
     """
     label_factor = -torch.expm1(logp)
     if head.softcap:
@@ -336,9 +338,10 @@ def linear_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
-    The logits of each tile are computed again, or restored from ``kept``, and overwritten with their gradient. Sums
-    over tiles are formed in float32 (float64 for float64 inputs) and rounded once. The call overwrites ``kept``. A
-    wanted gradient of weight is written there, and ``kept_weight_grad`` returns it.
+    ``wanted`` selects the gradients to compute. ``kept`` holds the logits that ``linear_token_logp`` kept. The call
+    overwrites ``kept``. If the gradient of weight is wanted, it is written there, and ``kept_weight_grad`` returns it.
+    The arguments after ``wanted`` are the fields of ``LinearOptions``. Sums over tiles are formed in float32 (float64
+    for float64 inputs) and rounded once.
 
     Returns:
         The gradients of hidden, weight and bias, contiguous, each in the shape of its input. A gradient that is not

@@ -88,7 +88,8 @@ def token_logp_shard(
 ) -> Tensor:
     """Returns each row's softmax state over a shard of the vocabulary, ``[..., ROW_STATE]``, for ``merge_shards``.
 
-    The arguments are those of ``token_logp``. ``logits`` are the columns of the shard; labels are ids of the whole
+    A state holds the row's maximum, four sums and the logit of the label, see ``mpo_ext.loss.eager.shard_state``. The
+    arguments are those of ``token_logp``. ``logits`` are the columns of the shard; labels are ids of the whole
     vocabulary.
     """
     state = empty_row_state(labels)
@@ -144,10 +145,10 @@ def score(
     With ``tile``, ``logits`` cover only a part of the vocabulary; the results then cover this tile and all earlier
     tiles. Tiles must be passed in order.
 
-    ``exp_logits`` must be None or, with the backend "cpu", the tensor ``logits``. In the second case the call
-    overwrites each logit z with ``exp(z - row_max)``, and the label's logit with 0. ``row_max`` is the maximum over
-    this tile and all earlier tiles. The values are undefined in a row whose label is out of range or whose logp is
-    NaN. For other backends, use ``write_exp_logits``.
+    With the backend "cpu", ``exp_logits`` may be the tensor ``logits``. The call then overwrites each logit z with
+    ``exp(z - row_max)``, and the label's logit with 0. ``row_max`` is the maximum over this tile and all earlier
+    tiles. The values are undefined in a row whose label is out of range or whose logp is NaN. In all other cases,
+    ``exp_logits`` must be None. For other backends, use ``write_exp_logits``.
     """
     if labels.numel() == 0:
         return
@@ -189,6 +190,9 @@ def logits_grad(
 
     The result is contiguous and has the shape and dtype of the logits. Each logit of a labelled row is read once, and
     its gradient is written once. On a CPU, a large gradient may reuse the memory of an earlier gradient.
+
+    If ``total`` is not 0, the logits are a shard of a vocabulary of ``total`` ids, and ``first`` is the shard's first
+    id.
     """
     _check_grad_inputs(logits, labels, row_max, row_sum, weight, scale, backend)
     grad, is_zeroed = _grad_memory(logits, labels, ignore_index, backend)

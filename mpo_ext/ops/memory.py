@@ -39,7 +39,7 @@ class VocabShard(NamedTuple):
 
 
 def empty_row_state(labels: Tensor) -> Tensor:
-    """Returns the initial softmax state of rows, ``[..., ROW_STATE]``, on the device of the labels."""
+    """Returns the softmax state of rows before the first tile, ``[..., ROW_STATE]``, on the device of the labels."""
     state = torch.zeros(*labels.shape, ROW_STATE, dtype=torch.float64, device=labels.device)
     state[..., 0] = -math.inf  # the maximum
     return state

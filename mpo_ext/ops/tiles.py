@@ -63,7 +63,7 @@ class Head(NamedTuple):
 
     @property
     def inner_scale(self) -> float:
-        """Factor of ``hidden @ weight.T + bias`` inside tanh. Without a softcap, the logit is this product itself."""
+        """Factor of ``hidden @ weight.T + bias`` in the argument of tanh, or in the logit if there is no softcap."""
         return self.logit_scale / (self.softcap or self.temperature)
 
     @property
@@ -73,21 +73,24 @@ class Head(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """Derivative of a logit with respect to ``hidden @ weight.T + bias``, without the factor for tanh."""
+        """Derivative of a logit with respect to ``hidden @ weight.T + bias``, without the derivative of tanh."""
         return self.logit_scale / self.temperature
 
 
 class KeptLogits:
-    """The memory layout of kept logits. During backward, the gradient of weight overwrites this memory.
+    """Computes the places of logits in a block of memory, in which forward keeps them for backward.
 
-    Backward reads the columns from first to last, and writes the gradient of weight from the start of the memory. The
-    logits start at an offset, so the gradient never overwrites logits that are still needed. With n labelled rows, the
-    memory holds ``max(n, D)`` values per column plus a tile, instead of ``n + D`` per column. With ``only_fitting``,
-    it holds D values per column: if n is larger, only the logits of the first columns are kept.
+    Backward overwrites the block with the gradient of weight. For each tile, from the first columns to the last, it
+    reads the logits and then writes the gradient. The gradient starts at byte 0. The logits start at an offset, so the
+    gradient never overwrites logits that backward has not read yet.
 
-    If gradients are bfloat16, logits are stored in float16. Each is stored as its distance from the largest logit of
-    its row so far. These largest logits are stored after the logits. The error is at most 2^-12 of the distance. For
-    exp(logit) above 3e-4 of the row's largest, the relative error is below the rounding error of bfloat16.
+    Let n be the number of labelled rows. If a logit and a gradient value have equal size, the block holds
+    ``max(n, D)`` values per column, plus a tile. With ``only_fitting``, it holds D values per column. If n is larger
+    than D, only the logits of the first columns are then kept.
+
+    ``store_`` stores a logit in float16, as its distance from the maximum of its row over this tile and all earlier
+    tiles. These maxima lie after the logits. Rounding changes a distance by at most 2^-11 of its value. If exp(logit)
+    is above 4e-4 of the row's largest, its relative error is below the rounding error of bfloat16.
 
     Args:
         rows: Number of labelled rows, n.
@@ -99,7 +102,7 @@ class KeptLogits:
 
     Attributes:
         size: Bytes of the whole memory.
-        stop: End of the columns whose logits are kept.
+        stop: Number of columns whose logits are kept: columns 0 to ``stop - 1``.
     """
 
     def __init__(
@@ -164,7 +167,8 @@ class TiledRows:
         head: Output head.
         ignore_index: Label of rows that are skipped.
         memory_budget: Bytes for a tile and the tensors computed from it.
-        converts_weight_grad: Whether the gradient of weight is computed; its sum may need a float32 buffer.
+        converts_weight_grad: Whether the gradient of weight is computed. The tiles are then smaller, if necessary, to
+            leave memory for its float32 sum.
         keeps_logits: Whether forward keeps logits for backward.
         only_fitting: As in ``KeptLogits``.
     """
@@ -328,8 +332,8 @@ def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
 class _TileSize:
     """Computes the number of rows and columns of a tile from the memory that a tile takes.
 
-    ``keeps_logits`` is an argument of ``TiledRows``. ``kept_dtype`` (as ``dtype``), ``grad_bytes`` and
-    ``only_fitting`` are arguments of ``KeptLogits``.
+    ``kept_dtype`` is the dtype of kept logits. ``TiledRows`` describes ``keeps_logits``. ``KeptLogits`` describes
+    ``grad_bytes`` and ``only_fitting``.
     """
 
     def __init__(

@@ -178,8 +178,9 @@ class _Layers:
         """Yields the stages of ``forwards`` forward passes and, with ``with_backward``, of one backward pass.
 
         A backward pass has two matrix products for each product of a forward pass, and moves twice the bytes. An
-        attention kernel has two products in forward and five in backward. ``of_vision``: whether the vision tower has
-        a backward pass. The name of each stage ends in ``name``.
+        attention kernel has two products in forward and five in backward. The name of each stage ends in ``name``.
+        ``of_vision``: whether the backward pass includes the vision tower. If not, the vision tower has one forward
+        pass only.
         """
         model, positions = self.model, self.positions
         times = forwards + 2 * with_backward
