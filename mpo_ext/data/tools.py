@@ -66,7 +66,7 @@ def read_tools(name: str, value: object) -> list[dict[str, Any]]:
     Each description becomes ``{"type": "function", "function": {"name": ..., ...}}``.
 
     Raises:
-        FieldError: If the field is not a list of such descriptions. ``name`` is the name of the field in the message.
+        FieldError: If the field is not a list of such descriptions. The message names the field ``name``.
     """
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value
