@@ -262,8 +262,8 @@ def _place_numbered(
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
     """Replaces marks such as ``<image 1>`` by ``<image>``, and sorts the images into the order of the marks.
 
-    Images without a mark come first. If only some images have marks, the first user turn gets an ``<image>`` for each
-    of the others.
+    Images without a mark come first. If only some images have a mark, the first user turn gets an ``<image>`` for each
+    image without a mark.
 
     Returns:
         The turns, the options and the sorted images.
