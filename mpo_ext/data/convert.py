@@ -44,8 +44,8 @@ def convert(
         format: Format to write, one of ``WRITABLE``.
         kind: Kind of TRL's format: "standard" or "conversational".
         skip_bad: Whether to skip bad lines, pairs that the format cannot hold, and, for "hf", pairs with an unreadable
-            image. Pairs with several turns need "pairs" or the conversational kind. False: the first such line raises
-            BadLine, and nothing is written.
+            image. False: the first such line or pair raises BadLine, and nothing is written. Only "pairs" and the
+            conversational kind can hold pairs with several turns.
         root: For "mmpr": image folder of pairs that were not read from MMPR; see ``write_mmpr``.
         name: For "mmpr": name of the subset of pairs that were not read from MMPR.
 

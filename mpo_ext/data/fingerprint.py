@@ -31,7 +31,7 @@ class HashedFile:
     Attributes:
         path: Path of the file.
         lines: Number of lines; None if the file does not consist of lines.
-        name: Name of the file in messages; "": the path.
+        name: Name of the file in messages to the user; "": the path.
     """
 
     path: str
@@ -64,8 +64,8 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
             returned, and the file is not read.
 
     Returns:
-        A dict with the file's ``path``, ``size`` in bytes and ``mtime_ns``, its ``name`` in messages, and ``digest``,
-        which depends on the content only. A file of lines also has ``lines`` (their number), ``block`` (the number of
+        A dict with the file's ``path``, ``size`` in bytes and ``mtime_ns``, its ``name`` in messages to the user, and
+        ``digest``, a hash of the content. A file of lines also has ``lines`` (their number), ``block`` (the number of
         lines in a block) and ``blocks`` (the first bytes of the hash of each block, in Base64).
 
     Raises:

@@ -160,7 +160,7 @@ class DatasetPairs(PairSequence):
 
     Args:
         dataset: The dataset. Its images are not decoded.
-        name: Name of the dataset in locations and messages.
+        name: Name of the dataset in locations.
         image_dir: Folder for storing images that rows hold as bytes; None: a row with such an image is bad.
         root_map: Path prefixes (old, new) of folders that have moved.
         parse: Function that converts a row to a pair; its argument ``save_image`` stores the bytes of an image.

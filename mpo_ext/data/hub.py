@@ -60,7 +60,7 @@ def load_hub(
     """Loads a split of a dataset from the Hugging Face hub, or from the cache of the package datasets.
 
     Args:
-        path: Path that the user gave, for messages.
+        path: Path that the user gave, for error messages.
         name: Id of the dataset.
         split: Name of the split; None: the only split.
         revision: Branch, tag or commit; None: the default branch.
@@ -135,7 +135,10 @@ def has_parquet(folder: str) -> bool:
 
 
 def describe_folder(folder: str | os.PathLike[str]) -> str:
-    """Describes a folder in an error message where a file is expected, and lists files that the user may mean."""
+    """Describes a folder for an error message: a file was expected, but the user gave this folder.
+
+    The description lists files in the folder, or tells how to convert a saved dataset to a file.
+    """
     text = f"the folder {os.fspath(folder)}"
     if is_saved_dataset(os.fspath(folder)):
         return f"{text} of a dataset that save_to_disk wrote: write it as a file with the dataset's to_parquet"

@@ -42,7 +42,7 @@ class LineFile(PairSequence):
         subset: Name for ``Location.subset``; None: the file's name without suffix.
         root_map: Path prefixes (old, new) of folders that have moved.
         max_line_bytes: Maximum length of a line in bytes; a longer line is bad and is never loaded.
-        name: Path in locations and messages; None: the path of the file.
+        name: Path in locations and error messages; None: the path of the file.
         ignore: Names of fields that are removed, at any depth, before a line is parsed.
 
     Raises:

@@ -171,7 +171,7 @@ def _check_value(name: str, value: object, read: Collection[str]) -> None:
     """Raises FieldError if a value holds, at any depth, a path, a URL or the content of an image, video or audio.
 
     Args:
-        name: Name of the field, for the message.
+        name: Name of the field, for the error message.
         value: Value of the field.
         read: File names of the pair's media. A field may repeat these names.
     """

@@ -29,7 +29,7 @@ class Picks:
     """The pairs of a source that were picked by hand.
 
     Attributes:
-        source: Path of the source, for messages.
+        source: Path of the source, for error messages.
         lines: Number of lines of the source.
         digests: ``pair_digest`` of each picked pair, by the index of its line in the source.
     """

@@ -34,7 +34,7 @@ class PairSource:
         subsets: Subsets of a meta file, by name; empty for the other formats.
         on_pair: Function that is called with each pair, after its image paths are made absolute; None: no call.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
-        image_dir: Folder for the images and videos that rows hold as bytes; "" if the format has none.
+        image_dir: Folder for the images and videos that rows hold as bytes; "" if the format cannot hold bytes.
         selected: Ascending int64 indices ``[n]`` of the lines that ``scan`` and ``scan_for`` visit; None: all lines.
     """
 
@@ -314,7 +314,7 @@ def _open_table(
     """Opens the rows of a loaded dataset.
 
     Args:
-        name: Path or hub id of the dataset, for messages.
+        name: Path or hub id of the dataset, for locations and error messages.
         dataset: The dataset.
         format: Format of the rows; None or "hf": it is detected from the columns.
         folder: Folder to which relative image paths are joined.

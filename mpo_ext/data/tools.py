@@ -65,8 +65,12 @@ def read_tools(name: str, value: object) -> list[dict[str, Any]]:
 
     Each description becomes ``{"type": "function", "function": {"name": ..., ...}}``.
 
+    Args:
+        name: Name of the field, for the error message.
+        value: Value of the field.
+
     Raises:
-        FieldError: If the field is not a list of such descriptions. ``name`` is the name of the field in the message.
+        FieldError: If the field is not a list of such descriptions.
     """
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value

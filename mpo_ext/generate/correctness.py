@@ -37,8 +37,8 @@ class CorrectnessConfig:
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template, or
             "final_answer" without a template.
         matcher: Kind and options of the matcher that compares an answer with the truth.
-        pairs_per_question: Maximum number of pairs per question, separately in ``pairs`` and in ``format_pairs``; 0:
-            no limit.
+        pairs_per_question: Maximum number of pairs per question in each of the outputs ``pairs`` and
+            ``format_pairs``; 0: no limit.
         accuracy: Lowest and highest fraction of right samples of a question. Questions outside this range give no
             pairs.
         length_balance: Whether to prefer pairs whose responses have similar lengths.
@@ -97,7 +97,7 @@ class Correctness:
     A sample whose answer the matcher cannot read is in no pair, because its answer may be right. The outputs are:
 
     - ``pairs``: right samples against wrong samples.
-    - ``format_pairs``: right samples against responses in which the style finds no answer.
+    - ``format_pairs``: right samples against responses without an answer in the form that ``style`` requires.
     - ``unsolved``: questions without a right sample, as input for ``DropoutNTP``. If the input has no ``chosen``
       response to the question, a wrong sample becomes ``chosen``.
     """
@@ -210,9 +210,9 @@ class Correctness:
             yield chosen, rejected
 
     def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
-        """Returns how much the lengths of two responses differ: the absolute log ratio, rounded to bins.
+        """Returns how much the lengths of two responses differ; 0 without ``length_balance``.
 
-        Returns 0 without ``length_balance``.
+        The difference is four times the absolute log2 ratio of the lengths in characters, rounded.
         """
         if not self.config.length_balance:
             return 0

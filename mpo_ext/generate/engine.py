@@ -48,9 +48,9 @@ class Request(Conversation):
         prefix_ids: Token ids at the beginning of the assistant's turn. The model continues this turn.
         seed: Seed of all draws.
         sampling: Settings for drawing tokens.
-        choices: Spellings of each choice among which the model decides, such as ``(("Yes", "yes"), ("No", "no"))``. An
-            engine that can measure their probabilities generates only one token, and returns
-            ``Generation.choice_probs``. Other engines ignore the choices.
+        choices: Possible answers, each as a tuple of spellings, such as ``(("Yes", "yes"), ("No", "no"))``. An engine
+            that can measure their probabilities generates only one token, and returns ``Generation.choice_probs``.
+            Other engines ignore the choices.
         role: "answer" for the model that is trained, "judge" for the model that judges its answers.
     """
 

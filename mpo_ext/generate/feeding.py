@@ -118,7 +118,7 @@ class Feeder:
 
     @property
     def is_full(self) -> bool:
-        """True if the engine has enough running requests, or if the blocks that are not yet taken have too many."""
+        """True if enough requests are running, or if the blocks that are not yet taken have too many requests."""
         kept = sum(block.n_requests for block in self._blocks)
         return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
 

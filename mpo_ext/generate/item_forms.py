@@ -153,7 +153,7 @@ def _plain(value: Any) -> Any:
 def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | None, *, is_index: bool) -> list[str]:
     """Removes the answer field from ``rest``, and returns all true answers; empty if the answer is missing.
 
-    ``is_index``: see ``indexed_answer``.
+    ``is_index`` says whether integer answers are option indices.
     """
     given = [key for key in _ANSWERS if rest.get(key) is not None and (key != "answers" or _is_texts(rest[key]))]
     key = given[0] if given else "answer_gt"
@@ -183,7 +183,7 @@ def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | Non
 def _checked(text: str, options: list[str] | dict[str, str] | None, *, is_index: bool) -> str:
     """Returns a true answer, after converting an option index to the option's letter.
 
-    ``is_index``: see ``indexed_answer``.
+    ``is_index`` says whether integer answers are option indices.
 
     Raises:
         FormError: If no option has this letter or index, or if a number is ambiguous.
@@ -262,8 +262,8 @@ def _place_numbered(
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
     """Replaces marks such as ``<image 1>`` by ``<image>``, and sorts the images into the order of the marks.
 
-    Images without a mark come first. If other images have marks, an ``<image>`` for each unmarked image is added to
-    the first user turn.
+    Images without a mark come first. If only some images have a mark, the first user turn gets an ``<image>`` for each
+    image without a mark.
 
     Returns:
         The turns, the options and the sorted images.
@@ -303,6 +303,9 @@ def _image(key: str, value: Any, rest: Mapping[str, Any]) -> Any:
         key: Name of the field that holds the image.
         value: A path, bytes, base64 text, a PIL image or an image dict of Hugging Face's datasets.
         rest: Other fields of the item.
+
+    Raises:
+        FormError: If the value is the number of another row, whose image this item shares, as in MMBench.
     """
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:  # the form of Hugging Face's datasets
         value = value["bytes"] if value.get("bytes") else value.get("path")

@@ -174,10 +174,10 @@ class Item:
         """Builds an item from a parsed input line. If the line cannot be used, the item's ``problem`` says why.
 
         Args:
-            values: A dict with ``question``; ``image`` or ``images``, a path or a list of paths; ``video`` or
-                ``videos``, as in ``mpo_ext.data.row_media.row_videos``; ``chosen``; ``answer_gt`` or ``answer``;
-                ``options``; and ``messages``, ``system``, ``history`` and ``tools`` of a conversation. ``item_forms``
-                lists further accepted formats. All other fields except ``rejected`` become ``extra``.
+            values: A dict with ``question`` or ``messages``. Optional fields are ``image`` or ``images`` (a path or a
+                list of paths), ``video`` or ``videos`` (see ``mpo_ext.data.row_media.row_videos``), ``chosen``,
+                ``answer_gt`` or ``answer``, ``options``, ``system``, ``history`` and ``tools``. ``item_forms`` lists
+                further accepted formats. All other fields except ``rejected`` become ``extra``.
             image_root: Folder to which relative image paths are joined.
             subset: Name of the subset, whose images must be inside ``image_root``; None without a meta file.
             system: System prompt for an item without a system prompt; None: no system prompt.

@@ -182,8 +182,8 @@ class OpenAIClient:
         A pause is at least as long as the server requests.
 
         Raises:
-            RequestRefusedError: If the server refuses the request, or if all attempts fail although it still answers
-                an earlier request.
+            RequestRefusedError: If the server refuses the request, or if all attempts fail while the server still
+                answers other requests.
             ServerError: If the server cannot be used.
         """
         attempt = 0
@@ -229,7 +229,7 @@ class OpenAIClient:
         return dict(reply)
 
     def _clean(self, text: str) -> str:
-        """Returns a text without line breaks and the API key, truncated to a maximum length."""
+        """Puts a text on one line, masks the API key, and truncates the text to a maximum length."""
         text = text if self._key == "none" else text.replace(self._key, "***")
         return " ".join(text.split())[:_MAX_TEXT]
 

@@ -153,8 +153,12 @@ class _Prober:
     def continues(self, messages: list[dict[str, Any]], chat: ChatEncoder, answer: Reply) -> bool:
         """Returns whether the server continues an unfinished assistant turn.
 
-        Sends a request that ends with such a turn. Its prompt must be longer than that of ``answer``, the answer to
-        the same request without this turn, by exactly the tokens of the turn's text.
+        Repeats a request with such a turn at its end. The prompt must grow by exactly the tokens of the turn's text.
+
+        Args:
+            messages: Messages of the request.
+            chat: Encoder that counts the tokens of the turn's text.
+            answer: The server's answer to the request without the turn.
         """
         conversation = Conversation(question=_QUESTION)
         n_prefix = len(chat.response_ids(conversation, _PREFIX)) - 1

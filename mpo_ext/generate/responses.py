@@ -1,4 +1,4 @@
-"""Filters for sampled responses, and the choice of pairs from them, which several pipelines share."""
+"""Filters sampled responses, and chooses pairs of responses by their scores."""
 
 import collections
 import dataclasses

@@ -180,7 +180,7 @@ class RlaifV:
     def _split(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
         """Splits the responses into claims.
 
-        With a model that lists the claims, yields its requests and receives their generations.
+        If a model lists the claims, yields the requests to the model and receives the generations.
         """
         if self.config.claims == "sentences":
             for draft in drafts:
@@ -205,7 +205,7 @@ class RlaifV:
     def _ask(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
         """Turns the claims into questions.
 
-        With a model that writes the questions, yields its requests and receives their generations.
+        If a model writes the questions, yields the requests to the model and receives the generations.
         """
         alive = [draft for draft in drafts if draft.is_alive]
         if self.config.questions == "statement":

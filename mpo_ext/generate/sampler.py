@@ -73,7 +73,7 @@ def check_world_size(out: Path, world_size: int) -> None:
 
 
 def stored_date(out: Path) -> str | None:
-    """Returns the chat template's date, in ISO format, that the journals in a folder store, or None."""
+    """Returns the date, in ISO format, that the journals in a folder store for the chat template, or None."""
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         engine = (read_header(path) or {}).get("engine", {})
         for settings in (engine, engine.get("judge", {})):
@@ -242,7 +242,7 @@ class StoredBlock:
 def check_records(sampled: Sequence[Mapping[str, Any]], keys: Sequence[str], pipeline: str) -> None:
     """Raises RuntimeError if the keys of the sampled records are not ``keys``.
 
-    ``pipeline`` is the name of the pipeline in the message.
+    ``pipeline`` is the name of the pipeline in the error message.
     """
     if [record["key"] for record in sampled] != list(keys):
         raise RuntimeError(f"{pipeline}.steps must give one record for each key, in order")
@@ -265,7 +265,7 @@ def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
     """Yields the next record for each key, and stops when the records end.
 
-    Raises ValueError if a record has a different key. ``path`` is the file in the message.
+    Raises ValueError if a record has a different key. ``path`` is the file in the error message.
     """
     for key in keys:
         record = next(records, None)

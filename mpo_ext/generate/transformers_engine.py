@@ -146,9 +146,9 @@ class TransformersEngine:
         return {**settings, "ignored": ignored} if ignored else settings
 
     def _ignored_settings(self) -> dict[str, Any]:
-        """Returns those settings of the model's ``generation_config`` that the engine ignores.
+        """Returns the settings in the model's ``generation_config`` that the engine ignores.
 
-        They would change the distribution of the tokens, such as ``repetition_penalty``.
+        These settings, such as ``repetition_penalty``, would change the distribution of the tokens.
         """
         values = {name: getattr(self.model.generation_config, name, None) for name in _IGNORED}
         return {name: value for name, value in values.items() if value not in (None, _IGNORED[name])}
@@ -275,7 +275,7 @@ class TransformersEngine:
 
     @contextlib.contextmanager
     def _without_defaults(self) -> Iterator[None]:
-        """Replaces the model's ``generation_config`` within a ``with`` block.
+        """Removes all settings except ``_TECHNICAL`` from the model's ``generation_config`` in a ``with`` block.
 
         Otherwise, transformers' ``generate`` would take all settings that are None from the model's config.
         """
