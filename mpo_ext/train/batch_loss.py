@@ -36,8 +36,7 @@ class BatchLoss:
         routers: Auxiliary loss of the policy's mixture-of-experts routers; None: no such loss.
 
     Attributes:
-        first_batch: Check that each call runs on its micro-batch; None: no check. The trainer sets it for the first
-            step only.
+        first_batch: Check of the micro-batches, which the trainer sets for the first step only. None: no check.
     """
 
     def __init__(
@@ -170,7 +169,9 @@ def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size:
 
 
 def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, counts: BatchCounts) -> MPOOutput:
-    """Returns ``out`` with the ``ntp_loss`` for the log, averaged as ``recipe.ntp_average`` says.
+    """Returns ``out`` with its ``ntp_loss`` averaged over tokens or sequences, as ``recipe.ntp_average`` says.
+
+    The log shows this value.
 
     Args:
         out: Output of the loss for a micro-batch.

@@ -1,9 +1,10 @@
 """The contents of a checkpoint: tensors, optimizer, loss scaler and random states.
 
-Tensors are stored by name in the format of torch.distributed.checkpoint, which is the same for one process, DDP and
-FSDP2, so a run may resume with another number of ranks. This module does not use
-``torch.distributed.checkpoint.state_dict``, which steps an optimizer that has no state yet and requires optimizer
-state for every parameter.
+Tensors are stored by name in the format of torch.distributed.checkpoint. The format is the same for one process, DDP
+and FSDP2, so a run may resume with another number of ranks.
+
+This module does not use ``torch.distributed.checkpoint.state_dict``. Its functions step an optimizer that has no state
+yet, and require optimizer state for every parameter.
 """
 
 import contextlib

@@ -109,9 +109,9 @@ def mark_exported(accelerator: Any, folder: Path, checkpoint: Path | None) -> No
 def is_exported(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
     """Returns whether ``folder`` holds an export of the model of ``checkpoint``, as seen by all ranks.
 
-    All ranks must call this function. It compares the record of ``mark_exported`` with the checkpoint. Without a
-    record (earlier versions of mpo_ext wrote none), an export that is not older than the checkpoint counts as its
-    export.
+    All ranks must call this function. It compares the record of ``mark_exported`` with the checkpoint. Earlier
+    versions of mpo_ext wrote no record. Without a record, the result is True if the export is not older than the
+    checkpoint.
     """
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
     try:
@@ -194,7 +194,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _check_only_adapters(inner: Any) -> None:
-    """Raises ``CheckpointError`` if a parameter is trained that peft would not export."""
+    """Raises ``CheckpointError`` if peft would not export one of the trainable parameters."""
     config = inner.peft_config[inner.active_adapter]
     lost = {
         name

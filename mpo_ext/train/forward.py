@@ -168,8 +168,9 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[str]) -> Callable[..., Any]:
     """Returns a wrapper that calls ``encode`` once and returns its image features twice, one copy after the other.
 
-    ``encode`` is a method of ``owner``, such as ``get_image_features``. If ``running`` is not empty, another wrapper
-    is running, and the features are not repeated: in Qwen3-VL, ``get_video_features`` calls ``get_image_features``.
+    ``encode`` is a method of ``owner``, such as ``get_image_features``. All wrappers of a model share ``running``. It
+    is not empty if another wrapper calls this wrapper: in Qwen3-VL, ``get_video_features`` calls
+    ``get_image_features``. The inner wrapper then returns the features only once.
     """
 
     def encode_once(*args: Any, **kwargs: Any) -> Any:

@@ -80,8 +80,8 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
         data: Data and encoder of the run.
         known: Inputs that a checkpoint stores, or None. Files that have not changed since (same path, size and
             modification time) are not read again.
-        fixed_weights: Fingerprints of the models whose weights a checkpoint does not store, by the name of the setting
-            that names the model.
+        fixed_weights: Fingerprints of models whose weights checkpoints do not store. A key is the setting that names
+            the model, such as ``model.path``.
 
     Raises:
         CheckpointError: If a rank cannot read a file.

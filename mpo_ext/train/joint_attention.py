@@ -1,9 +1,9 @@
-"""Attention on a CPU for rows with several responses to a prompt, by kernel calls without a mask.
+"""Attention on a CPU for rows with several responses to a prompt, without a mask tensor.
 
 The tokens of a second response attend to the prompt and to earlier tokens of the response. A single causal call of
 SDPA's flash kernel on the CPU cannot compute this, because the kernel aligns the first query to the first key. This
-module makes two kinds of calls instead. In a causal call, each response attends to itself. In a call without a mask,
-all responses attend to their prompt.
+module makes two kinds of calls instead. In a causal call, each response attends to itself. In a non-causal call, all
+responses attend to their prompt.
 
 Both calls return lse, the log-sum-exp of the scores of each query. The log-sum-exp over all keys is
 ``joint = logaddexp(lse_1, lse_2)``, and the output is the sum of both results with the weights ``exp(lse_i - joint)``.
@@ -42,7 +42,7 @@ class JointCalls(NamedTuple):
     Attributes:
         own: ``(start, stop)`` for each causal call: the range of its tokens, which are both queries and keys. The
             ranges do not overlap.
-        shared: ``(start, stop, key start, key stop)`` for each call without a mask: the range of its queries and the
+        shared: ``(start, stop, key start, key stop)`` for each non-causal call: the range of its queries and the
             range of its keys.
     """
 

@@ -80,9 +80,10 @@ def train(
 
 
 class Trainer:
-    """A training run. The function ``train`` is the usual entry point; it describes the other arguments.
+    """A training run. The function ``train`` is the usual entry point.
 
-    If ``save`` is False, no checkpoint, final model or model card is written.
+    If ``save`` is False, no checkpoint, final model or model card is written. The other arguments are those of
+    ``train``.
 
     Attributes:
         model: Policy, as ``accelerator.prepare`` returned it.

@@ -281,7 +281,7 @@ def _decoder(inner: nn.Module) -> Any:
 
 
 def decoder_config(inner: nn.Module) -> Any:
-    """Returns the config of the decoder, which may be another object than the model's text config."""
+    """Returns the config that the decoder uses. It may be a different object from the model's text config."""
     decoder = _decoder(inner)
     config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)
     return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config

@@ -98,10 +98,10 @@ def means(
 
 
 def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
-    """Returns the reward accuracy with equal weights of two kinds of pairs: longer chosen or longer rejected response.
+    """Returns the mean of the reward accuracies on two kinds of pairs.
 
-    If only one kind of pair occurs, the result is the accuracy on this kind. If no pair has responses of unequal
-    lengths, the result is ``accuracy``.
+    One kind has a longer chosen response, the other a longer rejected response. If only one kind occurs, the result is
+    the accuracy on this kind. If no pair has responses of unequal lengths, the result is ``accuracy``.
     """
     kinds = [name for name in ("longer_chosen", "longer_rejected") if sums[name]]
     parts = [sums[f"accurate_{name}"] / sums[name] for name in kinds]

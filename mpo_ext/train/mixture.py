@@ -317,9 +317,9 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns a label for each subset: its name, preceded by the end of its path if another path has this name.
+    """Returns a label for each subset: its name, or the end of its path and its name if the name is not unique.
 
-    The end of the path is as short as possible.
+    ``paths`` and ``names`` hold the path and the name of each subset. The end of the path is as short as possible.
     """
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []

@@ -66,7 +66,8 @@ class RunOutput:
     def template_date(self, checkpoint: Path | None) -> datetime.date:
         """Returns the date that the chat template may print in prompts, the same on all ranks.
 
-        This is the stored date of the checkpoint or, without one, of the reference log-probs; otherwise today.
+        The date is read from the checkpoint or, if it has none, from the file of reference log-probs. If neither
+        stores a date, the result is today.
         """
         inputs = None if checkpoint is None else self.checkpoints.state(self.accelerator, checkpoint).get("inputs")
         date = stored_date(inputs) or reference_date(self.recipe) or datetime.date.today()
@@ -92,7 +93,7 @@ class RunOutput:
             yield
 
     def _check_outputs(self) -> None:
-        """Raises an error if the run would overwrite one of its input files, or a file that no run has written."""
+        """Raises an error if the run would overwrite an input file, or files that no earlier run wrote."""
         recipe, names = (
             self.recipe,
             ("log.jsonl", "first_pairs.txt", "final", "checkpoints", "answers", "exported.json"),

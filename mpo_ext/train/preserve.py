@@ -13,9 +13,9 @@ from mpo_ext.train.checkpoint_state import random_state, restore_random_state
 def preserved(accelerator: Any, model: nn.Module) -> Iterator[None]:
     """Restores the model's modules and this rank's random states at the end of the ``with`` block, bit for bit.
 
-    Each module gets back its attributes, such as its mode, the flags of gradient checkpointing and cached values, and
-    the tensors that were its buffers. The block must not write into parameters, gradients and buffers, because their
-    contents are not restored.
+    A module's attributes are restored, such as its training mode, gradient checkpointing flags, cached values and
+    buffers. The contents of tensors are not restored, so the block must not write into parameters, gradients or
+    buffers in place.
     """
     saved = [(vars(module), dict(vars(module)), dict(vars(module)["_buffers"])) for module in model.modules()]
     random = random_state(accelerator)

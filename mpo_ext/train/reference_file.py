@@ -211,7 +211,7 @@ def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
     """Returns the digests of the pairs whose log-probs an interrupted run has already computed.
 
-    The digests are read from the journals, the files that the ranks of this run wrote beside ``path``.
+    The digests are read from the journals, the files that the ranks of that run wrote beside ``path``.
     """
     known: set[str] = set()
     for journal in _journal_paths(path):

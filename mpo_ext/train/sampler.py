@@ -84,10 +84,10 @@ class StepSampler:
 
 
 def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns an order of the indices of ``pairs`` in which the pairs of a group are adjacent.
+    """Returns a permutation ``p`` such that the pairs of a group are adjacent in ``pairs[p]``.
 
-    ``groups`` holds the group number of each pair index. The order of the groups is random. A second copy of a pair is
-    treated as a member of another group.
+    ``pairs`` holds pair indices, and ``groups[i]`` is the group number of the pair with index i. The order of the
+    groups is random. A second copy of a pair is treated as a member of another group.
     """
     # The c-th copy of each pair goes to the c-th group of its prompt, because a step should not contain a pair twice.
     by_pair = np.argsort(pairs, kind="stable")

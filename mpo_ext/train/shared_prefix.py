@@ -62,7 +62,9 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
 
 
 def shared_layouts(models: Sequence[nn.Module], setting: SharedPrefix, reasons: list[str]) -> Iterator[SharedLayout]:
-    """Yields the layouts with shared prompts to check. Before each, enables or disables split attention of the models.
+    """Yields the layouts with shared prompts that are to be checked.
+
+    Before it yields a layout, the function enables or disables split attention in the models, as the layout needs.
 
     Args:
         models: Models that will run on the batches.
@@ -113,8 +115,8 @@ def check_shared_prefix(
         positions: See ``collate``.
         device: Device of the batches; None: the device of the model's parameters.
         tolerance: Maximum root mean square difference of the log-probs, in nats. None: 16 times the machine epsilon of
-            the arithmetic, at least 1e-3. The maximum is reduced to half the effect of a broken mask if this is
-            smaller, but not below ``tolerance / 4``.
+            the arithmetic, at least 1e-3. If a broken mask has a small effect, the maximum is half this effect, but
+            at least ``tolerance / 4``.
         layout: Layout to check.
         from_logits: Whether the model computes logits; see ``loss.from_logits``.
 

@@ -341,7 +341,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _has_aligned_kernels(query: Tensor, attend: _Attend) -> bool:
-    """Returns whether ``attend`` can align causal attention to the last key without a mask tensor."""
+    """Returns whether ``attend`` supports a ``causal_lower_right`` mask, which needs no mask tensor."""
     return query.is_cuda and isinstance(attend, partial)  # a partial is SDPA; eager attention is a function
 
 

@@ -120,7 +120,7 @@ def _pieces(segments: RowSegments) -> list[_Piece]:
 
 
 def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
-    """Divides the keys of ``sizes`` into groups of similar size.
+    """Divides the keys of ``sizes`` into groups of keys with similar sizes.
 
     In each group, the smallest size is at least ``shortest`` times the largest size.
     """

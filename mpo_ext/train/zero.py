@@ -105,7 +105,7 @@ def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
 
 
 def set_sizes(recipe: Recipe, accelerator: Any) -> None:
-    """Sets DeepSpeed's micro-batch size, gradient accumulation (1) and gradient clipping from the recipe."""
+    """Sets DeepSpeed's micro-batch size and gradient clipping from the recipe, and its accumulation steps to 1."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.optim.micro_batch_size
