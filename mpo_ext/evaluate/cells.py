@@ -66,7 +66,7 @@ class Cell:
         evaluation: Asks the questions with the cell's prompt and scores the responses.
         folder: Folder of the journals, the files to which sampled responses are appended.
         scores: Scores of the questions in the order of the file; empty until the journals are read.
-        details: For each problem, the details of the first question that has the problem.
+        details: For each reason why questions could not be asked, the details of the first such question.
         offsets: Byte offset of each question's lines in the file of predictions; empty until the journals are read.
     """
 
@@ -112,7 +112,8 @@ class Cell:
         """Reads the journals of all ``world_size`` processes.
 
         Yields:
-            (item, problem, responses) of each question. ``problem`` is the reason why it was not asked, or None.
+            (item, problem, responses) of each question. ``problem`` is the reason why the question could not be
+            asked, or None.
         """
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             for record in records:
