@@ -21,8 +21,8 @@ class EvaluationRun:
     """Settings of one process of an evaluation. They do not change the results.
 
     Attributes:
-        block_size: Number of responses to request at a time. If a question has more responses, all responses to it are
-            requested together. If the process is killed, at most these responses are lost.
+        block_size: Maximum number of responses per block. A block of one question may have more. A killed process
+            loses the blocks that it is sampling: one block, or several with vLLM.
         rank: Rank of this process. It asks the questions whose position modulo ``world_size`` equals the rank.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
