@@ -22,7 +22,7 @@ class EvaluationRun:
 
     Attributes:
         block_size: Maximum number of responses per block. A block of one question may have more. A killed process
-            loses the blocks that it is sampling: one block, or several with vLLM.
+            loses the blocks that it is sampling: one block, or several with vLLM or an OpenAI server.
         rank: Rank of this process. It asks the questions whose position modulo ``world_size`` equals the rank.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
