@@ -269,7 +269,10 @@ def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping
 
 
 def _watch_trl(parts: Parts, model: Any, trainer: Any, stack: contextlib.ExitStack) -> None:
-    """Makes ``parts`` time the parts of TRL's training steps. When ``stack`` is closed, TRL is restored."""
+    """Makes ``parts`` time the parts of TRL's training steps.
+
+    Replaces a function of TRL. The original function is restored when ``stack`` is closed.
+    """
     from trl.trainer import utils
 
     parts.watch(model, trainer.accelerator)

@@ -69,9 +69,9 @@ def streams(backend: str) -> list[str]:
 
 
 def graphs(backend: str) -> list[str]:
-    """Checks replays of calls captured in CUDA graphs.
+    """Checks replays of two calls captured in CUDA graphs.
 
-    One call gets new logits, the other updates a reward shift in each replay.
+    The replays of the first call get new logits. Each replay of the second call updates a reward shift.
     """
     batch = _batch(2, 9, 1003, torch.float32)
     static = batch.replaced(batch.logits.clone())

@@ -59,7 +59,7 @@ def bandwidths(device: str, nbytes: int = _COPY_BYTES, runs: int = 10) -> dict[s
 
 
 def run(stage: GpuStage) -> None:
-    """Measures every implementation of the loss on every shape, then the fixed costs of our forward."""
+    """Measures every implementation of the loss on every shape, then the fixed costs of mpo_ext's forward."""
     stage.settings |= {"bytes_per_s": bandwidths(stage.device, 1 << 20 if stage.dry else _COPY_BYTES)}
     shapes = [LossShape(tokens=8, vocab=203, share=0.5)] if stage.dry else SHAPES
     for loss in shapes:

@@ -46,7 +46,8 @@ def _run(
 ) -> Path:
     """Runs a program, and adds its status (passed, failed or not run) to the result file. Returns the path of its log.
 
-    The status is "not run" if the program is not installed.
+    The status is "not run" if the program is not installed. ``env`` holds additional environment variables, and
+    ``provider`` is the name of the tested implementation in the result file.
     """
     log = stage.out / (re.sub(r"\W+", "-", f"{stage.name}-{case}") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -38,8 +38,8 @@ def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
 def _lines(document: Mapping[str, Any]) -> list[tuple[list[str], Sequence[float], float | None, list[str]]]:
     """Returns the parts of a table line for each starting model in ``document``.
 
-    The parts are the first cells, MPO's gain over SFT in each seed, the gain's standard error over the questions (None
-    with several seeds), and the last cells.
+    The parts are the cells before the gain, MPO's accuracy gain over SFT in each seed, the gain's standard error over
+    the questions (None with several seeds), and the cells after the gain.
     """
     lines: list[tuple[list[str], Sequence[float], float | None, list[str]]] = []
     task = figures.task_of(document)

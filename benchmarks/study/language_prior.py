@@ -1,8 +1,8 @@
 """Declares the task "language-prior" of the study. It is the demo's task: the model makes up digits from its own text.
 
-The settings are those of the demo. They and this file were fixed before the reported seeds ran (docs/study.md). The
-tables "alone", "repair" and "rlaif", and the paper's directions for the table "weights", were added later, but before
-their runs.
+The settings are those of the demo. They and this file were fixed before the reported seeds ran (docs/study.md), with
+two exceptions: the tables "alone", "repair" and "rlaif", and the paper's directions for the table "weights". They
+were added later, but before the runs in these tables.
 """
 
 from collections.abc import Mapping

@@ -53,7 +53,8 @@ def train_start(
 ) -> list[dict[str, float]]:
     """Trains the starting model, in place, on correct responses to questions.
 
-    Most questions have an image. For some, the image is removed. Others have no image and state the digits in words.
+    Most questions have an image. From some questions, the image is removed. In others, the digits are stated in words
+    instead of the image.
 
     Returns:
         For each evaluation, ``step``, ``loss`` and the validation accuracy of each kind of questions.
@@ -130,7 +131,8 @@ def choose(
 ) -> dict[str, list[Pair]]:
     """Returns the pairs of each file in ``perception.PAIR_FILES``, chosen at random from ``pool``.
 
-    ``pool`` holds the pairs by kind: "direct", "cot" (step by step), "text" and the keys of ``perception.KEEPS``.
+    ``pool`` holds the pairs by kind. The kinds "direct", "cot" (step by step) and "text" (digits stated in words) are
+    correctness pairs. The keys of ``perception.KEEPS`` are DropoutNTP pairs.
 
     Raises:
         RuntimeError: If a file would have no pairs.

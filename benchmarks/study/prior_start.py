@@ -138,8 +138,8 @@ def _make_kinds(
 ) -> dict[str, list[Pair]]:
     """Samples pairs of several kinds, and returns the pairs of each file except "mixed" and RLAIF-V.
 
-    ``mixed`` holds the pairs of the file "mixed", of which some files get a part. The sampling summaries are added to
-    ``summaries``.
+    ``mixed`` holds the pairs of the file "mixed". Some of the returned files are random subsets of these pairs. The
+    sampling summaries are added to ``summaries``.
     """
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}
@@ -195,7 +195,10 @@ def _make_rlaif_v(
 
 
 def _text_pipeline(settings: PriorSettings, common: Mapping[str, Any]) -> Correctness:
-    """Returns the correctness pipeline for questions that state the digits. Responses have only a final answer."""
+    """Returns the correctness pipeline for questions that state the digits. Responses have only a final answer.
+
+    ``common`` holds further fields of ``CorrectnessConfig``.
+    """
     config = CorrectnessConfig(
         samples=settings.samples,
         pairs_per_question=settings.pairs_per_question,

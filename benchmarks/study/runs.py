@@ -136,8 +136,9 @@ class Study:
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
         """Returns the sort key of a run in the queue.
 
-        The rows of the main tables come first, each for all seeds. An interrupted study thus has complete comparisons.
-        The other training runs follow, and then the other starting models, both ordered by seed.
+        The models in the main tables (``StudyTask.main``) come first. Each is made for all seeds before the next, so
+        that an interrupted study has complete comparisons. The other training runs follow, ordered by seed. The other
+        starting models come last, also ordered by seed.
         """
         seed, row = run
         place = [*self.task.starts, *self.task.rows].index(row)

@@ -120,11 +120,13 @@ def _verdict_sentences(document: Document, name: str) -> list[str]:
 
 
 def _topic(difference: Difference, family: Sequence[Difference]) -> tuple[str, bool, str]:
-    """Returns the beginning of a sentence about an accuracy difference, and the item that follows the verdict.
+    """Returns the beginning of a sentence about an accuracy difference, and the text that follows the verdict.
+
+    ``family`` holds all differences of the table.
 
     Returns:
-        (beginning, is_subject, item). If ``is_subject`` is True, the beginning names the row and the item is the other
-        row, as in "MPO: higher than SFT". Otherwise the item names the row, as in "Compared with SFT: higher: MPO".
+        (beginning, is_subject, text). In "MPO: higher than SFT", the beginning is "MPO", ``is_subject`` is True and
+        the text is "SFT". In "Compared with SFT: higher: MPO", ``is_subject`` is False and the text is "MPO".
     """
     row, other, column = difference
     form = _FORMS[column]

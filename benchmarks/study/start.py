@@ -24,8 +24,8 @@ from mpo_ext.demo.train import METHODS, make_recipe
 def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, Any]:
     """Makes a starting model, its files of pairs and the reference log-probs, unless they exist.
 
-    Files of other settings in ``folder`` are deleted. If a result exists but the weights are missing, the model is
-    trained again. It must then give the same answers, because new runs are compared with runs from the old weights.
+    Files in ``folder`` made with other settings are deleted. If a result exists but the weights are missing, the model
+    is trained again. It must then give the same answers, because new runs are compared with runs from the old weights.
 
     Args:
         folder: Folder of the starting model for this seed.

@@ -40,7 +40,7 @@ SCHEMA = 1
 def load(path: Path, *, has_all: bool = True) -> dict[str, Any]:
     """Reads and checks a result file, and returns its content.
 
-    If ``has_all`` is False, results of training runs may be missing, as in a file from before the runs were declared.
+    If ``has_all`` is False, results of training runs may be missing, as in a file that is older than these runs.
 
     Raises:
         ValueError: If the file has a wrong format. The message names the file.

@@ -34,7 +34,7 @@ def _add_command(commands: Any, name: str, text: str, run: Command) -> argparse.
     """Adds a command with the options that all ``data`` commands share, and returns its parser.
 
     Args:
-        commands: The object of ``add_subparsers``.
+        commands: The object that ``add_subparsers`` returned.
         name: Name of the command.
         text: Help text of the command.
         run: Function that runs the command.
@@ -133,9 +133,10 @@ def _open(args: argparse.Namespace) -> Any:
 
 
 def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[Any], None]]:
-    """Opens the pairs. Returns their source, a ``StoredMedia`` as in ``_open_with_stored``, and a function ``warn``.
+    """Opens the pairs. Returns the two results of ``_open_with_stored``, and a function ``warn``.
 
-    After all pairs have been read, ``warn(skipped)`` prints the skipped lines and a warning about missing images.
+    Call ``warn(skipped)`` after all pairs have been read. It prints the skipped lines and a warning about missing
+    images.
     """
     from mpo_ext.data.sources import MissingImages
 
@@ -172,7 +173,10 @@ def _open_with_stored(
 
 
 def _say_stored(stored: Any) -> None:
-    """Prints the folder to which images in the data were extracted, if there is one."""
+    """Prints the folder of the images that were extracted from the data. Prints nothing without such images.
+
+    ``stored`` is a ``StoredMedia``.
+    """
     from mpo_ext.data.sources import stored_note
 
     if stored.folder:

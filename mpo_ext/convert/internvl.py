@@ -282,9 +282,9 @@ def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[s
 
 
 def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) -> Any:
-    """Returns the stored tensor that converts to the tensor ``name`` of transformers.
+    """Returns the stored tensor that becomes the tensor ``name`` of transformers.
 
-    The tensor is returned as stored, so its layout must not change in the conversion.
+    The tensor is not converted. Use this function only for tensors that the conversion merely renames.
     """
     import torch
     from safetensors import safe_open

@@ -113,7 +113,7 @@ def make_pairs(
 def sampling_runs(settings: Settings) -> Iterator[tuple[str, str, int, runner.PairPipeline]]:
     """Yields (name, form, count, pipeline) of each sampling run.
 
-    ``form`` and ``count`` are the form and the number of its questions.
+    ``form`` is the form of the questions in the run, and ``count`` is their number.
     """
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}

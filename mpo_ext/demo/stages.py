@@ -27,8 +27,8 @@ class Stages:
     """Runs stages, and stores the result of each stage in a file in ``folder/stages``.
 
     Prints an explanation before each stage, a progress bar during it, and its duration after it. A stage that already
-    has a file is not run again. Files of other settings or of another version of mpo_ext are deleted first. The SFT
-    model is kept if the settings that determine it have not changed.
+    has a file is not run again. Files made with other settings or another version of mpo_ext are deleted first. The
+    SFT model is kept if the settings that determine it have not changed.
 
     Attributes:
         seconds: Duration of each stage in seconds, including stages that an earlier run finished.

@@ -1,7 +1,7 @@
 """Loads the trained SFT model that the package contains, so that the demo need not train it.
 
-``python -m mpo_ext.demo.start FOLDER`` replaces the model in the package. ``FOLDER`` holds a demo that ran with
-``--from-scratch``, and its SFT model is copied.
+``python -m mpo_ext.demo.start FOLDER`` replaces the model in the package with the SFT model in ``FOLDER``. This folder
+must be the output of ``mpo-ext demo --from-scratch``.
 """
 
 import hashlib

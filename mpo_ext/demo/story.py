@@ -116,7 +116,10 @@ def save(
 
 
 def _reading(task: ReadingTask, response: str, step: int) -> dict[str, Any]:
-    """Returns the parts of a step-by-step response for the page, such as the named digits and the final answer."""
+    """Returns the parts of a step-by-step response for the page, such as the named digits and the final answer.
+
+    ``step`` is the setting ``prior_step``.
+    """
     wrong = hallucinated_cells(task, response, step)
     read = read_digits(response, task.cells)
     answer = extract_answer(response, digits.STYLES["cot"])

@@ -21,8 +21,8 @@ class EvaluationRun:
     """Settings of one process of an evaluation. They do not change the results.
 
     Attributes:
-        block_size: Number of responses to request at a time. If a question has more responses, all responses to it are
-            requested together. If the process is killed, at most these responses are lost.
+        block_size: Maximum number of responses per block. A block of one question may have more. A killed process
+            loses the blocks that it is sampling: one block, or several with vLLM or an OpenAI server.
         rank: Rank of this process. It asks the questions whose position modulo ``world_size`` equals the rank.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
@@ -66,7 +66,7 @@ class Cell:
         evaluation: Asks the questions with the cell's prompt and scores the responses.
         folder: Folder of the journals, the files to which sampled responses are appended.
         scores: Scores of the questions in the order of the file; empty until the journals are read.
-        details: For each problem, the details of the first question that has the problem.
+        details: For each reason why questions could not be asked, the details of the first such question.
         offsets: Byte offset of each question's lines in the file of predictions; empty until the journals are read.
     """
 
@@ -112,7 +112,8 @@ class Cell:
         """Reads the journals of all ``world_size`` processes.
 
         Yields:
-            (item, problem, responses) of each question. ``problem`` is the reason why it was not asked, or None.
+            (item, problem, responses) of each question. ``problem`` is the reason why the question could not be
+            asked, or None.
         """
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             for record in records:

@@ -248,7 +248,7 @@ def _without_chance(svg: str) -> str:
 def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, str], limit: int, seed: int) -> None:
     """Writes ``failures.html``: the questions with a wrong answer, and the responses of all models and prompts.
 
-    The page also shows the answers without the image, but they do not count when the questions are selected.
+    The page also shows the responses without the image. A question is left out if only these are wrong.
     """
     by_data: dict[str, list[Cell]] = {}
     for cell in cells:

@@ -121,6 +121,8 @@ def _without_image(
 ) -> dict[str, Any]:
     """Returns the accuracies with and without the image on the same questions, and the fraction of unchanged answers.
 
+    ``same`` is the result of ``_unchanged``. ``key`` is (model, file, prompt).
+
     ``most_frequent_truth`` is the fraction of the questions that have the most frequent true answer. It is None if a
     question has several true answers.
     """

@@ -93,9 +93,9 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _wait_for_old_stages(self) -> Iterator[FileLock]:
-        """Locks ``stage.lock``, which every command inherits, and yields the lock.
+        """Locks ``stage.lock`` and yields the lock.
 
-        Waits if a command of a killed process still holds the lock.
+        Every command inherits the lock. Waits while a command of an earlier, killed process still holds it.
         """
         path, what = self.folder / "stage.lock", f"the stages of {self.folder}"
         lock = FileLock(path, what)

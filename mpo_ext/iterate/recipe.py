@@ -243,7 +243,8 @@ class EngineRecipe:
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: Device of "transformers"; None: the GPU of the process, or the CPU.
         batch_size: Samples per batch of "transformers"; None: 16.
-        block_size: Responses per block. If the process is killed, at most one block is lost.
+        block_size: Responses per block. A killed process loses the blocks that it is sampling: one block, or several
+            with "vllm".
         options: Arguments of ``from_pretrained`` or ``VLLMEngine``, such as ``{tensor_parallel_size: 2}``.
     """
 

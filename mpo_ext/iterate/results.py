@@ -30,8 +30,8 @@ def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, 
     """Returns the content of ``rounds.json`` as JSON values. All stages of the rounds ``numbers`` must be done.
 
     Each round has its ``model`` and its ``accuracy``, in the format of an evaluation's ``results.json``. A round after
-    round 0 also has its ``sources`` of pairs, its ``training`` metrics, and ``comparisons``. The comparisons are
-    between the round's model and, on the same questions, the first model and the model of the previous round.
+    round 0 also has its ``sources`` of pairs, its ``training`` metrics, and ``comparisons``. They compare the
+    round's model with the first model and with the model of the previous round, on the same questions.
     """
     rounds: list[dict[str, Any]] = []
     shares: list[dict[tuple[str, str], dict[int, float]]] = []
@@ -94,7 +94,7 @@ def _compare(
 
 
 def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
-    """Returns the pair sources of a round. Each has its pairs per epoch, and counts from its ``summary.json``."""
+    """Returns the result of ``round_sources``, with the pairs per epoch and the counts in ``summary.json`` added."""
     rows = []
     for source in stages.round_sources(recipe, number):
         summary = read_json(recipe.round_folder(number) / source["pipeline"] / "summary.json")

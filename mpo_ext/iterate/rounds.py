@@ -181,7 +181,10 @@ def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | Non
 
 
 def _run_stage(runner: StageRunner, recipe: IterateRecipe, stage: RoundStage, stream: TextIO | None) -> None:
-    """Runs a stage and marks it as done. Skips a stage that writes a page of pairs if there are no pairs."""
+    """Runs a stage and marks it as done.
+
+    If a pipeline has made no pairs, the stage that writes the page of these pairs is skipped.
+    """
     is_page = stage.name.startswith("page of ")
     if is_page and Path(stage.arguments[2]).stat().st_size == 0:
         return
