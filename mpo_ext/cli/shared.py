@@ -208,7 +208,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="samples per batch of transformers (default: 16)")
     parser.add_argument(
         "--block-size", type=int, default=64,
-        help="responses per block, the most that are lost if the process is killed (default: 64)",
+        help="responses per block; a killed process loses its unfinished blocks (default: 64)",
     )  # fmt: skip
 
 

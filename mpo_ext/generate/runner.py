@@ -74,7 +74,7 @@ def run(
         source: File of items, or an MMPR meta file (.json) that lists such files; see ``item_files``.
         out: Folder of the run.
         block_size: Number of samples to request at a time. All samples of an item are requested together, even if they
-            exceed this number. A killed run loses at most these samples.
+            exceed this number. A killed run loses the samples of its unfinished blocks.
         limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
         rank: Rank of this process. It takes the items at the positions ``rank``, ``rank + world_size``, and so on.
         world_size: Number of processes, which need not run at the same time.
