@@ -315,8 +315,8 @@ def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
 def _cell(name: str, text: str) -> Any:
     """Returns the value of a CSV cell in the column ``name``.
 
-    Parses a list or object in JSON or Python notation if the column is in ``_LISTS``, or if the value consists of
-    messages. An empty cell of a column in ``_LISTS`` is None. Every other cell is a text.
+    In columns of ``_LISTS``, such as ``images``, a list or object in JSON or Python notation is parsed, and an empty
+    cell becomes None. In other columns, only messages are parsed. Every other cell is a text.
     """
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):

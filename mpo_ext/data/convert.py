@@ -35,8 +35,8 @@ def convert(
 ) -> tuple[int, Skipped]:
     """Writes the pairs of a source in another format. The output appears only when it is complete.
 
-    Absolute image paths stay absolute. Relative image paths become absolute, except in "pairs" and "trl": there, they
-    are written relative to the folder of ``out`` if this folder is the source's root or contains the image.
+    In "pairs" and "trl", a relative image path becomes relative to the folder of ``out`` if this folder is the
+    source's root or contains the image. All other image paths in these formats are absolute.
 
     Args:
         source: Pairs to write.

@@ -61,7 +61,8 @@ def to_dataset(
         cache_dir: Folder in which to build the dataset; None: a temporary folder, deleted when the process exits.
 
     Returns:
-        The dataset. It has a column ``images`` only if a pair has images, because TRL would expect an image model.
+        The dataset. It has a column ``images`` only if a pair has images, because TRL requires an image model for a
+        dataset with this column.
 
     Raises:
         ImportError: If Hugging Face datasets is not installed.

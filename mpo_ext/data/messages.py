@@ -1,7 +1,8 @@
 """Reads the messages and images of a row in any format, and builds a pair from them.
 
 A turn is ``{"role": ..., "content": ...}``. Its content is text, with ``<image>`` and ``<video>`` at the places of
-images and videos. A turn of the assistant may also have ``tool_calls``. A turn with the role "tool" holds a result.
+images and videos. A turn of the assistant may also have ``tool_calls``. A turn with the role "tool" holds the result
+of a tool call.
 """
 
 import itertools
@@ -287,8 +288,8 @@ def pair_of_turns(
 ) -> Pair:
     """Builds a pair from turns.
 
-    The last user turn becomes ``question``. All turns of a multi-turn prompt or response, or of one with tool calls,
-    are also stored in ``Pair.source``.
+    The last user turn becomes ``question``. If a prompt or response has several turns or tool calls, all its turns are
+    also stored in ``Pair.source``.
 
     Args:
         prompt: Turns before the response, as in ``check_prompt_turns``.

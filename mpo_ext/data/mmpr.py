@@ -279,7 +279,7 @@ def _paths(name: str, value: object) -> list[str]:
 
 
 def _compact(media: list[Any]) -> Any:
-    """Returns the element of a one-element list. Other lists, and a list that holds a list, are unchanged."""
+    """Returns the only element of a list, unless this element is a list. Other lists are returned unchanged."""
     return media[0] if len(media) == 1 and not isinstance(media[0], list) else media
 
 

@@ -210,9 +210,9 @@ class Correctness:
             yield chosen, rejected
 
     def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
-        """Returns how much the lengths of two responses differ; 0 without ``length_balance``.
+        """Returns the difference in length of two responses, as an integer; 0 without ``length_balance``.
 
-        The difference is four times the absolute log2 ratio of the lengths in characters, rounded.
+        The unit is a quarter of a doubling: if one response has twice as many characters, the difference is 4.
         """
         if not self.config.length_balance:
             return 0

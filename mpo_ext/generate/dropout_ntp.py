@@ -127,7 +127,8 @@ class DropoutNTP:
     def cut(self, chosen: str, conversation: Conversation, engine: Engine) -> Prefix:
         """Returns the beginning of a chosen response that the settings ``keep`` and ``unit`` select.
 
-        ``conversation`` is the prompt of the response. The unit "tokens" does not split a character of several tokens.
+        ``conversation`` is the prompt of the response. With the unit "tokens", a character that consists of several
+        tokens is not split.
         """
         if self.config.unit == "words":
             words = chosen.split(" ")

@@ -62,9 +62,9 @@ class EarlyBlocks:
         return self
 
     def _read_spans(self) -> None:
-        """Reads the file of early blocks.
+        """Reads the file of early blocks, and stores the offset and the size of each block's line.
 
-        Stores the offset of each block that is incomplete in the journal.
+        Leaves out blocks that the journal already holds completely.
         """
         n_stored = sum(1 for _ in self.journal.records())
         with open(self.path, "rb") as file:

@@ -1,7 +1,7 @@
 """The interface of inference engines, which continue prompts with transformers, vLLM or a server.
 
-The continuation of a request depends on the prompt, the seed and the sampling settings of this request only. Other
-requests and their order change it by rounding at most.
+Apart from rounding, a continuation depends only on the request's prompt, seed and sampling settings. Other requests
+and their order have no effect.
 """
 
 import dataclasses

@@ -118,7 +118,10 @@ class Feeder:
 
     @property
     def is_full(self) -> bool:
-        """True if enough requests are running, or if the blocks that are not yet taken have too many requests."""
+        """True if no further block should be added.
+
+        This is the case if enough requests are running, or if the blocks in the feeder have too many requests.
+        """
         kept = sum(block.n_requests for block in self._blocks)
         return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
 

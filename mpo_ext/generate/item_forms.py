@@ -1,11 +1,18 @@
 """Reads benchmark items in the formats in which they are published.
 
-Besides MMPR's format, these are MMMU (``options`` as the text of a Python list, ``image_1`` to ``image_7``,
-``<image 1>``), MathVista (``choices``, ``decoded_image``), M3CoT and ScienceQA (``choices``, ``context`` or ``hint``,
-an answer that is an index), AI2D (an index as text), MathVision (``<image1>``), ChartQA (``query``, ``label``,
-``imgname``), POPE (``text``, ``label``), MMBench (columns ``A``, ``B``, ..., an image in base64) and SEED-Bench
-(``choice_a``, ``choice_b``, ...). Items of each format may have videos in ``video`` or ``videos``. ``item_turns``
-reads conversations.
+Besides MMPR's format, these are:
+
+- MMMU: ``options`` as the text of a Python list, ``image_1`` to ``image_7``, and marks such as ``<image 1>``.
+- MathVista: ``choices`` and ``decoded_image``.
+- M3CoT and ScienceQA: ``choices``, ``context`` or ``hint``, and the index of an option as the answer.
+- AI2D: the index of an option as the answer, written as text.
+- MathVision: marks such as ``<image1>``.
+- ChartQA: ``query``, ``label`` and ``imgname``.
+- POPE: ``text`` and ``label``.
+- MMBench: columns ``A``, ``B``, ..., and an image in base64.
+- SEED-Bench: ``choice_a``, ``choice_b``, ...
+
+Items of each format may have videos in ``video`` or ``videos``. ``item_turns`` reads conversations.
 """
 
 import base64
@@ -305,7 +312,8 @@ def _image(key: str, value: Any, rest: Mapping[str, Any]) -> Any:
         rest: Other fields of the item.
 
     Raises:
-        FormError: If the value is the number of another row, whose image this item shares, as in MMBench.
+        FormError: If the value is the number of another row that holds the image, as in MMBench, or if bytes are not
+            an image of a supported type.
     """
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:  # the form of Hugging Face's datasets
         value = value["bytes"] if value.get("bytes") else value.get("path")

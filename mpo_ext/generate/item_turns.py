@@ -48,7 +48,8 @@ def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
     If ``rest`` is a written preference pair, its turns and tools are taken from ``extra``.
 
     Raises:
-        FormError: If the item has several fields with messages, or a field that would change the prompt.
+        FormError: If the item has several fields with messages. If the chosen response of a pair has several turns or
+            tool calls. If a field that is not supported would change the prompt, such as ``functions``.
     """
     if not is_unset(rest.get("chat_template_kwargs")):
         raise FormError("chat_template_kwargs must be given for the whole run (--chat-template-kwargs)")
@@ -89,8 +90,8 @@ def read_conversation(
         data_url: Function that converts a base64 text to a data URL.
 
     Raises:
-        FormError: If the conversation cannot be used as a prompt. Equal problems of different items have equal
-            messages.
+        FormError: If the conversation cannot be used as a prompt. The error message leaves out the item's values, so
+            that equal problems can be counted together.
     """
     name = next((name for name in _MESSAGES if name in fields), None)
     images = Images(columns, lambda content: data_url(base64.b64encode(content).decode()))

@@ -101,7 +101,7 @@ class Item:
         return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in options)])
 
     def turns(self, question: str) -> tuple[Mapping[str, Any], ...]:
-        """Returns the turns of a multi-turn prompt with ``question`` as the last user turn; empty for one turn."""
+        """Returns all turns, with ``question`` as the last user turn; empty for a single-turn prompt."""
         return tuple(with_question(self.messages, question)) if self.messages else ()
 
     @property

@@ -226,7 +226,7 @@ class Judge:
         return float(match[1]) if match and 1 <= int(match[1]) <= self.config.best_rating else None
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Pairs responses to an item. The judge prefers the chosen response of each pair to the rejected response."""
+        """Makes pairs from the responses to an item. The judge prefers the chosen response of each pair."""
         result = ItemResult()
         for stage, field in (("responses", "tokens"), ("verdicts", "verdict_tokens")):
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)

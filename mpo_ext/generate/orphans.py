@@ -52,15 +52,14 @@ def children(pid: int) -> set[int]:
 
 
 def watch(parent: int, excluded: set[int]) -> None:
-    """Waits until ``parent`` has ended, and then ends the processes that it has started. Runs in the watcher process.
+    """Waits until the process ``parent`` has ended, and then ends its children and their descendants.
 
-    The parent tells the watcher when the last of these processes has started: it writes a line with the pids of its
-    children to the watcher's stdin. Children that start later are not ended. Descendants of the ended processes are
-    ended, too.
+    Runs in the watcher process. At the end of the block of ``ended_with_this_process``, the parent writes a line with
+    the pids of its children to the watcher's stdin. Children that start later are not ended.
 
     Args:
-        parent: Pid of the parent of this process.
-        excluded: Pids of children that are not ended.
+        parent: Pid of the watcher's parent.
+        excluded: Pids of children that are not ended, because they started before the block.
     """
     excluded = {*excluded, os.getpid()}
     known: dict[int, str] = {}

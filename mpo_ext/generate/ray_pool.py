@@ -138,9 +138,9 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether several actors have died during a block, so that one more death makes the block fail.
+        """Returns whether one more death of an actor would make a block fail.
 
-        Such a block runs alone on an actor.
+        Such a block runs alone on an actor. ``start`` is the block's ``Block.start``.
         """
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 

@@ -124,8 +124,8 @@ class RayWorker:
     def _culprit(self, block: Block) -> str:
         """Finds the item that made a block fail, by sampling the items one by one.
 
-        Returns a text that names the item. Returns "" if no item fails alone, or if the item's neighbour also fails:
-        then the item is not the cause.
+        Returns a text that names the item, or "" if no item fails alone. Also returns "" if a neighbour of the item
+        fails, because the cause is then not this item.
         """
         if len(block.items) < 2:
             return ""

@@ -53,7 +53,7 @@ class RlaifVConfig:
         min_gap: Minimum difference of the numbers of rejected claims of the two responses of a pair.
         pairs_per_question: Maximum number of pairs per question; 0: no limit.
         max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response. A
-            limit helps because counting errors favours short responses. 1: no limit.
+            limit helps because a count of errors favours short responses. 1: no limit.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
         judge: Name of the model that splits and checks responses, for the provenance; None: the model that answers.
@@ -278,7 +278,10 @@ class RlaifV:
         return Request(key=key, question=question, seed=seed, sampling=sampling, role="judge", **values)
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Pairs responses to an item if their numbers of rejected claims differ by at least ``min_gap``."""
+        """Makes pairs from the responses to an item.
+
+        The responses of a pair differ by at least ``min_gap`` in their numbers of rejected claims.
+        """
         result = ItemResult()
         for stage, field in _STAGES.items():
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)

@@ -157,7 +157,7 @@ def _forward(model: Any, ids: "Tensor", inputs: dict[str, Any], **options: Any) 
 def _is_image(name: str, value: Any) -> bool:
     """Returns whether a model input holds images, which only the prefill reads.
 
-    All floating-point inputs are images.
+    Every floating-point tensor counts as an image.
     """
     import torch
 

@@ -275,9 +275,10 @@ class TransformersEngine:
 
     @contextlib.contextmanager
     def _without_defaults(self) -> Iterator[None]:
-        """Removes all settings except ``_TECHNICAL`` from the model's ``generation_config`` in a ``with`` block.
+        """Clears the model's ``generation_config`` within a ``with`` block.
 
-        Otherwise, transformers' ``generate`` would take all settings that are None from the model's config.
+        Otherwise, transformers' ``generate`` would take all settings that are None from it. Settings that change only
+        memory and speed are kept.
         """
         from transformers import GenerationConfig
 

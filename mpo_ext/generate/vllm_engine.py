@@ -35,7 +35,7 @@ class VLLMEngine:
         processor: Processor of the model, or the tokenizer of a text model; None: loaded with transformers.
         chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
         adapter: Folder of LoRA adapters for this model; None: no adapters.
-        concurrency: Number of requests to run at the same time; at least the ``max_num_seqs`` of vLLM.
+        concurrency: Number of requests to run at the same time. It should be at least vLLM's ``max_num_seqs``.
         **options: Passed to ``vllm.LLM``, for example ``dtype``, ``tensor_parallel_size`` or ``limit_mm_per_prompt``.
 
     Raises:
