@@ -131,10 +131,10 @@ def image_exists(source: str) -> bool:
 
 
 def missing_image_advice(source: str) -> str:
-    """Returns advice for an error message about the missing image file ``source``, or "".
+    """Returns advice for an error message about the missing image file ``source``.
 
-    The advice is for a base64 image that lacks the ``data:image/...;base64,`` before it. A root folder may have been
-    put before the base64 text.
+    The advice is for base64 text without the prefix ``data:image/...;base64,``. The path of a folder may precede the
+    text. In all other cases, the result is "".
     """
     match = _BASE64_IMAGE.search(source)
     if match is None:

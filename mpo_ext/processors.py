@@ -166,9 +166,9 @@ def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
 
 
 def check_model(path: str, **options: Any) -> None:
-    """Checks that a model is supported and that its processor can be loaded.
+    """Checks that a model is supported and, for an image model, that its processor can be loaded.
 
-    Raises the errors of ``load_processor``. For a text model, only the config is read. ``options`` are passed to
+    Raises the errors of ``check_on_hub``, ``load_config`` and ``load_processor``. ``options`` are passed to
     ``from_pretrained``.
     """
     check_on_hub("model", path)

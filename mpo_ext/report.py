@@ -194,7 +194,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Returns whether a column is right-aligned: each of its cells is empty or begins with a digit.
+    """Returns whether a terminal table right-aligns a column: each cell is empty or begins with a digit.
 
     The result is False for the first column, and in a table with fewer than three columns.
     """

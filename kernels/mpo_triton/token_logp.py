@@ -179,7 +179,7 @@ def store_stats(
     filler,
     STATS: tl.constexpr,
 ):
-    """Stores the statistics of a row that STATS selects. If the row is not valid, stores ``filler`` in their place.
+    """Stores those statistics of a row that the bit mask STATS selects. Stores ``filler`` if the row is not valid.
 
     In memory, consecutive statistics of a row are ``rows`` elements apart. ``total`` is the size of the vocabulary.
     ``merge_chunks`` defines the values from ``row_max`` to ``squared``; ``log_sum`` is the logarithm of ``row_sum``.

@@ -62,9 +62,12 @@ class ChoiceMatcher(Matcher):
 
     An answer with several letters ("A, C", "AC", "(A)(C)") is right if the truth has the same letters.
 
-    An answer is unreadable in these cases: it names several options without deciding ("A or B"), a letter that no
-    option has, a letter with the text of another option ("B. Paris" if Paris is C), or a text that differs from the
-    texts of all known options.
+    An answer is unreadable if it is one of the following:
+
+    - Several options without a decision ("A or B").
+    - A letter that no option has.
+    - A letter with the text of another option ("B. Paris" if Paris is C).
+    - A text that differs from the texts of all known options.
 
     Attributes:
         options: Option texts in the order A, B, ..., or a mapping from letter to text. None: unknown; sampling and

@@ -117,7 +117,7 @@ def _are_numbers(first: Number, second: Number) -> bool:
 
 
 def _is_other_unit(first: Number, second: Number) -> bool:
-    """Returns whether two units differ only in case, but may be different units ("m/s" and "m/S")."""
+    """Returns whether the units of two numbers differ only in case, but may be different ("m/s" and "m/S")."""
     is_same_text = first.unit.casefold() == second.unit.casefold()
     return first.unit != second.unit and is_same_text and compare_units(first.unit, second.unit) != 1
 

@@ -105,7 +105,7 @@ class NumberRule:
         return (None, "unclear value") if self._is_unclear(first, second, prediction, truth) else (False, "value")
 
     def _one_unit(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
-        """Returns the result of ``compare`` if exactly one of the two numbers has a unit.
+        """Compares two numbers, only one of which has a unit. Returns a result of ``compare``.
 
         ``first`` and ``second`` are the results of ``_without_percent`` for ``prediction`` and ``truth``.
         """

@@ -267,10 +267,11 @@ _CONVERSIONS = frozenset(map(Fraction, _FACTORS.split()))
 
 
 def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
-    """Returns whether a value with the unit ``unit`` and a value without a unit may be the same quantity.
+    """Returns whether two values may be the same quantity if only one of them has a unit, ``unit``.
 
-    This is so if they differ only in the sign, if their ratio is a power of ten, or if ``unit`` is known and the ratio
-    is a usual factor between units. Temperatures may be in two scales (Celsius, Fahrenheit, kelvin).
+    The result is True if the values differ only in the sign, or if ``unit`` does not name a unit. Temperatures may be
+    in two scales (Celsius, Fahrenheit, kelvin). For other units, the ratio of the values must be a power of ten or, if
+    ``unit`` is known, a usual factor between units.
     """
     parsed = parse_unit(unit)
     if first == -second or parsed is None:

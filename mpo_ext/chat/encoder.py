@@ -72,7 +72,7 @@ class ChatEncoder:
     """Turns conversations and responses into token ids, and token ids into responses. Instances can be pickled.
 
     The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``. The ids
-    of a response follow the prompt in the whole conversation. They end with the token that ends the turn.
+    of a response are those that follow the prompt in the whole conversation. The last of them ends the turn.
 
     In five cases, the encoder deviates from the template. ``notices`` names the cases that hold for all conversations:
 

@@ -32,9 +32,9 @@ def find_chat_template(processor: Any, chat_template: str | None = None) -> str 
 
 
 def bake_variables(template: str, variables: Mapping[str, Any]) -> str:
-    """Returns a template in which ``variables``, such as ``enable_thinking``, have JSON values as defaults.
+    """Returns the template with default values for ``variables``, such as ``{"enable_thinking": False}``.
 
-    A value that a program passes to the template takes precedence.
+    A value that a program passes to the template takes precedence. The defaults must be JSON values.
     """
     heads = (
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"

@@ -58,7 +58,8 @@ def make_reward_shift(settings: Mapping[str, Any]) -> RewardShift:
 def save_reward_shift(trainer: Any, reward_shift: RewardShift, trial: Any) -> None:
     """Writes the state of the reward shift to the folder of the checkpoint that ``trainer`` is about to save.
 
-    Call this before the trainer's own ``_save_checkpoint``, so that every complete checkpoint has the state.
+    Call this before the trainer's own ``_save_checkpoint``, so that every complete checkpoint has the state. ``trial``
+    is the argument of ``_save_checkpoint``.
     """
     if trainer.args.should_save:
         folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"

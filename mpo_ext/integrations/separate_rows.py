@@ -79,6 +79,7 @@ def loss_of_rows(
 
     ``labels`` are aligned with ``input_ids``: ``[2B, T]`` with the B chosen rows first, or a packed row ``[1, N]``
     with ``cu_seqlens``, ``[2B + 1]``. ``ref_logp``, ``[2B]``, holds the summed log-probs under the reference.
+    ``stats`` are the statistics to compute, as in ``mpo_loss``.
     """
     results: list[MPOOutput] = []
 

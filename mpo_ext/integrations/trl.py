@@ -307,7 +307,10 @@ def _log_sums(out: MPOOutput, config: MPOConfig) -> dict[str, tuple[Tensor, Tens
 
 
 def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], inputs: dict[str, Any]) -> None:
-    """Averages the metrics over all ranks, and adds them to the trainer's metrics. Waits for the device once."""
+    """Averages the metrics over all ranks, and adds them to the trainer's metrics. Waits for the device once.
+
+    ``mode`` is "train" or "eval". ``terms`` is a result of ``_log_sums`` for the batch ``inputs``.
+    """
     numbers = [value.double() for pair in terms.values() for value in pair]
     numbers.append(inputs["attention_mask"].sum().to(numbers[0]))
     *values, n_tokens = trainer.accelerator.reduce(torch.stack(numbers), reduction="sum").tolist()

@@ -81,8 +81,8 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     Raises:
         TypeError: If the model has no output head, the head is not a plain linear layer, or an input is positional.
         ValueError: If labels are among the inputs.
-        RuntimeError: If the model's forward does not call the head exactly once or changes the logits in an unknown
-            way, or if the head's weight is sharded in forward or freed before backward.
+        RuntimeError: If the model's forward does not call the head exactly once, or changes the logits in an unknown
+            way. If the head's weight is sharded in forward or freed before backward.
     """
     if positional:
         raise TypeError(
@@ -124,8 +124,8 @@ def value_in_forward(
     Raises:
         TypeError: As in ``hidden_and_head``.
         ValueError: As in ``hidden_and_head``.
-        RuntimeError: If the model's forward does not call the head exactly once or changes the logits in an unknown
-            way, or if the head's weight is sharded in the head's own forward.
+        RuntimeError: If the model's forward does not call the head exactly once, or changes the logits in an unknown
+            way. If the head's weight is sharded in the head's own forward.
     """
     inner = unwrap_model(model)
     known = _KNOWN_IN_FORWARD.setdefault(inner, {})

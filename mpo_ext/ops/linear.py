@@ -232,7 +232,7 @@ def _finish_hidden_grad(
     Before the call, ``total`` holds S, the sum of ``exp(z_v - row_max) * tanh'_v * weight_v`` over all columns v but
     the label y. After the call, it holds ``head.slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum)``. p_y is the
     probability of y. tanh' is the derivative of the softcap's tanh, or 1 without a softcap. ``columns`` holds y as an
-    index of ``head.weight``. If y is out of range, it lies in another shard of the head, and its part is 0.
+    index of ``head.weight``. If the index is out of range, y lies in another shard, and its part is 0.
     """
     label_factor = -torch.expm1(logp)
     if head.softcap:

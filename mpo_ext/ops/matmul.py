@@ -22,10 +22,10 @@ class WideMatmuls(NamedTuple):
 
 @functools.cache
 def wide_matmuls(device: torch.device, dtype: torch.dtype) -> WideMatmuls:
-    """Returns whether matmuls of inputs of ``dtype`` can write or add float32 results on a device.
+    """Returns whether a half-precision matmul can write its product to a float32 tensor, or add it to one.
 
     The result is found by small trial products and cached. A CPU supports neither. NVIDIA GPUs can write since torch
-    2.8, and add since torch 2.10.
+    2.8, and add since torch 2.10. ``dtype`` is the dtype of the inputs; other dtypes than half precision give False.
     """
     if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return WideMatmuls(False, False)

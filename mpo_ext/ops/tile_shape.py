@@ -80,8 +80,9 @@ def product_waves(height: int, width: int, multiprocessors: int) -> int:
 def fewest_waves(rows: int, vocab: int, hidden_size: int, widest: int, multiprocessors: int) -> int:
     """Returns the number of columns of a tile for which the matmuls on a GPU take the least time.
 
-    A wave takes the same time even if only some multiprocessors have work. The result is a multiple of 512 between 3/4
-    of ``widest`` and ``widest``, or ``widest`` if there is no such multiple.
+    ``widest`` is the largest number of columns that fits. A wave takes the same time even if only some multiprocessors
+    have work. The result is a multiple of 512 between 3/4 of ``widest`` and ``widest``, or ``widest`` if there is no
+    such multiple.
     """
 
     def seconds(columns: int) -> int:

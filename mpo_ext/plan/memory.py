@@ -221,9 +221,12 @@ class MemoryEstimate:
     def bytes_moved_per_position(self, layer: nn.Module, *, has_rotary: bool = True) -> int:
         """Returns the bytes per token position that a layer reads and writes in a forward pass, without attention.
 
-        The counts are those of transformers' models without torch.compile. An RMS norm takes 7 passes over its
-        elements, and a layer norm 2. Rotary embedding takes 10 passes over queries and keys. The activation and the
-        gate take 5 over the inner width of the MLP. The two residual additions take 6 over the hidden size.
+        The counts are those of transformers' models without torch.compile:
+
+        - An RMS norm: 7 passes over its elements. A layer norm: 2 passes.
+        - Rotary embedding: 10 passes over queries and keys.
+        - Activation and gate of the MLP: 5 passes over its inner features.
+        - Both residual additions: 6 passes over the hidden states.
         """
         total = 0
         for matrix in self.matrices([layer]):

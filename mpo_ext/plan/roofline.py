@@ -231,6 +231,8 @@ _TILE_LAUNCHES = {"recompute": 2 + 4, "keep": 7 + 4, "frozen": 4}
 def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = False, has_head: bool = True) -> Parts:
     """Returns the stages and the peak bytes of ``linear_mpo_loss`` on a GPU.
 
+    ``keeps_logits`` is True for ``recompute=False``. ``has_head`` is False for a frozen head.
+
     Tiles do not fit the cache, so their memory traffic counts. A product writes a tile in float32. Kernels read it and
     write its gradient in the dtype of the inputs. The next products read this gradient. Each slice of the vocabulary
     after the first also reads and writes the float32 gradient of the hidden states.

@@ -139,7 +139,7 @@ STEPS = {
 
 
 class _Positions(NamedTuple):
-    """The rows of sequences in a micro-batch, and their attention."""
+    """The numbers of rows, tokens per row and attention scores of a micro-batch."""
 
     rows: int  # number of rows
     row: int  # number of tokens of a row
