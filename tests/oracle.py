@@ -52,7 +52,7 @@ def wide(tensor: Tensor | Array) -> Array:
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
     """Returns the machine epsilon of the accumulation dtype: float64 for float64 logits, otherwise float32.
 
-    Exact logits have a numpy dtype, and long double if they were computed from float64.
+    A numpy dtype belongs to exact logits, which are long double for float64 inputs.
     """
     is_double = dtype == (torch.float64 if isinstance(dtype, torch.dtype) else np.longdouble)
     return torch.finfo(torch.float64 if is_double else torch.float32).eps
@@ -348,9 +348,9 @@ def mpo_exact(
 
 
 def _sum_noise(rows: ExactRows, eps: float) -> float:
-    """Returns the possible error of a sequence's log-prob sum: one relative rounding of each term.
+    """Returns the possible error of a sequence's log-prob sum: ``eps`` times the sum of the absolute terms.
 
-    A term counts as at least 1, for the rounding inside its logarithm.
+    Each term counts as at least 1, because the argument of its logarithm is rounded too.
     """
     finite = np.abs(rows.logp[rows.labelled & np.isfinite(rows.logp)])
     return float(eps * np.maximum(finite, 1).sum())
@@ -367,10 +367,9 @@ def _noise(
 ) -> dict[str, float]:
     """Returns the unavoidable error of each result, by name, in absolute terms.
 
-    A reward is a small difference of two large sums, so one rounding of a sum is a large relative error of the reward
-    and of all results computed from it. Eager torch's error may be small there by chance, so it does not bound the
-    allowed error. The bounds use that the derivative of a loss term by a reward is at most 1, and the second
-    derivative at most 1/4.
+    A reward is a small difference of two large sums. One rounding of a sum is a large relative error of the reward and
+    of all results computed from it. Eager torch's error may be small by chance, so it cannot serve as the bound. The
+    bounds follow from derivatives of a loss term by a reward: the first is at most 1, the second at most 1/4.
     """
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)
@@ -639,8 +638,8 @@ def assert_gradient_as_accurate(
     """Checks a gradient of logits: the entries of the labels, and separately the many small entries.
 
     In half precision, one unit in the last place of a label's entry exceeds the sum of all other entries of a large
-    vocabulary. So the relative error of the other entries is checked too. It may be ``factor`` times eager torch's
-    largest relative error, plus one rounding of the entry and one rounding of the exponent from which it is computed.
+    vocabulary. So the relative error of the other entries is checked too. The limit is ``factor`` times eager torch's
+    largest relative error, plus two roundings: of the entry, and of the exponent in its softmax.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.
@@ -889,7 +888,8 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
     """Copies a tensor into new memory with the given layout. The memory around the values is NaN.
 
     Layouts: "contiguous"; "sliced", a view ``[:, :-1]`` of a tensor with one more position per sequence; "unaligned",
-    rows that are wider than V and start off 16-byte boundaries; "transposed", with V not the contiguous axis.
+    a view of wider rows that need not start at multiples of 16 bytes; "transposed", a view in which V is not the
+    contiguous axis.
     """
     if layout == "contiguous":
         return tensor.clone(memory_format=torch.contiguous_format)

@@ -149,6 +149,7 @@ def count(
     """Counts a forward and backward pass with ``rows`` labelled positions.
 
     ``mode`` is a key of MODES. ``positions`` is the number of all positions; None means ``rows``.
+    ``budget`` is the memory budget in bytes. ``head`` has logit_scale, softcap and temperature.
     """
     counter = Counter((rows, hidden_size))
     scales = [head.get("logit_scale", 1.0), head.get("softcap", 0.0), head.get("temperature", 1.0)]
