@@ -1,7 +1,7 @@
 """Runs the CUDA backend without a GPU, by executing its compiled PTX on the simulator ptxsim.
 
 ``SimulatedNative`` replaces ``mpo_ext._C``. It asks the real module for the shape and the argument bytes of each
-launch, so the simulator runs the same launches as a GPU would. Tests call it directly or through ``mpo_ext.ops``.
+launch. So the simulator runs the same launches as a GPU would. Tests call it directly or through ``mpo_ext.ops``.
 Direct calls use poisoned buffers: it is an error to read a byte that was never written.
 """
 

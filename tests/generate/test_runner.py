@@ -1,4 +1,4 @@
-"""Tests runs of both pipelines: killed and resumed, in several processes, and over many items."""
+"""Tests runs of Correctness and DropoutNTP: killed and resumed, in several processes, and over many items."""
 
 import json
 import multiprocessing

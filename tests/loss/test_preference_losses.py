@@ -196,7 +196,7 @@ def rows_of(case: Case) -> list[Row]:
 
 
 def exact_with_gradient(name: str, case: Case, beta: float = BETA, **settings: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the losses, and the gradients of their sum by the chosen and by the rejected log-probs.
+    """Returns (losses, gradient of their sum for the chosen log-probs, gradient for the rejected log-probs).
 
     The gradients are central differences with a step of 1e-20, accurate to 1e-20.
     """

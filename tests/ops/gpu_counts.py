@@ -1,7 +1,8 @@
 """Counts the GPU work of ``linear_mpo_loss`` without a GPU: ``python tests/ops/gpu_counts.py``.
 
-The operators take the GPU code path on meta tensors, which have shapes but no memory. Counts the kernel launches, the
-bytes moved by kernels other than matrix products, the passes over float32 tensors ``[n, D]``, and the peak memory.
+The operators take the GPU code path on meta tensors, which have shapes but no memory. Counts kernel launches,
+peak memory, and passes over float32 tensors ``[n, D]``. Also counts the bytes that kernels other than matrix products
+move.
 """
 
 from __future__ import annotations
