@@ -2,8 +2,8 @@
 
 Nothing here imports the package. Tests use three groups of functions:
 
-- ``mpo_exact`` and ``token_logp_exact`` are the definition, in float64, or in long double for float64 logits, so that
-  float64 results can be checked too. They loop over sequences and rows, and prefer simplicity to speed.
+- ``mpo_exact`` and ``token_logp_exact`` are the definition, in float64. For float64 logits they use long double, so
+  that float64 results can be checked too. They loop over sequences and rows, and prefer simplicity to speed.
 - ``mpo_eager`` and ``token_logp_eager`` are the code that a user would write in torch: logits upcast to float32,
   ``log_softmax``, ``gather``, autograd. The error of a kernel is compared with their error.
 - ``assert_as_accurate`` and similar functions compare a result with both.
@@ -52,7 +52,7 @@ def wide(tensor: Tensor | Array) -> Array:
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
     """Returns the machine epsilon of the accumulation dtype: float64 for float64 logits, otherwise float32.
 
-    Exact logits have a numpy dtype, and long double if they were computed from float64.
+    A numpy dtype belongs to exact logits, which are long double for float64 inputs.
     """
     is_double = dtype == (torch.float64 if isinstance(dtype, torch.dtype) else np.longdouble)
     return torch.finfo(torch.float64 if is_double else torch.float32).eps
@@ -138,8 +138,8 @@ def token_logp_exact(
         ignore_index: Positions with this label get log-probability 0.
 
     Returns:
-        ``(logp, gradient, share)``, shaped ``[...]``, ``[..., V]`` and ``[..., V]``. ``share`` is the derivative of a
-        log-probability by its logits, and the gradient is weight * share.
+        ``(logp, gradient, share)``, shaped ``[...]``, ``[..., V]`` and ``[..., V]``. ``share`` is the gradient of a
+        log-probability with respect to its logits. ``gradient`` is weight * share.
     """
     vocab = logits.shape[-1]
     targets = labels.cpu().numpy()
@@ -348,9 +348,9 @@ def mpo_exact(
 
 
 def _sum_noise(rows: ExactRows, eps: float) -> float:
-    """Returns the possible error of a sequence's log-prob sum: one relative rounding of each term.
+    """Returns the possible error of a sequence's log-prob sum: ``eps`` times the sum of the absolute terms.
 
-    A term counts as at least 1, for the rounding inside its logarithm.
+    Each term counts as at least 1, because the argument of its logarithm is rounded too.
     """
     finite = np.abs(rows.logp[rows.labelled & np.isfinite(rows.logp)])
     return float(eps * np.maximum(finite, 1).sum())
@@ -367,10 +367,9 @@ def _noise(
 ) -> dict[str, float]:
     """Returns the unavoidable error of each result, by name, in absolute terms.
 
-    A reward is a small difference of two large sums, so one rounding of a sum is a large relative error of the reward
-    and of all results computed from it. Eager torch's error may be small there by chance, so it does not bound the
-    allowed error. The bounds use that the derivative of a loss term by a reward is at most 1, and the second
-    derivative at most 1/4.
+    A reward is a small difference of two large sums. One rounding of a sum is a large relative error of the reward and
+    of all results computed from it. Eager torch's error may be small by chance, so it cannot serve as the bound. The
+    bounds use the derivatives of a loss term with respect to a reward: the first is at most 1, the second at most 1/4.
     """
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)
@@ -598,9 +597,9 @@ def assert_as_accurate(
 ) -> None:
     """Raises if the error of a result exceeds ``factor`` times the error of eager torch in the same dtype.
 
-    The allowed error is at least one unit in the last place of the largest exact value, plus ``noise``, the
-    unavoidable absolute error. Infinities and NaN must match. A fixed ``atol`` would not do: with a vocabulary of 150k
-    a typical gradient entry is 1e-5, and a kernel that writes zeros passes ``atol=5e-5``.
+    The allowed error is at least one unit in the last place of the largest exact value. ``noise``, the unavoidable
+    absolute error, is added. Infinities and NaN must match. A fixed ``atol`` would not do. With a vocabulary of 150k a
+    typical gradient entry is 1e-5, so a kernel that writes zeros would pass ``atol=5e-5``.
     """
     exact = np.asarray(exact)
     assert tuple(actual.shape) == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {exact.shape}"
@@ -639,8 +638,8 @@ def assert_gradient_as_accurate(
     """Checks a gradient of logits: the entries of the labels, and separately the many small entries.
 
     In half precision, one unit in the last place of a label's entry exceeds the sum of all other entries of a large
-    vocabulary. So the relative error of the other entries is checked too. It may be ``factor`` times eager torch's
-    largest relative error, plus one rounding of the entry and one rounding of the exponent from which it is computed.
+    vocabulary. So the relative error of the other entries is checked too. The limit is ``factor`` times eager torch's
+    largest relative error, plus two roundings: of the entry, and of the exponent in its softmax.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.
@@ -704,7 +703,7 @@ def assert_product_as_accurate(
 ) -> None:
     """Checks a matrix product; the error of each entry is divided by the sum of its absolute terms.
 
-    The division makes errors visible in rows of confident tokens and columns of rare tokens, whose entries are many
+    The division makes errors visible in rows of confident tokens and columns of rare tokens. Their entries are many
     orders of magnitude smaller than the largest one. The largest quotient may be ``factor`` times that of eager torch,
     plus one unit in the last place and ``noise``. An entry without terms must be 0.
 
@@ -888,8 +887,10 @@ LAYOUTS = ("contiguous", "sliced", "unaligned", "transposed")
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
     """Copies a tensor into new memory with the given layout. The memory around the values is NaN.
 
-    Layouts: "contiguous"; "sliced", a view ``[:, :-1]`` of a tensor with one more position per sequence; "unaligned",
-    rows that are wider than V and start off 16-byte boundaries; "transposed", with V not the contiguous axis.
+    - "contiguous".
+    - "sliced": a view ``[:, :-1]`` of a tensor with one more position per sequence.
+    - "unaligned": a view of wider rows, which need not start at multiples of 16 bytes.
+    - "transposed": a view in which V is not the contiguous axis.
     """
     if layout == "contiguous":
         return tensor.clone(memory_format=torch.contiguous_format)

@@ -103,9 +103,9 @@ def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
 
 
 def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    """Compares linear_mpo_loss with float64, on the GPU code path, where matrix products write float32 tiles.
+    """Compares linear_mpo_loss on the GPU code path with float64. Matrix products write float32 tiles there.
 
-    The products run in torch on the CPU, and the kernels on ``backend``.
+    Torch computes the matrix products on the CPU, and ``backend`` runs the kernels.
     """
 
     def scaled_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: float, bias: object) -> None:

@@ -30,7 +30,10 @@ MIN_PIXELS, MAX_PIXELS = 28 * 28, 84 * 84
 
 
 class QwenVideoStandIn:
-    """Replaces transformers' Qwen2-VL and Qwen3-VL video processors without torchvision; takes sampled frames."""
+    """Replaces transformers' Qwen2-VL and Qwen3-VL video processors without torchvision.
+
+    Its inputs are sampled frames.
+    """
 
     merge_size, temporal_patch_size = 2, 2
     model_input_names = ("pixel_values_videos", "video_grid_thw")
@@ -128,7 +131,10 @@ def qwen3_vl(processor: Any = None) -> tuple[nn.Module, Any]:
 
 
 def internvl35() -> tuple[nn.Module, Any]:
-    """Returns an InternVL3.5 and its processor without a video processor, which shows frames as numbered images."""
+    """Returns an InternVL3.5 and its processor.
+
+    The processor has no video processor. The encoder shows frames as numbered images.
+    """
     processor = processors.internvl35()
     config = transformers.InternVLConfig(
         vision_config={

@@ -31,7 +31,10 @@ def _without_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def seconds_of(answer: str, truths: tuple[str, ...] = TRUTHS) -> dict[str, float]:
-    """Returns the CPU seconds of each extraction style and each matcher on an answer; the maximum over ``truths``."""
+    """Returns the CPU seconds of each extraction style and each matcher on an answer.
+
+    A matcher's time is that of its slowest call.
+    """
     seconds = {}
 
     def measure(name: str, call: object, *arguments: object) -> object:

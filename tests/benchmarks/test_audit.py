@@ -1,4 +1,4 @@
-"""Tests that the audit counts the reports of its checks, and that its table lists the checks that ran."""
+"""Tests that the audit counts the test cases of its checks, and that its table lists the checks that ran."""
 
 from __future__ import annotations
 

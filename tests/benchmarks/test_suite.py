@@ -1,4 +1,4 @@
-"""Tests the benchmark suite on tiny shapes: an entry for every provider, the time limit, and correct rates."""
+"""Tests the benchmark suite on tiny shapes: a time or a reason for each provider, the time limit, and the rates."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_a_template_that_ignores_the_generation_prompt(body: str, prompt: str, r
 
 @pytest.mark.parametrize("template", [QWEN, "\n{{ bos_token }}" + QWEN, "{{ bos_token }}" + QWEN, None])
 def test_special_tokens_of_the_tokenizer(template: str | None) -> None:
-    """The template alone decides the special tokens. Without a template, the tokenizer adds <s> and </s>."""
+    """With a template, only the template writes special tokens. Without one, the tokenizer adds <s> and </s>."""
     chat = encoder_of(template)
     begin, end = chat.tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
     chat.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

@@ -2,7 +2,8 @@
 
 Innermost loops over logits or rows must not spill registers, that is, access local memory. A kernel that is compiled
 for four blocks per multiprocessor has 64 registers, and may spill between its loops. In code for sm_80 and sm_90, the
-main loops must access 128 bits at a time: token_logp in loads, logits_grad and exp_logits in loads and stores.
+main loops must load 128 bits at a time. Those of logits_grad and exp_logits must also store 128 bits at a
+time, or 64 bits if the output has half the width of the logits.
 ``--json results/machine_code.json`` writes registers, spills and lengths of the main loops, for docs/performance.md.
 cuobjdump is taken from PATH or from the triton package.
 """

@@ -1,8 +1,8 @@
 """Runs the CUDA backend without a GPU, by executing its compiled PTX on the simulator ptxsim.
 
 ``SimulatedNative`` replaces ``mpo_ext._C``. It asks the real module for the shape and the argument bytes of each
-launch, so the simulator runs the same launches as a GPU would. Tests call it directly, with poisoned buffers and
-counters, or through ``mpo_ext.ops``.
+launch. So the simulator runs the same launches as a GPU would. Tests call it directly or through ``mpo_ext.ops``.
+Direct calls use poisoned buffers: it is an error to read a byte that was never written.
 """
 
 import contextlib
@@ -77,7 +77,10 @@ def module(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) 
 
 
 def _mangled_pair(dtype: str, grad_dtype: str) -> str:
-    """Returns the first two mangled template arguments; C++ mangling abbreviates a class type that is repeated."""
+    """Returns the first two template arguments of a mangled kernel name: the dtypes of logits and gradient.
+
+    C++ mangling abbreviates a class type that is repeated.
+    """
     second = _MANGLED[grad_dtype] if dtype != grad_dtype else "f" if dtype == "float32" else "S"
     return _MANGLED[dtype] + second
 
@@ -371,7 +374,8 @@ def run_logits_grad(
 ) -> Any:
     """Launches logits_grad and returns the buffer of the gradient.
 
-    The gradient has the dtype and layout of ``grad``, or those of the logits if ``grad`` is None.
+    The gradient has the dtype and layout of ``grad``, or those of the logits if ``grad`` is None. With ``is_zeroed``,
+    the kernel does not write rows with an ignored label.
     """
     inputs = [ptxsim.Buffer(np.ascontiguousarray(rows_)) for rows_ in (row_max, row_sum, weight)]
     factor = None if scale is None else ptxsim.Buffer(scale)

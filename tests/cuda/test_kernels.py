@@ -275,7 +275,10 @@ def exact_pair_loss(
     state: tuple[float, float],
     **c: object,
 ) -> dict[str, np.ndarray]:
-    """Computes the loss of pairs and the other outputs of pair_loss in float64, from the definition."""
+    """Computes the loss of pairs and the other outputs of pair_loss in float64, from the definition.
+
+    ``state`` is (delta, number of updates) of the reward shift. ``c`` has the settings of the loss.
+    """
 
     def log_sigmoid(x: float) -> float:
         return -float(np.logaddexp(0, -x))

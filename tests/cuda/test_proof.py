@@ -29,7 +29,7 @@ def bytes_of(report: object, buffer: object) -> tuple[int, int]:
 
 
 def efficiency(report: object, kind: str, width: int) -> float:
-    """Returns bytes requested over bytes of the touched sectors, for vector loads or stores of logits."""
+    """Returns requested bytes divided by the bytes of the touched sectors, for vector loads or stores of logits."""
     accesses = [
         a for a in report.accesses if a.space == "global" and a.kind == kind and f".v{width // 4}." in a.ins.text
     ]

@@ -1,4 +1,4 @@
-"""Tests runs of both pipelines: killed and resumed, in several processes, and over many items."""
+"""Tests runs of Correctness and DropoutNTP: killed and resumed, in several processes, and over many items."""
 
 import json
 import multiprocessing
@@ -51,7 +51,7 @@ def run(pipeline: Any, source: Path, out: Path, engine: StubEngine | None = None
 
 
 def run_until_killed(target: Callable[[], Any], after_s: float) -> bool:
-    """Calls ``target`` in a process, and kills it after ``after_s`` seconds. Returns whether it did not finish."""
+    """Calls ``target`` in a process, and kills it after ``after_s`` seconds. Returns False if it succeeded before."""
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
     process.join(after_s)
@@ -359,9 +359,9 @@ def test_images_of_pairs_start_at_the_folder_of_their_file(
 
 
 def test_a_journal_from_before_gives_relative_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second run reads the old journal, which stores no image paths, and gives the same relative paths.
+    """The journal stores no image paths. A second run reads it and writes the same relative paths into the pairs.
 
-    ``unsolved.jsonl`` is an input of other runs, so its paths stay as they were.
+    ``unsolved.jsonl`` has the image paths of the input, because other runs use it as their input.
     """
     Image = pytest.importorskip("PIL.Image")  # noqa: N806
     monkeypatch.chdir(tmp_path)

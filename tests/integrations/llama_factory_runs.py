@@ -72,6 +72,7 @@ def run(
     """Trains a model and returns the logged values of each step.
 
     ``kind`` selects the loss: "own" is LLaMA-Factory's, and "mpo" is mpo_ext's.
+    ``shift`` has mpo_ext's settings of the reward shift.
     """
     from llamafactory.train.tuner import run_exp
 

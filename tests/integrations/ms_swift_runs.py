@@ -57,6 +57,7 @@ def run(
     """Trains a model and returns the logged values of each step.
 
     ``kind`` selects the loss: "own" is ms-swift's, and "mpo" is mpo_ext's.
+    ``shift`` has mpo_ext's settings of the reward shift.
     """
     from swift.pipelines import rlhf_main
 

@@ -2,8 +2,9 @@
 
     PYTHON tests/integrations/run_page.py SECTION...
 
-Runs the blocks of "A toy model" and then the blocks of each section in an empty folder, unchanged. Includes blocks
-that need another environment. Fails if a block fails, or if a section logs no terms of the loss.
+Runs the blocks of "A toy model" and then the blocks of each section in an empty folder, unchanged. Includes the
+blocks that tests/docs skips because they need another environment. Fails if a block fails, or if a section logs no
+terms of the loss.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 Each run is a separate process with one thread, and runs with the two losses alternate. The model is a Qwen2 with two
 layers of width 256 and 151,936 tokens. Both runs use the same data and compute the same loss: mpo_ext uses the
-trainer's rule for the reward shift. Prints the median wall time and CPU time of a step, without the first step, and
-the peak memory of the process.
+trainer's rule for the reward shift. Prints the median wall time and CPU time of a step (the first is not counted),
+and the peak memory of the process.
 """
 
 from __future__ import annotations

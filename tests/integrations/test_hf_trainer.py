@@ -23,7 +23,7 @@ from mpo_ext.train.encode import Encoder, Sample
 
 
 class PairTrainer(MPOLossMixin, transformers.Trainer):
-    """The subclass of Trainer from the documentation page."""
+    """The subclass of Trainer in docs/how-to/other-trainers.md."""
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
     python tests/integrations/trl_own_tests.py TRL_CHECKOUT [--trainer DPOTrainer] [options of pytest]
 
-The tests load models and data sets from the Hugging Face hub. This script replaces them by local stand-ins: data sets
-from TRL's own scripts, and models of the same classes with random weights and a byte tokenizer. Models that are not in
-the lists below, such as those with a video processor, are not found.
+The tests load models and data sets from the Hugging Face hub. This script replaces them by local stand-ins. The
+data sets come from TRL's own scripts. The models have the same classes, with random weights and a byte tokenizer.
+Models that are not in the lists below, such as those with a video processor, are not found.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def write_questions(folder: Path, name: str, count: int, *, seed: int) -> Path:
 
 
 def recipe(folder: Path, out: Path, **settings: Any) -> Path:
-    """Writes a recipe of two rounds with both pipelines next to ``out``. Returns the recipe's path."""
+    """Writes a recipe next to ``out``: two rounds with Correctness and DropoutNTP. Returns the recipe's path."""
     short = {"max_new_tokens": 40, "matcher": "number"}
     values = {
         "model": str(folder / "model"),

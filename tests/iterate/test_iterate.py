@@ -94,9 +94,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def kill_when(cwd: Path, pattern: str, delay_s: float, *words: str) -> None:
-    """Starts the command, and kills it ``delay_s`` seconds after a file of this pattern appears.
+    """Starts the command with the arguments ``words``, and kills it after a file matching ``pattern`` appears.
 
-    Fails if the command ends before the file appears.
+    The kill comes ``delay_s`` seconds later. Fails if the command ends before the file appears.
     """
     process = start(cwd, *words)
     while not any(path.stat().st_size for path in cwd.glob(pattern)):

@@ -92,7 +92,7 @@ class Linear:
 
     @functools.cached_property
     def exact_head(self) -> ExactHead:
-        """The logits without rounding, with the factors of their gradients."""
+        """The oracle's exact logits, with the data for exact gradients."""
         return head_exact(self.hidden, self.weight, self.bias, **self.head)
 
     @property
@@ -208,7 +208,7 @@ def run_rows(
 
 
 def yardstick(case: Linear, backend: str) -> Linear:
-    """Returns the inputs for eager torch: in float32 for kernels, because kernels do not round logits further."""
+    """Returns the inputs for eager torch: float32 for kernels, which do not round logits to a narrower dtype."""
     if backend == "reference" or case.eps < 1e-8:
         return case
     widened = {name: tensor.float() for name, tensor in case.tensors.items()}
@@ -227,9 +227,9 @@ class Judgement:
     Attributes:
         exact: Gradients of the oracle.
         eager: Gradients of eager torch.
-        size: Gradients with the absolute value of each term.
-        share: Like ``size``, with a weight of 1 in each row that has a gradient.
-        certain: Like ``size``, with only the terms of the labels, as if each label had probability 0.
+        size: For each entry of a gradient, the sum of its absolute terms.
+        share: Like ``size``, as if the upstream gradient of each used row were 1.
+        certain: Like ``size``, from the labels' logits alone, as if each label had probability 0.
     """
 
     exact: dict[str, Array]

@@ -222,7 +222,7 @@ BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8}
 
 
 def check_case(rank: int, seed: int) -> dict[str, float]:
-    """Compares a random case on several ranks with one process. Returns each result's error over its bound."""
+    """Compares a random case on several ranks with one process. Returns each result's error divided by its bound."""
     case = make_case(seed)
     truth = compute(case, case.tensors, case.options)
     options = {**case.options, **case.split.groups}

@@ -160,7 +160,10 @@ PER_PAIR: dict[str, Callable[[Row, Number, Number, Number], Number]] = {
 
 
 def aot(better: Sequence[Number], worse: Sequence[Number], beta: Number, e: Number) -> list[Number]:
-    """Computes the AOT losses: each value of ``better`` is compared with the value of the same rank in ``worse``."""
+    """Computes the AOT losses with label smoothing ``e``.
+
+    Each value of ``better`` is compared with the value of the same rank in ``worse``.
+    """
     losses = []
     for value in better:
         rank = sum(other < value for other in better)
@@ -193,9 +196,10 @@ def rows_of(case: Case) -> list[Row]:
 
 
 def exact_with_gradient(name: str, case: Case, beta: float = BETA, **settings: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the losses, and the gradients of their sum by the chosen and by the rejected log-probs.
+    """Returns (losses, gradient of the chosen log-probs, gradient of the rejected log-probs).
 
-    The gradients are central differences with a step of 1e-20, accurate to 1e-20.
+    The gradients are those of the sum of the losses. They are central differences with a step of 1e-20, accurate to
+    1e-20.
     """
     values = {"label_smoothing": SMOOTHING.get(name, 0.0), "delta": DELTA.get(name, 0.0), **settings}
     with localcontext() as context:
@@ -555,7 +559,10 @@ def trl_loss(name: str, case: Case, label_smoothing: float) -> float:
 
 
 def trl_losses(name: str, case: Case) -> list[float]:
-    """Returns TRL's loss of each pair, from batches of one pair; or one mean for losses of a whole batch."""
+    """Returns TRL's loss of each pair, computed in batches of one pair.
+
+    If the loss is defined only on a whole batch, returns a list with its mean.
+    """
     label_smoothing = 0.0 if name == "sigmoid" else SMOOTHING.get(name, 0.0)
     if LOSSES[name].whole_batch:
         return [trl_loss(name, case, label_smoothing)]

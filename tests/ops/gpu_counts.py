@@ -1,7 +1,8 @@
 """Counts the GPU work of ``linear_mpo_loss`` without a GPU: ``python tests/ops/gpu_counts.py``.
 
-The operators take the GPU code path on meta tensors, which have shapes but no memory. Counts the kernel launches, the
-bytes moved by kernels other than matrix products, the passes over float32 tensors ``[n, D]``, and the peak memory.
+The operators take the GPU code path on meta tensors, which have shapes but no memory. Counts kernel launches,
+peak memory, and passes over float32 tensors ``[n, D]``. Also counts the bytes that kernels other than matrix products
+move.
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ def count(
     """Counts a forward and backward pass with ``rows`` labelled positions.
 
     ``mode`` is a key of MODES. ``positions`` is the number of all positions; None means ``rows``.
+    ``budget`` is the memory budget in bytes. ``head`` has logit_scale, softcap and temperature.
     """
     counter = Counter((rows, hidden_size))
     scales = [head.get("logit_scale", 1.0), head.get("softcap", 0.0), head.get("temperature", 1.0)]

@@ -18,9 +18,9 @@ Accuracies = Mapping[str, Mapping[int, float] | float]  # by row: by seed, or th
 
 
 def make_document(cot: Accuracies, seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **more: Accuracies) -> dict[str, Any]:
-    """Returns the contents of a study result file with only the rows in ``cot`` measured; accuracies are in percent.
+    """Returns the contents of a study result file in which only the rows in ``cot`` were measured.
 
-    ``more`` has other quantities: "direct", "hallucinated" and "unparsable".
+    ``cot`` has accuracies in percent. ``more`` has other quantities: "direct", "hallucinated" and "unparsable".
     """
 
     def of(values: Accuracies, row: str, seed: int, default: float) -> float:

@@ -1,4 +1,4 @@
-"""Tests a study that reuses runs of an earlier result file, and that training a start model again gives the same."""
+"""Tests a study that reuses runs of an earlier result file. A retrained start model must equal the measured one."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import copy

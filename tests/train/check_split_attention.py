@@ -1,10 +1,10 @@
 """Compares split attention with separate rows and with the dense mask, for many model families.
 
 Run with ``make check-attention``. For each family, compares loss and gradients of the layouts "shared" (padded rows)
-and "packed" with those of "separate" and "masked". The batches have zero to two images, one to four pairs of a prompt
-beside pairs of other prompts, responses of unequal lengths, and sliding windows shorter and longer than a prompt. The
-table has the largest relative errors of the loss and of the gradients, taken as one vector (norm of the difference
-over the norm). In float64 runs, the models' norms compute in float64 too.
+and "packed" with those of "separate" and "masked". A batch has one to four pairs with the same prompt, and two pairs
+with other prompts. A prompt has up to two images, and responses differ in length. Sliding windows are shorter or
+longer than a prompt. Prints the largest relative errors of the loss and of the gradients. All gradients together count
+as one vector. In float64 runs, the models' norms compute in float64 too.
 """
 
 from __future__ import annotations

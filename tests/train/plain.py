@@ -172,7 +172,10 @@ class Delta:
 
 
 def rate(settings: Settings, step: int, steps: int) -> float:
-    """Returns the learning rate of a step, from 0, under transformers' ``get_<schedule>_schedule_with_warmup``."""
+    """Returns the learning rate of a step, counted from 0.
+
+    The schedules are those of transformers' ``get_<schedule>_schedule_with_warmup``.
+    """
     warmup = math.ceil(settings.warmup_ratio * steps)
     if step < warmup:
         factor = step / max(1, warmup)

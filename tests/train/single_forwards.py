@@ -50,7 +50,10 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def plain_loss(model: nn.Module, samples: Sequence[Sample], with_rejected: bool = True) -> torch.Tensor:
-    """Returns the loss from the logits of a separate forward for each prompt with one response, with its images."""
+    """Returns the loss, computed from logits, with a separate forward for each response.
+
+    The input of a forward is the prompt with its images, followed by one response.
+    """
     logits, labels, lengths = [], [], [0]
     for side in ("chosen_ids", "rejected_ids"):
         for pair in samples:

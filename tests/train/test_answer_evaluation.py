@@ -210,7 +210,10 @@ def test_fsdp2_trains_the_same_with_and_without_it(tmp_path: Path, pairs: Path, 
 
 
 def refuse_inference_mode(rank: int) -> None:
-    """Makes ``generate`` fail in inference mode: parameters that FSDP2 first gathers there could not be trained."""
+    """Makes ``generate`` fail in inference mode.
+
+    If FSDP2 gathered parameters there for the first time, they could not be trained later.
+    """
     generate = GenerationMixin.generate
 
     def checked(*args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ FILES = ("manifest.json", "state.json", "trainer.pt", "rng-00000.pt", "tensors/.
 
 
 def flip(place: float) -> Callable[[Path, Path], None]:
-    """Returns a function that flips a bit of a file; ``place`` is the position of its byte, from 0 to 1."""
+    """Returns a function that flips a bit of a file, at the relative position ``place`` between 0 and 1."""
 
     def damage(file: Path, older: Path) -> None:
         content = bytearray(file.read_bytes())
@@ -141,7 +141,7 @@ def test_no_damage_is_silent(
 def check_one(
     store: Checkpoints, accelerator: Any, older: Path, newest: Path, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Asserts that a damaged checkpoint fails to load without side effects, and that "auto" takes the older one."""
+    """Asserts that loading a damaged checkpoint fails and changes nothing, and that "auto" resumes the older one."""
     other = nn.Linear(8, 8)
     before = [parameter.detach().clone() for parameter in other.parameters()]
     with pytest.raises(CheckpointError):

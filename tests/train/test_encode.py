@@ -195,7 +195,7 @@ def test_the_prompt_is_the_one_that_is_sampled_from(family: Any, count: int, ima
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_stand_where_the_question_has_them(family: Any, images: tuple[str, ...]) -> None:
-    """Each of three images has image tokens at its place in the text, and the inputs of images can be concatenated."""
+    """Each ``<image>`` becomes image tokens. Image inputs equal the concatenated inputs of the single images."""
     encoder = Encoder(family())
     got = sample(encoder, Pair("<image>\none <image>\ntwo <image>\nthree", "yes", "no", images[1:]))
     token = IMAGE_TOKENS[family.__name__]

@@ -58,7 +58,7 @@ def edit_lines(path: Path, edit: Edit) -> None:
 
 
 def refusal(out: Path, data: Path, **settings: Any) -> str:
-    """Runs a second step that must be refused. Returns the error message."""
+    """Resumes a run after its first step; this must be refused. Returns the error message."""
     with pytest.raises(LinesError, match="data, processor and start model must be those of") as error:
         train(out, data, 2, **settings)
     assert "output.resume_changed_data=true accepts the changes" in str(error.value)

@@ -45,7 +45,7 @@ def requests_of(items: Path) -> list[Request]:
 def conversations_of(items: Path) -> list[Request]:
     """Returns greedy requests with several turns, and some with a system prompt.
 
-    Image items give images in two turns; text items give some requests tools and tool calls.
+    Requests from image items have images in two turns. Some requests from text items have tools and tool calls.
     """
     system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "It is red."}
     tool = {"type": "function", "function": {"name": "age", "parameters": {"type": "object"}}}
@@ -75,7 +75,7 @@ def run_all(engine: Engine, items: Path, out: Path) -> None:
     """Runs the requests and the pipelines, and writes all results into the folder ``out``.
 
     TransformersEngine skips the request that is too long, because it has no context limit. It also skips the pipeline
-    "drawn", because it samples other tokens than vLLM.
+    "drawn", because its random samples differ from vLLM's.
     """
     out.mkdir(parents=True, exist_ok=True)
     is_ours = isinstance(engine, TransformersEngine)

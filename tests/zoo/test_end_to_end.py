@@ -1,4 +1,4 @@
-"""Tests mpo_ext on models that transformers alone has trained on chats: labels are equal, and all answers right."""
+"""Tests mpo_ext on models trained by transformers alone: the loss must be equal, and all generated answers right."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -76,8 +76,8 @@ class TemplateForm:
         header: Text before the content of each message.
         end: Jinja after the content of each message.
         generation: Text of the generation prompt; None: the assistant's header.
-        ignores: Whether the template ignores ``add_generation_prompt``: "no"; "yes", it writes no prompt; or "header",
-            each user message ends with the assistant's header.
+        ignores: Whether the template ignores ``add_generation_prompt``. "no": it supports it. "yes": it never writes a
+            generation prompt. "header": it always writes the assistant's header after a user message.
         trim: Whether the template trims contents.
         thoughts: How thoughts are written: "text", unchanged; "always", as a block in the last response; or "dropped".
     """

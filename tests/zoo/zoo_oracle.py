@@ -75,10 +75,10 @@ def compare(
         response: The assistant's message.
         prompt_ids: The encoder's ids of the prompt.
         response_ids: The encoder's ids of the response.
-        is_split: Whether the response was tokenized separately. Then the template's ids must merge prompt and
-            response, and the texts are compared instead of the ids.
+        is_split: Whether the response was tokenized separately. Then the template's ids must not begin with the ids
+            of the prompt, and the texts are compared instead of the ids.
         adds_header: Whether the template ignores ``add_generation_prompt``. Then the encoder's prompt may be longer.
-        suffix: Number of tokens that the tokenizer adds at the end of a text if a processor adds special tokens.
+        suffix: Number of special tokens that the tokenizer adds at the end of a text; they are not compared.
         **kwargs: Options of ``apply_chat_template``.
     """
     processor, tokenizer = encoder.processor, encoder.tokenizer

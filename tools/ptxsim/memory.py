@@ -47,7 +47,7 @@ class RaceError(PTXError):
 
 
 class _Bad(Exception):
-    """A fault at a lane's position in the access; the machine converts it to a MemoryFault with thread and source."""
+    """A fault of one lane. The machine converts it to a MemoryFault, and adds the thread and the source line."""
 
     def __init__(self, kind, space, where, address, size, detail=""):
         self.kind, self.space, self.where = kind, space, where

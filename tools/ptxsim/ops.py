@@ -138,7 +138,7 @@ def mode_of(ins):
 
 
 def _mixed(ins):
-    """Returns a function that converts the narrow operand of add.f32.bf16 etc. to float32; otherwise None."""
+    """Returns the conversion to float32 of the narrow operand of add.f32.bf16 etc.; None for other instructions."""
     wide, narrow = ins.parts[-2:]
     if wide == "f32" and narrow in ("f16", "bf16"):
         return nm.bf16_decode if narrow == "bf16" else lambda x: x.astype(f32)

@@ -37,7 +37,7 @@ sync("ldmatrix", "stmatrix", "mma", "movmatrix", mask=None)
 
 
 def _dp(b, arg, typ):
-    """Returns the destination and the predicate destination, which is None if the operand has none."""
+    """Returns (destination, predicate destination) of an operand; without a predicate, the second is None."""
     if isinstance(arg, Pair):
         return b.dst(arg.first, typ), b.dst(arg.second, "pred")
     return b.dst(arg, typ), None
