@@ -647,7 +647,7 @@ def assert_gradient_as_accurate(
         exact: ``[..., V]``.
         share: ``[..., V]``, onehot - softmax; only the label's entry is positive.
         factor: Allowed multiple of the error of eager torch.
-        noise: Unavoidable absolute error of a row's weight; it changes an entry in proportion to its share.
+        noise: Unavoidable absolute error of the upstream gradient of a row's log-prob.
         name: Name of the gradient in the failure message.
     """
     assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, expected {eager.dtype}"
