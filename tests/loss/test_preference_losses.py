@@ -162,7 +162,8 @@ PER_PAIR: dict[str, Callable[[Row, Number, Number, Number], Number]] = {
 def aot(better: Sequence[Number], worse: Sequence[Number], beta: Number, e: Number) -> list[Number]:
     """Computes the AOT losses with label smoothing ``e``.
 
-    Each value of ``better`` is compared with the value of the same rank in ``worse``.
+    The lowest value of ``better`` is compared with the lowest of ``worse``, the second lowest with the second lowest,
+    and so on.
     """
     losses = []
     for value in better:

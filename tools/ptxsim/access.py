@@ -26,7 +26,7 @@ class MemoryAccess:
         return get
 
     def _split(self, space, addr):
-        """Splits addresses by state space. Returns (space, positions, addresses in the space) for each; None: all."""
+        """Splits addresses by state space. Returns (space, positions, addresses) for each; positions None: all."""
         if space != "generic":
             return ((space, None, addr),)
         if int(addr.max()) < SHARED_BASE:
