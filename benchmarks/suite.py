@@ -34,7 +34,7 @@ class Group:
         sweep: Name of the size that is varied, such as "vocab"; "base" for the base shape.
         loss: The shape.
         providers: Names of the implementations.
-        runs: Number of counted rounds.
+        runs: Number of counted rounds; a round runs each implementation once.
         memory: Names of the implementations whose peak memory is also measured, each in a fresh process.
     """
 
@@ -182,7 +182,7 @@ def linear_groups(*, quick: bool) -> list[Group]:
 def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, seconds_in_all: float) -> None:
     """Measures a group of implementations, and adds the measurements to ``results``.
 
-    After ``seconds_in_all``, no further round begins.
+    A round runs each implementation once. After ``seconds_in_all``, no further round begins.
     """
     loss = group.loss
     cases, missing = losses.usable(benchmark, group.providers, loss, most_seconds=_RUN_SECONDS)

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """Settings that the demo and the study share.
+    """Settings that the demo shares with the study of the paper's ablations (``benchmarks.study``).
 
     Attributes:
         seed: Seed of weights, questions, sampled answers and the order of pairs; the split of the digits is fixed.
@@ -58,7 +58,8 @@ class Settings(RunSettings):
 
     Attributes:
         side: Number of rows and columns of a grid.
-        prior: Strength of the language prior in the step-by-step texts of the SFT, as in ``reading.sample_tasks``.
+        prior: Strength of the language prior. In the step-by-step texts of the SFT, it is the probability that a digit
+            is the previous digit + ``prior_step`` modulo 10. Otherwise the digit is drawn uniformly.
         prior_step: Difference of two digits that follow the language prior.
         sft_digits: Number of training digits in the SFT. The pairs use the other training digits.
         sft_steps: Number of steps of the SFT. Its learning rate falls to zero.
