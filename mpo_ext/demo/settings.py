@@ -66,7 +66,7 @@ class Settings(RunSettings):
         sft_warmup: Fraction of the steps of the SFT in which the learning rate rises from zero.
         sft_named_share: Fraction of the SFT questions that state the digits and have no image, so that the model
             learns to answer from its own text.
-        sft_direct_share: Fraction that asks for a direct answer, among the SFT questions that do not state the digits.
+        sft_direct_share: Fraction of the other SFT questions that ask for a direct answer.
         sft_blind_share: Fraction of the step-by-step SFT questions from which the image is removed. From these
             questions, the model learns to continue a response without an image, as DropoutNTP requires.
         keep: Fraction of the tokens of a sampled response that DropoutNTP keeps.

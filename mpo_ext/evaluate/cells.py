@@ -67,7 +67,7 @@ class Cell:
         evaluation: Asks the questions with the cell's prompt and scores the responses.
         folder: Folder of the journals, the files to which sampled responses are appended.
         scores: Scores of the questions in the order of the file; empty until the journals are read.
-        details: For each reason why questions could not be asked, the details of the first such question.
+        details: For each reason why a question could not be asked, the details of the first question with this reason.
         offsets: Byte offset of each question's lines in the file of predictions; empty until the journals are read.
     """
 
