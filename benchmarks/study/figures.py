@@ -20,7 +20,7 @@ def task_of(document: Mapping[str, Any]) -> StudyTask:
 
 
 def prefix_of(document: Mapping[str, Any]) -> str:
-    """Returns "study" or "prior". Tables in docs/ that are made from this file have names with this prefix."""
+    """Returns "study" or "prior". Tables in docs/ made from ``document`` have names with this prefix."""
     return "study" if document.get("task", OLD_TASK) == OLD_TASK else "prior"
 
 
