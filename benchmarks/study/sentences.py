@@ -178,9 +178,9 @@ def best_rates(document: Document) -> str:
 
 
 def strengths(document: Document) -> str:
-    """Returns a sentence with two quantities for each strength of the language prior.
+    """Returns a sentence with two accuracy differences for each strength of the language prior.
 
-    They are the accuracy gap (direct - step by step) of the starting model, and MPO's gain over SFT.
+    They are accuracy(direct) - accuracy(step by step) of the starting model, and accuracy(MPO) - accuracy(SFT).
     """
     parts = []
     for label, row in figures.task_of(document).tables["strength"].rows:
