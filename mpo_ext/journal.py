@@ -1,8 +1,8 @@
-"""Journals: append-only files of records, which stay readable if the writing process is killed.
+"""Journals: append-only files of JSON objects, which stay readable if the writing process is killed.
 
 Each sampling process writes a journal. The first line is a header with the settings of the run. Every other line is a
-record with a ``key``. ``append`` returns after the operating system has received the record, so killing the process
-loses no appended record.
+record, a JSON object with a ``key``. ``append`` returns after the operating system has received the record, so killing
+the process loses no appended record.
 
 The file is synced to disk when it is created, at most every ``fsync_s`` seconds after that, and when it is closed. A
 kill or a crash can leave an incomplete last line. This line is removed when the journal is opened.
@@ -38,7 +38,7 @@ class SettingsMismatchError(LinesError):
 
 
 class Journal:
-    """The journal of a process, used as a context manager. Only one process at a time can open the file.
+    """An append-only file of records (JSON objects), as a context manager. Only one process at a time can open it.
 
     Args:
         path: Path of the file, which is created if it does not exist.

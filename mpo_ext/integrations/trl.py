@@ -352,7 +352,7 @@ def _other_terms(loss_type: str | Sequence[str]) -> str | None:
 
 
 def _other_loss(args: DPOConfig) -> str | None:
-    """Returns the reason why mpo_ext cannot compute the loss of ``args``, or None if the loss is MPO or terms of it.
+    """Returns the reason why mpo_ext cannot compute the loss of ``args``, or None if it can.
 
     The reason names the setting that does not fit, and its value.
     """

@@ -33,7 +33,7 @@ class Pairs:
         ref_chosen_logp: ``[B]`` summed log-probs of the chosen responses under the reference model, without gradient;
             zeros if the loss needs no reference model.
         ref_rejected_logp: ``[B]`` the same for the rejected responses.
-        chosen_tokens: ``[B]`` numbers of labels of the chosen responses in the dtype of the log-probs, at least 1.
+        chosen_tokens: ``[B]`` number of labels in each chosen response, at least 1, in the dtype of the log-probs.
         rejected_tokens: ``[B]`` the same for the rejected responses.
         has_both_sides: ``[B]`` bool, whether both responses of the pair have labels.
         beta: Temperature, as in ``preference_loss``.
