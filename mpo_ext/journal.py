@@ -25,7 +25,7 @@ _MISSING = "(absent)"
 
 
 class SettingsMismatchError(LinesError):
-    """Raised if the settings in a journal differ from the requested settings.
+    """Raised if the settings in a journal file differ from the requested settings.
 
     Attributes:
         differences: For each setting that differs: its name, its value in the file, and its requested value.
@@ -83,7 +83,7 @@ class Journal:
             self.sync()
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Appends records and, if the last sync is at least ``fsync_s`` seconds old, syncs the file to disk."""
+        """Appends JSON objects and, if the last sync is at least ``fsync_s`` seconds old, syncs the file to disk."""
         if not records:
             return
         self._write(records)
@@ -114,7 +114,7 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Returns the settings in the header of a journal, or None if the header line is not complete yet.
+    """Returns the settings in the first line of a journal file, or None if this line is not complete yet.
 
     Raises:
         ValueError: If the file is not a journal.
@@ -134,7 +134,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yields the records of a journal and stops before an incomplete last line.
+    """Yields the records (JSON objects) of a journal file, and stops before an incomplete last line.
 
     Raises:
         ValueError: If a complete line is not JSON.
@@ -155,7 +155,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _check_beginning(file: int, path: Path) -> None:
-    """Raises ValueError unless a file is empty or begins with the header of a journal.
+    """Raises ValueError unless a file is empty or begins with the header line of a journal.
 
     This protects other files from ``_cut_half_line``.
     """

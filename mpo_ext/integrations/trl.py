@@ -95,9 +95,9 @@ class MPOTrainingConfig(DPOConfig):
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
-    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. In addition to TRL,
-    it has the reward shift of the paper (also in checkpoints), ``precompute_ref_log_probs`` with images, and each term
-    of the loss in the log (``loss/dpo``, ``loss/bco``, ``loss/ntp``, ``reward_shift``).
+    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. It adds the
+    paper's reward shift (also in checkpoints), and ``precompute_ref_log_probs`` with images. It logs each term of the
+    loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
 
     Args:
         model: As in ``DPOTrainer``.

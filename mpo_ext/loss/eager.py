@@ -20,7 +20,7 @@ from mpo_ext.ops.pair_loss import CUMULATIVE, HOLD
 
 
 class PairLoss(NamedTuple):
-    """The result of the pair loss.
+    """The loss of a batch of pairs, its parts, and the new state of the reward shift.
 
     The operator ``pair_loss`` returns the same values in this order, followed by d loss / d logp.
     """

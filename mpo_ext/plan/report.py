@@ -104,7 +104,7 @@ class Plan:
         return sum(part.sharded for part in self.memory)
 
     def predict(self, trainer: str, machine: Machine, **changes: Any) -> Cost:
-        """Returns the predicted cost of one step of a rank on a machine.
+        """Returns the predicted time and memory of a rank's training step on a machine.
 
         ``trainer`` is a key of ``steps.STEPS``. ``changes`` replace fields of ``cost_step``.
         """

@@ -193,8 +193,8 @@ class GpuTiles:
     Attributes:
         rows: Number of labelled rows (token positions) of a tile.
         columns: Number of columns of a tile.
-        chunks: Number of tiles that cover all labelled rows.
-        slices: Number of tiles that cover the vocabulary.
+        chunks: Number of parts into which the labelled rows are divided.
+        slices: Number of parts into which the vocabulary is divided.
         bytes: Bytes of a tile and the tensors computed from it.
     """
 
