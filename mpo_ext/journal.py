@@ -1,8 +1,8 @@
-"""Journals: append-only files of records, which stay readable if the writing process is killed.
+"""Journals: append-only files of JSON objects, which stay readable if the writing process is killed.
 
 Each sampling process writes a journal. The first line is a header with the settings of the run. Every other line is a
-record with a ``key``. ``append`` returns after the operating system has received the record, so killing the process
-loses no appended record.
+record, a JSON object with a ``key``. ``append`` returns after the operating system has received the record, so killing
+the process loses no appended record.
 
 The file is synced to disk when it is created, at most every ``fsync_s`` seconds after that, and when it is closed. A
 kill or a crash can leave an incomplete last line. This line is removed when the journal is opened.
@@ -25,7 +25,7 @@ _MISSING = "(absent)"
 
 
 class SettingsMismatchError(LinesError):
-    """Raised if the settings in a journal differ from the requested settings.
+    """Raised if the settings in a journal file differ from the requested settings.
 
     Attributes:
         differences: For each setting that differs: its name, its value in the file, and its requested value.
@@ -38,7 +38,7 @@ class SettingsMismatchError(LinesError):
 
 
 class Journal:
-    """The journal of a process, used as a context manager. Only one process at a time can open the file.
+    """An append-only file of records (JSON objects), as a context manager. Only one process at a time can open it.
 
     Args:
         path: Path of the file, which is created if it does not exist.
@@ -83,7 +83,7 @@ class Journal:
             self.sync()
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Appends records and, if the last sync is at least ``fsync_s`` seconds old, syncs the file to disk."""
+        """Appends JSON objects and, if the last sync is at least ``fsync_s`` seconds old, syncs the file to disk."""
         if not records:
             return
         self._write(records)
@@ -114,7 +114,7 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Returns the settings in the header of a journal, or None if the header line is not complete yet.
+    """Returns the settings in the first line of a journal file, or None if this line is not complete yet.
 
     Raises:
         ValueError: If the file is not a journal.
@@ -134,7 +134,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yields the records of a journal and stops before an incomplete last line.
+    """Yields the records (JSON objects) of a journal file, and stops before an incomplete last line.
 
     Raises:
         ValueError: If a complete line is not JSON.
@@ -155,7 +155,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _check_beginning(file: int, path: Path) -> None:
-    """Raises ValueError unless a file is empty or begins with the header of a journal.
+    """Raises ValueError unless a file is empty or begins with the header line of a journal.
 
     This protects other files from ``_cut_half_line``.
     """

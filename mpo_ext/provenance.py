@@ -103,7 +103,7 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, s
 
 
 def changed_independently(names: Iterable[str]) -> list[str]:
-    """Returns the names whose settings cannot change with the version of a library.
+    """Returns those of ``names`` whose settings a new library version cannot change.
 
     ``names`` are keys of a result of ``changed_parts``.
     """

@@ -46,12 +46,12 @@ def exp_logits_kernel(
 ):
     """Writes exp(z - reference) for CHUNK columns of a row, and 0 for the label.
 
-    If the row's reference rises, its sums over the earlier tiles are multiplied by exp(old - new reference). Each
-    program of the row multiplies a part of the sums.
+    If the row's reference rises, the row's sums over the earlier tiles are multiplied by exp(old - new reference).
+    Each program of the row multiplies a part of the sums.
 
     Grid    (rows, chunks)
     Reads   each logit once
-    Writes  each element once, in 16-byte vectors except in the first and last block
+    Writes  each element once, in 16-byte vectors except near the ends of the row
     """
     row = tl.program_id(0)
     row_max = tl.load(row_max_ptr + row)

@@ -15,7 +15,8 @@ _INTEGERS = ["vocab", "first", "total", *_STRIDES, *(f"grad_{name}" for name in 
 def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Writes ``filler`` to those columns of a row that lie at the positions begin .. begin + CHUNK - 1.
 
-    The columns of the row occupy the positions shift .. end - 1.
+    Positions are counted from the last multiple of 16 bytes before the row. The columns of the row occupy the
+    positions shift .. end - 1.
     """
     for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
         at = tl.multiple_of(at, BLOCK)
@@ -68,7 +69,7 @@ def logits_grad_kernel(
 
     Grid    (rows, chunks)
     Reads   each logit of a labelled row once
-    Writes  each element once, in 16-byte vectors except in the first and last block; zeros in ignored rows
+    Writes  each element once, in 16-byte vectors except near the ends of the row; zeros in rows without a label
     """
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)

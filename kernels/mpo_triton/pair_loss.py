@@ -206,7 +206,7 @@ def row_weights_kernel(
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Writes d loss / d logp of each row: the coefficient of its sequence, or 0 without a label. Grid (2B,)."""
+    """Writes d loss / d logp of each token: the coefficient of its sequence, or 0 without a label. Grid (2B,)."""
     sequence = tl.program_id(0)
     begin = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)

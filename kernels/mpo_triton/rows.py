@@ -16,7 +16,7 @@ VECTOR_BYTES = 16
 
 
 class AlignedRows(NamedTuple):
-    """The layout of rows relative to a base address that is aligned to 16 bytes.
+    """The positions of rows in memory, relative to a base address that is aligned to 16 bytes.
 
     Row i starts ``misalignment + (i // inner) * outer_stride + (i % inner) * row_stride`` elements after the base.
     """
@@ -41,7 +41,7 @@ def aligned_rows(layout: tuple[Tensor, int, int, int]) -> AlignedRows:
 
 
 class Blocks(NamedTuple):
-    """The numbers of columns and warps of a program that processes a part of a row."""
+    """The numbers of columns and warps of a Triton program that processes a part of a row."""
 
     block: int  # number of columns that the program processes at a time
     chunk: int  # number of columns that the program processes in total
@@ -53,10 +53,11 @@ class Blocks(NamedTuple):
 
 
 def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
-    """Returns the block sizes. They depend only on the vocabulary and dtype, so training never recompiles.
+    """Returns the numbers of columns and warps of a program that processes a part of a row.
 
-    A thread holds 32 elements (float32: 16), so several 16-byte loads are in flight. A chunk is four blocks. Even a
-    few labelled rows then have enough chunks to fill a GPU.
+    They depend only on the vocabulary and the dtype, so training never recompiles. A thread holds 32 elements
+    (float32: 16), so several 16-byte loads are in flight. A program processes four blocks of columns, one after the
+    other. Even a few labelled rows then have enough programs to fill a GPU.
     """
     elements_per_warp = 32 * (16 if dtype.itemsize == 4 else 32)
     num_warps = 4

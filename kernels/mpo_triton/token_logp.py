@@ -39,8 +39,8 @@ def token_logp_chunk_kernel(
     """Computes the softmax state of CHUNK columns of a row.
 
     Grid    (rows, chunks); the second axis of a grid is limited to 65,535
-    Reads   each logit of a row with a valid label once, in 16-byte vectors except in the first and last block
-    Writes  STATE floats per chunk
+    Reads   each logit of a row with a valid label once, in 16-byte vectors except near the ends of the row
+    Writes  STATE floats per chunk, which ``merge_chunks`` describes
     """
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)

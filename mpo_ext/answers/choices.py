@@ -71,7 +71,7 @@ class ChoiceMatcher(Matcher):
 
     Attributes:
         options: Option texts in the order A, B, ..., or a mapping from letter to text. None: unknown; sampling and
-            evaluation then pass the options of each item to ``with_options``.
+            evaluation then pass the options of each question to ``with_options``.
     """
 
     kind: ClassVar[str] = "choice"

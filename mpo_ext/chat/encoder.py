@@ -93,7 +93,7 @@ class ChatEncoder:
         chat_template_kwargs: Variables for the template, such as ``{"enable_thinking": False}``.
         date: Date for templates that write the current date; None: today.
         stop_ids: Ids at which the model stops, from its ``generation_config``.
-        embedding_rows: Number of rows of the model's input embedding. An id beyond it is an error. None: no check.
+        embedding_rows: Number of rows of the model's input embedding. An id without a row is an error. None: no check.
 
     Attributes:
         end_id: Id of the token that ends an assistant's turn in training.

@@ -147,7 +147,7 @@ def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
 
 
 def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
-    """Finds the text that the template writes around a response, from two probe responses.
+    """Finds the text that the template writes around a response, by rendering two test responses.
 
     Returns:
         The text around a response, and a notice for the user or None.

@@ -56,15 +56,16 @@ class PairCollator:
     ) -> PairCollator:
         """Returns a collator for a model.
 
-        Both responses of a pair share one row, and thus the computation of their prompt, if the model supports this.
+        If the model supports it, both responses of a pair share one row of the batch. Their prompt is then computed
+        only once.
 
         Args:
             model: The model that will be trained, before any wrapper.
             encoder: The encoder that made the samples.
-            samples: One or two samples, one of them with images if the data has images. The collator's rows are tested
-                on these samples: their log-probs must equal those of separate rows.
-            layout: "packed", "shared", "masked" or "separate", see ``mpo_ext.train.batch.Batch``. None: the first of
-                these layouts that passes the test.
+            samples: One or two samples, one of them with images if the data has images. The layout is tested on these
+                samples: their log-probs must equal those of the layout "separate".
+            layout: Arrangement of prompts and responses in rows: "packed", "shared", "masked" or "separate", see
+                ``mpo_ext.train.batch.Batch``. None: the first of these layouts that passes the test.
 
         Raises:
             ValueError: If ``layout`` is unknown, or the model does not support it.

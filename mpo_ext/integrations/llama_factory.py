@@ -56,7 +56,7 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
 
 
 def _other_loss(trainer: Any) -> str | None:
-    """Returns the reason why mpo_ext cannot compute the trainer's loss, or None if the loss is MPO or terms of it.
+    """Returns the reason why mpo_ext cannot compute the trainer's loss, or None if it can.
 
     The reason names the setting that does not fit, and its value.
     """

@@ -95,9 +95,9 @@ class MPOTrainingConfig(DPOConfig):
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
-    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. In addition to TRL,
-    it has the reward shift of the paper (also in checkpoints), ``precompute_ref_log_probs`` with images, and each term
-    of the loss in the log (``loss/dpo``, ``loss/bco``, ``loss/ntp``, ``reward_shift``).
+    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. It adds the
+    paper's reward shift (also in checkpoints), and ``precompute_ref_log_probs`` with images. It logs each term of the
+    loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
 
     Args:
         model: As in ``DPOTrainer``.
@@ -352,7 +352,7 @@ def _other_terms(loss_type: str | Sequence[str]) -> str | None:
 
 
 def _other_loss(args: DPOConfig) -> str | None:
-    """Returns the reason why mpo_ext cannot compute the loss of ``args``, or None if the loss is MPO or terms of it.
+    """Returns the reason why mpo_ext cannot compute the loss of ``args``, or None if it can.
 
     The reason names the setting that does not fit, and its value.
     """

@@ -18,7 +18,7 @@ _WHOLE = VocabShard(0, 0)  # for operators, a total of 0 means that the logits a
 class LossOfLogits(torch.autograd.Function):
     """Attaches the gradient with respect to the logits to a precomputed loss.
 
-    The weight of each row, d loss / d logp, is precomputed too. Backward returns
+    The weight of each row (token position), d loss / d logp, is precomputed too. Backward returns
     ``weight * (onehot(label) - softmax(logits))``. Forward saves the logits without a copy, the labels, and three
     numbers per row: the maximum, the sum of exponentials and the weight. ``shard`` is the part of the vocabulary that
     the logits cover; None means the whole vocabulary.
@@ -57,8 +57,8 @@ class LossOfLogits(torch.autograd.Function):
 class LogpOfLogits(torch.autograd.Function):
     """Attaches the gradient with respect to the logits to the log-probs of the labels.
 
-    Backward computes ``weight * (onehot(label) - softmax(logits))``, as in ``LossOfLogits``. The weight of a row is
-    the incoming gradient of its log-prob.
+    Backward computes ``weight * (onehot(label) - softmax(logits))``, as in ``LossOfLogits``. The weight of a row
+    (token position) is the incoming gradient of its log-prob.
     """
 
     @staticmethod
@@ -121,9 +121,9 @@ class HiddenPlan(NamedTuple):
 class ValueOfHidden(torch.autograd.Function):
     """Attaches the gradients with respect to the hidden states and the output head to a precomputed value.
 
-    The value is a loss or the log-probs of the labels. For a loss, ``row_weight`` is d loss / d logp of each row. For
-    log-probs, ``row_weight`` is None, and backward uses the incoming gradient of each log-prob. ``kept`` is the tensor
-    for backward that ``ops.linear.linear_token_logp`` returns.
+    The value is a loss or the log-probs of the labels. For a loss, ``row_weight`` is d loss / d logp of each token.
+    For log-probs, ``row_weight`` is None, and backward uses the incoming gradient of each log-prob. ``kept`` is the
+    tensor for backward that ``ops.linear.linear_token_logp`` returns.
     """
 
     @staticmethod
@@ -194,9 +194,9 @@ def _gradients_over_ranks(
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of hidden states, weight and bias (``inputs``) if each rank holds a shard of the head.
 
-    The gradient of the hidden states is summed over the ranks, for labelled rows only, and then rounded to their
+    The gradient of the hidden states is summed over the ranks, for labelled tokens only, and then rounded to their
     dtype. ``rows`` are row_max, row_sum and row_weight. ``hidden_grad`` is d logp / d hidden, and ``logits`` are the
-    kept logits; each is None unless forward kept it.
+    logits. Each is None unless forward has kept it for backward.
     """
     hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
     d_weight, d_bias = None, None

@@ -289,8 +289,8 @@ def _check_alignment_by_logp(
 ) -> Iterator[BatchFinding]:
     """Yields a finding if the log-probs suggest that the labels are shifted by a wrong number of positions.
 
-    A label should be ``ahead`` positions after the logits that predict it. The finding means that the mean log-prob of
-    the labels is more than 2 nats higher at another distance, from -1 to 2.
+    A label should be ``ahead`` positions after the logits that predict it. The finding means that another distance,
+    from -1 to 2, gives a mean log-prob of the labels that is more than 2 nats higher.
     """
     means = {}
     for other in range(-1, 3):

@@ -1,8 +1,8 @@
 """The MPO loss in plain torch: its readable definition, and the eager baseline of the benchmarks.
 
 Autograd can differentiate this loss on any device and to any order. Nothing is optimised: a float32 ``log_softmax`` of
-all rows is materialised, as in most trainers. A NaN in the logits of an ignored row therefore reaches the gradient.
-The kernels never read such a row. ``mpo_ext.loss.functions`` uses this module for ``backend="reference"``.
+all tokens is materialised, as in most trainers. A NaN in the logits of a token without a label therefore reaches the
+gradient. The kernels never read such logits. ``mpo_ext.loss.functions`` uses this module for ``backend="reference"``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mpo_ext.ops.pair_loss import CUMULATIVE, HOLD
 
 
 class PairLoss(NamedTuple):
-    """The result of the pair loss.
+    """The loss of a batch of pairs, its parts, and the new state of the reward shift.
 
     The operator ``pair_loss`` returns the same values in this order, followed by d loss / d logp.
     """
@@ -48,9 +48,9 @@ def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tens
 
 
 def shard_state(logits: Tensor, labels: Tensor, first: int) -> Tensor:
-    """Returns the softmax state of each row over a shard of the vocabulary, ``[..., ROW_STATE]`` float64.
+    """Returns the softmax state of each token over a shard of the vocabulary, ``[..., ROW_STATE]`` float64.
 
-    The state holds the row's maximum, the sum of ``exp(z - maximum)``, three sums for the statistics, and the logit of
+    The state holds the largest logit, the sum of ``exp(z - maximum)``, three sums for the statistics, and the logit of
     the label (0 if the label is outside the shard). Only the sum of exponentials and the logit are differentiable.
     ``logits`` are the columns of the shard. ``first`` is the vocabulary id of the first column.
     """
@@ -209,7 +209,7 @@ def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
 
 
 def token_stats(logits: Tensor, labels: Tensor, stats: Sequence[str], ignore_index: int) -> Tensor:
-    """Returns statistics of each row, ``[len(stats), ...]``; 0 in rows without a label.
+    """Returns statistics of the logits of each token, ``[len(stats), ...]``; 0 for tokens without a label.
 
     The possible names in ``stats`` are in ``ops.checks.STATS``.
     """

@@ -39,7 +39,7 @@ class HiddenAndHead(NamedTuple):
         bias: ``[V]`` bias of the head, or None.
         logit_scale: Factor by which the model multiplies the head's output.
         softcap: Bound that the model applies to its logits, or None.
-        outputs: The model's output. Its ``logits`` hold the probe and must not be used.
+        outputs: The model's output. Its ``logits`` are placeholders and must not be used.
         vocab_parallel: Process group whose ranks hold the head's rows, if the head is sharded over the vocabulary
             (``colwise``); weight and bias are then this rank's rows. Otherwise None.
     """
@@ -119,7 +119,7 @@ def value_in_forward(
         inputs: As in ``hidden_and_head``.
 
     Returns:
-        The value and the model's output. The ``logits`` of the output hold the probe and must not be used.
+        The value and the model's output. The ``logits`` of the output are placeholders and must not be used.
 
     Raises:
         TypeError: As in ``hidden_and_head``.
@@ -260,7 +260,7 @@ class _GradientCell:
 
 
 class _LossProbe(torch.autograd.Function):
-    """Returns the probe in place of logits. Backward sends the gradient stored in ``cell`` to ``value``."""
+    """Returns fixed numbers in place of logits. Backward takes the gradient of ``value`` from the object ``cell``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
@@ -273,7 +273,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Returns ``value``. Backward stores the gradient of ``value`` in ``cell``, and sends zeros to ``logits``."""
+    """Returns ``value``. Backward stores its gradient in the object ``cell``, and sends zeros to ``logits``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
@@ -424,7 +424,7 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
 
 
 def _scale_and_softcap(model: nn.Module, logits: Tensor, dtypes: list[torch.dtype]) -> tuple[float, float | None]:
-    """Returns the model's logit scale and softcap, from the cache or from its output ``logits`` for the probe."""
+    """Returns the model's logit scale and softcap, from the cache or from its ``logits`` for known numbers."""
     numbers = _config_numbers(model)
     known = _KNOWN.setdefault(model, {})
     key = (type(model), *dtypes, logits.dtype, *numbers)
@@ -450,7 +450,7 @@ def _config_numbers(model: nn.Module) -> tuple[float, ...]:
 def _read_probe(
     model: nn.Module, logits: Tensor, numbers: tuple[float, ...], dtypes: list[torch.dtype]
 ) -> tuple[float, float | None]:
-    """Returns the logit scale and the softcap with which the model turns the probe into ``logits``."""
+    """Returns the logit scale and the softcap with which the model turns known numbers into ``logits``."""
     rows = logits.detach().reshape(-1, len(_PROBE)).double()
     low, high = torch.stack([rows.amin(0), rows.amax(0)]).cpu()
     if not torch.equal(low, high):  # NaN also raises
@@ -484,7 +484,7 @@ def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | N
 
 
 def _measured_scale(logits: Tensor, softcap: float | None) -> float:
-    """Returns the model's logit scale for a given softcap, measured at the probe's smallest positive number, 0.25."""
+    """Returns the model's logit scale for a given softcap, from the logit that the model returns for 0.25."""
     value = logits[_PROBE.index(0.25)].item()
     if softcap is not None:
         value = softcap * math.atanh(value / softcap) if abs(value) < softcap else math.nan

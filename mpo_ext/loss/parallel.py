@@ -1,6 +1,6 @@
 """The loss functions over several ranks. Each rank holds columns of the vocabulary, parts of the sequences, or both.
 
-The kernels are the same as in one process; they treat the columns of a rank as a tile of the vocabulary. Each rank
+The kernels are the same as in one process; they can compute a part of the vocabulary. Each rank
 computes the loss from the same numbers in the same order, so the loss is bitwise the same on all ranks.
 
 The functions ``mpo_loss``, ``linear_mpo_loss``, ``token_logp`` and ``linear_token_logp`` take the arguments of the
@@ -46,7 +46,7 @@ from mpo_ext.ops.memory import VocabShard, result_dtype
 
 
 class _Rows(NamedTuple):
-    """The outputs of ``ops.linear.linear_token_logp`` for this rank's rows. They cover the whole vocabulary."""
+    """The outputs of ``ops.linear.linear_token_logp`` for this rank's tokens. They cover the whole vocabulary."""
 
     logp: Tensor
     row_max: Tensor
@@ -272,7 +272,7 @@ def _score_logits(
     ignore_index: int,
     backend: str,
 ) -> _Rows:
-    """Returns the log-probs and statistics of this rank's rows over the whole vocabulary.
+    """Returns the log-probs and statistics of this rank's tokens over the whole vocabulary.
 
     ``shard`` is the part of the vocabulary that this rank's logits cover (None: all). The tensors in ``same`` must be
     equal on all ranks of ``vocab_parallel``. ``names`` are the requested statistics.
@@ -303,9 +303,10 @@ def _score_hidden(
     head: HeadOptions,
     options: linear_ops.LinearOptions,
 ) -> _Rows:
-    """Computes the log-probs and statistics of this rank's rows from hidden states, weight and bias (``inputs``).
+    """Returns the log-probs and statistics of this rank's tokens over the whole vocabulary.
 
-    The result also holds the tensor for backward. ``_score_logits`` describes ``shard``, ``same`` and ``names``.
+    ``inputs`` are the hidden states, weight and bias. The result also holds the tensor for backward. ``_score_logits``
+    describes ``shard``, ``same`` and ``names``.
     """
     hidden, weight, bias = inputs
     if options.backend == "reference":
@@ -362,8 +363,8 @@ def _pair_loss(
     If several ranks have the same pairs, only the first of them adds the rewards of these pairs to the reward shift.
 
     Returns:
-        The pair loss, the row weights d loss / d logp (None for the backend "reference"), and the statistics. The
-        statistics are per row. With ``sequence_parallel`` they are sums over the rows of all ranks.
+        The pair loss, d loss / d logp of each token (None for the backend "reference"), and the statistics. The
+        statistics are per token. With ``sequence_parallel``, they are sums over the tokens of all ranks.
     """
     row_stats = rows.row_stats
     if groups.sequence is None:
@@ -390,8 +391,8 @@ def _totals(
     """Sums values of the sequences over the ranks of ``sequence_parallel``.
 
     Returns:
-        Log-probs, numbers of tokens and reference log-probs of the sequences, each ``[2B]``, and the statistics summed
-        over all rows, ``[number of statistics, 1]``.
+        The summed log-probs, the numbers of labels and the summed reference log-probs, each ``[2B]``; and the
+        statistics summed over all tokens, ``[number of statistics, 1]``.
     """
     cu_seqlens = options.cu_seqlens
     sums = eager.sequence_sums(rows.logp.double(), cu_seqlens)
@@ -414,9 +415,9 @@ def _totals(
 def _loss_of_rows(
     logp: Tensor, labels: Tensor, ref_logp: Tensor, options: LossOptions, backend: str, shift: BatchShift
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Returns the pair loss and the row weights, from the log-probs ``logp`` of the tokens of whole sequences.
+    """Returns the pair loss and d loss / d logp, from the log-probs ``logp`` of the tokens of whole sequences.
 
-    The row weights are d loss / d logp, or None for the backend "reference".
+    For the backend "reference", the second result is None.
     """
     if backend == "reference":
         pair = eager.pair_loss(logp, labels, ref_logp.detach(), shift, options.config, options.cu_seqlens)
@@ -434,10 +435,10 @@ def _loss_of_sums(
     backend: str,
     shift: BatchShift,
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Returns the pair loss and the weights of this rank's rows, from sums over whole sequences.
+    """Returns the pair loss, and d loss / d logp of this rank's tokens, from sums over whole sequences.
 
-    ``totals`` are float64: the summed log-probs, the numbers of tokens and the reference log-probs. The row weights
-    are d loss / d logp, or None for the backend "reference".
+    ``totals`` are float64: the summed log-probs, the numbers of tokens and the reference log-probs. For the backend
+    "reference", the second result is None.
     """
     sums, tokens, ref_logp = totals
     config = options.config
@@ -459,7 +460,7 @@ def _in_dtype(pair: eager.PairLoss, dtype: torch.dtype) -> eager.PairLoss:
 
 
 def _sequence_values(values: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Expands values of sequences, ``[2B]``, to values of rows. The result has the shape of ``labels``."""
+    """Repeats each sequence's value, ``[2B]``, for all of its tokens. The result has the shape of ``labels``."""
     if cu_seqlens is None:
         return values.unsqueeze(1).expand(labels.shape)
     positions = torch.arange(labels.numel(), device=labels.device)

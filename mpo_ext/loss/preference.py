@@ -33,7 +33,7 @@ class Pairs:
         ref_chosen_logp: ``[B]`` summed log-probs of the chosen responses under the reference model, without gradient;
             zeros if the loss needs no reference model.
         ref_rejected_logp: ``[B]`` the same for the rejected responses.
-        chosen_tokens: ``[B]`` numbers of labels of the chosen responses in the dtype of the log-probs, at least 1.
+        chosen_tokens: ``[B]`` number of labels in each chosen response, at least 1, in the dtype of the log-probs.
         rejected_tokens: ``[B]`` the same for the rejected responses.
         has_both_sides: ``[B]`` bool, whether both responses of the pair have labels.
         beta: Temperature, as in ``preference_loss``.
@@ -99,9 +99,9 @@ def preference_loss(
 ) -> Tensor:
     """Returns the preference loss of each pair. The paper of each loss minimises the mean over pairs.
 
-    If a response of a pair has no label, the loss and the gradient of the pair are 0, and the pair has no effect on
-    other pairs. (In ``mpo_loss``, the DPO and BCO of such a pair are constants, also with gradient 0.) If a log-prob
-    is NaN, the loss of its pair and the mean over the batch are not finite.
+    If a response has no label, the loss and the gradient of its pair are 0. The pair then has no effect on other
+    pairs. (In ``mpo_loss``, the DPO and BCO of such a pair are constants, also with gradient 0.) If a log-prob is NaN,
+    the loss of its pair and the mean over the batch are not finite.
 
     Args:
         name: Name of the loss, a key of ``LOSSES``. If TRL 1.16 has the loss, TRL uses the same name.

@@ -117,7 +117,7 @@ class RankGroups:
         ``state``, ``[..., ROW_STATE]``, is this rank's result of ``token_logp_shard`` or ``linear_token_logp_shard``.
         ``logp`` is differentiable with respect to ``state``. The ranks exchange the states, the labels, and the
         tensors in ``same``. The labels and these tensors must be equal on all ranks. If they differ, logp is NaN.
-        On a CPU, the method raises ValueError instead, unless the call has both groups.
+        On a CPU, the method raises ValueError instead, unless the call uses both process groups.
         """
         assert self.vocab is not None
         parts = list(range(ROW_STATE)) if stats else [0, 1, ROW_STATE - 1]
@@ -134,7 +134,7 @@ class RankGroups:
 
         Both are float64. The first result is differentiable with respect to ``sums``. The tensors in ``same`` must be
         equal on all ranks. If they differ, the first result is NaN. On a CPU, the method raises ValueError instead,
-        unless the call has both groups.
+        unless the call uses both process groups.
         """
         assert self.sequence is not None
         gathered, poison = self._gathered("sequence_parallel", torch.cat([sums, others]), same)
@@ -149,7 +149,7 @@ class RankGroups:
             otherwise NaN. The caller adds it to results.
 
         Raises:
-            ValueError: If tensors in ``same`` differ, the values are on a CPU, and the call has only one group.
+            ValueError: If tensors in ``same`` differ, the values are on a CPU, and the call uses only one group.
         """
         group = dict(self._named())[name]
         parts = [values.detach(), *(tensor.detach().to(values.device, torch.float64) for tensor in same.values())]

@@ -153,7 +153,7 @@ def check_linear_loss(
     """Checks the arguments of ``linear_mpo_loss``; raises if one is invalid. ``is_part``: as in ``check_logits_loss``.
 
     Returns:
-        The plan of the call, and ``reference`` with the policy's head in place of a missing reference head.
+        The ``LossPlan`` of the call, and ``reference`` with the policy's head in place of a missing reference head.
     """
     _check_config(options.config)
     sequences = checks.check_pairs(hidden, labels, options.cu_seqlens, "hidden", is_part=is_part)
@@ -220,7 +220,7 @@ def end_pairs(
     shift: BatchShift,
     backend: str,
 ) -> tuple[eager.PairLoss, Tensor]:
-    """Updates the reward shift with a batch, and returns the pair loss and the row weights, d loss / d logp.
+    """Updates the reward shift with a batch, and returns the pair loss, and d loss / d logp of each token.
 
     ``outputs`` are the outputs of the operator ``pair_loss`` for ``inputs``. If the loss must use a delta that
     includes the rewards of all ranks, the pair loss is computed again with this delta.
@@ -239,7 +239,7 @@ def loss_output(
 ) -> MPOOutput:
     """Returns the ``MPOOutput`` of a loss.
 
-    ``row_stats``, ``[len(names), ...]``, are the statistics of each row. They are averaged over the labelled tokens.
+    ``row_stats``, ``[len(names), ...]``, are the statistics of each token. They are averaged over the labelled tokens.
     """
     dpo_loss, bco_loss, ntp_loss = pair.terms.unbind()
     chosen_logp, rejected_logp = pair.logp.chunk(2)

@@ -55,7 +55,7 @@ def check_pairs(
     """Raises unless logits and labels hold B pairs, padded or packed. Returns the number of sequences, 2B.
 
     If ``name`` is "hidden", ``logits`` are hidden states, and labels may be on the CPU. With ``is_part``, each
-    sequence is split over several ranks, and a packed sequence may have no row on this rank.
+    sequence is split over several ranks, and a packed sequence may have no token on this rank.
     """
     size, axis = ("D", "feature") if name == "hidden" else ("V", "vocabulary")
     check_logits(name, logits, axis)
@@ -96,7 +96,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor, name: str, is_part: bo
 
 
 def check_offsets(cu_seqlens: Tensor, rows: int, *, is_part: bool = False) -> None:
-    """Raises unless the offsets of packed sequences increase from 0 to the number of rows.
+    """Raises unless the offsets of packed sequences increase from 0 to ``rows``, the number of tokens.
 
     With ``is_part`` (sequences are split over ranks), neighbouring offsets may be equal.
     """
@@ -201,7 +201,7 @@ def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
 def check_reuse(logits: Tensor) -> None:
     """Raises unless the gradient can overwrite the logits.
 
-    The vocabulary axis must be contiguous, and rows must not overlap in memory.
+    The vocabulary axis must be contiguous, and the logits of two tokens must not overlap in memory.
     """
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(

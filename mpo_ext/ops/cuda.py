@@ -1,4 +1,4 @@
-"""Arguments of CUDA kernel launches: the stream, the workspace, and the counters of finished blocks."""
+"""Arguments of CUDA kernel launches: the stream, the workspace, and the counters of finished thread blocks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def forward_arguments(
 ) -> tuple[dict[str, object], list[Tensor]]:
     """Returns the input arguments of the kernels token_logp and forward, and their workspace tensors.
 
-    The caller must keep the workspace tensors alive until the launch. ``pairs`` is the number of pairs B, or 0 for
-    token_logp. ``tile`` is the part of the vocabulary that the logits cover; None means the whole vocabulary.
+    The caller must keep the workspace tensors alive until the launch. ``layout`` describes the logits. ``pairs`` is
+    the number of pairs B, or 0 for token_logp. ``tile`` is the part of the vocabulary that the logits cover; None
+    means the whole vocabulary.
     """
     rows = row_arguments(layout, labels, ignore_index, tile)
     size = {"multiprocessors": multiprocessors(labels.device)}
@@ -54,10 +55,11 @@ def current_stream(tensor: Tensor) -> int:
 
 
 def counters(count: int, like: Tensor) -> int | Tensor:
-    """Returns the address of at least ``count`` int32 counters of finished blocks, all 0, on the device of ``like``.
+    """Returns the address of at least ``count`` int32 counters, all 0, on the device of ``like``.
 
-    Kernels reset the counters to 0 after use, so all launches on a stream share them. The counters are allocated
-    outside of torch, because torch.compile's CUDA graphs raise if a call leaves a tensor in their memory pool.
+    A kernel counts its finished thread blocks with them, and resets them to 0 after use. All launches on a stream
+    can therefore share them. The counters are allocated outside of torch, because torch.compile's CUDA graphs raise if
+    a call leaves a tensor in their memory pool.
 
     During the capture of a CUDA graph, the result is a new tensor instead of an address, because the graph may be
     replayed on any stream. Each replay sets this tensor to 0.

@@ -1,7 +1,8 @@
 """Computes exponentials of tiles of logits on a GPU, for the gradient of hidden states under a frozen head.
 
-Forward sums ``exp(z - r) @ weight`` over the tiles, with a reference r for each row. When r changes, the previous sum
-must be rescaled. To make this rare, r changes only if the row's largest logit exceeds r by more than a slack.
+Forward sums ``exp(z - r) @ weight`` over the tiles, with a reference r for each row (token position). When r changes,
+the previous sum must be rescaled. To make this rare, r changes only if the row's largest logit exceeds r by more than
+a slack.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def write_exp_logits(
 ) -> Tensor:
     """Writes ``exp(z - reference)`` for each logit z to ``exp_logits``, and 0 for the label's logit.
 
-    The reference of a row rises to the row's largest logit if this logit is much larger. The row of ``sums`` is then
-    multiplied by ``exp(old reference - new reference)``. After the last tile, the reference is the row's largest
-    logit. The values are undefined in a row whose label is out of range.
+    The reference of a row (token position) rises to the row's largest logit if this logit is much larger. The row of
+    ``sums`` is then multiplied by ``exp(old reference - new reference)``. After the last tile, the reference is the
+    row's largest logit. The values are undefined in a row whose label is out of range.
 
     Args:
         logits: ``[n, columns]``, a tile of labelled rows, float32.

@@ -48,7 +48,7 @@ def linear_token_logp(
     backend: str,
     only_fitting: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the log-probability of each label from hidden states. Only logits of labelled rows are computed.
+    """Returns the log-probability of each label from hidden states. Only logits of labelled tokens are computed.
 
     The arguments after ``keep`` are the fields of ``LinearOptions``.
 
@@ -125,11 +125,11 @@ def linear_token_logp_shard(
     options: LinearOptions,
     shard: VocabShard,
 ) -> tuple[Tensor, Tensor]:
-    """Returns each row's softmax state over a shard of the head, ``[..., ROW_STATE]``, and the tensor for backward.
+    """Returns each token's softmax state (``eager.shard_state``) over a shard, and the tensor for backward.
 
     ``weight`` and ``bias`` are this rank's shard of the head. Labels are ids of the whole vocabulary. The other
-    arguments are those of ``linear_token_logp``. ``logits.merge_shards`` computes log-probs from the states of all
-    shards. With KEEP_HIDDEN_GRAD, the tensor for backward is incomplete until ``finish_shard_hidden_grad``.
+    arguments are those of ``linear_token_logp``. ``logits.merge_shards`` takes the states of all shards. With
+    KEEP_HIDDEN_GRAD, the tensor for backward is incomplete until ``finish_shard_hidden_grad``.
     """
     tiles = _tiled_rows(hidden, weight, bias, labels, keep, options)
     chunks, kept = _score_tiles(tiles, stats, keep, options, shard)
@@ -154,7 +154,7 @@ def _tiled_rows(
 
 @dataclass
 class _Chunk:
-    """Labelled rows that are scored together, and their results from the tiles computed so far."""
+    """Labelled tokens that are scored together, and their results from the tiles computed so far."""
 
     rows: slice  # of the n labelled rows
     labels: Tensor  # of these rows
@@ -166,10 +166,10 @@ class _Chunk:
 def _score_tiles(
     tiles: TiledRows, stats: int, keep: int, options: LinearOptions, shard: VocabShard | None = None
 ) -> tuple[list[_Chunk], Tensor]:
-    """Scores the labelled rows tile by tile.
+    """Computes the log-probs of the labelled tokens, tile by tile.
 
     Returns:
-        The chunks of rows with their results, and the tensor for backward. With KEEP_HIDDEN_GRAD, this tensor is
+        A ``_Chunk`` for each group of tokens, and the tensor for backward. With KEEP_HIDDEN_GRAD, this tensor is
         incomplete until ``_finish_hidden_grad``.
     """
     shard = shard or VocabShard(0, tiles.vocab)
@@ -338,8 +338,8 @@ def linear_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
-    ``wanted`` selects the gradients to compute. ``kept`` holds the logits that ``linear_token_logp`` kept. The call
-    overwrites ``kept``. If the gradient of weight is wanted, it is written there, and ``kept_weight_grad`` returns it.
+    ``wanted`` selects the gradients to compute. ``kept`` holds the logits that ``linear_token_logp`` kept, or is
+    None. The call overwrites ``kept``. A wanted gradient of weight is written there, for ``kept_weight_grad``.
     The arguments after ``wanted`` are the fields of ``LinearOptions``. Sums over tiles are formed in float32 (float64
     for float64 inputs) and rounded once.
 

@@ -55,12 +55,12 @@ def token_logp(
     stats: int,  # requested statistics: bit i requests STATS[i]
     backend: str,  # a result of choose_backend other than "reference"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the log-probability of each label. Reads each logit of a labelled row once.
+    """Returns the log-probability of each label. Reads each logit of a labelled token once.
 
     Returns:
         ``(logp, row_max, row_sum, row_stats)``, float32, or float64 for float64 logits. The first three are ``[...]``:
-        the log-prob of the label, the largest logit z of the row, and the row's sum of ``exp(z - row_max)``.
-        ``row_stats`` is ``[number of statistics, ...]`` in the order of ``STATS``.
+        the log-prob of the label, the token's largest logit, and the sum of ``exp(z - row_max)`` over the token's
+        logits z. ``row_stats`` is ``[number of statistics, ...]`` in the order of ``STATS``.
     """
     check_logits("logits", logits)
     check_labels(logits, labels)
@@ -86,9 +86,9 @@ def token_logp_outputs(logits: Tensor, labels: Tensor, stats: int) -> RowOutputs
 def token_logp_shard(
     logits: Tensor, labels: Tensor, ignore_index: int, stats: int, backend: str, shard: VocabShard
 ) -> Tensor:
-    """Returns each row's softmax state over a shard of the vocabulary, ``[..., ROW_STATE]``, for ``merge_shards``.
+    """Returns each token's softmax state over a shard of the vocabulary, ``[..., ROW_STATE]``, for ``merge_shards``.
 
-    A state holds the row's maximum, four sums and the logit of the label, see ``mpo_ext.loss.eager.shard_state``. The
+    A state holds the largest logit, four sums and the logit of the label, see ``mpo_ext.loss.eager.shard_state``. The
     arguments are those of ``token_logp``. ``logits`` are the columns of the shard; labels are ids of the whole
     vocabulary.
     """
@@ -186,10 +186,10 @@ def logits_grad(
     first: int = 0,  # the vocabulary id of column 0, if the logits are a shard
     total: int = 0,  # size of the whole vocabulary; 0: that of the logits
 ) -> Tensor:
-    """Returns the gradient of the logits, ``scale * weight * (onehot(label) - softmax(logits))``; 0 in ignored rows.
+    """Returns the gradient of the logits, ``scale * weight * (onehot(label) - softmax(logits))``; 0 without a label.
 
-    The result is contiguous and has the shape and dtype of the logits. Each logit of a labelled row is read once, and
-    its gradient is written once. On a CPU, a large gradient may reuse the memory of an earlier gradient.
+    The result is contiguous and has the shape and dtype of the logits. Each logit of a labelled token is read once,
+    and its gradient is written once. On a CPU, a large gradient may reuse the memory of an earlier gradient.
 
     If ``total`` is not 0, the logits are a shard of a vocabulary of ``total`` ids, and ``first`` is the shard's first
     id.

@@ -39,14 +39,14 @@ class VocabShard(NamedTuple):
 
 
 def empty_row_state(labels: Tensor) -> Tensor:
-    """Returns the softmax state of rows before the first tile, ``[..., ROW_STATE]``, on the device of the labels."""
+    """Returns each token's softmax state before the first tile, ``[..., ROW_STATE]``, on the device of the labels."""
     state = torch.zeros(*labels.shape, ROW_STATE, dtype=torch.float64, device=labels.device)
     state[..., 0] = -math.inf  # the maximum
     return state
 
 
 class RowLayout(NamedTuple):
-    """The positions of rows in memory.
+    """The positions of rows in memory. A row is the V logits of one token position.
 
     Row i starts at element ``(i // inner) * outer_stride + (i % inner) * row_stride``.
     """
@@ -58,9 +58,9 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(tensor: Tensor) -> RowLayout:
-    """Returns the layout of the rows of a tensor ``[..., V]``.
+    """Returns the positions in memory of the rows of a tensor ``[..., V]``.
 
-    A tensor is copied to contiguous memory if its last axis is strided, or if two strides cannot describe its rows.
+    The tensor is copied to contiguous memory if its last axis is strided, or if two strides cannot describe its rows.
     """
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()

@@ -29,7 +29,7 @@ def tile_shape(
     has at least one row and one column.
 
     Args:
-        rows: Number of labelled rows.
+        rows: Number of labelled rows (token positions).
         vocab: Number of columns of the vocabulary.
         per_element: Bytes per element of a tile.
         per_column: Additional bytes per column of a tile.

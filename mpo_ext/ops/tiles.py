@@ -78,30 +78,30 @@ class Head(NamedTuple):
 
 
 class KeptLogits:
-    """Computes the places of logits in a block of memory, in which forward keeps them for backward.
+    """Computes the positions of logits in a buffer, in which forward keeps them for backward.
 
-    Backward overwrites the block with the gradient of weight. For each tile, from the first columns to the last, it
+    Backward overwrites the buffer with the gradient of weight. For each tile, from the first columns to the last, it
     reads the logits and then writes the gradient. The gradient starts at byte 0. The logits start at an offset, so the
     gradient never overwrites logits that backward has not read yet.
 
-    Let n be the number of labelled rows. If a logit and a gradient value have equal size, the block holds
-    ``max(n, D)`` values per column, plus a tile. With ``only_fitting``, it holds D values per column. If n is larger
-    than D, only the logits of the first columns are then kept.
+    Let n be the number of labelled rows (token positions). If a logit and a gradient value have equal size, the buffer
+    holds ``max(n, D)`` values per column, plus a tile. With ``only_fitting``, it holds D values per column. If n is
+    larger than D, only the logits of the first columns are then kept.
 
-    ``store_`` stores a logit in float16, as its distance from the maximum of its row over this tile and all earlier
-    tiles. These maxima lie after the logits. Rounding changes a distance by at most 2^-11 of its value. For
+    ``store_`` stores a logit in float16, as its distance from the row's maximum over this tile and all earlier tiles.
+    These maxima lie after the logits. Rounding changes a distance by at most 2^-11 of its value. For
     distances up to 7.8, the relative error of exp(logit) is therefore below 2^-8, the rounding error of bfloat16.
 
     Args:
         rows: Number of labelled rows, n.
-        vocab: Number of columns of the vocabulary.
+        vocab: Size of the vocabulary.
         columns: Number of columns of a tile.
-        grad_bytes: Bytes of the gradient of one column.
+        grad_bytes: Bytes of the gradient of weight for one column.
         dtype: dtype of the kept logits.
         only_fitting: Whether to keep no more columns than fit into the memory of the gradient.
 
     Attributes:
-        size: Bytes of the whole memory.
+        size: Bytes of the buffer.
         stop: Number of columns whose logits are kept: columns 0 to ``stop - 1``.
     """
 
@@ -159,7 +159,7 @@ class KeptLogits:
 
 
 class TiledRows:
-    """The labelled rows of one operator call, the sizes of their tiles, and the buffers that the tiles share.
+    """The labelled rows (token positions) of an operator call, the sizes of their tiles, and the tiles' buffers.
 
     Args:
         hidden: ``[..., D]`` hidden states.
@@ -222,7 +222,7 @@ class TiledRows:
             yield rows, self.labels[rows]
 
     def columns(self) -> Iterator[tuple[int, int]]:
-        """Yields ``(first, end)`` of each slice of the vocabulary: columns ``first`` to ``end - 1``."""
+        """Yields ``(first, end)`` for each part of the vocabulary: columns ``first`` to ``end - 1``."""
         for first in range(0, self.vocab, self._chunk_columns):
             yield first, min(first + self._chunk_columns, self.vocab)
 
@@ -284,7 +284,7 @@ class TiledRows:
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
         """Adds a tile's contribution ``grad.T @ rows`` to the gradient of weight for the tile's columns.
 
-        Call it for each chunk of rows. The last call (``is_last``) writes the sum to ``target``.
+        Call it for each slice of rows from ``chunks``. The last call (``is_last``) writes the sum to ``target``.
         """
         # A single product may be rounded directly; the sum of several products is formed in float32.
         is_direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)
@@ -296,7 +296,7 @@ class TiledRows:
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
         """Adds a tile's contribution to the gradient of bias for the tile's columns.
 
-        Call it for each chunk of rows. The last call (``is_last``) writes the sum to ``target``.
+        Call it for each slice of rows from ``chunks``. The last call (``is_last``) writes the sum to ``target``.
         """
         total = self._buffer("bias grad", (1, target.shape[0]), self.like.dtype)[0]
         if is_first:

@@ -1,8 +1,8 @@
 """Rates of machines, and the time that a stage of work takes at these rates.
 
-Three times are computed for a stage: its matmuls and attention kernels, its memory traffic, and its arithmetic on
-logits. The longest of the three is the time of the stage. The time of page faults on a CPU and of kernel launches on a
-GPU is added. The rates are the same for every method that computes the loss.
+A stage is a part of the work, such as a forward pass. Three times are computed for a stage: its matmuls and attention
+kernels, its memory traffic, and its arithmetic on logits. The longest of the three is the time of the stage. The time
+of page faults on a CPU and of kernel launches on a GPU is added. The rates do not depend on how the loss is computed.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ class Stage:
         attention: Number of floating-point operations in attention kernels.
         attention_kind: Key of ``Machine.attention_rates``.
         moved: Number of bytes that are read or written.
-        kernel: Number of logits that our kernels process forward and backward; a logit that is processed in only one
-            direction counts 1/2.
+        kernel: Number of logits that the kernels of mpo_ext process forward and backward. A logit that is processed
+            in only one direction counts 1/2.
         softmax: Number of logits that torch's softmax processes, counted like ``kernel``.
         fresh: Number of bytes of newly allocated memory in small pages.
         huge: Number of bytes of newly allocated memory in huge pages.
@@ -61,22 +61,22 @@ class Machine:
 
     Attributes:
         name: Name of the machine in reports.
-        is_gpu: Whether the machine is a GPU, which runs the GPU implementation of each method.
+        is_gpu: Whether the machine is a GPU. The stages of a loss differ between CPU and GPU.
         bandwidth: Bytes per second that are read from or written to memory that has been used before.
         matmul_rates: FLOP per second of large matmuls, by dtype.
         matmul_shares: Fraction of ``matmul_rates`` that matmuls reach, by the smallest of their three sizes m, n, k.
             Between two sizes, the fraction is interpolated over the logarithm of the size. Empty: 1 for all sizes.
-        attention_rates: FLOP per second of attention kernels, by kind and dtype. "plain" attention is causal or full,
-            and only the needed scores count. "masked" attention has a dense mask, and all scores count. If a rate is
-            missing, the rate of matmuls is used.
-        kernel_rate: Logits per second that our kernels process forward and backward, if memory is not the limit.
+        attention_rates: FLOP per second of attention kernels, by kind and dtype. "plain" attention is causal or full;
+            FLOP are counted only for scores that the result needs. "masked" attention has a dense mask; FLOP are
+            counted for all scores. If a rate is missing, the rate of matmuls is used.
+        kernel_rate: Logits per second that mpo_ext's kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
         fresh: Bytes per second at which the operating system provides new memory in small pages (page faults); writing
             to the memory is not included.
         huge: Bytes per second at which the operating system provides new memory in huge pages.
         overhead: Constant number of seconds added to the time of a forward and backward together.
         launch: Seconds between two kernels of a GPU.
-        multiprocessors: Number of multiprocessors of a GPU; 0 if it is unknown. Waves of blocks are then not counted.
+        multiprocessors: Number of multiprocessors of a GPU; 0: unknown. Idle multiprocessors are then not counted.
         memory: Bytes of a GPU's memory, on which the default memory budget of tiles depends; 0 if it is unknown.
         source: Origin of the rates, for reports.
     """
@@ -110,7 +110,7 @@ class Machine:
             raise ValueError(f"overhead must be finite and not negative, got {self.overhead}")
 
     def seconds(self, stage: Stage) -> float:
-        """Returns the seconds of a stage; raises ``ValueError`` if the machine has no rate for the stage's dtype."""
+        """Returns the seconds of a stage of work; raises ``ValueError`` if the machine has no rate for its dtype."""
         if (stage.flop or stage.attention) and stage.dtype not in self.matmul_rates:
             raise ValueError(
                 f"dtype must be one of {', '.join(self.matmul_rates)} on {self.name}, got {stage.dtype!r}"

@@ -194,7 +194,7 @@ class MemoryEstimate:
         )
 
     def eager_loss(self) -> int:
-        """Returns the peak bytes of the loss in plain torch, from the logits of a separate row for each response."""
+        """Returns the peak bytes of the loss in plain torch, if each response is a separate row of the batch."""
         return self.separate_positions * self.vocab * _EAGER_BYTES[self.compute_bytes]
 
     def matrices(self, layers: Sequence[nn.Module]) -> list[Matrix]:
@@ -311,12 +311,15 @@ class MemoryEstimate:
 
 
 def has_split_attention(model: nn.Module) -> bool:
-    """Returns whether the model's decoder uses split attention (``mpo_ext.train.split_attention``)."""
+    """Returns whether the decoder uses split attention (``mpo_ext.train.split_attention``).
+
+    Split attention handles a prompt with several responses in one row without a mask.
+    """
     return is_split(getattr(decoder_config(unwrap_model(model)), "_attn_implementation", None))
 
 
 def longest_pair(recipe: Recipe, model: nn.Module) -> int:
-    """Returns the assumed number of tokens of a prompt and a response.
+    """Returns the assumed number of tokens of a prompt plus a response.
 
     The number is ``data.max_length``, or the model's maximum number of positions if that is smaller.
     """

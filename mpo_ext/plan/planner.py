@@ -85,7 +85,7 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
 
 
 def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
-    """Returns the reason why the responses of a pair cannot share their prompt in one row, or None if they can."""
+    """Returns the reason why the responses of a pair cannot share one copy of their prompt, or None if they can."""
     if not recipe.loss.shared_prefix:
         return "loss.shared_prefix is false"
     attention = recipe.model.attention

@@ -48,13 +48,14 @@ class Plan:
         pairs_per_rank: Maximum number of pairs of a rank per step.
         micro_batches: Maximum number of micro-batches of a rank per step.
         world: Number of processes (ranks).
-        layout: Layout of the batches, "shared" or "separate", from the model's config and code. The trainer verifies
-            "shared" on the first pairs.
+        layout: "shared" if both responses of a pair share one row of the batch, and thus their prompt, or "separate"
+            if each response has a row. It follows from the model's config and code. The trainer verifies "shared" on
+            the first pairs.
         tokens: Assumed number of tokens of a prompt plus a response (see docs/train.md).
-        positions: Number of decoder positions of a micro-batch if all of its pairs have ``tokens`` tokens.
+        positions: Number of decoder positions of a micro-batch whose pairs all have ``tokens`` tokens.
         memory: Parts of a rank's memory.
-        other_activations: Number of bytes of the activations with the opposite setting of gradient checkpointing.
-        eager_loss: Peak bytes of the same loss in plain torch, from the logits of a separate row for each response.
+        other_activations: Number of bytes of the activations if gradient checkpointing had the opposite setting.
+        eager_loss: Peak bytes of the same loss in plain torch, if each response is a separate row of the batch.
         cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.steps``.
         cost_step: Shape of a rank's step in which all pairs have the assumed length, for ``mpo_ext.plan.steps``.
         variants: The unchanged run, followed by runs with changed settings.
@@ -103,7 +104,7 @@ class Plan:
         return sum(part.sharded for part in self.memory)
 
     def predict(self, trainer: str, machine: Machine, **changes: Any) -> Cost:
-        """Returns the predicted cost of one step of a rank on a machine.
+        """Returns the predicted time and memory of a rank's training step on a machine.
 
         ``trainer`` is a key of ``steps.STEPS``. ``changes`` replace fields of ``cost_step``.
         """

@@ -1,6 +1,6 @@
 """Predicts the time and the memory of a loss from a few rates of a machine, such as FLOP per second (a roofline).
 
-A method is a way to compute the loss. It is described as a list of stages (``mpo_ext.plan.machines``). No rate is
+A method is a way to compute the loss. It is described as a list of stages, the parts of its work. No rate is
 fitted to a method. ``mpo_ext.plan.steps`` adds the layers of the model. docs/performance.md compares the predictions
 with measurements on a CPU. Predictions for GPUs have not been compared with measurements.
 """
@@ -29,7 +29,7 @@ class Cost:
         seconds: Total seconds of all stages.
         memory: Peak bytes. For a loss, gradients are included, and inputs are not. For a step, parameters and
             optimizer state are included.
-        parts: Seconds of each stage.
+        parts: Seconds of each stage of the work, by name.
     """
 
     seconds: float
@@ -130,7 +130,7 @@ def _logits_compiled(loss: LossShape, machine: Machine) -> Parts:
 
 
 def head_products(loss: LossShape, rows: int, count: float, name: str, dtype: str) -> Stage:
-    """Returns a stage of ``count`` matrix products, each of ``rows * vocab * hidden_size`` multiplications.
+    """Returns a stage of work: ``count`` matrix products, each of ``rows * vocab * hidden_size`` multiplications.
 
     Such products compute the logits from the head, and the gradients from the logits. Each product reads the head or
     writes a tensor of the head's size. ``dtype`` is the dtype of the inputs.
@@ -145,7 +145,7 @@ def loss_gradients(loss: LossShape, *, has_head: bool = True) -> float:
 
 
 def _kept_width(loss: LossShape, machine: Machine) -> int:
-    """Returns the bytes of a kept logit: 2 for bfloat16 inputs, otherwise the size of a logit in a tile."""
+    """Returns the bytes of a logit that forward keeps: 2 for bfloat16 inputs, otherwise as many as in a tile."""
     product = loss.dtype if loss.matmul_dtype is None else loss.matmul_dtype
     width = 4 if machine.is_gpu or product == "float32" else loss.size
     return 2 if loss.dtype == "bfloat16" else width
@@ -188,13 +188,13 @@ def _linear_ours(
 
 @dataclasses.dataclass(frozen=True)
 class GpuTiles:
-    """The tiles of ``linear_mpo_loss`` on a GPU.
+    """The tiles of ``linear_mpo_loss`` on a GPU. A tile holds logits of some rows and some columns.
 
     Attributes:
-        rows: Number of labelled rows of a tile.
+        rows: Number of labelled rows (token positions) of a tile.
         columns: Number of columns of a tile.
-        chunks: Number of tiles that cover all labelled rows.
-        slices: Number of tiles that cover the vocabulary.
+        chunks: Number of parts into which the labelled rows are divided.
+        slices: Number of parts into which the vocabulary is divided.
         bytes: Bytes of a tile and the tensors computed from it.
     """
 
@@ -229,13 +229,13 @@ _TILE_LAUNCHES = {"recompute": 2 + 4, "keep": 7 + 4, "frozen": 4}
 
 
 def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = False, has_head: bool = True) -> Parts:
-    """Returns the stages and the peak bytes of ``linear_mpo_loss`` on a GPU.
+    """Returns the stages of the work and the peak bytes of ``linear_mpo_loss`` on a GPU.
 
     ``keeps_logits`` is True for ``recompute=False``. ``has_head`` is False for a frozen head.
 
-    Tiles do not fit the cache, so their memory traffic counts. A product writes a tile in float32. Kernels read it and
-    write its gradient in the dtype of the inputs. The next products read this gradient. Each slice of the vocabulary
-    after the first also reads and writes the float32 gradient of the hidden states.
+    Tiles do not fit the cache, so their memory traffic counts. A matmul writes a tile in float32. Kernels read it and
+    write its gradient in the dtype of the inputs. The next matmuls read this gradient. If the vocabulary is divided
+    into several tiles, all but the first also read and write the float32 gradient of the hidden states.
     """
     tiles = GpuTiles.of(loss, machine, keeps_logits=keeps_logits)
     logits, hidden = loss.labelled * loss.vocab, loss.labelled * loss.hidden_size
@@ -273,7 +273,7 @@ def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = Fa
 
 
 def _wave_flop(loss: LossShape, tiles: GpuTiles, machine: Machine, name: str) -> float:
-    """Returns the FLOP of a product over all tiles, including the FLOP that idle multiprocessors could have done.
+    """Returns the FLOP of a matmul over all tiles, including the FLOP that idle multiprocessors could have done.
 
     ``name`` is "forward", "d hidden" or "d weight".
     """
@@ -298,13 +298,13 @@ def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, con
         vocab: Size of the vocabulary.
         budget: The argument ``memory_budget`` of ``linear_mpo_loss``, in bytes.
         is_half: Whether the inputs of matmuls are half precision. The gradient of a tile is then a separate tensor.
-        converted: Bytes of a copy of the head in the dtype of the matmuls.
+        converted: Bytes of a head copy that is converted to the dtype of the matmuls.
     """
     return min(budget, (6 if is_half else 4) * rows * vocab + converted)
 
 
 def _linear_of_logits(of_logits: _Method) -> _Method:
-    """Returns a method that computes the logits of all rows, and then the loss with the method ``of_logits``."""
+    """Returns a method that computes the logits of all tokens, and then the loss with the method ``of_logits``."""
 
     def method(loss: LossShape, machine: Machine) -> Parts:
         stages, memory = of_logits(loss, machine)

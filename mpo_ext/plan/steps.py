@@ -1,7 +1,7 @@
 """Predicts the time and the memory of a training step: layers, attention, loss, reference, gradient norm, AdamW.
 
-The decoder layers have three stages: matrix products, attention, and passes over memory. Experts are a fourth stage.
-Communication between devices and data loading are not included.
+The work of the decoder layers has three parts (stages): matrix products, attention, and passes over memory. Experts
+add a fourth stage. Communication between devices and data loading are not included.
 """
 
 import dataclasses
@@ -115,7 +115,7 @@ Rows = Literal["split", "masked", "separate"]
 
 
 class StepMethod(NamedTuple):
-    """A trainer's method of computing the loss, and its layout of sequences."""
+    """A trainer's method of computing the loss, and its arrangement of responses in the rows of a batch."""
 
     method: str  # method of the loss, a key of roofline.LINEAR
     rows: Rows  # how the responses of a pair lie in sequence rows
@@ -139,7 +139,7 @@ STEPS = {
 
 
 class _Positions(NamedTuple):
-    """The numbers of rows, tokens per row and attention scores of a micro-batch."""
+    """The numbers of rows (sequences), tokens per row and attention scores of a micro-batch."""
 
     rows: int  # number of rows
     row: int  # number of tokens of a row
@@ -167,7 +167,7 @@ def _positions(step: StepShape, rows: Rows) -> _Positions:
 
 
 class _Layers:
-    """Computes the stages of a micro-batch in the layers of the decoder and the vision tower."""
+    """Describes the work of the decoder and the vision tower in a micro-batch, divided into stages."""
 
     def __init__(self, model: ModelShape, step: StepShape, rows: Rows) -> None:
         self.model, self.step = model, step
@@ -175,7 +175,7 @@ class _Layers:
         self.patches = self.positions.rows * step.image_tokens * step.patches
 
     def stages(self, name: str, forwards: int, *, with_backward: bool, of_vision: bool) -> Iterator[Stage]:
-        """Yields the stages of ``forwards`` forward passes and, with ``with_backward``, of one backward pass.
+        """Yields the parts of the work in ``forwards`` forward passes and, with ``with_backward``, one backward pass.
 
         A backward pass has two matrix products for each product of a forward pass, and moves twice the bytes. An
         attention kernel has two products in forward and five in backward. The name of each stage ends in ``name``.
@@ -289,7 +289,7 @@ def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine
 
 
 def _logits_of_all(loss: LossShape, positions: int, machine: Machine) -> Parts:
-    """Returns the stages and the peak bytes of ``mpo_loss`` for a model that computes the logits of all positions."""
+    """Returns the stages of work and peak bytes of ``mpo_loss``, with the matmuls of the head for all positions."""
     stages, _ = logits_ours(loss, machine)
     every, grads = loss.size * positions * loss.vocab, loss_gradients(loss)
     products = head_products(loss, positions, 3, "matrix products", loss.dtype)
