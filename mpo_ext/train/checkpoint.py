@@ -134,9 +134,9 @@ class Checkpoints:
             reference: Reference model; None if the checkpoint was saved without a reference model.
 
         Raises:
-            CheckpointError: If files differ from the manifest in size or digest, the checkpoint belongs to another
-                model, optimizer or precision, or reading fails. If reading fails, the run may be partly restored;
-                after the other errors it is unchanged.
+            CheckpointError: If a file has another size or digest than at the save, the checkpoint belongs to another
+                model, optimizer or precision, or reading fails. After a failed read, the run may be partly restored.
+                After the other errors, the run is unchanged.
         """
         path = Path(path)
         with together(accelerator):

@@ -57,8 +57,8 @@ class PromptPositions:
     An instance holds no weights and can be pickled, for DataLoader workers.
 
     Attributes:
-        kind: Class of the model that defines ``get_rope_index``.
-        config: Config of the instance of ``kind`` in the model.
+        kind: Class of the module that defines ``get_rope_index``.
+        config: Config of this module.
     """
 
     kind: type[nn.Module]
@@ -172,9 +172,9 @@ def no_mask(implementation: str | None) -> str:
 
 
 def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | dict[str, Tensor]:
-    """Returns the markers that split attention takes in place of masks; see ``window_marker``.
+    """Returns the empty tensors that split attention takes in place of masks; see ``window_marker``.
 
-    The result is one marker or, if the model has several kinds of layers, a dict from kind to marker. ``rows`` is the
+    The result is one tensor or, if the model has several kinds of layers, a dict from kind to tensor. ``rows`` is the
     number of sequence rows, R.
     """
     windows = {_SLIDING: plan.window}

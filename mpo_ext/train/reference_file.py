@@ -120,8 +120,8 @@ def compute_reference_file(
 ) -> None:
     """Writes the reference log-probs of all pairs to a file. All ranks must call this function.
 
-    Each rank computes the log-probs of a slice of the pairs and appends them to a journal, a file beside ``path``. A
-    later call continues from the journals of an interrupted run. The journals are merged at the end.
+    Each rank computes the log-probs of a part of the pairs and appends them to a journal, a file beside ``path``. At
+    the end, the journals are merged into ``path``. After an interruption, the next call continues from the journals.
 
     Args:
         path: File to write.
