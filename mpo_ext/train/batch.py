@@ -474,7 +474,7 @@ def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def _is_of_video(name: str) -> bool:
-    """Returns whether an input with this name belongs to videos rather than images."""
+    """Returns whether the model input with this name holds videos rather than images."""
     return "video" in name or name == "second_per_grid_ts"
 
 

@@ -256,9 +256,10 @@ class Checkpoints:
         score: float | None,
         digests: Iterable[dict[str, str]],
     ) -> None:
-        """Writes the manifest into ``partial`` and renames this folder to ``path``, which completes the checkpoint.
+        """Writes the manifest into the folder ``partial`` and renames the folder to ``path``.
 
-        ``digests`` holds the results of ``file_digests`` on the ranks.
+        The manifest lists the files, so the checkpoint is then complete. ``digests`` holds the results of
+        ``file_digests`` on the ranks.
         """
         number = max((manifest.number for manifest, _ in self._complete()), default=0) + 1
         world_size, files = accelerator.num_processes, file_sizes(partial)

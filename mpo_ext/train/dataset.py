@@ -37,7 +37,10 @@ class BatchCounts(NamedTuple):
     routed_tokens: int = 0  # Batch.routed_tokens
 
     def ntp_parts(self, ntp_average: str) -> int:
-        """Returns the divisor of the next-token loss: chosen tokens for "token", chosen responses for "sequence"."""
+        """Returns the number of chosen tokens ("token") or chosen responses ("sequence").
+
+        The sum of the next-token losses is divided by this number.
+        """
         return self.chosen_tokens if ntp_average == "token" else self.chosen_responses
 
 

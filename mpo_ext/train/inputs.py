@@ -80,7 +80,7 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
         data: Data and encoder of the run.
         known: Inputs that a checkpoint stores, or None. Files that have not changed since (same path, size and
             modification time) are not read again.
-        fixed_weights: Fingerprints of weights that checkpoints do not store. A key is the setting that names the
+        fixed_weights: Hashes of weights that checkpoints do not store. A key is the setting that names the
             model, such as ``model.path``.
 
     Raises:

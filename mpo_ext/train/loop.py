@@ -167,7 +167,7 @@ class Trainer:
             return self._close()
 
     def _prepare(self) -> None:
-        """Starts the trackers, prints the data sources, checks the first pairs and chooses the row layout."""
+        """Starts the trackers, prints the data sources, checks the first pairs and chooses the layout of batches."""
         say = self.output.console.say
         start_trackers(self.recipe, self.accelerator)
         for line in self.data.mixture.lines():

@@ -40,7 +40,8 @@ _COMBINED = {
 def sequence_positions(segments: Tensor) -> Tensor:
     """Returns the position of each token in its sequence ``[prompt | response]``, ``[R, L]`` int64.
 
-    ``segments`` is ``Batch.segments``. The position of padding is 0.
+    ``segments`` is ``Batch.segments``: 0 for a prompt, 1, 2, ... for its responses, -1 for padding. The position of
+    padding is 0.
     """
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     is_first = torch.ones_like(segments, dtype=torch.bool)
@@ -89,7 +90,10 @@ class PromptPositions:
 
 
 def prompt_positions(model: nn.Module) -> PromptPositions | None:
-    """Returns the argument ``positions`` of ``collate``; None if the model numbers tokens from 0."""
+    """Returns the function that computes a prompt's position ids; None if the model numbers tokens from 0.
+
+    The function is the argument ``positions`` of ``collate``.
+    """
     for module in unwrap_model(model).modules():
         if callable(getattr(type(module), "get_rope_index", None)):
             return PromptPositions(type(module), module.config)

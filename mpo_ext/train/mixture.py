@@ -33,9 +33,9 @@ class MixtureSubset:
     """A part of a data source. An MMPR meta file has several subsets; any other source is a single subset.
 
     Attributes:
-        source: Index of the source in the mixture.
+        source: Index of the data source.
         name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
-        first: Index of the subset's first line in the mixture.
+        first: Index of the subset's first line among the lines of all sources.
         lines: Number of lines.
         repeat_time: Average number of visits to each line per epoch: ``repeat_time`` in the recipe, times the value
             in the meta file if the source is an MMPR meta file.
@@ -113,9 +113,10 @@ class Mixture(Sequence[Pair | BadLine]):
     Memory holds an offset of 8 bytes per line, but not the lines. A pickled copy in another process reopens the
     sources when it first reads a line.
 
-    ``repeat_time`` sets how often an epoch visits the lines of a subset. It does not change the indices. From a subset
-    of ``n`` lines, an epoch takes ``floor(n * repeat_time)`` pairs. Each line occurs ``floor(repeat_time)`` times; the
-    remaining pairs are different lines, drawn at random in each epoch. All epochs have the same number of pairs.
+    A source has one or more subsets (``MixtureSubset``). A subset's ``repeat_time`` sets how often an epoch visits its
+    lines; it does not change the indices. From a subset of ``n`` lines, an epoch takes ``floor(n * repeat_time)``
+    pairs. Each line occurs ``floor(repeat_time)`` times; the remaining pairs are different lines, drawn at random in
+    each epoch. All epochs have the same number of pairs.
 
     Attributes:
         subsets: Subsets of all sources, in the order of their lines.
@@ -250,7 +251,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return overviews
 
     def lines(self) -> Iterator[str]:
-        """Yields a text table, line by line: name, lines, ``repeat_time`` and pairs per epoch of each subset."""
+        """Yields a text table, line by line: name, lines, ``repeat_time`` and pairs per epoch of each data subset."""
         width = max(len(subset.label) for subset in self.subsets)
         yield f"{'subset':<{width}}  {'lines':>11}  {'repeat_time':>11}  {'pairs/epoch':>11}"
         for subset in self.subsets:

@@ -67,7 +67,7 @@ def reference_path(recipe: Recipe) -> Path:
 
 
 def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[str, Any]:
-    """Returns the settings that affect the reference log-probs, with a digest of all pairs.
+    """Returns the settings that affect the reference log-probs, with a hash of all pairs.
 
     Reads all lines of the data. ``fingerprint`` identifies the weights of the reference model.
     """
@@ -133,7 +133,7 @@ def compute_reference_file(
 
     Raises:
         InterruptedRunError: If a signal ends the computation.
-        ValueError: If the journals of an interrupted run have other settings.
+        ValueError: If the journals of an interrupted run were made with other settings.
     """
     recipe, accelerator = data.recipe, data.accelerator
     known = _known_digests(path, settings)

@@ -52,7 +52,7 @@ class RunSetup(NamedTuple):
 
     ``groups`` are the parameter groups of the optimizer. ``reference_model`` is the separate reference model, or None.
     If reference log-probs are precomputed, ``reference_fingerprint`` identifies the weights that they come from.
-    ``fixed_weights`` holds fingerprints of weights that checkpoints do not store. Its keys are the settings that name
+    ``fixed_weights`` holds hashes of weights that checkpoints do not store. Its keys are the settings that name
     the models, such as ``model.path``.
     """
 
@@ -202,7 +202,7 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
 
 
 def _fixed_weights(recipe: Recipe, policy: nn.Module, reference: nn.Module | None) -> dict[str, str]:
-    """Returns fingerprints of model weights that checkpoints do not store, by the setting that names the model.
+    """Returns hashes of model weights that checkpoints do not store, by the setting that names the model.
 
     A resuming run loads these weights again: frozen parameters, and a reference model without updates. The result is
     empty for quantized models.
@@ -297,7 +297,7 @@ def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | 
 def _check_layout(
     models: Sequence[nn.Module], samples: Sequence[Sample], data: RunData, layout: SharedLayout
 ) -> str | None:
-    """Returns why ``check_shared_prefix`` rejects the layout for a model, or None if it accepts the layout.
+    """Returns why ``check_shared_prefix`` rejects a layout of sequence rows, or None if all models can use it.
 
     All ranks must call this function. A rejection on any rank counts.
     """

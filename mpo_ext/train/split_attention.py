@@ -222,7 +222,7 @@ class _Call(NamedTuple):
 
 
 def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _Call | None:
-    """Returns the row segments and the sliding window of an attention call; None for a call without row segments.
+    """Returns the sequence rows and the sliding window of an attention call; None without ``row_segments``.
 
     ``mask`` is an attention mask or a marker made by ``window_marker``. ``kwargs`` are the keyword arguments of the
     call, from which ``row_segments`` and ``is_causal`` are removed. Raises an error if a marker comes without
@@ -321,7 +321,7 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
     """Returns whether ``joint_attention`` is used for a call.
 
-    It must support the call, and at least one part must attend to a prompt in another part.
+    ``joint_attention`` must support the call, and at least one part must attend to a prompt in another part.
     """
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
