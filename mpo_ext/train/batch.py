@@ -25,13 +25,14 @@ class Batch:
     """A batch of B pairs, on the CPU until ``to`` moves it.
 
     Attributes:
-        layout: Arrangement of the sequence rows. "separate": each row is ``[prompt | response]``. The rows of the
-            chosen responses come first, and images are stored once for both rows of a pair. "shared": each row is
-            ``[prompt | chosen | rejected]``. Pairs with the same prompt share a row, ``[prompt | chosen | rejected |
-            chosen | rejected ...]``. If a rejected response has other images than the chosen response, its prompt has
-            a separate row. "packed": the rows of "shared", joined to a single row without padding. The model must
-            support split attention (``use_split_attention``). "masked": the rows of "shared", always with a dense
-            attention mask. "shared" uses this mask only if the model does not support split attention.
+        layout: Arrangement of prompts and responses in the sequence rows.
+            "separate": ``[prompt | response]``, starting with the rows of the chosen responses. Images are stored once
+            for both rows of a pair.
+            "shared": ``[prompt | chosen | rejected | chosen | rejected ...]`` with all pairs that have the same prompt.
+            A rejected response with other images than the chosen response has a separate row with its prompt.
+            "packed": the rows of "shared", joined to a single row without padding. Needs ``use_split_attention``.
+            "masked": the rows of "shared" with a dense attention mask. "shared" itself uses such a mask only if the
+            model does not support split attention.
         inputs: Keyword arguments of the model, without attention masks: ``input_ids`` ``[R, L]`` (R sequence rows of L
             tokens), ``position_ids`` if the layout needs them, other inputs per token, ``pixel_values`` ...
         segments: ``[R, L]`` int32: 0 for a prompt, 1, 2, ... for the responses to this prompt, -1 for padding.
@@ -49,9 +50,9 @@ class Batch:
         segment_lengths: A tuple per row, which holds a tuple per prompt in this row. The tuple of a prompt holds its
             number of tokens, followed by the number of tokens of each non-empty response. It is ``()`` for an empty
             prompt. Only in the layout "packed" does a row have several prompts.
-        image_blocks: A tuple per row, which holds a tuple per prompt in this row. The tuple of a prompt holds the
-            start and the end (exclusive) of each run of image tokens, as token indices in the prompt. Image tokens
-            have type 1 in ``token_type_ids``. ``()`` if no prompt in the batch has ``token_type_ids``.
+        image_blocks: Like ``segment_lengths``, but the tuple of a prompt holds the start and the end (exclusive) of
+            each run of image tokens, as token indices in the prompt. Image tokens have type 1 in ``token_type_ids``.
+            Empty if no prompt in the batch has this input.
     """
 
     layout: RowLayout
