@@ -28,7 +28,7 @@ class Batch:
         layout: Arrangement of prompts and responses in the sequence rows.
             "separate": ``[prompt | response]``, starting with the rows of the chosen responses. Images are stored once
             for both rows of a pair.
-            "shared": ``[prompt | chosen | rejected | chosen | rejected ...]`` with all pairs that have the same prompt.
+            "shared": ``[prompt | chosen | rejected | chosen | rejected ...]`` with all pairs of the same prompt.
             A rejected response with other images than the chosen response has a separate row with its prompt.
             "packed": the rows of "shared", joined to a single row without padding. Needs ``use_split_attention``.
             "masked": the rows of "shared" with a dense attention mask. "shared" itself uses such a mask only if the

@@ -134,7 +134,7 @@ class Checkpoints:
             reference: Reference model; None if the checkpoint was saved without a reference model.
 
         Raises:
-            CheckpointError: If a file has another size or digest than at the save, the checkpoint belongs to another
+            CheckpointError: If a file of the checkpoint has changed since the save, the checkpoint belongs to another
                 model, optimizer or precision, or reading fails. After a failed read, the run may be partly restored.
                 After the other errors, the run is unchanged.
         """

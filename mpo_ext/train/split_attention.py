@@ -295,7 +295,10 @@ def _split_eager(
 
 
 def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, attend: _Attend) -> Tensor:
-    """Computes the attention output ``[R, L, H, D]`` of sequence rows. Calls ``attend`` for each part of the rows."""
+    """Computes the attention output ``[R, L, H, D]`` of sequence rows.
+
+    The attention function ``attend`` is called for each part of the rows.
+    """
     rows, heads, length, _ = query.shape
     sizes = call.segments.sizes
     queries, keys, values = (_tokens(tensor).split(sizes) for tensor in (query, key, value))
@@ -341,7 +344,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _has_aligned_kernels(query: Tensor, attend: _Attend) -> bool:
-    """Returns whether ``attend`` supports a ``causal_lower_right`` mask, which needs no mask tensor."""
+    """Returns whether the attention function supports a ``causal_lower_right`` mask, which needs no mask tensor."""
     return query.is_cuda and isinstance(attend, partial)  # a partial is SDPA; eager attention is a function
 
 
