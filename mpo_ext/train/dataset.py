@@ -289,7 +289,7 @@ class RunData:
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields micro-batches with their sizes. All ranks get the same number of them, ``size.micro_steps``.
+        """Yields ``size.micro_steps`` micro-batches with their sizes, the same number on all ranks.
 
         The micro-batches of ``step_slice`` come first. Dummy batches follow, with None instead of their sizes.
         """

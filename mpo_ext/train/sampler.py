@@ -188,9 +188,10 @@ def _rows_of_group(
 
 
 def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:
-    """Groups the indices of ``lengths``. Each group is sorted by length, the longest first.
+    """Returns the indices of ``lengths`` in groups. Each group is sorted by length, the longest pair first.
 
-    The groups are sorted by the length of their longest pair. If ``groups`` is None, each pair is a group.
+    Pairs with equal values in ``groups`` form a group; if ``groups`` is None, each pair does. The groups are sorted by
+    the length of their longest pair.
     """
     if groups is not None and len(groups) != len(lengths):
         raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")

@@ -165,7 +165,11 @@ def check_shared_prefix(
 
 
 def _with_two_prompts(samples: Sequence[Sample]) -> list[Sample]:
-    """Returns samples with at least two different prompts. If necessary, copies of a sample get another prompt key."""
+    """Returns samples with at least two different prompt keys, which ``collate`` treats as different prompts.
+
+    If all samples have the same prompt key, the copies of all but the first sample get another key. A single sample is
+    repeated.
+    """
     first, *others = samples
     if all(other.prompt_key == first.prompt_key for other in others):
         others = [dataclasses.replace(other, prompt_key=f"{first.prompt_key} again") for other in others or [first]]
