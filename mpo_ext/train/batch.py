@@ -25,18 +25,19 @@ class Batch:
     """A batch of B pairs, on the CPU until ``to`` moves it.
 
     Attributes:
-        layout: Arrangement of the sequence rows. "separate": each row is ``[prompt | response]``. The rows of the
-            chosen responses come first, and images are stored once for both rows of a pair. "shared": each row is
-            ``[prompt | chosen | rejected]``. Pairs with the same prompt share a row, ``[prompt | chosen | rejected |
-            chosen | rejected ...]``. If a rejected response has other images than the chosen response, its prompt has
-            a separate row. "packed": the rows of "shared", joined to a single row without padding. The model must
-            support split attention (``use_split_attention``). "masked": the rows of "shared", always with a dense
-            attention mask. "shared" uses this mask only if the model does not support split attention.
+        layout: Arrangement of prompts and responses in the sequence rows.
+            "separate": ``[prompt | response]``, starting with the rows of the chosen responses. Images are stored once
+            for both rows of a pair.
+            "shared": ``[prompt | chosen | rejected | chosen | rejected ...]`` with all pairs of the same prompt.
+            A rejected response with other images than the chosen response has a separate row with its prompt.
+            "packed": the rows of "shared", joined to a single row without padding. Needs ``use_split_attention``.
+            "masked": the rows of "shared" with a dense attention mask. "shared" itself uses such a mask only if the
+            model does not support split attention.
         inputs: Keyword arguments of the model, without attention masks: ``input_ids`` ``[R, L]`` (R sequence rows of L
             tokens), ``position_ids`` if the layout needs them, other inputs per token, ``pixel_values`` ...
         segments: ``[R, L]`` int32: 0 for a prompt, 1, 2, ... for the responses to this prompt, -1 for padding.
-        index: ``[N]`` int64: for each label, the index of the token position that predicts it, in the flattened rows
-            ``[R * L]``.
+        index: ``[N]`` int64: for each label, the token position whose output predicts this label, as an index into the
+            flattened rows ``[R * L]``.
         labels: ``[N]`` int64, the tokens of the B chosen responses, followed by the tokens of the B rejected
             responses; -100 for the tokens of user turns. An empty response has one label, -100, because the loss
             functions need at least one token position per sequence.
@@ -44,14 +45,14 @@ class Batch:
         names: File and line number of each pair, for messages.
         keys: ``Sample.key`` of each pair.
         digests: ``Sample.digest`` of each pair.
-        copies: 2 if all prompts go through the model twice with the same images, once for each response of a pair
-            (layout "separate"); otherwise 1.
-        segment_lengths: For each row and each prompt in it, a tuple: the number of tokens of the prompt, followed by
-            the numbers of tokens of its non-empty responses. ``()`` for an empty prompt. Only the layout "packed" has
-            several prompts in a row.
-        image_blocks: For each row and each prompt in it, a tuple of ``(start, end)`` for the runs of image tokens, as
-            token indices in the prompt, with ``end`` exclusive. Image tokens have type 1 in ``token_type_ids``.
-            Empty if no prompt has this input.
+        copies: 2 if each image in ``inputs`` belongs to two rows, one for each response of a pair (layout "separate");
+            otherwise 1.
+        segment_lengths: A tuple per row, which holds a tuple per prompt in this row. The tuple of a prompt holds its
+            number of tokens, followed by the number of tokens of each non-empty response. It is ``()`` for an empty
+            prompt. Only in the layout "packed" does a row have several prompts.
+        image_blocks: Like ``segment_lengths``, but the tuple of a prompt holds the start and the end (exclusive) of
+            each run of image tokens, as token indices in the prompt. Image tokens have type 1 in ``token_type_ids``.
+            Empty if no prompt in the batch has this input.
     """
 
     layout: RowLayout
@@ -68,7 +69,7 @@ class Batch:
     image_blocks: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
 
     def with_merged_responses(self) -> "Batch":
-        """Returns a copy of the batch in which the responses to a prompt are one segment and attend to each other.
+        """Returns a copy of the batch in which the responses to a prompt attend to each other.
 
         ``check_shared_prefix`` uses the copy to measure the effect of a broken mask.
         """
@@ -417,7 +418,7 @@ def _check_same_prompt(first: Sample, second: Sample) -> None:
 def _positions(values: Sequence[Tensor], plan: _RowPlan, rows: int, length: int) -> Tensor:
     """Returns the position ids of all rows, ``[A, R, L]`` int64. A is 1, or larger for multimodal RoPE.
 
-    ``values`` holds the position ids ``[A, P]`` of the prompt of each sample in ``plan.owners``. The positions of a
+    For each sample in ``plan.owners``, ``values`` holds the position ids ``[A, P]`` of its prompt. The positions of a
     response start at the largest position of its prompt plus 1.
     """
     positions = torch.zeros(values[0].shape[0], rows, length, dtype=torch.int64)
@@ -474,7 +475,7 @@ def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def _is_of_video(name: str) -> bool:
-    """Returns whether an input with this name belongs to videos rather than images."""
+    """Returns whether the model input with this name holds videos rather than images."""
     return "video" in name or name == "second_per_grid_ts"
 
 

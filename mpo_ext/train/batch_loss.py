@@ -36,7 +36,7 @@ class BatchLoss:
         routers: Auxiliary loss of the policy's mixture-of-experts routers; None: no such loss.
 
     Attributes:
-        first_batch: Check of the micro-batches, which the trainer sets for the first step only. None: no check.
+        first_batch: Check to run on each micro-batch; None: no check. The trainer sets it for the first step only.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class BatchLoss:
     def __call__(
         self, model: nn.Module, batch: Batch, config: MPOConfig, reward_shift: RewardShift, router_weight: float = 0.0
     ) -> MPOOutput:
-        """Returns the policy's loss on a micro-batch, and updates ``reward_shift`` if it is in training mode.
+        """Returns the policy's loss on a micro-batch.
 
         Args:
             model: Policy.
             batch: Micro-batch of B pairs.
             config: Weights of the loss terms for this micro-batch.
-            reward_shift: Reward shift of the run.
+            reward_shift: Reward shift of the BCO term. In training mode, the loss updates it.
             router_weight: Weight of the auxiliary router loss for this micro-batch. If the weight is positive, the
                 returned loss includes this term. ``stats["router_aux_loss"]`` is then the unweighted term, and
                 ``stats["routed_tokens"]`` the number of tokens over which it is averaged.
@@ -146,9 +146,9 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
 def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size: StepSize, world_size: int) -> float:
     """Returns the weight of the auxiliary router loss for a micro-batch.
 
-    The weight is ``coef * world_size`` times the micro-batch's fraction of the step. With ``average_over="step"``,
-    this is its fraction of the step's routed tokens. With ``average_over="micro_batch"``, it is the fraction that
-    ``weighted_config`` uses for the DPO and BCO terms.
+    The weight is ``coef * world_size`` times the micro-batch's fraction of the step. ``average_over="step"``
+    measures the fraction in tokens that count in the router loss. ``average_over="micro_batch"`` uses the same
+    fraction as for the DPO and BCO terms; see ``weighted_config``.
 
     Args:
         recipe: The recipe of the run.
@@ -169,9 +169,7 @@ def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size:
 
 
 def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, counts: BatchCounts) -> MPOOutput:
-    """Returns ``out`` with its ``ntp_loss`` averaged over tokens or sequences, as ``recipe.ntp_average`` says.
-
-    The log shows this value.
+    """Returns ``out`` with the ``ntp_loss`` for the log, averaged as ``recipe.ntp_average`` says.
 
     Args:
         out: Output of the loss for a micro-batch.

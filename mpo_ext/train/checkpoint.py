@@ -134,9 +134,9 @@ class Checkpoints:
             reference: Reference model; None if the checkpoint was saved without a reference model.
 
         Raises:
-            CheckpointError: If files differ from the manifest in size or digest, the checkpoint belongs to another
-                model, optimizer or precision, or reading fails. If reading fails, the run may be partly restored;
-                after the other errors it is unchanged.
+            CheckpointError: If a file of the checkpoint has changed since the save, the checkpoint belongs to another
+                model, optimizer or precision, or reading fails. After a failed read, the run may be partly restored.
+                After the other errors, the run is unchanged.
         """
         path = Path(path)
         with together(accelerator):
@@ -256,9 +256,10 @@ class Checkpoints:
         score: float | None,
         digests: Iterable[dict[str, str]],
     ) -> None:
-        """Writes the manifest into ``partial`` and renames this folder to ``path``, which completes the checkpoint.
+        """Writes the manifest into the folder ``partial`` and renames the folder to ``path``.
 
-        ``digests`` holds the results of ``file_digests`` on the ranks.
+        The manifest lists the files, so the checkpoint is then complete. ``digests`` holds the results of
+        ``file_digests`` on the ranks.
         """
         number = max((manifest.number for manifest, _ in self._complete()), default=0) + 1
         world_size, files = accelerator.num_processes, file_sizes(partial)

@@ -155,7 +155,7 @@ def together(accelerator: Any) -> Iterator[None]:
 
 
 def _error_texts(error: BaseException, accelerator: Any) -> list[str]:
-    """Returns the messages of an exception: one for each failed rank of a ``CheckpointException``, otherwise one."""
+    """Returns the messages of an exception. A ``CheckpointException`` of torch has a message for each failed rank."""
     if isinstance(error, CheckpointException):
         failures = {rank: inner for rank, (inner, _) in error.failures.items()}
     else:

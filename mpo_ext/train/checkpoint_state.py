@@ -156,7 +156,7 @@ def unwrapped(accelerator: Any, model: nn.Module) -> Any:
 
 
 def _model_tensors(accelerator: Any, model: nn.Module, reference: nn.Module | None) -> dict[str, Tensor]:
-    """Returns by name the tensors that a checkpoint stores of the model and the reference model.
+    """Returns the tensors of the model and the reference model that a checkpoint stores, by name.
 
     The tensors share memory with the models, so loading a checkpoint into them changes the models.
     """

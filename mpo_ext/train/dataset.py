@@ -1,7 +1,7 @@
-"""Reads, encodes and batches the pairs of a run: ``StepDataset`` gives each rank its slice of each optimizer step.
+"""Reads, encodes and batches the pairs of a run: ``StepDataset`` gives each rank its part of each optimizer step.
 
 The pairs of a step depend only on the seed and the step number (``StepSampler``), so a run resumes without a stored
-position in the data. Each rank splits its slice into micro-batches by length.
+position in the data. Each rank sorts its pairs by length and divides them into micro-batches.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ NO_PAIR = ""  # digest of a dummy sample
 
 
 class BatchCounts(NamedTuple):
-    """Numbers of pairs, tokens and responses in a micro-batch or a step, by which loss sums are divided."""
+    """Numbers of pairs, tokens and responses in a micro-batch or a step, used as divisors of loss sums."""
 
     pairs: int = 0
     chosen_tokens: int = 0
@@ -37,7 +37,10 @@ class BatchCounts(NamedTuple):
     routed_tokens: int = 0  # Batch.routed_tokens
 
     def ntp_parts(self, ntp_average: str) -> int:
-        """Returns the divisor of the next-token loss: chosen tokens for "token", chosen responses for "sequence"."""
+        """Returns the number of chosen tokens ("token") or chosen responses ("sequence").
+
+        The sum of the next-token losses is divided by this number.
+        """
         return self.chosen_tokens if ntp_average == "token" else self.chosen_responses
 
 
@@ -121,15 +124,15 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
     DataLoader workers run this class.
 
     Attributes:
-        mixture: The pairs.
+        mixture: The pairs of all data sources.
         sampler: Assigns pairs to steps and ranks.
         encoder: Encodes a pair as a sample.
         collator: Combines samples into a batch.
-        rank: Number of this process.
+        rank: Rank of this process.
         world_size: Number of processes.
         micro_batch_size: Number of pairs per micro-batch, if ``micro_batch_tokens`` is None.
         micro_batch_tokens: Maximum number of token positions per micro-batch; None: ``micro_batch_size`` pairs.
-        group_prompts: Whether pairs with the same prompt stay adjacent when a slice is divided into micro-batches.
+        group_prompts: Whether pairs with the same prompt stay adjacent when pairs are divided into micro-batches.
         skip_bad: Whether bad pairs are skipped; False: a bad pair ends the run.
     """
 
@@ -201,7 +204,10 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         return f"{root_advice(source.path, source.root)}; mpo-ext data check finds all missing images; {skip}"
 
     def encode(self, index: int) -> Sample | SkippedPair | BadLine | BadPairError:
-        """Reads and encodes a pair of the mixture. Returns a sample, or an object that states why there is none."""
+        """Reads and encodes the pair on line ``index`` of ``mixture``.
+
+        Returns a sample, or an object with the reason why there is no sample.
+        """
         pair, name = self.mixture.read(index)
         if isinstance(pair, BadLine):
             return pair
@@ -248,7 +254,7 @@ class RunData:
 
     @property
     def mixtures(self) -> list[Mixture]:
-        """The training mixture and, if there is one, the evaluation mixture."""
+        """The training pairs and, if there are any, the evaluation pairs."""
         return [mixture for mixture in (self.mixture, self.eval_mixture) if mixture is not None]
 
     def first_pairs(self) -> Iterator[tuple[Pair, str]]:
@@ -283,7 +289,7 @@ class RunData:
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields micro-batches with their sizes. All ranks get the same number of them, ``size.micro_steps``.
+        """Yields ``size.micro_steps`` micro-batches with their sizes, the same number on all ranks.
 
         The micro-batches of ``step_slice`` come first. Dummy batches follow, with None instead of their sizes.
         """
@@ -338,7 +344,7 @@ def without_responses(sample: Sample) -> Sample:
 
 
 def check_lines(data: RunData, limit: int, say: Callable[[str], None]) -> None:
-    """Reads some lines of each source, prints an overview of the training sources, and reports errors.
+    """Reads some lines of each data source, prints an overview of the training data, and reports errors.
 
     An error is a line without a valid pair, or a missing image or video file. All ranks must call this function.
 

@@ -388,7 +388,8 @@ def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
 def _open(load: Callable[[Any], Any], source: Any, place: str, name: str) -> Any:
     """Returns ``load(source)``, an image or a video. Raises ``BadPairError`` if the file cannot be read.
 
-    ``place`` is the place of the image or video in the pair, such as ``images[0]``; ``name`` is the name of the pair.
+    The error message names the image or video by ``place``, such as ``images[0]``, and the pair by ``name``, its file
+    and line number.
     """
     try:
         return load(source)

@@ -73,8 +73,8 @@ def evaluate_if_due(
     """Runs the evaluations that are due after the current step. All ranks must call this function.
 
     Args:
-        state: State of the run, which records the results. Evaluations that it has recorded for this step do not run
-            again.
+        state: State of the run, in which the results are recorded. An evaluation whose result for this step is already
+            recorded does not run again.
         output: Output of the run, which reports the results.
         data: Data of the run.
         evaluate_pairs: Function that returns the metrics on the evaluation pairs.

@@ -168,9 +168,9 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[str]) -> Callable[..., Any]:
     """Returns a wrapper that calls ``encode`` once and returns its image features twice, one copy after the other.
 
-    ``encode`` is a method of ``owner``, such as ``get_image_features``. All wrappers of a model share ``running``. It
-    is not empty if another wrapper calls this wrapper: in Qwen3-VL, ``get_video_features`` calls
-    ``get_image_features``. The inner wrapper then returns the features only once.
+    ``encode`` is a method of ``owner``, such as ``get_image_features``. A wrapper that another wrapper calls returns
+    the features only once. In Qwen3-VL, for example, ``get_video_features`` calls ``get_image_features``. All wrappers
+    of a model share the list ``running``, which is not empty while a wrapper runs.
     """
 
     def encode_once(*args: Any, **kwargs: Any) -> Any:
@@ -200,7 +200,7 @@ def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[
 
 
 def _features_read(owner: nn.Module, features: dict[str, Any]) -> list[str]:
-    """Returns the keys of ``features`` that the forward of ``owner`` reads as image features."""
+    """Returns the keys of ``features`` whose values the forward of ``owner`` uses as image features."""
     names = {name for name in _names_in_forward(owner) if features.get(name) is not None}
     names -= {"hidden_states", "attentions"}  # not image features: the forward passes these outputs on
     if "pooler_output" in names:

@@ -38,8 +38,8 @@ class InputChanges:
     """Messages about the inputs that have changed between a checkpoint and the run that resumes from it.
 
     Attributes:
-        refused: Changes that affect training: of the training data, of their encoding, or of model weights that
-            checkpoints do not store. The run resumes only if the user accepts these changes.
+        refused: Changes that affect training: other training data, another encoding of the same data, or other values
+            of weights that checkpoints do not store. The run resumes only if the user accepts these changes.
         allowed: Changes that do not affect training, such as other library versions that encode pairs in the same way.
         evaluation: Changes of the evaluation data. They do not prevent the run from resuming.
     """
@@ -80,8 +80,8 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
         data: Data and encoder of the run.
         known: Inputs that a checkpoint stores, or None. Files that have not changed since (same path, size and
             modification time) are not read again.
-        fixed_weights: Fingerprints of models whose weights checkpoints do not store. A key is the setting that names
-            the model, such as ``model.path``.
+        fixed_weights: Hashes of weights that checkpoints do not store. A key is the setting that names the
+            model, such as ``model.path``.
 
     Raises:
         CheckpointError: If a rank cannot read a file.
@@ -147,7 +147,7 @@ def _describe_subset(mixture: Mixture, subset: MixtureSubset, files: list[dict[s
 
 
 def _compared_images(mixture: Mixture, subset: MixtureSubset) -> Iterator[str]:
-    """Yields the image and video paths of a few lines of a subset. These lines are spread evenly over the subset."""
+    """Yields the image and video paths of a few lines, which are spread evenly over a subset of the data."""
     count = min(subset.lines, _IMAGE_LINES)
     for line in np.linspace(0, subset.lines - 1, count).round().astype(int) if count else ():
         pair, _ = mixture.read(subset.first + int(line))
@@ -164,7 +164,10 @@ def _size(image: str) -> int | None:
 
 
 def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message for each difference between the subsets in a checkpoint (``old``) and of the run (``new``)."""
+    """Yields a message for each change of the data between a checkpoint and the run that resumes from it.
+
+    ``old`` and ``new`` describe the subsets of the data in the checkpoint and in the run.
+    """
     names = [[subset["name"] for subset in subsets] for subsets in (old, new)]
     if len(old) != len(new):
         yield f"the subsets were {', '.join(names[0])}, are {', '.join(names[1])}"
@@ -190,9 +193,10 @@ def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
 
 
 def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a message if images of a subset have other sizes in bytes than before, or are missing now.
+    """Yields a message if image files have changed in size since a checkpoint, or no longer exist.
 
-    Images that were missing before are not compared.
+    ``old`` and ``new`` describe a subset of the data in the checkpoint and in the run. Images that were missing before
+    are not compared.
     """
     pairs = zip(old["images"], new["images"], strict=False)
     changed = [(path, before, after) for (_, before), (path, after) in pairs if before is not None and before != after]

@@ -1,7 +1,7 @@
 """Attention on a CPU for rows with several responses to a prompt, without a mask tensor.
 
-The tokens of a second response attend to the prompt and to earlier tokens of the response. A single causal call of
-SDPA's flash kernel on the CPU cannot compute this, because the kernel aligns the first query to the first key. This
+The tokens of a second response attend to the prompt and to earlier tokens of the same response. A single causal call
+of SDPA's flash kernel on the CPU cannot compute this, because the kernel aligns the first query to the first key. This
 module makes two kinds of calls instead. In a causal call, each response attends to itself. In a non-causal call, all
 responses attend to their prompt.
 
@@ -25,7 +25,8 @@ class TokenPart(NamedTuple):
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the part that starts with this prompt; None if the tokens attend to no other part.
+        prompt: Index, in the list of parts, of the part that starts with the prompt; None if the tokens attend to no
+            other part.
         prompt_length: Number of tokens of the prompt.
         is_padding: Whether the tokens attend to nothing.
     """

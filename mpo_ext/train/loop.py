@@ -64,8 +64,8 @@ def train(
             the function returns True, the run ends as if this step were the last. None: no call.
 
     Returns:
-        The exit status: 0 if the run finished, ``INTERRUPTED`` if SIGTERM or SIGINT ended it. Its progress is then
-        saved.
+        The exit status: 0 if the run finished; ``INTERRUPTED`` if SIGTERM or SIGINT ended the run. The progress of an
+        interrupted run is saved.
 
     Raises:
         ValueError: If recipe, data and checkpoint do not match, or every pair was skipped.
@@ -89,7 +89,7 @@ class Trainer:
         model: Policy, as ``accelerator.prepare`` returned it.
         data: Training and evaluation pairs; ``data.encoder`` may be replaced before ``run``.
         checkpoint: Checkpoint from which ``run`` resumes, or None.
-        state: Step number, pair counts and reward shift.
+        state: Step number, pair counts and reward shift of the BCO term.
         output: Console, log, checkpoints and exported model.
         reference_model: The separate reference model; None if the run has not loaded one.
         reference: Source of the reference log-probs; None before ``run`` and for a loss without reference.
@@ -167,7 +167,7 @@ class Trainer:
             return self._close()
 
     def _prepare(self) -> None:
-        """Starts the trackers, prints the data sources, checks the first pairs and chooses the row layout."""
+        """Starts the trackers, prints the data sources, checks the first pairs and chooses the layout of batches."""
         say = self.output.console.say
         start_trackers(self.recipe, self.accelerator)
         for line in self.data.mixture.lines():
@@ -298,10 +298,10 @@ class Trainer:
     def _handle_nonfinite(
         self, losses: list[tuple[tuple[str, ...], Tensor]], grad_norm: float, shift_before: RewardShift
     ) -> None:
-        """Skips a step with a non-finite loss or gradient, or raises ``FloatingPointError`` (``output.on_nonfinite``).
+        """Skips a step with a non-finite loss or gradient, or raises ``FloatingPointError``.
 
-        The run's reward shift becomes ``shift_before``. ``losses`` holds the pair names and the loss of each
-        micro-batch.
+        ``output.on_nonfinite`` selects the reaction. ``losses`` holds the pair names and the loss of each micro-batch.
+        The reward shift is reset to ``shift_before``, its value before the step.
         """
         state = self.state
         state.reward_shift = shift_before

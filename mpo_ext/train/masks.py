@@ -40,7 +40,8 @@ _COMBINED = {
 def sequence_positions(segments: Tensor) -> Tensor:
     """Returns the position of each token in its sequence ``[prompt | response]``, ``[R, L]`` int64.
 
-    ``segments`` is ``Batch.segments``. The position of padding is 0.
+    ``segments`` is ``Batch.segments``: 0 for a prompt, 1, 2, ... for its responses, -1 for padding. The position of
+    padding is 0.
     """
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     is_first = torch.ones_like(segments, dtype=torch.bool)
@@ -57,8 +58,8 @@ class PromptPositions:
     An instance holds no weights and can be pickled, for DataLoader workers.
 
     Attributes:
-        kind: Class of the model that defines ``get_rope_index``.
-        config: Config of the instance of ``kind`` in the model.
+        kind: Class of the module that defines ``get_rope_index``.
+        config: Config of this module.
     """
 
     kind: type[nn.Module]
@@ -89,7 +90,10 @@ class PromptPositions:
 
 
 def prompt_positions(model: nn.Module) -> PromptPositions | None:
-    """Returns the argument ``positions`` of ``collate``; None if the model numbers tokens from 0."""
+    """Returns the function that computes a prompt's position ids; None if the model numbers tokens from 0.
+
+    The function is the argument ``positions`` of ``collate``.
+    """
     for module in unwrap_model(model).modules():
         if callable(getattr(type(module), "get_rope_index", None)):
             return PromptPositions(type(module), module.config)
@@ -172,9 +176,9 @@ def no_mask(implementation: str | None) -> str:
 
 
 def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | dict[str, Tensor]:
-    """Returns the markers that split attention takes in place of masks; see ``window_marker``.
+    """Returns the empty tensors that split attention takes in place of masks; see ``window_marker``.
 
-    The result is one marker or, if the model has several kinds of layers, a dict from kind to marker. ``rows`` is the
+    The result is one tensor or, if the model has several kinds of layers, a dict from kind to tensor. ``rows`` is the
     number of sequence rows, R.
     """
     windows = {_SLIDING: plan.window}

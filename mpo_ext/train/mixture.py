@@ -30,15 +30,15 @@ _ROUNDING = 1e-6  # 100 lines with repeat_time 0.29 give 29 pairs, though the pr
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MixtureSubset:
-    """A subset of a source, such as a subset of MMPR. A source of another format is a single subset.
+    """A part of a data source. An MMPR meta file has several subsets; any other source is a single subset.
 
     Attributes:
-        source: Index of the source in the mixture.
+        source: Index of the data source.
         name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
-        first: Index of the subset's first line in the mixture.
+        first: Index of the subset's first line among the lines of all sources.
         lines: Number of lines.
-        repeat_time: Average number of visits to each line per epoch: ``repeat_time`` of the source times that of the
-            subset.
+        repeat_time: Average number of visits to each line per epoch: ``repeat_time`` in the recipe, times the value
+            in the meta file if the source is an MMPR meta file.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
         label: Name for display: ``name``, preceded by a part of the path if several subsets have the same name.
     """
@@ -54,7 +54,7 @@ class MixtureSubset:
 
 @dataclasses.dataclass(slots=True)
 class SourceOverview:
-    """The result of inspecting a source (``Mixture.inspect``).
+    """The result of inspecting a data source (``Mixture.inspect``).
 
     Attributes:
         path: Path of the source.
@@ -64,15 +64,15 @@ class SourceOverview:
         lines: Number of lines of the source.
         lines_read: Number of lines that were read, spread evenly over the source.
         bad: Number of read lines without a valid pair.
-        misplaced: Number of read pairs whose ``<image>`` or ``<video>`` marks do not match their images or videos.
+        misplaced: Number of read pairs whose ``<image>`` or ``<video>`` placeholders do not match their media.
         with_images: Number of read pairs with images.
         with_videos: Number of read pairs with videos.
         with_rejected_images: Number of read pairs with other images for the rejected response.
         images: Number of different image and video files in the read pairs.
         missing: Number of different image and video files that do not exist.
         pairs_missing: Number of read pairs with at least one missing file, without the pairs counted in ``misplaced``.
-        stored_in: Folder of the image files that were written from bytes in the rows; "" if no read pair has such an
-            image.
+        stored_in: Folder to which images were written if the source holds them as bytes; "" if no read pair has
+            such an image.
         examples: Messages for the first bad lines and missing images.
     """
 
@@ -108,14 +108,15 @@ class SourceOverview:
 
 
 class Mixture(Sequence[Pair | BadLine]):
-    """The lines of all sources as one sequence. An index selects a line.
+    """The lines of all data sources as one sequence. An index selects a line.
 
     Memory holds an offset of 8 bytes per line, but not the lines. A pickled copy in another process reopens the
     sources when it first reads a line.
 
-    ``repeat_time`` sets how often an epoch visits the lines of a subset. It does not change the indices. From a subset
-    of ``n`` lines, an epoch takes ``floor(n * repeat_time)`` pairs. Each line occurs ``floor(repeat_time)`` times; the
-    remaining pairs are different lines, drawn at random in each epoch. All epochs have the same number of pairs.
+    A source has one or more subsets (``MixtureSubset``). A subset's ``repeat_time`` sets how often an epoch visits its
+    lines; it does not change the indices. From a subset of ``n`` lines, an epoch takes ``floor(n * repeat_time)``
+    pairs. Each line occurs ``floor(repeat_time)`` times; the remaining pairs are different lines, drawn at random in
+    each epoch. All epochs have the same number of pairs.
 
     Attributes:
         subsets: Subsets of all sources, in the order of their lines.
@@ -250,7 +251,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return overviews
 
     def lines(self) -> Iterator[str]:
-        """Yields a text table, line by line: name, lines, ``repeat_time`` and pairs per epoch of each subset."""
+        """Yields a text table, line by line: name, lines, ``repeat_time`` and pairs per epoch of each data subset."""
         width = max(len(subset.label) for subset in self.subsets)
         yield f"{'subset':<{width}}  {'lines':>11}  {'repeat_time':>11}  {'pairs/epoch':>11}"
         for subset in self.subsets:
@@ -317,9 +318,10 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns a label for each subset: its name, or the end of its path and its name if the name is not unique.
+    """Returns a label for each subset of the data.
 
-    ``paths`` and ``names`` hold the path and the name of each subset. The end of the path is as short as possible.
+    The label is the name of the subset. If several subsets have the same name, the label begins with the end of the
+    path, as much of it as distinguishes the subsets. ``paths`` and ``names`` hold a path and a name for each subset.
     """
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []
@@ -336,7 +338,7 @@ def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _subsets_of(source: PairSource, recipe: SourceRecipe) -> Iterator[tuple[str, int, float]]:
-    """Yields the name, the number of lines and the ``repeat_time`` of each subset of a source."""
+    """Yields the name, the number of lines and the ``repeat_time`` of each subset in a data source."""
     if isinstance(source.pairs, MMPRDataset):
         for subset, file in zip(source.pairs.subsets, source.pairs.files, strict=True):
             yield subset.name, len(file), recipe.repeat_time * subset.repeat_time

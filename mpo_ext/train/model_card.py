@@ -54,8 +54,8 @@ def write_card(
         folder: Folder of the exported model. Its config.json determines the loading code in the card.
         recipe: Recipe of the run.
         curves: Log lines of steps and evaluations. The keys of evaluation metrics start with ``eval_``.
-        summary: Last metrics by name, for the table of results. A value may be a mapping from reasons to counts. The
-            key ``datasets`` lists dataset names for the hub's metadata.
+        summary: Last metrics by name, for the table of results. A value may be a mapping, such as the number of
+            skipped pairs for each reason. The key ``datasets`` lists dataset names for the hub's metadata.
     """
     folder = Path(folder)
     texts = [f"---\n{_metadata(recipe, summary).to_yaml()}\n---\n", f"# {_title(recipe)}\n", _description(recipe)]

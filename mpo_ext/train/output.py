@@ -145,7 +145,7 @@ class RunOutput:
         """Records the inputs of the run, such as its data, and compares them with those of a checkpoint.
 
         Later checkpoints of the run store the inputs. ``checkpoint`` is None for a new run; its inputs are only
-        recorded. ``fixed_weights`` is ``RunSetup.fixed_weights``.
+        recorded. ``fixed_weights`` holds hashes of weights that checkpoints do not store.
 
         Raises:
             LinesError: If a setting that must stay the same in a run has changed, or if ``output.resume_changed_data``

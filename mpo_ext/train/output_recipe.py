@@ -32,8 +32,8 @@ class GenerationRecipe:
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
         batch_size: Maximum number of questions per batch on each rank.
-        image_root: Folder against which relative image paths are resolved. Not used for a meta file, which names the
-            folders of its images.
+        image_root: Folder against which relative image paths are resolved. Not used if ``path`` is a meta file
+            (.json), which names the folders of its images.
         system: System prompt of the questions that have none; None: no system prompt.
     """
 

@@ -12,9 +12,9 @@ class PairCounts:
     """Counts encoded and skipped pairs, and keeps the first message for each reason.
 
     Attributes:
-        kept: Number of pairs that became samples.
-        cut: Number of samples with a cut response.
-        split: Number of samples in which a response was tokenized separately from the prompt.
+        kept: Number of encoded pairs.
+        cut: Number of encoded pairs with a truncated response.
+        split: Number of encoded pairs with a response that was tokenized separately from the prompt.
         skipped: Number of skipped pairs for each reason; the reason of a bad line is its ``BadLine.kind``.
         examples: The first message for each reason.
     """

@@ -71,8 +71,9 @@ class ModelRecipe:
         trust_remote_code: Whether Python code in the folder or repository of the model (and of ``reference.path``) may
             run. This code has all rights of the user: read it first, and set ``revision`` to a commit.
         dtype: Dtype of the parameters: "float32", "bfloat16", "float16", or "auto" (the dtype of the saved model).
-        attention: Name of the attention implementation in transformers. Both responses can share a row only with
-            "sdpa", "flash_attention_2", "flash_attention_3" and "eager"; with others, they run in separate rows.
+        attention: Name of the attention implementation in transformers. Both responses can share a copy of the prompt
+            only with "sdpa", "flash_attention_2", "flash_attention_3" and "eager"; with others, each response has a
+            separate copy.
         freeze: Parts of the model that are not trained: any of "vision_tower", "projector", "language_model".
         lora: Adapters to train; all other weights are then frozen. None: the weights are trained.
         gradient_checkpointing: Whether backward recomputes the activations of each layer.
@@ -127,7 +128,8 @@ class DataRecipe:
         too_long: Treatment of longer pairs: "drop" skips and counts them; "truncate" cuts the ends of the responses
             (never the prompt, which holds the images), and skips a pair if its prompt leaves no room for a response.
         skip_bad: Whether to skip and count unreadable pairs (a bad line, a missing image) instead of stopping.
-        group_prompts: Whether pairs with the same prompt are placed next to each other, so that they can share a row.
+        group_prompts: Whether pairs with the same prompt are placed next to each other, so that they can share a copy
+            of the prompt in a micro-batch.
         workers: Number of processes that read and encode pairs in advance; 0: the training process reads them itself.
         max_image_pixels: Maximum number of pixels of an image; a pair with a larger image is unreadable. None: the
             value of the environment variable MPO_MAX_IMAGE_PIXELS, or 8192 x 8192 if it is not set.
@@ -170,9 +172,9 @@ class LossRecipe:
             does. With ``optim.micro_batch_tokens``, "micro_batch" treats each pair as a micro-batch.
         from_logits: Whether to call ``mpo_loss`` on the model's logits instead of ``linear_mpo_loss``.
         shared_prefix: Whether both responses of a pair follow a single copy of the prompt (``[prompt | chosen |
-            rejected]``). All pairs of a micro-batch then lie in one row. If False, or if the model does not support
-            this layout, each response has a row with its prompt. Two values are for comparisons: "padded" gives each
-            prompt a row; "masked" also uses a dense attention mask.
+            rejected]``). All pairs of a micro-batch are then joined to one row of ``input_ids``. If False, or if the
+            model does not support this, each response has a row with its prompt. Two values are for comparisons:
+            "padded" gives each prompt a row with its responses; "masked" also uses a dense attention mask.
         recompute: See ``linear_mpo_loss``.
         memory_budget_mib: ``memory_budget`` of ``linear_mpo_loss``, in MiB.
         backend: See ``mpo_loss``.

@@ -67,7 +67,7 @@ def reference_path(recipe: Recipe) -> Path:
 
 
 def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[str, Any]:
-    """Returns the settings that affect the reference log-probs, with a digest of all pairs.
+    """Returns the settings that affect the reference log-probs, with a hash of all pairs.
 
     Reads all lines of the data. ``fingerprint`` identifies the weights of the reference model.
     """
@@ -120,8 +120,8 @@ def compute_reference_file(
 ) -> None:
     """Writes the reference log-probs of all pairs to a file. All ranks must call this function.
 
-    Each rank computes the log-probs of a slice of the pairs and appends them to a journal, a file beside ``path``. A
-    later call continues from the journals of an interrupted run. The journals are merged at the end.
+    Each rank computes the log-probs of a part of the pairs and appends them to a journal, a file beside ``path``. At
+    the end, the journals are merged into ``path``. After an interruption, the next call continues from the journals.
 
     Args:
         path: File to write.
@@ -133,7 +133,7 @@ def compute_reference_file(
 
     Raises:
         InterruptedRunError: If a signal ends the computation.
-        ValueError: If the journals of an interrupted run have other settings.
+        ValueError: If the journals of an interrupted run were made with other settings.
     """
     recipe, accelerator = data.recipe, data.accelerator
     known = _known_digests(path, settings)

@@ -154,8 +154,9 @@ class RunState:
 def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, str]:
     """Returns a message for each setting that differs between a checkpoint and the recipe, by setting name.
 
-    ``state`` is the ``RunState`` dict in the checkpoint at ``path``. A setting that the checkpoint lacks counts as its
-    default. Raises ``LinesError`` if a setting that must stay the same in a run has changed.
+    ``state`` is the ``RunState`` dict in the checkpoint at ``path``. For a setting that the
+    checkpoint lacks, the default value is compared. Raises ``LinesError`` if a setting has changed that must stay the
+    same in a run.
     """
     stored = state["recipe"]
     with contextlib.suppress(TypeError, ValueError):  # the checkpoint may have a setting that no longer exists

@@ -22,9 +22,10 @@ _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 class Router(NamedTuple):
-    """A router module of a mixture-of-experts model. If its result is a tuple, entry ``position`` holds the logits.
+    """A module of a mixture-of-experts model that computes router logits.
 
-    ``owner`` is the class of transformers that declares the module as a source of router logits.
+    If the module returns a tuple, entry ``position`` holds the logits. ``owner`` is the class in transformers that
+    declares the module as a source of router logits.
     """
 
     module: nn.Module

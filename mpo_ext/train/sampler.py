@@ -24,8 +24,8 @@ class StepSampler:
         batch_size: Number of pairs per step, summed over all ranks.
         seed: Seed of the pair order.
         groups: Group number for each pair index, such as ``Mixture.prompt_groups()``; pairs with the same prompt have
-            the same number. Pairs of a group become adjacent in the order of the epoch, but the copies of a repeated
-            pair do not. None: pairs are not grouped.
+            the same number. Pairs of a group become adjacent in the order of the epoch. If an epoch contains a pair
+            more than once, its copies are put into different groups. None: pairs are not grouped.
 
     Attributes:
         pairs_per_epoch: Number of pairs per epoch.
@@ -109,7 +109,7 @@ def micro_batches(lengths: Sequence[int], size: int, *, groups: Sequence[Any] | 
         lengths: Number of tokens of each pair.
         size: Number of pairs per micro-batch; the last micro-batch may have fewer.
         groups: A value per pair that is equal for pairs with the same prompt, such as ``Sample.prompt_key``. Pairs
-            with the same prompt stay adjacent; their longest pair determines their place. None: pairs are not grouped.
+            with the same prompt stay adjacent and are sorted by their longest pair. None: pairs are not grouped.
 
     Returns:
         For each micro-batch, the indices of its pairs in ``lengths``. Each index occurs once; pairs of equal length
@@ -130,15 +130,15 @@ def token_micro_batches(
 ) -> list[list[int]]:
     """Divides the pairs of a rank into micro-batches with at most ``limit`` token positions.
 
-    The method is first-fit decreasing bin packing. Prompts are sorted by their longest pair. The pairs of a prompt go
-    together into the first micro-batch with enough room. They are divided if they exceed the limit, or in the layout
-    "separate". A single pair above the limit has a separate micro-batch.
+    The method is first-fit decreasing bin packing. The prompt with the longest pair comes first. All pairs of a prompt
+    go into the first micro-batch with enough room. If they exceed the limit, or in the layout "separate", they are
+    divided. A single pair above the limit has a separate micro-batch.
 
     Args:
         prompts: Number of prompt tokens of each pair.
         responses: Number of tokens of each response of each pair.
-        limit: Maximum number of token positions of a micro-batch that go through the decoder, padding included.
-        layout: Row layout, which determines how many positions the pairs need.
+        limit: Maximum number of token positions of a micro-batch, padding included.
+        layout: Arrangement of the pairs in sequence rows, as in ``Batch.layout``; determines the number of positions.
         groups: A value per pair that is equal for pairs with the same prompt. These pairs share the prompt's tokens if
             the layout allows it.
 
@@ -188,9 +188,10 @@ def _rows_of_group(
 
 
 def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:
-    """Groups the indices of ``lengths``. Each group is sorted by length, the longest first.
+    """Returns the indices of ``lengths`` in groups. Each group is sorted by length, the longest pair first.
 
-    The groups are sorted by the length of their longest pair. If ``groups`` is None, each pair is a group.
+    Pairs with equal values in ``groups`` form a group; if ``groups`` is None, each pair does. The groups are sorted by
+    the length of their longest pair.
     """
     if groups is not None and len(groups) != len(lengths):
         raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")

@@ -183,10 +183,10 @@ def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
 
 
 def _settings(kind: type, where: str = "") -> dict[str, list[str]]:
-    """Returns the setting names of section class ``kind`` and of its subsections, by the section's dotted name.
+    """Returns the names of the settings in a recipe section and its subsections, by the section's dotted name.
 
-    ``where`` is the dotted name of ``kind``. In a dotted name, ``*`` stands for the keys of a mapping, as in
-    ``optim.groups.*``.
+    ``kind`` is the class of the section, and ``where`` its dotted name. In a dotted name, ``*`` stands for the keys of
+    a mapping, as in ``optim.groups.*``.
     """
     hints = typing.get_type_hints(kind)
     settings = {where: list(hints)}

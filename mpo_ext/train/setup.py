@@ -51,9 +51,9 @@ class RunSetup(NamedTuple):
     """The parts of a run. The models and the optimizer are prepared by accelerate.
 
     ``groups`` are the parameter groups of the optimizer. ``reference_model`` is the separate reference model, or None.
-    ``reference_fingerprint`` identifies the weights of a reference with precomputed log-probs. ``fixed_weights`` holds
-    fingerprints of models whose weights checkpoints do not store, by the name of their setting, such as
-    ``model.path``.
+    If reference log-probs are precomputed, ``reference_fingerprint`` identifies the weights that they come from.
+    ``fixed_weights`` holds hashes of weights that checkpoints do not store. Its keys are the settings that name
+    the models, such as ``model.path``.
     """
 
     model: nn.Module
@@ -184,7 +184,10 @@ def _add_stop_id(model: Any, end_id: int) -> None:
 
 
 def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:
-    """Returns the separate reference model (or None), and the fingerprint for precomputed log-probs (or "")."""
+    """Returns the separate reference model or None, and a fingerprint of the reference weights.
+
+    Only precomputed log-probs need the fingerprint. It may be "" for other kinds of reference.
+    """
     kind, path = recipe.reference_kind, recipe.reference.path
     digest = fingerprint(policy) if kind == "precomputed" else ""
     model: nn.Module | None = None
@@ -199,7 +202,7 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
 
 
 def _fixed_weights(recipe: Recipe, policy: nn.Module, reference: nn.Module | None) -> dict[str, str]:
-    """Returns fingerprints of model weights that checkpoints do not store, by the setting that names the model.
+    """Returns hashes of model weights that checkpoints do not store, by the setting that names the model.
 
     A resuming run loads these weights again: frozen parameters, and a reference model without updates. The result is
     empty for quantized models.
@@ -257,11 +260,11 @@ def _prepare_reference_model(accelerator: Any, model: nn.Module) -> nn.Module:
 
 
 def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | None = None) -> str | None:
-    """Chooses the row layout, the sample for dummy batches and ``blank`` of ``collate``, and sets them in ``data``.
+    """Chooses the arrangement of pairs in sequence rows (``Batch.layout``), and sets it in ``data``.
 
     Layouts with a shared prompt are tried first. A layout is chosen if the recipe and the models allow it and, on the
     first pairs, it gives the same log-probs as separate rows. A reference model from ``reference.path`` is also
-    checked.
+    checked. The function also sets the sample for dummy batches and the argument ``blank`` of ``collate``.
 
     Returns:
         A line for the console, or None if no usable pair was found.
@@ -294,7 +297,7 @@ def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | 
 def _check_layout(
     models: Sequence[nn.Module], samples: Sequence[Sample], data: RunData, layout: SharedLayout
 ) -> str | None:
-    """Returns why ``check_shared_prefix`` rejects the layout for a model, or None if it accepts the layout.
+    """Returns why ``check_shared_prefix`` rejects a layout of sequence rows, or None if all models can use it.
 
     All ranks must call this function. A rejection on any rank counts.
     """

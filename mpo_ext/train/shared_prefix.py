@@ -30,9 +30,9 @@ SharedLayout = Literal["packed", "shared", "masked"]
 
 
 def supports_shared_prefix(model: nn.Module) -> str | None:
-    """Returns None if a model's config and code allow the layout "shared", otherwise the reason.
+    """Returns None if a model can run over a prompt followed by several responses, otherwise the reason.
 
-    The model may be wrapped (DDP, FSDP, peft).
+    The check reads the model's config and code. The model may be wrapped (DDP, FSDP, peft).
     """
     inner = unwrap_model(model)
     name = type(inner).__name__
@@ -62,7 +62,7 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
 
 
 def shared_layouts(models: Sequence[nn.Module], setting: SharedPrefix, reasons: list[str]) -> Iterator[SharedLayout]:
-    """Yields the layouts with shared prompts that are to be checked.
+    """Yields the layouts with shared prompts to check; ``Batch`` describes the layouts.
 
     Before it yields a layout, the function enables or disables split attention in the models, as the layout needs.
 
@@ -100,7 +100,9 @@ def check_shared_prefix(
     layout: SharedLayout = "shared",
     from_logits: bool = False,
 ) -> str | None:
-    """Returns None if a few pairs have the same log-probs in ``layout`` and in "separate", otherwise the reason.
+    """Checks that a few pairs have the same log-probs with shared prompts as with separate prompts.
+
+    Returns None if the log-probs agree, otherwise a text with the reason why the layout cannot be used.
 
     The model runs three times in evaluation mode, without gradients: with separate rows, with ``layout``, and with
     responses that attend to each other. The third run measures the effect of a broken mask. During the runs, sliding
@@ -117,7 +119,7 @@ def check_shared_prefix(
         tolerance: Maximum root mean square difference of the log-probs, in nats. None: 16 times the machine epsilon of
             the arithmetic, at least 1e-3. If a broken mask has a small effect, the maximum is half this effect, but
             at least ``tolerance / 4``.
-        layout: Layout to check.
+        layout: Layout with shared prompts to check; see ``Batch``.
         from_logits: Whether the model computes logits; see ``loss.from_logits``.
 
     Raises:
@@ -163,7 +165,11 @@ def check_shared_prefix(
 
 
 def _with_two_prompts(samples: Sequence[Sample]) -> list[Sample]:
-    """Returns samples with at least two different prompts. If necessary, copies of a sample get another prompt key."""
+    """Returns samples with at least two different prompt keys, which ``collate`` treats as different prompts.
+
+    If all samples have the same prompt key, the copies of all but the first sample get another key. A single sample is
+    repeated.
+    """
     first, *others = samples
     if all(other.prompt_key == first.prompt_key for other in others):
         others = [dataclasses.replace(other, prompt_key=f"{first.prompt_key} again") for other in others or [first]]

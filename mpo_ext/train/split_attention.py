@@ -215,18 +215,18 @@ _Attend = Callable[..., Tensor]
 
 
 class _Call(NamedTuple):
-    """The row segments and the sliding window of an attention call."""
+    """The sequence rows, divided into parts, and the sliding window of an attention call."""
 
     segments: RowSegments
     window: int | None
 
 
 def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _Call | None:
-    """Returns the row segments and the sliding window of an attention call; None for a call without segments.
+    """Returns the sequence rows and the sliding window of an attention call; None without ``row_segments``.
 
-    ``mask`` is the mask or the marker. ``kwargs`` are the keyword arguments of the call, from which ``row_segments``
-    and ``is_causal`` are removed. Raises an error if a marker comes without ``row_segments``, ``row_segments`` come
-    without a marker, or the attention module is not causal.
+    ``mask`` is an attention mask or a marker made by ``window_marker``. ``kwargs`` are the keyword arguments of the
+    call, from which ``row_segments`` and ``is_causal`` are removed. Raises an error if a marker comes without
+    ``row_segments``, ``row_segments`` come without a marker, or the attention module is not causal.
     """
     segments = kwargs.pop("row_segments", None)
     if not is_marker(mask) and segments is None:
@@ -295,7 +295,10 @@ def _split_eager(
 
 
 def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, attend: _Attend) -> Tensor:
-    """Computes the attention output ``[R, L, H, D]`` of sequence rows. Calls ``attend`` for each part of the rows."""
+    """Computes the attention output ``[R, L, H, D]`` of sequence rows.
+
+    The attention function ``attend`` is called for each part of the rows.
+    """
     rows, heads, length, _ = query.shape
     sizes = call.segments.sizes
     queries, keys, values = (_tokens(tensor).split(sizes) for tensor in (query, key, value))
@@ -321,7 +324,7 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
     """Returns whether ``joint_attention`` is used for a call.
 
-    It must support the call, and at least one part must attend to a prompt in another part.
+    ``joint_attention`` must support the call, and at least one part must attend to a prompt in another part.
     """
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
@@ -341,7 +344,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _has_aligned_kernels(query: Tensor, attend: _Attend) -> bool:
-    """Returns whether ``attend`` supports a ``causal_lower_right`` mask, which needs no mask tensor."""
+    """Returns whether the attention function supports a ``causal_lower_right`` mask, which needs no mask tensor."""
     return query.is_cuda and isinstance(attend, partial)  # a partial is SDPA; eager attention is a function
 
 
@@ -351,9 +354,10 @@ def _tokens(tensor: Tensor) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: _Attend) -> Tensor:
-    """Returns causal attention ``[n, H, D]`` of n queries over m keys. Query i and key m - n + i are the same token.
+    """Returns causal attention ``[n, H, D]`` of n queries over m keys.
 
-    ``window`` is the number of tokens of the sliding window, or None. ``attend`` computes attention.
+    Query i and key m - n + i belong to the same token. ``window`` is the number of tokens of the sliding window, or
+    None. ``attend`` computes attention.
     """
     count, total = len(query), len(key)
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
@@ -413,7 +417,7 @@ def _windows(
 
     Yields for each group the slice of its queries, the slice of the keys that they see, and the mask. ``count`` is the
     number of queries, ``total`` the number of keys and ``window`` the number of tokens of the window. Query i and key
-    ``total - count + i`` are the same token. If ``causal`` is False, queries also attend to all later keys.
+    ``total - count + i`` belong to the same token. If ``causal`` is False, queries also attend to all later keys.
     """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)

@@ -3,8 +3,8 @@
 Such a layer runs over the prompt first and keeps its final states: the recurrent state and the last inputs of the
 convolution. Then it runs over the responses, and each response starts from the states of its prompt. Gradients flow
 through the states. The module supports layers that read and write their states by the methods of transformers'
-``Cache``: Gated DeltaNet, Mamba 2 and short convolutions. In calls without the keyword argument ``row_segments``, the
-layers run as before.
+``Cache``: Gated DeltaNet, Mamba 2 and short convolutions. In calls without the keyword argument ``row_segments`` (the
+prompts and responses of each row), the layers run as before.
 """
 
 import functools
@@ -87,8 +87,7 @@ class _Piece(NamedTuple):
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the prompt's piece, whose final states are the initial states of this piece; None: no initial
-            states.
+        prompt: Index of the piece whose final states are the initial states of this piece; None: no initial states.
         keeps_states: Whether other pieces start from the final states of this piece.
         is_padding: Whether the layer skips these tokens.
     """
@@ -100,7 +99,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(segments: RowSegments) -> list[_Piece]:
-    """Divides the rows into pieces.
+    """Divides the rows into pieces, each of which a layer processes as one sequence.
 
     If a prompt has several responses, the prompt and its first response are separate pieces, otherwise one piece.
     """

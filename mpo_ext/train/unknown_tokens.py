@@ -20,7 +20,7 @@ class UnknownTokens:
         pairs_read: Number of pairs whose texts were encoded.
         pairs: Number of pairs with an unknown token.
         tokens: Number of unknown tokens.
-        first: The first text that became an unknown token, with its field and the name of its pair.
+        first: Description of the first unknown token for the message: its text, its field and the name of its pair.
     """
 
     token: str
