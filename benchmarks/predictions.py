@@ -41,7 +41,7 @@ def vocabularies(documents: Documents) -> str:
     header = [cell for vocab in _VOCABS for cell in (f"V = {vocab:,}", "memory")]
     return (
         f"Predicted for an H100, {_WIDE.rows:,} of {_WIDE.rows:,} rows labelled, D = {_WIDE.hidden}, bfloat16, from "
-        f"hidden states:\n\n{markdown_table(['predicted', *header], rows)}"
+        f"hidden states:\n\n{markdown_table(['method', *header], rows)}"
     )
 
 
@@ -52,7 +52,7 @@ def losses(documents: Documents) -> str:
         loss, wide = replace(_BIG, share=share), replace(_WIDE, share=share)
         parts.append(f"Predicted, {loss.labelled:,} of {loss.rows:,} rows labelled, V = {loss.vocab:,}, bfloat16, "
                      f"from logits:\n\n{_gpu_table(loss, list(cost.LOGITS))}\n"
-                     f"Predicted, the same from hidden states, D = {wide.hidden}:\n\n"
+                     f"Predicted from hidden states with D = {wide.hidden}, otherwise the same:\n\n"
                      f"{_gpu_table(wide, list(cost.LINEAR))}")  # fmt: skip
     return "\n".join(parts)
 
@@ -149,7 +149,7 @@ def step_times(documents: Documents) -> str:
             predicted = steps.step_cost(trainer, described, replace(shape, precomputed=is_ready), machine)
             cells += [f"{predicted.seconds:.2f} s", f"{predicted.memory / 2**30:.0f} GiB"]
         rows.append(cells)
-    header = ["a training step, predicted"]
+    header = ["trainer"]
     for shape in shapes:
         header += [f"prompt {shape.prompt:,}, responses {shape.response:,}", "memory"]
     return (

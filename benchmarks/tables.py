@@ -265,12 +265,13 @@ def _step_shape(document: Document) -> str:
     )
 
 
-def _loss_gap(base: Sequence[Point], trl: Point | None) -> str:
+def _loss_gap(base: Sequence[Point], trl: Point | None, names: str) -> str:
+    """Returns a sentence with the largest difference of the losses; ``names`` says what is compared."""
     ours = [p for p in base if p is not trl]
     if trl is None or not ours:
         return ""
     gap = max(abs(a - b) for p in ours for a, b in zip(p["losses"], trl["losses"], strict=True))
-    return f"In every step, the losses of our trainer differ from those of TRL by at most {gap:.1e} (absolute)."
+    return f"In every step, {names} by at most {gap:.1e} (absolute)."
 
 
 def readme_step(documents: Documents) -> str:
@@ -279,7 +280,8 @@ def readme_step(documents: Documents) -> str:
     base, trl = _base_steps(document)
     rows = [[provider_name(p["provider"]), _time(p), _mib(p["peak_bytes"]), _faster(p, trl)] for p in base]
     table = markdown_table(["a training step", "time", "peak memory", ""], rows)
-    return f"{_step_shape(document)}; {_where_short(document)}:\n\n{table}\n{_loss_gap(base, trl)}"
+    gap = _loss_gap(base, trl, "the losses of our trainer differ from those of TRL")
+    return f"{_step_shape(document)}; {_where_short(document)}:\n\n{table}\n{gap}"
 
 
 def steps(documents: Documents) -> str:
@@ -304,7 +306,7 @@ def steps(documents: Documents) -> str:
         f"{_where(document)}\n",
         f"{_step_shape(document)}. Times are medians of all steps except the first.\n",
         markdown_table(header, rows),
-        _loss_gap(base, trl),
+        f"{_loss_gap(base, trl, 'the losses of mpo_ext and TRL differ')}\n",
         _missing(document),
     ])  # fmt: skip
 
