@@ -92,8 +92,11 @@ integrations-trl: $(VENV)/.dev $(VENV)/.native build/log-probs/.installed
 	$(BIN)/python $(SIDE_BY_SIDE) trl $(ROUNDS)
 	PYTHONPATH=build/trl $(BIN)/python $(SIDE_BY_SIDE) trl $(ROUNDS)
 
+# On a CPU, TRL 1.15 itself needs the interpreter of Triton.
 integrations-old-trl: $(VENV)/.dev $(VENV)/.native build/log-probs/.installed
+	export TRITON_INTERPRET; \
 	for version in $(OLD_TRL); do \
+	  case $$version in 1.15) TRITON_INTERPRET=1;; *) TRITON_INTERPRET=0;; esac; \
 	  $(BIN)/pip install --quiet --no-deps --upgrade --target build/trl-$$version "trl==$$version.*" && \
 	  PYTHONPATH=build/trl-$$version $(BIN)/python $(RUN_TESTS) trl-$$version trl $(TRAINERS)/test_trl_trainer.py \
 	    -k '$(OLD_TRL_TESTS)' || exit 1; \

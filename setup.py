@@ -1,4 +1,4 @@
-"""Builds ``mpo_ext._C`` with CMake. Needs a C++17 compiler, but neither torch nor a GPU."""
+"""Builds ``mpo_ext._C`` with CMake. The build requires a C++17 compiler, but neither torch nor a GPU."""
 
 import os
 import shutil
@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Builds the CMake project; setuptools determines the folder of the result.
+    """Builds the CMake project, and writes the module to the folder that setuptools chooses.
 
-    The objects stay in ``build/native-*``, so a later build compiles only what has changed.
+    Object files stay in ``build/native-*``, so a later build compiles only what has changed.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -40,7 +40,10 @@ class CMakeBuild(build_ext):
 
 
 def _belongs_to(work: Path, source: Path) -> bool:
-    """Returns whether CMake configured ``work`` for this folder; a copied tree brings the cache of the original."""
+    """Returns whether the CMake cache in ``work`` was made for the folder ``source``.
+
+    The result is False if the build folder was copied together with the source tree.
+    """
     cache = work / "CMakeCache.txt"
     return cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={source}\n" in cache.read_text()
 

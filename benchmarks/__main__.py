@@ -1,7 +1,7 @@
-"""Runs all benchmarks: ``python -m benchmarks``. ``--quick`` checks within minutes that every benchmark works.
+"""Runs all benchmarks: ``python -m benchmarks``. ``--quick`` checks in a few minutes that every benchmark works.
 
-``make bench`` measures and rewrites the tables in README.md and docs/; ``--render --docs`` rewrites them from results/
-without measuring.
+``make bench`` measures, and rewrites the tables in README.md and docs/. ``--render --docs`` rewrites the tables from
+the files in results/, without measuring.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_all(names: list[str], out: Path, args: argparse.Namespace, command: str) -> None:
-    """Runs the benchmarks ``names``, and writes their result files to the folder ``out``.
+    """Runs the benchmarks ``names``, and writes a result file for each to the folder ``out``.
 
-    Two further files are written: the rates of the machine, and the predictions of the cost model. ``command`` is the
-    command line, which each file records.
+    Also writes machine.json (the measured speed of the machine) and cost_model.json (the predictions of the cost
+    model). Every file records the command line ``command``.
     """
     begin, whole = time.perf_counter(), sum(SHARES[name] for name in names)
     minutes = min(args.minutes, _QUICK_MINUTES) if args.quick else args.minutes

@@ -1,7 +1,7 @@
-"""Repeats the checks of docs/reliability.md, and writes their figures into the page (``make audit``).
+"""Repeats the checks of docs/reliability.md, and writes their results into the page (``make audit``).
 
-Usage: ``python -m benchmarks.audit [WORD ...] [--scale S] [--jobs N]`` runs the checks whose names contain one of the
-words, or all of them. The figures go to results/audit.json, one entry for each check, and from there into the page.
+Usage: ``python -m benchmarks.audit [WORD ...] [--scale S] [--jobs N]`` runs the checks whose names contain any of the
+words. Without words, it runs all checks. The results are stored in results/audit.json and copied into the page.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Check:
-    """A check of the audit.
+    """A check of the audit: a run of pytest or of a sanitizer.
 
     Attributes:
         name: Name of the check on the page.
         tests: Arguments of pytest; if ``is_sanitizer`` is True, the name of a sanitizer instead.
-        counts: Environment variables with a number of cases, which ``--scale`` changes.
+        counts: Environment variables that set numbers of test cases. ``--scale`` multiplies these numbers.
         settings: Other environment variables.
         is_sanitizer: Whether ``make sanitize`` runs the check.
     """
@@ -127,7 +127,7 @@ CHECKS = (
 
 
 def run(check: Check, scale: float) -> tuple[dict[str, Any], str]:
-    """Runs a check and returns its figures, and its output if it failed."""
+    """Runs a check. Returns its entry for results/audit.json, and the end of its output if it failed, else ""."""
     load, start = os.getloadavg()[0], time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **check.environment(scale)}
     with tempfile.TemporaryDirectory() as folder:
@@ -164,10 +164,10 @@ def run(check: Check, scale: float) -> tuple[dict[str, Any], str]:
 
 
 def count_tests(report: Path, output: str) -> dict[str, int]:
-    """Returns the numbers of passed, failed and skipped tests, and the sum of the cases that the tests report.
+    """Returns the numbers of passed, failed and skipped tests, and the number of tested cases.
 
-    Tests report their number of cases as a property in the file ``report``; hypothesis prints its number into
-    ``output``. If no test reports cases, each test that ran counts as a case.
+    A test may report its number of cases as a property in the JUnit file ``report``. Hypothesis prints its number of
+    cases, which is read from ``output``. If no number is reported, each test that ran counts as one case.
     """
     if not report.exists():
         return {"cases": 0, "passed": 0, "failed": 1, "skipped": 0}
@@ -181,7 +181,7 @@ def count_tests(report: Path, output: str) -> dict[str, int]:
 
 
 def count_native(output: str) -> dict[str, int]:
-    """Returns the numbers of all, passed, failed and skipped checks of the native tests, from their output."""
+    """Reads the output of the native tests, and returns the numbers of all, passed, failed and skipped checks."""
     counts = re.findall(r"^(\d+) checks, (\d+) failed$", output, re.MULTILINE)
     failed = sum(int(number) for _, number in counts)
     checks = sum(int(number) for number, _ in counts)
@@ -189,7 +189,7 @@ def count_native(output: str) -> dict[str, int]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads and checks results/audit.json."""
+    """Reads results/audit.json, checks its format, and returns its content."""
     results = json.loads(path.read_text())
     known = {check.name for check in CHECKS}
     for name, figures in results.items():
@@ -223,7 +223,7 @@ _TEXTS = {
 
 
 def table(documents: Documents) -> str:
-    """Returns the table of the page."""
+    """Returns the table of docs/reliability.md: a row for each check with its result."""
     results: dict[str, Any] = documents["audit"]
     rows = []
     for check in CHECKS:
@@ -263,7 +263,7 @@ def _machine(results: dict[str, Any]) -> str:
 
 
 def write_page() -> None:
-    """Writes the figures into the page, with the other generated blocks."""
+    """Writes the audit's results into docs/reliability.md, and renders all other generated tables."""
     subprocess.run([sys.executable, "-m", "benchmarks", "--render", "--docs"], cwd=ROOT, check=True)
 
 

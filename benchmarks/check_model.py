@@ -1,6 +1,6 @@
 """Compares the predictions of mpo_ext.plan with the measurements in results/.
 
-A point is the measurement of one provider (a way to compute the loss, or a trainer) on one shape.
+A point is a measurement in a result file: the time and memory of a way to compute the loss, or of a trainer.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def is_ours(provider: str) -> bool:
 
 
 def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the points of the result file of the cost model: each measured point with its predicted cost.
+    """Returns the measurements in the result files, each with the time and memory that the cost model predicts.
 
-    Other programs may slow the machine down, so a prediction uses rates of the machine that were measured in the same
-    rounds as the point. Points that the cost model does not describe are left out.
+    Other programs may slow the machine down. Therefore each prediction uses the speed of the machine that was measured
+    at the same time. Measurements that the cost model does not describe are left out.
     """
     points = []
     for benchmark in ("logits", "linear", "train_step"):
@@ -71,7 +71,10 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) 
 
 @functools.cache
 def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[steps.ModelShape, steps.StepShape]:
-    """Returns the model and the step that ``benchmarks.train_step`` measures, as inputs of the cost model."""
+    """Returns the shapes of the model and the training step of ``benchmarks.train_step``, for the cost model.
+
+    ``precomputed`` tells whether the log-probs of the reference are precomputed.
+    """
     from mpo_ext.plan.memory import MemoryEstimate
 
     with torch.device("meta"):
@@ -103,14 +106,15 @@ def memory_error(point: Mapping[str, Any]) -> float:
 
 
 def middle(values: Sequence[float]) -> float:
-    """Returns the median, or NaN if the sequence is empty."""
+    """Returns the median, or NaN for an empty sequence."""
     return statistics.median(values) if values else float("nan")
 
 
 def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Returns the points grouped by kind, sorted by kind.
+    """Groups measurements by kind, and returns (kind, measurements) tuples, sorted by kind.
 
-    A kind is "mpo_ext" or "peers" (other libraries) with the name of the benchmark, such as "peers, linear".
+    A kind names the implementation and the benchmark, for example "mpo_ext, linear" or "peers, linear". Peers are
+    other libraries.
     """
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
@@ -120,7 +124,7 @@ def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping
 
 
 def summary(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields a dict for each kind of points (``by_kind``): the number of points, and the prediction errors."""
+    """Yields a dict for each kind of measurement (``by_kind``), with statistics of the prediction errors."""
     for kind, members in by_kind(points):
         errors = [error(point) for point in members]
         memory = [

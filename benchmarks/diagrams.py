@@ -1,4 +1,4 @@
-"""Draws the pictures of the pages in docs/: numbered steps in boxes. ``python -m benchmarks.diagrams`` writes them."""
+"""Draws the diagrams of the pages in docs/: numbered steps in boxes. ``python -m benchmarks.diagrams`` writes them."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _step(number: int, lines: tuple[str, ...]) -> Iterator[str]:
 
 
 def draw(name: str) -> str:
-    """Returns the SVG text of a picture, by its name in ``DIAGRAMS``."""
+    """Returns the SVG text of the diagram ``name``, a key of ``DIAGRAMS``."""
     title, steps = DIAGRAMS[name]
     width = _GAP + _COLUMNS * (WIDTH + _GAP)
     height = 48 + -(-len(steps) // _COLUMNS) * (_HEIGHT + _GAP)
@@ -163,7 +163,7 @@ def draw(name: str) -> str:
 
 
 def main() -> None:
-    """Writes all pictures."""
+    """Writes all diagrams."""
     for name in DIAGRAMS:
         (FOLDER / f"{name}.svg").write_text(draw(name), encoding="utf-8")
 

@@ -1,8 +1,8 @@
 """Writes the generated blocks of README.md and docs/ from the result files in results/.
 
-A block begins with ``<!-- results: NAME -->`` and ends with ``<!-- end of results -->``, each marker on its own line.
-tests/benchmarks/test_documents.py fails if a block differs from the text that the result files give. A block whose
-name begins with "predicted" holds predictions of mpo_ext.plan, not measurements.
+A block begins with ``<!-- results: NAME -->`` and ends with ``<!-- end of results -->``, each on its own line.
+tests/benchmarks/test_documents.py fails if a block differs from the text generated from the result files. A block
+with a name that begins with "predicted" holds predictions of mpo_ext.plan, not measurements.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Reads and checks the result files in a folder, and returns the contents by file name without suffix."""
+    """Reads and checks the result files in a folder. Returns their contents by file name without suffix."""
     loaders = {
         **dict.fromkeys(schema.BENCHMARKS, schema.load),
         "machine_code": machine_code.load,
@@ -88,7 +88,11 @@ def pages(root: Path) -> list[Path]:
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Yields the name and the content of each block. A marker without a counterpart raises ValueError."""
+    """Yields the name and the content of each generated block in ``text``.
+
+    Raises:
+        ValueError: If a begin marker has no end marker, or an end marker has no begin marker.
+    """
     matches = list(_BLOCK.finditer(text))
     if len(_MARKER.findall(text)) != 2 * len(matches):
         raise ValueError(f"markers must come in pairs, got {len(_MARKER.findall(text))} for {len(matches)} blocks")
@@ -96,7 +100,11 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def render(name: str, documents: Documents) -> str:
-    """Returns the content of a block. An unknown name or a missing result file raises ValueError."""
+    """Generates and returns the content of the block ``name``.
+
+    Raises:
+        ValueError: If the name is unknown, or a result file is missing.
+    """
     if name not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {name!r}")
     files, make = BLOCKS[name]
@@ -107,10 +115,16 @@ def render(name: str, documents: Documents) -> str:
 
 
 def rewrite(text: str, documents: Documents, failed: list[str] | None = None) -> str:
-    """Returns a page with the content of every block regenerated.
+    """Returns the text of a page with the content of every block generated again.
 
-    A block that cannot be generated raises ValueError if ``failed`` is None; otherwise the block stays unchanged and
-    ``failed`` receives the reason. A marker without a counterpart raises ValueError.
+    Args:
+        text: Text of the page.
+        documents: Contents of the result files by name.
+        failed: List that receives an error message for each block that cannot be generated. Such a block stays
+            unchanged. None: the error is raised instead.
+
+    Raises:
+        ValueError: If a block cannot be generated and ``failed`` is None, or a begin or end marker is missing.
     """
     list(blocks(text))
 
@@ -128,7 +142,10 @@ def rewrite(text: str, documents: Documents, failed: list[str] | None = None) ->
 
 
 def write_pages(documents: Documents, root: Path = Path()) -> int:
-    """Regenerates the blocks of all pages. Returns 1 if a block could not be generated and stays unchanged, else 0."""
+    """Generates the blocks of all pages again, and writes the pages.
+
+    Returns 1 if a block could not be generated, else 0.
+    """
     failed: list[str] = []
     for path in pages(root):
         text = path.read_text(encoding="utf-8")

@@ -25,10 +25,13 @@ WAYS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 
 
 def needed_memory(name: str, overrides: tuple[str, ...], ranks: int, folder: Path) -> tuple[int, int]:
-    """Returns, for a recipe, the assumed number of tokens per pair and the predicted peak bytes per rank.
+    """Returns the assumed number of tokens per pair, and the predicted peak bytes per rank, of the recipe ``name``.
 
-    The config of the model and a pair are written into ``folder``. With more than one rank, parameters, gradients and
-    the state of the optimizer are sharded.
+    Args:
+        name: Name of the recipe, without suffix.
+        overrides: Settings that replace those of the recipe.
+        ranks: Number of GPUs. With more than one, parameters, gradients and optimizer state are sharded.
+        folder: Folder for a config of the model and a file with one pair.
     """
     model, pairs = folder / name, folder / "pairs.jsonl"
     if not model.exists():
@@ -41,12 +44,12 @@ def needed_memory(name: str, overrides: tuple[str, ...], ranks: int, folder: Pat
 
 
 def smallest_gpu(needed: int) -> int | None:
-    """Returns the GB of the smallest GPU whose usable memory holds ``needed`` bytes, or None if none does."""
+    """Returns the memory in GB of the smallest GPU that can hold ``needed`` bytes, or None if there is none."""
     return next((size for size in GPU_SIZES if needed <= USABLE_SHARE * size * 1e9), None)
 
 
 def gpus(documents: Documents) -> str:
-    """Returns a table with the predicted memory of each recipe, and the smallest GPU that holds it."""
+    """Returns a table with the predicted memory of each recipe, and the smallest GPU with enough memory."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in PUBLISHED:

@@ -1,8 +1,8 @@
-"""Compares rows of a hybrid model (Gated DeltaNet and attention): ``python -m benchmarks.hybrid_rows``.
+"""Measures training steps of a hybrid model (Gated DeltaNet and attention): ``python -m benchmarks.hybrid_rows``.
 
-A small Qwen3.5 text model makes training steps (forward pass, loss, backward pass) on one pair. One case has a single
-row for the prompt and both responses; the other has a row for each response. The runs take turns. Peak memory is
-measured over one step in a fresh process. The default vocabulary is small, so that the layers take most of the time.
+A small Qwen3.5 text model runs forward, loss and backward on one pair. Two layouts are compared: a single row with the
+prompt and both responses, and a row for each response. Their runs alternate. Peak memory is measured over one step in
+a fresh process. The default vocabulary is small, so that the layers take most of the time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYOUTS = ("shared", "separate")
 
 
 def build(vocab: int, hidden: int, layers: int) -> Any:
-    """Returns an untrained Qwen3.5 text model in which every fourth layer is attention, as in the released models."""
+    """Returns an untrained Qwen3.5 text model. Every fourth layer is attention, as in the released models."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     heads = max(1, hidden // 64)
@@ -50,7 +50,7 @@ def build(vocab: int, hidden: int, layers: int) -> Any:
 
 
 def make_step(layout: Any, vocab: int, hidden: int, layers: int, prompt: int, response: int) -> Callable[[], float]:
-    """Returns a function that runs a training step on one pair of random tokens, and returns the loss."""
+    """Returns a function that runs a training step on one random pair and returns the loss."""
     model = build(vocab, hidden, layers)
     generator = torch.Generator().manual_seed(0)
     prompt_ids, chosen_ids, rejected_ids = (
@@ -76,7 +76,7 @@ def make_step(layout: Any, vocab: int, hidden: int, layers: int, prompt: int, re
 
 
 def one_step(begin: Callable[[], None], threads: int, *sizes: Any) -> None:
-    """Runs one training step in a fresh process; ``peak_bytes`` measures from the call of ``begin``.
+    """Runs one training step, and calls ``begin`` before it. ``peak_bytes`` runs this function in a fresh process.
 
     ``sizes`` are the arguments of ``make_step``.
     """
@@ -87,7 +87,7 @@ def one_step(begin: Callable[[], None], threads: int, *sizes: Any) -> None:
 
 
 def main() -> None:
-    """Measures both layouts, and prints a table of times, peak memory and losses."""
+    """Measures both layouts (a row per pair, a row per response), and prints a table of times, memory and losses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=256)

@@ -20,7 +20,10 @@ _TITLES = {
 
 
 def check(document: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError if the content of the file has a wrong format. ``name`` is the file name, for messages."""
+    """Raises ValueError if ``document``, the content of results/integrations.json, has a wrong format.
+
+    ``name`` is the file name, for messages.
+    """
     if set(document) != {"schema", "runs", "tests"} or document["schema"] != 1:
         raise ValueError(f"{name}: must have schema 1, runs and tests, got {sorted(document)}")
     for title, run in document["runs"].items():
@@ -35,7 +38,7 @@ load = functools.partial(schema.load, check=check)
 
 
 def runs(documents: Documents) -> str:
-    """Returns a table with the times and the memory of each trainer, with its own loss and with mpo_ext."""
+    """Returns a table of the time and memory of each trainer, with the trainer's own loss and with mpo_ext's loss."""
     rows = []
     if not documents["integrations"]["runs"]:
         return "Not measured since the last change: run `make integrations`."
@@ -55,7 +58,7 @@ def runs(documents: Documents) -> str:
 
 
 def tests(documents: Documents) -> str:
-    """Returns a table with the versions that the tests ran with, and the numbers of tests."""
+    """Returns a table of the integration tests: the library versions and the number of passed tests."""
     rows = []
     for entry in documents["integrations"]["tests"].values():
         titles = [f"{_TITLES.get(name, name)} {version}" for name, version in entry["versions"].items()]

@@ -1,7 +1,7 @@
-"""Measures the loss from hidden states against other libraries (rivals): ``python -m benchmarks.linear``.
+"""Compares the loss from hidden states with other libraries (rivals): ``python -m benchmarks.linear``.
 
-A rival computes the log-probs of one pair, and ``logits.pair_loss`` computes the MPO loss from them. Only Liger, which
-returns no log-probs, computes its chunked DPO loss instead. The floor is the time of the necessary matmuls alone.
+A rival computes the log-probs of one pair, and ``logits.pair_loss`` computes the MPO loss from them. Liger returns no
+log-probs, so its chunked DPO loss is measured instead. The floor, a lower bound, is the time of the necessary matmuls.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 
 
 class HiddenBatch:
-    """Random inputs: hidden states ``[2, B T, D]``, a head ``[V, D]``, ref_logp ``[2]``, and labels ``[2, B T]``.
+    """Random inputs of the loss from hidden states.
 
-    Only the last fraction ``share`` of each sequence has labels other than -100. B pairs of T tokens are stored as one
-    pair of B * T tokens, which does not change the matmuls.
+    The hidden states are ``[2, B T, D]``, the head ``[V, D]``, ref_logp ``[2]``, and the labels ``[2, B T]``. Only the
+    last fraction ``share`` of each sequence has labels other than -100. B pairs of T tokens are stored as one pair of
+    B * T tokens, which does not change the matmuls.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:
@@ -53,21 +54,24 @@ class HiddenBatch:
         self.ref_logp = torch.full((2,), -12.0 * tokens * loss.share, device=device)
 
     def inputs(self, frozen: bool = False) -> tuple[Tensor, Tensor]:
-        """Returns the hidden states and the head; both require a gradient, except for a ``frozen`` head."""
+        """Returns the hidden states and the head. Both require a gradient, except for a ``frozen`` head."""
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not frozen)
 
 
 def ours(batch: HiddenBatch, frozen: bool = False, **options: Any) -> tuple[Tensor, ...]:
-    """Returns the loss of ``linear_mpo_loss``, and the gradients of hidden states and (unless ``frozen``) head."""
+    """Returns the loss of ``linear_mpo_loss``, and the gradients of the hidden states and the head.
+
+    A ``frozen`` head has no gradient.
+    """
     hidden, weight = batch.inputs(frozen)
     loss = linear_mpo_loss(hidden, weight, batch.labels_on_cpu, batch.ref_logp, shift=False, **options).loss
     return loss.detach(), *torch.autograd.grad(loss, (hidden,) if frozen else (hidden, weight))
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor, Tensor], Tensor]) -> losses.Provider:
-    """Returns a provider that computes the MPO loss with another library's ``token_logp(hidden, head, labels)``.
+    """Returns a function that computes the MPO loss and its gradients with another library's ``token_logp``.
 
-    The arguments of ``token_logp`` are ``[n, D]``, ``[V, D]`` and ``[n]``; some labels are -100.
+    ``token_logp(hidden, head, labels)`` takes ``[n, D]``, ``[V, D]`` and ``[n]``; some labels are -100.
     """
 
     def run(batch: HiddenBatch) -> tuple[Tensor, ...]:
@@ -152,7 +156,10 @@ GPU_RIVALS = {"cut-cross-entropy": _cut_cross_entropy("cce")}
 
 
 def provider(name: str) -> losses.Provider:
-    """Returns the provider called ``name``. A library that is missing or broken may raise any exception."""
+    """Returns a function that computes the loss and its gradients with the method ``name``.
+
+    A missing or broken library may raise any exception.
+    """
     options = (OURS | SMALL | OURS_ON_GPU).get(name)
     if options is None:
         return (RIVALS | GPU_RIVALS)[name]()
@@ -160,9 +167,9 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Returns the programs that measure the floor: each runs one matmul of the labelled rows.
+    """Returns functions that each run one matmul of the labelled rows, by name. They measure the floor, a lower bound.
 
-    The matmuls write to preallocated memory and have the dtype in which mpo_ext runs them.
+    The matmuls write to preallocated memory, and have the dtype that mpo_ext uses for them.
     """
     dtype = matmul_dtype(batch.hidden.dtype, batch.hidden.device)
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100].to(dtype)
@@ -177,9 +184,9 @@ def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
 
 
 def _floor_seconds(name: str, medians: Mapping[str, float]) -> float:
-    """Returns the seconds of the matmuls that every method needs. A frozen head needs no matmul for its gradient.
+    """Returns the floor of the method ``name``, a lower bound: the seconds of the matmuls that the method needs.
 
-    ``medians`` are the median seconds of the programs of ``_floor_runs``.
+    A frozen head needs one matmul less. ``medians`` are the median seconds of the matmuls by name.
     """
     forward_and_hidden = medians["mm forward"] + medians["mm d hidden"]
     return forward_and_hidden if name == FROZEN else forward_and_hidden + medians["mm d weight"]
@@ -199,7 +206,7 @@ BENCHMARK = losses.LossBenchmark(
 
 
 def main() -> None:
-    """Measures the providers, prints the tables, and writes the results as JSON if ``--json`` is given."""
+    """Measures all methods, prints the tables, and writes the results as JSON if ``--json`` is given."""
     cases = (*OURS, *SMALL, *RIVALS)
     parser = losses.parser(str(__doc__).splitlines()[0], BENCHMARK, cases=cases, runs=5, shares=[1.0, 0.15])
     losses.command(BENCHMARK, parser.parse_args())

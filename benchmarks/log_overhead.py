@@ -1,10 +1,11 @@
 """Measures the time that a training step spends on its log: ``python -m benchmarks.log_overhead``.
 
-The steps are complete steps of our trainer, from pairs on the disk to the optimizer. The parts of the log are the sums
-of metrics, the log line, the console, and the log file with the trackers. The time of a part is the CPU time of its
-calls, which other programs hardly change. The statistics entropy and top1 are computed inside the loss, so their time
-is the difference between the loss with and without them, in alternating calls on the first micro-batch. On a GPU, some
-parts also wait for the device: measure on a CPU.
+The steps are complete steps of mpo_ext's trainer, from pairs on the disk to the optimizer. The log has four parts:
+sums of metrics, the log line, the console, and the log file with the trackers. For each part, the CPU time of its
+calls is measured, because other programs hardly change it.
+
+The statistics entropy and top1 are computed inside the loss. Their time is the difference between calls of the loss
+with and without them, on the first micro-batch. Measure on a CPU, because some parts wait for the device on a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 
 
 class LogClock:
-    """Adds up the seconds of wrapped functions by part, and keeps the sums of each step."""
+    """Adds up the CPU seconds of each part of the log, and stores the sums of each step."""
 
     def __init__(self) -> None:
         self.seconds: collections.Counter[str] = collections.Counter()
@@ -64,7 +65,7 @@ class LogClock:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Times all functions of ``PARTS`` in the ``with`` block."""
+        """Measures the time of all logging functions (``PARTS``) inside the ``with`` block."""
         with contextlib.ExitStack() as stack:
             for part, functions in PARTS.items():
                 for owner, name in functions:
@@ -72,7 +73,7 @@ class LogClock:
             yield
 
     def end_step(self) -> None:
-        """Stores the CPU seconds of a step and of its parts, and restarts the clock."""
+        """Stores the CPU seconds of the step and of each part of its log, and starts the next step."""
         now = time.process_time()
         self.steps.append((now - self._begin_s, dict(self.seconds)))
         self._begin_s = now
@@ -80,10 +81,11 @@ class LogClock:
 
 
 def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[float, dict[str, float]]], float]:
-    """Trains ``steps`` steps after a first step that is not counted.
+    """Runs ``steps`` + 1 training steps, and measures all but the first.
 
     Returns:
-        For each step, its CPU seconds and those of each part of its log; and the CPU seconds of a step's statistics.
+        For each step, its CPU seconds and the CPU seconds of each part of its log. Then the CPU seconds that the
+        statistics take in a step.
     """
     clock = LogClock()
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -110,7 +112,7 @@ def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[f
 
 
 def _statistics_seconds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Returns the CPU seconds that the statistics add to a call of the loss (median of the rounds)."""
+    """Returns the CPU seconds that computing the statistics adds to a call of the loss with these arguments."""
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in args]
 
     def seconds(stats: tuple[str, ...]) -> float:
@@ -122,7 +124,7 @@ def _statistics_seconds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Measures the steps and prints a table."""
+    """Measures the steps, and prints a table of the time of each part of the log."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("vocab", "hidden", "layers", "text", "response", "batch", "micro_batch"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(SIZES, name))

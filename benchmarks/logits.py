@@ -1,7 +1,7 @@
-"""Measures the loss from logits against other libraries (rivals): ``python -m benchmarks.logits``.
+"""Compares the loss from logits with other libraries (rivals): ``python -m benchmarks.logits``.
 
-Every rival computes the same MPO loss of one pair, forward and backward. The floor is the time of two reads and one
-write of the labelled logits.
+Every rival computes the same MPO loss of one pair, forward and backward. The floor, a lower bound, is the time of
+reading the labelled logits twice and writing them once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LossOf = Callable[[Tensor, LogitsBatch], Tensor]
 
 
 def gradient(loss_of: LossOf, batch: LogitsBatch) -> Tensor:
-    """Runs forward and backward and returns the gradient of the logits."""
+    """Runs forward and backward of ``loss_of``, and returns the gradient of the logits."""
     values = batch.logits.detach().requires_grad_()
     return torch.autograd.grad(loss_of(values, batch), values)[0]
 
@@ -67,7 +67,7 @@ def _compiled() -> LossOf:
 
 
 def pair_loss(logp: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
-    """Returns the MPO loss of log-probs ``[2B, T]`` in eager torch, for libraries that only return log-probs."""
+    """Returns the MPO loss of the log-probs ``[2B, T]`` of the labels, computed in eager torch."""
     state = torch.zeros(2, dtype=torch.float64, device=logp.device)
     return eager.pair_loss(logp, labels, ref_logp, BatchShift(state), MPOConfig()).loss
 
@@ -127,14 +127,17 @@ OVERWRITING = frozenset({"mpo_ext, reuse_logits", "Liger cross entropy"})
 
 
 def provider(name: str) -> losses.Provider:
-    """Returns the provider called ``name``. A library that is missing or broken may raise any exception."""
+    """Returns a function that computes the loss and its gradient with the method ``name``.
+
+    A missing or broken library may raise any exception.
+    """
     return functools.partial(gradient, LOSSES[name]())
 
 
 def _floor_runs(batch: LogitsBatch) -> dict[str, Callable[[], Any]]:
-    """Returns the program that measures the floor: it reads the labelled logits twice and writes them once.
+    """Returns, by name, a function that reads the labelled logits twice and writes them once.
 
-    The program works in place, and views the logits as float32.
+    Its time is the floor, a lower bound of the time of the loss. It works in place, and views the logits as float32.
     """
     labelled = batch.logits[:, int((batch.labels[0] == -100).sum()) :]
     return {"floor": lambda: (labelled.view(torch.float32).sum(), labelled.view(torch.float32).mul_(1.0))}
@@ -156,7 +159,7 @@ BENCHMARK = losses.LossBenchmark(
 
 
 def main() -> None:
-    """Measures the providers, prints the tables, and writes the results as JSON if ``--json`` is given."""
+    """Measures all methods, prints the tables, and writes the results as JSON if ``--json`` is given."""
     ours = ("mpo_ext", "mpo_ext, reuse_logits", STATISTICS, "eager", "torch.compile")
     parser = losses.parser(str(__doc__).splitlines()[0], BENCHMARK, cases=ours, runs=11, shares=[1.0, 0.1])
     losses.command(BENCHMARK, parser.parse_args())

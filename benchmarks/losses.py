@@ -1,4 +1,4 @@
-"""Measures a loss from logits or from hidden states, for ``benchmarks.logits`` and ``benchmarks.linear``."""
+"""Measures implementations of a loss, for ``benchmarks.logits`` and ``benchmarks.linear``."""
 
 from __future__ import annotations
 
@@ -37,17 +37,16 @@ _TRIAL = 16  # the rows and the vocabulary of a trial are smaller by this factor
 class LossBenchmark:
     """A benchmark of the loss from logits or from hidden states.
 
-    A provider is a way to compute the loss: mpo_ext with certain options, or another library. The floor is the time of
-    the necessary work alone.
+    A provider is an implementation of the loss: mpo_ext with certain options, or another library. The floor is a lower
+    bound of its time: the time of the necessary work alone.
 
     Attributes:
         name: "logits" or "linear".
-        providers: Functions that return a provider, by name. A library that is missing or broken may raise any
-            exception.
-        make_batch: Returns the batch of a shape on a device.
-        floor_runs: Returns the programs that measure the floor, by name. The programs may overwrite the batch.
-        floor_seconds: Returns the floor of a provider in seconds, from its name and the median seconds of the programs
-            of ``floor_runs``.
+        providers: Functions that return a provider, by name. A missing or broken library may raise any exception.
+        make_batch: Returns random inputs for a shape on a device.
+        floor_runs: Returns functions that do the necessary work, by name. They may overwrite the batch.
+        floor_seconds: Returns the floor of a provider in seconds. Its arguments are the provider's name, and the
+            median seconds of the functions of ``floor_runs`` by name.
         floor: Description of the floor, for the result files.
         overwriting: Names of the providers that overwrite the logits of the batch.
         frozen: Names of the providers that compute no gradient of the head.
@@ -84,13 +83,13 @@ def usable(
     device: str = "cpu",
     most_seconds: float = math.inf,
 ) -> tuple[dict[str, Provider], dict[str, str]]:
-    """Returns the providers that can run on the shape ``loss``, found by trials on a smaller shape.
+    """Tries each provider on a small shape, and returns the providers that can run on the shape ``loss``.
 
-    The time of a run is estimated from the trial. Another library is left out if its run would take longer than
-    ``most_seconds``.
+    The time on ``loss`` is estimated from this trial, or measured. A provider of another library is not usable if this
+    time exceeds ``most_seconds``.
 
     Returns:
-        The usable providers, and the reason for each provider that is not usable, both by name.
+        The usable providers by name, and for each other name the reason why it is not usable.
     """
     trial = dataclasses.replace(
         loss, tokens=max(loss.tokens // _TRIAL, 8), vocab=max(loss.vocab // _TRIAL, 512), share=1.0
@@ -141,9 +140,9 @@ def _elapsed(run: Provider, batch: Any) -> float:
 def runs_of(
     benchmark: LossBenchmark, cases: Mapping[str, Provider], loss: LossShape, *, device: str = "cpu"
 ) -> dict[str, Run]:
-    """Returns the runs of the providers and of the programs that measure the floor, by name, for ``interleaved``.
+    """Returns (prepare, run) functions by name, for each provider and for the programs that measure the floor.
 
-    All runs use the shape ``loss``. Providers that overwrite their logits get a copy, which is restored before a run.
+    All run on the shape ``loss``. Before a run of a provider that overwrites the logits, ``prepare`` restores them.
     """
     batch = benchmark.make_batch(loss, device)
     work = batch if loss.hidden is not None else benchmark.make_batch(loss, device)
@@ -157,13 +156,16 @@ def runs_of(
 
 
 def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Returns the floor of each provider in seconds, from the timings of the runs that ``runs_of`` returns."""
+    """Returns the floor of each provider in seconds, a lower bound of its time.
+
+    ``timings`` are the measured times of the runs of ``runs_of``.
+    """
     medians = {name: timing.median_s for name, timing in timings.items()}
     return {name: benchmark.floor_seconds(name, medians) for name in names}
 
 
 def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape, device: str = "cpu") -> int:
-    """Returns the peak bytes of a run of the provider ``name`` beyond its inputs; gradients are included.
+    """Returns the peak bytes that the provider ``run`` allocates in one run. Gradients count, inputs do not.
 
     Raises OSError or RuntimeError if the memory cannot be measured.
     """
@@ -177,9 +179,9 @@ def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape,
 def memory_target(
     begin: Callable[[], None], benchmark: LossBenchmark, name: str, loss: LossShape, threads: int
 ) -> None:
-    """Runs a provider twice, for ``peak_bytes``, which calls this function in a fresh process.
+    """Runs the provider ``name`` twice: once for its setup, then on the shape ``loss``.
 
-    The first run includes all setup. ``begin`` is called after it, so only the second run is measured.
+    ``begin`` is called before the second run. ``peak_bytes`` calls this function in a fresh process.
     """
     torch.set_num_threads(threads)
     run = benchmark.providers[name]()
@@ -213,7 +215,7 @@ def parser(description: str, benchmark: LossBenchmark, *, cases: Iterable[str], 
 
 
 def command(benchmark: LossBenchmark, args: argparse.Namespace) -> None:
-    """Measures one pair, prints the tables, and writes the results as JSON if ``--json`` is given."""
+    """Measures the loss of one pair, prints the tables, and writes the results as JSON if ``--json`` is given."""
     torch.set_num_threads(args.threads)
     if args.cpu_time:
         use_cpu_time()
@@ -235,7 +237,7 @@ def command(benchmark: LossBenchmark, args: argparse.Namespace) -> None:
 
 
 def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, Any]:
-    """Times the providers in turn on a shape, prints a table, and returns the results for the JSON file."""
+    """Times the providers in alternating runs, prints a table, and returns the results for the JSON file."""
     cases, missing = usable(benchmark, args.cases, loss, device=args.device)
     timings = interleaved(runs_of(benchmark, cases, loss, device=args.device), args.runs, device=args.device)
     floors = floors_of(benchmark, cases, timings)
@@ -259,10 +261,12 @@ def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespa
 
 
 def memory_of_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, int | str]:
-    """Measures and prints the peak memory of each provider: resident in a fresh process, or allocated on the GPU.
+    """Measures and prints the peak memory of each provider.
+
+    On a CPU, this is the resident memory of a fresh process; on a GPU, the allocated memory.
 
     Returns:
-        By provider, the bytes beyond inputs and gradients, or the reason why they were not measured.
+        For each provider, the peak bytes beyond inputs and gradients, or the reason why they were not measured.
     """
     trial = dataclasses.replace(loss, tokens=min(loss.tokens, 8), vocab=min(loss.vocab, 512))
     cases, missing = usable(benchmark, args.cases, trial, device=args.device)

@@ -1,6 +1,7 @@
-"""Measures the rates of this machine (such as bytes and FLOP per second) for the cost model, mpo_ext.plan.roofline.
+"""Measures the speed of this machine (such as bytes and FLOP per second) for the cost model, mpo_ext.plan.roofline.
 
-The rates come from small programs. They take turns with the benchmarks, because other work may slow the machine down.
+Small programs measure the speed. Their runs alternate with those of the benchmarks, because other processes may slow
+the machine down.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ DTYPES = ("float32", "bfloat16")
 
 @functools.cache
 def programs() -> dict[str, Run]:
-    """Returns the programs that measure the machine, by name, for ``interleaved``. Their memory stays allocated.
+    """Returns (prepare, run) functions of the programs that measure the machine, by name.
 
-    A program that measures the speed in cache runs once untimed before each timed run, which fills the cache.
+    Some programs measure the speed on data in the cache. Their ``prepare`` is an untimed run, which fills the cache.
     """
     words = torch.ones(_WORDS)
     cached = torch.randn(_CACHED)
@@ -82,20 +83,20 @@ def programs() -> dict[str, Run]:
 
 
 def _attend(query: torch.Tensor, options: dict[str, Any]) -> None:
-    """Runs attention forward and backward, with the same queries, keys and values."""
+    """Runs attention forward and backward, with ``query`` as queries, keys and values."""
     torch.autograd.grad(F.scaled_dot_product_attention(query, query, query, **options).sum(), query)
 
 
 def sample(runs: int = 5) -> dict[str, list[float]]:
-    """Times the programs alone, without benchmarks between them, and returns the seconds of each run by program."""
+    """Runs each program that measures the machine ``runs`` times, and returns the seconds of the runs by program."""
     return {name: timing.seconds for name, timing in interleaved(programs(), runs).items()}
 
 
 def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Machine:
-    """Returns the rates of the machine from the median seconds of the programs.
+    """Computes the speed of the machine from the median seconds of the programs.
 
-    ``seconds`` holds the seconds of each run by program. Result files from before 2026-11-29 lack the programs for
-    attention and for products of other sizes. The rates of missing programs are left out.
+    ``seconds`` holds the seconds of each run by program. The programs for attention and for matmuls of other sizes may
+    be missing, as in old result files. The result then lacks their rates.
     """
     wanted = ["read", "update", "fill", "fresh", "huge", "kernels", "softmax", "overhead"]
     for key in (*wanted, *(f"product {dtype}" for dtype in DTYPES)):

@@ -16,7 +16,10 @@ _TEXTS = ("command", "date", "compiler")
 
 
 def check(document: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError if the content of the file has a wrong format. ``name`` is the file name, for messages."""
+    """Raises ValueError if ``document``, the content of results/machine_code.json, has a wrong format.
+
+    ``name`` is the file name, for messages.
+    """
     keys = {"schema", "registers", "instructions", *_TEXTS}
     if set(document) != keys or document["schema"] != VERSION:
         raise ValueError(f"{name}: must have schema {VERSION} and {', '.join(sorted(keys))}, got {sorted(document)}")

@@ -15,7 +15,10 @@ _STATUSES = ("passed", "failed", "not run")
 
 
 def check(document: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError if the content of the file has a wrong format. ``name`` is the file name, for messages."""
+    """Raises ValueError if ``document``, the content of results/matrix.json, has a wrong format.
+
+    ``name`` is the file name, for messages.
+    """
     if set(document) != {"schema", "command", "cells"} or document["schema"] != VERSION:
         raise ValueError(f"{name}: must have schema {VERSION}, command and cells, got {sorted(document)}")
     for cell in document["cells"]:
@@ -27,9 +30,9 @@ load = functools.partial(schema.load, check=check)
 
 
 def table(documents: Mapping[str, Any]) -> str:
-    """Returns a table with a row for each version of torch and a column for each version of Python.
+    """Returns a table of the test results by version of torch (rows) and of Python (columns).
 
-    Without a result file, returns a sentence.
+    Without a result file, returns a message that there are no results.
     """
     document = documents.get("matrix")
     if document is None:

@@ -1,6 +1,6 @@
-"""Measures time and memory on a machine that also does other work.
+"""Measures time and memory on a machine that other programs also use.
 
-The cases run in turn, times are medians, and peak memory is measured in fresh processes.
+The runs of the measured cases alternate, times are medians, and peak memory is measured in fresh processes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _clock: Callable[[], float] = time.perf_counter
 
 
 def use_cpu_time() -> None:
-    """Makes ``interleaved`` measure the CPU time of all threads, which other programs on the machine disturb less.
+    """Makes ``interleaved`` measure the CPU time of all threads, which other programs disturb less than elapsed time.
 
     On one thread of an idle machine, the CPU time equals the elapsed time.
     """
@@ -57,12 +57,12 @@ def is_cpu_time() -> bool:
 
 
 def nothing() -> None:
-    """Does nothing. A run that needs no preparation has this function as its ``prepare``."""
+    """Does nothing. It is the ``prepare`` function of a run that needs no preparation."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the counted runs of one case, in the order of the runs."""
+    """The measured times of a case: the seconds of each counted run, in order."""
 
     seconds: list[float]
 
@@ -80,7 +80,7 @@ class Timing:
 def interleaved(
     cases: Mapping[str, Run], runs: int, *, seconds_in_all: float = math.inf, least: int = 2, device: str = "cpu"
 ) -> dict[str, Timing]:
-    """Times all cases in turn, round by round, and returns the timings by name. The first round is not counted.
+    """Times the cases in rounds. A round runs each case once. The first round is not counted.
 
     Args:
         cases: ``(prepare, run)`` by name. Only ``run`` is timed; its result is freed after the clock has stopped.
@@ -89,6 +89,9 @@ def interleaved(
         least: Minimum number of counted rounds, regardless of the time limit.
         device: "cpu" or "cuda". A GPU is timed with CUDA events, and its L2 cache is emptied before each run. The
             host waits for the GPU after a round, not after a run.
+
+    Returns:
+        The times of each case by name.
     """
     clock = _gpu_clock(device) if device.startswith("cuda") else _cpu_clock
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -118,14 +121,15 @@ def _cpu_clock(run: Callable[[], Any]) -> Callable[[], float]:
 
 
 def _touch_free_memory() -> None:
-    """Writes to free memory. The host of a virtual machine may have reclaimed it, which would delay the next case."""
+    """Writes to free memory, so that the host of a virtual machine provides it before the next run."""
     fresh_zeros((_FREE_BYTES,), torch.uint8).fill_(1)
 
 
 def _gpu_clock(device: str) -> Callable[[Callable[[], Any]], Callable[[], float]]:
-    """Returns a clock, which enqueues a run and returns a function that waits for the run and returns its seconds.
+    """Returns a function ``clock(run)``, which starts ``run`` on the GPU and returns a function ``read()``.
 
-    The GPU spins until the host has enqueued the run, so the time of the host is not measured.
+    ``read()`` waits for the end of the run and returns its seconds. The GPU spins until the host has enqueued the run,
+    so the time of the host is not measured.
     """
     cache = torch.empty(_L2_BYTES, dtype=torch.uint8, device=device)
 
@@ -147,7 +151,7 @@ def _gpu_clock(device: str) -> Callable[[Callable[[], Any]], Callable[[], float]
 
 
 def gpu_peak_bytes(run: Callable[[], Any]) -> int:
-    """Returns the peak bytes of GPU memory that a call allocates."""
+    """Returns the peak bytes of GPU memory that ``run`` allocates in addition to the memory allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -157,7 +161,7 @@ def gpu_peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def peak_bytes(target: Callable[..., None], *args: object) -> int:
-    """Runs ``target(begin, *args)`` in a fresh process, and returns the peak increase of its resident bytes.
+    """Calls ``target(begin, *args)`` in a fresh process, and returns the peak increase of its resident bytes.
 
     The measurement starts when ``target`` calls ``begin()``.
     """
@@ -207,7 +211,7 @@ def output_of(command: Sequence[str]) -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """Returns the CPU, the versions, the commit and the command of this process."""
+    """Returns the CPU, the versions of torch and Python, the commit and the command line of this process."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -241,14 +245,15 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
 
 
 def now() -> tuple[str, tuple[float, ...]]:
-    """Returns the current time in ISO 8601, and the load averages."""
+    """Returns the current time in ISO 8601, and the load averages of the machine."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), os.getloadavg()
 
 
 def provenance(command: str, started: str, load_before: tuple[float, ...]) -> dict[str, Any]:
-    """Returns the environment of a run in the form that ``benchmarks.schema`` requires.
+    """Returns the environment of a benchmark run, in the format that ``benchmarks.schema`` requires.
 
-    ``command`` is the command line. ``started`` and ``load_before`` are the results of ``now`` when the run started.
+    ``command`` is the command line. ``started`` and ``load_before`` are the results of ``now`` at the start of the
+    run.
     """
     short = environment()
     # A run writes these files itself, so they do not count as modified.
@@ -274,7 +279,7 @@ def provenance(command: str, started: str, load_before: tuple[float, ...]) -> di
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
+    """Writes a text file atomically: first to a temporary file, which then replaces the file."""
     with atomic_write(path) as file:
         file.write(text.encode())
 

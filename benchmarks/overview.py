@@ -22,7 +22,10 @@ INK, GREY, GREEN, RED, BLUE = "#1f2937", "#6b7280", "#15803d", "#b91c1c", "#1d4e
 
 
 def times(path: Path = ROOT / "results" / "logits.json") -> dict[str, float]:
-    """Returns the median seconds of forward and backward on the base shape in float32, by label of ``PROVIDERS``."""
+    """Reads results/logits.json, and returns the median seconds of forward and backward, by label of ``PROVIDERS``.
+
+    The seconds are those of the points with the sweep "base" and the dtype float32.
+    """
     points = json.loads(path.read_text())["points"]
     base = {
         point["provider"]: point["median_s"]
@@ -42,7 +45,7 @@ def box(x: float, y: float, width: float, height: float, *, fill: str, line: str
 
 
 def pair() -> Iterator[str]:
-    """Yields the elements of the left part: an image with a question, and two responses."""
+    """Yields the SVG elements on the left of the picture: an image with a question, and two responses."""
     yield text(24, 34, "A preference pair", size=15, bold=True)
     yield box(24, 48, 96, 96, fill="#111827")
     for (x, y), digit in zip(((38, 86), (84, 86), (38, 132), (84, 132)), "5397", strict=True):
@@ -76,7 +79,7 @@ def loss() -> Iterator[str]:
 
 
 def speed() -> Iterator[str]:
-    """Yields the elements of the right part: a bar for each way to compute the loss."""
+    """Yields the SVG elements on the right of the picture: a bar for the time of each way to compute the loss."""
     seconds = times()
     yield text(644, 34, "Time on a CPU", size=15, bold=True)
     for place, (label, value) in enumerate(seconds.items()):

@@ -1,9 +1,9 @@
-"""Compares a training step with padded rows and with a packed row: ``python -m benchmarks.packing``.
+"""Compares training steps with padded rows and with a packed row: ``python -m benchmarks.packing``.
 
-Both cases are complete steps of our trainer with split attention, from pairs on the disk to the optimizer. A
-micro-batch has 8 pairs of text. The lengths of prompts and responses are uniformly distributed between a smallest and
-a largest length. With padded rows, each prompt has a row with its responses. A packed row holds all prompts of the
-micro-batch with their responses, without padding.
+Both cases are complete steps of mpo_ext's trainer with split attention, from pairs on the disk to the optimizer. A
+micro-batch has 8 pairs of text. The lengths of prompts and responses are uniformly distributed. With padded rows, each
+row has a prompt and its two responses. A packed row holds all prompts of the micro-batch with their responses, without
+padding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZES = Sizes(
 
 
 def main() -> None:
-    """Measures both cases, prints a table, and writes the results as JSON if ``--json`` is given."""
+    """Measures padded rows and a packed row, prints a table, and writes the results as JSON if ``--json`` is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("hidden", "layers", "text", "least_text", "response", "least_response"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(SIZES, name))

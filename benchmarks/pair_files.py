@@ -1,7 +1,7 @@
 """Measures the commands that read large files of pairs: ``make bench-pairs``, or ``python -m benchmarks.pair_files``.
 
-Each command is a fresh process, and its time includes the start of Python. The baseline only parses each line with
-``json.loads``. The pairs are random words; in the variant with images, all pairs name one small image.
+Each command is a fresh process, and its time includes the start of Python. The baseline only calls ``json.loads`` on
+each line. The pairs are random words. In a second file, all pairs have the same small image.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CommandCost:
 
 
 def main() -> None:
-    """Writes the files, runs all commands on each, and prints a table in Markdown."""
+    """Writes two files of pairs, runs the measured commands on each, and prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="folder for the files (default: a temporary folder)")
@@ -72,7 +72,10 @@ def _cells(cost: CommandCost) -> tuple[str, str, str]:
 
 
 def write_pairs(path: Path, count: int, *, image: bool) -> Path:
-    """Writes a file of pairs, unless it exists, and the image that they name."""
+    """Writes a file of ``count`` random pairs, if it does not exist, and returns ``path``.
+
+    If ``image`` is True, all pairs have the same small image, which is written to the same folder.
+    """
     from PIL import Image
 
     rng = random.Random(0)
@@ -102,7 +105,10 @@ def write_pairs(path: Path, count: int, *, image: bool) -> Path:
 
 
 def write_model(folder: Path) -> Path:
-    """Writes the untrained model of the digits demo, which ``train --dry-run`` needs; no weights are read."""
+    """Writes the untrained model of the digits demo, if it does not exist, and returns ``folder``.
+
+    ``train --dry-run`` requires a model, but does not read its weights.
+    """
     if not (folder / "config.json").exists():
         # The peak memory of a command includes that of the process that starts it, so this process must stay small.
         process = multiprocessing.get_context("spawn").Process(target=_save_model, args=(folder,))
@@ -121,7 +127,7 @@ def _save_model(folder: Path) -> None:
 
 
 def measure(path: Path, model: Path) -> Iterator[CommandCost]:
-    """Runs each command on a file of pairs, and yields its cost."""
+    """Runs each command on the file of pairs ``path``, and yields its time and memory."""
     command = [sys.executable, "-m", "mpo_ext"]
     recipe = path.with_suffix(".yaml")
     settings = {
@@ -141,7 +147,11 @@ def measure(path: Path, model: Path) -> Iterator[CommandCost]:
 
 
 def run(name: str, command: Sequence[str]) -> CommandCost:
-    """Runs a command to its end and returns its cost; raises CalledProcessError if it fails."""
+    """Runs a command until it ends, and returns its time and memory.
+
+    Raises:
+        CalledProcessError: If the command fails.
+    """
     begin_s = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -155,7 +165,10 @@ def run(name: str, command: Sequence[str]) -> CommandCost:
 
 
 def serve(command: Sequence[str], folder: Path) -> Iterator[CommandCost]:
-    """Measures the served page: from its start to the first pairs, and a search through all pairs without a match."""
+    """Measures ``data view --serve``: the time until the first pairs are served, and the time of a search.
+
+    The search reads all pairs, because no pair matches.
+    """
     begin_s = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None

@@ -1,8 +1,8 @@
-"""Measures the memory of a rank when 1, 2 or 4 ranks share a vocabulary: ``python -m benchmarks.parallel``.
+"""Measures the memory of a rank if 1, 2 or 4 ranks split the vocabulary: ``python -m benchmarks.parallel``.
 
-The ranks run on this machine with gloo. A peak is measured over a forward and a backward, relative to the memory
-before the tensors of the rank were made. Every rank holds all hidden states and their gradient, which are listed
-separately.
+The ranks run on this machine with gloo. The peak memory during forward and backward is measured. The memory in use
+before the rank makes its tensors is subtracted. Every rank holds all hidden states and their gradient, whose memory is
+listed separately.
 """
 
 from __future__ import annotations

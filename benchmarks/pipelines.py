@@ -1,9 +1,9 @@
 """Compares the pipelines that make preference pairs, on the demo's digits task: ``python -m benchmarks.pipelines``.
 
-The start in the package answers step-by-step questions about grids of digits that it was not trained on. For each
-pipeline, three quantities are measured: generated tokens per pair, pairs per second of CPU time, and the share of
-pairs whose label is wrong (``benchmarks.study.labels``). The verdicts of RLAIF-V come from
-``benchmarks.study.reading_judge``.
+The demo's SFT model answers step-by-step questions about grids of digits that it was not trained on. For each
+pipeline, three quantities are measured: generated tokens per pair, pairs per second of CPU time, and the fraction of
+pairs with a wrong label (``benchmarks.study.labels``). For RLAIF-V, ``benchmarks.study.reading_judge`` judges the
+responses.
 
 ``benchmarks.documents`` imports this module for its table, so slow imports are in the functions that measure.
 """
@@ -32,9 +32,9 @@ _FIELDS = {"environment", "settings", "results"}
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Runs each pipeline ``args.repeat`` times in turn, and returns its figures.
+    """Runs each pipeline ``args.repeat`` times, in alternation, and returns the measurements by pipeline.
 
-    Each run samples with another seed. The shares of labels are those of all pairs of all runs.
+    Each run samples with another seed. The fractions of right, equal and wrong labels are over the pairs of all runs.
     """
     import numpy as np
 
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def pipelines(args: argparse.Namespace, seed: int) -> dict[str, Callable[[], Any]]:
-    """Returns a function for each pipeline that makes it, with the sampling settings of the demo."""
+    """Returns functions that create the pipelines, by name. The sampling settings are those of the demo."""
     from benchmarks.study import reading_judge
     from mpo_ext.demo import digits
     from mpo_ext.demo.pairs import MAX_NEW_TOKENS
@@ -98,7 +98,7 @@ def pipelines(args: argparse.Namespace, seed: int) -> dict[str, Callable[[], Any
 
 
 def table(documents: Documents) -> str:
-    """Returns the table and the comparison with the paper, from results/pipelines.json."""
+    """Returns the table of results/pipelines.json, with a comparison of the generated tokens with the paper."""
     document: dict[str, Any] = documents["pipelines"]
     results, environment, settings = (document[name] for name in ("results", "environment", "settings"))
     rows, tokens = [], {}
@@ -129,7 +129,7 @@ def table(documents: Documents) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads and checks results/pipelines.json."""
+    """Reads results/pipelines.json, checks its format, and returns its content."""
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if set(document) != _FIELDS or set(document["results"]) != {CORRECTNESS, DROPOUT_NTP, RLAIF_V}:
         raise ValueError(f"{path} must be written by python -m benchmarks.pipelines, got {sorted(document)}")

@@ -19,7 +19,7 @@ _LABELS = {
 def draw(documents: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
     """Draws the plots of the result files to ``folder``, and returns the paths of the PNG and SVG files.
 
-    ``documents`` holds the contents of the result files by benchmark.
+    ``documents`` holds the contents of the result files by name of the benchmark.
     """
     written = []
     for name in ("logits", "linear"):
@@ -51,9 +51,9 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
 
 
 def _scaling(name: str, points: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Plots the measured time against each size that a sweep varies, with one row of panels per dtype.
+    """Plots the measured time against each size that was varied, with one row of panels per dtype.
 
-    Returns the paths of the plot files; none if there is no sweep.
+    Returns the paths of the plot files. Without measurements of varied sizes, returns an empty list.
     """
     measured = [point for point in points if point["status"] == "measured" and point.get("median_s") is not None]
     axes = [axis for axis in _LABELS if any(point["sweep"] == axis for point in measured)]

@@ -31,7 +31,7 @@ _VOCABS = (151936, 248320, 262144)  # Qwen2.5, Qwen3.5, Gemma
 
 
 def vocabularies(documents: Documents) -> str:
-    """Returns a table of the predicted time of the loss from hidden states for several vocabularies."""
+    """Returns a table of the predicted time and memory of the loss from hidden states, by vocabulary size."""
     machine = machines.gpu("H100")
     rows = []
     for method in cost.LINEAR:
@@ -46,7 +46,7 @@ def vocabularies(documents: Documents) -> str:
 
 
 def losses(documents: Documents) -> str:
-    """Returns tables of the predicted time and memory of each loss method on each GPU."""
+    """Returns tables of the predicted time and memory of each way to compute the loss, on each GPU."""
     parts = []
     for share in (1.0, 0.1):
         loss, wide = replace(_BIG, share=share), replace(_WIDE, share=share)
@@ -70,7 +70,10 @@ _SHARES = (1.0, 0.25, 0.1)
 
 
 def products_of(method: str) -> str:
-    """Returns the number of matmuls with the head and the rows that they cover, such as "3, labelled rows"."""
+    """Returns the number and the rows of the matmuls with the output head, such as "3, labelled rows".
+
+    ``method`` is a way to compute the loss from hidden states.
+    """
     counting = machines.Machine(name="counts", is_gpu=True, bandwidth=float("inf"), matmul_rates={"bfloat16": 1.0})
     flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.hidden_size  # at 1 FLOP/s, predicted seconds count FLOP
     whole, half = (
@@ -80,7 +83,7 @@ def products_of(method: str) -> str:
 
 
 def paths(documents: Documents) -> str:
-    """Returns a table of the predicted time and memory of each method in ``_PATHS``."""
+    """Returns a table of the predicted time and memory of the ways to compute the loss from hidden states."""
     machine = machines.gpu("H100")
     rows = []
     for method, text in _PATHS.items():
@@ -101,7 +104,11 @@ def paths(documents: Documents) -> str:
 
 
 def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) -> steps.ModelShape:
-    """Returns the shape of a decoder as large as Qwen2.5-7B, without a vision tower."""
+    """Returns the shape of a decoder as large as Qwen2.5-7B, without a vision tower.
+
+    ``trainable_share`` is the trainable fraction of the parameters. ``head_learns`` tells whether the output head is
+    trained.
+    """
     layers, width, middle, keys, vocab = 28, 3584, 18944, 512, 152064
     decoder = layers * (2 * width * width + 2 * width * keys + 3 * width * middle)
     # The trainer keeps input and output of each linear layer in bfloat16; a norm keeps its input and its result.
@@ -121,7 +128,7 @@ _PAIRS = ((3072, 1024), (12288, 2048))
 
 
 def step_times(documents: Documents) -> str:
-    """Returns a table: predicted time and memory of a training step, by trainer and by size (``_PAIRS``)."""
+    """Returns a table of the predicted time and memory of a training step, by trainer and by length of the pairs."""
     model, machine = _described_model(), machines.gpu("H100")
     frozen = _described_model(trainable_share=0.005, head_learns=False)
     adapters = "mpo_ext, split attention, precomputed reference, LoRA (0.5 % of the weights)"
@@ -172,7 +179,7 @@ _PUBLISHED = (
 
 
 def published(documents: Documents) -> str:
-    """Returns a table of times that other libraries published, with our predicted times for the same sizes."""
+    """Returns a table of times that other libraries have published, and our predicted times for the same sizes."""
     rows = []
     for name, gpu, count, hidden, vocab, milliseconds, source in _PUBLISHED:
         loss = cost.LossShape(tokens=count // 2, vocab=vocab, hidden=hidden)
@@ -188,13 +195,16 @@ _ROWS = 8192  # two responses of 4,096 tokens
 
 
 def _floors(name: str) -> tuple[float, float]:
-    """Returns the seconds to read the logits, and the seconds to read and write the logits, at peak bandwidth."""
+    """Returns the seconds to read the logits, and to read and write them, at the peak bandwidth of a GPU."""
     read = 2 * _ROWS * _BIG.vocab / machines.GPUS[name].bandwidth
     return read, 2 * read
 
 
 def floors(documents: Documents) -> str:
-    """Returns a table of the floor on each GPU: the time to move the logits at peak bandwidth."""
+    """Returns a table of the floor on each GPU: the time to move the logits at peak bandwidth.
+
+    No implementation of the loss can be faster than the floor.
+    """
     rows = []
     for name in machines.GPUS:
         forward, backward = _floors(name)
@@ -208,9 +218,9 @@ def floors(documents: Documents) -> str:
 
 
 def issue(documents: Documents) -> str:
-    """Returns a table of the time that each GPU needs to issue the kernels' instructions.
+    """Returns a table of the time that each GPU takes to issue the instructions of the kernels.
 
-    The times are fractions of the time to move the logits at peak bandwidth.
+    The times are relative to the time to move the logits at peak bandwidth.
     """
     counts = documents["machine_code"]["instructions"]["sm_90"]
     names = ("token_logp bfloat16", "token_logp bfloat16 stats", "logits_grad bfloat16")

@@ -1,13 +1,14 @@
 """Measures the speed of sampling: ``python -m benchmarks.sampling``.
 
-Three questions are answered. All cases run in turn in one process; the results are medians.
+Three quantities are measured in alternating runs of one process. The results are medians.
 
-1. What is gained by batches instead of single prompts? The model is the untrained InternVL of the digits demo. The
-   items are questions about grids of digits with correct step-by-step responses.
-2. What does a run cost in addition to ``TransformersEngine.generate``: cutting and joining responses, filters, journal
-   syncs and outputs? The model and the items are the same.
-3. What is gained if the samples of a question share one prefill? The model is an untrained InternVL with the patches
-   and image tokens of the released models; the question has images and random words.
+1. The speed of batches relative to single prompts. The model is the untrained InternVL of the digits demo. The
+   prompts are questions about grids of digits.
+2. The time that a sampling run spends outside ``TransformersEngine.generate``, for example on filters, journals and
+   outputs. The model and the questions are the same.
+3. The speed of one shared prefill for the samples of a question, relative to a prefill for each sample. The model is
+   an untrained InternVL with as many patches and image tokens as the released models. The question has images and
+   random words.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def _batches_and_overhead(args: argparse.Namespace) -> dict[str, Any]:
-    """Compares batches with single prompts, and measures the time that a run spends outside generation.
+    """Compares batches with single prompts, and measures the fraction of time that a run spends outside generation.
 
     Prints the results, and returns them by case.
     """
@@ -122,7 +123,7 @@ def _batches_and_overhead(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, batch_size: int) -> float:
-    """Returns the time that a run spends outside generation, as a fraction of its generation time."""
+    """Runs a sampling pipeline. Returns its time outside generation as a fraction of its generation time."""
     engine = TimedEngine(model, tokenizer, batch_size=batch_size)
     pipeline = DropoutNTP(DropoutNTPConfig(sampling=sampling, allow_truncated=True, matcher={"kind": "number"}))
     with tempfile.TemporaryDirectory() as folder:
@@ -162,9 +163,9 @@ def _shared_prefill(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _samples(engine: TransformersEngine, sizes: Sizes, args: argparse.Namespace) -> list[Request]:
-    """Returns a request for each sample of one question.
+    """Returns a request for each sample of one question with images and random words.
 
-    The question has images and random words, so that its prompt has ``args.prompt`` tokens; each word is one token.
+    The prompt has ``args.prompt`` tokens.
     """
     rng = np.random.default_rng(0)
     shape = (sizes.images, sizes.pixels, sizes.pixels, 3)

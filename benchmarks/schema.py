@@ -1,7 +1,7 @@
 """Checks the format of the result files.
 
-A file has ``schema``, ``benchmark``, ``quick``, ``environment``, ``settings``, ``missing`` and ``points``. A point is
-one provider on one shape, with its measurements or with the reason why the provider was not measured. In the files of
+A file has ``schema``, ``benchmark``, ``quick``, ``environment``, ``settings``, ``missing`` and ``points``. A point
+holds the measurements of one implementation on one shape, or the reason why it was not measured. In the files of
 ``benchmarks.gpu``, a point may also be a check that passed or failed.
 """
 
@@ -31,7 +31,7 @@ _NUMBERS = ("median_s", "p20_s", "p80_s", "peak_bytes", "floor_s", "share_of_flo
 def check(document: Mapping[str, Any], name: str) -> None:
     """Raises ValueError if the content of a result file has a wrong format.
 
-    The message names the file (``name``), the place of the wrong value, the rule and the value.
+    The message states the file ``name``, the field, the rule and the value.
     """
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
@@ -81,7 +81,7 @@ def check(document: Mapping[str, Any], name: str) -> None:
 
 
 def load(path: Path, check: Callable[[Mapping[str, Any], str], None] = check) -> dict[str, Any]:
-    """Returns the content of a result file after ``check`` has checked its format."""
+    """Reads a result file, checks its format with ``check``, and returns its content."""
     document: dict[str, Any] = json.loads(path.read_text())
     check(document, path.name)
     return document

@@ -1,4 +1,4 @@
-"""Builds the model, the pairs and the recipe for ``benchmarks.train_step``."""
+"""Makes the model, the pairs and the recipe for ``benchmarks.train_step``."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Sizes:
         vision_hidden: Hidden size of the vision tower, which has two layers; each attention head has size 64.
         response: Largest number of tokens per response, including the end token.
         least_response: Smallest number of tokens per response, including the end token.
-        text: Largest number of prompt words in addition to the question of eight words.
-        least_text: Smallest number of these words; None: all prompts have ``text`` words.
+        text: Largest number of words that a prompt has in addition to its question of eight words.
+        least_text: Smallest number of these additional words; None: all prompts have ``text`` additional words.
         batch: Number of pairs per optimizer step.
         micro_batch: Number of pairs per forward pass.
     """
@@ -55,7 +55,7 @@ class Sizes:
 
     @property
     def prompt(self) -> int:
-        """Number of tokens of a prompt: images, words, the question of eight words, and two of the chat template."""
+        """Largest number of tokens in a prompt: image tokens, one token per word, and two of the chat template."""
         return self.images * self.image_tokens + self.text + 10
 
     @property
@@ -119,7 +119,7 @@ def make_pairs(folder: Path, sizes: Sizes, count: int) -> Path:
 
 
 def make_recipe(folder: Path, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> Recipe:
-    """Returns a recipe that trains as ``trainers.run_trl`` does, except for the values in ``settings``."""
+    """Returns a recipe for the same training as ``trainers.run_trl``. ``settings`` override its values."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
     sections = {"model": {"path": "unused"}, "data": {"train": [str(pairs)]}, "output": {"dir": str(folder / "run")}}
@@ -142,7 +142,7 @@ def make_recipe(folder: Path, pairs: Path, sizes: Sizes, steps: int, settings: M
 
 
 def order_of(recipe: Recipe, sizes: Sizes) -> list[int]:
-    """Returns the pair indices in the order in which our trainer reads the pairs."""
+    """Returns the indices of the pairs in the order in which mpo_ext's trainer reads them."""
     mixture = Mixture(recipe.data.train, seed=recipe.optim.seed)
     sampler = StepSampler(mixture.epoch, batch_size=recipe.optim.batch_size, seed=recipe.optim.seed)
     order: list[int] = []

@@ -1,7 +1,8 @@
-"""Declares the measurements of ``python -m benchmarks``, and makes the points of the result files.
+"""Declares the measurements of ``python -m benchmarks``, and makes the points (entries) of the result files.
 
-The providers of a group, its floor and the programs of ``benchmarks.machine`` run in turn, round by round. If a
-provider is missing, fails or would take too long, its point has the reason in place of measurements.
+The implementations in a group, the programs for their floor (a lower bound) and the programs of ``benchmarks.machine``
+run alternately. If an implementation is missing, fails or would take too long, its point has the reason in place of
+measurements.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _RUN_SECONDS = 20.0  # a peer whose run would take longer is not measured
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Providers that run in turn on one shape.
+    """Implementations of the loss that are measured together on one shape, in alternating runs.
 
     Attributes:
-        sweep: Size that varies over the groups of the sweep, such as "vocab"; "base" for the base shape.
+        sweep: Name of the size that is varied, such as "vocab"; "base" for the base shape.
         loss: The shape.
-        providers: Names of the providers.
+        providers: Names of the implementations.
         runs: Number of counted rounds.
-        memory: Names of the providers whose peak memory is measured too, each in a fresh process.
+        memory: Names of the implementations whose peak memory is also measured, each in a fresh process.
     """
 
     sweep: str
@@ -49,10 +50,11 @@ class Results:
     """Results of a benchmark so far.
 
     Attributes:
-        points: Points for the result file.
-        missing: Reasons by provider, for the providers that could not run.
-        machine: Seconds by program of ``benchmarks.machine``, from all groups.
-        beside: Median seconds by program of ``benchmarks.machine``, from the last group.
+        points: Points (entries) of the result file.
+        missing: The reason why an implementation could not run, by its name.
+        machine: Seconds of the programs that measure the machine (``benchmarks.machine``), by program, from all
+            groups.
+        beside: Median seconds of these programs, by program, from the last group.
     """
 
     points: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -61,7 +63,7 @@ class Results:
     beside: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add_machine(self, seconds: Mapping[str, Sequence[float]]) -> None:
-        """Adds the seconds of the programs of ``benchmarks.machine``, and stores their medians in ``beside``."""
+        """Stores the seconds of the programs that measure the machine, and their medians in ``beside``."""
         self.beside = {}
         for name, values in seconds.items():
             if name.startswith("machine: "):
@@ -69,15 +71,19 @@ class Results:
                 self.beside[name] = statistics.median(values)
 
     def skip(self, name: str, reason: str, sweep: str, loss: LossShape | None, **values: Any) -> None:
-        """Adds a point for the provider ``name``, which could not run. ``reason`` takes the place of measurements."""
+        """Adds an entry for the implementation ``name``, which could not run.
+
+        The entry has the reason in place of measurements.
+        """
         self.missing.setdefault(name, reason)
         self.points.append(point(sweep, name, loss, **values, reason=reason))
 
 
 def point(sweep: str, provider: str, loss: LossShape | None, **values: Any) -> dict[str, Any]:
-    """Returns a point of a result file. ``values`` are further fields of the point, such as ``seconds``.
+    """Returns a point: an entry of a result file with the measurements of an implementation on one shape.
 
-    A point without ``seconds`` or ``peak_bytes`` must have a ``reason``.
+    ``values`` are further fields of the point, such as ``seconds``. A point without ``seconds`` or ``peak_bytes`` must
+    have a ``reason``.
     """
     shape = {name: getattr(loss, name, None) for name in ("dtype", "pairs", "tokens", "vocab", "hidden", "share")}
     made = {"sweep": sweep, "provider": provider, **shape, "status": "measured", "reason": "", **values}
@@ -102,9 +108,9 @@ def _around(base: LossShape, axes: Mapping[str, Sequence[Any]]) -> Iterator[tupl
 
 
 def logits_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups of the loss from logits: the base shape, and sweeps over labelled share, V, T, B and dtype.
+    """Returns the measurements of the loss from logits: on the base shape, and with varied sizes.
 
-    ``quick`` selects small shapes.
+    The labelled fraction, V, T, B and the dtype are varied. ``quick`` selects small shapes.
     """
     rivals = ("eager", "torch.compile", "TRL selective_log_softmax", "Liger cross entropy", "quack cross entropy")
     everyone = ("mpo_ext", "mpo_ext, reuse_logits", logits.STATISTICS, *rivals, "mpo_ext, cuda", "mpo_ext, triton")
@@ -138,9 +144,10 @@ def logits_groups(*, quick: bool) -> list[Group]:
 
 
 def linear_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups of the loss from hidden states: the base shape, and sweeps over labelled share, V, D, T, B.
+    """Returns the measurements of the loss from hidden states: on the base shape, and with varied sizes.
 
-    The sweeps over V, D, T and B measure only mpo_ext. ``quick`` selects small shapes.
+    The labelled fraction, V, D, T and B are varied. With varied V, D, T and B, only mpo_ext is measured. ``quick``
+    selects small shapes.
     """
     # F.linear_cross_entropy takes seconds even on the small shapes of a quick run.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))
@@ -173,7 +180,10 @@ def linear_groups(*, quick: bool) -> list[Group]:
 
 
 def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, seconds_in_all: float) -> None:
-    """Measures a group, and adds its points to ``results``. ``seconds_in_all`` limits the time of the rounds."""
+    """Measures a group of implementations, and adds the measurements to ``results``.
+
+    After ``seconds_in_all``, no further round begins.
+    """
     loss = group.loss
     cases, missing = losses.usable(benchmark, group.providers, loss, most_seconds=_RUN_SECONDS)
     runs = losses.runs_of(benchmark, cases, loss)
@@ -200,7 +210,7 @@ def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, s
 def _peaks(
     benchmark: losses.LossBenchmark, group: Group, cases: Mapping[str, losses.Provider], seconds_in_all: float
 ) -> dict[str, int | str]:
-    """Returns, for each provider in ``group.memory``, its peak bytes or the reason why they were not measured."""
+    """Returns the peak bytes of each implementation in ``group.memory``, or the reason why they were not measured."""
     peaks: dict[str, int | str] = {}
     begin = time.perf_counter()
     for name in group.memory:
@@ -221,8 +231,8 @@ def run_groups(
 ) -> Results:
     """Measures the groups in their order until ``seconds`` have passed, and returns the results.
 
-    A group that has not begun by then is not measured. Its points hold "the N s of this benchmark were over" as their
-    ``reason``, in place of measurements. ``log`` receives a line for each measured group.
+    Groups that have not begun by then are not measured. Their points have the ``reason`` "the N s of this benchmark
+    were over". ``log`` is called with a line of text for each measured group.
     """
     results = Results()
     begin = time.perf_counter()
@@ -251,9 +261,10 @@ PROMPTS, _TRL_PROMPT = (1024, 2048, 4096, 8192), 2048
 def step_groups(
     *, quick: bool, prompts: Sequence[int] = PROMPTS
 ) -> list[tuple[str, train_step.Sizes, tuple[str, ...], int]]:
-    """Returns the sweep, the sizes, the cases and the number of counted steps of each group.
+    """Returns (sweep, sizes, cases, steps) for each group of training steps to measure.
 
-    ``prompts`` are the prompt lengths, in tokens, of the steps whose attention is expensive.
+    ``sweep`` is the size that is varied, ``cases`` the names of trainers and settings, and ``steps`` the number of
+    counted steps. ``prompts`` are prompt lengths in tokens, for steps in which attention is expensive.
     """
     ours, cases = ("mpo_ext", "mpo_ext, precomputed"), ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
     if quick:
@@ -281,7 +292,7 @@ def run_train_step(
 ) -> Results:
     """Measures complete training steps of mpo_ext's trainer and of TRL's trainer, and returns the results.
 
-    A group that has not begun after ``seconds`` is not measured. ``prompts`` are those of ``step_groups``.
+    Groups that have not begun after ``seconds`` are not measured. ``step_groups`` describes ``prompts``.
     """
     results = Results()
     begin = time.perf_counter()
@@ -329,7 +340,7 @@ def run_sampling(*, quick: bool, threads: int, log: Callable[[str], None]) -> Re
 
 
 def machine_points(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Returns a point for each program of ``benchmarks.machine``, from the seconds of its runs."""
+    """Returns an entry of a result file for each program that measures the machine, from the seconds of its runs."""
     return [
         point("machine", name.removeprefix("machine: "), None, seconds=list(values))
         for name, values in seconds.items()

@@ -50,7 +50,7 @@ def provider_name(provider: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns the first sentence of a reason, without characters that have a meaning in Markdown."""
+    """Returns the first sentence of a text, without characters that are special in Markdown."""
     return text.partition(". ")[0].translate(str.maketrans("|", "/", "<>`")).rstrip(".")
 
 
@@ -63,7 +63,7 @@ def _cpu(document: Document) -> str:
 
 
 def _where(document: Document) -> str:
-    """Returns a sentence with the machine, versions, date, load and command of a run."""
+    """Returns a sentence with the machine, versions, date, load and command of a benchmark run."""
     environment = document["environment"]
     load = max(environment["load_before"][0], environment["load_after"][0])
     return (
@@ -121,9 +121,9 @@ def _mib(size: float | None) -> str:
 
 
 def _beyond(point: Point | None) -> float | None:
-    """Returns the peak bytes of a point beyond the inputs, or None if memory was not measured.
+    """Returns the measured peak bytes beyond the inputs, or None if memory was not measured.
 
-    For a loss from hidden states, the returned gradients are also subtracted.
+    For a loss from hidden states, the bytes of the returned gradients are subtracted.
     """
     if point is None or point.get("peak_bytes") is None:
         return None
@@ -163,9 +163,9 @@ def _shape(name: str, document: Document) -> str:
 
 
 def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
-    """Returns a table with a row for each provider that was measured on the base shape. The last row is the floor.
+    """Returns a table of the times and memory on the base shape, with a row for each implementation of the loss.
 
-    ``is_short`` selects the fewer columns of the README.
+    The last row is the floor, a lower bound. ``is_short`` selects fewer columns, for the README.
     """
     base, swept = _measured(document, "base"), _measured(document, "share")
     few = min({p["share"] for p in swept}, key=lambda share: abs(share - 0.1), default=None)
@@ -194,7 +194,7 @@ def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
 
 
 def full_table(name: str, documents: Documents) -> str:
-    """Returns the full table of the benchmark "logits" or "linear"."""
+    """Returns the table with all columns of the benchmark "logits" or "linear"."""
     document = documents[name]
     return "\n".join([
         f"{_where(document)}\n",
@@ -205,7 +205,7 @@ def full_table(name: str, documents: Documents) -> str:
 
 
 def sweeps(name: str, documents: Documents) -> str:
-    """Returns the plot of the sweeps, and a table with a row for each measured shape.
+    """Returns the plot of time against varied sizes, and a table with a row for each measured shape.
 
     The columns of the table are mpo_ext's methods and eager torch.
     """
@@ -235,7 +235,7 @@ def sweeps(name: str, documents: Documents) -> str:
 
 
 def readme_logits(documents: Documents) -> str:
-    """Returns the short table of the loss from logits."""
+    """Returns the README's table of the loss from logits."""
     document = documents["logits"]
     return (
         f"{_shape('logits', document)}. Medians of interleaved runs on {_where_short(document)}. "
@@ -247,7 +247,7 @@ def readme_logits(documents: Documents) -> str:
 
 
 def _base_steps(document: Document) -> tuple[list[Point], Point | None]:
-    """Returns the points measured on the base shape, and TRL's point (None if TRL was not measured)."""
+    """Returns all measurements of training steps on the base sizes, and then TRL's measurement (None if missing)."""
     base = [point for point in _measured(document) if point["sweep"].startswith("base")]
     return base, _find(base, provider="TRL")
 
@@ -275,7 +275,7 @@ def _loss_gap(base: Sequence[Point], trl: Point | None, names: str) -> str:
 
 
 def readme_step(documents: Documents) -> str:
-    """Returns the short table of the training step."""
+    """Returns the README's table of the training step."""
     document = documents["train_step"]
     base, trl = _base_steps(document)
     rows = [[provider_name(p["provider"]), _time(p), _mib(p["peak_bytes"]), _faster(p, trl)] for p in base]
@@ -323,7 +323,7 @@ _ATTENTION_NAMES = {
 
 
 def attention_steps(documents: Documents) -> str:
-    """Returns the table of the training steps whose attention is expensive: a row for each prompt and case."""
+    """Returns the table of training steps in which attention is expensive, by prompt length and case."""
     document = documents["train_step"]
     points = [point for point in _measured(document) if _is_attention(point)]
     rows = []
@@ -399,7 +399,7 @@ def sampling(documents: Documents) -> str:
 
 
 def rates(documents: Documents) -> str:
-    """Returns a table of the measured rates of the machine."""
+    """Returns a table of the measured speed of the machine, such as its memory bandwidth."""
     machine = documents["cost_model"]["settings"]["rates"]
     rows = [
         ["bandwidth", f"{machine['bandwidth'] / 1e9:.1f} GB/s"],
@@ -433,7 +433,7 @@ def _error_range(errors: Sequence[float]) -> str:
 
 
 def cost_model(documents: Documents) -> str:
-    """Returns a table of the cost model's errors by kind of points, and a table of the methods with large errors."""
+    """Returns a table of the cost model's errors by kind of measurement, and a table of methods with large errors."""
     points = documents["cost_model"]["points"]
     within, errors = check_model.WITHIN, [abs(check_model.error(p)) for p in points]
     ours = [abs(check_model.error(p)) for p in points if check_model.is_ours(p["provider"])]
@@ -472,7 +472,7 @@ def _counted(documents: Documents) -> str:
 
 
 def instruction_counts(documents: Documents) -> str:
-    """Returns a table of the instructions per logit in the main loop of each kernel."""
+    """Returns a table of the instructions per logit in the main loop of each CUDA kernel."""
     archs = documents["machine_code"]["instructions"]
     rows = []
     for kernel in ("token_logp", "token_logp stats", "logits_grad"):
@@ -485,7 +485,7 @@ def instruction_counts(documents: Documents) -> str:
 
 
 def registers(documents: Documents) -> str:
-    """Returns a table of the registers per thread of each kernel."""
+    """Returns a table of the registers per thread of each CUDA kernel."""
     table = documents["machine_code"]["registers"]
     archs = list(next(iter(table.values())))
     rows = [[name, *(str(used[arch]) for arch in archs)] for name, used in table.items() if " float16" not in name]

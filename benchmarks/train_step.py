@@ -1,13 +1,13 @@
 """Compares training steps of mpo_ext and TRL (time, memory, losses): ``python -m benchmarks.train_step``.
 
-Both trainers run completely, from pairs on the disk to the optimizer, each in its own process, with the same model,
-pairs and order of pairs. The processes take turns: one process makes a step while the others wait. TRL 1.16 computes
-the MPO loss as the sum of its losses ``sigmoid``, ``bco_pair`` and ``sft``, without a reward shift. The reward shift
-of mpo_ext is therefore fixed at 0.
+Both trainers run completely, from pairs on the disk to the optimizer. Each runs in its own process, with the same
+model and the same pairs in the same order. The processes take turns: one makes a step while the others wait. TRL 1.16
+computes the MPO loss as the sum of its losses ``sigmoid``, ``bco_pair`` and ``sft``, without a reward shift. The
+reward shift of mpo_ext is therefore fixed at 0.
 
-The model is an InternVL, small except for its vocabulary. A pair has four images of 256 tokens each and responses of
-128 tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because TRL rejects a precomputed
-reference for images. A case that fails is listed with its error.
+The model is a small InternVL with a large vocabulary. A pair has four images of 256 tokens each and responses of 128
+tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because TRL rejects a precomputed reference
+for images. A case that fails is listed with its error.
 
 ``--attention`` compares kinds of attention, with a small vocabulary and a long prompt of text: one row with split
 attention, one row with a dense mask, and separate rows, in mpo_ext and in TRL.
@@ -34,7 +34,7 @@ from benchmarks.trainers import Gate, MeasuredStep, Parts, run_ours, run_trl
 
 @dataclasses.dataclass(frozen=True)
 class TrainerCase:
-    """A trainer and its settings."""
+    """A trainer and its settings, which are measured as one case."""
 
     is_trl: bool  # whether the trainer is TRL's
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # override recipe or DPOConfig
@@ -68,7 +68,7 @@ _DEEP_PROMPT = 4096
 
 
 def attention_sizes(prompt: int) -> Sizes:
-    """Returns sizes with which attention takes a large part of a step: a long prompt of text, a small vocabulary.
+    """Returns sizes for steps in which attention takes much of the time: a long text prompt and a small vocabulary.
 
     ``prompt`` is the number of tokens of the prompt.
     """
@@ -80,7 +80,7 @@ def attention_sizes(prompt: int) -> Sizes:
 def _side(
     connection: Any, case: TrainerCase, pairs: Path, sizes: Sizes, steps: int, threads: int, with_parts: bool
 ) -> None:
-    """Trains a case in the current process, and sends each measured step, or the error, to ``connection``."""
+    """Trains a case in a child process. Sends each measured step, or the error, to ``connection``."""
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     try:
@@ -103,7 +103,9 @@ def _side(
 def run_cases(
     cases: Mapping[str, TrainerCase], sizes: Sizes, steps: int, *, threads: int, with_parts: bool = False
 ) -> tuple[dict[str, list[MeasuredStep]], dict[str, str]]:
-    """Runs the cases in turn, one step of each case at a time. The first step of a case includes all setup.
+    """Trains all cases, each in its own process. The cases take turns after each step.
+
+    The first step of a case includes all setup.
 
     Returns:
         The steps of each case that succeeded, and the error of each case that failed.
@@ -145,7 +147,7 @@ def run_cases(
 
 
 def summary(steps: Sequence[MeasuredStep]) -> dict[str, Any]:
-    """Returns the results of a case by name: medians over the steps after the first, peak bytes, and all losses."""
+    """Summarizes the steps of a case: median times after the first step, peak memory in bytes, and all losses."""
     counted = steps[1:]
     timing = Timing([step.seconds for step in counted])
     parts = {name: statistics.median(step.parts.get(name, 0.0) for step in counted) for name in counted[-1].parts}
@@ -161,7 +163,7 @@ def summary(steps: Sequence[MeasuredStep]) -> dict[str, Any]:
 
 
 def rates(sizes: Sizes, seconds: float) -> dict[str, float]:
-    """Returns pairs and tokens per second. The tokens of a prompt count once for a pair."""
+    """Returns the pairs and the tokens per second of a step. The tokens of a prompt count once per pair."""
     tokens = sizes.prompt + sizes.response + sizes.least_response
     return {"pairs_per_s": sizes.batch / seconds, "tokens_per_s": sizes.batch * tokens / seconds}
 

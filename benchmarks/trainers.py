@@ -44,16 +44,17 @@ class MeasuredStep:
 
 
 class Gate:
-    """Makes a trainer process wait for its turn, and measures each step from the start of the turn.
+    """Makes a trainer process wait for its turn before each step, and measures each step.
 
     The trainer calls the gate with the loss after each step.
 
     Args:
-        connection: Connection to the process that assigns turns. None: never wait, and append each step to ``steps``.
-        parts: Measures the parts of each step. None: measure whole steps only.
+        connection: Connection to the process that assigns turns. Each measured step is sent to that process. None:
+            the steps are appended to ``steps`` instead, and the trainer never waits.
+        parts: Measures the parts of each step. None: only whole steps are measured.
 
     Attributes:
-        steps: Measured steps; always empty if ``connection`` is given, because the gate then sends each step.
+        steps: Measured steps; empty if ``connection`` is given.
     """
 
     def __init__(self, connection: Any = None, parts: Parts | None = None) -> None:
@@ -69,7 +70,7 @@ class Gate:
         self.begin_s, self.begin_cpu_s = time.perf_counter(), time.process_time()
 
     def __call__(self, loss: float) -> None:
-        """Reports a finished step, and waits for the next turn."""
+        """Reports a finished step and its loss, and waits for the next turn."""
         elapsed, cpu = time.perf_counter() - self.begin_s, time.process_time() - self.begin_cpu_s
         parts = {} if self.parts is None else dict(self.parts.seconds)
         step = MeasuredStep(loss, elapsed, cpu, resident_bytes("VmHWM") - self.before, parts)
@@ -82,16 +83,16 @@ class Gate:
 
 
 class Parts:
-    """Measures the seconds of each part of a step, with hooks on the policy and the trainer."""
+    """Measures the seconds of each part of a training step, with hooks on the model and the accelerator."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self._marks: dict[str, float] = {}
 
     def wrap(self, call: Callable[..., Any], name: str, *, of_policy: bool = False) -> Callable[..., Any]:
-        """Returns ``call`` with its time added to the part ``name``.
+        """Returns a function that calls ``call`` and adds the time to the part ``name``.
 
-        With ``of_policy``, only calls that record gradients count, which leaves out the calls of the reference model.
+        If ``of_policy`` is True, calls without gradients are not timed, because the reference model makes them.
         """
 
         @functools.wraps(call)
@@ -107,7 +108,7 @@ class Parts:
         return timed
 
     def watch(self, model: Any, accelerator: Any) -> None:
-        """Installs hooks that time the policy's forward and backward, the gradient norm and the optimizer step."""
+        """Installs hooks that time forward and backward of the model, the gradient norm and the optimizer step."""
         from torch.optim import optimizer
 
         tower, decoder = model.model.vision_tower, model.model.language_model
@@ -141,11 +142,11 @@ class Parts:
 
 
 class _DoneError(Exception):
-    """Ends a run after its last step, before the trainer writes the model."""
+    """Raised to end a run after its last step, before the trainer writes the model."""
 
 
 def run_ours(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
-    """Trains with ``mpo_ext.train``, and calls the gate after each of ``steps`` steps.
+    """Trains with mpo_ext's trainer, and calls the gate after each of ``steps`` steps.
 
     ``pairs`` is the file of pairs. ``settings`` override the recipe.
     """
@@ -178,7 +179,7 @@ def run_ours(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mappin
 
 
 def _trl_rows(recipe: Any, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Yields the pairs in TRL's conversational format, in the order in which our trainer reads the pairs."""
+    """Yields the pairs in TRL's conversational format, in the order in which mpo_ext's trainer reads them."""
     mixture = Mixture(recipe.data.train, seed=recipe.optim.seed)
     for index in order_of(recipe, sizes):
         pair = mixture[index]
@@ -192,7 +193,7 @@ def _trl_rows(recipe: Any, sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def _trl_options(recipe: Any, sizes: Sizes, steps: int, folder: str) -> dict[str, Any]:
-    """Returns the options of ``DPOConfig`` that make TRL compute the same loss and updates as our recipe."""
+    """Returns the options of ``DPOConfig`` with which TRL computes the same loss and updates as ``recipe``."""
     return {
         "output_dir": folder,
         "loss_type": ["sigmoid", "bco_pair", "sft"],
@@ -268,7 +269,10 @@ def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping
 
 
 def _watch_trl(parts: Parts, model: Any, trainer: Any, stack: contextlib.ExitStack) -> None:
-    """Measures the parts of TRL's steps until ``stack`` is closed."""
+    """Makes ``parts`` time the parts of TRL's training steps.
+
+    Replaces a function of TRL. The original function is restored when ``stack`` is closed.
+    """
     from trl.trainer import utils
 
     parts.watch(model, trainer.accelerator)

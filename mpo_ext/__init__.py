@@ -1,7 +1,7 @@
 """mpo_ext: Mixed Preference Optimization (arXiv 2411.10442) for multimodal and text language models.
 
 Public names are imported on first use. ``import mpo_ext`` is therefore fast, and works even if a part of the
-installation is broken (see ``mpo-ext doctor``).
+installation is broken. ``mpo-ext doctor`` finds such a part.
 """
 
 import importlib

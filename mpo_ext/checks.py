@@ -1,4 +1,4 @@
-"""Functions that check arguments. Their error messages read ``<argument> must be <rule>, got <value>``."""
+"""Functions that check arguments. Their error messages have the form ``<argument> must be <rule>, got <value>``."""
 
 import difflib
 import math
@@ -10,7 +10,7 @@ _INTERVAL_RULES = {"(-inf, inf)": "finite", "(0, inf)": "positive and finite", "
 
 
 def install_hint(extra: str) -> str:
-    """Returns the part of an error message that tells how to install an extra of mpo-ext, such as "train"."""
+    """Returns the advice in error messages on how to install an extra of mpo-ext, such as "train"."""
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
 
 
@@ -19,18 +19,18 @@ MAX_DEPTH = 100
 
 
 class DefectError(ValueError):
-    """Raised for a defect in the lines of a data file, not in the arguments or settings of a command."""
+    """Raised if lines of a data file are defective. Errors in arguments or settings raise other exceptions."""
 
 
 class LinesError(ValueError):
-    """An error whose message has several lines. Commands print all other messages in one line."""
+    """An error whose message has several lines. Commands print the messages of all other errors in one line."""
 
 
 def check_number(name: str, value: object, interval: str = "") -> None:
-    """Raises unless a value is a real number and, optionally, lies in an interval.
+    """Raises unless a value is a real number and lies in an interval.
 
-    ``name`` is the argument in the message. ``interval`` holds the allowed numbers in mathematical notation, such as
-    ``"[0, 1)"`` or ``"(0, inf)"``. NaN lies in no interval. The empty string allows every number.
+    ``name`` is the name of the argument in the message. ``interval`` is in mathematical notation, such as ``"[0, 1)"``
+    or ``"(0, inf)"``. NaN lies in no interval. The empty string allows every number.
 
     Raises:
         TypeError: If the value is a bool or not a real number.
@@ -57,7 +57,7 @@ def check_integer(name: str, value: object, *, least: int | None = None) -> None
 
 
 def check_index(index: int, size: int) -> int:
-    """Converts an index that may be negative to an index from 0; raises IndexError if it is out of range."""
+    """Converts a negative index to the equivalent index from 0; raises IndexError if it is out of range."""
     if not -size <= index < size:
         raise IndexError(f"index must be in [{-size}, {size}), got {index}")
     return index % size
@@ -71,13 +71,16 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str:
-    """Returns ``; did you mean 'x'?`` if a known word x is similar to ``word``, or else ``otherwise``."""
+    """Returns ``; did you mean 'x'?``, where x is the known word most similar to ``word``.
+
+    Returns ``otherwise`` if no known word is similar.
+    """
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else otherwise
 
 
 def check_model_path(name: str, path: str) -> None:
-    """Raises FileNotFoundError if a model's path does not exist and cannot be the id of a model on the hub."""
+    """Raises FileNotFoundError if a model's path does not exist and does not look like a model id on the hub."""
     if os.path.exists(path) or "://" in path:
         return
     parent = os.path.dirname(path)
@@ -86,14 +89,17 @@ def check_model_path(name: str, path: str) -> None:
 
 
 def check_is_no_run(name: str, path: str) -> None:
-    """Raises ValueError if ``path`` is the output folder of a training run, whose subfolder ``final`` is the model."""
+    """Raises ValueError if ``path`` is the output folder of a training run instead of the folder of a model.
+
+    The error message names the run's model, the subfolder ``final``.
+    """
     final = os.path.join(path, "final")
     if not os.path.exists(os.path.join(path, "config.json")) and os.path.exists(os.path.join(final, "config.json")):
         raise ValueError(f"{name} must be the folder of a model, got {path}, of a run whose model is {final}")
 
 
 def environment_integer(name: str, default: int) -> int:
-    """Returns the integer in an environment variable of a launcher, or ``default`` if the variable is not set.
+    """Returns the integer in the environment variable ``name``, or ``default`` if the variable is not set.
 
     Raises:
         ValueError: If the value is not an integer of at least 0.
@@ -107,7 +113,10 @@ def environment_integer(name: str, default: int) -> int:
 
 
 def is_nested_deeply(value: object) -> bool:
-    """Returns whether lists and dicts are nested more than ``MAX_DEPTH`` levels deep; recursion could then fail."""
+    """Returns whether lists and dicts are nested more than ``MAX_DEPTH`` levels deep.
+
+    Recursive functions could fail on such a value.
+    """
     level = [value]
     for _ in range(MAX_DEPTH):
         parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
@@ -118,7 +127,7 @@ def is_nested_deeply(value: object) -> bool:
 
 
 def check_json(name: str, value: object) -> None:
-    """Raises unless JSON can store a value without changing it.
+    """Raises unless a value can be stored as JSON and read back unchanged.
 
     Messages refer to parts of the value as ``name.key`` and ``name[index]``.
 
@@ -160,7 +169,7 @@ def check_text(name: str, value: str) -> None:
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """Returns the repr of a value, cut to ``limit`` characters for a message."""
+    """Returns the repr of a value, shortened to ``limit`` characters for a message."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

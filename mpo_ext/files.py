@@ -31,7 +31,7 @@ def atomic_write(path: str | os.PathLike[str], *, is_locked: bool = False) -> It
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path with the suffix of ``path``; after the ``with`` block, renames it to ``path``.
 
-    Use it for libraries that write to a path; for all other files, use ``atomic_write``.
+    This is for libraries that write to a path. In all other cases, use ``atomic_write``.
     """
     target = Path(path)
     with _renamed(target, f".{target.stem[:200]}.{secrets.token_hex(6)}{target.suffix}") as temporary:
@@ -61,10 +61,10 @@ def check_outputs(
     """Raises if writing the outputs would destroy files of the user.
 
     Args:
-        name: Name of the argument that gives the place of the outputs, for messages.
+        name: Name of the argument with the output path, for messages.
         outputs: Paths that will be written; paths that do not exist are ignored.
         inputs: Paths that will be read; paths that do not exist are ignored.
-        is_ours: Whether mpo_ext wrote the existing outputs, so that they may be replaced.
+        is_ours: Whether mpo_ext wrote the existing outputs. If True, they may be replaced.
 
     Raises:
         ValueError: If an output is an input (perhaps under another path), or a folder that holds an input.
@@ -85,9 +85,9 @@ def check_outputs(
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns the device and inode number of a file. They are equal for all paths of the file.
+    """Returns the device and inode numbers of a file. All paths of the file have the same numbers.
 
-    For a broken link, the numbers of the link itself are returned.
+    For a broken link, they are the numbers of the link itself.
     """
     status = os.stat(path) if os.path.exists(path) else os.lstat(path)
     return status.st_dev, status.st_ino
@@ -113,7 +113,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Syncs the entries of a folder to disk; without this, a power failure may undo a rename in the folder."""
+    """Syncs the entries of a folder to disk. Otherwise, a power failure could undo a rename in the folder."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -135,19 +135,19 @@ class LockedError(RuntimeError):
 
 
 class FileLock:
-    """A context manager that holds a lock. The operating system releases the lock when the process dies.
+    """A context manager that holds a lock between processes. The operating system releases it when the process dies.
 
-    The lock file contains the process id of the holder, which LockedError names.
+    The lock file contains the process id of the holder. The message of LockedError names this id.
 
     Args:
-        path: Path of the lock file. The file is never deleted, because two processes could otherwise hold locks on
-            different files at the same path.
+        path: Path of the lock file. The file is never deleted: if it were, two processes could hold locks on different
+            files at this path.
         what: Name of the locked resource for the error message.
-        wait: Whether to wait until the lock is free instead of raising.
+        wait: Whether to wait until the lock is free. If False, a lock held by another process raises.
 
     Raises:
         LockedError: If another process holds the lock and ``wait`` is False.
-        FileExistsError: If the file holds anything but a process id.
+        FileExistsError: If the file contains anything except a process id.
     """
 
     def __init__(self, path: Path, what: str, *, wait: bool = False) -> None:
@@ -180,5 +180,5 @@ class FileLock:
         os.close(self._file)
 
     def fileno(self) -> int:
-        """Returns the descriptor of the held lock; a process that inherits it holds the lock, too."""
+        """Returns the file descriptor of the held lock. A process that inherits the descriptor also holds the lock."""
         return self._file

@@ -1,4 +1,4 @@
-"""Loads images with ``load_image``, so that training, sampling, evaluation and HTML pages see the same pixels.
+"""Loads images. Training, sampling, evaluation and HTML pages all use ``load_image`` and see the same pixels.
 
 docs/images.md describes the conversions.
 """
@@ -56,8 +56,8 @@ def load_image(source: Any) -> Any:
     """Returns the pixels that a model sees: a PIL image of mode RGB, upright, in sRGB, on white.
 
     EXIF orientation is applied, transparency is composited on white, an embedded colour profile is converted to sRGB,
-    16-bit grey is scaled to 8 bits, and an animation gives its first frame. A PIL image that needs none of these is
-    returned unchanged.
+    16-bit grey is scaled to 8 bits, and only the first frame of an animation is used. A PIL image that needs no
+    conversion is returned unchanged.
 
     Args:
         source: Path, ``file://`` URL, ``data:`` URL, bytes of an image file, or PIL image.
@@ -65,7 +65,7 @@ def load_image(source: Any) -> Any:
     Raises:
         FileNotFoundError: If the file does not exist.
         ImageError: If the image cannot be read, is not a regular file in a known format, has more pixels than the
-            limit, or has values of an unknown range; or if the source is another URL, because URLs are not fetched.
+            limit, or has values of an unknown range. If the source is another URL, because URLs are not fetched.
         TypeError: If the source has another type.
         ImportError: If Pillow is not installed.
     """
@@ -74,9 +74,9 @@ def load_image(source: Any) -> Any:
 
 
 def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
-    """Checks an image, and returns the kind and text of each warning about it.
+    """Checks an image, and returns the kind and the text of each warning.
 
-    There are two kinds: "animated image" (only the first frame is used), and "colour profile" (it cannot be applied).
+    The kinds are "animated image" (only the first frame is used) and "colour profile" (it cannot be applied).
 
     Args:
         source: Path, ``file://`` URL, ``data:`` URL or bytes of an image file.
@@ -106,7 +106,7 @@ def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
 
 
 def is_url(source: str) -> bool:
-    """Returns whether a text is a URL and not a path. If a file name looks like a URL, write "./" before it."""
+    """Returns whether a text is a URL and not a path. A file name that looks like a URL must begin with "./"."""
     return _URL.match(source) is not None
 
 
@@ -115,26 +115,26 @@ def is_data_url(source: str) -> bool:
 
 
 def is_remote(source: str) -> bool:
-    """Returns whether a text is a URL that must be downloaded; False for ``data:`` and local ``file://`` URLs."""
+    """Returns whether a text is a URL of another machine; False for ``data:`` and local ``file://`` URLs."""
     return is_url(source) and not is_data_url(source) and _FILE_URL.match(source) is None
 
 
 def local_path(source: str) -> str:
-    """Returns the path of a ``file://`` URL; other texts are returned unchanged."""
+    """Returns the path in a ``file://`` URL. Other texts are returned unchanged."""
     match = _FILE_URL.match(source)
     return source if match is None else urllib.parse.unquote(source[match.end() :])
 
 
 def image_exists(source: str) -> bool:
-    """Returns whether a path or ``file://`` URL names a file; True for a ``data:`` URL, False for any other URL."""
+    """Returns whether a path or ``file://`` URL exists as a file; True for ``data:`` URLs, False for other URLs."""
     return is_data_url(source) or os.path.isfile(local_path(source))
 
 
 def missing_image_advice(source: str) -> str:
-    """Returns advice to append to the message that the image file ``source`` does not exist; "" for no advice.
+    """Returns advice for an error message about the missing image file ``source``.
 
-    The advice is given if ``source`` ends with an image in base64 and is not a ``data:`` URL. The text before the
-    image may be a root folder, which the caller has joined to it.
+    The advice is for base64 text without the prefix ``data:image/...;base64,``. The path of a folder may precede the
+    text. In all other cases, the result is "".
     """
     match = _BASE64_IMAGE.search(source)
     if match is None:
@@ -143,9 +143,9 @@ def missing_image_advice(source: str) -> str:
 
 
 def describe_source(source: Any) -> str:
-    """Returns a text that names the source of an image in a message: a path or a URL as a whole.
+    """Returns a text that names the source of an image in a message.
 
-    A ``data:`` URL, base64 text, or a text that is too long for a path is cut to 80 characters.
+    Paths and URLs are complete. ``data:`` URLs, base64 text, and texts too long for a path get at most 80 characters.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source):,} bytes"
@@ -177,9 +177,9 @@ def read_source(source: str) -> bytes:
 
 
 def read_image(source: str) -> bytes:
-    """Returns the bytes of an image file as ``read_source`` does, and raises if they are not an image.
+    """Returns the bytes of an image file after checking that it is an image. ``source`` is as in ``read_source``.
 
-    Code that copies or publishes images calls this function, so that it cannot copy a file of another kind.
+    Use this function to copy or publish images; it never returns a file of another kind.
 
     Raises:
         OSError: If the file cannot be read.
@@ -194,13 +194,13 @@ def read_image(source: str) -> bytes:
 
 
 def set_max_pixels(limit: int) -> None:
-    """Sets the maximum number of pixels of an image, for this process and the processes that it starts."""
+    """Sets the maximum number of pixels per image, for this process and its future child processes."""
     check_integer("max_image_pixels", limit, least=1)
     os.environ[LIMIT_VARIABLE] = str(limit)
 
 
 def max_pixels() -> int:
-    """Returns the maximum number of pixels of an image, from the environment variable MPO_MAX_IMAGE_PIXELS."""
+    """Returns the maximum number of pixels per image: MPO_MAX_IMAGE_PIXELS in the environment, or the default."""
     text = os.environ.get(LIMIT_VARIABLE, "")
     if not text:
         return _DEFAULT_LIMIT
@@ -210,9 +210,9 @@ def max_pixels() -> int:
 
 
 def open_regular(path: str | os.PathLike[str], source: Any, kind: str = "image") -> IO[bytes]:
-    """Opens and returns a regular file; raises ImageError for a pipe or a device, which could block or never end.
+    """Opens and returns a regular file. Raises ImageError for a pipe or a device, because reading could block forever.
 
-    The message names the file by ``source``, and its content by ``kind``.
+    In the message, ``kind`` is the kind of the content, and ``source`` names the file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -239,7 +239,7 @@ def _pillow() -> Any:
 
 @contextlib.contextmanager
 def _opened(source: Any) -> Iterator[Any]:
-    """Yields a PIL image with an allowed size; all errors in the block name the source."""
+    """Opens an image, checks its size, and yields it as a PIL image. Errors in the block name the source."""
     pillow, limit = _pillow(), max_pixels()
     if isinstance(source, pillow.Image):
         with _named_errors(source), warnings.catch_warnings():
@@ -278,7 +278,7 @@ def _opened(source: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _named_errors(source: Any) -> Iterator[None]:
-    """Turns the errors of Pillow in a ``with`` block into an ImageError that names the source."""
+    """Converts errors of Pillow in the ``with`` block to an ImageError that names the source."""
     from PIL import Image, UnidentifiedImageError
 
     name = describe_source(source)
@@ -332,7 +332,7 @@ def _data_bytes(url: str) -> bytes:
 
 
 def _to_rgb(image: Any) -> Any:
-    """Returns an opened image, converted as ``load_image`` describes.
+    """Converts an opened image as ``load_image`` describes.
 
     The messages of its ImageErrors lack the words "image must" at the beginning; ``_named_errors`` adds them.
     """
@@ -355,7 +355,7 @@ def _to_rgb(image: Any) -> Any:
 
 
 def _raw_mode(image: Any) -> str:
-    """Returns the pixel layout of an image, such as "L;4", or "" if it is unknown. ``load`` discards the layout."""
+    """Returns an image's pixel layout, such as "L;4", or "" if it is unknown or Pillow's ``load`` has discarded it."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else None
     raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -369,7 +369,7 @@ def _check_transparency(image: Any, raw_mode: str) -> None:
 
 
 def _orientation(image: Any) -> Any:
-    """Returns the transposition that turns an image upright, or None. A damaged EXIF block counts as absent."""
+    """Returns the Pillow transposition that turns an image upright, or None. Damaged EXIF data is ignored."""
     transpose = _pillow().Transpose
     try:
         orientation = image.getexif().get(_ORIENTATION)
@@ -387,7 +387,7 @@ def _orientation(image: Any) -> Any:
 
 
 def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
-    """Returns the colours of an image in mode L, RGB, CMYK or LAB, and its opacity in mode L (None: opaque)."""
+    """Returns the colours of an image (mode L, RGB, CMYK or LAB), and its opacity (mode L; None: opaque)."""
     mode, transparency = image.mode, image.info.get("transparency")
     if mode.startswith("I") or mode == "F":
         return _grey(image, transparency)
@@ -407,7 +407,7 @@ def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
 
 
 def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
-    """Returns a grey image of more than 8 bits scaled to mode L, and its opacity in mode L (None: opaque)."""
+    """Scales a grey image of more than 8 bits to mode L. Returns it with its opacity (mode L; None: opaque)."""
     import numpy as np
 
     values, pillow = np.asarray(image), _pillow()
@@ -445,12 +445,12 @@ def _range(image: Any) -> str:
 
 
 def _color_mode(mode: str) -> str:
-    """Returns the mode of the colours from ``_color_and_alpha`` for an image of mode ``mode``."""
+    """Returns the mode of the colours that ``_color_and_alpha`` returns for an image of mode ``mode``."""
     return "L" if mode in _GREYS else mode if mode in ("CMYK", "LAB") else "RGB"
 
 
 def _to_srgb(color: Any, profile: bytes | None) -> Any:
-    """Returns colours converted from their profile to sRGB; a profile that cannot be applied counts as sRGB."""
+    """Converts colours from their profile to sRGB. Without a usable profile, the colours count as sRGB."""
     transform = _profile_transform(profile, color.mode)[0] if profile else None
     if transform is None:
         return color.convert("RGB")
@@ -461,10 +461,10 @@ def _to_srgb(color: Any, profile: bytes | None) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _profile_transform(profile: bytes, mode: str) -> tuple[Any, str | None]:
-    """Returns the transform from a profile to sRGB, and the reason why the profile cannot be applied (or None).
+    """Returns the transform from a profile to sRGB, and the reason why the profile cannot be applied.
 
-    Both are None if the profile equals sRGB up to rounding: most photos then keep their exact values. ``mode`` is the
-    mode of the image's colours.
+    If the profile can be applied, the reason is None. If the profile equals sRGB up to rounding, the transform is
+    None, too, so no pixel changes. ``mode`` is the mode of the image's colours.
     """
     cms, pillow = _image_cms(), _pillow()
     try:

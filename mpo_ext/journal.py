@@ -1,10 +1,11 @@
 """Journals: append-only files of records, which stay readable if the writing process is killed.
 
-Each sampling process writes a journal. The first line is a header with the settings of the run; every other line is a
+Each sampling process writes a journal. The first line is a header with the settings of the run. Every other line is a
 record with a ``key``. ``append`` returns after the operating system has received the record, so killing the process
-loses no appended record. To survive a crash of the machine, the file is synced to disk when it is created, at most
-every ``fsync_s`` seconds after that, and when it is closed. A kill or a crash can leave an incomplete last line, which
-is removed when the journal is opened.
+loses no appended record.
+
+The file is synced to disk when it is created, at most every ``fsync_s`` seconds after that, and when it is closed. A
+kill or a crash can leave an incomplete last line. This line is removed when the journal is opened.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ class SettingsMismatchError(LinesError):
 
 
 class Journal:
-    """The journal of a process, to be used as a context manager. Only one process at a time can open the file.
+    """The journal of a process, used as a context manager. Only one process at a time can open the file.
 
     Args:
         path: Path of the file, which is created if it does not exist.
@@ -105,7 +106,7 @@ class Journal:
 
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
-    """Returns a record as a line of JSON in UTF-8. If UTF-8 cannot encode a text, all non-ASCII text is escaped."""
+    """Returns a record as a line of JSON in UTF-8. If a text cannot be encoded, all non-ASCII text is escaped."""
     try:
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which JSON can express and UTF-8 cannot
@@ -154,9 +155,9 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _check_beginning(file: int, path: Path) -> None:
-    """Raises ValueError unless a file is empty or begins like a journal.
+    """Raises ValueError unless a file is empty or begins with the header of a journal.
 
-    Without this check, ``_cut_half_line`` could cut a file that is not a journal.
+    This protects other files from ``_cut_half_line``.
     """
     beginning = encode_line({"format": _FORMAT})[:-2]
     found = os.pread(file, len(beginning), 0)
@@ -166,7 +167,10 @@ def _check_beginning(file: int, path: Path) -> None:
 
 
 def _cut_half_line(file: int) -> None:
-    """Removes the rest of an interrupted write: bytes after the last newline, and a last line that is not JSON."""
+    """Removes the remains of an interrupted write from the end of a file.
+
+    These are bytes after the last newline, and a last line that is not JSON.
+    """
     size = os.fstat(file).st_size
     end = _line_start(file, size)  # offset after the last newline
     if end > 0:
@@ -181,7 +185,7 @@ def _cut_half_line(file: int) -> None:
 
 
 def _line_start(file: int, end: int) -> int:
-    """Returns the offset at which the line that ends at the offset ``end`` begins."""
+    """Returns the start offset of the line that ends at the offset ``end``."""
     while end > 0:
         start = max(0, end - _TAIL_BYTES)
         newline = os.pread(file, end - start, start).rfind(b"\n")
@@ -192,7 +196,7 @@ def _line_start(file: int, end: int) -> int:
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields the dotted name, the old and the new value of each difference between nested settings.
+    """Yields ``(dotted name, old value, new value)`` for each difference between nested settings.
 
     "(absent)" stands for a missing value. ``name`` is the prefix of the dotted names.
     """

@@ -1,4 +1,4 @@
-"""Loads a model's processor, and refuses unsupported models, before the weights are loaded."""
+"""Loads a model's processor and rejects unsupported models, before the weights are loaded."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ _TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder")  # p
 
 
 def takes_images(config: Any) -> bool:
-    """Returns whether ``config`` belongs to an image-text-to-text model, of transformers or with custom code."""
+    """Returns whether a config belongs to an image-text-to-text model, including models with custom code."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     own_code = getattr(config, "auto_map", None) or {}
@@ -59,10 +59,10 @@ def load_config(path: str, **options: Any) -> Any:
 
 
 def check_on_hub(name: str, path: str) -> None:
-    """Raises FileNotFoundError if ``path`` is not a local file or folder, nor a model in the cache or on the hub.
+    """Raises FileNotFoundError if ``path`` is neither a local path, nor a model in the cache or on the hub.
 
-    This check asks the hub once. ``from_pretrained`` would ask several times, and its error does not mention that no
-    folder of this name exists.
+    The hub is asked once. ``from_pretrained`` would ask several times, and its message would not say that the folder
+    does not exist.
 
     Args:
         name: Name of the argument in messages.
@@ -101,9 +101,8 @@ def load_processor(path: str, config: Any, **options: Any) -> Any:
         **options: Passed to ``from_pretrained``, such as ``revision``.
 
     Raises:
-        ImportError: If the processor needs torchvision, and torchvision is missing or cannot be imported. Which
-            processors need torchvision depends on the version of transformers, so transformers decides.
-        ValueError: If ``check_supported`` refuses the model.
+        ImportError: If transformers needs torchvision for this processor, and torchvision cannot be imported.
+        ValueError: If ``check_supported`` rejects the model.
     """
     with _torchvision_errors(path):
         from transformers import AutoProcessor, AutoTokenizer
@@ -117,15 +116,15 @@ def load_processor(path: str, config: Any, **options: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadedProcessor:
-    """The processor of a model.
+    """The processor of a model, with its config and settings of token ids.
 
     Attributes:
         processor: Processor, or the tokenizer of a text model.
         config: Config of the model.
         stop_ids: Ids at which the model stops, from ``generation_config.json``, or else from the config.
         embedding_rows: Number of rows of the input embedding, from the config; None: the config does not state it.
-        suppressed: Sequences of ids that the model must not write, from ``suppress_tokens`` and ``bad_words_ids`` in
-            ``generation_config.json``.
+        suppressed: Sequences of ids that the model must not generate, from ``suppress_tokens`` and ``bad_words_ids``
+            in ``generation_config.json``.
     """
 
     processor: Any
@@ -136,13 +135,12 @@ class LoadedProcessor:
 
 
 def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
-    """Loads and returns a model's processor, config and token id settings, but not its weights.
+    """Loads and returns a model's processor, config and settings of token ids, but not its weights.
 
-    ``options`` are arguments of ``from_pretrained``. Only the arguments in ``HUB_OPTIONS``, such as ``revision``, are
-    used.
+    ``options`` are arguments of ``from_pretrained``. Only those in ``HUB_OPTIONS``, such as ``revision``, are used.
 
     Raises:
-        ImportError: If the processor needs torchvision, which is missing.
+        ImportError: If the processor needs torchvision, and torchvision is missing.
         OSError: If a file is missing.
         ValueError: If transformers or this package does not support the model.
     """
@@ -168,9 +166,10 @@ def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
 
 
 def check_model(path: str, **options: Any) -> None:
-    """Checks that a model is supported and its processor can be loaded; raises the errors of ``load_processor``.
+    """Checks that a model is supported and, for an image model, that its processor can be loaded.
 
-    For a text model, only the config is read. ``options`` are passed to ``from_pretrained``.
+    Raises the errors of ``check_on_hub``, ``load_config`` and ``load_processor``. ``options`` are passed to
+    ``from_pretrained``.
     """
     check_on_hub("model", path)
     with _torchvision_errors(path):
@@ -183,7 +182,7 @@ def check_model(path: str, **options: Any) -> None:
 
 @contextlib.contextmanager
 def _torchvision_errors(path: str) -> Iterator[None]:
-    """Turns an error in a ``with`` block into an ImportError if a missing or broken torchvision caused it."""
+    """Converts an error in the ``with`` block to an ImportError if a missing or broken torchvision caused it."""
     try:
         yield
     except Exception as error:  # transformers raises ImportError, ValueError or RuntimeError, some with a cause
@@ -201,11 +200,11 @@ def _torchvision_errors(path: str) -> Iterator[None]:
 
 
 def check_supported(config: Any, processor: Any = None) -> None:
-    """Checks that a model continues a text from left to right, and takes images as tokens of this text.
+    """Checks that a model generates text from left to right, and reads images as tokens of the text.
 
     Raises:
         ValueError: If the model is an encoder, has an encoder and a decoder, attends to images by cross-attention, or
-            attends to its prompt in both directions (PaliGemma), or if its processor returns labels.
+            attends to its prompt in both directions (PaliGemma). If its processor returns labels.
     """
     configs = [config, *(getattr(config, name, None) for name in _TEXT_CONFIGS)]
 

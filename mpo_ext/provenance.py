@@ -1,7 +1,7 @@
-"""Identifies the processor and the library versions that turn text and images into token ids and pixels.
+"""Records the processor and the library versions that turn text and images into token ids and pixels.
 
-Each run stores this information. A run that resumes, or that uses stored samples or log-probs, compares the stored
-information with its own and names the parts that have changed.
+Each run stores this record. A later run that resumes it, or uses its samples or log-probs, compares the stored record
+with its own, and names the parts that have changed.
 """
 
 import enum
@@ -32,7 +32,7 @@ _VIDEO_PROCESSOR = "video_processor"
 
 
 def library_versions() -> dict[str, str]:
-    """Returns the versions of mpo_ext and of the installed packages that can change token ids or pixels."""
+    """Returns the versions of mpo_ext and of installed packages that can change token ids or pixels."""
     import mpo_ext
 
     versions = {"mpo_ext": mpo_ext.__version__}
@@ -45,11 +45,11 @@ def library_versions() -> dict[str, str]:
 
 
 def processor_parts(chat: ChatEncoder, end_ids: Iterable[int]) -> dict[str, Any]:
-    """Returns the parts of a processor that token ids and pixels depend on, as JSON values.
+    """Returns the parts of a processor that determine token ids and pixels, as JSON values.
 
-    Large parts (the tokenizer and the chat template) are represented by hashes. Paths, versions, and names of classes
-    are left out. For a tokenizer, fields with the value null or false are left out, too, because a later version of
-    the library may write additional fields with these defaults. The date is included if the chat template writes it.
+    Large parts (the tokenizer and the chat template) are represented by hashes. Paths, versions and class names are
+    left out. Fields of a tokenizer that are null or false are left out, too, because later library versions may add
+    such fields. The date is included if the chat template writes it.
 
     Args:
         chat: Encoder with the processor, the chat template and its settings.
@@ -85,15 +85,15 @@ def processor_parts(chat: ChatEncoder, end_ids: Iterable[int]) -> dict[str, Any]
 
 
 def reads_date(chat_template: str | None) -> bool:
-    """Returns whether a chat template can write the current date."""
+    """Returns whether a chat template may write the current date."""
     return chat_template is not None and "strftime_now" in chat_template
 
 
 def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Returns a message for each difference between two results of ``processor_parts``.
 
-    The keys of the messages are the dotted names of settings, such as ``image_processor.size.height``. Earlier
-    versions did not record the video processor, so its absence in ``old`` is not a difference.
+    The keys are the dotted names of settings, such as ``image_processor.size.height``. If ``old`` has no video
+    processor, it was recorded by an earlier version, and the video processor is not compared.
     """
     if _VIDEO_PROCESSOR not in old:
         new = {name: value for name, value in new.items() if name != _VIDEO_PROCESSOR}
@@ -103,12 +103,18 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, s
 
 
 def changed_independently(names: Iterable[str]) -> list[str]:
-    """Returns those names from ``changed_parts`` whose settings do not depend on the version of a library."""
+    """Returns the names whose settings cannot change with the version of a library.
+
+    ``names`` are keys of a result of ``changed_parts``.
+    """
     return [name for name in names if name.partition(".")[0] in _INDEPENDENT_PARTS]
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Returns a hash of the definition of a fast tokenizer, or of the vocabulary and added tokens of a slow one."""
+    """Returns a hash of a tokenizer.
+
+    For a fast tokenizer, it covers the whole definition. For a slow one, it covers the vocabulary and added tokens.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         added = {str(key): str(token) for key, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
@@ -131,7 +137,7 @@ def _without_defaults(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Returns settings as JSON values, without null and without the settings that do not change pixels."""
+    """Returns settings as JSON values, without null values and settings that do not change pixels."""
     if isinstance(value, Mapping):
         return {
             str(name): _plain(setting)

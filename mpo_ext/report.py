@@ -123,7 +123,7 @@ def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel
 
 
 def _height(panel: Panel) -> float:
-    """Returns the height of a panel in inches, which grows with the number of horizontal bars."""
+    """Returns the height of a panel in inches. It grows with the number of horizontal bars."""
     names = [name for content in panel.content if isinstance(content, Bars) for name in content.names]
     return max(_PANEL_INCHES[1], 0.8 + _BAR_INCHES * len(set(names)) * panel.is_horizontal)
 
@@ -177,7 +177,7 @@ def is_page(path: str | os.PathLike[str]) -> bool:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table whose first column is left-aligned and whose other columns are right-aligned."""
+    """Returns a Markdown table. The first column is left-aligned, and all others are right-aligned."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     widths = [max(width, 1 if column == 0 else 2) for column, width in enumerate(widths)]  # room for "-" and "-:"
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -186,7 +186,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table for a terminal, indented by two spaces; a header of empty strings is left out."""
+    """Returns a table for a terminal, indented by two spaces. A header whose cells are all empty is not shown."""
     lines = [header, *rows] if any(header) else rows
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     is_right = [is_numeric_column(rows, column) for column in range(len(header))]
@@ -194,7 +194,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Returns whether each cell of a column is empty or begins with a digit, so that the column is right-aligned.
+    """Returns whether a terminal table right-aligns a column: each cell is empty or begins with a digit.
 
     The result is False for the first column, and in a table with fewer than three columns.
     """

@@ -1,4 +1,4 @@
-"""Loads videos with ``load_video``, so that training, sampling, evaluation and HTML pages see the same frames.
+"""Loads videos. Training, sampling, evaluation and HTML pages all use ``load_video`` and see the same frames.
 
 A video is a file, which PyAV decodes, or a list of frame images. docs/how-to/video.md describes which frames are used.
 """
@@ -51,8 +51,8 @@ class Video:
     Attributes:
         path: Path of the file; "" for a list of frames.
         frames: Paths of the frame images, in order; empty for a file.
-        fps: Frames per second that the model sees. From a file, frames are taken at this rate. The frames of a list
-            already have this rate. None: ``default_fps()``.
+        fps: Frames per second that the model sees. Frames are taken from a file at this rate. A list of frames already
+            has this rate. None: ``default_fps()``.
         max_frames: Maximum number of frames. A longer video gives this many frames, evenly spaced over its whole
             length. None: ``default_max_frames()``.
 
@@ -86,7 +86,7 @@ class Video:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of the files: the video file, or its frames."""
+        """Paths of the video's files: the video file, or the frame images."""
         return (self.path,) if self.path else self.frames
 
     def map_paths(self, change: Callable[[str], str]) -> "Video":
@@ -96,7 +96,7 @@ class Video:
         return dataclasses.replace(self, frames=tuple(map(change, self.frames)))
 
     def to_value(self) -> Any:
-        """Returns the video as a JSON value: its path or list of frames, or an object if it has settings."""
+        """Returns the video as a JSON value: a path, a list of frames, or, if it has settings, an object."""
         content: Any = self.path or list(self.frames)
         settings = {name: getattr(self, name) for name in ("fps", "max_frames") if getattr(self, name) is not None}
         return {"path" if self.path else "frames": content, **settings} if settings else content
@@ -181,12 +181,13 @@ class LoadedVideo:
 def load_video(source: Any) -> LoadedVideo:
     """Returns the frames of a video that a model sees.
 
-    A file of D seconds gives ``round(D * fps)`` frames, at least one and at most ``max_frames``: those that are shown
-    at equally spaced times from the start. A list gives all its frames, or ``max_frames`` evenly spaced frames. Each
-    frame is converted as ``mpo_ext.images.load_image`` converts an image.
+    A file of D seconds gives ``round(D * fps)`` frames, but at least one and at most ``max_frames``. They are the
+    frames shown at equally spaced times from the start. A list gives all its frames, or ``max_frames`` evenly spaced
+    frames. Each frame is converted like an image by ``mpo_ext.images.load_image``.
 
     Args:
-        source: A ``Video``, a value that ``Video.from_value`` takes, or a ``LoadedVideo``, which is returned as it is.
+        source: A ``Video``, a value that ``Video.from_value`` takes, or a ``LoadedVideo``, which is returned
+            unchanged.
 
     Raises:
         FileNotFoundError: If a file does not exist.
@@ -202,9 +203,9 @@ def load_video(source: Any) -> LoadedVideo:
 
 
 def key_frames(source: Any, count: int) -> LoadedVideo:
-    """Returns at most ``count`` evenly spaced frames of a video, and never more than ``load_video`` returns.
+    """Returns at most ``count`` evenly spaced frames of a video, and at most as many as ``load_video`` returns.
 
-    Only these frames are decoded. The errors are those of ``load_video``.
+    Only these frames are decoded. The function raises the same errors as ``load_video``.
     """
     check_integer("count", count, least=1)
     video = Video.from_value(source)
@@ -213,11 +214,11 @@ def key_frames(source: Any, count: int) -> LoadedVideo:
 
 
 def check_video(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
-    """Checks a video, and returns the kind and text of each warning. At present, a video gives no warnings.
+    """Checks a video, and returns the kind and the text of each warning. At present, the list is always empty.
 
     Args:
         source: As in ``load_video``.
-        decode: Whether to decode all frames that a model sees. False: of a file, only the first frame is decoded.
+        decode: Whether to decode all frames that a model sees. False: only the first frame of a file is decoded.
 
     Raises:
         FileNotFoundError: If a file does not exist.
@@ -246,7 +247,7 @@ def describe_video(video: Video) -> str:
 
 
 def default_fps() -> float:
-    """Returns the frames per second of videos that do not set ``fps``, from the variable MPO_VIDEO_FPS, or 2."""
+    """Returns the default frames per second of a video: the environment variable MPO_VIDEO_FPS, or 2."""
     text = os.environ.get(FPS_VARIABLE, "")
     if not text:
         return _DEFAULT_FPS
@@ -260,17 +261,17 @@ def default_fps() -> float:
 
 
 def default_max_frames() -> int:
-    """Returns the maximum number of frames of videos that do not set it: MPO_VIDEO_MAX_FRAMES, or 64."""
+    """Returns the default maximum number of frames: the environment variable MPO_VIDEO_MAX_FRAMES, or 64."""
     return _positive(FRAMES_VARIABLE, _DEFAULT_FRAMES)
 
 
 def max_video_bytes() -> int:
-    """Returns the maximum size of a video file in bytes: the variable MPO_MAX_VIDEO_BYTES, or 4 GiB."""
+    """Returns the maximum size of a video file in bytes: the environment variable MPO_MAX_VIDEO_BYTES, or 4 GiB."""
     return _positive(BYTES_VARIABLE, _DEFAULT_BYTES)
 
 
 def set_video_defaults(fps: float | None = None, max_frames: int | None = None) -> None:
-    """Sets the defaults of videos for this process and the processes that it starts. None keeps a default."""
+    """Sets the defaults of ``fps`` and ``max_frames`` for this process and its child processes; None: unchanged."""
     if fps is not None:
         check_number("video_fps", fps, "(0, inf)")
         os.environ[FPS_VARIABLE] = repr(float(fps))
@@ -356,7 +357,7 @@ def _check_pixels(size: tuple[int, int], count: int, name: str) -> None:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[Any, Any]]:
-    """Yields the container and the first video stream of a file. All errors in the block name the file."""
+    """Opens a video file and yields its container and first video stream. Errors in the block name the file."""
     av, name = _av(), describe_source(path)
     if is_url(path) and (is_remote(path) or local_path(path) == path):
         raise VideoError(f"video must be a file, got the URL {name}: download it first")
@@ -388,7 +389,7 @@ def _opened(path: str) -> Iterator[tuple[Any, Any]]:
 
 
 class _PacketIndex:
-    """The times of the frames of a stream, read from its packets. Only ``decode`` decodes frames.
+    """The times of all frames of a video stream, read from its packets without decoding.
 
     Attributes:
         duration: Length of the stream in seconds.
@@ -434,17 +435,17 @@ class _PacketIndex:
         return len(self._times)
 
     def time(self, place: int) -> float:
-        """Returns the time of a frame in seconds from the first frame."""
+        """Returns the time of the frame with index ``place``, in seconds from the first frame."""
         return self._times[place]
 
     def at(self, times: Sequence[float]) -> list[int]:
-        """Returns the indices of the frames that are shown at these times, without repetitions."""
+        """Returns the indices of the frames that are shown at the given times, without repetitions."""
         margin = self.duration / len(self) / 1000  # times are sums of rounded numbers
         places = [max(0, bisect.bisect_right(self._times, time + margin) - 1) for time in times]
         return list(dict.fromkeys(places))
 
     def decode(self, places: Sequence[int]) -> list[Any]:
-        """Returns the frames at ``places``, ascending indices, as PIL images of mode RGB."""
+        """Decodes the frames with the given indices, in ascending order, to PIL images of mode RGB."""
         images = self._with_seeks(places) if self._has_stamps else None
         if images is None:  # a container without a usable index, or a raw stream
             images = self._in_order(places)
@@ -455,7 +456,7 @@ class _PacketIndex:
         return images
 
     def _with_seeks(self, places: Sequence[int]) -> list[Any] | None:
-        """Returns the frames at ``places``, or None if a seek misses a frame. Seeks only where this skips packets."""
+        """Decodes the frames at ``places`` after seeking to keyframes. Returns None if a seek misses a frame."""
         images: list[Any] = []
         position = -1  # timestamp of the last decoded frame
         frames: Iterator[Any] = iter(())

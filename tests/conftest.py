@@ -1,4 +1,4 @@
-"""Fixtures: which backends run, on which device, and with which instruction sets of the CPU."""
+"""Fixtures that choose the backend, the device, and the CPU's instruction set of a test."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ BACKENDS = os.environ.get("MPO_TEST_BACKENDS", "reference,cpu").split(",")
 
 
 def _engines() -> list[str]:
-    """Returns the backends, with "cpu" once for each instruction set of this machine."""
+    """Returns the backends to test. "cpu" is listed once for each instruction set that this machine supports."""
     engines = [name for name in BACKENDS if name != "cpu"]
     if "cpu" in BACKENDS:
         try:
@@ -41,13 +41,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Returns the name of a backend; for "cpu", MPO_CPU_ISA is set to each instruction set in turn."""
+    """Returns the name of a backend; for "cpu", sets MPO_CPU_ISA to the instruction set of this test case."""
     return _select(request.param, monkeypatch)
 
 
 @pytest.fixture(params=[name for name in ENGINES if name != "reference"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Returns an engine other than "reference", for the properties that only kernels have."""
+    """Returns the name of a backend other than "reference", for properties that only the kernels have."""
     return _select(request.param, monkeypatch)
 
 
@@ -67,16 +67,16 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Restores the number of threads."""
+    """Restores torch's number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the backends of a case one after another, so that they share the result of the oracle.
+    """Groups the test cases that differ only in the backend, so that they share the oracle's cached result.
 
-    Cases of float64 on the kernels of a GPU are skipped.
+    Skips float64 cases on GPU kernels.
     """
     for item in items:
         if hasattr(item, "callspec") and is_left_out(item.callspec.params):

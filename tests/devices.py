@@ -1,4 +1,4 @@
-"""The device on which a backend runs in the tests, and the dtypes that it takes."""
+"""Device and supported dtypes of each backend in the tests."""
 
 import os
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 
 
 def device_of(backend: str) -> str:
-    """Returns the device on which a backend runs here."""
+    """Returns the device on which the tests run a backend."""
     on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
     return "cuda" if on_gpu else "cpu"
 
 
 def is_left_out(parameters: dict[str, Any]) -> bool:
-    """Returns whether a test with these parameters runs float64 on the kernels of a GPU, which do not take it."""
+    """Returns whether to skip a test: GPU kernels do not support float64."""
     backends = [value for name, value in parameters.items() if name in ("backend", "engine", "kernel")]
     values = [*parameters.values()]
     values += [each for value in values if isinstance(value, dict) for each in value.values()]

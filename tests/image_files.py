@@ -1,4 +1,7 @@
-"""Image files of all modes, orientations and kinds of transparency, with their pixels computed without the loader."""
+"""Makes image files of all modes, orientations and kinds of transparency, with expected pixels.
+
+The pixels are computed independently of the package's image loader.
+"""
 
 import io
 import struct
@@ -13,7 +16,7 @@ SIDE = 28
 
 
 class ImageFile(NamedTuple):
-    """A file and the pixels that a model must see, ``[H, W, 3]`` uint8."""
+    """An image file and the expected pixels after loading, ``[H, W, 3]`` uint8."""
 
     name: str
     content: bytes
@@ -59,7 +62,7 @@ def exif(orientation: int) -> bytes:
 
 
 def png(bits: int, color: int, rows: list[bytes], extra: bytes = b"") -> bytes:
-    """Returns a PNG file of any bit depth; Pillow writes few of them."""
+    """Returns a PNG file of any bit depth; Pillow can write only some depths."""
     header = struct.pack(">IIBBBBB", SIDE, len(rows), bits, color, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
@@ -70,7 +73,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def tiff(bits: int, photometric: int, data: bytes, *, order: str = "<", sample_format: int = 1) -> bytes:
-    """Returns a grey TIFF file without compression."""
+    """Returns an uncompressed grey TIFF file."""
     entries = [(256, SIDE), (257, SIDE), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, SIDE)]
     entries += [(279, len(data)), (339, sample_format)]
     tags = b"".join(struct.pack(f"{order}HHII" if tag in (273, 279) else f"{order}HHIHxx", tag,
@@ -80,7 +83,7 @@ def tiff(bits: int, photometric: int, data: bytes, *, order: str = "<", sample_f
 
 
 def icc(space: bytes, tags: dict[bytes, bytes], connection: bytes = b"XYZ ") -> bytes:
-    """Returns an ICC profile of version 2."""
+    """Returns an ICC color profile of version 2."""
     tags = {b"wtpt": xyz(0.9642, 1.0, 0.8249), b"cprt": b"text\0\0\0\0none\0", **tags}
     body, directory = b"", struct.pack(">I", len(tags))
     for name, value in tags.items():
@@ -124,7 +127,7 @@ def from_adobe(pixels: np.ndarray) -> np.ndarray:
 
 
 def from_lab(lab: np.ndarray) -> np.ndarray:
-    """Converts L 0..100 and a, b to sRGB at D50."""
+    """Converts CIELAB colors (L from 0 to 100, white point D50) to sRGB."""
     y = (lab[..., 0] + 16) / 116
     f = np.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], axis=-1)
     white = np.array([0.9642, 1.0, 0.8249])
@@ -133,7 +136,7 @@ def from_lab(lab: np.ndarray) -> np.ndarray:
 
 
 def cmyk_profile() -> bytes:
-    """Returns a profile with a table of 2 levels for each ink: CMY darken L by 20 each, K by 40; a and b are 0."""
+    """Returns an ICC profile for CMYK that maps inks to grey: C, M and Y each lower L by 20, and K by 40."""
     lightness = [100 - 20 * (c + m + y) - 40 * k for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
     table = b"".join(bytes([round(255 * value / 100), 128, 128]) for value in lightness)
     head = (

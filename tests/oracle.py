@@ -2,8 +2,8 @@
 
 Nothing here imports the package. Tests use three groups of functions:
 
-- ``mpo_exact`` and ``token_logp_exact`` are the definition, in float64, or in long double for float64 logits, so that
-  float64 results can be checked too. They loop over sequences and rows, and prefer simplicity to speed.
+- ``mpo_exact`` and ``token_logp_exact`` are the definition, in float64. For float64 logits they use long double, so
+  that float64 results can be checked too. They loop over sequences and rows, and prefer simplicity to speed.
 - ``mpo_eager`` and ``token_logp_eager`` are the code that a user would write in torch: logits upcast to float32,
   ``log_softmax``, ``gather``, autograd. The error of a kernel is compared with their error.
 - ``assert_as_accurate`` and similar functions compare a result with both.
@@ -37,9 +37,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def wide(tensor: Tensor | Array) -> Array:
-    """Returns the values of a tensor in a wider type: long double for float64, else float64.
+    """Returns the values of a tensor in a wider type: long double for float64, otherwise float64.
 
-    An array is wide already: these are logits computed from tensors here, and never rounded.
+    A numpy array is returned as it is: it holds exact logits, which are wide already.
     """
     if isinstance(tensor, np.ndarray):
         return tensor
@@ -50,9 +50,9 @@ def wide(tensor: Tensor | Array) -> Array:
 
 
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
-    """Returns the machine epsilon of the arithmetic for logits of this type: float32, or float64 for float64.
+    """Returns the machine epsilon of the accumulation dtype: float64 for float64 logits, otherwise float32.
 
-    The dtype may be that of ``wide`` logits: long double stands for float64.
+    A numpy dtype belongs to exact logits, which are long double for float64 inputs.
     """
     is_double = dtype == (torch.float64 if isinstance(dtype, torch.dtype) else np.longdouble)
     return torch.finfo(torch.float64 if is_double else torch.float32).eps
@@ -63,7 +63,7 @@ def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
 
 @dataclasses.dataclass
 class ExactRows:
-    """Rows scored against targets. Rows whose target is ignored hold zeros, and their logits are never read."""
+    """Exact results for each row of logits. Rows with an ignored target hold zeros; their logits are never read."""
 
     logp: Array  # [n], NaN for a target outside the vocabulary
     share: Array  # [n, V], d logp / d logits = onehot(target) - softmax
@@ -76,7 +76,7 @@ class ExactRows:
 
 
 def score_rows(logits: Array, targets: np.ndarray, ignore_index: int) -> ExactRows:
-    """Scores one row at a time: the only place where a softmax is computed."""
+    """Computes log-prob, gradient and statistics of each row."""
     n, vocab = logits.shape
     rows = ExactRows(
         logp=np.zeros(n, logits.dtype),
@@ -114,7 +114,7 @@ def score_rows(logits: Array, targets: np.ndarray, ignore_index: int) -> ExactRo
 
 
 def shifted_left(labels: np.ndarray, ignore_index: int) -> np.ndarray:
-    """Returns the targets of a sequence whose position t is scored against label t + 1. The last position has none."""
+    """Returns the labels shifted by one: position t gets label t + 1, and the last position is ignored."""
     targets = np.full_like(labels, ignore_index)
     targets[:-1] = labels[1:]
     return targets
@@ -128,17 +128,18 @@ def token_logp_exact(
     shift: bool = False,
     ignore_index: int = -100,
 ) -> tuple[Array, Array, Array]:
-    """Returns log-probabilities of labels, and the gradient of their weighted sum.
+    """Computes the log-probabilities of labels, and the gradient of their weighted sum.
 
     Args:
         logits: ``[..., V]``.
         labels: ``[...]``.
         weight: ``[...]``, the upstream gradient; None means ones.
-        shift: Whether position t is scored against label t + 1 of the last labels axis.
-        ignore_index: Label of the positions that give 0.
+        shift: Whether position t is scored against label t + 1, along the last axis of ``labels``.
+        ignore_index: Positions with this label get log-probability 0.
 
     Returns:
-        ``(logp, gradient, share)``, shaped ``[...]``, ``[..., V]`` and ``[..., V]``; the gradient is weight * share.
+        ``(logp, gradient, share)``, shaped ``[...]``, ``[..., V]`` and ``[..., V]``. ``share`` is the gradient of a
+        log-probability with respect to its logits. ``gradient`` is weight * share.
     """
     vocab = logits.shape[-1]
     targets = labels.cpu().numpy()
@@ -151,7 +152,7 @@ def token_logp_exact(
 
 
 class ExactShift:
-    """The definition of the reward shift in Python numbers. A call with a batch's rewards returns the delta used."""
+    """The definition of RewardShift in Python numbers."""
 
     def __init__(
         self,
@@ -166,19 +167,19 @@ class ExactShift:
         self.pending: list[tuple[float, int]] = []
 
     def __call__(self, reward_sum: float, count: int) -> float:
-        """Handles a micro-batch in training, of ``count`` rewards with the sum ``reward_sum``."""
+        """Adds a micro-batch of ``count`` rewards with the given sum. Returns the delta that its loss uses."""
         before = self.value
         self.update(reward_sum, count)
         return self.value if self.order == "before" else before
 
     def update(self, reward_sum: float, count: int) -> None:
-        """Adds a batch; the value moves immediately, or at the next ``step`` if it moves per optimizer step."""
+        """Adds ``count`` rewards. The value changes now, or at the next ``step`` if ``per`` is "optimizer_step"."""
         self.pending.append((reward_sum, count))
         if self.per == "micro_batch":
             self.step()
 
     def step(self) -> None:
-        """Moves the value by the mean of the rewards since the last step."""
+        """Updates the value with the mean of the rewards added since the last step."""
         total = sum(count for _, count in self.pending)
         reward_sum = sum(reward for reward, _ in self.pending)
         self.pending = []
@@ -194,7 +195,7 @@ class ExactShift:
 
 @dataclasses.dataclass
 class Exact:
-    """The results of mpo_loss, its gradient, and the errors that rounding of its inputs makes unavoidable."""
+    """The exact results of mpo_loss and its gradient, with the unavoidable rounding error of each result."""
 
     loss: Array
     dpo_loss: Array
@@ -224,7 +225,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def sequence_slices(labels: Tensor, cu_seqlens: Tensor | None) -> list[Any]:
-    """Returns the place of each sequence: an index into logits and labels."""
+    """Returns an index into logits and labels for each sequence."""
     if cu_seqlens is None:
         return list(range(labels.shape[0]))
     bounds = cu_seqlens.tolist()
@@ -242,17 +243,17 @@ def mpo_exact(
     shift: bool = True,
     **options: Any,
 ) -> Exact:
-    """Returns the loss, its terms and its gradient by the logits.
+    """Computes the exact loss, its terms, and the gradient of the logits.
 
     Args:
         logits: ``[2B, T, V]``, chosen first; or packed ``[N, V]``.
         labels: ``[2B, T]`` or ``[N]``.
         ref_logp: ``[2B]``, or None if ref_logits is given.
         ref_logits: Like logits.
-        reward_shift: Delta, or a function that returns it for the sum and the number of the batch's rewards.
+        reward_shift: Delta, or a function of the sum and the number of the batch's rewards that returns delta.
         cu_seqlens: ``[2B + 1]`` for packed logits.
         shift: Whether position t is scored against label t + 1 of the same sequence.
-        options: Any of DEFAULTS.
+        options: Settings of the loss; DEFAULTS has all of them.
     """
     o = {**DEFAULTS, **options}
     ignore_index = o["ignore_index"]
@@ -347,7 +348,10 @@ def mpo_exact(
 
 
 def _sum_noise(rows: ExactRows, eps: float) -> float:
-    """Returns the possible error of a sequence's sum: one rounding of each term, or of the logarithm in it."""
+    """Returns the possible error of a sequence's log-prob sum: ``eps`` times the sum of the absolute terms.
+
+    Each term counts as at least 1, because the argument of its logarithm is rounded too.
+    """
     finite = np.abs(rows.logp[rows.labelled & np.isfinite(rows.logp)])
     return float(eps * np.maximum(finite, 1).sum())
 
@@ -361,11 +365,11 @@ def _noise(
     eps: float,
     o: dict[str, Any],
 ) -> dict[str, float]:
-    """Returns the possible error of correct arithmetic, for results that are differences of larger numbers.
+    """Returns the unavoidable error of each result, by name, in absolute terms.
 
-    A reward is a small difference of two sums. One rounding of a sum is many units in the last place of the reward and
-    of everything computed from it, and the error of eager torch may happen to be small there. The derivative of a term
-    by a reward is at most 1, and the second derivative at most 1/4.
+    A reward is a small difference of two large sums. One rounding of a sum is a large relative error of the reward and
+    of all results computed from it. Eager torch's error may be small by chance, so it cannot serve as the bound. The
+    bounds use the derivatives of a loss term with respect to a reward: the first is at most 1, the second at most 1/4.
     """
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)
@@ -404,7 +408,7 @@ def _noise(
 
 @dataclasses.dataclass(frozen=True)
 class ExactHead:
-    """Logits from hidden states, never rounded to their dtype, and the factors of their gradients."""
+    """Exact logits from hidden states and a head, and the quantities that their gradients need."""
 
     hidden: Array  # [..., D]
     weight: Array  # [V, D]
@@ -413,7 +417,7 @@ class ExactHead:
     magnitude: Array  # [..., V], a logit if no terms of its product cancelled: one rounding of it is allowed
 
     def gradients(self, gradient: Array) -> dict[str, Array]:
-        """Returns the gradients by hidden, weight and bias for a gradient by logits, without rows where it is 0."""
+        """Returns the gradients of hidden, weight and bias, given the gradient of the logits."""
         vocab, depth = self.weight.shape
         used = (gradient != 0).any(-1).reshape(-1)
         by_product = (gradient * self.slope).reshape(-1, vocab)[used]
@@ -426,7 +430,7 @@ class ExactHead:
         }
 
     def sizes(self, gradient: Array) -> dict[str, Array]:
-        """Returns the gradients with all terms positive, as if nothing in their sums cancelled."""
+        """Returns the gradients with the absolute value of each term, so that no terms cancel."""
         positive = dataclasses.replace(
             self, hidden=np.abs(self.hidden), weight=np.abs(self.weight), slope=np.abs(self.slope)
         )
@@ -442,7 +446,7 @@ def head_exact(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> ExactHead:
-    """Returns the logits: cap * tanh(logit_scale * (hidden @ weight.T + bias) / cap) / temperature."""
+    """Returns the exact logits: cap * tanh(logit_scale * (hidden @ weight.T + bias) / cap) / temperature."""
     is_double = torch.float64 in (hidden.dtype, weight.dtype)
     h, w = (wide(x).astype(np.longdouble if is_double else np.float64) for x in (hidden, weight))
     real = h.dtype.type
@@ -466,7 +470,7 @@ def head_eager(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Returns logits as a model computes them in the dtype of its tensors, differentiable."""
+    """Returns differentiable logits, computed by torch in the dtype of the tensors."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     logits = logits * logit_scale
@@ -481,7 +485,7 @@ def head_eager(
 def token_logp_eager(
     logits: Tensor, labels: Tensor, weight: Tensor | None = None, *, shift: bool = False, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(logp, gradient)`` as plain torch computes them; the gradient has the dtype of the logits."""
+    """Returns ``(logp, gradient)``, computed by plain torch. The gradient has the dtype of the logits."""
     leaf = logits.detach().clone().requires_grad_()
     targets = _eager_targets(labels, shift, ignore_index)
     logp = _eager_logp(leaf, targets, ignore_index)
@@ -513,7 +517,7 @@ def mpo_eager(
     shift: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """Returns the loss as a user would write it in torch: a dict with the fields of Exact, the gradient by autograd.
+    """Computes the loss in plain torch, with the gradient from autograd. Returns a dict with the fields of Exact.
 
     The arguments are those of mpo_exact, except that reward_shift must be a number.
     """
@@ -591,11 +595,11 @@ def assert_as_accurate(
     noise: float = 0.0,
     name: str = "result",
 ) -> None:
-    """Raises unless the error of a result is at most ``factor`` times the error of eager torch in the same dtype.
+    """Raises if the error of a result exceeds ``factor`` times the error of eager torch in the same dtype.
 
-    A fixed ``atol`` is not enough: with a vocabulary of 150k a typical gradient entry is 1e-5, and a kernel that
-    writes zeros passes ``atol=5e-5``. The floor is one unit in the last place of the largest exact value, in the dtype
-    of the result, plus ``noise`` for differences of larger numbers. Infinities and NaN must match.
+    The allowed error is at least one unit in the last place of the largest exact value. ``noise``, the unavoidable
+    absolute error, is added. Infinities and NaN must match. A fixed ``atol`` would not do. With a vocabulary of 150k a
+    typical gradient entry is 1e-5, so a kernel that writes zeros would pass ``atol=5e-5``.
     """
     exact = np.asarray(exact)
     assert tuple(actual.shape) == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {exact.shape}"
@@ -631,19 +635,19 @@ def assert_gradient_as_accurate(
     noise: float = 0.0,
     name: str = "gradient",
 ) -> None:
-    """Checks a gradient by the logits: the label entries, and separately the many small entries.
+    """Checks a gradient of logits: the entries of the labels, and separately the many small entries.
 
-    In half precision, one unit in the last place of a label's entry is larger than all other entries of a large
-    vocabulary together. The relative error of the other entries is therefore checked too: it may be ``factor`` times
-    the largest of eager torch, plus one unit in the last place of the entry and one of the exponent in it.
+    In half precision, one unit in the last place of a label's entry exceeds the sum of all other entries of a large
+    vocabulary. So the relative error of the other entries is checked too. The limit is ``factor`` times eager torch's
+    largest relative error, plus two roundings: of the entry, and of the exponent in its softmax.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.
         eager: ``[..., V]``, in the dtype of the logits.
         exact: ``[..., V]``.
-        share: ``[..., V]``, onehot - softmax. Positive on the label only.
+        share: ``[..., V]``, onehot - softmax; only the label's entry is positive.
         factor: Allowed multiple of the error of eager torch.
-        noise: Absolute error of a row's weight; it changes an entry in proportion to its share.
+        noise: Unavoidable absolute error of a row's weight; it changes an entry in proportion to its share.
         name: Name of the gradient in the failure message.
     """
     assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, expected {eager.dtype}"
@@ -697,12 +701,11 @@ def assert_product_as_accurate(
     extra: Array | float = 0.0,
     name: str = "product",
 ) -> None:
-    """Checks a matrix product, each entry relative to the size of its terms.
+    """Checks a matrix product; the error of each entry is divided by the sum of its absolute terms.
 
-    Rows of confident tokens and columns of rare tokens are many orders smaller than the largest entry, so an error
-    there would go unnoticed. The error of an entry is therefore divided by the sum of its absolute terms. The largest
-    quotient may be ``factor`` times that of eager torch, plus one unit in the last place and ``noise``. An entry
-    without terms must be 0.
+    The division makes errors visible in rows of confident tokens and columns of rare tokens. Their entries are many
+    orders of magnitude smaller than the largest one. The largest quotient may be ``factor`` times that of eager torch,
+    plus one unit in the last place and ``noise``. An entry without terms must be 0.
 
     Args:
         actual: Any shape.
@@ -758,7 +761,10 @@ def assert_output_as_accurate(
     upstream: float = 1.0,
     factor: float = 2.0,
 ) -> None:
-    """Checks every field of an MPOOutput, and the gradient of ``loss`` times ``upstream`` if it is given."""
+    """Checks every field of an MPOOutput.
+
+    Also checks ``gradient``, if it is given, as the gradient of ``loss`` times ``upstream``.
+    """
     dtype = torch.float64 if eager["loss"].dtype == torch.float64 else torch.float32
     for name in FIELDS:
         actual = getattr(output, name)
@@ -795,7 +801,7 @@ def assert_output_as_accurate(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Inputs of mpo_loss, dense and on the CPU, and the results of the oracle and of eager torch."""
+    """A test case of mpo_loss: contiguous inputs on the CPU, with methods for the exact and the eager results."""
 
     logits: Tensor
     labels: Tensor
@@ -810,19 +816,19 @@ class Case:
         return {**arguments, **arguments.pop("options")}
 
     def exact(self, reward_shift: float | Callable[[float, int], float] = 0.0) -> Exact:
-        """Returns the result of the definition."""
+        """Returns the exact results of the oracle."""
         return mpo_exact(**self._arguments(), reward_shift=reward_shift)
 
     def eager(self, reward_shift: float = 0.0) -> dict[str, Any]:
-        """Returns the result of plain torch."""
+        """Returns the results of plain torch."""
         return mpo_eager(**self._arguments(), reward_shift=reward_shift)
 
 
 def make_logits(rows: int, vocab: int, dtype: torch.dtype, kind: str, labels: Tensor, seed: int) -> Tensor:
     """Returns logits ``[rows, V]`` of a kind: flat, peaked, or peaked around a common offset of 10,000.
 
-    In peaked rows a few entries dominate, as after training; in two rows of three the label is among them, with a
-    probability between a half and almost 1.
+    A few entries dominate a peaked row, as in a trained model. In two of three peaked rows the label is among them,
+    with a probability between 0.5 and almost 1.
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "flat":
@@ -848,9 +854,9 @@ def make_case(
     labelled: float = 0.5,
     seed: int = 0,
 ) -> Case:
-    """Returns a batch with about the given fraction of labelled positions, drawn with the seed.
+    """Returns a random test case; ``labelled`` is the approximate fraction of labelled positions.
 
-    With a fraction strictly between 0 and 1 every response has at least one token.
+    With a fraction strictly between 0 and 1, every response has at least one token.
     """
     generator = torch.Generator().manual_seed(1000 * seed + vocab)
     if packed:
@@ -879,11 +885,12 @@ LAYOUTS = ("contiguous", "sliced", "unaligned", "transposed")
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """Copies the values into new memory in a layout. The memory between and around them is NaN, to detect reads of it.
+    """Copies a tensor into new memory with the given layout. The memory around the values is NaN.
 
-    Layouts: contiguous; sliced, the ``[:, :-1]`` that aligns logits with labels, a view with one more position per
-    sequence; unaligned, rows whose stride is wider than V and that start off any 16-byte boundary; transposed, where V
-    is not the contiguous axis.
+    - "contiguous".
+    - "sliced": a view ``[:, :-1]`` of a tensor with one more position per sequence.
+    - "unaligned": a view of wider rows, which need not start at multiples of 16 bytes.
+    - "transposed": a view in which V is not the contiguous axis.
     """
     if layout == "contiguous":
         return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""A check of the operators on shards of a vocabulary, for every backend."""
+"""Checks the operators on shards of the vocabulary, for the tests of all backends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ IGNORE = -100
 
 
 def make_rows(dtype: torch.dtype, vocab: int, edges: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Returns ``[7, vocab]`` logits and labels: on both sides of edges, ignored, out of range, and masked shards."""
+    """Returns 7 rows of logits, and their labels: at shard edges, ignored, or out of range.
+
+    Some rows have -inf in a whole shard.
+    """
     generator = torch.Generator().manual_seed(vocab)
     logits = (4 * torch.randn(7, vocab, generator=generator)).to(dtype)
     labels = torch.tensor([0, edges[0] - 1, edges[0], vocab - 1, IGNORE, vocab, -1])
@@ -26,7 +29,7 @@ def make_rows(dtype: torch.dtype, vocab: int, edges: tuple[int, ...]) -> tuple[T
 
 
 def check_shards(backend: str, dtype: torch.dtype, vocab: int, edges: tuple[int, ...]) -> None:
-    """Compares the merged results and the gradients of shards with those of the whole."""
+    """Compares merged results and gradients of the shards with those of the whole vocabulary."""
     logits, labels = make_rows(dtype, vocab, edges)
     mask = ops.stats_mask(STATS)
     whole = ops.token_logp(logits, labels, IGNORE, mask, backend)

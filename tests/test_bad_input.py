@@ -1,4 +1,4 @@
-"""Each mistake in the arguments raises the right exception, which names the argument, the rule and the value."""
+"""Tests that each invalid argument raises the right exception, which names the argument, the rule and the value."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ NEITHER_OR_BOTH = r"ref_logp.*ref_logits"
 
 
 def good(packed: bool = False, **changes: Any) -> dict[str, Any]:
-    """Returns arguments of mpo_loss for two pairs of four positions, with the given changes."""
+    """Returns valid arguments of mpo_loss for two pairs of four positions, updated with ``changes``."""
     arguments: dict[str, Any] = {
         "logits": torch.zeros(4, 4, 7),
         "labels": torch.ones(4, 4, dtype=torch.int64),
@@ -31,18 +31,18 @@ def good(packed: bool = False, **changes: Any) -> dict[str, Any]:
 
 
 def packed_by(*offsets: int) -> dict[str, Any]:
-    """Returns packed arguments with these cu_seqlens."""
+    """Returns packed arguments of mpo_loss with ``offsets`` as cu_seqlens."""
     return good(packed=True, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
 
 
 def on_meta(name: str, **options: Any) -> dict[str, Any]:
-    """Returns valid arguments, except that one is on another device."""
+    """Returns valid arguments of mpo_loss, except that the argument ``name`` is on the meta device."""
     arguments = good(**options)
     return {**arguments, name: arguments[name].to("meta")}
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Calls torch.zeros."""
+    """Returns a tensor of zeros."""
     return torch.zeros(*shape, dtype=dtype)
 
 
@@ -165,7 +165,7 @@ def test_good_arguments_pass(backend: str) -> None:
 
 
 def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments with their tensors on a device."""
+    """Returns the arguments with their tensors moved to a device."""
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 

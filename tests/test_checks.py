@@ -1,4 +1,4 @@
-"""The checks of arguments: which values they accept, and the text of their errors."""
+"""Tests the argument checks: which values they accept, and the text of their errors."""
 
 from fractions import Fraction
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Atomic writes and locks."""
+"""Tests atomic writes and file locks."""
 
 import json
 import multiprocessing

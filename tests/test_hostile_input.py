@@ -1,4 +1,4 @@
-"""Input that once ended a command with a traceback, blocked it for ever, or took all open files."""
+"""Tests inputs that once made a command crash, hang, or use up all file handles."""
 
 import json
 import os

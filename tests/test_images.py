@@ -1,4 +1,4 @@
-"""Every part of the package sees the same pixels, and an image that cannot be used is refused in a short message."""
+"""Tests that all parts of the package load the same pixels, and reject unusable images with a short message."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ BROKEN_PROFILES = ("broken_profile.png", "other_profile.png")
 
 
 def difference(image: Any, file: ImageFile) -> int:
-    """Returns the largest difference of a value, in 255ths."""
+    """Returns the largest absolute difference of a pixel value, on the scale 0 to 255."""
     values = np.asarray(image, dtype=np.int64)
     assert values.shape == file.pixels.shape, file.name
     return int(abs(values - file.pixels).max())
@@ -74,7 +74,7 @@ def test_a_file_has_the_same_pixels_in_every_form(file: ImageFile, folder: Path)
 
 @pytest.fixture(scope="module")
 def llava() -> tuple[Any, Any]:
-    """A tiny LLaVA whose processor passes the pixels through, as float32 from 0 to 255."""
+    """Returns a tiny LLaVA and a processor that passes pixel values through unchanged, as float32 from 0 to 255."""
     import torch
     import vision_families
 
@@ -93,7 +93,7 @@ def check_pixels(values: Any, files: list[ImageFile]) -> None:
 
 
 def seen_pixels(model: Any, run: Any) -> Any:
-    """Returns the pixel values of all calls of the model while ``run`` runs."""
+    """Calls ``run`` and returns the pixel values that reached the model's vision tower."""
     import torch
 
     seen = []
@@ -391,7 +391,7 @@ def test_the_limit_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def url_pairs(folder: Path, tmp_path: Path) -> Path:
-    """Pairs with a data URL, a file URL, an absolute and a relative path of the same image."""
+    """Returns a file of pairs that name one image by data URL, file URL, absolute path and relative path."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "rgba.png").write_bytes((folder / "rgba.png").read_bytes())
     path = tmp_path / "in" / "rgba.png"

@@ -1,4 +1,4 @@
-"""The journal: what it keeps through a kill, what it refuses, who may write it."""
+"""Tests the journal: records survive a kill, invalid journals are rejected, and only one process may write."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""Checks the oracle against torch's autograd in float64, and the bounds against kernels with deliberate mistakes.
+"""Tests the oracle against torch's autograd in float64, and its error bounds against deliberately wrong kernels.
 
-Nothing here uses the package: this file tests the tests.
+Nothing here uses the package.
 """
 
 import itertools
@@ -114,7 +114,7 @@ def test_a_layout_keeps_the_values(layout: str) -> None:
 
 
 def wrong_gradient(name: str, logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient of the weighted log-probabilities with a mistake that released kernels had."""
+    """Returns a wrong gradient of the weighted log-probs; ``name`` selects a mistake that released kernels had."""
     p = logits.float().softmax(-1)
     onehot = torch.zeros_like(p).scatter(-1, labels.unsqueeze(-1), 1.0)
     gradient = weight.unsqueeze(-1) * (onehot - p)

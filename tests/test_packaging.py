@@ -1,4 +1,4 @@
-"""Builds the package, installs it and imports it as users do."""
+"""Tests that the package can be built, installed and imported."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def pip(*args: str, cwd: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copies the sources, without compiled modules."""
+    """Returns a copy of the sources without compiled modules."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -63,7 +63,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds a wheel from the source distribution, then twice in one checkout: no build depends on another."""
+    """Returns a wheel, built twice from the same checkout; also builds one from the source distribution."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(out), str(checkout), cwd=out)
     (sdist,) = out.glob("*.tar.gz")

@@ -1,4 +1,4 @@
-"""Models that cannot be used are refused before their weights are loaded: the folders here have no weights."""
+"""Tests that unusable models are rejected before their weights are loaded. The model folders here have no weights."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ NO_TORCHVISION = pytest.mark.skipif(
 
 
 def write_folder(folder: Path, build: Callable[[], Any], config: type, processor_class: str) -> Path:
-    """Writes what a hub repository has besides the weights."""
+    """Writes a model folder with tokenizer, image processor and config, but no weights."""
     processor = build()
     processor.tokenizer.save_pretrained(folder)
     config().save_pretrained(folder)
@@ -166,7 +166,7 @@ def test_causal_models_are_accepted() -> None:
 
 
 def paligemma() -> tuple[Any, Any]:
-    """A tiny PaliGemma of transformers' own classes."""
+    """Returns a tiny PaliGemma of transformers, and its processor."""
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     images = SiglipImageProcessorPil(size={"height": 28, "width": 28})
@@ -195,7 +195,7 @@ def test_a_paligemma_is_refused_before_the_first_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra", "XLNet"])
 def test_an_encoder_is_refused(name: str) -> None:
-    """transformers loads encoders as causal models, too, but their attention is not causal."""
+    """transformers can load encoders as causal language models, but their attention is not causal."""
     config = getattr(transformers, f"{name}Config")()
     with pytest.raises(ValueError, match="which attends to its whole text in both directions: it is not supported"):
         check_supported(config)

@@ -1,4 +1,4 @@
-"""Tests of tables: every Markdown table is a table for a GFM parser."""
+"""Tests that a parser of GitHub's Markdown recognizes the tables that mpo_ext writes."""
 
 import itertools
 from pathlib import Path
@@ -12,7 +12,7 @@ markdown_it = pytest.importorskip("markdown_it")
 
 
 def parse(text: str) -> list[list[str]]:
-    """Returns the cells of the only table in a text, as a GFM parser reads them."""
+    """Parses a Markdown text with one table, and returns the cells of its rows."""
     tokens = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(text)
     assert [token.type for token in tokens if token.level == 0] == ["table_open", "table_close"]
     rows: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""The structure of the repository: which room may import which, no circle, and limits of size."""
+"""Tests the structure of the repository: allowed imports between packages, no import cycles, and size limits."""
 
 import ast
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yields the modules of mpo_ext and benchmarks that a file imports, at its top or when it runs."""
+    """Yields the modules of mpo_ext and benchmarks that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

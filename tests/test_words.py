@@ -1,4 +1,4 @@
-"""The word check finds each kind of phrase, also over a line break, and nothing in plain sentences."""
+"""Tests that the word check finds each banned phrase, also across a line break, and accepts plain sentences."""
 
 import importlib.util
 from pathlib import Path

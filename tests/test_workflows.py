@@ -1,4 +1,4 @@
-"""The workflows run only code that is pinned: actions by commit, tools by version."""
+"""Tests that the CI workflows run only pinned code: actions by commit, tools by version."""
 
 import re
 from pathlib import Path

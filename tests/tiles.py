@@ -1,4 +1,4 @@
-"""Checks that the tests of every backend share: tiles of a vocabulary, and the loss from hidden states."""
+"""Check functions for the tests of all backends: logits in vocabulary tiles, and the loss from hidden states."""
 
 import itertools
 from collections.abc import Sequence
@@ -32,7 +32,10 @@ UNSEEN_BAD_LABELS = {
 
 
 def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Sequence[int], seed: int = 0) -> None:
-    """Checks tiles that end at the given columns, with rows that are ignored, impossible, banned and confident."""
+    """Checks log-probs, statistics and gradient of logits that are processed in tiles ending at ``inner_edges``.
+
+    The rows include ignored and invalid labels, logits of -inf, and labels with a probability near 1.
+    """
     generator = torch.Generator().manual_seed(seed + vocab)
     edges = [0, *inner_edges, vocab]
     labels = torch.tensor([0, -100, vocab - 1, edges[1], edges[1] - 1, vocab, -1, vocab // 2, -100, vocab // 3])
@@ -73,7 +76,7 @@ def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Seque
 
 
 def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
-    """Compares the loss from hidden states, in many tiles, with that of the CPU backend."""
+    """Compares linear_mpo_loss on a backend, computed in many tiles, with the CPU backend."""
     generator = torch.Generator().manual_seed(7)
     hidden = torch.randn(4, 5, 13, generator=generator).to(dtype)
     weight = (0.5 * torch.randn(203, 13, generator=generator)).to(dtype)
@@ -100,9 +103,9 @@ def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
 
 
 def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    """Compares the loss from hidden states with float64, in tiles as on a GPU, which products write in float32.
+    """Compares linear_mpo_loss on the GPU code path with float64. Matrix products write float32 tiles there.
 
-    The products are computed by torch on the CPU, and the kernels by ``backend``.
+    Torch computes the matrix products on the CPU, and ``backend`` runs the kernels.
     """
 
     def scaled_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: float, bias: object) -> None:
@@ -143,7 +146,7 @@ def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
 
 
 def exp_logits_case(vocab: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Returns logits ``[7, vocab]``, labels, and the edges of three tiles, for ``check_exp_logits``."""
+    """Returns logits ``[7, vocab]``, labels ``[7]``, and the edges of three tiles, with hard cases for exp_logits."""
     edges = [0, vocab // 3 + 1, vocab // 3 + 1 + vocab // 4, vocab]
     logits = 3 * torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab))
     labels = torch.tensor([0, vocab - 1, edges[1], edges[1] - 1, edges[2], vocab // 2, 1])
@@ -158,7 +161,7 @@ def exp_logits_case(vocab: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
 
 
 def check_exp_logits(backend: str, dtype: torch.dtype, vocab: int) -> None:
-    """Checks the exponentials of three tiles and the sums that are rescaled between them, against float64."""
+    """Checks write_exp_logits on three tiles against float64: exponentials, and sums rescaled between tiles."""
     logits, labels, edges = exp_logits_case(vocab)
     sums = torch.randn(len(labels), 37, generator=torch.Generator().manual_seed(1))
     expected_sums = sums.double().clone()
@@ -196,9 +199,9 @@ LINEAR_OPTIONS = [{"recompute": True}, {"recompute": False}, {"frozen": True}, {
 
 
 def check_unseen_bad_label(name: str, backend: str, device: str = "cpu") -> None:
-    """Checks that a bad label makes the loss NaN although no term contains its response, and that a good one does not.
+    """Checks that an out-of-range label makes the loss NaN, even in a response that no loss term uses.
 
-    The loss would otherwise be finite and its gradient NaN.
+    With a valid label in its place, the loss must be finite.
     """
     rows, settings = UNSEEN_BAD_LABELS[name]
     labels = torch.tensor(rows)

@@ -1,4 +1,4 @@
-"""Small video files that PyAV encodes, whose frames are known by their grey value."""
+"""Writes small video files with PyAV, in which the grey value of a frame identifies the frame."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,12 +12,12 @@ SIZE = (64, 48)  # width and height
 
 
 def grey(number: int) -> int:
-    """Returns the grey value of a frame; neighbouring frames differ by 8."""
+    """Returns the grey value of frame ``number``. Neighbouring frames differ by 8."""
     return number * 8 % 256
 
 
 def number_of(image: Image.Image) -> int:
-    """Returns the number (below 32) of a frame that ``write_video`` wrote."""
+    """Returns the number (below 32) of a frame from ``write_video``, given its image."""
     return round(float(np.asarray(image).mean()) / 8)
 
 
@@ -33,10 +33,10 @@ def write_video(
     rotation: int = 0,
     colours: Sequence[tuple[int, int, int]] | None = None,
 ) -> Path:
-    """Encodes frames of one grey value each, or of given colours, and returns the path of the file.
+    """Encodes a video with frames of uniform grey or color, and returns its path.
 
-    ``values`` are grey values, or the number of frames whose values ``grey`` gives. ``stamps`` are the times of the
-    frames in units of 1 / rate seconds.
+    ``values`` are the grey values, or a number of frames with values from ``grey``. ``colours`` replaces them by
+    colors. ``stamps`` are the times of the frames in units of 1 / rate seconds.
     """
     import av
 
@@ -65,7 +65,7 @@ def write_video(
 
 
 def write_frames(folder: Path, count: int, size: tuple[int, int] = SIZE) -> list[str]:
-    """Writes frame images with the grey values of ``grey``, and returns their paths."""
+    """Writes image files of the first ``count`` frames, with values from ``grey``, and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(count):

@@ -1,7 +1,7 @@
-"""Tiny models that take videos, with processors of the real classes.
+"""Tiny models that take videos, with transformers' processor classes.
 
-The video processors of transformers need torchvision. ``QwenVideoStandIn`` does the same without torchvision, by the
-image processor; test_video_processors.py compares both where torchvision is installed.
+The video processors of transformers need torchvision. ``QwenVideoStandIn`` replaces them with the image processor.
+test_video_processors.py compares the two where torchvision is installed.
 """
 
 import importlib.util
@@ -30,7 +30,10 @@ MIN_PIXELS, MAX_PIXELS = 28 * 28, 84 * 84
 
 
 class QwenVideoStandIn:
-    """Does what Qwen2VLVideoProcessor and Qwen3VLVideoProcessor do with chosen frames, without torchvision."""
+    """Replaces transformers' Qwen2-VL and Qwen3-VL video processors without torchvision.
+
+    Its inputs are sampled frames.
+    """
 
     merge_size, temporal_patch_size = 2, 2
     model_input_names = ("pixel_values_videos", "video_grid_thw")
@@ -79,7 +82,7 @@ def _with_stand_in(processor: Any) -> Any:
 
 
 def with_videos(template: str) -> str:
-    """Returns a chat template of Qwen-VL with the case of videos."""
+    """Returns a Qwen-VL chat template extended by videos."""
     image = "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
     assert image in template
     return template.replace(image, image + "{% elif p.type == 'video' %}" + image.replace("image", "video"))
@@ -128,7 +131,10 @@ def qwen3_vl(processor: Any = None) -> tuple[nn.Module, Any]:
 
 
 def internvl35() -> tuple[nn.Module, Any]:
-    """InternVL3.5 without its video processor: the frames of videos are numbered images."""
+    """Returns an InternVL3.5 and its processor.
+
+    The processor has no video processor. The encoder shows frames as numbered images.
+    """
     processor = processors.internvl35()
     config = transformers.InternVLConfig(
         vision_config={
@@ -146,7 +152,7 @@ BUILDERS = {"Qwen2.5-VL": qwen25_vl, "Qwen3-VL": qwen3_vl, "InternVL3.5": intern
 
 
 def gradient_picture(size: tuple[int, int], shift: int) -> np.ndarray:
-    """Returns an RGB picture ``[H, W, 3]`` that differs between shifts."""
+    """Returns an RGB image ``[H, W, 3]`` with color gradients; each ``shift`` gives another image."""
     width, height = size
     columns = (np.arange(width) * 5 + shift * 31) % 256
     rows = (np.arange(height) * 3 + shift * 17) % 256

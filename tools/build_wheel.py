@@ -2,8 +2,9 @@
 
     python tools/build_wheel.py build/wheels
 
-With Docker, cibuildwheel builds it in the manylinux image, with the settings in pyproject.toml. Without Docker, it is
-built here, and auditwheel gives it the oldest tag that its symbols allow. ``MPO_CUDA=ON`` adds the CUDA kernels.
+With Docker, cibuildwheel builds the wheel in the manylinux image, with the settings in pyproject.toml. Without Docker,
+the wheel is built on this machine, and auditwheel gives it the oldest manylinux tag that its symbols allow.
+``MPO_CUDA=ON`` adds the CUDA kernels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Checks the English of the repository against a list of phrases that readers stumble over.
+"""Checks the English of the repository against a list of banned phrases.
 
 Usage: ``python tools/check_words.py [FILE ...]``; without files it checks every text file that git tracks. Prints one
-line per finding and then exits with status 1. A line that must keep a phrase (a quotation, a test of this check)
+line per finding, and exits with status 1 if there are findings. A line that must keep a phrase, such as a quotation,
 ends in ``words: ignore``.
 """
 
@@ -61,7 +61,7 @@ _ADVICE = list(PHRASES.values())
 
 
 def check_text(text: str) -> Iterator[tuple[int, str]]:
-    """Yields line number and message of each banned phrase; a phrase may be broken over two lines."""
+    """Yields line number and message for each banned phrase, also for phrases that continue on the next line."""
     lines = text.splitlines()
     joined, starts = "", []
     for line in lines:
@@ -74,7 +74,7 @@ def check_text(text: str) -> Iterator[tuple[int, str]]:
 
 
 def check_docstrings(text: str) -> Iterator[tuple[int, str]]:
-    """Yields the docstrings that begin with a word that leaves out the subject."""
+    """Yields line number and message for each docstring that begins with a banned word, such as "What"."""
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -85,7 +85,7 @@ def check_docstrings(text: str) -> Iterator[tuple[int, str]]:
 
 
 def check_file(path: Path) -> Iterator[str]:
-    """Yields a line for each finding in a file."""
+    """Yields the findings in a file, one line of text each."""
     text = path.read_text(encoding="utf-8")
     findings = list(check_text(text))
     if path.suffix == ".py":

@@ -1,7 +1,7 @@
-"""Coverage-guided fuzzing with atheris: ``python tools/fuzz.py TARGET [CORPUS] [-max_total_time=3600]``.
+"""Runs coverage-guided fuzzing with atheris: ``python tools/fuzz.py TARGET [CORPUS] [-max_total_time=3600]``.
 
-TARGET is answers, pairs, recipes, images or journals. An input that breaks a rule of its target ends the run, and
-libFuzzer writes the input into the current folder. ``pip install atheris`` first.
+TARGET is answers, pairs, recipes, images or journals. The run ends at the first input that breaks a rule of the
+target. libFuzzer writes this input into the current folder. Run ``pip install atheris`` first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _KINDS = [kind for kind in MATCHERS if kind not in ("custom", "any")]
 
 
 def answers(content: bytes) -> None:
-    """Extracts and compares a response in every way; it must not raise or take long."""
+    """Checks that extraction and comparison of a response never raise or take long, with every style and matcher."""
     text = content.decode("utf-8", "replace")
     response, _, truth = text.partition("\0")
     start = time.process_time()
@@ -52,7 +52,7 @@ def answers(content: bytes) -> None:
 
 
 def pairs(content: bytes) -> None:
-    """Reads lines in a format: each line is a pair or a bad line, and an unreadable file is a ValueError."""
+    """Checks that each line of a file gives a pair or a BadLine, and that an unreadable file raises ValueError."""
     path = _FOLDER / f"p{('.jsonl', '.json', '.csv')[content[:1][0] % 3 if content else 0]}"
     path.write_bytes(content[2:])
     formats = [name for name in FORMATS if name != "hf"]
@@ -66,7 +66,7 @@ def pairs(content: bytes) -> None:
 
 
 def recipes(content: bytes) -> None:
-    """Reads a recipe: a recipe, a ValueError or a TypeError."""
+    """Checks that a recipe is read, written and read again unchanged, or raises ValueError or TypeError."""
     path = _FOLDER / "r.yaml"
     path.write_bytes(content)
     try:
@@ -78,7 +78,7 @@ def recipes(content: bytes) -> None:
 
 
 def images(content: bytes) -> None:
-    """Decodes an image file: an RGB image or an ImageError."""
+    """Checks that an image file is decoded to an RGB image, or raises ImageError."""
     try:
         image = load_image(content)
     except ImageError:
@@ -87,7 +87,10 @@ def images(content: bytes) -> None:
 
 
 def journals(content: bytes) -> None:
-    """Opens a file as a journal and appends to it: it is refused unchanged, or its whole lines stay."""
+    """Checks that a journal accepts a new record and keeps its old ones, or is refused.
+
+    A refused file may lose only an incomplete last line.
+    """
     path = _FOLDER / "journal.jsonl"
     path.write_bytes(content)
     try:
@@ -108,7 +111,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def main() -> None:
-    """Runs the target that the command line names."""
+    """Fuzzes the target that is named on the command line."""
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         sys.exit(f"usage: python tools/fuzz.py {{{','.join(TARGETS)}}} [CORPUS] [-max_total_time=SECONDS]")
     warnings.simplefilter("ignore")

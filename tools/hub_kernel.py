@@ -1,11 +1,12 @@
-"""Writes the loss as a repository of Hugging Face's ``kernels`` package, which loads it without an installation.
+"""Writes the loss as a repository for Hugging Face's package ``kernels``, which loads it without an installation.
 
     python tools/hub_kernel.py build/hub
     python tools/hub_kernel.py build/hub --wheels dist/*.whl
 
 The variant torch-universal has the Triton kernels and the loss in plain torch. Wheels of this project, one for each
-version of Python, add a variant with their compiled modules: for CUDA if they have its kernels, else for the CPU.
-The compiled module does not use torch's ABI, so the variant is the one for all versions of torch (torch-stable-abi).
+version of Python, add a variant with their compiled modules. This variant is for CUDA if the modules have CUDA
+kernels, otherwise for the CPU. It works with all versions of torch (torch-stable-abi), because the modules do not use
+its ABI.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ or the CUDA kernels of a variant for CUDA. On a CPU, torch-universal runs plain 
 
 
 def sources() -> dict[str, str]:
-    """Returns the modules of the loss by their path in a variant, as they are in the source tree."""
+    """Returns the source texts of the loss, by the path that each module gets in a variant."""
     return {
         Path(folder, path.name).as_posix(): path.read_text(encoding="utf-8")
         for folder, source, pattern in SOURCES
@@ -85,9 +86,13 @@ def sources() -> dict[str, str]:
 
 
 def convert(path: str, text: str, kernel_id: str, *, pure_python: bool) -> str:
-    """Returns a module with relative imports, and operators in the namespace of this kernel.
+    """Converts a module of the source tree to a module of a variant, and returns its text.
 
-    Several versions of a kernel may be in one process, so neither may have a fixed name.
+    Imports become relative, and operators get the namespace ``kernel_id``, because one process may load several
+    versions of the kernel.
+
+    Raises:
+        ValueError: If an import cannot be converted.
     """
     dots = "." * (path.count("/") + 1)
     text = re.sub(r"^(\s*)from mpo_ext\.", rf"\1from {dots}", text, flags=re.MULTILINE)
@@ -104,7 +109,7 @@ def convert(path: str, text: str, kernel_id: str, *, pure_python: bool) -> str:
 
 
 def write_variant(folder: Path, modules: dict[str, bytes], facts: dict[str, Any], version: int) -> None:
-    """Writes a build variant: its modules (``_C`` among them or not), and ``metadata.json``."""
+    """Writes a build variant: its Python modules, the compiled ``modules`` (may be empty), and ``metadata.json``."""
     texts = sources()
     unique = hashlib.sha256(json.dumps([texts, facts, sorted(modules)]).encode())
     for name in sorted(modules):
@@ -128,10 +133,10 @@ def write_variant(folder: Path, modules: dict[str, bytes], facts: dict[str, Any]
 
 
 def compiled_modules(wheels: list[Path]) -> dict[str, bytes]:
-    """Returns the compiled module of each wheel by its file name.
+    """Returns the compiled module of each wheel, by file name.
 
     Raises:
-        ValueError: If a wheel has no compiled module, or two wheels are for one version of Python.
+        ValueError: If a wheel has no compiled module, or two wheels are for the same version of Python.
     """
     modules: dict[str, bytes] = {}
     for wheel in wheels:
@@ -149,10 +154,10 @@ def compiled_modules(wheels: list[Path]) -> dict[str, bytes]:
 
 
 def load(modules: dict[str, bytes]) -> ModuleType:
-    """Returns the compiled module for the running Python.
+    """Imports the compiled module for the running version of Python.
 
     Raises:
-        ValueError: If none of the wheels is for it.
+        ValueError: If no wheel is for this version.
     """
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     if name not in modules:
@@ -169,7 +174,7 @@ def load(modules: dict[str, bytes]) -> ModuleType:
 
 
 def backend_of(module: ModuleType) -> tuple[str, dict[str, Any]]:
-    """Returns the backend in the name of a variant ("cpu", "cu130") and in its metadata."""
+    """Returns the backend for the name of a variant ("cpu", "cu130"), and its description for the metadata."""
     if not module.has_cuda:
         return "cpu", {"type": "cpu"}
     version = re.search(r"(\d+)\.(\d+)", module.cuda_compiler)

@@ -1,8 +1,9 @@
 """Builds, imports and tests mpo_ext with several versions of Python and torch: ``python tools/matrix.py``.
 
-Each cell is a fresh environment in build/matrix: torch and the test tools are installed, the native module is built
-without CUDA, and the tests of the operators run. The environment is deleted afterwards. The results are written to
-results/matrix.json after every cell. ``python -m benchmarks.gpu --docs`` writes them into docs/reliability.md.
+Each cell (a pair of versions) gets a fresh environment in build/matrix. It installs torch and the test tools, builds
+the native module without CUDA, and runs the tests of the operators. The environment is deleted afterwards. The results
+are written to results/matrix.json after every cell. ``python -m benchmarks.gpu --docs`` writes them into
+docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _IMPORT = (
 
 
 def find_python(version: str) -> str | None:
-    """Returns the interpreter of a version such as "3.12": on PATH, or of pyenv."""
+    """Returns the path of a Python of a version such as "3.12", from PATH or pyenv; None if there is none."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [*sorted(versions.glob(f"{version}.*/bin/python{version}")), shutil.which(f"python{version}")]
     for candidate in filter(None, candidates):
@@ -45,7 +46,7 @@ def find_python(version: str) -> str | None:
 
 
 def run_cell(python: str, torch: str, tests: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Returns the result of a cell: the status "passed", "failed" or "not run", and the reason or the counts."""
+    """Builds and tests one cell. Returns its status ("passed", "failed", "not run") and a reason or test counts."""
     cell: dict[str, Any] = {"python": python, "torch": torch, "date": datetime.date.today().isoformat()}
     interpreter = find_python(python)
     if interpreter is None:
@@ -61,7 +62,7 @@ def run_cell(python: str, torch: str, tests: Sequence[str], folder: Path) -> dic
 
 
 def _steps(interpreter: str, torch: str, tests: Sequence[str], folder: Path, cell: dict[str, Any]) -> str:
-    """Installs, builds and tests. Returns the reason of a failure, or the last line of the tests."""
+    """Installs, builds and tests in a cell's environment. Returns the reason of a failure, or pytest's last line."""
     binaries, source = folder / "environment" / "bin", folder / "source"
     python = str(binaries / "python")
     _copy_tree(source)
@@ -95,7 +96,7 @@ def _steps(interpreter: str, torch: str, tests: Sequence[str], folder: Path, cel
 
 
 def _copy_tree(target: Path) -> None:
-    """Copies the files of the working tree that git knows, without anything that was built."""
+    """Copies the tracked and untracked files of the working tree, without build outputs."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -106,7 +107,7 @@ def _copy_tree(target: Path) -> None:
 
 
 def main() -> int:
-    """Runs the cells that are asked for. Returns 1 if a cell failed."""
+    """Runs the cells chosen on the command line. Returns 1 if a cell failed, otherwise 0."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--cells", nargs="*", metavar="PYTHON:TORCH", help='such as "3.12:2.11" (default: all)')
     parser.add_argument("--tests", nargs="+", default=list(TESTS), help="test files and folders")

@@ -1,6 +1,6 @@
-"""Runs a notebook from top to bottom in an empty folder and prints what its cells print.
+"""Runs a notebook from top to bottom in an empty folder, and prints the output of its cells.
 
-python tools/run_notebook.py docs/notebooks/first_run.ipynb
+Usage: ``python tools/run_notebook.py docs/notebooks/first_run.ipynb``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 
 
 def print_outputs(cell: Any, cell_index: int, **_: Any) -> None:
-    """Prints the outputs of a cell that has just run."""
+    """Prints the outputs of a cell after its execution."""
     for output in cell.get("outputs", ()):
         print(output.get("text") or output.get("data", {}).get("text/plain", ""), end="")
 

@@ -1,4 +1,4 @@
-"""Checks an installed mpo_ext against plain torch: losses, gradients and the compiled module. Run it in any folder."""
+"""Checks an installed mpo_ext against plain torch: losses, gradients and the compiled module. Runs in any folder."""
 
 import torch
 

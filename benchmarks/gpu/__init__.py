@@ -1,1 +1,1 @@
-"""Checks and benchmarks on a GPU, in stages: ``python -m benchmarks.gpu --stage NAME``. ``--dry`` uses a CPU."""
+"""Checks and benchmarks on a GPU: ``python -m benchmarks.gpu --stage NAME``. ``--dry`` tests them on a CPU."""

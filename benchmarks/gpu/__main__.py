@@ -1,8 +1,8 @@
-"""Runs the stages that need a GPU: ``python -m benchmarks.gpu --stage NAME ...`` (``make gpu-check`` runs all).
+"""Runs checks and benchmarks on a GPU: ``python -m benchmarks.gpu --stage NAME ...`` (``make gpu-check`` runs all).
 
-Nothing is downloaded. The native module is built first if it has no CUDA kernels. Each stage writes gpu_STAGE.json
-after every case, so a stage that is stopped keeps its results. ``--dry`` runs every stage with small sizes on a CPU.
-``--docs`` copies the result files to results/ and writes the tables of docs/performance.md.
+Nothing is downloaded. If the native module has no CUDA kernels, it is built first. Each stage rewrites its result file
+gpu_STAGE.json after every case, so a stage that is stopped keeps its results. ``--dry`` runs every stage with small
+sizes on a CPU. ``--docs`` copies the result files to results/ and writes the tables of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_process(name: str, args: argparse.Namespace, seconds: float) -> int:
-    """Runs a stage in a separate process. After ``seconds``, stops the process and the programs that it started."""
+    """Runs a stage in a child process and returns the exit status. After ``seconds``, the process group is killed."""
     if seconds <= 0:
         print(f"{name}: not started, because the time is over")
         return 1

@@ -14,14 +14,14 @@ _PROBE = "from mpo_ext.ops.native import compiled; print(True, bool(compiled().h
 
 
 def ensure_built(out: Path, *, needs_cuda: bool, archs: str | None = None) -> str:
-    """Builds the native module unless a suitable module exists. Returns a text that says whether it was built.
+    """Builds the native module if no suitable module exists. Returns a sentence that says whether it was built.
 
     No packages are downloaded: CMake, ninja, a compiler and pybind11 must be installed.
 
     Args:
         out: Folder for build.log.
         needs_cuda: Whether the module must have CUDA kernels.
-        archs: Compute capabilities, such as "90"; None: that of GPU 0.
+        archs: Compute capabilities, such as "90"; None: the capability of GPU 0.
 
     Raises:
         RuntimeError: If the build fails; the message has the end of build.log.
@@ -39,7 +39,7 @@ def ensure_built(out: Path, *, needs_cuda: bool, archs: str | None = None) -> st
 def build(
     source: Path, folder: Path, target: Path, log: Path, *, needs_cuda: bool = True, archs: str | None = None
 ) -> None:
-    """Configures and builds the CMake project ``source`` in ``folder``, and writes the module to ``target``."""
+    """Configures and builds the CMake project ``source`` in the folder ``folder``. Writes the module to ``target``."""
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DMPO_OUTPUT_DIR={target}"]
     options.append(f"-DMPO_CUDA={'ON' if needs_cuda else 'OFF'}")
     if needs_cuda:
@@ -68,6 +68,6 @@ def _arch() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Returns the environment, with the usual folder of nvcc and the folder of this Python's programs on PATH."""
+    """Returns the environment variables, with the folders of this Python and of nvcc added to PATH."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     return {**os.environ, "PATH": os.pathsep.join(folders)}

@@ -1,4 +1,4 @@
-"""Stage correct: compares every operator on every backend with float64, then checks what only a GPU can show."""
+"""Stage "correct": compares every operator on every backend with float64, then runs the checks that require a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _HEADS: tuple[dict[str, Any], ...] = ({}, {"logit_scale": 0.5, "softcap": 20.0, 
 
 
 def difference(found: Tensor, exact: Tensor, rtol: float, atol: float, what: str) -> list[str]:
-    """Returns a list with a description of the largest error beyond the bounds, or [] if there is no such error."""
+    """Compares two tensors. Returns a list with a description of the largest error, or [] if they agree.
+
+    They agree if each error is at most ``atol + rtol * abs(exact)``, or both values are NaN. ``what`` names the
+    tensors in the description.
+    """
     found, exact = found.detach().double(), exact.detach().double()
     error = (found - exact).abs()
     bad = ~(error <= atol + rtol * exact.abs())  # NaN counts as bad
@@ -35,7 +39,7 @@ def difference(found: Tensor, exact: Tensor, rtol: float, atol: float, what: str
 
 
 def run(stage: GpuStage) -> None:
-    """Runs every check, and adds a point for each check, which says whether it passed."""
+    """Runs every check, and adds its result (passed or failed) to the result file."""
     for dtype, vocab in itertools.product(UNIT, _DRY_VOCABS if stage.dry else _VOCABS):
         stage.check(f"logits: {dtype}, V = {vocab}", functools.partial(_logits_problems, stage, dtype, vocab))
     for backend in stage.backends:
@@ -63,7 +67,10 @@ def _loss(batch: PairBatch, logits: Tensor, backend: str, **options: Any) -> MPO
 
 
 def _logits_problems(stage: GpuStage, dtype: torch.dtype, vocab: int) -> list[str]:
-    """Compares ``mpo_loss``, its gradient and statistics with float64, for contiguous, unaligned and reused logits."""
+    """Compares ``mpo_loss``, its gradient and statistics with float64, and returns the differences.
+
+    The logits are contiguous, unaligned, or overwritten by their gradient (``reuse_logits``).
+    """
     wrong = []
     for pairs, tokens, share in ((2, 10, 0.7), (1, 20, 0.1), (3, 5, 1.0)):
         batch = PairBatch.random(stage.device, pairs, tokens, vocab, dtype, share, seed=vocab + pairs)
@@ -98,7 +105,11 @@ def _logits_problems(stage: GpuStage, dtype: torch.dtype, vocab: int) -> list[st
 
 
 def _input_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Checks packed sequences, reference logits, bad labels and offsets, -inf, NaN in ignored rows, and no labels."""
+    """Checks ``mpo_loss`` with unusual inputs, and returns the problems.
+
+    The inputs are packed sequences, reference logits, bad labels and offsets, -inf, very large logits, NaN in ignored
+    rows, and no labels.
+    """
     wrong = []
     options: dict[str, Any] = {"shift": False, "backend": backend}
     batch = PairBatch.random(stage.device, 2, 6, 1003, torch.bfloat16, 0.8)
@@ -151,7 +162,7 @@ def _input_problems(stage: GpuStage, backend: str) -> list[str]:
 
 
 def _shift_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Compares the reward shift after three calls with float64."""
+    """Compares the reward shift after three calls with float64, and returns the differences."""
     batch = PairBatch.random(stage.device, 2, 6, 1003, torch.bfloat16, 0.8)
     shifts = RewardShift(), RewardShift()
     for _ in range(3):
@@ -163,7 +174,10 @@ def _shift_problems(stage: GpuStage, backend: str) -> list[str]:
 def _linear_problems(
     stage: GpuStage, dtype: torch.dtype, vocab: int, head: dict[str, Any], has_bias: bool
 ) -> list[str]:
-    """Compares the loss from hidden states with float64, by mode, memory budget and device of the labels."""
+    """Compares ``linear_mpo_loss`` and its gradients with float64, and returns the differences.
+
+    The calls vary the options ``recompute`` and ``memory_budget``, a frozen head, and the device of the labels.
+    """
     generator = torch.Generator(stage.device).manual_seed(vocab)
     on_device: dict[str, Any] = {"generator": generator, "device": stage.device}
     hidden = torch.randn(4, 9, 64, **on_device).to(dtype)
@@ -205,7 +219,10 @@ def _linear_problems(
 
 
 def _large_problems(stage: GpuStage) -> list[str]:
-    """Checks the loss, and that each row of the gradient sums to 0, with the vocabulary of the benchmarks."""
+    """Checks ``mpo_loss`` with the vocabulary of the benchmarks, and returns the problems.
+
+    Each row of the gradient must sum to 0.
+    """
     tokens, vocab = (8, 101) if stage.dry else (1024, 151_936)
     batch = PairBatch.random(stage.device, 1, tokens, vocab, torch.bfloat16)
     exact = _loss(batch, batch.logits.double(), "reference")
@@ -223,7 +240,7 @@ def _large_problems(stage: GpuStage) -> list[str]:
 
 
 def _beyond_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Checks logits with more than 2^31 elements, of which the last rows are labelled."""
+    """Checks ``mpo_loss`` on more than 2^31 logits, and returns the problems. Only the last rows are labelled."""
     vocab, few = 151_936, 4
     tokens = 2**31 // (2 * vocab) + 9
     logits = torch.empty(2, tokens, vocab, dtype=torch.bfloat16, device=stage.device)

@@ -1,4 +1,4 @@
-"""Checks of the stage correct that need a GPU: equal bits, streams, CUDA graphs, compilation, host synchronization."""
+"""The checks of the stage "correct" that require a GPU. Each check returns a list of problems."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def _batch(*size: Any, **options: Any) -> PairBatch:
 
 
 def bits(backend: str) -> list[str]:
-    """Checks that repeated calls give the same bits, for rows split over blocks, few rows and narrow rows."""
+    """Checks that repeated calls give bitwise equal results.
+
+    The shapes have rows that are split over thread blocks, few labelled rows, and narrow rows.
+    """
     wrong = []
     for vocab, tokens, share in ((151_674, 40, 1.0), (151_936, 300, 0.02), (9001, 7, 1.0)):
         batch = _batch(1, tokens, vocab, torch.bfloat16, share)
@@ -40,7 +43,7 @@ def bits(backend: str) -> list[str]:
 
 
 def streams(backend: str) -> list[str]:
-    """Checks launches on several streams at once while matmuls occupy the GPU, and on a stream that is delayed."""
+    """Checks calls on several streams at the same time, and that the kernels run on the current stream."""
     batches = [_batch(1, 12 + 7 * i, 32_768 + i, torch.bfloat16, seed=i) for i in range(4)]
     expected = [_loss_and_grad(batch, backend) for batch in batches]
     torch.cuda.synchronize()
@@ -66,7 +69,10 @@ def streams(backend: str) -> list[str]:
 
 
 def graphs(backend: str) -> list[str]:
-    """Checks replays of captured calls, with new logits and with a reward shift that each replay must update."""
+    """Checks replays of two calls captured in CUDA graphs.
+
+    The replays of the first call get new logits. Each replay of the second call updates a reward shift.
+    """
     batch = _batch(2, 9, 1003, torch.float32)
     static = batch.replaced(batch.logits.clone())
     shift = RewardShift()
@@ -117,7 +123,7 @@ def capture_of_hidden_states(backend: str) -> list[str]:
 
 
 def compiled(backend: str) -> list[str]:
-    """Checks compiled models with the padded and the packed loss, with and without CUDA graphs."""
+    """Checks the padded and the packed loss inside ``torch.compile``, with and without CUDA graphs."""
     batch = _batch(1, 8, 1003, torch.bfloat16)
     hidden, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((2, 8, 32), (1003, 32)))
     offsets = torch.tensor([0, 8, 16], device="cuda", dtype=torch.int32)
@@ -146,7 +152,10 @@ def compiled(backend: str) -> list[str]:
 
 
 def waits(backend: str) -> list[str]:
-    """Checks that the host does not wait for the GPU in several calls; torch is set to raise an error if it waits."""
+    """Checks that calls of the losses do not make the host wait for the GPU.
+
+    torch is set to raise an error if the host waits.
+    """
     batch = _batch(1, 16, 32_768, torch.bfloat16)
     hidden, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((2, 16, 64), (32_768, 64)))
     labels, pinned = batch.labels.cpu(), batch.labels.cpu().pin_memory()

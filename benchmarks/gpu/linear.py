@@ -1,4 +1,8 @@
-"""Stage linear: ``linear_mpo_loss`` against the bare matrix products and other libraries, and its memory budgets."""
+"""Stage "linear": compares ``linear_mpo_loss`` with other libraries, and with the matmuls of the loss alone.
+
+The matmuls compute the logits, and the gradients of the hidden states and the head. The stage also measures several
+memory budgets of ``linear_mpo_loss``.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,10 @@ _RUNS, _BUDGET_RUNS = 7, 3
 
 
 def run(stage: GpuStage) -> None:
-    """Measures the bare matmuls and every provider for two shares of labelled rows, then the memory budgets."""
+    """Measures all implementations of the loss, and its matmuls alone, with 100 % and 10 % labelled rows.
+
+    Then measures several memory budgets of ``linear_mpo_loss``.
+    """
     whole = _DRY_LOSS if stage.dry else LOSS
     for share in (1.0, 0.1):
         loss = dataclasses.replace(whole, share=share)
@@ -43,7 +50,10 @@ def run(stage: GpuStage) -> None:
 
 
 def _measure_products(stage: GpuStage, loss: LossShape) -> dict[str, float]:
-    """Measures the bare matmuls and, on a GPU, the matmuls of single tiles. Returns the median seconds by name."""
+    """Measures the matmuls of the loss alone and, on a GPU, the matmuls of single tiles of the vocabulary.
+
+    Returns the median seconds by name.
+    """
     batch = linear.HiddenBatch(loss, stage.device)
     programs = linear.BENCHMARK.floor_runs(batch)
     if not stage.dry:
@@ -61,7 +71,7 @@ def _measure_products(stage: GpuStage, loss: LossShape) -> dict[str, float]:
 
 
 def _tile_programs(batch: linear.HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Returns the matmuls of tiles of several widths, by name. Results are float32 tiles or added to a float32 sum."""
+    """Returns functions that each run one matmul on a tile of the vocabulary, for several tile widths, by name."""
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100]
     total = torch.zeros(rows.shape, device=rows.device)
     programs: dict[str, Callable[[], Any]] = {}
@@ -87,7 +97,11 @@ def _measure(
     floors: dict[str, float],
     sweep: str = "forward and backward",
 ) -> None:
-    """Measures time and memory of a provider and adds a point, with the floor and the prediction if they exist."""
+    """Measures the time and memory of an implementation of the loss, and adds the result to the result file.
+
+    ``make(name)`` returns the implementation. ``floors`` holds the median seconds of the matmuls alone.
+    ``sweep`` is the beginning of the case's name in the result file.
+    """
     case = f"{sweep}, {loss.share:.0%} labelled"
     torch.compiler.reset()
     try:

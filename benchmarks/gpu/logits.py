@@ -1,4 +1,4 @@
-"""Stage logits: ``mpo_loss`` from logits against other libraries, in time, GB/s and memory."""
+"""Stage "logits": compares the time, bandwidth and memory of ``mpo_loss`` with other libraries."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _FIXED_ROWS = (64, 1024, 8192, 65_536)
 
 
 def bytes_needed(loss: LossShape, what: str) -> int:
-    """Returns the bytes that any method must move in forward, in backward, or in both (``what``).
+    """Returns the bytes that any implementation must read or write. ``what`` is "forward", "backward" or "both".
 
-    Each of the two passes reads the labelled logits, and backward writes the gradient.
+    Forward and backward each read the labelled logits. Backward also writes the gradient of all logits.
     """
     row = loss.vocab * loss.size
     forward = loss.labelled * row
@@ -48,7 +48,10 @@ def bytes_needed(loss: LossShape, what: str) -> int:
 
 
 def bandwidths(device: str, nbytes: int = _COPY_BYTES, runs: int = 10) -> dict[str, float]:
-    """Returns the bytes per second of a copy (read and written bytes), of a read alone and of a write alone."""
+    """Measures the memory bandwidth of a copy, a read and a write, in bytes per second.
+
+    For a copy, both the read and the written bytes count.
+    """
     source, target = (torch.zeros(nbytes // 4, dtype=torch.float32, device=device) for _ in range(2))
     programs = {"copy": lambda: target.copy_(source), "read": source.sum, "write": target.zero_}
     timings = interleaved({name: (nothing, run) for name, run in programs.items()}, runs, device=device)
@@ -56,7 +59,7 @@ def bandwidths(device: str, nbytes: int = _COPY_BYTES, runs: int = 10) -> dict[s
 
 
 def run(stage: GpuStage) -> None:
-    """Measures every provider on every shape, then the fixed costs of our forward."""
+    """Measures every implementation of the loss on every shape, then the fixed costs of mpo_ext's forward."""
     stage.settings |= {"bytes_per_s": bandwidths(stage.device, 1 << 20 if stage.dry else _COPY_BYTES)}
     shapes = [LossShape(tokens=8, vocab=203, share=0.5)] if stage.dry else SHAPES
     for loss in shapes:
@@ -74,7 +77,10 @@ def run(stage: GpuStage) -> None:
 
 
 def measure(stage: GpuStage, loss: LossShape, batch: logits.LogitsBatch, pristine: Tensor, name: str) -> None:
-    """Measures forward, backward and both for one provider, and adds a point for each."""
+    """Measures forward, backward and both together for one implementation, and adds the results to the result file.
+
+    ``pristine`` is a copy of the logits, from which they are restored if the implementation overwrites them.
+    """
     runs = 2 if stage.dry else _SLOW_RUNS if name in _SLOW else _RUNS
     try:
         passes = _passes(logits.LOSSES[name](), batch, pristine if name in logits.OVERWRITING else None)
@@ -100,9 +106,9 @@ def _case(loss: LossShape, what: str) -> str:
 
 
 def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor | None) -> dict[str, Run]:
-    """Returns the runs of forward, of backward and of both together, for one provider.
+    """Returns (prepare, run) functions for the keys "forward", "backward" and "both".
 
-    ``pristine`` is a copy of the logits for a provider that overwrites them; each run then starts from this copy.
+    If the implementation overwrites the logits, ``pristine`` is a copy from which ``prepare`` restores them.
     """
     leaf = batch.logits.detach().requires_grad_()
     losses: list[Tensor] = []
@@ -126,7 +132,10 @@ def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor 
 
 
 def _measure_fixed(stage: GpuStage, rows: int) -> None:
-    """Measures the fixed costs of a forward: launches, counting labels, and the pair loss in the same kernel."""
+    """Measures the fixed costs of a forward pass on small logits, and adds the results to the result file.
+
+    Calls ``mpo_loss`` and ``token_logp``, with few or all of the ``rows`` labelled.
+    """
     loss = LossShape(tokens=rows // 2, vocab=1024)
     values = torch.zeros(2, rows // 2, 1024, device=stage.device, dtype=torch.bfloat16)
     few = torch.full((2, rows // 2), -100, device=stage.device)
@@ -151,7 +160,7 @@ def _measure_fixed(stage: GpuStage, rows: int) -> None:
 
 
 def graph_of(call: Callable[[], Any]) -> Callable[[], None]:
-    """Captures a call into a CUDA graph, and returns a function that replays the graph without launch overhead."""
+    """Captures a call into a CUDA graph. Returns a function that replays the graph, which has no launch overhead."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""The program that ncu profiles: it runs each main kernel twice, on the main shape."""
+"""The program that Nsight Compute (ncu) profiles. It runs each main kernel twice, on the main shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpo_ext import mpo_loss
 
 
 def main() -> int:
-    """Runs forward and backward twice for each backend; ``--dry``: on a CPU."""
+    """Runs forward and backward twice for each backend. ``--dry`` runs them on a CPU with small sizes."""
     dry = "--dry" in sys.argv
     size = ("cpu", 1, 8, 211) if dry else ("cuda", 1, 4096, 151_936)
     batch = PairBatch.random(*size, torch.bfloat16)

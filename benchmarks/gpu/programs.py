@@ -1,4 +1,4 @@
-"""Stages that run other programs: pytest, compute-sanitizer, ncu, and builds of other launch shapes."""
+"""Stages that run other programs: pytest, compute-sanitizer, ncu, and kernels built with other launch settings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ def _run(
     env: Mapping[str, str] | None = None,
     provider: str = "mpo_ext",
 ) -> Path:
-    """Runs a program, writes its output to a log, and adds a point: passed, failed, or not run if it is missing."""
+    """Runs a program, and adds its status (passed, failed or not run) to the result file. Returns the path of its log.
+
+    The status is "not run" if the program is not installed. ``env`` holds additional environment variables, and
+    ``provider`` is the name of the tested implementation in the result file.
+    """
     log = stage.out / (re.sub(r"\W+", "-", f"{stage.name}-{case}") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     if shutil.which(command[0]) is None:
@@ -68,7 +72,7 @@ def _run(
 
 
 def run_tests(stage: GpuStage) -> None:
-    """Runs the tests on the backends "cuda" and "triton", file by file."""
+    """Runs each file of tests on the backends "cuda" and "triton"."""
     files = TESTS[1:2] if stage.dry else TESTS
     arguments = ["-q", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("pytest_timeout"):
@@ -82,7 +86,7 @@ def run_tests(stage: GpuStage) -> None:
 
 
 def run_sanitize(stage: GpuStage) -> None:
-    """Runs a small program under each tool of compute-sanitizer, for each backend."""
+    """Runs ``benchmarks.gpu.sanitize_target`` under each tool of compute-sanitizer, for each backend."""
     program = [sys.executable, "-m", "benchmarks.gpu.sanitize_target"]
     if stage.dry:
         _run(stage, "without a tool", [*program, "--backend", "cpu"])
@@ -99,7 +103,7 @@ def run_sanitize(stage: GpuStage) -> None:
 
 
 def run_ncu(stage: GpuStage) -> None:
-    """Collects the counters of the main kernels with ncu; kernels.ncu-rep and ncu.txt are in the folder of results."""
+    """Collects hardware counters of the main kernels with ncu, and writes kernels.ncu-rep to the folder of results."""
     program = [sys.executable, "-m", "benchmarks.gpu.ncu_target"]
     if stage.dry:
         _run(stage, "without ncu", [*program, "--dry"])
@@ -114,7 +118,10 @@ def run_ncu(stage: GpuStage) -> None:
 
 
 def run_tune(stage: GpuStage) -> None:
-    """Builds variants of the launch shape, and times each in a separate process. The first is the shipped variant."""
+    """Builds the native module with several launch settings, and times each build in a separate process.
+
+    The first settings are those of the release.
+    """
     for variant in _VARIANTS[:1] if stage.dry else _VARIANTS:
         folder = ROOT / "build" / f"variant-{variant.replace(':', '-')}"
         source = _edited(folder, variant)
@@ -142,7 +149,10 @@ def run_tune(stage: GpuStage) -> None:
 
 
 def _edited(folder: Path, variant: str) -> Path:
-    """Copies the native sources and sets threads, blocks per multiprocessor and unrolling. Returns the copy."""
+    """Copies the native sources below ``folder``, changes their launch settings, and returns the folder of the copy.
+
+    ``variant`` is "THREADS:BLOCKS:UNROLL": threads per block, blocks per multiprocessor, and the unrolling factor.
+    """
     source = folder / "source"
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""The small program that compute-sanitizer checks: it runs every kernel of mpo_ext, and few other kernels.
+"""The small program that compute-sanitizer checks. It runs every kernel of mpo_ext, and few other kernels.
 
-Inputs and expected values are computed on the CPU, so that few kernels of torch are instrumented. The cases have rows
-that are split over blocks, that start at addresses not aligned to 16 bytes, and that share blocks.
+Inputs and expected values are computed on the CPU, so that few kernels of torch are instrumented. The test cases have
+rows that are split over thread blocks, rows that are not aligned to 16 bytes, and rows that share a block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def loss_and_grad(logits: Tensor, labels: Tensor, ref_logp: Tensor, backend: str
 
 
 def logits_problems(backend: str, device: str) -> list[str]:
-    """Runs the kernels on logits of several dtypes and widths, and returns the differences from float64."""
+    """Runs ``mpo_loss`` on logits of several dtypes and vocabularies, and returns the differences from float64."""
     wrong = []
     generator = torch.Generator().manual_seed(1)
     ref_logp = torch.tensor([-30.0, -40.0])
@@ -55,7 +55,10 @@ def logits_problems(backend: str, device: str) -> list[str]:
 
 
 def linear_problems(backend: str, device: str) -> list[str]:
-    """Runs the kernels on tiles of logits, in every mode, and returns the differences from float64."""
+    """Runs ``linear_mpo_loss`` on hidden states of several dtypes, and returns the differences from float64.
+
+    The calls vary the option ``recompute`` and whether the head is frozen.
+    """
     wrong = []
     generator = torch.Generator().manual_seed(2)
     hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 9, 64), (1003, 64)))
@@ -77,7 +80,7 @@ def linear_problems(backend: str, device: str) -> list[str]:
 
 
 def main() -> int:
-    """Runs the program on ``--backend``. Returns 1 if a result is wrong."""
+    """Checks the kernels of the backend ``--backend``. Returns 1 if a result is wrong, else 0."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--backend", default="cuda", choices=("cpu", "cuda", "triton"))
     backend = parser.parse_args().backend

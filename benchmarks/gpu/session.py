@@ -1,4 +1,4 @@
-"""Shared parts of the stages: the device of a run, and a result file that is written after every case."""
+"""Shared parts of the GPU stages, such as the result file that is rewritten after every case."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _NO_NUMBERS = (
 
 
 class GpuStage:
-    """A stage: its device, and its results so far. The result file is rewritten after every case.
+    """A stage of ``benchmarks.gpu``. It collects results, and rewrites its result file after every case.
 
     Args:
         name: Name of the stage, such as "correct".
         out: Folder of the result files and logs.
         dry: Whether the stage runs on a CPU with small sizes, to test the stage itself.
-        command: Command line, for the result file.
+        command: Command line to record in the result file.
     """
 
     def __init__(self, name: str, out: Path, *, dry: bool, command: str) -> None:
@@ -52,14 +52,17 @@ class GpuStage:
 
     @property
     def failed(self) -> list[str]:
-        """The cases that failed, each with its reason."""
+        """The failed cases, as texts "CASE: REASON"."""
         return [f"{point['id']}: {point['reason']}" for point in self.points if point["status"] == "failed"]
 
     def note(self, text: str) -> None:
         print(f"[{time.perf_counter() - self._began:6.1f} s] {self.name}: {text}", flush=True)
 
     def check(self, case: str, run: Callable[[], list[str] | None]) -> bool:
-        """Runs a check and records whether it passed. It fails if ``run`` returns problems or raises an exception."""
+        """Runs a check, records the result, and returns whether it passed.
+
+        The check fails if ``run`` returns a list of problems that is not empty, or raises an exception.
+        """
         begin = time.perf_counter()
         self.note(f"{case} ...")  # the last line then names a check that hangs
         try:
@@ -82,7 +85,17 @@ class GpuStage:
         timing: Timing | None = None,
         **values: Any,
     ) -> None:
-        """Adds a point and rewrites the result file. ``case`` and ``provider`` name the point."""
+        """Adds a result and rewrites the result file.
+
+        Args:
+            case: Name of the case, such as "forward and backward".
+            status: "passed", "failed", "measured" or "not run".
+            reason: Why the case failed or was not run.
+            provider: Name of the implementation that was checked or measured.
+            loss: Shape of the inputs.
+            timing: Measured times.
+            **values: Further fields of the result.
+        """
         shape = dict.fromkeys(("dtype", "pairs", "tokens", "vocab", "hidden", "share"))
         if loss is not None:
             shape |= {name: getattr(loss, name) for name in shape}
@@ -115,7 +128,7 @@ class GpuStage:
             torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Frees cached memory, so that all cases start with the same free memory."""
+        """Frees memory cached by torch, so that every case starts with the same free memory."""
         if not self.dry:
             torch.cuda.empty_cache()
 
@@ -135,7 +148,10 @@ def gpu_facts() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class PairBatch:
-    """Logits ``[2B, T, V]``, labels ``[2B, T]`` aligned with them, and ref_logp ``[2B]``."""
+    """Inputs of ``mpo_loss`` for B pairs: logits ``[2B, T, V]``, labels ``[2B, T]`` and ref_logp ``[2B]``.
+
+    The labels are not shifted: ``labels[i, t]`` belongs to ``logits[i, t]``.
+    """
 
     logits: Tensor
     labels: Tensor
@@ -145,7 +161,10 @@ class PairBatch:
     def random(
         cls, device: str, pairs: int, tokens: int, vocab: int, dtype: torch.dtype, share: float = 1.0, seed: int = 0
     ) -> PairBatch:
-        """Returns logits with a spread like those of a model; the last ``share`` of each sequence is labelled."""
+        """Returns a batch with random logits of a realistic spread.
+
+        Only the last fraction ``share`` of each sequence has labels other than -100.
+        """
         generator = torch.Generator(device).manual_seed(seed)
         logits = torch.empty(2 * pairs, tokens, vocab, dtype=dtype, device=device)
         for rows in logits.flatten(0, 1).split(1024):  # a float32 copy of all logits would be twice as large

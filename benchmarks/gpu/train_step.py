@@ -1,4 +1,4 @@
-"""Stage train_step: measures training steps of a decoder with random weights, for several ways to compute the loss."""
+"""Stage "train_step": measures training steps of a random decoder, for several ways to compute the loss."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _model(loss: LossShape, stage: GpuStage) -> nn.Module:
 
 
 def _ways(model: nn.Module, loss: LossShape, device: str) -> dict[str, Callable[[], Tensor]]:
-    """Returns the functions that compute the loss of one pair of random tokens, by name."""
+    """Returns functions that compute the loss of the model on a random pair, by name of the method."""
     ids = torch.randint(loss.vocab, (2, loss.tokens), device=device)
     labels = ids.clone()
     labels[:, : loss.tokens - round(loss.tokens * loss.share)] = -100

@@ -1,4 +1,7 @@
-"""Times one build of the native module, for the stage tune: ``python -m benchmarks.gpu.tune_target --module FILE``."""
+"""Times one build of the native module: ``python -m benchmarks.gpu.tune_target --module FILE``.
+
+The stage "tune" runs this program for each build.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Times the main shapes with the module ``--module``, and writes gpu_tune.json to the folder ``--out``."""
+    """Loads the native module ``--module``, times its kernels, and writes gpu_tune.json to the folder ``--out``."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--module", type=Path, required=True, help="the built native module")
     parser.add_argument("--out", type=Path, required=True, help="folder of the result file")
@@ -28,7 +31,7 @@ def main() -> int:
 
 
 def time_module(out: Path, *, dry: bool) -> None:
-    """Times forward and backward of the two main shapes, with and without statistics."""
+    """Times forward and backward on the two main shapes, with and without statistics, and writes gpu_tune.json."""
     import benchmarks.gpu.logits as stage_logits
     from benchmarks import logits
     from benchmarks.gpu.session import GpuStage

@@ -1,4 +1,4 @@
-"""Runs the MPO paper's ablations with a tiny model, or resumes them: ``python -m benchmarks.study``."""
+"""Runs or resumes the study: the MPO paper's ablations with a tiny model (``python -m benchmarks.study``)."""
 
 import argparse
 import importlib.util
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """Returns the command line without the output folder, for the result file."""
+    """Returns the command line to record in the result file, without the output folder."""
     given = {"--task": args.task, "--only": " ".join(map(shlex.quote, args.only)) or None,
              "--seed": args.seed, "--seeds": args.seeds, "--jobs": args.jobs, "--threads": args.threads,
              "--backend": args.backend}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Declarations that the tasks of the study share: rows, tables, tasks, and the losses that are compared."""
+"""Types that declare the study's training runs and tables, and the losses that are compared."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,12 +15,15 @@ EMA_SHIFT = {"mode": "ema", "update": "after", "per": "optimizer_step"}  # as in
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRow:
-    """Settings of a training run that begins from a starting model. The defaults are the settings of the MPO run.
+    """Settings of a training run of the study.
+
+    A run begins from a starting model, and its results are a row of a table. The defaults are the
+    settings of the MPO run.
 
     Attributes:
         loss: Fields of ``LossRecipe``.
         pairs: Name of the file of pairs, one of ``StudyTask.pair_files``.
-        rate: Factor of the learning rate.
+        rate: Factor by which the learning rate is multiplied.
         reward_shift: Fields of ``RewardShiftRecipe``.
         is_synced: Whether the reference is synced with the policy (TR-DPO), with a mixing weight of 0.6.
         start: Name of the starting model, a key of ``StudyTask.starts``.
@@ -36,11 +39,11 @@ class StudyRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StudyTable:
-    """Rows that are shown in one table.
+    """A table of the study. Each row shows a training run or a starting model.
 
     Attributes:
         title: Title of the table.
-        rows: Label and name of each row. A name is a key of ``StudyTask.starts`` or of ``StudyTask.rows``.
+        rows: (label, name) of each row. A name is a key of ``StudyTask.starts`` or of ``StudyTask.rows``.
         paper: The paper's numbers (arXiv 2411.10442v2), by name of the row.
         is_on_page: Whether the documentation shows the table. A table whose rows another table shows is left out.
     """
@@ -77,17 +80,17 @@ LOSSES: dict[str, StudyRow] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudyTask:
-    """A task of the study: its starting models, its runs, and the tables that show them.
+    """A task of the study: its starting models, its training runs, and its tables.
 
     Attributes:
         starts: For each starting model, by name, the settings that differ from those of ``START``.
-        rows: Every run of a seed by name.
+        rows: Settings of each training run by name. All runs are repeated for each seed.
         tables: Tables by name.
-        differences: Differences that the pages quote: row, row to compare with, column. The verdicts of a table are
-            corrected for the number of its differences.
+        differences: For each table, the differences that the pages quote: (row, row to compare with, column). The
+            significance tests of a table are corrected for the number of its differences.
         pair_files: Names of all files of pairs of the starting model ``START``.
-        main: Names of the tables whose rows run first, for all seeds.
-        columns: Additional columns of the tables: header, form, quantity in percent.
+        main: Names of the tables whose runs are executed first, for all seeds.
+        columns: Additional columns of the tables: (header, form, quantity in percent).
         paper: The directions that the paper reports: "higher" or "lower", by difference.
     """
 
@@ -101,14 +104,17 @@ class StudyTask:
     paper: Mapping[tuple[str, str, str], str] = dataclasses.field(default_factory=dict)
 
     def choose(self, names: tuple[str, ...]) -> dict[str, StudyRow]:
-        """Returns the rows of ``names``, which are names of tables or rows; all rows if ``names`` is empty."""
+        """Returns the training runs that ``names`` selects: names of tables or of runs. ``()`` selects all runs."""
         shown = {name for name in names if name not in self.tables}
         shown |= {row for name in names or self.tables if name in self.tables for _, row in self.tables[name].rows}
         return {name: row for name, row in self.rows.items() if name in shown}
 
 
 def with_sft(losses: Mapping[str, StudyRow]) -> dict[str, StudyRow]:
-    """Returns each preference loss with the next-token term of weight 1 added. "DPO + BCO" becomes MPO."""
+    """Returns copies of the preference losses with a next-token term of weight 1, named "NAME + SFT".
+
+    "DPO + BCO" is left out, because with this term it is MPO.
+    """
     return {
         f"{name} + SFT": dataclasses.replace(row, loss={**row.loss, "ntp_weight": 1})
         for name, row in losses.items()

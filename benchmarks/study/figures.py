@@ -1,4 +1,4 @@
-"""Reads numbers from the content of a result file: quantities of rows, and differences between rows."""
+"""Reads numbers from the content of a result file of the study, such as accuracies and their differences."""
 
 import math
 import statistics
@@ -15,19 +15,20 @@ OLD_TASK = "perception"  # the task of result files that do not name it
 
 
 def task_of(document: Mapping[str, Any]) -> StudyTask:
-    """Returns the task of a result file."""
+    """Returns the task of the study that a result file belongs to."""
     return TASKS[document.get("task", OLD_TASK)]
 
 
 def prefix_of(document: Mapping[str, Any]) -> str:
-    """Returns the prefix of the names of the blocks that show a result file."""
+    """Returns "study" or "prior": the prefix of the names of the generated blocks in docs/ that show a result file."""
     return "study" if document.get("task", OLD_TASK) == OLD_TASK else "prior"
 
 
 def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
-    """Returns a quantity of a row, by seed, for the seeds with a measured result of the row.
+    """Returns a measured quantity of the training run or starting model ``row``, by seed.
 
-    ``column`` is one of ``COLUMNS``, and ``quantity`` one of ``QUANTITIES``. Fractions are returned in percent.
+    Seeds without a measured result are left out. ``column`` is one of ``COLUMNS``, and ``quantity`` one of
+    ``QUANTITIES``. Fractions are returned in percent.
     """
     factor = 1 if quantity == "tokens" else 100
     return {
@@ -38,15 +39,16 @@ def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "
 
 
 def differences(document: Mapping[str, Any], row: str, other: str, column: str) -> list[float]:
-    """Returns accuracy(``row``) - accuracy(``other``) in percentage points, for each seed with both results."""
+    """Returns accuracy(``row``) - accuracy(``other``) in percentage points, for each seed that has both results."""
     ours, theirs = values(document, row, column), values(document, other, column)
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
-    """Returns the paired standard error, over the questions, of a difference in the column "cot", in points.
+    """Returns the paired standard error of the accuracy difference of two rows, over the questions, in points.
 
-    The answers are those of the first seed for which both rows are measured. None: no such seed, or no single answers.
+    Only the column "cot" (step-by-step questions) and the first seed with results of both rows are used. Returns None
+    if there is no such seed, or if the file does not say which questions were answered correctly.
     """
     answers: dict[str, dict[int, str | None]] = {row: {}, other: {}}
     for result in document["results"]:
@@ -70,5 +72,5 @@ def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
 
 
 def start_of(task: StudyTask, row: str) -> str:
-    """Returns the name of the starting model of a row; for a starting model, its own name."""
+    """Returns the name of the starting model of a training run. If ``row`` is a starting model, returns ``row``."""
     return row if row in task.starts else task.rows[row].start

@@ -1,4 +1,7 @@
-"""The table of the page "When does MPO help?": for each starting model, its errors and MPO's gain over SFT."""
+"""Makes the table of the page "When does MPO help?".
+
+For each starting model, it shows the model's errors and the accuracy gain of MPO over SFT.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ _HEADER = [
 
 
 def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the Markdown table, with one line for each starting model that has results of SFT and MPO.
+    """Returns the Markdown table, with a line for each starting model that has results of SFT and MPO.
 
-    The verdicts are corrected for the number of lines. ``documents`` are the result files by name.
+    The significance tests are corrected for the number of lines. ``documents`` are the result files by name.
     """
     lines = [line for name in ("study_prior", "study") for line in _lines(documents[name])]
     found = verdicts([gains for _, gains, _, _ in lines])
@@ -33,10 +36,10 @@ def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _lines(document: Mapping[str, Any]) -> list[tuple[list[str], Sequence[float], float | None, list[str]]]:
-    """Returns the parts of a line for each starting model.
+    """Returns the parts of a table line for each starting model in ``document``.
 
-    The parts are the cells before the gain, MPO's gain in each seed, the gain's standard error over the questions if
-    there is only one seed, and the cells after the verdict.
+    The parts are the cells before the gain, MPO's accuracy gain over SFT in each seed, the gain's standard error over
+    the questions (None with several seeds), and the cells after the gain.
     """
     lines: list[tuple[list[str], Sequence[float], float | None, list[str]]] = []
     task = figures.task_of(document)

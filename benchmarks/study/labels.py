@@ -1,4 +1,7 @@
-"""Compares the labels of pairs about grids of digits with the truth, which the pairs carry but no pipeline sees."""
+"""Checks the labels (chosen, rejected) of pairs about grids of digits against the true digits.
+
+The pairs store the true digits, but the pipelines that make the pairs do not use them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ SHARES = {
 
 
 def count_errors(response: str, question: str, values: Sequence[int]) -> int:
-    """Returns the number of errors in a response: wrong digits, digits that are not named, and a wrong answer.
+    """Returns the number of errors in a response: wrong digits, missing digits, and a wrong or missing final answer.
 
     Args:
         response: Step-by-step response.
@@ -40,10 +43,11 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 
 
 def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Returns the share of pairs with each label, and "chosen_right", the share of chosen responses without error.
+    """Returns the fractions of pairs with a right, equal and wrong label.
 
-    The label is "right" if the chosen response has fewer errors than the rejected one, "equal" if both have as many,
-    and otherwise "wrong". Only step-by-step pairs with images count; the result is empty if there is none.
+    The keys are "right", "equal" and "wrong". A label is right if the chosen response has fewer errors than the
+    rejected response, equal if it has as many errors, and otherwise wrong. "chosen_right" is the fraction of chosen
+    responses without errors. Only step-by-step pairs with images count. Without such pairs, the result is empty.
     """
     errors = [
         tuple(count_errors(text, pair.question, pair.extra["digits"]) for text in (pair.chosen, pair.rejected))
@@ -61,9 +65,9 @@ def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of the generated tokens per pair and of the labels, by kind of step-by-step pairs.
+    """Returns a Markdown table of the generated tokens per pair and of the label fractions, by kind of pairs.
 
-    The numbers are means over the starting models of ``document`` that have them.
+    The numbers are means over the starting models in ``document``.
     """
     rows = []
     for name in ("correctness", *KEEPS, RLAIF_V):
@@ -97,12 +101,15 @@ def cost(document: Mapping[str, Any]) -> str:
 
 
 def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Returns the entries of starting models that have labels of the file of pairs ``name``."""
+    """Returns the entries of the starting models for which the labels of the file of pairs ``name`` were checked."""
     return [start for start in document["starts"] if start.get("labels", {}).get(name)]
 
 
 def _tokens_per_pair(starts: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Returns the mean number of tokens that the sampling run ``name`` generated for each pair that it made."""
+    """Returns the number of tokens that a sampling run generated per pair, averaged over the starting models.
+
+    ``name`` is the name of the sampling run.
+    """
     runs = [start["sampling"][name] for start in starts]
     made = [sum(count for output, count in run["lines"].items() if output.endswith("pairs")) for run in runs]
     return statistics.fmean(run["generated_tokens"] / count for run, count in zip(runs, made, strict=True))

@@ -1,8 +1,8 @@
-"""The task "language-prior" of the study: the demo's task, where the errors are digits made up from the model's text.
+"""Declares the task "language-prior" of the study. It is the demo's task: the model makes up digits from its own text.
 
-The settings are those of the demo. They and this file were frozen before the reported seeds ran (docs/study.md). Later
-additions are the tables "alone", "repair" and "rlaif", and the paper's directions for the table "weights". Each was
-added before its rows ran.
+The settings are those of the demo. They and this file were fixed before the reported seeds ran (docs/study.md), with
+two exceptions: the tables "alone", "repair" and "rlaif", and the paper's directions for the table "weights". They
+were added later, but before the runs in these tables.
 """
 
 from collections.abc import Mapping
@@ -78,7 +78,7 @@ ROWS: dict[str, StudyRow] = {
 
 
 def _of_variants(names: list[str]) -> tuple[tuple[str, str], ...]:
-    """Returns rows of a table: for each variant in ``names``, the starting model, SFT and MPO."""
+    """Returns (label, name) of table rows: for each variant in ``names``, its starting model, SFT and MPO."""
     rows = []
     for name in names:
         suffix = f", {name}" if name else ""

@@ -1,4 +1,4 @@
-"""The task "perception" of the study: adding digits, where the errors are misread digits and wrong sums."""
+"""Declares the task "perception" of the study: adding digits. The model misreads digits and adds wrongly."""
 
 from benchmarks.study.declare import (
     COLUMNS,

@@ -1,4 +1,4 @@
-"""Makes the starting model and the pairs of the task "perception"."""
+"""Trains the starting model of the task "perception", and makes pairs from its answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ def make_files(
     rng: np.random.Generator,
     folder: Path,
 ) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
-    """Returns the pairs of each file, and the summaries of the sampling by kind of pairs."""
+    """Samples answers of the starting model, and makes pairs from them.
+
+    Returns:
+        The pairs of each file, and the summary of each sampling run by kind of pairs.
+    """
     pool, summaries = _sample(model, processor, settings, rng, folder)
     return choose(pool, settings, rng), summaries
 
@@ -49,10 +53,11 @@ def train_start(
 ) -> list[dict[str, float]]:
     """Trains the starting model, in place, on correct responses to questions.
 
-    Most questions have an image. Some questions lose their image, and some name the digits in words.
+    Most questions have an image. From some questions, the image is removed. In others, the digits are stated in words
+    instead of the image.
 
     Returns:
-        For each evaluation, ``step``, ``loss`` and the validation accuracy of each column.
+        For each evaluation, ``step``, ``loss`` and the validation accuracy of each kind of questions.
     """
     splits = digits.load_digits()
     tasks = digits.sample_tasks(digits.part(splits["train"], 0, settings.sft_digits), settings.sft_questions, rng)
@@ -87,7 +92,8 @@ def _sample(
 ) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
     """Samples answers about digits that the starting model has not seen, and makes pairs from them.
 
-    Returns the pairs and the sampling summaries, both by kind of pairs (the kinds are those of ``choose``).
+    Returns:
+        The pairs and the sampling summaries, both by kind of pairs. ``choose`` lists the kinds.
     """
     engine = TransformersEngine(model, processor, name=f"digits study, seed {settings.seed}", batch_size=BATCH_SIZE)
     unseen = digits.part(digits.load_digits()["train"], settings.sft_digits, None)
@@ -125,8 +131,11 @@ def choose(
 ) -> dict[str, list[Pair]]:
     """Returns the pairs of each file in ``perception.PAIR_FILES``, chosen at random from ``pool``.
 
-    ``pool`` holds the pairs by kind: "direct", "cot" (step by step), "text" and the keys of ``perception.KEEPS``. If a
-    file would have no pairs, RuntimeError is raised.
+    ``pool`` holds the pairs by kind. The kinds "direct", "cot" (step by step) and "text" (digits stated in words) are
+    correctness pairs. The keys of ``perception.KEEPS`` are DropoutNTP pairs.
+
+    Raises:
+        RuntimeError: If a file would have no pairs.
     """
     mixed_kinds = ("direct", "cot", "DropoutNTP 0.5")
     shuffled = {name: [pool[name][index] for index in rng.permutation(len(pool[name]))] for name in pool}

@@ -1,4 +1,4 @@
-"""Makes the starting model and the pairs of the task "language-prior", with the functions of the demo."""
+"""Trains the starting model of the task "language-prior", and makes its pairs, with the functions of the demo."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _SETTINGS = "start.json"
 
 
 def adopt(out: Path, demo: Path, seeds: Sequence[int]) -> None:
-    """Copies the starting models of ``mpo-ext demo --from-scratch``, so that the study need not train them.
+    """Copies the SFT models of ``mpo-ext demo --from-scratch``, so that the study need not train its starting models.
 
-    ``prepare`` uses a starting model only if it has the settings of the study.
+    ``train_start`` later rejects a copied model with other settings than the study.
 
     Args:
         out: Folder of the study.
@@ -48,7 +48,7 @@ def adopt(out: Path, demo: Path, seeds: Sequence[int]) -> None:
         seeds: Seeds of the study.
 
     Raises:
-        FileNotFoundError: If the demo has not trained the starting model of a seed.
+        FileNotFoundError: If the demo has not trained an SFT model with one of the seeds.
     """
     first, *others = json.loads((demo / "results.json").read_text(encoding="utf-8"))["runs"]
     runs = {run["settings"]["seed"]: (run, demo / f"seed-{run['settings']['seed']}") for run in others}
@@ -73,9 +73,13 @@ def train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the starting model as the demo does, in place, and returns ``step`` and ``loss`` of every hundredth step.
+    """Trains the starting model like the demo's SFT model, in place. Loads it instead if ``adopt`` has copied it.
 
-    A starting model that ``adopt`` has copied is loaded instead.
+    Returns:
+        ``step`` and ``loss`` of every hundredth step.
+
+    Raises:
+        ValueError: If the copied model was trained with other settings.
     """
     trained = folder / TRAINED
     if (trained / _SETTINGS).exists():
@@ -99,10 +103,12 @@ def make_files(
     *,
     has_all: bool,
 ) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
-    """Returns the pairs of each file, and the summaries of the sampling runs.
+    """Makes the files of pairs of a starting model.
 
-    The mixed pairs are those of the demo. ``has_all`` is False for a starting model
-    whose rows need only the mixed pairs.
+    If ``has_all`` is False, only the file "mixed" is made. It holds the same pairs as the demo.
+
+    Returns:
+        The pairs of each file by name, and the summaries of the sampling runs.
 
     Raises:
         RuntimeError: If a file would have no pair.
@@ -130,7 +136,11 @@ def _make_kinds(
     mixed: list[Pair],
     summaries: dict[str, Any],
 ) -> dict[str, list[Pair]]:
-    """Samples the files that compare kinds of pairs, and returns the pairs of all files but "mixed"."""
+    """Samples pairs of several kinds, and returns the pairs of each file except "mixed" and RLAIF-V.
+
+    ``mixed`` holds the pairs of the file "mixed". Some of the returned files are random subsets of these pairs. The
+    sampling summaries are added to ``summaries``.
+    """
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}
     correctness = Correctness(
@@ -168,7 +178,10 @@ def _make_kinds(
 def _make_rlaif_v(
     engine: TransformersEngine, settings: PriorSettings, folder: Path, count: int, summaries: dict[str, Any]
 ) -> list[Pair]:
-    """Returns ``count`` RLAIF-V pairs, or all if there are fewer. The questions are those of the DropoutNTP pairs."""
+    """Returns ``count`` RLAIF-V pairs, or fewer if not enough can be made. Adds the sampling summary to ``summaries``.
+
+    The questions are those of the DropoutNTP pairs.
+    """
     config = reading_judge.config(
         samples=settings.samples, temperature=settings.temperature, seed=settings.seed,
         pairs_per_question=settings.pairs_per_question,
@@ -182,7 +195,10 @@ def _make_rlaif_v(
 
 
 def _text_pipeline(settings: PriorSettings, common: Mapping[str, Any]) -> Correctness:
-    """Returns the pipeline for questions that state the digits, whose responses consist of the final answer."""
+    """Returns the correctness pipeline for questions that state the digits. Responses have only a final answer.
+
+    ``common`` holds further fields of ``CorrectnessConfig``.
+    """
     config = CorrectnessConfig(
         samples=settings.samples,
         pairs_per_question=settings.pairs_per_question,

@@ -1,8 +1,8 @@
 """An engine that judges the claims of a step-by-step response, for the RLAIF-V pairs of the task "language-prior".
 
-As in RLAIF-V, each claim becomes a question about the image. Two things are simpler than in the paper, because the
-starting model is tiny: a program splits a response into claims, and the question asks for the digit ("Which digit is
-top-left ?") instead of yes or no. The verdict is yes if the starting model's own direct answer agrees with the claim.
+As in RLAIF-V, each claim becomes a question about the image. Two steps are simpler than in the paper, because the
+starting model is tiny. A program splits a response into claims. The question asks for the digit ("Which digit is
+top-left ?") instead of yes or no. The verdict is yes if the starting model's direct answer agrees with the claim.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _VERDICT_START = f"{_VERDICT} {fill(STATEMENT, claim='')}"
 
 
 def config(*, samples: int, temperature: float, seed: int, pairs_per_question: int) -> RlaifVConfig:
-    """Returns the settings of RLAIF-V for this judge: those of the correctness pairs, and the judge's prompts."""
+    """Returns the RLAIF-V settings for ``ReadingJudge``, with the given sampling settings and the judge's prompts."""
     sampling = SamplingConfig(temperature=temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     return RlaifVConfig(
         samples=samples, sampling=sampling, seed=seed, pairs_per_question=pairs_per_question,
@@ -35,7 +35,7 @@ def config(*, samples: int, temperature: float, seed: int, pairs_per_question: i
 
 
 class ReadingJudge:
-    """Splits responses into claims, and compares each claim with the direct answer of an engine.
+    """An engine that splits responses into claims, and judges each claim by a direct answer of ``engine``.
 
     Args:
         engine: Engine of the starting model.
@@ -61,7 +61,7 @@ class ReadingJudge:
         return self.engine.decode_response(conversation, token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answers each request: with a list of claims, or with yes or no if it asks for a verdict."""
+        """Answers each request. The answer is a list of claims, or "yes" or "no" if the request asks for a verdict."""
         generations: dict[int, Generation] = {}
         asked: dict[int, tuple[str, Request]] = {}
         for place, request in enumerate(requests):
@@ -83,7 +83,7 @@ class ReadingJudge:
 
 
 def claims_of(question: str, response: str, cells: Sequence[str]) -> list[str]:
-    """Returns the claims of a step-by-step response: the digit of each cell, and the final answer, each once."""
+    """Returns the distinct claims of a step-by-step response: the digit of each cell, and the final answer."""
     read = zip(cells, read_digits(response, cells), strict=True)
     claims = [f"{cell} is {value}" for cell, value in read if value is not None]
     answer = extract_answer(response, digits.STYLES["cot"])

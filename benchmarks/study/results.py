@@ -1,4 +1,4 @@
-"""Reads and writes the results of the study: a file for each run, and the files of the whole study."""
+"""Reads and writes the results of the study: one file for each training run, and the files of the whole study."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def slug(name: str) -> str:
 
 
 def key_of(settings: AnySettings, row: str) -> str:
-    """Returns a hash of everything that a result depends on: the settings of the starting model and of the row."""
+    """Returns a hash of all settings that a result depends on: those of the starting model and of the training run."""
     rows = tables.TASKS[settings.task].rows
     parts = [dataclasses.asdict(settings), dataclasses.asdict(rows[row]) if row in rows else None]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read(out: Path, settings: AnySettings, row: str) -> dict[str, Any] | None:
-    """Returns the saved result of a row with these settings, or None if no such result exists in ``out``."""
+    """Returns the saved result of the training run ``row``, or None if ``out`` has no result with these settings."""
     path = _file(out, settings, row)
     if not path.exists():
         return None
@@ -47,7 +47,7 @@ def read(out: Path, settings: AnySettings, row: str) -> dict[str, Any] | None:
 
 
 def save(out: Path, settings: AnySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the result of a run, and returns it with the added fields ``key``, ``seed`` and ``row``."""
+    """Writes the result of the run ``row``. Returns it with the fields that ``complete_result`` adds."""
     complete = complete_result(settings, row, result)
     path = _file(out, settings, row)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,29 +60,29 @@ def _file(out: Path, settings: AnySettings, row: str) -> Path:
 
 
 def complete_result(settings: AnySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a result with the added fields ``key``, ``seed``, ``row`` and ``commit``, unless it has them."""
+    """Returns a copy of a result. Adds the fields ``key``, ``seed``, ``row`` and ``commit`` if they are missing."""
     return {"key": key_of(settings, row), "seed": settings.seed, "row": row, "commit": current_commit(), **result}
 
 
 @functools.cache
 def current_commit() -> str:
-    """Returns the short name of the commit that was checked out at the first call in this process."""
+    """Returns the short hash of the git commit that was checked out at the first call in this process."""
     return measure.environment()["commit"]
 
 
 def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, AnySettings]) -> int:
-    """Writes the runs of a result file as if this study had run them, and returns how many were written.
+    """Copies results from the result file of an earlier study into the folder ``out``. Returns their number.
 
-    The runs of seeds that ``settings`` lacks, failed runs, and runs that ``out`` already has are left out. The file
-    does not hold the settings of its rows, so the caller must know that the rows have not changed.
+    Results are skipped if they are failures, if ``settings`` lacks their seed, or if ``out`` already has them. The
+    file does not hold the settings of single runs, so the caller must know that these have not changed.
 
     Args:
         out: Folder of the study.
-        document: Content of a result file, checked.
+        document: Content of the result file, whose format has been checked.
         settings: Settings by seed.
 
     Raises:
-        ValueError: If the runs had other settings.
+        ValueError: If the earlier study had other settings.
     """
     starts = {start["seed"]: start for start in document["starts"]}
     task = tables.task_of(document)
@@ -115,7 +115,7 @@ def failure(reason: str) -> dict[str, str]:
 
 
 def is_measured(result: Mapping[str, Any] | None) -> bool:
-    """Returns whether a run has a result that is not a failure."""
+    """Returns whether a result exists and is not a failure."""
     return result is not None and result["status"] == "measured"
 
 
@@ -124,7 +124,7 @@ def document_of(
 ) -> dict[str, Any]:
     """Returns the content of ``study.json``. Runs without a result are listed as not run.
 
-    ``results`` holds the results by seed and row, ``settings`` the settings by seed.
+    ``results`` holds the results by (seed, name of the run), and ``settings`` the settings by seed.
     """
     starts, listed = [], []
     name = next(iter(settings.values())).task
@@ -158,7 +158,7 @@ def write_document(out: Path, document: Mapping[str, Any]) -> None:
 
 
 def save_plot(path: Path, document: Mapping[str, Any]) -> None:
-    """Plots the held-out accuracy of each row to the file ``path``, with one panel per table.
+    """Plots the held-out accuracy of each training run to the file ``path``, with one panel per table.
 
     The bars show the mean over the seeds, the whiskers the standard deviation.
     """

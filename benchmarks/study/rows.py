@@ -1,6 +1,6 @@
-"""Runs a row of the study: trains a seed's starting model with the row's settings, and evaluates the model.
+"""Executes a training run of the study, and evaluates the trained model.
 
-A row is a training run that begins from the starting model. It is shown as a row of a results table.
+A run begins from a starting model. The code calls a run a row, because its results are a row of a table.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ _LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "cho
 
 
 def run_row(folder: Path, settings: AnySettings, row: str) -> dict[str, Any]:
-    """Trains a starting model with the settings of a row, evaluates the model, and writes the result.
+    """Trains a starting model with the settings of the run ``row``, evaluates the model, and writes the result.
 
-    ``start.prepare`` must have filled ``folder``, the folder of the row's starting model. ``settings`` are those of
-    this model.
+    Args:
+        folder: Folder of the starting model, which ``start.prepare`` has filled.
+        settings: Settings of the starting model.
+        row: Name of the run, a key of ``StudyTask.rows``.
 
     Returns:
-        The result. Its ``evaluation`` has the accuracies; its ``log`` has the means of the metrics over the first
+        The result. Its ``evaluation`` has the accuracies. Its ``log`` has the means of the metrics over the first
         steps and over the last steps.
     """
     lines: list[Mapping[str, float]] = []
@@ -50,9 +52,9 @@ def run_row(folder: Path, settings: AnySettings, row: str) -> dict[str, Any]:
 
 
 def row_recipe(row: StudyRow, settings: AnySettings, folder: Path, out: Path) -> Recipe:
-    """Returns the recipe of a row.
+    """Returns the training recipe of the run ``row``, which writes to ``out``.
 
-    ``folder`` holds the row's starting model and its pairs; the run writes to ``out``.
+    ``folder`` holds the starting model and its pairs.
     """
     recipe = make_recipe(
         training.pair_file(folder, row.pairs), out, loss=dict(row.loss), steps=settings.branch_steps,

@@ -1,7 +1,7 @@
-"""Runs the study: makes a starting model and its pairs for each seed, and trains each row from that model.
+"""Runs the study: for each seed, makes starting models and their pairs, and trains further models from them.
 
-Each result is a file that is written atomically, so the same command resumes an interrupted study. Starting models
-and rows of several seeds may be trained in parallel, each in its own process.
+Each result is a file that is written atomically, so the same command resumes an interrupted study. Several runs may be
+executed in parallel, each in its own process.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Study:
     Args:
         out: Existing folder, in which each seed has a subfolder.
         settings: Settings by seed.
-        only: Names of the tables whose rows run; an empty tuple: all.
+        only: Names of the tables or runs to execute; an empty tuple: all.
         quick: Whether ``settings`` are those of a quick study.
-        environment: Machine, versions and command, for the result file.
+        environment: Machine, versions and command, to record in the result file.
         say: Function that prints a line.
     """
 
@@ -98,9 +98,10 @@ class Study:
                         raise error
 
     def finish(self, seed: int, row: str, result: dict[str, Any]) -> None:
-        """Adds the result of a run. ``row`` may be a starting model.
+        """Stores the result of ``row``: a starting model, or a run that begins from a starting model.
 
-        If a starting model has succeeded, its rows are queued. If it has failed, its rows count as failed.
+        If a starting model was trained, the runs that begin from it are queued. If it has failed, they count as
+        failed.
         """
         self.results[seed, row] = result
         is_start = row in self.task.starts
@@ -118,20 +119,26 @@ class Study:
             self.write()
 
     def settings_of(self, seed: int, row: str) -> AnySettings:
-        """Returns the settings of ``row`` if it is a starting model, otherwise those of its starting model."""
+        """Returns the settings of a starting model.
+
+        ``row`` is the starting model, or a run that begins from the starting model.
+        """
         return dataclasses.replace(self.settings[seed], **self.task.starts[tables.start_of(self.task, row)])
 
     def folder_of(self, seed: int, row: str) -> str:
-        """Returns the folder name of ``row`` if it is a starting model, otherwise that of its starting model."""
+        """Returns the folder name of a starting model.
+
+        ``row`` is the starting model, or a run that begins from the starting model.
+        """
         variant = tables.start_of(self.task, row).removeprefix(START)
         return f"seed-{seed}" + (f"-{results.slug(variant)}" if variant else "")
 
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
         """Returns the sort key of a run in the queue.
 
-        The rows of the main tables come first: each row for all seeds. Then come the other rows that can be trained
-        now, by seed. Starting models outside the main tables come last, so that an interrupted study has
-        complete comparisons.
+        The models in the main tables (``StudyTask.main``) come first. Each is made for all seeds before the next, so
+        that an interrupted study has complete comparisons. The other training runs follow, ordered by seed. The other
+        starting models come last, also ordered by seed.
         """
         seed, row = run
         place = [*self.task.starts, *self.task.rows].index(row)
@@ -178,8 +185,8 @@ def run(
 ) -> int:
     """Executes the runs that are still to do, and writes ``study.json``, ``study.md`` and the plot (PNG and SVG).
 
-    The arguments are the options of ``python -m benchmarks.study``. ``command`` is the command line, for the result
-    file.
+    The arguments are the options of ``python -m benchmarks.study``. ``command`` is the command line to record in the
+    result file.
 
     Returns:
         0, or 1 if a run failed.
@@ -205,7 +212,9 @@ def run(
 
 
 def take_over(out: Path, path: Path, seeds: Sequence[int], task: str, *, quick: bool, backend: str | None) -> None:
-    """Takes over the runs of the result file ``path``, so that ``run`` with the same arguments does not repeat them.
+    """Copies the results in the result file ``path`` to the study in ``out``, so that ``run`` does not repeat them.
+
+    Call ``run`` with the same arguments.
 
     Raises:
         ValueError: If the file has a wrong format, another task or other settings.
@@ -218,7 +227,7 @@ def take_over(out: Path, path: Path, seeds: Sequence[int], task: str, *, quick: 
 
 
 def _settings(seeds: Sequence[int], task: str, quick: bool, backend: str | None) -> dict[int, AnySettings]:
-    """Returns the settings by seed."""
+    """Returns the settings of each seed for a task of the study."""
     make = SETTINGS[task].quick if quick else SETTINGS[task]
     return {seed: dataclasses.replace(make(seed=seed), backend=backend) for seed in seeds}
 

@@ -35,14 +35,14 @@ def finding(verdict: str, paper: str) -> str:
 
 
 def family_of(document: Document, name: str) -> list[tuple[Difference, list[float], DifferenceVerdict]]:
-    """Returns each difference of a table with its value in each seed and its verdict, which ``verdicts`` decides."""
+    """Returns (difference, its value in each seed, its verdict) for each difference of the table ``name``."""
     family = figures.task_of(document).differences[name]
     measured = [figures.differences(document, *each) for each in family]
     return list(zip(family, measured, verdicts(measured), strict=True))
 
 
 def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
-    """Returns the text of a verdict, or the text for a difference with one seed or without results."""
+    """Returns the text of a verdict. With one seed or without results, returns a text that says so."""
     if len(numbers) > 1:
         return verdict.text
     return ONE_SEED if numbers else NOT_RUN

@@ -1,4 +1,4 @@
-"""Prepares the starting model of a seed: its weights, the files of pairs, and the log-probs of the reference."""
+"""Prepares a starting model for a seed: its weights, its files of pairs, and their reference log-probs."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from mpo_ext.demo.train import METHODS, make_recipe
 def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, Any]:
     """Makes a starting model, its files of pairs and the reference log-probs, unless they exist.
 
-    Files of other settings in ``folder`` are deleted. A starting model that has a result but no weights is trained
-    again. It must then give the same answers, because rows that were measured before are compared with later rows.
+    Files in ``folder`` made with other settings are deleted. If a result exists but the weights are missing, the model
+    is trained again. It must then give the same answers, because new runs are compared with runs from the old weights.
 
     Args:
-        folder: Folder of the starting model in this seed.
+        folder: Folder of the starting model for this seed.
         settings: Settings of the starting model.
         row: Name of the starting model.
 
     Returns:
-        The result of the starting model: ``evaluation``, ``pairs`` (number of pairs by file), ``sampling``
-        (summaries by kind of pairs), ``labels`` (result of ``label_shares`` by file) and ``curve`` (measurements
-        during training).
+        The result of the starting model: ``evaluation``, ``pairs`` (number of pairs by file), ``sampling`` (summaries
+        by kind of pairs), ``labels`` (result of ``label_shares`` by file) and ``curve`` (measurements during
+        training).
 
     Raises:
-        RuntimeError: If the model's answers gave no pair for a file, or a model that is trained again differs.
+        RuntimeError: If no pair can be made for a file, or if a model that is trained again gives other answers.
     """
     known = results.read(folder.parent, settings, row)
     if known is not None and training.start_file(folder).exists():
@@ -85,7 +85,7 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
 def _is_same(
     known: Mapping[str, Any], evaluation: Mapping[str, Mapping[str, Any]], files: Mapping[str, Sequence[Pair]]
 ) -> bool:
-    """Returns whether a starting model has all answers and numbers of pairs of ``known``, an earlier result."""
+    """Returns whether a new evaluation and the numbers of new pairs equal those of ``known``, an earlier result."""
     pairs = {name: len(made) for name, made in files.items()}
     return all(
         evaluation[column][quantity] == value
@@ -101,9 +101,9 @@ def _compute_reference(
     name: str,
     folder: Path,
 ) -> None:
-    """Writes the starting model's log-probs of the file of pairs ``name``, which the rows use as their reference.
+    """Writes the starting model's log-probs of the file of pairs ``name``. The training runs use them as reference.
 
-    The trainer computes the log-probs before a training step, which changes nothing at a learning rate of 0.
+    Runs a single training step with a learning rate of 0, because the trainer computes the log-probs before this step.
     """
     recipe = make_recipe(
         training.pair_file(folder, name), folder / "runs" / "reference", loss=METHODS["MPO"], steps=1,

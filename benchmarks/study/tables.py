@@ -1,7 +1,7 @@
 """Reads result files of the study and makes their tables.
 
-A result file has ``results`` (one per seed and row; the starting models are rows, too) and ``starts`` (one per
-seed, with the pairs of the starting model). ``TASKS`` declares the rows and tables.
+A result file has ``results`` (one for each seed and training run or starting model) and ``starts`` (one for each seed,
+with the pairs of the starting model). ``TASKS`` declares the runs and the tables.
 """
 
 import functools
@@ -38,9 +38,12 @@ SCHEMA = 1
 
 
 def load(path: Path, *, has_all: bool = True) -> dict[str, Any]:
-    """Returns the content of a result file. A wrong format raises ValueError, whose message names the file.
+    """Reads and checks a result file, and returns its content.
 
-    ``has_all`` is False for a file that may lack rows, which were declared after the file was written.
+    If ``has_all`` is False, results of training runs may be missing, as in a file that is older than these runs.
+
+    Raises:
+        ValueError: If the file has a wrong format. The message names the file.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -51,9 +54,10 @@ def load(path: Path, *, has_all: bool = True) -> dict[str, Any]:
 
 
 def check(document: Mapping[str, Any], *, has_all: bool = True) -> None:
-    """Raises ValueError if the content of a result file has a wrong format, or lacks a row and ``has_all`` is set.
+    """Raises ValueError if the content of a result file has a wrong format.
 
-    The message names the place of the wrong value, the rule and the value.
+    If ``has_all`` is True, it must have a result for each seed and run. The message states the field, the rule and the
+    value.
     """
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
@@ -96,9 +100,10 @@ def check(document: Mapping[str, Any], *, has_all: bool = True) -> None:
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the Markdown text of each block of the pages, by name.
+    """Returns the Markdown text of each block of the documentation pages, by name.
 
-    The blocks are "PREFIX_setup", one block for each table, and "PREFIX_differences"; ``prefix_of`` is the prefix.
+    Among the blocks are "PREFIX_setup", one block for each table, and "PREFIX_differences". ``prefix_of`` returns the
+    prefix.
     """
     prefix, task = prefix_of(document), task_of(document)
     blocks = {f"{prefix}_setup": _setup(document)}
@@ -159,7 +164,7 @@ _NOISE = 2.5  # standard deviations; a mean of three seeds beyond them differs f
 
 
 def _differences(document: Mapping[str, Any]) -> str:
-    """Returns a table of differences: mean, deviation, and the smallest and the largest value over the seeds."""
+    """Returns a table of accuracy differences: mean, standard deviation, minimum and maximum over the seeds."""
     rows = []
     for row, other, column in task_of(document).differences["all"]:
         numbers = differences(document, row, other, column)
@@ -174,7 +179,7 @@ def _differences(document: Mapping[str, Any]) -> str:
 
 
 def _verdicts(document: Mapping[str, Any]) -> str:
-    """Returns a table of the differences and their verdicts, grouped by the tables of the page."""
+    """Returns a table of accuracy differences with p values and verdicts, in the order of the study's tables."""
     rows = []
     for name in task_of(document).differences:
         for (row, other, column), numbers, verdict in sentences.family_of(document, name):

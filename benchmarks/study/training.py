@@ -1,4 +1,4 @@
-"""Trains and evaluates the models of the study: the starting models, and the models of the rows."""
+"""Trains and evaluates the models of the study."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _encoded: dict[str, Sample | SkippedPair] = {}  # by ``Pair.key()``, for all row
 
 
 class CachingEncoder(Encoder):
-    """An encoder that caches the encoded pairs for later rows, because encoding takes a quarter of a step."""
+    """An encoder that caches encoded pairs, so that later training runs need not encode them again."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.__dict__.update(vars(encoder))
@@ -55,7 +55,10 @@ def train(
     processor: DigitsProcessor,
     on_step: Callable[[int, Mapping[str, float]], object] | None = None,
 ) -> None:
-    """Trains the model in place, and deletes the output folder of the run. ``on_step`` is called after each step."""
+    """Trains the model in place, and deletes the output folder of the run. ``on_step`` is called after each step.
+
+    Raises KeyboardInterrupt if a signal has stopped the trainer.
+    """
     trainer = Trainer(recipe, model=model, processor=processor, on_step=on_step, save=False)
     trainer.data.encoder = CachingEncoder(trainer.data.encoder)
     if trainer.run() != 0:
@@ -77,17 +80,21 @@ def evaluate_columns(
     processor: DigitsProcessor,
     tasks: Mapping[str, Sequence[digits.GridTask]],
 ) -> dict[str, dict[str, float]]:
-    """Returns the result of ``summarize`` for the greedy answers to the questions of each column."""
+    """Lets the model answer questions greedily. Returns accuracy and other measures by column.
+
+    ``tasks`` holds the questions by column. A column is a kind of questions, such as "cot" (step by step).
+    ``summarize`` computes the measures.
+    """
     return {column: summarize(asked, respond(model, processor, asked)) for column, asked in tasks.items()}
 
 
 def evaluate_held_out(
     model: InternVLForConditionalGeneration, processor: DigitsProcessor, settings: AnySettings
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Returns the measures of the greedy answers to the held-out questions, by column of the result tables.
+    """Lets the model answer the held-out questions greedily, and returns accuracy and other measures by column.
 
-    For the task "language-prior", the step-by-step column "cot" also has the measures of ``measure_digits``, and
-    ``right``: the result of ``encode_right`` for the questions.
+    A column is a kind of questions, such as "cot" (step by step). For the task "language-prior", "cot" also has the
+    measures of ``measure_digits``, and ``right``: the result of ``encode_right``, the record of correct answers.
     """
     if not isinstance(settings, PriorSettings):
         tasks = adding_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
@@ -104,19 +111,29 @@ def evaluate_held_out(
 
 
 def encode_right(right: Sequence[bool]) -> str:
-    """Encodes a bit for each question (1: the answer is right), after a leading 1, as hexadecimal digits."""
+    """Encodes which answers are right as a hexadecimal number.
+
+    Its bits are a leading 1, then a bit for each question (1: right).
+    """
     return f"{int('1' + ''.join(str(int(value)) for value in right), 2):x}"
 
 
 def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
-    """Returns ``count`` questions of the task "perception" by column of the result tables, with a fixed seed."""
+    """Returns ``count`` questions of the task "perception" for each column, drawn with a fixed seed.
+
+    A column is a kind of questions: "direct", "cot" (step by step) or "text" (digits stated in words, no image).
+    """
     rng = np.random.default_rng(_EVALUATION_SEED)
     tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
     return {**tasks, TEXT: list(map(digits.in_words, digits.sample_tasks(split, count, rng, "cot")))}
 
 
 def reading_tasks(settings: PriorSettings) -> dict[str, list[reading.ReadingTask]]:
-    """Returns the held-out questions of the task "language-prior" by column. Those with images are the demo's."""
+    """Returns the held-out questions of the task "language-prior" by column.
+
+    A column is a kind of questions: "direct", "cot" (step by step) or "text" (digits stated, no image). The questions
+    with images are those of the demo.
+    """
     tasks = held_out_tasks(settings)
     columns = {form: [task for task in tasks if task.form == form] for form in digits.FORMS}
     split, count = digits.load_digits()["held-out"], settings.text_evaluation_tasks
@@ -125,7 +142,7 @@ def reading_tasks(settings: PriorSettings) -> dict[str, list[reading.ReadingTask
 
 
 def start_file(folder: Path) -> Path:
-    """Returns the path of the weights of a seed's starting model."""
+    """Returns the path of the weights of the starting model in ``folder``."""
     return folder / "start.pt"
 
 
@@ -139,13 +156,13 @@ def reference_file(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def logged(folder: Path) -> Iterator[None]:
-    """Redirects stderr of the ``with`` block to the end of ``log.txt`` in the folder of a seed."""
+    """Appends stderr of the ``with`` block to ``log.txt`` in ``folder``."""
     with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         yield
 
 
 class Stopwatch:
-    """Measures the wall-clock time and the CPU time of a ``with`` block, as ``seconds`` after the block."""
+    """Measures the wall-clock time and the CPU time of a ``with`` block, and stores them in the dict ``seconds``."""
 
     def __enter__(self) -> Stopwatch:
         self._begin = time.perf_counter(), time.process_time()

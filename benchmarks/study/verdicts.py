@@ -1,4 +1,4 @@
-"""The rule by which the study says whether a difference is certain."""
+"""The significance test by which the study decides whether a difference is "higher", "lower" or "cannot be told"."""
 
 import dataclasses
 import math
@@ -25,9 +25,9 @@ class DifferenceVerdict:
 
 
 def verdicts(family: Sequence[Sequence[float]]) -> list[DifferenceVerdict]:
-    """Returns the verdict on each of several paired differences, which are tested together.
+    """Tests several paired differences together, and returns the verdict on each.
 
-    A difference is higher or lower if its mean over the seeds differs from zero at the 5 % level. Holm's method
+    A difference is "higher" or "lower" if its mean over the seeds differs from zero at the 5 % level. Holm's method
     corrects for the number of differences with at least 2 seeds.
 
     Args:
@@ -61,7 +61,10 @@ def _p_value(values: Sequence[float]) -> float | None:
 
 
 def t_test_p(t: float, freedom: int) -> float:
-    """Returns P(|T| > |t|) of Student's distribution (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """Returns P(|T| > |t|) for Student's t distribution with ``freedom`` degrees of freedom.
+
+    The formulas are 26.7.3 and 26.7.4 of Abramowitz and Stegun.
+    """
     angle = math.atan(abs(t) / math.sqrt(freedom))
     square = math.cos(angle) ** 2
     is_odd = freedom % 2 == 1

@@ -1,4 +1,4 @@
-"""Runs tasks in parallel processes that end when the parent process ends. Importing this module is fast."""
+"""Runs tasks in parallel processes, which end when the parent process ends. Importing this module is fast."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Future = concurrent.futures.Future
 
 
 class Workers:
-    """Runs tasks in this process (one job) or in several processes.
+    """Runs tasks in several processes, or in this process if ``jobs`` is 1.
 
-    An exception in the ``with`` block ends all tasks.
+    If the ``with`` block raises an exception, all tasks are ended.
 
     Args:
         jobs: Number of processes.
@@ -70,9 +70,9 @@ class Workers:
 
 
 def _begin(parent: int, stop: Any, begin: Callable[..., object], args: tuple[Any, ...]) -> None:
-    """Prepares a worker process: it exits when the process ``parent`` has ended or has set ``stop``.
+    """Prepares a worker process: calls ``begin(*args)``, and starts a thread that can end the process.
 
-    ``begin`` and ``args`` are those of ``Workers``.
+    The thread ends the process when the process ``parent`` has ended or the event ``stop`` is set.
     """
 
     def watch() -> None:

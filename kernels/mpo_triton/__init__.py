@@ -1,7 +1,7 @@
-"""Triton kernels of mpo_ext, for GPUs if the CUDA kernels are not built; installed as ``mpo_ext.kernels``.
+"""Triton kernels of mpo_ext, for GPUs without the compiled CUDA kernels; installed as ``mpo_ext.kernels``.
 
-A row is the V logits of one token position. Each file holds one operator of ``mpo_ext.ops``, which is the only caller
-of the functions here and checks all arguments. The kernels need triton.
+A row is the V logits of one token position. Each file holds one operator of ``mpo_ext.ops``. The operators there call
+these functions after checking all arguments.
 """
 
 from .exp_logits import exp_logits

@@ -12,7 +12,7 @@ _INTEGERS = ["vocab", "first", "hidden_size", *_STRIDES, "out_misalignment"]
 
 @triton.jit
 def rescale_part(sums_ptr, scale, size, BLOCK: tl.constexpr):
-    """Multiplies a row's ``size`` sums by ``scale``. Each program of the row processes one part of them."""
+    """Multiplies this program's part of a row's sums by ``scale``. The row has ``size`` sums."""
     stop = size * (tl.program_id(1) + 1) // tl.num_programs(1)
     for at in range(size * tl.program_id(1) // tl.num_programs(1), stop, BLOCK):
         columns = at + tl.arange(0, BLOCK)
@@ -47,7 +47,7 @@ def exp_logits_kernel(
     """Writes exp(z - reference) for CHUNK columns of a row, and 0 for the label.
 
     If the row's reference rises, its sums over the earlier tiles are multiplied by exp(old - new reference). Each
-    program of the row processes one part of them.
+    program of the row multiplies a part of the sums.
 
     Grid    (rows, chunks)
     Reads   each logit once
@@ -110,9 +110,10 @@ def exp_logits(
     sums: Tensor,
     out: Tensor,
 ) -> None:
-    """Writes the outputs of ``write_exp_logits`` of ``mpo_ext.ops.exp_logits`` in one launch.
+    """Runs ``exp_logits_kernel``, the GPU part of ``mpo_ext.ops.exp_logits.write_exp_logits``, in one launch.
 
-    ``layout`` is a ``RowLayout`` of ``mpo_ext.ops.memory``. ``out`` and ``sums`` are contiguous.
+    ``layout`` is a ``RowLayout`` of ``mpo_ext.ops.memory``. The new references are written to ``new_reference``, and
+    the exponentials to ``out``. ``out`` and ``sums`` are contiguous.
     """
     vocab = out.shape[-1]
     rows, target = aligned_rows(layout), aligned_rows((out, labels.numel(), 0, vocab))

@@ -13,9 +13,9 @@ _INTEGERS = ["vocab", "first", "total", *_STRIDES, *(f"grad_{name}" for name in 
 
 @triton.jit
 def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Writes ``filler`` to the columns of a row among the positions begin .. begin + CHUNK - 1.
+    """Writes ``filler`` to those columns of a row that lie at the positions begin .. begin + CHUNK - 1.
 
-    The columns of the row are the positions shift .. end - 1.
+    The columns of the row occupy the positions shift .. end - 1.
     """
     for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
         at = tl.multiple_of(at, BLOCK)
@@ -28,9 +28,9 @@ def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK:
 
 @triton.jit
 def grad_of_label(z_label, row_max, row_sum, weight):
-    """Returns weight * (1 - p) for the label's probability p.
+    """Returns weight * (1 - p), where p is the probability of the label.
 
-    It is computed in double, because 1 - p cancels if p is near 1 and Triton has no expm1.
+    The result is computed in float64, because 1 - p is inaccurate in float32 if p is near 1.
     """
     logp = (z_label.to(tl.float64) - row_max.to(tl.float64)) - tl.log(row_sum.to(tl.float64))
     return (weight.to(tl.float64) * (1.0 - tl.exp(logp))).to(tl.float32)
@@ -130,10 +130,11 @@ def logits_grad(
     grad_layout: tuple[Tensor, int, int, int],
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Writes the result of the operator ``logits_grad`` to the tensor of ``grad_layout`` in one launch.
+    """Writes the result of the operator ``logits_grad`` in one launch.
 
-    ``layout`` and ``grad_layout`` are ``RowLayout`` tuples of ``mpo_ext.ops.memory``. ``tile`` is a ``Tile`` if the
-    logits are one tile of the vocabulary.
+    ``layout`` describes the logits, and ``grad_layout`` the output. Both are ``RowLayout`` tuples of
+    ``mpo_ext.ops.memory``. ``tile`` is the ``Tile`` of the vocabulary that the logits cover; None means the whole
+    vocabulary.
     """
     first, total, _ = tile or (0, vocab, None)
     rows, grad = aligned_rows(layout), aligned_rows(grad_layout)

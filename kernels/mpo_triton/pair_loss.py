@@ -1,4 +1,7 @@
-"""Triton version of pair_loss: the loss of B pairs from the log-probs of their tokens, in double and a fixed order."""
+"""Triton version of pair_loss: the loss of B pairs from the log-probs of their tokens.
+
+The kernels compute in float64 and add in a fixed order.
+"""
 
 from typing import NamedTuple
 
@@ -22,7 +25,7 @@ def sequence_sums_kernel(
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Sums the log-probs and counts the labelled tokens of each sequence. Grid (2B,): a program per sequence."""
+    """Sums the log-probs and counts the labelled tokens of each sequence. Grid (2B,): one program per sequence."""
     sequence = tl.program_id(0)
     begin = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
@@ -69,7 +72,7 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes rewards (0 for a pair with an unlabelled response), NTP and delta for all pairs. Grid (1,)."""
+    """Computes rewards (0 if a response of the pair has no token), NTP term and reward shift delta. Grid (1,)."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
@@ -203,7 +206,7 @@ def row_weights_kernel(
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Writes d loss / d logp of each sequence to its labelled rows, and 0 to its other rows. Grid (2B,)."""
+    """Writes d loss / d logp of each row: the coefficient of its sequence, or 0 without a label. Grid (2B,)."""
     sequence = tl.program_id(0)
     begin = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
@@ -243,8 +246,9 @@ def pair_loss(
 ) -> None:
     """Writes the outputs of the operator ``pair_loss`` to ``out`` in four launches, without synchronisation.
 
-    The first arguments are those of the operator. ``settings`` are beta, the weights of DPO, BCO and NTP, the label
-    smoothing, and the decay of the moving average. The other arguments are fields of ``PairLossSettings``.
+    ``offsets`` are the starts of the sequences. ``settings`` are beta, the weights of DPO, BCO and NTP, the label
+    smoothing, and the decay of the moving average. ``rule``, ``update_first`` and ``average_sequences`` are fields of
+    ``PairLossSettings``. The other arguments are those of the operator.
     """
     sequences = ref_logp.shape[0]
     sums = ref_logp.new_empty(sequences, dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""The layout of rows of logits in the Triton kernels: 16-byte vectors at aligned addresses, wherever a row starts.
+"""Computes aligned positions in rows of logits, which let Triton kernels read 16-byte vectors.
 
-If the vocabulary size is odd, rows do not start at multiples of 16 bytes. Positions in a row are therefore counted
-from the last multiple before its start: position ``a`` is column ``a - misalignment``, where the misalignment is less
-than one vector. Only the first and the last block of positions need a mask.
+A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Positions in the row are
+therefore counted from the last multiple before its start. Position ``a`` is column ``a - misalignment``. The
+misalignment is less than one vector. Only the first and the last block of positions need a mask.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class AlignedRows(NamedTuple):
 
 
 def aligned_rows(layout: tuple[Tensor, int, int, int]) -> AlignedRows:
-    """Returns the layout of rows relative to an aligned base; ``layout`` is a ``RowLayout`` of ``mpo_ext.ops``."""
+    """Returns ``layout``, a ``RowLayout`` of ``mpo_ext.ops``, relative to a base address aligned to 16 bytes."""
     tensor, *strides = layout
     offset = tensor.data_ptr() % VECTOR_BYTES // tensor.element_size()
     if offset == 0:
@@ -41,22 +41,22 @@ def aligned_rows(layout: tuple[Tensor, int, int, int]) -> AlignedRows:
 
 
 class Blocks(NamedTuple):
-    """The sizes of a program that processes a part of a row."""
+    """The numbers of columns and warps of a program that processes a part of a row."""
 
     block: int  # number of columns that the program processes at a time
     chunk: int  # number of columns that the program processes in total
     num_warps: int  # number of warps of the program
 
     def programs(self, vocab: int, dtype: torch.dtype) -> int:
-        """Returns the number of programs per row. A row with an unaligned start spans one more vector."""
+        """Returns the number of programs per row, enough for a row with any misalignment."""
         return triton.cdiv(vocab + VECTOR_BYTES // dtype.itemsize - 1, self.chunk)
 
 
 def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
     """Returns the block sizes. They depend only on the vocabulary and dtype, so training never recompiles.
 
-    A thread holds 32 elements (float32: 16), so that several 16-byte loads are in flight. A chunk is four blocks, so
-    that even a few labelled rows fill a GPU.
+    A thread holds 32 elements (float32: 16), so several 16-byte loads are in flight. A chunk is four blocks. Even a
+    few labelled rows then have enough chunks to fill a GPU.
     """
     elements_per_warp = 32 * (16 if dtype.itemsize == 4 else 32)
     num_warps = 4
@@ -68,6 +68,6 @@ def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
 
 @triton.jit
 def row_offset(row, misalignment, inner, outer_stride, row_stride):
-    """Returns the number of elements from the aligned base to a row, int64, because rows * vocab can exceed 2**31."""
+    """Returns the number of elements from the aligned base to the start of a row, as int64."""
     row = row.to(tl.int64)
     return misalignment + (row // inner) * outer_stride + (row % inner) * row_stride

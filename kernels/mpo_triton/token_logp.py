@@ -14,7 +14,7 @@ _STATE_WITH_STATS = 5  # with statistics also sum of e * (z - max), sum of z, su
 
 @triton.jit
 def vector_sums(values, VECTOR: tl.constexpr):
-    """Returns the sums of groups of VECTOR consecutive values. A single thread holds each group."""
+    """Returns the sum of each group of VECTOR consecutive values."""
     return tl.sum(tl.reshape(values, (values.shape[0] // VECTOR, VECTOR)), axis=1)
 
 
@@ -38,7 +38,7 @@ def token_logp_chunk_kernel(
 ):
     """Computes the softmax state of CHUNK columns of a row.
 
-    Grid    (rows, chunks); rows come first, since the other axes of a grid are limited to 65,535
+    Grid    (rows, chunks); the second axis of a grid is limited to 65,535
     Reads   each logit of a row with a valid label once, in 16-byte vectors except in the first and last block
     Writes  STATE floats per chunk
     """
@@ -97,10 +97,10 @@ def token_logp_chunk_kernel(
 def merge_chunks(
     states_ptr, row, chunks, is_valid, MAX_CHUNKS: tl.constexpr, STATE: tl.constexpr, STATS: tl.constexpr
 ):
-    """Returns the softmax state of a row, merged from the states of its chunks.
+    """Returns the softmax state of a row in float64, merged from the states of its chunks.
 
-    The state is row_max, row_sum, e_d, z_sum and squared, in double precision. Without STATS, the last three are
-    placeholders.
+    With d = z - row_max for each logit z, the state is row_max, row_sum = sum(exp(d)), e_d = sum(exp(d) * d), z_sum =
+    sum(z) and squared = sum(exp(d)^2). If STATS is 0, the last three have no meaning.
     """
     lanes = tl.arange(0, MAX_CHUNKS)
     mask = (lanes < chunks) & is_valid
@@ -129,9 +129,13 @@ def merge_chunks(
 def merge_tile(
     row_state_ptr, row_max, row_sum, e_d, z_sum, squared, z_label, is_valid, is_later, has_label, STATS: tl.constexpr
 ):
-    """Merges a tile into the row's softmax state and stores the state.
+    """Merges a tile's softmax state of a row into the state of all earlier tiles, and stores the result.
 
-    Returns the state over all tiles so far: new_max, row_sum, e_d, z_sum, squared and z_label.
+    ``has_label``: whether the label lies in the tile. ``is_later``: whether the row is valid and the tile is not the
+    first.
+
+    Returns the state over all tiles so far: new_max, row_sum, e_d, z_sum, squared and z_label. z_label is the logit of
+    the label; ``merge_chunks`` defines the other values.
     """
     old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
     old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
@@ -175,9 +179,10 @@ def store_stats(
     filler,
     STATS: tl.constexpr,
 ):
-    """Stores the statistics of a row that STATS selects, or ``filler`` for each of them if the row is not valid.
+    """Stores those statistics of a row that the bit mask STATS selects. Stores ``filler`` if the row is not valid.
 
-    In memory, consecutive statistics of a row are ``rows`` elements apart.
+    In memory, consecutive statistics of a row are ``rows`` elements apart. ``total`` is the size of the vocabulary.
+    ``merge_chunks`` defines the values from ``row_max`` to ``squared``; ``log_sum`` is the logarithm of ``row_sum``.
     """
     if STATS & 1:
         entropy = log_sum - e_d / row_sum
@@ -274,8 +279,8 @@ def token_logp(
 ) -> None:
     """Writes the outputs of the operator ``token_logp`` in two launches, without synchronisation.
 
-    ``layout`` is a ``RowLayout`` of ``mpo_ext.ops.memory``. ``tile`` is a ``Tile`` if the logits are one tile of the
-    vocabulary; the outputs then cover the columns up to the end of the tile.
+    ``layout`` is a ``RowLayout`` of ``mpo_ext.ops.memory``. ``tile`` is the ``Tile`` of the vocabulary that the logits
+    cover; the outputs then cover this tile and all earlier tiles. None means the whole vocabulary.
     """
     first, total, row_states = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype

@@ -1,4 +1,4 @@
-"""Extracts the answer from a response and matches it with the true answer; used by generate and evaluate."""
+"""Extracts the answer from a response and compares it with the true answer."""
 
 from mpo_ext.answers.base import VERDICT_VERSION, Matcher, Verdict
 from mpo_ext.answers.choices import label_options

@@ -19,12 +19,12 @@ class Verdict:
     """The result of comparing an answer with the truth.
 
     Attributes:
-        correct: True if the answer is right, False if it is surely wrong, None if it is unreadable. "Unreadable" means
-            that the matcher cannot read the answer, or cannot tell whether the answer equals the truth.
+        correct: True if the answer is right, False if it is certainly wrong, None if it is unreadable. "Unreadable"
+            means that the matcher cannot read the answer, or cannot tell whether the answer equals the truth.
         score: Score in [0, 1]; 0 or 1 if the matcher gives no partial credit.
         rule: Kind of the matcher and the comparison that decided, for example "choice:letter".
         prediction: The answer, in the form that the matcher compared.
-        truth: The true answer, in the form that the matcher compared; of several true answers, the best match.
+        truth: The true answer, in the form that the matcher compared. If there are several, the best match.
     """
 
     correct: bool | None
@@ -38,11 +38,11 @@ class Verdict:
 class Matcher(abc.ABC):
     """The base class of all matchers. A matcher compares an answer with the true answer.
 
-    The attributes of a subclass are its options.
+    The fields of a subclass are its options.
 
     Attributes:
         kind: Name of the matcher, the key in ``MATCHERS``.
-        longest: Length in characters of the longest text that is compared; None: no limit.
+        longest: Maximum length in characters of the texts that are compared; None: no limit.
     """
 
     kind: ClassVar[str]
@@ -55,7 +55,7 @@ class Matcher(abc.ABC):
 
         Args:
             prediction: The extracted answer. A missing answer (None) raises a TypeError.
-            truth: The true answer, or a list of answers that are all right.
+            truth: The true answer, or a list of true answers.
         """
         truths = self._check(prediction, truth)
         if (verdict := self._early_verdict(prediction, truths)) is not None:
@@ -65,10 +65,10 @@ class Matcher(abc.ABC):
         return max((self._compare(prediction, each) for each in truths), key=rank)
 
     def _early_verdict(self, prediction: str, truths: Sequence[str]) -> Verdict | None:
-        """Returns the verdict if a text is blank or longer than ``longest``, and None for all other texts.
+        """Returns the verdict if a text is blank or too long to compare, otherwise None.
 
-        An answer is unreadable if it or every truth is blank. A long answer is right if it equals a truth up to case
-        and spaces, and otherwise unreadable.
+        An answer is unreadable if it is blank, or if every truth is blank. If a text is longer than ``longest``, the
+        answer is right if it equals a truth apart from case and spaces, and otherwise unreadable.
         """
         if is_empty(prediction, truths):
             return self._verdict(None, "empty", prediction, truths[0])
@@ -79,7 +79,10 @@ class Matcher(abc.ABC):
         return self._verdict(True if same else None, "length", folded, [*same, *truths][0])
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "Matcher":
-        """Returns the matcher for a question with these answer options; only ``ChoiceMatcher`` depends on them."""
+        """Returns the matcher for a question with these answer options.
+
+        Only ``ChoiceMatcher`` depends on the options.
+        """
         return self
 
     def _check(self, prediction: str, truth: str | Sequence[str]) -> tuple[str, ...]:
@@ -100,12 +103,12 @@ class Matcher(abc.ABC):
 
 
 def is_empty(prediction: str, truths: Sequence[str]) -> bool:
-    """Returns whether the answer is blank, or all true answers are blank."""
+    """Returns whether the answer is blank or all true answers are blank."""
     return not prediction.strip() or not any(truth.strip() for truth in truths)
 
 
 def rank(verdict: Verdict) -> tuple[int, float]:
-    """Returns the sort key of a verdict: right answers are highest, then unreadable, then wrong answers."""
+    """Returns the sort key of a verdict: right answers are highest, unreadable answers next, wrong answers lowest."""
     return {True: 2, None: 1, False: 0}[verdict.correct], verdict.score
 
 

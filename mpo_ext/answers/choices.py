@@ -45,10 +45,10 @@ class Choice:
     """The options that an answer selects.
 
     Attributes:
-        letters: Letters of the selected options, sorted, each once; "" if no option can be read from the answer.
-        text: Normalized text of the answer; of an answer such as "B. Paris", the text after the letter.
-        is_unclear: Whether the selection is unclear. The answer then names several options without deciding
-            ("A or B"), names an option that does not exist, or pairs a letter with the text of another option.
+        letters: Letters of the selected options, sorted, without repetitions; "" if the answer shows no option.
+        text: Normalized text of the answer. For an answer such as "B. Paris", only the text after the letter.
+        is_unclear: Whether the selection is unclear. The answer then names several options without deciding ("A or
+            B"), names an option that does not exist, or pairs a letter with the text of another option.
     """
 
     letters: str
@@ -60,13 +60,18 @@ class Choice:
 class ChoiceMatcher(Matcher):
     """Compares multiple-choice answers by the letter of the option, or by its text.
 
-    An answer with several letters ("A, C", "AC", "(A)(C)") is right if the truth has the same letters. An answer is
-    unreadable if it names several options without deciding ("A or B"), a letter that no option has, a letter with the
-    text of another option ("B. Paris" if Paris is C), or a text that differs from the texts of all known options.
+    An answer with several letters ("A, C", "AC", "(A)(C)") is right if the truth has the same letters.
+
+    An answer is unreadable if it is one of the following:
+
+    - Several options without a decision ("A or B").
+    - A letter that no option has.
+    - A letter with the text of another option ("B. Paris" if Paris is C).
+    - A text that differs from the texts of all known options.
 
     Attributes:
-        options: Option texts in the order A, B, ..., or a mapping from letter to text. None: unknown;
-            sampling and evaluation then pass the options of each item to ``with_options``.
+        options: Option texts in the order A, B, ..., or a mapping from letter to text. None: unknown; sampling and
+            evaluation then pass the options of each item to ``with_options``.
     """
 
     kind: ClassVar[str] = "choice"
@@ -83,7 +88,7 @@ class ChoiceMatcher(Matcher):
         object.__setattr__(self, "_labels", tuple(label_options(self.options).items()))
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "ChoiceMatcher":
-        """Returns a matcher with these options, or this matcher if it has options already."""
+        """Returns a matcher with these options. If this matcher already has options, it returns itself."""
         return self if self.options is not None else ChoiceMatcher(options=options)
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
@@ -109,8 +114,8 @@ class ChoiceMatcher(Matcher):
 def _read_boxes(answer: str, boxes: Sequence[str], labels: tuple[tuple[str, str], ...]) -> Choice:
     r"""Returns the selection in an answer with several different ``\boxed{}``, whose contents are ``boxes``.
 
-    Boxes with the same letter select this letter. Boxes in a list ("\boxed{A}, \boxed{C}") select all their letters.
-    Otherwise, the selection is unclear.
+    If all boxes have the same letter, this letter is selected. If the boxes form a list ("\boxed{A}, \boxed{C}"), all
+    their letters are selected. Otherwise, the selection is unclear.
     """
     choices = {read_choice(box, labels) for box in boxes}
     letters = {choice.letters for choice in choices}
@@ -129,7 +134,7 @@ def _has_text(choice: Choice) -> bool:
 
 
 def label_options(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Returns a mapping from letter to option text. The texts of a list get the letters A, B, ... in order."""
+    """Returns a mapping from letter to option text. The texts in a list get the letters A, B, ... in order."""
     is_labelled = isinstance(options, Mapping)
     texts = list(options.values()) if isinstance(options, Mapping) else list(options)
     labels = list(options) if is_labelled else [chr(ord("A") + index) for index in range(len(texts))]
@@ -160,7 +165,7 @@ def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
     as "the answer is". The "A" in "A cat" is an article and selects no option.
 
     Args:
-        answer: The answer as extracted from a response.
+        answer: The answer that was extracted from a response.
         labels: Letter and text of each option; () if the options are unknown.
     """
     texts = _option_texts(labels)
@@ -199,12 +204,12 @@ def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
 
 
 def _may_name_option(text: str, texts: Mapping[str, str]) -> bool:
-    """Returns whether a text equals, or may mean, one of the option texts; ``texts`` maps letters to these texts."""
+    """Returns whether a text equals or may mean an option. ``texts`` maps letters to option texts."""
     return any(compare_texts(text, option) is not False for option in texts.values() if option)
 
 
 def _names_options(answer: str) -> bool:
-    """Returns whether an answer such as "A or B" names letters without selecting one."""
+    """Returns whether an answer such as "A or B" names letters without selecting one of them."""
     return _NAMED_LETTERS.fullmatch(answer) is not None
 
 
@@ -214,7 +219,7 @@ def _lone_letter(answer: str) -> str:
 
 
 def _without_phrases(answer: str) -> str:
-    """Returns the answer without a phrase such as "The answer is" before it, and "is correct" after it."""
+    """Returns the answer without "The answer is" at its beginning and "is correct" at its end, or similar phrases."""
     lead = _LEAD.match(answer)
     if lead and 0 < lead.end() < len(answer):
         answer = answer[lead.end() :]
@@ -222,7 +227,10 @@ def _without_phrases(answer: str) -> str:
 
 
 def _several_letters(answer: str) -> str:
-    """Returns the sorted letters of "A, C", "A and C", "(A)(C)", "A C" or "AC"; "" for other answers."""
+    """Returns the sorted letters of an answer such as "A, C", "A and C", "(A)(C)", "A C" or "AC".
+
+    Returns "" for other answers.
+    """
     if not _SEVERAL.fullmatch(answer) and not _ROW.fullmatch(answer):
         return ""
     letters = re.sub(r"\band\b|[^A-Za-z]", "", answer, flags=re.IGNORECASE).upper()
@@ -231,7 +239,7 @@ def _several_letters(answer: str) -> str:
 
 
 def _letter_and_text(letter: str, rest: str, whole: str, texts: Mapping[str, str]) -> Choice:
-    """Returns the selection in an answer that is a letter with a text, such as "B. Paris".
+    """Returns the selection in an answer that consists of a letter and a text, such as "B. Paris".
 
     Args:
         letter: The letter.

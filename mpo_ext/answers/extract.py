@@ -23,9 +23,9 @@ def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer")
     Args:
         response: Text that the model generated.
         style: Form of the answer that the prompt asked for. "final_answer" and "answer" take the text after the last
-            "Final answer:" or "Answer:" up to the end of the line, or the next line if the rest of the line is empty.
-            "boxed" takes the content of the last ``\boxed{...}``. "direct" takes the whole response. ``regex:...``, or
-            a compiled pattern, takes the content of the pattern's only group in the last match.
+            "Final answer:" or "Answer:" up to the end of the line, or the next line if that text is empty. "boxed"
+            takes the content of the last ``\boxed{...}``. "direct" takes the whole response. ``regex:...``, or a
+            compiled pattern, must have exactly one group; its content in the last match is taken.
 
     Returns:
         The answer without markdown, math delimiters and a final period; None if it is unreadable, for example because
@@ -66,7 +66,7 @@ def _last_group(pattern: re.Pattern[str], response: str) -> str | None:
 
 
 def last_box(response: str) -> str | None:
-    r"""Returns the content of the last ``\boxed{}`` in a text, or None if it is missing or has no closing brace."""
+    r"""Returns the content of the last ``\boxed{}`` in a text. Returns None without a box or its closing brace."""
     boxes = list(re.finditer(r"\\boxed\s*(?=\{)", response))
     if not boxes:
         return None
@@ -76,7 +76,7 @@ def last_box(response: str) -> str | None:
 
 
 def all_boxes(text: str) -> list[str]:
-    r"""Returns the contents of all ``\boxed{}`` with a closing brace in a text, in the order of the text."""
+    r"""Returns the contents of all ``\boxed{}`` in a text, in order. Boxes without a closing brace are skipped."""
     openings = {box.end() for box in re.finditer(r"\\boxed\s*(?=\{)", text)}
     contents: dict[int, str] = {}
     open_braces: list[int] = []

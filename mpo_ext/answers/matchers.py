@@ -1,4 +1,4 @@
-"""The table of all matchers, the matchers that call a function or combine matchers, and ``is_same_answer``."""
+"""The table of all matchers, matchers that call a function or other matchers, and ``is_same_answer``."""
 
 import dataclasses
 import functools
@@ -18,12 +18,12 @@ from mpo_ext.checks import check_number, did_you_mean
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CustomMatcher(Matcher):
-    """Calls ``function(prediction, truth)``, a function of the user that returns a bool, None, a score or a Verdict.
+    """Compares answers with a function of the user.
 
-    None means that the answer is unreadable. A score is a number in [0, 1].
+    ``function(prediction, truth)`` returns a bool, a Verdict, a score in [0, 1], or None if the answer is unreadable.
 
     Attributes:
-        function: The function, or its import path "module:function", which other processes can import, too.
+        function: The function, or its import path "module:function". An import path also works in other processes.
         accept: Minimum score counted as correct.
     """
 
@@ -70,7 +70,7 @@ def load_function(name: str) -> Callable[[str, str], bool | float | Verdict | No
 class AnyMatcher(Matcher):
     """Accepts an answer if at least one of several matchers accepts it.
 
-    An answer is wrong only if it is wrong for every matcher.
+    An answer is wrong only if every matcher calls it wrong.
 
     Attributes:
         matchers: The matchers in the order of their calls. Each is a ``Matcher``, a kind such as "number", or a
@@ -87,7 +87,7 @@ class AnyMatcher(Matcher):
         object.__setattr__(self, "matchers", tuple(map(_build, self.matchers)))
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Returns the verdict of the first matcher that accepts the answer, or else the best verdict by ``rank``."""
+        """Returns the verdict of the first matcher that accepts the answer, otherwise the best verdict by ``rank``."""
         best: Verdict | None = None
         for rule in cast(Sequence[Matcher], self.matchers):
             verdict = rule(prediction, truth)
@@ -99,7 +99,7 @@ class AnyMatcher(Matcher):
         return best
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "AnyMatcher":
-        """Returns an ``AnyMatcher`` in which each ``ChoiceMatcher`` without options has these answer options."""
+        """Returns an ``AnyMatcher`` with these answer options in each ``ChoiceMatcher`` that has no options."""
         rules = cast(Sequence[Matcher], self.matchers)
         changed = [rule.with_options(options) for rule in rules]
         return self if all(map(operator.is_, rules, changed)) else AnyMatcher(matchers=changed)
@@ -147,9 +147,10 @@ def matcher(kind: str, **options: Any) -> Matcher:
 
 
 def is_same_answer(first: str | None, second: str | None, matcher: Matcher) -> bool:
-    """Returns whether two answers are equal up to case and spaces, or are accepted by the matcher in either order.
+    """Returns whether two answers are the same.
 
-    A missing answer (None) differs from every answer, including another missing answer and the text "None".
+    They are the same if they are equal apart from case and spaces, or if the matcher accepts them in either order. A
+    missing answer (None) differs from every answer, including another missing answer and the text "None".
     """
     if first is None or second is None:
         return False

@@ -46,10 +46,10 @@ class MathMatcher(Matcher):
     """Compares mathematical expressions with the package math-verify (the extra ``math``).
 
     Numbers are compared by the rules of ``NumberMatcher``. A unit may be missing after one of the numbers, and 50%
-    equals both 50 and 0.5. Words are compared as text: as products of letters, "no" would equal "on". An answer is
-    unreadable if it is a sentence, or if math-verify cannot read the answer or the truth.
+    equals both 50 and 0.5. Words are compared as text, because "no" and "on" would be equal as products of letters. An
+    answer is unreadable if it is a sentence, or if math-verify cannot read the answer or the truth.
 
-    Expressions are compared in a helper process, because a process can be stopped at any time and from any thread.
+    Expressions are compared in a helper process, which can be stopped at the time limit.
 
     Attributes:
         seconds: Time limit of a comparison, in seconds. At the limit, the answer is unreadable (rule
@@ -110,14 +110,14 @@ class MathMatcher(Matcher):
 
 
 def _are_numbers(first: Number, second: Number) -> bool:
-    """Returns whether to compare two numbers by value; False: compare them as expressions with symbols."""
+    """Returns whether two numbers are compared by value. Otherwise, they are compared as expressions with symbols."""
     if first.name != second.name and first.name and second.name:
         return False
     return first.unit == second.unit or not (is_symbol(first) or is_symbol(second))
 
 
 def _is_other_unit(first: Number, second: Number) -> bool:
-    """Returns whether the units of two numbers differ only in case and may be different ("m/s" and "m/S")."""
+    """Returns whether the units of two numbers differ only in case, but may be different ("m/s" and "m/S")."""
     is_same_text = first.unit.casefold() == second.unit.casefold()
     return first.unit != second.unit and is_same_text and compare_units(first.unit, second.unit) != 1
 
@@ -127,7 +127,7 @@ def _is_named(text: str) -> bool:
 
 
 def _is_sentence(text: str) -> bool:
-    """Returns whether a text holds words of a sentence, besides names of functions and symbols."""
+    """Returns whether a text has words of ordinary language, and not only names of functions and symbols."""
     if re.search(r"\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*\b(?:or|and)\b", text):
         text = re.sub(r"\b(?:or|and)\b", "", text)  # "x = 1 \text{ or } x = 2"
     if re.fullmatch(r"[^\W\d_]+(?:\s+[^\W\d_]+)+", text) and re.search(r"[^\W\d_]{3}", text):
@@ -138,7 +138,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""Returns an expression, and the known unit after it or "".
+    r"""Splits a known unit off the end of an expression. The unit is "" if there is none.
 
     "\sqrt{2} \text{ m}" gives "\sqrt{2}" and "m".
     """
@@ -153,7 +153,7 @@ def _split_unit(text: str) -> tuple[str, str]:
 
 
 def _latex(text: str) -> str:
-    r"""Returns an expression with names and symbols as LaTeX commands, which math-verify knows: "pi" is "\pi"."""
+    r"""Returns an expression with names and symbols replaced by LaTeX commands: "pi" becomes "\pi"."""
     for symbol, name in _SYMBOLS.items():
         text = text.replace(symbol, name)
     return _ASCII_NAMES.sub(r"\\\1 ", text)

@@ -1,4 +1,4 @@
-"""The helper process that compares expressions for ``MathMatcher``; each Python process starts at most one helper."""
+"""The helper process that compares expressions for ``MathMatcher``. A Python process starts at most one helper."""
 
 import atexit
 import contextlib
@@ -16,15 +16,16 @@ from typing import Any
 def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, prediction_text: str) -> str:
     """Corrects the result of math-verify, and returns "equal", "different", "rounded" or "unread".
 
-    ``MathProcess.compare`` explains these results. math-verify rounds to six decimals, so it calls all tiny numbers
-    equal; this function compares the values of two expressions with a relative tolerance of 1e-6. math-verify cannot
-    compare an inequality with a set such as an interval; the result is then "unread".
+    ``MathProcess.compare`` explains these results. math-verify rounds to six decimals, so all tiny numbers are equal
+    for it. This function compares the values of two expressions with a relative tolerance of 1e-6. If one is an
+    inequality and the other a set such as an interval, the result is "unread", because math-verify cannot compare
+    them.
 
     Args:
         is_equal: Result of math-verify: whether the prediction equals the truth.
         truth: The truth as a sympy object.
         prediction: The prediction as a sympy object.
-        truth_text: The truth as text, which shows the number of decimals of a decimal number.
+        truth_text: The truth as text. The text shows the number of decimals.
         prediction_text: The prediction as text.
     """
     import sympy
@@ -101,7 +102,7 @@ def serve() -> None:
 
 
 class MathProcess:
-    """A helper process that compares expressions. It starts with the first request and handles one at a time."""
+    """A helper process that compares expressions. It starts with the first comparison and handles one at a time."""
 
     START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
     START_SECONDS = 120.0

@@ -1,4 +1,4 @@
-"""Converts answers into a form in which they can be compared."""
+"""Normalizes answers for comparisons."""
 
 import re
 
@@ -15,15 +15,12 @@ TO_ASCII |= {0x3000: " ", **dict.fromkeys((0x2212, 0xFE63, 0x2010, 0x2011, 0x201
 
 
 def fold(text: str) -> str:
-    """Returns a text in lower case, with single spaces, and with full-width characters and minus signs in ASCII."""
+    """Returns a text in lower case with single spaces. Full-width characters and minus signs become ASCII."""
     return " ".join((text if text.isascii() else text.translate(TO_ASCII)).casefold().split())
 
 
 def clean_answer(answer: str) -> str:
-    r"""Returns an answer without its wrapping and its final period.
-
-    The wrapping is markdown, math delimiters, ``\boxed{}`` and ``\text{}`` around the answer.
-    """
+    r"""Returns an answer without a final period, markdown, math delimiters, ``\boxed{}`` and ``\text{}`` around it."""
     if not _MARKUP.search(answer):
         return answer.strip()
     for _ in range(_MAX_WRAPPINGS if len(answer) <= _LONG else _MAX_WRAPPINGS_OF_LONG):
@@ -48,7 +45,10 @@ def clean_answer(answer: str) -> str:
 
 
 def closing_brace(text: str, opening: int) -> int | None:
-    """Returns the index of the brace that closes the brace at ``opening``, or None; escaped braces do not count."""
+    """Returns the index of the brace that closes the brace at index ``opening``, or None.
+
+    Escaped braces do not count.
+    """
     depth = 0
     for brace in BRACES.finditer(text, opening):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)

@@ -1,4 +1,4 @@
-"""Reads the number in an answer, with its unit, from all the forms in which models and people write numbers."""
+"""Reads the number in an answer, with its unit, in the many forms in which models and people write numbers."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ _SCALES = {**LARGE, "hundred": 100, "dozen": 12}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Number:
-    """A number from a text.
+    """A number read from a text.
 
     Attributes:
         value: Exact value, in the unit of the text.
@@ -76,8 +76,8 @@ class Number:
         is_currency: Whether ``unit`` is a currency.
         is_approximate: Whether the text calls the number approximate ("about 7").
         decimals: Number of digits after the decimal point of a plain decimal number; 0 for all other forms.
-        others: Further values that the text may mean: "1,234" is 1.234 where a comma separates decimals, and
-            "7 million" may answer a question that asks for millions.
+        others: Other values that the text may mean. "1,234" may be 1.234 with a decimal comma. "7 million" may be 7 if
+            the question asks for millions.
         name: Variable that has this value in the text ("x" in "x = 7"), or "".
     """
 
@@ -116,7 +116,7 @@ def _parse(text: str) -> Number | None:
 
 
 def _normalize(text: str) -> str | None:
-    r"""Returns an answer without markup, in ASCII where possible; None if ``_unbox`` cannot read its ``\boxed{}``."""
+    r"""Returns an answer without markup, in ASCII where possible. Returns None if ``_unbox`` returns None."""
     text = text.translate(TO_ASCII).translate(_SPACES)
     if not text.isascii():
         text = "".join(map(_ascii_digit, text))
@@ -152,7 +152,7 @@ def _ascii_digit(character: str) -> str:
 
 
 def _unbox(text: str) -> str | None:
-    r"""Returns the content of the only ``\boxed{}`` and the text after it.
+    r"""Returns the content of the ``\boxed{}`` in a text, followed by the text after the box.
 
     Returns None if the contents of several boxes differ, or if a closing brace is missing.
     """
@@ -194,7 +194,7 @@ def _read_answer(text: str) -> Number | None:
 
 
 def _read_amount(text: str) -> Number | None:
-    """Returns the number with its unit if they make up the whole text, or else None."""
+    """Returns the number and its unit if the text has nothing else, otherwise None."""
     text = _NEGATIVE.sub("-", text)
     head = _HEAD.match(text)
     assert head is not None  # every part of the pattern is optional
@@ -276,15 +276,18 @@ def _read_power(text: str, start: int) -> tuple[Fraction, int] | None:
 
 
 def _exponent(match: re.Match[str], first: int) -> int:
-    """Returns the exponent in group ``first`` of a match or in a later group, in digits or superscripts; 0 if none."""
+    """Returns the exponent from the first non-empty group of a match, starting at group ``first``; 0 if all are empty.
+
+    The exponent may be in digits or superscripts.
+    """
     text = next((group for group in match.groups()[first - 1 :] if group), "0")
     return int(text.translate(_FROM_RAISED))
 
 
 def _other_values(digits: str, sign: int) -> tuple[Fraction, ...]:
-    """Returns other values that digits with separators may mean: 1.234 for "1,234", or 1 and 234 for "1 234".
+    """Returns other values that digits with separators may mean, multiplied by ``sign`` (1 or -1).
 
-    ``sign`` is 1 or -1 and is a factor of the values.
+    "1,234" may also mean 1.234, and "1 234" may also mean the numbers 1 and 234.
     """
     if _TWO_WAYS.fullmatch(digits):
         other = digits.replace(",", ".") if "," in digits else digits.replace(".", "")

@@ -19,9 +19,9 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def read_number_words(text: str) -> tuple[Fraction, int] | None:
-    """Returns the number in English words at the start of a text, and the index of the character after it.
+    """Reads a number in English words at the start of a text.
 
-    Returns None if the text does not begin with a number in words.
+    Returns the number and the index of the next character, or None if the text does not begin with a number in words.
     """
     words = [(match.group().casefold(), match.end()) for match in _WORD.finditer(text)]
     starts = [match.start() for match in _WORD.finditer(text)]
@@ -39,7 +39,10 @@ def read_number_words(text: str) -> tuple[Fraction, int] | None:
 
 
 def _read(names: list[str], start: int) -> tuple[Fraction, int] | None:
-    """Returns the number that begins with the word ``names[start]``, and the index of the word after it, or None."""
+    """Reads the number that begins with the word ``names[start]``.
+
+    Returns the number and the index of the next word, or None if no number begins there.
+    """
 
     def name(index: int) -> str:
         return names[index] if index < len(names) else ""
@@ -68,7 +71,10 @@ def _read(names: list[str], start: int) -> tuple[Fraction, int] | None:
 
 
 def _read_whole(names: list[str], start: int) -> tuple[int, int] | None:
-    """Returns the whole number that begins with ``names[start]``, and the index of the word after it, or None."""
+    """Reads the whole number that begins with the word ``names[start]``.
+
+    Returns the number and the index of the next word, or None if no whole number begins there.
+    """
     total = group = 0
     index, last, largest = start, "", 10**15
     if names[index : index + 1] in (["a"], ["an"]):

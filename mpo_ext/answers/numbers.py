@@ -1,4 +1,4 @@
-"""The matchers for numbers."""
+"""Matchers for answers that are numbers."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def _as_written(value: float) -> Fraction:
 
 
 def number_text(number: Number) -> str:
-    """Returns a number and its unit as text, in the form that verdicts show."""
+    """Returns a number and its unit as text, for a ``Verdict``."""
     value = number.value
     written = str(value.numerator) if value.denominator == 1 and abs(value) < 10**21 else repr(_to_float(value))
     return f"{written} {number.unit}" if number.unit else written
@@ -56,11 +56,11 @@ def _to_float(value: Fraction) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NumberRule:
-    """Compares two numbers. ``NumberMatcher`` describes the attributes that are missing here.
+    """Compares two numbers. All attributes that are not listed here are described in ``NumberMatcher``.
 
     Attributes:
-        percent: As in ``NumberMatcher``. In addition, with "either", 50% equals both 0.5 and 50.
-        is_rounding_wrong: Whether the truth, rounded to fewer decimals, is a wrong answer; False: it is unreadable.
+        percent: As in ``NumberMatcher``. With the additional value "either", 50% equals both 0.5 and 50.
+        is_rounding_wrong: Whether an answer that is the truth rounded to fewer decimals is wrong. False: unreadable.
     """
 
     relative: float
@@ -71,7 +71,11 @@ class NumberRule:
     is_rounding_wrong: bool = False
 
     def compare(self, prediction: Number, truth: Number) -> tuple[bool | None, str]:
-        """Returns whether two numbers are equal (None: they may be), and the name of the comparison that decided."""
+        """Compares two numbers.
+
+        Returns:
+            True if they are equal, False if not, None if this is unclear; and the name of the comparison that decided.
+        """
         if prediction.name != truth.name and prediction.name and truth.name:
             return None, "name"
         first, second = self._without_percent(prediction), self._without_percent(truth)
@@ -101,9 +105,9 @@ class NumberRule:
         return (None, "unclear value") if self._is_unclear(first, second, prediction, truth) else (False, "value")
 
     def _one_unit(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
-        """Returns the result of ``compare`` for a number that has a unit and a number that has none.
+        """Compares two numbers, only one of which has a unit. Returns a result of ``compare``.
 
-        ``first`` and ``second`` are ``prediction`` and ``truth`` after ``_without_percent``.
+        ``first`` and ``second`` are the results of ``_without_percent`` for ``prediction`` and ``truth``.
         """
         unit = first.unit or second.unit
         if unit == "%":
@@ -117,7 +121,10 @@ class NumberRule:
         return correct, rule
 
     def _is_unclear(self, first: Number, second: Number, prediction: Number, truth: Number) -> bool:
-        """Returns whether two numbers with different values may be notations of the same number."""
+        """Returns whether two numbers with different values may still mean the same number.
+
+        The arguments are those of ``_one_unit``.
+        """
         if any(_within(other, second.value, self.relative, self.absolute) for other in first.others):
             return True
         if any(_within(first.value, other, self.relative, self.absolute) for other in second.others):
@@ -141,7 +148,7 @@ class NumberRule:
 
 
 def _is_rounded(rounded: Number, exact: Number) -> bool:
-    """Returns whether ``rounded`` is ``exact`` rounded to the decimals of ``rounded``."""
+    """Returns whether ``rounded`` is ``exact``, rounded to the number of decimals that ``rounded`` has."""
     if not rounded.decimals or exact.value.denominator == 1 or 0 < exact.decimals <= rounded.decimals:
         return False
     return abs(rounded.value - exact.value) * 2 <= Fraction(1, 10**rounded.decimals)
@@ -153,7 +160,7 @@ def _folded(units: tuple[str, ...]) -> frozenset[str]:
 
 
 def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> bool | None:
-    """Returns whether an answer equals the truth, if at least one of the two is not a number; None if it is unclear.
+    """Returns whether an answer equals the truth, if one or both are not numbers. None means that this is unclear.
 
     ``number`` is the number in the answer, or None.
     """
@@ -179,8 +186,8 @@ class NumberMatcher(Matcher):
     A number is right if ``|prediction - truth| <= relative * |truth|``, or ``<= absolute`` if the truth is 0. If both
     numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong.
 
-    If the truth is a number, an answer without a number, or with several numbers, is unreadable. An answer that may
-    be right in another notation is unreadable, too: it has a unit that the truth lacks or a decimal comma, or it is
+    If the truth is a number, an answer with no number or several numbers is unreadable. An answer that may be right in
+    another notation is unreadable, too. Such an answer has a decimal comma or a unit that the truth lacks, or is
     rounded to fewer decimals than the truth.
 
     Attributes:
@@ -190,7 +197,7 @@ class NumberMatcher(Matcher):
             number with the sign never equals a number without it.
         degrees: Whether a degree sign, or the word "degree", "degrees" or "deg", may be missing after one of the
             numbers.
-        units: Units that may be missing after one of the numbers; "any" stands for every unit.
+        units: Units that may be missing after one of the numbers; "any" means every unit.
     """
 
     kind: ClassVar[str] = "number"
@@ -230,13 +237,13 @@ class ChartMatcher(Matcher):
     """Applies the relaxed accuracy of ChartQA: numbers within 5 % of the truth are right.
 
     Other answers are compared as text, ignoring case. An answer is unreadable in the same cases as for
-    ``NumberMatcher``, except that a rounded number beyond the tolerance is wrong.
+    ``NumberMatcher``, with one exception: a rounded number outside the tolerance is wrong.
 
     Attributes:
         relative: Tolerance as a fraction of the truth.
         absolute: Absolute tolerance, used only if the truth is 0.
         years: "auto" requires the exact number if the truth has four digits and lies between 1800 and 2100. "exact"
-            requires it for every truth, as ChartQAPro's script does for answers that its data marks as years.
+            always requires the exact number; ChartQAPro's script does this for answers that its data marks as years.
             "relaxed" treats a year like any other number, as the ChartQA paper does.
     """
 

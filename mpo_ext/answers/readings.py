@@ -1,6 +1,6 @@
-"""Compares other readings of mathematical answers, such as "7,0" read as 7.0.
+"""Compares mathematical answers under other readings, such as "7,0" read as 7.0.
 
-An answer is wrong only if no usual reading of it equals the truth.
+An answer is wrong only if it differs from the truth under every usual reading.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _UNIT = re.compile(
 
 
 def is_symbol(number: Number) -> bool:
-    """Returns whether the ``unit`` of a number may be variables of an expression, as in "2b" and "5 xy"."""
+    """Returns whether the unit of a number may consist of variables, as in "2b" and "5 xy"."""
     if not number.unit or number.is_currency or number.unit == "%":
         return False
     unit = parse_unit(number.unit)
@@ -39,14 +39,14 @@ def is_symbol(number: Number) -> bool:
 
 
 def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
-    """Compares other readings of two answers that differ as expressions.
+    """Compares two answers that differ as expressions, under other readings of both.
 
     Other readings are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
     number ("1-1/4"), a quantity in several units ("5 ft 6 in"), and a word for 0 ("none").
 
     Returns:
-        Whether the answers are equal, and the name of the comparison that decided. The first value is None if the
-        answers may be equal, and True only for quantities in several units.
+        True if they are equal, False if not, None if they may be equal; and the name of the comparison that decided.
+        Only quantities in several units give True.
     """
     prediction, truth = (clean_answer(text.translate(TO_ASCII)) for text in (prediction, truth))
     first, second = parse_number(prediction), parse_number(truth)
@@ -76,7 +76,7 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
 
 
 def without_unknown_unit(text: str) -> str:
-    r"""Returns an expression without the unknown unit after it: "\sqrt{2} pcs" is "\sqrt{2}"."""
+    r"""Removes an unknown unit from the end of an expression: "\sqrt{2} pcs" becomes "\sqrt{2}"."""
     text = clean_answer(text)
     match = _UNIT.search(text)
     unit = match and (match[1] or match[2])
@@ -87,7 +87,7 @@ def without_unknown_unit(text: str) -> str:
 
 
 def _may_have_unit(number: Number, text: str) -> bool:
-    """Returns whether the letters after a number may be an unknown unit ("7 pcs"), and not a variable ("2b")."""
+    """Returns whether the letters after a number may be an unknown unit ("7 pcs"). A variable ("2b") gives False."""
     if not is_symbol(number):
         return False
     is_variable = len(number.unit) == 1 and number.unit.islower() and re.search(rf"[0-9]{number.unit}", text)
@@ -111,7 +111,7 @@ def _readings(text: str, number: Number | None) -> list[Number | None]:
 
 
 def _sum(text: str) -> Number | Literal["unclear"] | None:
-    """Returns a quantity in several units as a number in the first unit: "5 ft 6 in" is 5.5 ft.
+    """Converts a quantity in several units to a number in the first unit: "5 ft 6 in" becomes 5.5 ft.
 
     Returns "unclear" if the units do not fit together, and None if the text is not such a quantity.
     """

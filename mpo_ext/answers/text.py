@@ -1,4 +1,4 @@
-"""The matchers for texts."""
+"""Matchers for answers that are texts."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ from mpo_ext.checks import check_number, install_hint
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExactMatcher(Matcher):
-    """Compares texts exactly, apart from surrounding spaces and, with ``ignore_case``, apart from case.
+    """Compares texts exactly, ignoring spaces around them. With ``ignore_case``, case is ignored, too.
 
-    Every other text is wrong, also "7 apples" if the truth is "7".
+    Every other text is wrong, even "7 apples" if the truth is "7".
     """
 
     kind: ClassVar[str] = "exact"
@@ -40,14 +40,14 @@ class ExactMatcher(Matcher):
 class AnlsMatcher(Matcher):
     """Scores answers by DocVQA's normalized Levenshtein similarity: ``1 - distance / length of the longer text``.
 
-    An answer that is not right is unreadable if it may be another form of the truth, such as "Total: $5" for "$5", or
-    if it has the digits of the truth and its score is not 0. Otherwise it is wrong.
+    An answer that is not right is either unreadable or wrong. It is unreadable if it may be another form of the truth,
+    such as "Total: $5" for "$5", or if it has the digits of the truth and a positive score.
 
     Attributes:
         threshold: Similarity below which the score is 0.
         accept: Minimum similarity counted as correct.
-        exact_digits: Whether a correct answer must also have the same digits as the truth: "10 May 2001" is similar to
-            "10 May 2011" but wrong. The score does not depend on it.
+        exact_digits: Whether a correct answer must have the same digits as the truth. "10 May 2001" is then wrong for
+            "10 May 2011", although it is similar. This option does not change the score.
     """
 
     kind: ClassVar[str] = "anls"
@@ -79,7 +79,7 @@ _ANY_NUMBERS = NumberRule(relative=0, absolute=0, units="any", is_rounding_wrong
 
 @functools.lru_cache(maxsize=1 << 14)
 def _may_be_same(first: str, second: str) -> bool:
-    """Returns whether two different texts from ``fold`` may be two forms of the same answer."""
+    """Returns whether two different texts may be forms of the same answer. Both texts are results of ``fold``."""
     if compare_folded(first, second) is not False:
         return True
     left, right = parse_number(first), parse_number(second)
@@ -127,7 +127,7 @@ _CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NEGATED_VERBS + _NEGATED
 
 @functools.lru_cache(maxsize=1 << 14)
 def normalize_vqa(text: str) -> str:
-    """Returns a text normalized as by VQA's evaluation code: case, punctuation, number words, articles, contractions.
+    """Normalizes a text as VQA's evaluation code does: case, punctuation, number words, articles, contractions.
 
     Unlike VQA's code, this function keeps characters that change the meaning: a minus sign before a number, a decimal
     point, a slash between digits, "<" and ">", and an article at the end of the text ("vitamin A").
@@ -147,11 +147,11 @@ def normalize_vqa(text: str) -> str:
 class VqaMatcher(Matcher):
     """Scores answers by the VQA accuracy: ``min(n / 3, 1)`` if n of ten annotators gave the same normalized answer.
 
-    For another number of annotators, n is scaled to ten; with a single truth, the score is 0 or 1. If normalization
-    leaves one of the texts empty, the original texts are compared.
+    For another number of annotators, n is scaled to ten; with a single truth, the score is 0 or 1. If a text is empty
+    after normalization, the original texts are compared.
 
     An answer with a score below ``accept`` is unreadable if some annotators gave it, or if it may be a truth in other
-    words: it holds the truth ("a brown dog" for "dog") or the same number.
+    words. It then contains the truth ("a brown dog" for "dog") or the same number.
 
     Attributes:
         accept: Minimum score counted as correct.

@@ -1,4 +1,4 @@
-"""Reads and compares units of measurement, so that 7 m equals 700 cm and differs from 7 km."""
+"""Reads and compares units of measurement: 7 m equals 700 cm and differs from 7 km."""
 
 import dataclasses
 import functools
@@ -126,7 +126,10 @@ def _units() -> dict[str, tuple[Fraction, dict[str, int]]]:
 
 @functools.cache
 def _folded_units() -> dict[str, tuple[Fraction, dict[str, int]]]:
-    """Returns ``_units`` by lower-case name, without single letters and without ambiguous names ("mW" and "MW")."""
+    """Returns the units of ``_units`` by lower-case name.
+
+    Single letters, and names that are ambiguous in lower case ("mW" and "MW"), are left out.
+    """
     units = _units() | {name: (Fraction(0), {}) for name in _OTHER_SYMBOLS.split() if name not in _units()}
     folded: dict[str, tuple[Fraction, dict[str, int]]] = {}
     for name, unit in units.items():
@@ -142,8 +145,9 @@ def _folded_units() -> dict[str, tuple[Fraction, dict[str, int]]]:
 def parse_unit(text: str) -> Unit | None:
     """Returns the unit in the text that follows a number, or None if the text does not name a unit.
 
-    A unit may be a product or a quotient with powers ("N m", "kg/m^3", "m s⁻²", "square metres", "miles per hour").
-    Up to four other words are an unknown unit ("apples"), unless they may change the value ("tenths", "or more").
+    A unit may be a product or a quotient with powers ("N m", "kg/m^3", "m s⁻²", "square metres", "miles per hour"). Up
+    to four unknown words count as an unknown unit ("apples"). Words that may change the value ("tenths", "or more")
+    give None.
     """
     powers: dict[str, int] = {}
     factor, is_known = Fraction(1), True
@@ -183,7 +187,7 @@ def parse_unit(text: str) -> Unit | None:
 def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
     """Returns the factor and the dimension of the unit ``word``, or None if the unit is unknown.
 
-    ``text`` is the whole unit. It shows whether "degrees" belongs to a temperature scale ("degrees Celsius").
+    ``text`` is the whole unit, which shows whether "degrees" means a temperature ("degrees Celsius").
     """
     name = word.replace(" ", "").rstrip(".")
     scale = "kelvin" if name in ("K", "\u00b0K") else _TEMPERATURES.get(name.casefold())
@@ -195,7 +199,7 @@ def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
 
 
 def fold_unit(text: str) -> str:
-    """Returns a unit with its words in lower case. Symbols keep their case, which has a meaning ("GB" and "Gb")."""
+    """Returns a unit with its words in lower case. Symbols keep their case: "GB" and "Gb" are different units."""
     return " ".join(map(_fold_word, text.split()))
 
 
@@ -205,7 +209,7 @@ def _fold_word(word: str) -> str:
 
 
 def is_case_off(first: str, second: str) -> bool:
-    """Returns whether two texts differ only in case, in a way that may change a unit ("5 M" and "5 m")."""
+    """Returns whether two texts differ only in case, and the case may change a unit ("5 M" and "5 m")."""
     if first == second or first.casefold() != second.casefold():
         return False
     symbols = zip(_AFTER_NUMBER.findall(first), _AFTER_NUMBER.findall(second), strict=False)
@@ -226,9 +230,9 @@ def compare_units(first: str, second: str) -> Fraction | Literal["different", "u
     """Compares two units.
 
     Returns:
-        The factor that converts a value from the first unit to the second. "different" if the units measure different
-        quantities. "unclear" if a unit is unknown or ambiguous, or if no constant factor converts the units, as
-        between °C and °F, bytes and bits, or months and seconds.
+        A factor, "different" or "unclear". The factor converts a value from the first unit to the second. "different"
+        means that the units measure different quantities. "unclear" means that a unit is unknown or ambiguous, or that
+        no constant factor converts the units, as between °C and °F, bytes and bits, or months and seconds.
     """
     if first == second:
         return Fraction(1)
@@ -263,10 +267,11 @@ _CONVERSIONS = frozenset(map(Fraction, _FACTORS.split()))
 
 
 def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
-    """Returns whether two values may be the same quantity although only one of them has a unit.
+    """Returns whether two values may be the same quantity if only one of them has a unit, ``unit``.
 
-    They may be if they differ only in the sign, if their ratio is a power of ten, or if ``unit`` is known and the
-    ratio is a usual factor between units. Temperatures may be values of two scales (Celsius, Fahrenheit, kelvin).
+    The result is True if the values differ only in the sign, or if ``unit`` does not name a unit. Temperatures may be
+    in two scales (Celsius, Fahrenheit, kelvin). For other units, the ratio of the values must be a power of ten or, if
+    ``unit`` is known, a usual factor between units.
     """
     parsed = parse_unit(unit)
     if first == -second or parsed is None:

@@ -1,4 +1,4 @@
-"""Compares answers in words: they are equal or different, or their relation is unclear."""
+"""Compares answers in words. The result is equal, different or unclear."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ _NO_ANSWER = re.compile(
 
 @functools.lru_cache(maxsize=1 << 14)
 def is_no_answer(text: str) -> bool:
-    """Returns whether a text from ``fold`` declines to answer ("i don't know", "n/a", "?")."""
+    """Returns whether a text declines to answer ("i don't know", "n/a", "?"). The text is a result of ``fold``."""
     return _NO_ANSWER.fullmatch(text) is not None
 
 
@@ -33,14 +33,14 @@ def without_lead(text: str) -> str:
 def compare_texts(first: str, second: str) -> bool | None:
     """Returns whether two answers in words are equal, ignoring case and phrases such as "The answer is".
 
-    None means that this is unclear: the words of one answer occur in a row within the other ("dog" and "a brown dog"),
-    or one of the texts is empty or declines to answer.
+    The result is None (unclear) if all words of one answer occur consecutively in the other ("dog" and "a brown dog").
+    It is also None if one of the texts is empty or declines to answer.
     """
     return compare_folded(fold(clean_answer(first)), fold(clean_answer(second)))
 
 
 def compare_folded(first: str, second: str) -> bool | None:
-    """Returns the result of ``compare_texts`` for two texts from ``fold``."""
+    """Returns the result of ``compare_texts`` for two texts that are results of ``fold``."""
     if first == second != "":
         return True
     if not first or not second or is_no_answer(first) or is_no_answer(second):
@@ -57,7 +57,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def may_be_same_words(first: str, second: str) -> bool:
-    """Returns whether the words of one text occur in a row within the other; both texts are from ``fold``."""
+    """Returns whether all words of one text occur consecutively in the other.
+
+    Both texts are results of ``fold``.
+    """
     shorter, longer = sorted((_words(first), _words(second)), key=len)
     if not shorter:
         return (

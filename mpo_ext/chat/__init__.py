@@ -1,4 +1,4 @@
-"""Turns conversations into token ids, in the same way for training, sampling and evaluation."""
+"""Turns conversations into token ids. Training, sampling and evaluation all use this package."""
 
 from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation, chat_messages
 from mpo_ext.chat.encoder import ChatEncoder, EncodedResponse

@@ -1,4 +1,4 @@
-"""Conversations with images and videos, and their form as messages for a chat template."""
+"""Conversations with images and videos, and their conversion to messages for a chat template."""
 
 import dataclasses
 import json
@@ -13,16 +13,16 @@ _PLACES = {IMAGE_PLACEHOLDER: "image", VIDEO_PLACEHOLDER: "video"}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """The turns before the response of the assistant.
+    """The turns of a conversation before the assistant's response.
 
     Attributes:
         key: Name of the conversation in error messages.
-        question: The user's question; ``<image>`` marks the place of an image, and ``<video>`` the place of a video.
-            Without marks, the images come first, and then the videos.
+        question: The user's question. ``<image>`` and ``<video>`` mark the places of images and videos. Without marks,
+            the images come first, and then the videos.
         messages: All turns, instead of ``question``: mappings with ``role`` and ``content``. The content is text with
             these marks, or a list of ``{"type": "text", "text": ...}``, ``{"type": "image"}`` and
-            ``{"type": "video"}``. An assistant's turn may have ``tool_calls``, as in OpenAI's interface; a turn of the
-            role "tool" has the result of a call.
+            ``{"type": "video"}``. An assistant's turn may have ``tool_calls``, as in OpenAI's API. A turn with the
+            role "tool" holds the result of a call.
         images: Images in the order of their places, in any form that ``mpo_ext.images.load_image`` takes.
         tools: Descriptions of the functions that the assistant may call, in the form that chat templates take:
             ``{"type": "function", "function": {"name": ..., "parameters": ...}}``.
@@ -72,9 +72,10 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
 
 
 def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
-    """Checks messages, and returns them with a list of texts, images and videos as the content of each message.
+    """Checks messages, and converts the content of each message to a list of texts, images and videos.
 
-    If ``split`` is true, ``<image>`` and ``<video>`` in a text are places of media; otherwise they are ordinary text.
+    If ``split`` is true, ``<image>`` and ``<video>`` in a text mark places of images and videos. Otherwise they are
+    ordinary text.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")
@@ -92,10 +93,10 @@ def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
 
 
 def read_tool_calls(calls: object) -> list[dict[str, Any]]:
-    """Returns the calls of an assistant's turn in the form that chat templates take; the arguments become an object.
+    """Converts the tool calls of an assistant's turn to the form that chat templates take.
 
     ``calls`` is None, or a list of ``{"function": {"name": ..., "arguments": ...}}`` or
-    ``{"name": ..., "arguments": ...}``. OpenAI's interface has the arguments as JSON in a text.
+    ``{"name": ..., "arguments": ...}``. If the arguments are a JSON string, as in OpenAI's API, they are parsed.
 
     Raises:
         ValueError: If ``calls`` has another form.
@@ -125,7 +126,7 @@ def read_tool_calls(calls: object) -> list[dict[str, Any]]:
 
 
 def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:
-    """Returns the content of a message as a list of texts, images and videos; ``split`` is as in ``message_turns``."""
+    """Converts the content of a message to a list of texts, images and videos; ``split``: as in ``message_turns``."""
     if isinstance(content, str):
         pieces = re.split(f"({'|'.join(_PLACES)})", content) if split else [content]
         parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []

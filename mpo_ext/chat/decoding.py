@@ -1,4 +1,4 @@
-"""Finds the text of sampled token ids."""
+"""Decodes the token ids of a sampled response to text."""
 
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
@@ -7,9 +7,10 @@ _METASPACE = "\u2581"  # SentencePiece writes a space as this character, and dec
 
 
 def squash(text: str) -> str:
-    """Returns a text without white space and in Unicode's form NFC, to compare texts from templates and tokenizers.
+    """Returns a text without white space, in Unicode normal form NFC.
 
-    Templates trim and move white space; tokenizers may convert texts to NFC.
+    Texts from chat templates and tokenizers are compared in this form, because both may change spaces, and tokenizers
+    may change the normal form.
     """
     return "".join(unicodedata.normalize("NFC", text.replace(_METASPACE, " ")).split())
 
@@ -19,8 +20,8 @@ def possible_texts(
 ) -> list[str]:
     """Returns candidates for the text of the ids that follow a prompt. One of them should encode to these ids.
 
-    The candidates differ in spaces. SentencePiece tokenizers prepend a space at the beginning of a text, after each
-    special token, or nowhere. Their decoders drop this space at the beginning of a text only.
+    The candidates differ in spaces. A SentencePiece tokenizer may prepend a space at the beginning of a text or after
+    each special token. Its decoder removes this space only at the beginning of a text.
 
     Args:
         decode: Function that returns the text of ids.

@@ -1,4 +1,7 @@
-"""The encoder of training, sampling and evaluation. Its token ids are exactly those of the model's processor."""
+"""The encoder of conversations for training, sampling and evaluation.
+
+Its token ids are those of the model's processor.
+"""
 
 import datetime
 import unicodedata
@@ -35,7 +38,7 @@ _ANCHORS = ("", "\n", "a", ":")
 
 
 class EncodedPrompt(NamedTuple):
-    """The prompt of a conversation.
+    """The encoded prompt of a conversation.
 
     Attributes:
         messages: The turns before the response, in the form that the chat template takes.
@@ -55,9 +58,9 @@ class EncodedResponse(NamedTuple):
 
     Attributes:
         ids: Token ids of the response, up to and including the token that ends the turn.
-        is_target: For each token, whether the assistant writes it; False in user turns between the assistant's turns.
-        is_split: Whether the response was tokenized apart from the prompt, because the tokenizer merges the end of
-            the prompt with the beginning of the response.
+        is_target: For each token, whether the assistant writes it. It is False in user turns within the response.
+        is_split: Whether the response was tokenized separately from the prompt. This happens if the tokenizer merges
+            the end of the prompt with the beginning of the response.
     """
 
     ids: list[int]
@@ -69,20 +72,19 @@ class ChatEncoder:
     """Turns conversations and responses into token ids, and token ids into responses. Instances can be pickled.
 
     The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``. The ids
-    of a response are the ids of the whole conversation without those of the prompt, up to and including the token that
-    ends the turn. The text that the template writes after this token, such as a line break, belongs to no response.
+    of a response are those that follow the prompt in the whole conversation. The last of them ends the turn.
 
     In five cases, the encoder deviates from the template. ``notices`` names the cases that hold for all conversations:
 
     - If the template ignores ``add_generation_prompt``, the prompt ends with the header that the template writes
       before a response, without trailing spaces.
-    - If the template writes no special token after a response, ``eos_token`` follows, and the white space that the
-      template writes there is left out.
+    - If the template writes no special token after a response, the encoder puts ``eos_token`` there, and removes the
+      white space that the template writes there.
     - If the generation prompt opens a block such as ``<think>``, and a response closes the block without opening it,
-      the opening tag is put before the response.
-    - If the tokenizer merges the end of the prompt with the beginning of the response, the response is tokenized
-      apart from the prompt. In sampling, the model also continues a complete prompt.
-    - Tokens that a tokenizer adds at the end of every text (``add_eos_token``) are left out.
+      the encoder puts the opening tag before the response.
+    - If the tokenizer merges the end of the prompt with the beginning of the response, the encoder tokenizes the
+      response separately.
+    - If the tokenizer adds tokens at the end of every text, the encoder removes them.
 
     Args:
         processor: The model's processor, or the tokenizer of a text model.
@@ -180,7 +182,7 @@ class ChatEncoder:
         return self.prompt(conversation).text
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Returns the token ids of ``prompt_text``; a processor expands the placeholder of each image later."""
+        """Returns the token ids of ``prompt_text``, with a single placeholder for each image."""
         return self.prompt(conversation).ids
 
     def adds_special_tokens(self, text: str) -> bool:
@@ -192,13 +194,13 @@ class ChatEncoder:
 
     @property
     def added_suffix(self) -> int:
-        """Number of tokens that the tokenizer adds at the end of each text; they must be cut off a prompt."""
+        """Number of tokens that the tokenizer adds at the end of each text. They must be removed from a prompt."""
         return len(self._suffix_ids)
 
     def processor_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages with images and videos.
 
-        ``options`` are those of ``Renderer.ids``.
+        ``options`` are the keyword arguments of ``Renderer.ids``.
         """
         return self._renderer.ids(messages, **options)
 
@@ -225,8 +227,8 @@ class ChatEncoder:
     def response_text(self, conversation: Conversation, ids: Sequence[int]) -> str:
         """Returns the text of a response from its token ids, without the white space that the template adds.
 
-        ``ids`` follow the prompt of the conversation, without the token that ends the turn. The text keeps special
-        tokens, because some models write bounding boxes with them.
+        ``ids`` are the ids after the conversation's prompt, without the token that ends the turn. The text keeps
+        special tokens, because some models write bounding boxes with them.
         """
         ids, prompt = list(ids), self.prompt(conversation)
         texts = possible_texts(self.decode, self._special_ids, prompt.ids[-_CONTEXT:], ids)
@@ -268,7 +270,10 @@ class ChatEncoder:
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
-        """Encodes a short conversation, and adds notices if tokens are merged or the first token is doubled."""
+        """Encodes a short conversation, and adds notices about unusual results.
+
+        The notices tell that the tokenizer merges prompt and response, or that the prompt has the BOS token twice.
+        """
         if self.form.opened:
             return
         conversation = Conversation(question="question")
@@ -283,7 +288,7 @@ class ChatEncoder:
             )
 
     def _encode(self, text: str) -> list[int]:
-        """Returns the ids of the text of a conversation, with the special tokens that the processor puts first."""
+        """Returns the token ids of a conversation's text, with the special tokens that the processor prepends."""
         ids = list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
         return [*self._prefix_ids, *ids] if self.adds_special_tokens(text) else ids
 
@@ -300,7 +305,7 @@ class ChatEncoder:
         return EncodedResponse(ids, [True] * len(ids), is_split)
 
     def _whole_text(self, prompt: EncodedPrompt, response: str) -> str:
-        """Returns the text of the prompt and the response, as the template writes the whole conversation."""
+        """Returns the text that the template writes for the conversation with the response."""
         if self.chat_template is None:
             return prompt.text + response
         for text in renderings(response, self.form.opened):
@@ -320,7 +325,7 @@ class ChatEncoder:
         )
 
     def _several(self, prompt: EncodedPrompt, turns: Sequence[Mapping[str, Any]]) -> EncodedResponse:
-        """Returns the encoded response of several turns; only tokens of the assistant's turns are targets."""
+        """Encodes a response of several turns. Only the tokens of the assistant's turns are targets."""
         if self.chat_template is None or self.ends_in_tail == 0:
             raise ChatError(f"a response of {len(turns)} turns must have a chat template that ends turns, got none")
         parts = response_turns(turns, self.tokenizer, self.end_id)
@@ -351,7 +356,7 @@ class ChatEncoder:
         return EncodedResponse(ids[size:end], is_target[size:end], False)
 
     def _continue(self, prompt: EncodedPrompt, rest: str) -> tuple[list[int], bool]:
-        """Returns the ids of ``rest``, the text after the prompt, and whether the two were tokenized separately."""
+        """Returns the ids of the text ``rest`` after the prompt, and whether it was tokenized separately."""
         whole = self._encode(prompt.text + rest)
         size = len(prompt.ids)
         if whole[:size] == prompt.ids:
@@ -366,12 +371,12 @@ class ChatEncoder:
 
 
 def with_date(chat: ChatEncoder, date: datetime.date) -> ChatEncoder:
-    """Returns a new encoder that equals ``chat`` except for the date."""
+    """Returns a copy of the encoder with another date."""
     return with_template(chat, chat.chat_template, date=date)
 
 
 def with_template(chat: ChatEncoder, chat_template: str | None, *, date: datetime.date | None = None) -> ChatEncoder:
-    """Returns a new encoder that equals ``chat`` except for the template and, if it is given, the date."""
+    """Returns a copy of the encoder with another chat template and, if given, another date."""
     date = date or chat.date
     return ChatEncoder(
         chat.processor,
@@ -384,12 +389,12 @@ def with_template(chat: ChatEncoder, chat_template: str | None, *, date: datetim
 
 
 def stop_ids_of(model: Any) -> list[int]:
-    """Returns the ids at which a model stops, from its ``generation_config``."""
+    """Returns the ids at which a model stops: ``eos_token_id`` of its ``generation_config``."""
     return as_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
 
 
 def as_ids(ids: int | Iterable[int] | None) -> list[int]:
-    """Returns the list of ids in a setting such as ``eos_token_id``, which holds an id, several ids or None."""
+    """Converts a setting such as ``eos_token_id``, which is an id, several ids or None, to a list of ids."""
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
@@ -400,7 +405,7 @@ def embedding_rows_of(model: Any) -> int | None:
 
 
 def _plain_prompt(conversation: Conversation, image: str) -> str:
-    """Returns the prompt for a model without a chat template; ``image`` is the text of the model's image token."""
+    """Returns the prompt for a model without a chat template. ``image`` is the model's image token as text."""
     if conversation.tools:
         raise ChatError("a conversation with tools must have a chat template, got none")
     if conversation.messages:
@@ -422,8 +427,8 @@ def _tokenize_apart(
 ) -> list[int] | None:
     """Returns ids that decode to ``text`` after the ids ``context``, or None if no such ids are found.
 
-    SentencePiece prepends a space to a text. The text is therefore also encoded after an anchor such as a line break,
-    whose ids are cut off.
+    SentencePiece prepends a space to a text. To avoid this space, ``text`` is also encoded after an anchor such as a
+    line break, and the anchor's ids are removed.
     """
     expected = unicodedata.normalize("NFC", decode(context) + text)
     for anchor in _ANCHORS:
@@ -436,7 +441,7 @@ def _tokenize_apart(
 
 
 def _added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the ids that the tokenizer adds before each text, and the ids that it adds after each text."""
+    """Returns the ids that the tokenizer adds at the beginning of each text, and those that it adds at the end."""
     plain = list(tokenizer.encode("a", add_special_tokens=False))
     ids = list(tokenizer.encode("a"))
     for start in range(len(ids) - len(plain) + 1):

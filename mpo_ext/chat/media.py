@@ -1,4 +1,7 @@
-"""Media of conversations: the arguments of processors, and videos as images for processors without videos."""
+"""Prepares images and videos of conversations for processors.
+
+If a processor has no video processor, the frames of a video become images.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,14 +14,14 @@ AnyConversation = TypeVar("AnyConversation", bound=Conversation)
 
 
 def takes_videos(processor: Any) -> bool:
-    """Returns whether a processor has a video processor. Otherwise, the frames of a video are given as images."""
+    """Returns whether a processor has a video processor."""
     return callable(getattr(processor, "video_processor", None))
 
 
 def expanded(conversation: AnyConversation, processor: Any) -> AnyConversation:
-    """Returns a conversation with the images and videos that its processor takes.
+    """Returns the conversation in a form that its processor takes.
 
-    For a processor without a video processor, the frames of videos become numbered images; see ``with_frames``.
+    If the processor has no video processor, the frames of videos become numbered images (``with_frames``).
     """
     if not conversation.videos or takes_videos(processor) or not hasattr(processor, "tokenizer"):
         return conversation
@@ -26,9 +29,9 @@ def expanded(conversation: AnyConversation, processor: Any) -> AnyConversation:
 
 
 def with_frames(conversation: AnyConversation) -> AnyConversation:
-    """Returns a conversation in which the frames of each video are images, numbered as in InternVL.
+    """Returns a conversation in which each video is replaced by images of its frames.
 
-    A video becomes lines such as ``Frame1: <image>``, one line for each frame.
+    The frames are numbered as in InternVL: each is a line such as ``Frame1: <image>``.
     """
     if not conversation.videos:
         return conversation
@@ -53,9 +56,9 @@ def with_frames(conversation: AnyConversation) -> AnyConversation:
 
 
 def media_arguments(images: Sequence[Sequence[Any]], videos: Sequence[Sequence[LoadedVideo]]) -> dict[str, Any]:
-    """Returns a processor's arguments for the images and videos of several texts.
+    """Returns the keyword arguments with which a processor takes the images and videos of several texts.
 
-    The videos have the frames of ``load_video``, of which the processor must use all (``do_sample_frames=False``).
+    ``load_video`` has already chosen the frames, so the processor must use all of them (``do_sample_frames=False``).
     """
     arguments: dict[str, Any] = {"images": [list(part) for part in images]} if any(images) else {}
     flat = [video for part in videos for video in part]

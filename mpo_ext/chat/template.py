@@ -1,4 +1,4 @@
-"""Chat templates: finds the template, fixes its date, renders messages, and finds the text around a response."""
+"""Finds a model's chat template, fixes its date, renders messages, and finds the text around a response."""
 
 import dataclasses
 import datetime
@@ -22,7 +22,7 @@ _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\
 
 
 def find_chat_template(processor: Any, chat_template: str | None = None) -> str | None:
-    """Returns ``chat_template`` if it is given, otherwise the template of the processor or its tokenizer, or None.
+    """Returns ``chat_template`` if given, otherwise the template of the processor or its tokenizer, or None.
 
     If the processor has several named templates, the template "default" is returned.
     """
@@ -32,9 +32,9 @@ def find_chat_template(processor: Any, chat_template: str | None = None) -> str 
 
 
 def bake_variables(template: str, variables: Mapping[str, Any]) -> str:
-    """Returns a template in which JSON values are the defaults of variables, such as ``enable_thinking``.
+    """Returns the template with default values for ``variables``, such as ``{"enable_thinking": False}``.
 
-    A variable that a program passes to the template takes precedence.
+    A value that a program passes to the template takes precedence. The defaults must be JSON values.
     """
     heads = (
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
@@ -44,7 +44,7 @@ def bake_variables(template: str, variables: Mapping[str, Any]) -> str:
 
 
 def _literal(value: Any) -> str:
-    """Returns a JSON value as an expression of Jinja."""
+    """Returns a JSON value as a Jinja expression."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{json.dumps(str(name))}: {_literal(part)}" for name, part in value.items()) + "}"
     if isinstance(value, (list, tuple)):
@@ -54,8 +54,6 @@ def _literal(value: Any) -> str:
 
 def freeze_date(template: str, date: datetime.date) -> str:
     """Returns the template with each call ``strftime_now("...")`` replaced by the text for ``date`` at 00:00.
-
-    Without this, the prompts of a run would change with the time.
 
     Raises:
         ChatError: If a call has no constant format.
@@ -79,10 +77,11 @@ class TurnForm:
     Attributes:
         ignores_generation_prompt: Whether the template ignores ``add_generation_prompt`` although it writes a header
             before a response.
-        opened: Opening tag such as ``<think>`` that ends the generation prompt, but is not written before a response.
+        opened: Opening tag such as ``<think>`` that the template writes at the end of the generation prompt, but not
+            before a response in a conversation.
         lead: Text between the prompt and a response.
         tail: Text after a response at the end of a conversation.
-        inner_tail: Text after a response in the middle of a conversation, with the user's turn that follows. "" if the
+        inner_tail: Text after a response in the middle of a conversation, including the user's next turn. "" if the
             template cannot render such a conversation.
     """
 
@@ -103,14 +102,14 @@ class Renderer:
         self._as_parts = hasattr(processor, "tokenizer")
 
     def turn(self, role: str, text: str) -> dict[str, Any]:
-        """Returns a message. For a tokenizer, its content is the text; for a processor, a list with one text part."""
+        """Returns a message with a text: as a string for a tokenizer, as a list with one text part for a processor."""
         return {"role": role, "content": [{"type": "text", "text": text}] if self._as_parts else text}
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = ()) -> str:
         """Returns the text of messages, and raises ``ChatError`` if the template fails.
 
-        ``generation_prompt`` says whether the text ends with the header of the assistant's response. ``tools`` are as
-        in ``Conversation``.
+        ``generation_prompt``: whether the text ends with the header of the assistant's response. ``tools``: as in
+        ``Conversation``.
         """
         try:
             return self._apply(messages, tools, add_generation_prompt=generation_prompt, tokenize=False)
@@ -120,9 +119,9 @@ class Renderer:
     def ids(
         self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = (), **options: Any
     ) -> list[int]:
-        """Returns the token ids that the processor makes from messages and the images and videos in them.
+        """Returns the token ids that the processor makes from messages with images and videos.
 
-        ``generation_prompt`` and ``tools`` are as in ``render``; ``options`` are passed to ``apply_chat_template``.
+        ``generation_prompt`` and ``tools`` are as in ``render``. ``options`` are passed to ``apply_chat_template``.
         """
         ids = self._apply(
             messages, tools, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False, **options
@@ -142,15 +141,16 @@ class Renderer:
 
 
 def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """Returns the length of the common beginning of two texts or two lists of ids."""
+    """Returns the length of the common prefix of two texts or two lists of ids."""
     pairs = zip(left, right, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
 def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
-    """Renders two probe responses, and returns the text that the template writes around a response.
+    """Finds the text that the template writes around a response, from two probe responses.
 
-    The second value is a notice for the user, or None.
+    Returns:
+        The text around a response, and a notice for the user or None.
 
     Raises:
         ChatError: If the template does not write responses, or if the generation prompt is not the beginning of the
@@ -204,7 +204,9 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def find_end(form: TurnForm, tokenizer: Any) -> tuple[int, int]:
-    """Returns the id that ends a turn, and how often the template writes it after a response (0: never).
+    """Returns the id of the token that ends a turn, and how often the template writes it after a response.
+
+    The number is 0 if the template writes no such token. The id is then ``eos_token_id``.
 
     Raises:
         ChatError: If the template ends a turn with ordinary text, or if the template writes no end and the tokenizer

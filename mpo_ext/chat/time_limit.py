@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 
 class _TimeUpError(BaseException):
-    """Interrupts a ``with`` block. As a ``BaseException``, it passes every ``except Exception`` in the block."""
+    """Interrupts a ``with`` block. It is a ``BaseException``, so no ``except Exception`` in the block catches it."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Returns a context manager that raises ``TimeoutError`` if its block takes longer than ``seconds``.
 
-    It interrupts Python code in any thread. A call of compiled code is interrupted only when it returns.
+    It works in every thread. A call of compiled code is interrupted only after it returns.
 
     Args:
         seconds: Time limit of the block, in seconds.

@@ -1,4 +1,4 @@
-"""Checks of the turns of a conversation: their form, and whether a chat template has written them."""
+"""Checks the turns of a conversation, and checks that a chat template has written all of them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from mpo_ext.chat.template import OPEN_TAG, ChatError, Tools
 
 
 def response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: int) -> list[dict[str, Any]]:
-    """Checks the turns of a response, and returns them with a list of texts as the content of each turn."""
+    """Checks the turns of a response, and converts the content of each turn to a list of texts."""
     try:
         parts = message_turns(list(turns), split=False)
     except ValueError as error:
@@ -32,7 +32,7 @@ def response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: i
 
 
 def check_written(response: str, prompt: str, whole: str) -> None:
-    """Raises ``ChatError`` if ``whole``, the conversation's text, does not have the response after the prompt."""
+    """Raises ``ChatError`` if the response does not follow the prompt in ``whole``, the text of the conversation."""
     block = OPEN_TAG.search(prompt)  # a response may begin with the block that the prompt opens
     if squash(response) not in squash(whole[block.start() if block else len(prompt) :]):
         raise ChatError(
@@ -42,10 +42,10 @@ def check_written(response: str, prompt: str, whole: str) -> None:
 
 
 def renderings(response: str, opened: str) -> list[str]:
-    """Returns the texts to try as the response: the response alone, and ``opened`` followed by the response.
+    """Returns the texts to pass to the chat template as the response, in the order of the attempts.
 
-    ``opened`` is the opening tag at the end of the generation prompt, such as ``<think>``. The second text is returned
-    only if the response closes this tag without opening it.
+    The first is the response alone. The second is ``opened``, such as ``<think>``, followed by the response. It is
+    returned only if the response closes this tag without opening it.
     """
     tag = OPEN_TAG.search(opened)
     if tag and f"</{tag[1]}>" in response and not response.lstrip().startswith(f"<{tag[1]}>"):
@@ -56,7 +56,7 @@ def renderings(response: str, opened: str) -> list[str]:
 def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
     """Raises ``ChatError`` if the text of a turn is missing in ``text``, the text of the prompt.
 
-    Templates may leave out the thoughts of earlier turns, up to ``</think>``.
+    The thoughts of earlier assistant turns, up to ``</think>``, may be missing.
     """
     written = squash(text)
 
@@ -84,7 +84,10 @@ def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 
 
 def check_response_turn(turn: Mapping[str, Any], before: str, whole: str) -> None:
-    """Raises ``ChatError`` if a turn of a response is missing in ``whole``, which begins with the text ``before``."""
+    """Raises ``ChatError`` if the text of a response's turn is missing in ``whole``, the text of the conversation.
+
+    ``before`` is the text before this turn, the beginning of ``whole``.
+    """
     content = turn["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)
     if turn["role"] != "tool":
@@ -107,7 +110,7 @@ def check_tools(tools: Tools, text: str) -> None:
 
 
 def _leaves(value: Any) -> list[str]:
-    """Returns the texts and numbers in the arguments of a call, and the names of the arguments."""
+    """Returns all names, texts and numbers in nested arguments of a tool call, as texts."""
     if isinstance(value, Mapping):
         return [text for name, part in value.items() for text in (str(name), *_leaves(part))]
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,7 @@
 """The commands ``mpo-ext data check``, ``stats``, ``convert`` and ``view``. They import dependencies when they run.
 
-The exit status is 1 if ``check`` finds a defect or a bad line stops ``convert``, 2 if the command cannot run, else 0.
+The exit status is 1 if ``check`` finds a defect, or if ``convert`` stops at a bad line. It is 2 if the command cannot
+run, and otherwise 0.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def _add_command(commands: Any, name: str, text: str, run: Command) -> argparse.
     """Adds a command with the options that all ``data`` commands share, and returns its parser.
 
     Args:
-        commands: The object of ``add_subparsers``.
+        commands: The object that ``add_subparsers`` returned.
         name: Name of the command.
         text: Help text of the command.
         run: Function that runs the command.
@@ -93,7 +94,8 @@ def _add_convert(commands: Any) -> None:
     parser = _add_command(commands, "convert", "write pairs in another format", _convert)
     parser.add_argument("out", type=Path, help="folder for mmpr and hf, file for pairs and trl")
     parser.add_argument("--to", choices=_WRITABLE, required=True, help="format to write")
-    parser.add_argument("--kind", choices=_KINDS, help="kind of TRL's format, for trl and hf (default: standard)")
+    text = "for trl and hf: messages, to which TRL applies the chat template, or texts (default: conversational)"
+    parser.add_argument("--kind", choices=_KINDS, help=text)
     parser.add_argument("--out-root", type=Path, help="for mmpr: image folder of pairs that were not read from MMPR")
     parser.add_argument("--name", default="pairs", help="for mmpr: name of the subset of these pairs (default: pairs)")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines instead of stopping")
@@ -131,9 +133,10 @@ def _open(args: argparse.Namespace) -> Any:
 
 
 def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[Any], None]]:
-    """Returns the opened pairs, their ``StoredMedia``, and a function to call after all pairs have been read.
+    """Opens the pairs. Returns the two results of ``_open_with_stored``, and a function ``warn``.
 
-    The function ``warn(skipped)`` prints the skipped lines and a warning about missing images.
+    Call ``warn(skipped)`` after all pairs have been read. It prints the skipped lines and a warning about missing
+    images.
     """
     from mpo_ext.data.sources import MissingImages
 
@@ -151,7 +154,10 @@ def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[An
 def _open_with_stored(
     args: argparse.Namespace, on_pair: Callable[[Any], object] = lambda pair: None
 ) -> tuple[Any, Any]:
-    """Returns the opened pairs, and the ``StoredMedia`` of the pairs that are read. ``on_pair`` gets each pair."""
+    """Opens the pairs. Returns their source, and a ``StoredMedia`` that finds images extracted from the data.
+
+    ``on_pair`` is called with each pair that is read.
+    """
     import dataclasses
 
     from mpo_ext.data.sources import StoredMedia
@@ -167,7 +173,10 @@ def _open_with_stored(
 
 
 def _say_stored(stored: Any) -> None:
-    """Prints the folder in which images of the rows are stored, if there is one."""
+    """Prints the folder of the images that were extracted from the data. Prints nothing without such images.
+
+    ``stored`` is a ``StoredMedia``.
+    """
     from mpo_ext.data.sources import stored_note
 
     if stored.folder:
@@ -259,7 +268,7 @@ def _convert(args: argparse.Namespace) -> int:
             source,
             args.out,
             args.to,
-            kind=args.kind or "standard",
+            kind=args.kind or "conversational",
             skip_bad=args.skip_bad,
             root=args.out_root,
             name=args.name,
@@ -275,12 +284,6 @@ def _convert(args: argparse.Namespace) -> int:
     else:
         print(f"wrote {count:,} pairs to {place}")
         _say_stored(stored)
-    if args.kind is None and args.to in ("trl", "hf"):
-        print(
-            "the prompts are texts (--kind standard), to which TRL applies no chat template; --kind conversational "
-            "writes messages, to which it does",
-            file=sys.stderr,
-        )
     warn(skipped)
     return 0
 
@@ -307,7 +310,10 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _check_view_options(args: argparse.Namespace) -> None:
-    """Raises ValueError if an option is given that only works with, or only works without, ``--serve``."""
+    """Raises ValueError if the given options do not fit together.
+
+    Some options require ``--serve``. Others cannot be used with ``--serve``.
+    """
     names, state = (("out", "limit", "seed"), "with") if args.serve else (("port", "pick_into"), "without")
     for name in names:
         if (value := getattr(args, name)) is not None:
@@ -331,7 +337,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _check_json_report(args: argparse.Namespace, source: Any) -> None:
-    """Raises if ``--json`` names an input, or a file that is not an earlier report."""
+    """Raises an error if the path of ``--json`` is an input, or an existing file that is not a report."""
     from mpo_ext.files import check_outputs
 
     if args.json is not None:
@@ -344,7 +350,7 @@ def _check_json_report(args: argparse.Namespace, source: Any) -> None:
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
-    """Returns a line with the format and the number of pairs with media, to reveal a wrongly detected format."""
+    """Returns a line with the format, how it was determined, and the number of pairs with images or videos."""
     origin = "detected" if args.format is None else "set by --from"
     pairs = sum(subset.pairs for subset in stats.values())
     text_only = sum(subset.text_only for subset in stats.values())
@@ -397,5 +403,5 @@ def _console() -> Any:
 
 
 def _printable(text: str) -> str:
-    """Returns a text with escaped control characters, because a hostile file could otherwise control the terminal."""
+    """Returns a text with escaped control characters, so that a malicious file cannot control the terminal."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

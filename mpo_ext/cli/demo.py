@@ -51,7 +51,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 class _Removed(argparse.Action):
-    """An option of the removed ``demo --study``. Using it is an error, whose message names the replacement."""
+    """Action of an option that belonged to the removed ``demo --study``. It reports an error with the replacement."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
         parser.error(
@@ -90,7 +90,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """Returns the command line without the output folder, for the results."""
+    """Returns the command line to record in the results, without the output folder."""
     given = {"--seed": (args.seed, 1), "--seeds": (args.seeds, 1), "--threads": (args.threads, 1),
              "--backend": (args.backend, None)}  # fmt: skip
     options = [f"{name} {value}" for name, (value, default) in given.items() if value != default]

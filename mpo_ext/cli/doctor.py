@@ -32,6 +32,7 @@ def add_parser(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.set_defaults(run=doctor)
 
 
+@shared.command("doctor", extra="train", failure=2)
 def doctor(args: argparse.Namespace) -> int:
     """Prints facts for a bug report, one per line, and checks the processor of ``args.model`` if it is given.
 
@@ -44,7 +45,6 @@ def doctor(args: argparse.Namespace) -> int:
     return status if args.model is None else max(status, _check_model(args))
 
 
-@shared.command("doctor", extra="train", failure=2)
 def _check_model(args: argparse.Namespace) -> int:
     from mpo_ext.cli.processor import check_processor
 

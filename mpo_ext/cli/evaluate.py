@@ -124,11 +124,12 @@ def _prompts(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
-    """Returns the paths by name.
+    """Parses command-line arguments that name paths, and returns the path of each name.
 
     Args:
         what: Name of the argument in error messages.
-        texts: Texts NAME=PATH or PATH. The default name is the last part of PATH without suffix; RUN for RUN/final.
+        texts: Arguments of the form NAME=PATH or PATH. The default name is the last part of PATH without suffix. For
+            RUN/final, it is RUN.
     """
     named: dict[str, str] = {}
     for text in texts:

@@ -47,7 +47,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def _machine(args: argparse.Namespace, dtype: str) -> "Machine":
-    """Returns the GPU that the options describe, or raises ValueError if they do not describe a GPU."""
+    """Returns the GPU that the options describe. Raises ValueError for an unknown GPU or incompatible options."""
     from mpo_ext.plan import machines
 
     peaks = {"--bandwidth": args.bandwidth, "--tflops": args.tflops}

@@ -20,10 +20,10 @@ class ProcessorReport:
     """The result of checking a model's processor.
 
     Attributes:
-        facts: Facts about the processor and the chat template, each with its name.
+        facts: Name and value of each fact about the processor and the chat template.
         lines: Lines of text that show the encoded pairs.
-        problems: Reasons why training with this processor would be wrong or would stop.
-        warnings: Facts that may make training worse, such as text that the tokenizer does not know.
+        problems: Reasons why training with this processor would be wrong or would fail.
+        warnings: Findings that may make training worse, such as text that the tokenizer does not know.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -46,13 +46,13 @@ class ProcessorReport:
 def check_processor(
     args: argparse.Namespace, model: str, pairs: Iterable[tuple[Any, str]] | None = None
 ) -> ProcessorReport:
-    """Encodes pairs as training does, compares the token ids with the processor's own, and returns a report.
+    """Encodes pairs with the encoder of the trainer, and checks the token ids against the output of the processor.
 
     Args:
         args: Arguments with the options of ``add_chat``.
         model: Folder of a model, of a run or of adapters, or a name on the hub.
-        pairs: Tuples of a pair with absolute image paths and its name. None: a text example, and an image example if
-            the model takes images.
+        pairs: Tuples (pair, name); the pairs have absolute image paths. None: an example pair of text, and another
+            with an image if the model takes images.
 
     Raises:
         ImportError: If a package is missing.
@@ -91,7 +91,7 @@ def check_processor(
 
 
 def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:
-    """Yields each readable pair of a ``PairSource``, with its file and line as text."""
+    """Yields (pair, location) for each valid pair of a ``PairSource``. The location is a text with file and line."""
     from mpo_ext.data.reader import BadLine
 
     for where, pair in source.scan():
@@ -100,7 +100,7 @@ def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
-    """Returns the first ``_SEARCHED_PAIRS`` pairs; the first pair with images, if any, is moved to the front."""
+    """Returns the first ``_SEARCHED_PAIRS`` pairs. The first pair with images, if any, is moved to the front."""
     searched = list(itertools.islice(pairs, _SEARCHED_PAIRS))
     with_images = next((entry for entry in searched if entry[0].media_paths), None)
     return (
@@ -109,9 +109,9 @@ def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
 
 
 def _examples(folder: Path, *, has_images: bool) -> Iterator[tuple[Any, str]]:
-    """Yields example pairs with their names: a text example and, if ``has_images``, an image example.
+    """Yields (pair, name) of example pairs: a text pair and, if ``has_images``, a pair with an image.
 
-    The image is written into ``folder``.
+    The image file is written to ``folder``.
     """
     from mpo_ext.data.records import Pair
 

@@ -129,7 +129,7 @@ def _add_template(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_judged(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the pipelines whose responses a model judges."""
+    """Adds the options of the pipelines in which a model judges responses."""
     parser.add_argument(
         "--pairs-per-question", type=int, default=2, help="maximum pairs per question; 0 takes all (default: 2)"
     )
@@ -187,7 +187,7 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_answers(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the pipelines that compare answers with the truth."""
+    """Adds the options of the pipelines that compare answers with true answers."""
     parser.add_argument(
         "--style",
         help="form of the answers: final_answer, boxed, answer, direct, regex:... (default: the form of the "
@@ -250,13 +250,13 @@ def _check_ray(args: argparse.Namespace, world_size: int) -> None:
 
 
 def _load_in_actor(args: argparse.Namespace) -> Any:
-    """Loads the engines in an actor of Ray, after applying the options of ``add_image_limit`` to its process."""
+    """Applies the media options (``add_image_limit``) in the process of a Ray actor, and loads the engines there."""
     shared.apply_media_options(args)
     return _load_engines(args)
 
 
 def _load_engines(args: argparse.Namespace) -> Any:
-    """Loads the model, and the separate judge model if the options name it, and returns an engine."""
+    """Loads the model and returns its engine. If a judge model is given, the engine runs both models."""
     engine = _load_engine(args, args.model)
     if getattr(args, "judge_model", None) is None:
         return engine
@@ -266,7 +266,7 @@ def _load_engines(args: argparse.Namespace) -> Any:
 
 
 def _load_engine(args: argparse.Namespace, model: str) -> Any:
-    """Loads a model: a hub name, or the folder of a whole model, of a run, or of adapters."""
+    """Loads a model into an engine. ``model`` is a hub name, or the folder of a model, of a run, or of adapters."""
     from mpo_ext.evaluate.models import ModelSource, find_model
     from mpo_ext.evaluate.models import load_engine as load_source
 

@@ -33,10 +33,9 @@ _PATH_ERRORS = {
 
 
 def exit_status(error: Exception) -> int:
-    """Returns the exit status of a command that ends with an expected error.
+    """Returns the exit status of a command for an expected error.
 
-    The status is 2 if the user must first change arguments, settings, paths or installed packages, and 1 for all other
-    errors.
+    The status is 2 if the user must change arguments, settings, paths or installed packages. Otherwise it is 1.
     """
     if isinstance(error, DefectError):
         return FAILED
@@ -49,16 +48,16 @@ def exit_status(error: Exception) -> int:
 
 
 def command(name: str, extra: str, *, failure: int = FAILED) -> Callable[[Command], Command]:
-    """Returns a decorator for the functions of commands, which turns errors into exit statuses.
+    """Returns a decorator for the functions that run commands. It turns errors into exit statuses.
 
     The decorated function applies the options of ``add_image_limit`` and runs the command. It prints an expected error
-    on stderr and returns its ``exit_status``, but at least ``failure``; with ``--debug``, it raises the error. After
-    an interruption it returns 130.
+    on stderr and returns the larger of ``exit_status(error)`` and ``failure``. With ``--debug``, it raises the error.
+    It returns 130 after SIGINT.
 
     Args:
         name: Name of the command in messages.
         extra: Extra of mpo_ext that installs the dependencies of the command, such as "train".
-        failure: Minimum exit status after an expected error: 2 for a check, whose status 1 means a defect.
+        failure: Minimum exit status after an expected error. A command that returns 1 for a defect sets it to 2.
     """
 
     def decorate(run: Command) -> Command:
@@ -124,7 +123,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments RECIPE and KEY=VALUE; a KEY=VALUE may also follow an option."""
+    """Adds the arguments RECIPE and KEY=VALUE. KEY=VALUE arguments may also follow options."""
     parser.add_argument("recipe", help="YAML file; its relative paths start at the current folder")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE",
@@ -133,7 +132,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        """Parses arguments as argparse does, and adds each KEY=VALUE after an option to ``overrides``.
+        """Parses arguments like argparse, and adds each KEY=VALUE after an option to ``overrides``.
 
         argparse alone would return such a KEY=VALUE as an unknown argument.
         """
@@ -151,7 +150,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_limit(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--max-image-pixels``, ``--video-fps`` and ``--video-max-frames``, which ``command`` applies."""
+    """Adds ``--max-image-pixels``, ``--video-fps`` and ``--video-max-frames``.
+
+    The decorator ``command`` applies these options before it runs a command.
+    """
     text = "maximum number of pixels of an image; a larger one is refused (default: 67108864)"
     parser.add_argument("--max-image-pixels", type=at_least(1), metavar="N", help=text)
     text = "frames per second of videos that do not set fps (default: 2)"
@@ -181,12 +183,12 @@ def add_root_map(parser: argparse.ArgumentParser) -> None:
 
 
 def add_system(parser: argparse.ArgumentParser) -> None:
-    """Adds the option ``--system``."""
+    """Adds the option ``--system``, the system prompt."""
     parser.add_argument("--system", metavar="TEXT", help="system prompt of the items that have none (default: none)")
 
 
 def root_map(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Returns the pairs of path prefixes (old, new) that ``--root-map`` gives."""
+    """Returns the (old, new) path prefixes given by ``--root-map``."""
     from mpo_ext.data.paths import parse_root_map
 
     return [parse_root_map(text) for text in args.root_map]
@@ -206,12 +208,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="samples per batch of transformers (default: 16)")
     parser.add_argument(
         "--block-size", type=int, default=64,
-        help="responses per block, the most that are lost if the process is killed (default: 64)",
+        help="responses per block; a killed process loses its unfinished blocks (default: 64)",
     )  # fmt: skip
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
-    """Adds the options with which a model's processor is loaded and used."""
+    """Adds the options for loading and using a model's processor."""
     parser.add_argument(
         "--trust-remote-code", action="store_true",
         help="run the Python code that a model brings in its folder or repository (default: such models are refused)",
@@ -262,13 +264,13 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments of ``from_pretrained`` or ``vllm.LLM`` that the command line gives."""
+    """Returns the keyword arguments for ``from_pretrained`` or ``vllm.LLM`` from the command line."""
     options = parse_json_options("--engine-option", args.engine_option)
     return {"trust_remote_code": args.trust_remote_code, **options}
 
 
 def chat_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options of ``mpo_ext.chat.ChatEncoder`` that the command line gives."""
+    """Returns the keyword arguments for ``mpo_ext.chat.ChatEncoder`` from the command line."""
     template = None
     if args.chat_template is not None:
         with open(args.chat_template, encoding="utf-8") as file:
@@ -293,13 +295,13 @@ def add_matcher(parser: argparse.ArgumentParser) -> None:
 
 
 def matcher_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments of ``mpo_ext.answers.matcher`` that the options give: the kind and its options."""
+    """Returns the arguments for ``mpo_ext.answers.matcher`` from the command line: the kind and its options."""
     check_choice("--matcher", args.matcher, MATCHERS)
     return {"kind": args.matcher, **parse_json_options("--matcher-option", args.matcher_option)}
 
 
 def parse_json_options(flag: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Returns the values of strings NAME=JSON by name; a value that is not JSON stays a string.
+    """Parses strings NAME=JSON, and returns the values by name. A value that is not JSON stays a string.
 
     ``flag`` is the name of the option in error messages.
 

@@ -82,13 +82,13 @@ def _open_questions(recipe: "Recipe") -> "QuestionFile | None":
 def print_data(recipe: "Recipe") -> bool:
     """Inspects the data of a recipe, and prints the format, the number of images and the defects of each source.
 
-    Defects are bad lines, pairs whose ``<image>`` marks do not fit their images, and pairs with a missing image.
+    Defects are bad lines, pairs with ``<image>`` marks that do not match their images, and pairs with a missing image.
 
     Returns:
-        Whether the trainer can use the data. It can if no defect is found, or if ``data.skip_bad`` is set and
-        ``data.train`` and ``data.eval`` (if given) each have a pair without defect.
+        Whether the trainer can use the data. It can if no defect is found. If ``data.skip_bad`` is set, it is enough
+        that ``data.train`` and ``data.eval`` (if given) each have a pair without defect.
     """
-    from mpo_ext.train.mixture import Mixture, SourceOverview, stored_lines
+    from mpo_ext.train.mixture import Mixture, SourceOverview, root_advice, stored_lines
 
     is_valid, is_complete = True, True
     inspected: list[SourceOverview] = []
@@ -104,13 +104,8 @@ def print_data(recipe: "Recipe") -> bool:
                 print(f"    {overview.images:,} different {media}: {status}")
             for example in overview.examples:
                 print(f"    {example}")
-            if overview.missing and overview.path.endswith(".json"):
-                print("    root_map moves the folders of a meta file: {path: ..., root_map: ...}")
-            elif overview.missing:
-                print(
-                    f"    relative images start at {overview.root}; root names another folder, as in "
-                    f"{{path: {overview.path}, root: .}}"
-                )
+            if overview.missing:
+                print(f"    {root_advice(overview.path, overview.root)}")
         bad = sum(overview.bad + overview.misplaced + overview.pairs_missing for overview in overviews)
         read = sum(overview.lines_read for overview in overviews)
         is_complete &= all(overview.lines_read == overview.lines for overview in overviews)

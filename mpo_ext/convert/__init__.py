@@ -1,1 +1,1 @@
-"""Converts checkpoints in the formats of their authors to the format of transformers."""
+"""Converts checkpoints from the formats of model authors to the format of transformers."""

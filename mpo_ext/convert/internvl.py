@@ -1,8 +1,8 @@
 """Converts checkpoints of InternVL's authors (model type ``internvl_chat``) to transformers' InternVL.
 
-The weights keep their values. They are renamed, and joint projections of queries, keys and values are separated. An
-InternLM2 becomes a Llama that computes the same function. The mapping is that of
-``convert_internvl_weights_to_hf.py`` in transformers, with InternVL3.5 added.
+The weights keep their values. They are renamed, and joint projections of queries, keys and values are split. An
+InternLM2 language model becomes an equivalent Llama. The new names are those of ``convert_internvl_weights_to_hf.py``
+in transformers, with InternVL3.5 added.
 """
 
 import json
@@ -52,17 +52,17 @@ _TEMPLATE = (
 def convert_internvl(source: Path, out: Path, *, say: Callable[[str], object] = print) -> None:
     """Converts a checkpoint of InternVL's authors to a checkpoint of ``InternVLForConditionalGeneration``.
 
-    One file of weights is in memory at a time. The dtype stays that of the checkpoint.
+    One file of weights is in memory at a time. The dtype is kept.
 
     Args:
         source: Folder with ``config.json``, tokenizer and weights (safetensors).
         out: New or empty folder for the result. The files appear when the conversion is complete.
-        say: Called with lines about the progress.
+        say: Called with each line of progress output.
 
     Raises:
         FileExistsError: If ``out`` is a file, or a folder that is not empty.
         FileNotFoundError: If a file of the checkpoint is missing.
-        ValueError: If the checkpoint has another format or language model, or its weights are not those of its config.
+        ValueError: If the format or the language model is not supported, or the weights do not fit the config.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"OUT must be a new or empty folder, got {out}")
@@ -100,7 +100,7 @@ def internvl_config(values: Mapping[str, Any], image_token_id: int, *, is_tied: 
     Args:
         values: Content of ``config.json``.
         image_token_id: Id of the token ``<IMG_CONTEXT>``.
-        is_tied: Whether the output head has the weights of the embedding.
+        is_tied: Whether the output head shares its weights with the embedding.
 
     Raises:
         ValueError: If the checkpoint cannot be converted.
@@ -140,7 +140,7 @@ def _architecture(values: Mapping[str, Any]) -> str:
 
 
 def _check_config(values: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` if transformers' InternVL lacks something that the config asks for."""
+    """Raises ``ValueError`` if the config requires a feature that transformers' InternVL does not support."""
     architecture = _architecture(values)
     if architecture not in _LANGUAGE_MODELS:
         hint = _HINTS.get(architecture, "the hub has converted checkpoints of many InternVL models under OpenGVLab, "
@@ -180,7 +180,7 @@ _INTERNLM2_SETTINGS = {
 
 
 def _llama_settings(language: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of the Llama that computes the same as an InternLM2."""
+    """Returns the config values of a Llama that is equivalent to the InternLM2 with the config ``language``."""
     settings = {name: language.get(name, default) for name, default in _INTERNLM2_SETTINGS.items()}
     settings = {name: value for name, value in settings.items() if value is not None}
     if (scaling := settings.pop("rope_scaling", None)) is not None:
@@ -203,7 +203,7 @@ _OF_ALL_MODELS = {
 
 
 def _settings_of_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a config, except for those that all models have and those of generation."""
+    """Returns the model-specific values of a config, without general ``PretrainedConfig`` and generation values."""
     import transformers
 
     others = {*transformers.PretrainedConfig().to_dict(), *vars(transformers.GenerationConfig()), *_OF_ALL_MODELS}
@@ -241,7 +241,7 @@ def _weight_files(source: Path) -> list[Path]:
 
 
 def _shapes(file: Path, language: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the converted tensors of a file."""
+    """Returns the shape of each converted tensor in a file of weights, by its new name. Reads no weights."""
     import torch
     from safetensors import safe_open
 
@@ -254,7 +254,7 @@ def _shapes(file: Path, language: Mapping[str, Any]) -> dict[str, tuple[int, ...
 
 
 def _load_tokenizer(source: Path, values: Mapping[str, Any]) -> Any:
-    """Loads the tokenizer and adds the tokens, names and chat template that ``InternVLProcessor`` reads."""
+    """Loads the tokenizer, and sets the special tokens and the chat template that ``InternVLProcessor`` requires."""
     import transformers
 
     if _architecture(values) == INTERNLM2:
@@ -268,7 +268,10 @@ def _load_tokenizer(source: Path, values: Mapping[str, Any]) -> Any:
 
 
 def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[str, Any]) -> bool:
-    """Returns whether the config ties the head to the embedding, and the files have no other weights for the head."""
+    """Returns whether the output head shares its weights with the embedding.
+
+    The config must say so, and stored weights of the head, if any, must equal the embedding.
+    """
     language = values["llm_config"]
     if not language.get("tie_word_embeddings", values.get("tie_word_embeddings", False)):
         return False
@@ -279,7 +282,10 @@ def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[s
 
 
 def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) -> Any:
-    """Returns a tensor by its name in transformers. The authors' tensor must have the same layout."""
+    """Returns the stored tensor that becomes the tensor ``name`` of transformers.
+
+    The tensor is not converted. Use this function only for tensors that the conversion merely renames.
+    """
     import torch
     from safetensors import safe_open
 
@@ -293,9 +299,10 @@ def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) 
 
 
 def _check_weights(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ``ValueError`` unless the converted weights have the names and shapes of the model's weights.
+    """Raises ``ValueError`` unless the converted weights have the names and shapes that the config requires.
 
-    Versions of transformers store the weights of experts differently, so the matrices of experts are only counted.
+    For the experts of an MoE, only the number of matrices is checked, because their layout depends on the version of
+    transformers.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -347,7 +354,7 @@ def _write_weights(
 
 
 def _write_settings(config: Any, values: Mapping[str, Any], tokenizer: Any, out: Path) -> None:
-    """Writes the tokenizer, and the configs of the model, the generation and the processor."""
+    """Writes the tokenizer, and the configs of the model, of generation and of the processors."""
     from transformers import GenerationConfig
 
     config.save_pretrained(out)

@@ -1,4 +1,4 @@
-"""The names and the layout of the weights of InternVL's authors, and those in transformers."""
+"""Converts the names and the layout of InternVL weights from the authors' format to transformers' format."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,9 @@ INTERNLM2 = "InternLM2ForCausalLM"
 
 
 def converted(name: str, tensor: Any, language: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tensors of transformers, by name, for a tensor of the authors: three for a joint projection.
+    """Converts a tensor of the authors' checkpoint. Returns the tensors of transformers by name.
+
+    A joint projection gives three tensors: queries, keys and values. Any other tensor gives one.
 
     Args:
         name: The authors' name.
@@ -73,9 +75,10 @@ def converted(name: str, tensor: Any, language: Mapping[str, Any]) -> dict[str, 
 
 
 def _separate(name: str, tensor: Any, language: Mapping[str, Any]) -> Sequence[Any]:
-    """Returns the projections of queries, keys and values from InternLM2's joint projection.
+    """Splits InternLM2's joint projection, and returns the projections of queries, keys and values.
 
-    The joint projection consists of groups. Each group has the rows of several queries, one key and one value.
+    The joint projection consists of groups. Each group has the rows of several query heads, one key head and one value
+    head.
     """
     heads = language["num_attention_heads"]
     groups = language.get("num_key_value_heads") or heads

@@ -1,6 +1,6 @@
-"""Converts a SentencePiece model to a tokenizer of the library tokenizers, without the checkpoint's own code.
+"""Converts a SentencePiece model to a tokenizer of the library tokenizers, without running the checkpoint's code.
 
-InternLM2 has no ``tokenizer.json``: its code reads ``tokenizer.model`` and gives some unused pieces other names.
+InternLM2 checkpoints have no ``tokenizer.json``. Their code reads ``tokenizer.model`` and renames some unused pieces.
 """
 
 import json
@@ -21,8 +21,8 @@ def load_spm_tokenizer(folder: Path, *, extra_special_tokens: Mapping[str, str])
 
     Args:
         folder: Folder of the files.
-        extra_special_tokens: Special tokens by their names as attributes of the tokenizer. Tokens that the files lack
-            are added.
+        extra_special_tokens: Special tokens, by the name of the tokenizer's attribute. Missing tokens are added to the
+            vocabulary.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -64,7 +64,7 @@ def load_spm_tokenizer(folder: Path, *, extra_special_tokens: Mapping[str, str])
 
 
 def _read_model(path: Path) -> Any:
-    """Returns SentencePiece's ``ModelProto`` of a file."""
+    """Reads a SentencePiece model, and returns its ``ModelProto``. Raises ValueError unless it is a BPE model."""
     try:
         import google.protobuf  # noqa: F401
     except ModuleNotFoundError as error:
@@ -83,7 +83,7 @@ def _read_model(path: Path) -> Any:
 
 
 def _build(proto: Any, names: Mapping[int, str]) -> Any:
-    """Returns a ``Tokenizer`` with the pieces of a model, some of them with the given names."""
+    """Returns a ``Tokenizer`` with the pieces of a SentencePiece model. ``names`` holds new names by piece id."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     spec = proto.normalizer_spec
@@ -119,7 +119,7 @@ def _build(proto: Any, names: Mapping[int, str]) -> Any:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Returns the merges of normal pieces in the order of the scores of the merged pieces."""
+    """Returns the BPE merges of normal pieces, ordered by the score of the merged piece."""
     normal = {piece.piece: (-piece.score, number) for number, piece in enumerate(proto.pieces)
               if piece.type == _NORMAL}  # fmt: skip
     ranked = []
@@ -136,7 +136,10 @@ def _content(value: Any) -> str:
 
 
 def _set_ends(tokenizer: Any, settings: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Makes the tokenizer add BOS and EOS to texts if the settings ``add_bos_token`` and ``add_eos_token`` say so."""
+    """Makes the tokenizer add BOS or EOS to each text, according to ``add_bos_token`` and ``add_eos_token``.
+
+    ``names`` holds the special tokens, such as ``names["bos_token"]``.
+    """
     from tokenizers import processors
 
     begin = [names["bos_token"]] if settings.get("add_bos_token", True) else []

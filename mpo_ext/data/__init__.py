@@ -1,4 +1,4 @@
-"""Preference pairs: the record, its file formats (see ``formats.py``), checks, statistics and a viewer."""
+"""Preference pairs: the class ``Pair``, readers and writers of file formats, checks, statistics and a viewer."""
 
 from mpo_ext.data.jsonl import LineFile, read_pairs, write_pairs
 from mpo_ext.data.mmpr import MMPRDataset, read_meta, write_mmpr

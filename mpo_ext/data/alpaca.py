@@ -1,4 +1,4 @@
-"""Alpaca rows with a preference, as LLaMA-Factory reads them.
+"""Reads Alpaca rows with a preference, in the format of LLaMA-Factory.
 
 A row has ``instruction``, ``chosen`` and ``rejected``, and optionally ``input`` (appended to the instruction after a
 line break), ``system``, ``history`` and ``images``.
@@ -25,11 +25,11 @@ _FIELDS = {"instruction", "input", "chosen", "rejected", "system", "history", *M
 
 
 def from_alpaca(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair, and returns the pair. Unknown fields go into ``Pair.extra``.
+    """Converts an Alpaca row to a pair. Unknown fields go into ``Pair.extra``.
 
     Args:
         row: Fields of the row.
-        save_image: As in ``messages.row_images``.
+        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.

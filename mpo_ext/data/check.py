@@ -29,7 +29,13 @@ ImageCheck = Literal["verify", "decode", "exists", "skip"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """A defect of the data: its kind such as "missing image", its file and line, and a message for the user."""
+    """A defect in the data.
+
+    Attributes:
+        kind: Kind of the defect, such as "missing image".
+        where: File and line of the pair.
+        message: Description for the user.
+    """
 
     kind: str
     where: Location
@@ -52,7 +58,7 @@ class CheckReport:
 
     @property
     def is_clean(self) -> bool:
-        """True if the check found nothing."""
+        """True if the check found no defects."""
         return not any(counts.total() for counts in self.counts.values())
 
     def totals(self) -> collections.Counter[str]:
@@ -60,7 +66,7 @@ class CheckReport:
         return sum(self.counts.values(), collections.Counter())
 
     def add(self, finding: Finding, keep: int) -> None:
-        """Counts a finding, and stores it as an example if fewer than ``keep`` examples of its kind are stored."""
+        """Counts a finding, and stores it as an example until ``keep`` examples of its kind are stored."""
         self.counts.setdefault(finding.where.subset, collections.Counter())[finding.kind] += 1
         examples = self.examples.setdefault(finding.kind, [])
         if len(examples) < keep:
@@ -88,13 +94,13 @@ def check_pairs(
     length: Callable[[str], int] = count_words,
     on_line: Callable[[], None] = lambda: None,
 ) -> CheckReport:
-    """Reads every pair once and returns a report of defects and statistics.
+    """Checks every pair of a source, and returns a report of defects and statistics.
 
     Args:
         source: Pairs to check.
         images: Check of images and videos. "verify": PIL verifies each image, and the first frame of each video is
-            decoded. "decode": whole images and all frames that a model sees are decoded. "exists": only checks that
-            the files exist. "skip": checks nothing.
+            decoded. "decode": whole images, and all video frames that a model sees, are decoded. "exists": only checks
+            that the files exist. "skip": checks nothing.
         keep: Maximum number of examples of each kind in the report.
         length: Function that returns the length of a text, for the statistics.
         on_line: Function that is called after each line.
@@ -145,9 +151,9 @@ def _defects(pair: Pair, checker: "_MediaChecker") -> Iterator[tuple[str, str]]:
 
 
 class _MediaChecker:
-    """Checks images and videos. A call returns the kind and message of each defect of an image or a video.
+    """Checks images and videos. A call returns the kind and the message of each defect of an image or a video.
 
-    An image or a video that several pairs use is checked once.
+    An image or video that several pairs use is checked only once.
     """
 
     def __init__(self, mode: ImageCheck) -> None:
@@ -194,7 +200,7 @@ class _MediaChecker:
 
 
 class _Duplicates:
-    """Finds repeated pairs by 64 bits of each pair's hash, with 24 bytes of memory per pair."""
+    """Finds pairs that occur more than once, by a 64-bit hash. Takes 24 bytes of memory per pair."""
 
     def __init__(self) -> None:
         self._keys, self._lines, self._files = array("Q"), array("Q"), array("L")
@@ -206,7 +212,7 @@ class _Duplicates:
         self._files.append(self._places.setdefault((where.subset, where.file), len(self._places)))
 
     def find(self) -> Iterator[tuple[Location, Location]]:
-        """Yields the location of each repeated pair and of the first pair that equals it, in the source's order."""
+        """Yields the location of each repeated pair and of its first occurrence, in the order of the source."""
         keys = np.array(self._keys, np.uint64)
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]

@@ -1,7 +1,7 @@
-"""Converts files of rows to JSON lines: JSON arrays, CSV, compressed files, and text in UTF-16 or UTF-32.
+"""Converts files to JSON lines: JSON arrays, CSV, TSV, compressed files, and text in UTF-16 or UTF-32.
 
-Files in UTF-8 with one JSON object per line are read in place. All other files are converted once and stored in the
-cache; a changed file is converted again. ``hub.py`` reads parquet files.
+JSON lines in UTF-8 are read in place. Any other file is converted once, into a cache folder, and again after it has
+changed. ``hub.py`` reads parquet files.
 """
 
 import bz2
@@ -60,7 +60,10 @@ _LISTS = ("image", "images", "messages", "conversations", "conversation", "rejec
 
 
 def cache_folder() -> Path:
-    """Returns the folder for converted files and images of datasets, beside the cache of the package datasets."""
+    """Returns the cache folder of mpo_ext, which holds converted files and stored images.
+
+    It lies beside the cache of the package datasets.
+    """
     if datasets_cache := os.environ.get("HF_DATASETS_CACHE"):
         return Path(datasets_cache).absolute().parent / "mpo_ext"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -68,24 +71,25 @@ def cache_folder() -> Path:
 
 
 def is_parquet(path: str) -> bool:
-    """Returns whether the first bytes of a file are those of parquet; raises OSError if it cannot be read."""
+    """Returns whether a file begins like a parquet file. Raises OSError if the file cannot be read."""
     with open(path, "rb") as file:
         return file.read(4) == _PARQUET
 
 
 def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
-    """Converts a file of rows to a file of JSON lines in the cache, unless the file already consists of JSON lines.
+    """Converts a file to JSON lines in the cache if necessary, and returns the path of the JSON lines file.
 
     Args:
         path: Path of a file that is not parquet.
-        is_meta_allowed: Whether a .json file with one object may be an MMPR meta file. False: the object is a row.
+        is_meta_allowed: Whether a .json file that holds one object may be an MMPR meta file. False: the object is a
+            row.
 
     Returns:
-        The path of the file of JSON lines: ``path``, or a path in the cache. None if the file is a meta file.
+        ``path`` if the file is already JSON lines, or a path in the cache. None if the file is a meta file.
 
     Raises:
         OSError: If a file cannot be read or written.
-        ValueError: If the file is in a form or encoding that this package does not read. The message names it.
+        ValueError: If the file type or encoding is not supported. The message names it.
     """
     with open(path, "rb") as file:
         head = file.read(_HEAD)
@@ -118,7 +122,10 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
 
 
 def _encoding(head: bytes) -> str:
-    """Returns the encoding of a file by its first bytes: a byte order mark, or zero bytes around JSON's "{" or "["."""
+    """Detects the encoding of a file from its first bytes.
+
+    Recognises byte order marks. Without a mark, recognises UTF-16 by the zero bytes around the first "{" or "[".
+    """
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding
@@ -130,12 +137,12 @@ def _encoding(head: bytes) -> str:
 
 
 def _kind(name: str, text: str) -> str:
-    """Returns the form of a file: "csv", "tsv", "lines", or for a .json file "array" or "object".
+    """Returns the kind of a file: "csv", "tsv" or "lines", or for a .json file "array" or "object".
 
-    A .json file of the form "object" holds a single object, or one object per line.
+    A .json file of the kind "object" holds a single object, or one object per line.
 
     Args:
-        name: Name of the file without the suffix of a compression.
+        name: Name of the file without a compression suffix such as ".gz".
         text: The beginning of the file.
     """
     for suffix in ("csv", "tsv"):
@@ -148,7 +155,10 @@ def _kind(name: str, text: str) -> str:
 
 
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
-    """Returns whether a .json file may be a meta file: it holds a single object without the fields of a pair."""
+    """Returns whether a .json file may be a meta file.
+
+    A file with a pair, or with several objects on separate lines, is not a meta file.
+    """
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
         try:
             first = parse_object(next(iter(lines), ""))
@@ -160,7 +170,7 @@ def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
 
 
 def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, Any] | None:
-    """Returns the JSON object that a file consists of; None if the content is not a single object."""
+    """Returns the JSON object of a file, or None if the file does not hold exactly one object."""
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as text:
         try:
             return parse_object(text.read())
@@ -169,9 +179,9 @@ def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, 
 
 
 def refuse_rows(path: str, values: dict[str, Any]) -> None:
-    """Raises ValueError if ``values``, the object in a .json file, is a row or holds a list of rows.
+    """Raises ValueError if the object ``values`` in a .json file is a pair or holds a list of rows.
 
-    Such an object is not the content of a meta file.
+    Such an object cannot be the content of a meta file.
     """
     if not values or any(
         isinstance(value, dict) and {"root", "annotation"} & value.keys() for value in values.values()
@@ -233,7 +243,7 @@ def _lines(text: IO[str], path: str) -> Iterator[bytes]:
 
 
 def _array_items(text: IO[str], path: str) -> Iterator[bytes]:
-    """Yields the text of each item of a JSON array as one line."""
+    """Yields each item of a JSON array as one line of text."""
     content = text.read()
     decoder, position, count = json.JSONDecoder(), _skip(content, 0) + 1, 0
     position = _skip(content, position)
@@ -266,7 +276,7 @@ def _skip(text: str, position: int) -> int:
 
 @contextlib.contextmanager
 def long_cells() -> Iterator[None]:
-    """Allows long cells in the module csv within a ``with`` block, because a cell may hold an image in base64."""
+    """Increases the maximum cell size of the csv module within a ``with`` block, for cells that hold base64 images."""
     limit = csv.field_size_limit(1 << 30)
     try:
         yield
@@ -275,9 +285,9 @@ def long_cells() -> Iterator[None]:
 
 
 def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
-    """Yields each record of a CSV file as a line of JSON, with the values that ``_cell`` returns.
+    """Converts each record of a CSV or TSV file to a line of JSON.
 
-    A record with a wrong number of columns yields a line with the field ``UNREADABLE``.
+    A record with a wrong number of columns becomes an object with the field ``UNREADABLE``, which gives the reason.
     """
     delimiter = "\t" if re.search(r"\.tsv(?:\.\w+)?$", path, re.IGNORECASE) else ","
     reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -303,10 +313,10 @@ def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
 
 
 def _cell(name: str, text: str) -> Any:
-    """Returns the value of a cell in the column ``name``.
+    """Returns the value of a CSV cell in the column ``name``.
 
-    A list or object in JSON or in Python's notation is parsed if the column is in ``_LISTS``, or if it holds messages.
-    An empty cell of a column in ``_LISTS`` is None. Every other cell is a text.
+    In columns of ``_LISTS``, such as ``images``, a list or object in JSON or Python notation is parsed, and an empty
+    cell becomes None. In other columns, only messages are parsed. Every other cell is a text.
     """
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):

@@ -1,4 +1,4 @@
-"""Converts pairs of any format to a format in ``formats.WRITABLE``."""
+"""Converts pairs from any readable format to a format in ``formats.WRITABLE``."""
 
 import os
 from collections.abc import Iterator
@@ -28,15 +28,15 @@ def convert(
     out: str | os.PathLike[str],
     format: Format,
     *,
-    kind: Kind = "standard",
+    kind: Kind = "conversational",
     skip_bad: bool = False,
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",
 ) -> tuple[int, Skipped]:
-    """Writes the pairs in another format; the output appears complete or not at all.
+    """Writes the pairs of a source in another format. The output appears only when it is complete.
 
-    Image paths become absolute. In the formats "pairs" and "trl", however, a relative path becomes relative to the
-    folder of ``out`` if that folder is the root of the source or contains the image.
+    In "pairs" and "trl", a relative image path becomes relative to the folder of ``out`` if this folder is the
+    source's root or contains the image. All other image paths in these formats are absolute.
 
     Args:
         source: Pairs to write.
@@ -44,8 +44,8 @@ def convert(
         format: Format to write, one of ``WRITABLE``.
         kind: Kind of TRL's format: "standard" or "conversational".
         skip_bad: Whether to skip bad lines, pairs that the format cannot hold, and, for "hf", pairs with an unreadable
-            image. Pairs with several turns need "pairs" or the conversational kind. False: the first line that would
-            be skipped raises BadLine, and nothing is written.
+            image. False: the first such line or pair raises BadLine, and nothing is written. Only "pairs" and the
+            conversational kind can hold pairs with several turns.
         root: For "mmpr": image folder of pairs that were not read from MMPR; see ``write_mmpr``.
         name: For "mmpr": name of the subset of pairs that were not read from MMPR.
 
@@ -96,14 +96,14 @@ def convert(
 
 
 def written_paths(out: str | os.PathLike[str], format: Format) -> list[Path]:
-    """Returns the existing files and folders that ``convert`` may replace if it writes ``format`` to ``out``."""
+    """Returns the existing files and folders that ``convert`` may replace when it writes ``format`` to ``out``."""
     out = Path(out)
     places = [out / "meta.json", *out.glob("annotations/*.jsonl")] if format == "mmpr" else [out]
     return [place for place in places if os.path.lexists(place)]
 
 
 def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair | BadLine:
-    """Returns the pair, or a BadLine if the format cannot hold its turns, extra fields or media."""
+    """Returns the pair, or a BadLine if the format cannot hold its turns, tools, extra fields or media."""
     for name in ("videos", "rejected_images"):
         if getattr(pair, name) and format in ("trl", "hf"):
             reason = (
@@ -128,7 +128,7 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
 
 
 def _turns(pair: Pair) -> list[dict[str, Any]]:
-    """Returns all turns of a pair with several turns in its prompt or in a response; [] for other pairs."""
+    """Returns the turns that a pair stores for a multi-turn prompt or response, as one list."""
     return [turn for name in TURNS for turn in pair.source.get(name, ()) if isinstance(turn, dict)]
 
 

@@ -1,7 +1,7 @@
-"""Computes and compares fingerprints of files of pairs, to find out whether and where the data of a run has changed.
+"""Fingerprints of data files, which show whether and where the data of a training run has changed.
 
-The fingerprint of a file of lines ignores empty lines and the kind of line breaks, as the readers do. Computing it
-takes about a second per gigabyte, unless a stored fingerprint of the same path, size and modification time is reused.
+The fingerprint of a JSON lines file ignores empty lines and the kind of line breaks. Computing a fingerprint takes
+about a second per gigabyte. A stored fingerprint of the same path, size and modification time is reused.
 """
 
 import base64
@@ -26,12 +26,12 @@ _IGNORED_FILES = ("state.json", "dataset_info.json")  # files of a saved dataset
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HashedFile:
-    """A file of a source, with the properties that its fingerprint needs.
+    """A data file to be hashed.
 
     Attributes:
-        path: Path of the file that is read.
-        lines: Number of lines in the file, or None if the file does not consist of lines.
-        name: Name of the file in messages; "": the path.
+        path: Path of the file.
+        lines: Number of lines; None if the file does not consist of lines.
+        name: Name of the file in messages to the user; "": the path.
     """
 
     path: str
@@ -40,7 +40,7 @@ class HashedFile:
 
 
 def files_of(source: PairSource) -> list[list[HashedFile]]:
-    """Returns a list of files for each subset of a source; a source that is not a meta file has one subset."""
+    """Returns the data files of a source as one list per subset. A source without a meta file has one subset."""
     if isinstance(source.pairs, MMPRDataset):
         return [[HashedFile(file.path, len(file))] for file in source.pairs.files]
     if isinstance(source.pairs, LineFile):
@@ -64,8 +64,8 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
             returned, and the file is not read.
 
     Returns:
-        A dict with the file's ``path``, ``size`` in bytes and ``mtime_ns``, its ``name`` in messages, and ``digest``,
-        which depends on the content only. A file of lines also has ``lines`` (their number), ``block`` (the number of
+        A dict with the file's ``path``, ``size`` in bytes and ``mtime_ns``, its ``name`` in messages to the user, and
+        ``digest``, a hash of the content. A file of lines also has ``lines`` (their number), ``block`` (the number of
         lines in a block) and ``blocks`` (the first bytes of the hash of each block, in Base64).
 
     Raises:
@@ -95,9 +95,9 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
 
 
 def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Returns a text that describes how a file has changed between two fingerprints; None if its content is the same.
+    """Compares two fingerprints of a file, and describes the change. Returns None if the content is the same.
 
-    To find the change, the file of ``new`` is read again, up to the number of lines of ``old``.
+    Reads the file of ``new`` again, up to the number of lines in ``old``, to find the first changed lines.
     """
     if old["digest"] == new["digest"]:
         return None
@@ -131,9 +131,9 @@ def _hash_bytes(path: str) -> str:
 
 
 def _hash_blocks(path: str, block: int, limit: int | None = None) -> tuple[int, list[bytes]]:
-    """Returns the number of lines read from a file, and the hash of each block of ``block`` lines.
+    """Hashes blocks of ``block`` lines, and returns the number of lines and the hashes.
 
-    At most ``limit`` lines are read; None: all.
+    Reads at most ``limit`` lines; None: all lines.
     """
     hashes: list[bytes] = []
     hasher = hashlib.blake2b(digest_size=16)
@@ -156,9 +156,9 @@ def _hash_blocks(path: str, block: int, limit: int | None = None) -> tuple[int, 
 
 
 def _line_pieces(path: str) -> Iterator[bytes | None]:
-    """Yields each line in pieces, because a line may not fit into memory, and None at the end of each line.
+    """Yields the content of each line in pieces of limited size, and None after each line.
 
-    Empty lines, line ends and a byte order mark at the beginning are left out.
+    Leaves out empty lines, line breaks and a byte order mark.
     """
     is_empty, held = True, b""
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""The row formats of pairs, and their detection from the fields of a row.
+"""The formats of preference data, and the detection of a row's format from its fields.
 
 | format | row | reader |
 | --- | --- | --- |
@@ -12,8 +12,8 @@
 | rlaif-v | question, chosen, rejected, image or images as bytes or paths | ``rlaif_v.py`` |
 | hf | any of these in a folder that ``save_to_disk`` of Hugging Face datasets wrote | ``hf.py`` |
 
-Rows lie in files of lines, tables and datasets (``containers.py``, ``hub.py``). ``sources.py`` opens a path of any
-format; ``convert.py`` writes the formats in ``WRITABLE``.
+Rows are stored in files of lines, tables and datasets (``containers.py``, ``hub.py``). ``sources.py`` opens a path of
+any format; ``convert.py`` writes the formats in ``WRITABLE``.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -49,7 +49,7 @@ _SAMPLED_LINES = 1000
 
 
 def row_format(row: Mapping[str, Any]) -> Format | None:
-    """Returns the format of a row by its fields; None if several formats, or none, have these fields."""
+    """Detects the format of a row from its fields. Returns None if the fields fit several formats or none."""
     if "preferred_output" in row or "non_preferred_output" in row:
         return "openai"
     if "rejected_response" in row or "rejected_messages" in row:
@@ -67,9 +67,9 @@ def row_format(row: Mapping[str, Any]) -> Format | None:
 
 
 def _question_format(row: Mapping[str, Any]) -> Format | None:
-    """Returns the format of a row with the field ``question``, which several formats have; None if it is unclear.
+    """Detects the format of a row with ``question`` from its other fields and its image values.
 
-    The other fields, and the values of the image fields, decide.
+    Returns None if the format is unclear.
     """
     images = [row[name] for name in ("image", "images", "rejected_image", "rejected_images") if name in row]
     are_paths = all(isinstance(path, str) or path is None for value in images for path in _listed(value))
@@ -88,12 +88,13 @@ def _listed(value: object) -> Iterable[object]:
 
 
 def detect_lines(file: LineFile) -> Format:
-    """Returns the format of a file of lines: the format of the first line whose fields occur in only one format.
+    """Detects the format of a JSON lines file from the first row whose fields fit only one format.
 
-    If none of the first 1000 lines has such fields, the lines are text pairs, and the format is "mmpr".
+    Reads up to 1000 lines. If no row decides, but the first row has ``question``, ``chosen`` and ``rejected``, the
+    format is "mmpr".
 
     Raises:
-        ValueError: If the file is empty, the first 1000 lines are all bad, or the first good line is not a pair.
+        ValueError: If the file is empty, the lines are all bad, or the first good row fits no format.
     """
     if len(file) == 0:
         raise ValueError(f"path must hold pairs, got an empty file: {file.name}")
@@ -124,25 +125,27 @@ def _begins_with_array(path: str) -> bool:
 
 
 def detect_columns(row: Mapping[str, Any], name: str) -> Format:
-    """Returns the format of a table by its columns; a table with the columns of a text pair has the format "mmpr".
+    """Detects the format of a table from its columns.
+
+    A table with ``question``, ``chosen`` and ``rejected``, but no column that shows the format, has the format "mmpr".
 
     Args:
         row: A row with a value of each column's type.
         name: Name of the table in error messages.
 
     Raises:
-        ValueError: If no format has these columns.
+        ValueError: If the columns fit no format.
     """
     return row_format(row) or _undecided(row, name)
 
 
 def _undecided(row: Mapping[str, Any], where: str) -> Format:
-    """Returns "mmpr" if a row has the fields of a text pair, which several formats share.
+    """Returns "mmpr" for a row that has ``question``, ``chosen`` and ``rejected``, but no field that shows the format.
 
     ``where`` is the place of the row in the error message.
 
     Raises:
-        ValueError: If the fields are not those of a text pair.
+        ValueError: If one of these fields is missing.
     """
     if {"question", "chosen", "rejected"} <= row.keys():
         return "mmpr"
@@ -156,5 +159,5 @@ def _undecided(row: Mapping[str, Any], where: str) -> Format:
 
 
 def shorten_text(text: str, limit: int = 300) -> str:
-    """Returns a text cut to ``limit`` characters for a message."""
+    """Truncates a text to ``limit`` characters, for a message."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

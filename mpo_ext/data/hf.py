@@ -1,4 +1,4 @@
-"""Reads Hugging Face datasets with rows of any format, and writes them in TRL's preference format (``trl.py``)."""
+"""Reads Hugging Face datasets with rows of any supported format, and writes datasets in TRL's preference format."""
 
 import copy
 import datetime
@@ -32,7 +32,11 @@ _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "gif": ".gif", "bmp
 
 
 def require_datasets() -> Any:
-    """Returns the module ``datasets``; raises ImportError with advice on the installation if it is missing."""
+    """Imports the package ``datasets``, and returns the module.
+
+    Raises:
+        ImportError: If the package is missing. The message tells how to install it.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -42,26 +46,27 @@ def require_datasets() -> Any:
 
 def to_dataset(
     pairs: Callable[[], Iterator[Pair]] | Sequence[Pair],
-    kind: Kind = "standard",
+    kind: Kind = "conversational",
     *,
     embed: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> "datasets.Dataset":
-    """Builds a dataset for TRL's trainers. The dataset is stored on disk and mapped into memory.
+    """Builds a dataset for TRL's trainers. The dataset is stored on disk and memory-mapped.
 
     Args:
         pairs: The pairs, or a function that returns a new iterator over the pairs; they are read twice.
         kind: "standard" or "conversational".
-        embed: Whether the dataset stores the bytes of the images. False: reading a row opens the image files, and only
-            the bytes of images in data URLs are stored.
+        embed: Whether the dataset stores the bytes of the images. False: the image files are opened when a row is
+            read; only the bytes of images in data URLs are stored.
         cache_dir: Folder in which to build the dataset; None: a temporary folder, deleted when the process exits.
 
     Returns:
-        The dataset, without a column ``images`` if no pair has images (TRL would expect an image model).
+        The dataset. It has a column ``images`` only if a pair has images, because TRL requires an image model for a
+        dataset with this column.
 
     Raises:
         ImportError: If Hugging Face datasets is not installed.
-        OSError: If an image whose bytes are to be stored cannot be read.
+        OSError: If an image to be stored cannot be read.
         ImageError: If bytes to be stored are not an image.
     """
     datasets = require_datasets()
@@ -115,9 +120,9 @@ def _encoded(path: str, embed: bool) -> dict[str, Any]:
 
 
 def save_dataset(
-    folder: str | os.PathLike[str], pairs: Callable[[], Iterator[Pair]] | Sequence[Pair], kind: Kind = "standard"
+    folder: str | os.PathLike[str], pairs: Callable[[], Iterator[Pair]] | Sequence[Pair], kind: Kind = "conversational"
 ) -> int:
-    """Writes a dataset with its images for ``datasets.load_from_disk``; it appears complete or not at all.
+    """Writes a dataset with its images for ``datasets.load_from_disk``. The folder appears only when it is complete.
 
     Args:
         folder: Folder of the dataset. An existing folder is replaced if it holds only a dataset.
@@ -128,7 +133,7 @@ def save_dataset(
         The number of rows.
 
     Raises:
-        FileExistsError: If ``folder`` exists and holds anything but a dataset.
+        FileExistsError: If ``folder`` exists and holds a file that does not belong to a dataset.
     """
     target = Path(folder)
     if target.exists() and not (target.is_dir() and all(map(_is_dataset_file, target.iterdir()))):
@@ -147,20 +152,20 @@ def save_dataset(
 
 
 def _is_dataset_file(path: Path) -> bool:
-    """Returns whether ``save_to_disk``, or a later use of the dataset, may have written a file."""
+    """Returns whether a path is a file of a saved dataset: an .arrow file, ``state.json`` or ``dataset_info.json``."""
     return path.is_file() and (path.suffix == ".arrow" or path.name in ("state.json", "dataset_info.json"))
 
 
 class DatasetPairs(PairSequence):
-    """The pairs of a Hugging Face dataset, read on access.
+    """The pairs of a Hugging Face dataset, each read on access.
 
     Args:
         dataset: The dataset. Its images are not decoded.
-        name: Name of the dataset in locations and messages.
-        image_dir: Folder for storing images that have bytes; None: a row with such an image is bad.
+        name: Name of the dataset in locations.
+        image_dir: Folder for storing images that rows hold as bytes; None: a row with such an image is bad.
         root_map: Path prefixes (old, new) of folders that have moved.
         parse: Function that converts a row to a pair; its argument ``save_image`` stores the bytes of an image.
-        ignore: Names of columns and inner fields that are removed before a row is parsed.
+        ignore: Names of columns and nested fields that are removed before a row is parsed.
 
     Attributes:
         parse: The argument ``parse``; it may be replaced before the first read.
@@ -210,12 +215,12 @@ class DatasetPairs(PairSequence):
         return Location(Path(self._name).name, self._name, check_index(index, len(self)) + 1)
 
     def sample_row(self) -> dict[str, Any]:
-        """Returns a row with an empty value of each column's type, for the detection of the format."""
+        """Returns a row with an empty value of each column's type, from which the format can be detected."""
         return {name: _empty_value(feature) for name, feature in self._features.items() if name not in self._ignore}
 
 
 def _undecoded(features: Any) -> Any:
-    """Returns a copy of a dataset's features that leaves images, audio and video undecoded."""
+    """Returns a copy of a dataset's features in which the decoding of images, audio and video is disabled."""
     if isinstance(features, dict):
         return type(features)({name: _undecoded(feature) for name, feature in features.items()})
     if isinstance(features, list):
@@ -238,7 +243,7 @@ def _empty_value(feature: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a stored value as a JSON value. A date becomes text, and NaN, pandas' missing value, becomes None."""
+    """Converts a stored value to a JSON value: dates and decimal numbers become texts, and NaN becomes None."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -251,7 +256,7 @@ def _plain(value: Any) -> Any:
 
 
 def save_bytes(folder: Path, content: bytes) -> str:
-    """Stores the bytes of an image in a file named after their hash, and returns the absolute path."""
+    """Writes the bytes of an image to a file that is named after their hash, and returns its absolute path."""
     folder = folder.absolute()  # a relative image path would be read as a path below the root of the source
     suffix = _SUFFIXES.get(_mime(content).removeprefix("image/"), "")
     path = folder / f"{hashlib.blake2b(content, digest_size=12).hexdigest()}{suffix}"
@@ -262,7 +267,7 @@ def save_bytes(folder: Path, content: bytes) -> str:
 
 
 def is_stored_name(name: str) -> bool:
-    """Returns whether a file name has the form that ``save_bytes`` gives to files."""
+    """Returns whether a file name looks like a name from ``save_bytes``."""
     return _STORED_NAME.fullmatch(name) is not None
 
 
@@ -277,7 +282,9 @@ def _mime(content: bytes) -> str:
 
 
 def load_dataset_folder(path: str | os.PathLike[str], **options: Any) -> DatasetPairs:
-    """Opens a dataset that ``save_to_disk`` wrote, and returns its pairs; ``options`` are passed to DatasetPairs.
+    """Opens a dataset folder that ``save_to_disk`` wrote, and returns its pairs.
+
+    ``options`` are arguments of ``DatasetPairs``.
 
     Raises:
         ImportError: If Hugging Face datasets is not installed.
@@ -287,16 +294,16 @@ def load_dataset_folder(path: str | os.PathLike[str], **options: Any) -> Dataset
 
 
 def is_saved_dataset(folder: str) -> bool:
-    """Returns whether ``save_to_disk`` of Hugging Face datasets wrote a folder."""
+    """Returns whether a folder holds a dataset that ``save_to_disk`` of Hugging Face datasets wrote."""
     return any(os.path.exists(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
 
 
 def saved_dataset(path: str | os.PathLike[str], split: str | None = None) -> "datasets.Dataset":
-    """Loads and returns a dataset that ``save_to_disk`` wrote, or one of its splits.
+    """Loads a dataset that ``save_to_disk`` wrote, or one of its splits.
 
     Args:
         path: Folder of the dataset.
-        split: Name of the split. None: the dataset must not have splits.
+        split: Name of the split; None for a dataset without splits.
 
     Raises:
         ImportError: If Hugging Face datasets is not installed.

@@ -1,4 +1,4 @@
-"""Loads parquet files and datasets of the Hugging Face hub with the package datasets."""
+"""Loads parquet files, and datasets of the Hugging Face hub, with the package datasets."""
 
 import os
 import re
@@ -20,10 +20,10 @@ _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 
 
 def hub_id(path: str) -> str | None:
-    """Returns the id of a dataset on the Hugging Face hub if ``path`` names one, or None for a path on this machine.
+    """Returns the id of a dataset on the Hugging Face hub if ``path`` means one, or None if it means a local path.
 
-    ``hf://owner/name`` (or ``hf://datasets/owner/name``) is always an id. ``owner/name`` is an id if no file or folder
-    has this path, ``owner`` is not a folder here, and ``name`` has no file extension.
+    ``hf://owner/name`` and ``hf://datasets/owner/name`` are always ids. ``owner/name`` is an id if neither this path
+    nor a folder ``owner`` exists, and ``name`` has no file extension.
 
     Raises:
         ValueError: If the path begins with ``hf://`` but does not name a dataset.
@@ -38,7 +38,10 @@ def hub_id(path: str) -> str | None:
 
 
 def missing_path(path: str) -> FileNotFoundError:
-    """Returns the error for a path that is not a local file or folder, and not the id of a dataset on the hub."""
+    """Returns a FileNotFoundError for a path that does not exist.
+
+    The message gives a hint if the path may mean a dataset on the Hugging Face hub.
+    """
     owner = path.split("/")[0]
     if _ID.fullmatch(path) is None:
         return FileNotFoundError(f"path must exist, got {path}")
@@ -54,19 +57,17 @@ def missing_path(path: str) -> FileNotFoundError:
 def load_hub(
     path: str, name: str, *, split: str | None, revision: str | None, config: str | None
 ) -> "datasets.Dataset":
-    """Loads a dataset of the hub through the cache of the package datasets, and returns one of its splits.
-
-    Without network, the dataset must be in the cache.
+    """Loads a split of a dataset from the Hugging Face hub, or from the cache of the package datasets.
 
     Args:
-        path: Path that the user gave, for messages.
+        path: Path that the user gave, for error messages.
         name: Id of the dataset.
         split: Name of the split; None: the only split.
         revision: Branch, tag or commit; None: the default branch.
         config: Name of the configuration; None: the only or default configuration.
 
     Raises:
-        ValueError: If the dataset cannot be loaded, or the split must be named.
+        ValueError: If the dataset cannot be loaded, or has several splits and ``split`` names none of them.
     """
     datasets = require_datasets()
     offline = datasets.config.HF_HUB_OFFLINE
@@ -85,13 +86,16 @@ def load_hub(
 
 
 def load_parquet(path: str, *, split: str | None, config: str | None = None) -> "datasets.Dataset":
-    """Loads a parquet file, or a folder of parquet files, as a dataset, and returns one of its splits.
+    """Loads a split of a parquet file, or of a folder of parquet files, as a dataset.
 
-    A folder is read like a dataset of the hub: ``test-00000-of-00002.parquet`` belongs to the split "test". A file has
-    only the split "train". ``split`` None means the only split; ``config`` is the configuration of a folder, or None.
+    Args:
+        path: Path of the file or folder. A folder is read like a dataset of the hub: ``test-00000-of-00002.parquet``
+            belongs to the split "test". A file has only the split "train".
+        split: Name of the split; None: the only split.
+        config: Name of the configuration of a folder; None: the only or default configuration.
 
     Raises:
-        ValueError: If the files cannot be read as one table, or the split must be named.
+        ValueError: If the files cannot be read as one table, or have several splits and ``split`` names none of them.
     """
     datasets = require_datasets()
     try:
@@ -107,7 +111,16 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
 
 
 def pick_split(path: str, loaded: Any, split: str | None) -> "datasets.Dataset":
-    """Returns the split named ``split`` of a loaded dataset; None: the only split. ``path`` is for messages."""
+    """Returns a split of a loaded dataset.
+
+    Args:
+        path: Path of the dataset in error messages.
+        loaded: Splits of the dataset, by name.
+        split: Name of the split; None: the only split.
+
+    Raises:
+        ValueError: If there is no such split, or ``split`` is None and there are several splits.
+    """
     names: Sequence[str] = list(map(str, loaded))
     if split is None and len(names) == 1:
         return loaded[names[0]]
@@ -122,7 +135,10 @@ def has_parquet(folder: str) -> bool:
 
 
 def describe_folder(folder: str | os.PathLike[str]) -> str:
-    """Returns a text for messages about a folder where a file is expected: the folder and the files to name."""
+    """Describes a folder for an error message: a file was expected, but the user gave this folder.
+
+    The description lists files in the folder, or tells how to convert a saved dataset to a file.
+    """
     text = f"the folder {os.fspath(folder)}"
     if is_saved_dataset(os.fspath(folder)):
         return f"{text} of a dataset that save_to_disk wrote: write it as a file with the dataset's to_parquet"

@@ -1,4 +1,4 @@
-"""Files with one JSON object per line: an index for random access, strict parsing, and the format "pairs"."""
+"""Gives random access to the lines of JSON lines files, and reads and writes the format "pairs"."""
 
 import collections
 import json
@@ -31,18 +31,18 @@ _open_lock = threading.RLock()
 
 
 class LineFile(PairSequence):
-    """The pairs of a file with one pair per line, read on access. The index takes 8 bytes of memory per line.
+    """The pairs of a file with one pair per line, each read on access. The index takes 8 bytes of memory per line.
 
-    Empty lines are ignored. Workers of a data loader can share a LineFile: reads do not move a file position. Of all
-    LineFiles of a process, only the 64 that were read last keep their file open.
+    Empty lines are ignored. Data loader workers can share a LineFile, because reads do not move a file position. Only
+    the 64 most recently read LineFiles of a process keep their file open.
 
     Args:
         path: Path of the file.
-        parse: Function that converts a line's JSON object and text to a pair. A line is bad if the function raises.
+        parse: Function that converts a line's JSON object and text to a pair. If it raises an error, the line is bad.
         subset: Name for ``Location.subset``; None: the file's name without suffix.
         root_map: Path prefixes (old, new) of folders that have moved.
         max_line_bytes: Maximum length of a line in bytes; a longer line is bad and is never loaded.
-        name: Path in locations and messages; None: the path of the file.
+        name: Path in locations and error messages; None: the path of the file.
         ignore: Names of fields that are removed, at any depth, before a line is parsed.
 
     Raises:
@@ -74,7 +74,7 @@ class LineFile(PairSequence):
         self._numbers: np.ndarray | None = None
 
     def close(self) -> None:
-        """Closes the file; the next read opens it again."""
+        """Closes the file. The next read opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -100,7 +100,7 @@ class LineFile(PairSequence):
             return map_roots(pair, self._root_map)
 
     def read_object(self, index: int) -> dict[str, Any]:
-        """Returns the JSON object of a line, which need not be a pair; raises BadLine if the line has no object."""
+        """Returns the JSON object of a line, which need not be a pair. Raises BadLine if the line holds no object."""
         where = self.locate(index)
         with raise_bad_line(where):
             return self._read_object(where)[0]
@@ -142,9 +142,9 @@ class LineFile(PairSequence):
             return os.pread(self._opened().fileno(), size, position)
 
     def _index(self) -> "tuple[array[int], np.ndarray | None]":
-        """Returns the byte offsets of all lines and of the file's end, and the indices of non-empty lines.
+        """Returns the byte offsets of all lines and of the file's end, and the indices of the non-empty lines.
 
-        The indices are None if no line is empty.
+        The second value is None if no line is empty.
         """
         if self._starts is None:
             self._starts, self._numbers = self._build_index()
@@ -169,7 +169,7 @@ class LineFile(PairSequence):
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Returns the JSON object in a text, parsed strictly: unique fields, finite numbers, no text after the object.
+    """Parses a JSON object strictly: field names must be unique and numbers finite.
 
     Raises:
         TypeError: If the text is JSON but not an object.
@@ -205,7 +205,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_finite, p
 
 
 def dump_line(values: Mapping[str, Any], *, ensure_ascii: bool = False) -> bytes:
-    """Returns the values as a line of JSON in UTF-8 with a newline, in the format of the published MMPR files.
+    """Returns an object as a line of JSON in UTF-8, formatted like the published MMPR files.
 
     ``ensure_ascii`` is the argument of ``json.dumps``.
     """
@@ -215,7 +215,7 @@ def dump_line(values: Mapping[str, Any], *, ensure_ascii: bool = False) -> bytes
 def read_pairs(
     path: str | os.PathLike[str], *, root_map: RootMap = (), max_line_bytes: int = MAX_LINE_BYTES
 ) -> LineFile:
-    """Opens a file in the format "pairs", which has one ``Pair.to_dict()`` per line, and returns its pairs.
+    """Opens a file in the format "pairs", which has one ``Pair.to_dict()`` per line.
 
     Args:
         path: Path of the file.
@@ -226,10 +226,7 @@ def read_pairs(
 
 
 def parse_pair(values: dict[str, Any], line: str) -> Pair:
-    """Returns the pair in a line of the format "pairs". Serves as the argument ``parse`` of a LineFile.
-
-    ``values`` is the JSON object of the line; ``line``, its text, is not used.
-    """
+    """Converts the JSON object of a line in the format "pairs" to a pair. The text ``line`` is not used."""
     if "image" in values:
         raise FieldError(
             f"images of a line of pairs must be a list named 'images', got 'image' {shorten(values['image'])}: "
@@ -239,12 +236,12 @@ def parse_pair(values: dict[str, Any], line: str) -> Pair:
 
 
 def write_pairs(path: str | os.PathLike[str], pairs: Iterable[Pair]) -> int:
-    """Writes a file in the format "pairs" atomically and returns the number of pairs."""
+    """Writes pairs to a file in the format "pairs" atomically, and returns their number."""
     return write_lines(path, (pair.to_dict() for pair in pairs))
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]) -> int:
-    """Writes a file with one JSON object per line atomically and returns the number of lines."""
+    """Writes objects to a JSON lines file atomically, and returns their number."""
     count = 0
     with atomic_write(path) as file:
         for values in lines:

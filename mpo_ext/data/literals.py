@@ -1,4 +1,4 @@
-"""Parses values that a table stores as text in Python's notation."""
+"""Parses values that a table stores as text in Python notation."""
 
 import ast
 import io
@@ -10,10 +10,11 @@ _SPACES = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tok
 
 
 def read_literal(text: str) -> Any:
-    """Returns the value of a text in the notation of Python, or of a numpy array of texts ("['cat' 'dog']").
+    """Parses a text in Python notation, or a printed numpy array of strings such as ``['cat' 'dog']``.
 
     Raises:
-        ValueError: If the text has neither notation, or has adjacent texts ("'a''b'"), which Python would join.
+        ValueError: If the text has neither notation, or has adjacent strings such as ``'a''b'``, which Python would
+            join.
     """
     text = text.strip()
     try:

@@ -1,6 +1,6 @@
-"""Reads the image marks of other programs in prompts: numbered marks become ``<image>``, other marks are refused.
+"""Checks the image marks in prompts. Numbered marks such as ``<image 1>`` become ``<image>``.
 
-Only complete marks count: HTML such as ``<img src="a.png">`` is text.
+Image marks of other programs, such as ``<|image_pad|>``, are errors. HTML such as ``<img src="a.png">`` is text.
 """
 
 import dataclasses
@@ -28,15 +28,14 @@ _MARKS = re.compile(
 
 
 def check_marks(pair: Pair) -> Pair:
-    """Checks the image marks in a prompt, and returns the pair with ``<image>`` as the only kind of mark.
+    """Checks the image marks in a prompt, and returns the pair with ``<image>`` in place of numbered marks.
 
-    The numbered mark ``<image 2>`` (also ``<image_2>``, ``<image2>``, ``<|image_2|>``) is the place of the second
-    image. The returned pair has ``<image>`` at the places of these marks, and its images in the order of the places.
-    A response may name ``<image 1>`` as text.
+    A numbered mark such as ``<image 2>`` (also ``<image_2>``, ``<image2>``, ``<|image_2|>``) is the place of the
+    second image. The images of the returned pair are in the order of the marks. Responses are not changed.
 
     Raises:
-        FieldError: If a pair without images has a mark; if a pair with images has a mark of another program without a
-            number; or if numbered marks do not name each image once, or stand beside ``<image>``.
+        FieldError: If a pair without images has an image mark; if a pair with images has another program's mark; or if
+            numbered marks do not name each image once, or occur together with ``<image>``.
     """
     texts = [text for text in _texts(pair) if "<" in text or "[" in text]  # every mark has one of these characters
     if not texts:
@@ -82,7 +81,7 @@ def _replaced(pair: Pair, images: tuple[str, ...]) -> Pair:
 
 
 def _mapped(message: Any, change: Callable[[str], str]) -> Any:
-    """Returns a message with ``change`` applied to each of its texts."""
+    """Returns a copy of a message in which ``change`` is applied to each text."""
     if not isinstance(message, Mapping):
         return message
     content = message.get("content")
@@ -100,7 +99,7 @@ def _mapped(message: Any, change: Callable[[str], str]) -> Any:
 
 
 def _texts(pair: Pair) -> list[str]:
-    """Returns the texts of the prompt, and a text ``<image>`` for each message with image blocks."""
+    """Returns the texts of the prompt. Each message with image blocks adds the text ``<image>``."""
     messages = pair.source.get(PROMPT_TURNS)
     if not isinstance(messages, list):
         return [pair.question]

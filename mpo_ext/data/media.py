@@ -1,4 +1,4 @@
-"""Refuses images, videos and audio that no reader uses: marks in texts, and media in unknown fields."""
+"""Finds images, videos and audio that a reader did not use: placeholders in texts, and media in unknown fields."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -48,7 +48,7 @@ _READ_FIELDS = {
 
 
 def is_empty(value: object) -> bool:
-    """Returns whether a value is null, false, 0 or an empty text, or a list or object that holds only such values."""
+    """Returns whether a value is None, False, 0 or "", or a list or dict that holds only such values."""
     if isinstance(value, Mapping):
         return all(map(is_empty, value.values()))
     if isinstance(value, (list, tuple)):
@@ -57,7 +57,7 @@ def is_empty(value: object) -> bool:
 
 
 def is_unset(value: object) -> bool:
-    """Returns whether a value is null or an empty text, or a list or object of such values; false and 0 are set."""
+    """Returns whether a value is None or "", or a list or dict that holds only such values. False and 0 are set."""
     if isinstance(value, Mapping):
         return all(map(is_unset, value.values()))
     if isinstance(value, (list, tuple)):
@@ -66,19 +66,19 @@ def is_unset(value: object) -> bool:
 
 
 def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
-    """Checks that a pair has all media of its row, and that its texts have no marks of missing images or videos.
+    """Checks that a pair has all media of the row from which it was made, and all media that its texts mention.
 
     Args:
-        values: Fields of the row. ``pair.extra`` has the unknown fields, which the reader did not use.
+        values: Fields of the row. Those that the reader did not use are also in ``pair.extra``.
         pair: The pair that a reader made from the row.
 
     Returns:
         The pair, with ``<image>`` in place of numbered marks such as ``<image 1>``; see ``marks.check_marks``.
 
     Raises:
-        FieldError: If an unknown field may hold an image, video or audio. If the prompt has ``<audio>``, or a mark of
-            an image or video that the pair does not have. If a response has ``<image>``. If the pair has videos and a
-            response has ``<video>``.
+        FieldError: If an unused field may hold an image, video or audio. If the prompt has ``<audio>``, or a
+            placeholder of an image or video that the pair does not have. If a response has ``<image>``. If the pair
+            has videos and a response has ``<video>``.
     """
     has_media = bool(pair.media_paths)
     for name, value in values.items():
@@ -113,9 +113,9 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
 
 
 def _held_names(values: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the images and videos whose content the fields of a row hold.
+    """Returns the file names of the images and videos that a row holds as bytes or data URLs.
 
-    The names are the paths beside the contents and, if there is a content, the text in ``file_name``.
+    The names are the ``path`` beside ``bytes``, and the field ``file_name`` of the row.
     """
     names = [path for name, value in values.items() if name in _READ_FIELDS for path in _paths_of_contents(value)]
     if names:
@@ -124,7 +124,10 @@ def _held_names(values: Mapping[str, Any]) -> list[str]:
 
 
 def _paths_of_contents(value: object) -> Iterator[object]:
-    """Yields, for each image or video that a value holds, the path beside its content, or None."""
+    """Finds the images and videos that a value holds as bytes or data URLs.
+
+    Yields the ``path`` of each, or None if it has no path.
+    """
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         yield value.get("path")
     elif isinstance(value, (Mapping, list, tuple)):
@@ -135,12 +138,12 @@ def _paths_of_contents(value: object) -> Iterator[object]:
 
 
 def file_name(path: str) -> str:
-    """Returns the last part of a path or URL with slashes of any kind."""
+    """Returns the last part of a path or URL, after the last slash or backslash."""
     return re.split(r"[/\\]", path.strip())[-1]
 
 
 def refuse_bytes(row: Mapping[str, Any]) -> None:
-    """Raises FieldError if a column of a table holds bytes, unless it is a column for images or messages."""
+    """Raises FieldError if a table row holds bytes in a column that is not for images, videos or messages."""
     for name, value in row.items():
         if name not in _READ_FIELDS:
             _refuse_bytes(name, value)
@@ -165,12 +168,12 @@ def _unread(name: str, value: object) -> FieldError:
 
 
 def _check_value(name: str, value: object, read: Collection[str]) -> None:
-    """Raises FieldError if a value, or a value inside it, is the path, URL or content of an image, video or audio.
+    """Raises FieldError if a value holds, at any depth, a path, a URL or the content of an image, video or audio.
 
     Args:
-        name: Name of the field, for the message.
+        name: Name of the field, for the error message.
         value: Value of the field.
-        read: File names of the pair's images, which other fields may repeat.
+        read: File names of the pair's media. A field may repeat these names.
     """
     if isinstance(value, Mapping):
         content = value.get("bytes")
@@ -192,7 +195,7 @@ def _check_value(name: str, value: object, read: Collection[str]) -> None:
 
 
 def is_media_content(text: str) -> bool:
-    """Returns whether a text is a data URL, or the base64 text, of an image, video or audio."""
+    """Returns whether a text is an image, video or audio as a data URL or in base64."""
     if _DATA_URL.match(text):
         return True
     return len(text) >= _SHORTEST_BASE64 and bool(_BASE64_MEDIA.match(text)) and _BASE64.fullmatch(text) is not None
@@ -212,9 +215,9 @@ def _is_media(name: str, text: str) -> bool:
 
 
 def _check_field(name: str, value: object, *, has_media: bool) -> None:
-    """Raises FieldError if an unknown field is not empty and has the name of an image, video or audio field.
+    """Raises FieldError if an unknown field has a name like "image", "video" or "audio" and is not empty.
 
-    If the pair has no images or videos, the fields inside an object are checked, too.
+    If the pair has no images or videos, nested fields are checked, too.
     """
     # In a row with images or videos, a number such as "image_width" or "image_id" describes one of them.
     if _MEDIA_NAME.search(name) and not is_empty(value) and not (has_media and isinstance(value, (int, float))):
@@ -225,7 +228,7 @@ def _check_field(name: str, value: object, *, has_media: bool) -> None:
 
 
 def drop_fields(value: Any, names: Collection[str]) -> Any:
-    """Returns a JSON value without the fields ``names``, which are removed at any depth."""
+    """Returns a JSON value without the fields ``names``, removed at any depth."""
     if isinstance(value, Mapping):
         return {name: drop_fields(part, names) for name, part in value.items() if name not in names}
     if isinstance(value, (list, tuple)):
@@ -244,7 +247,10 @@ def _prompt_texts(pair: Pair) -> list[str]:
 
 
 def count_places(pair: Pair, kind: str = "image") -> int:
-    """Returns how many places for images (``kind`` "video": for videos) the prompt of a pair has."""
+    """Returns the number of places for images (or, with ``kind="video"``, for videos) in the prompt of a pair.
+
+    A place is a placeholder in a text, such as ``<image>``, or a message part of the type ``kind``.
+    """
     mark = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}[kind]
     messages = pair.source.get(PROMPT_TURNS)
     if not isinstance(messages, list):
@@ -257,9 +263,9 @@ def count_places(pair: Pair, kind: str = "image") -> int:
 
 
 def place_problem(pair: Pair) -> str | None:
-    """Returns a message if a prompt does not have a mark for each of its images and videos, else None.
+    """Checks that a prompt has a placeholder for each image and video. Returns an error message or None.
 
-    The marks are ``<image>`` and ``<video>``. A single image or video needs no mark.
+    The placeholders are ``<image>`` and ``<video>``. A single image or video needs no placeholder.
     """
     for kind, mark, count in (
         ("image", IMAGE_PLACEHOLDER, len(pair.images)),

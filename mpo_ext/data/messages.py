@@ -1,8 +1,8 @@
-"""Turns of conversations: reads the messages and images of a row in any format, and builds a pair from them.
+"""Reads the messages and images of a row in any format, and builds a pair from them.
 
-A turn is ``{"role": ..., "content": ...}`` whose content is text with ``<image>`` at the place of each image and
-``<video>`` at the place of each video. An assistant's turn may also have ``tool_calls``; a turn of the role "tool" has
-a result.
+A turn is ``{"role": ..., "content": ...}``. Its content is text, with ``<image>`` and ``<video>`` at the places of
+images and videos. A turn of the assistant may also have ``tool_calls``. A turn with the role "tool" holds the result
+of a tool call.
 """
 
 import itertools
@@ -38,17 +38,17 @@ _FOLLOWING = {
 
 
 def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
-    """Returns the turns of a list of messages, or of a single message.
+    """Converts a message, or a list of messages, to turns.
 
     A message has ``role`` and ``content``, or ``from`` and ``value``. Content is text, or a list of parts of type
-    text, image and video. Calls of tools are ``tool_calls`` of the assistant, or messages of a role such as
-    "function_call" whose content is the call in JSON; these become ``tool_calls`` of the assistant's turn.
+    text, image and video. A message with a role such as "function_call", whose content is a tool call in JSON, becomes
+    ``tool_calls`` of the assistant's turn.
 
     Args:
-        name: Name of the field, for messages.
+        name: Name of the field, for error messages.
         value: List of messages, or a message.
-        images: Object that collects the media of parts and of ``<image>`` and ``<video>`` marks. None: a part with an
-            image or a video raises FieldError.
+        images: Object that collects the media of parts and of ``<image>`` and ``<video>`` placeholders. None: a part
+            with an image or a video raises FieldError.
 
     Raises:
         FieldError: If a message is invalid, or has a part or a field that this package does not use.
@@ -68,9 +68,9 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
 
 
 def _unbundled(value: object) -> object:
-    """Returns a list of messages for a single message, or for a dict of lists such as ``{"role": [], "content": []}``.
+    """Converts a message, or a dict of lists such as ``{"role": [], "content": []}``, to a list of messages.
 
-    Older datasets store messages as a dict of lists. Any other value is returned unchanged.
+    Any other value is returned unchanged. Older datasets store messages as a dict of lists.
     """
     if not isinstance(value, Mapping):
         return value
@@ -82,9 +82,9 @@ def _unbundled(value: object) -> object:
 
 
 def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
-    """Returns a message as a turn.
+    """Converts a message to a turn.
 
-    ``is_call`` is set if the whole message is a tool call, not a message that has ``tool_calls``.
+    If the whole message is a tool call, the turn also has ``is_call``, which the caller removes.
     """
     refuse_tools(message, name, known={"tool_calls", "tool_call_id"})
     is_sharegpt = "from" in message and "role" not in message
@@ -114,7 +114,7 @@ def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
 def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
     """Raises FieldError if one of the fields ``names`` is not empty.
 
-    The format of the row does not read these fields, but in other formats or programs they change the prompt.
+    These fields change the prompt in other formats, but the reader of this row's format does not use them.
     """
     for name in names:
         # In chat_template_kwargs, false counts as a value: {"enable_thinking": false} changes the prompt.
@@ -169,10 +169,11 @@ def is_conversation(value: object) -> bool:
 
 
 def read_response(name: str, value: object) -> list[Turn]:
-    """Returns the turns of a response, which is a text, a message, or a list of messages.
+    """Converts a response, which is a text, a message or a list of messages, to turns.
 
-    Raises FieldError unless the turns alternate, and begin and end with the assistant. Results of tools follow the
-    assistant's turn that calls them.
+    Raises:
+        FieldError: If the turns do not begin and end with the assistant, or do not alternate. Tool results must follow
+            the turn with the tool call.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
@@ -187,10 +188,12 @@ def read_response(name: str, value: object) -> list[Turn]:
 
 
 def is_sequence(turns: Sequence[Turn], *, first: Collection[str], last: Collection[str]) -> bool:
-    """Returns whether each turn may follow the turn before it.
+    """Returns whether the roles of the turns are in a valid order.
 
-    ``first`` and ``last`` are the roles with which the turns may begin and end. The role of an assistant's turn with
-    tool calls is "call".
+    Args:
+        turns: The turns.
+        first: Roles that the first turn may have. "call" is an assistant's turn with tool calls.
+        last: Roles that the last turn may have.
     """
     roles = ["call" if turn.get("tool_calls") else turn["role"] for turn in turns]
     if not roles or roles[0] not in first or roles[-1] not in last:
@@ -199,11 +202,11 @@ def is_sequence(turns: Sequence[Turn], *, first: Collection[str], last: Collecti
 
 
 def check_prompt_turns(prompt: Sequence[Turn], n_images: int, n_videos: int = 0) -> None:
-    """Raises FieldError unless turns can be a prompt.
+    """Raises FieldError unless the turns form a valid prompt.
 
-    A prompt begins with at most one system turn. Turns of user and assistant alternate; results of tools follow the
-    turns that call them. The last turn is the user's, or the result of a tool. If there are several turns, their texts
-    have ``<image>`` for each of the ``n_images`` images or for none, and the same for ``<video>``.
+    A prompt may begin with one system turn. Then user and assistant alternate, and tool results follow the turns with
+    the tool calls. The last turn is the user's or a tool result. A prompt of several turns has either no placeholders
+    or one for each of the ``n_images`` images and ``n_videos`` videos.
     """
     rest = prompt[1:] if prompt and prompt[0]["role"] in ("system", "developer") else prompt
     if not is_sequence(rest, first={"user", "assistant"}, last={"user", "tool"}):
@@ -220,24 +223,27 @@ def check_prompt_turns(prompt: Sequence[Turn], n_images: int, n_videos: int = 0)
 
 
 def last_question(prompt: Sequence[Turn]) -> str:
-    """Returns the content of the last user turn of a prompt."""
+    """Returns the content of the last user turn."""
     return next(turn["content"] for turn in reversed(prompt) if turn["role"] == "user")
 
 
 def with_question(prompt: Sequence[Mapping[str, Any]], question: str) -> list[Turn]:
-    """Returns a prompt with ``question`` as the content of its last user turn."""
+    """Returns a copy of the prompt in which ``question`` is the content of the last user turn."""
     place = max(number for number, turn in enumerate(prompt) if turn["role"] == "user")
     return [{**turn, "content": question} if number == place else dict(turn) for number, turn in enumerate(prompt)]
 
 
 def split_common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Returns the number of leading messages that two conversations share. The last message of each never counts."""
+    """Returns the length of the common beginning of two conversations, in messages.
+
+    The last message of each conversation is a response, and is not part of the common beginning.
+    """
     most = max(0, min(len(chosen), len(rejected)) - 1)
     return next((index for index in range(most) if chosen[index] != rejected[index]), most)
 
 
 def read_system(row: Mapping[str, Any], prompt: Sequence[Turn]) -> list[Turn]:
-    """Returns a prompt's turns, after a system turn if the row's field ``system`` is not empty."""
+    """Returns the turns of a prompt. A non-empty field ``system`` of the row becomes the first turn."""
     system = row.get("system")
     if is_empty(system):
         return list(prompt)
@@ -251,7 +257,7 @@ def read_system(row: Mapping[str, Any], prompt: Sequence[Turn]) -> list[Turn]:
 
 
 def read_history(row: Mapping[str, Any], images: Images) -> list[Turn]:
-    """Returns the turns of the row's field ``history``: a list with a list ``[question, response]`` per turn."""
+    """Converts the row's field ``history``, a list of ``[question, response]`` lists, to turns."""
     history = row.get("history")
     if is_empty(history):
         return []
@@ -280,10 +286,10 @@ def pair_of_turns(
     videos: Sequence[Video] = (),
     rejected_images: Sequence[str] = (),
 ) -> Pair:
-    """Builds and returns a pair from turns.
+    """Builds a pair from turns.
 
-    ``question`` is the last user turn of the prompt. A prompt or response of several turns, or with calls of tools, is
-    also stored, with all its turns, in ``Pair.source``.
+    The last user turn becomes ``question``. If a prompt or response has several turns or tool calls, all its turns are
+    also stored in ``Pair.source``.
 
     Args:
         prompt: Turns before the response, as in ``check_prompt_turns``.
@@ -298,7 +304,7 @@ def pair_of_turns(
         rejected_images: As in ``Pair``.
 
     Raises:
-        FieldError: If ``check_prompt_turns`` raises it.
+        FieldError: If ``prompt`` is not a valid prompt; see ``check_prompt_turns``.
     """
     check_prompt_turns(prompt, len(images), len(videos))
     turns = {PROMPT_TURNS: prompt, CHOSEN_TURNS: chosen, REJECTED_TURNS: rejected}
@@ -330,23 +336,26 @@ def pair_of_turns(
 
 
 def response_text(turns: Sequence[Turn]) -> str:
-    """Returns the contents and tool calls of a response's turns, separated by empty lines."""
+    """Returns a response as one text: the contents and tool calls of all turns, separated by empty lines."""
     return "\n\n".join(_shown(turn) for turn in turns)
 
 
 def _shown(turn: Mapping[str, Any]) -> str:
-    """Returns the content of a turn, and each of its tool calls as a line of JSON."""
+    """Returns the content of a turn, followed by a line of JSON for each tool call."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
     return "\n".join([*([turn["content"]] if turn["content"] or not calls else []), *calls])
 
 
 def prompt_text(pair: Pair) -> str:
-    """Returns the prompt of a pair as a readable text: the question, or the tools and all turns with their roles."""
+    """Returns the prompt of a pair as readable text: the question, or the tools and all turns with their roles."""
     return turns_text(pair.source.get(PROMPT_TURNS), pair.source.get(PROMPT_TOOLS), pair.question)
 
 
 def turns_text(messages: object, tools: object, question: str) -> str:
-    """Returns tools and turns as a readable text, each turn with its role; ``question`` replaces missing turns."""
+    """Returns tools and turns as readable text, each turn with its role.
+
+    If ``messages`` is not a list of turns, the text has ``question`` instead.
+    """
     lines = [f"tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         return "\n\n".join([*lines, f"user: {question}"]) if lines else question

@@ -1,10 +1,12 @@
-"""The MMPR format as published: a meta file that lists subsets, and one file of JSON lines per subset.
+"""Reads and writes the MMPR format: a meta file that lists subsets, and a file of JSON lines for each subset.
 
 The meta file maps each subset's name to ``root`` (folder of its images), ``annotation`` (its .jsonl file), ``length``,
 ``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen``, ``rejected``, usually
-``image`` (a path below the root, a list of paths, "" or null) and often ``answer_gt``. This package also reads and
-writes ``video`` (a path, or a list of videos, each a path, a list of frames or an object as in ``Video.from_value``)
-and ``rejected_image`` (a path or a list of paths, the images of the rejected response); all start at the root.
+``image`` (a path, a list of paths, "" or null) and often ``answer_gt``.
+
+This package also reads and writes ``video`` (a path, or a list of videos, each a path, a list of frames or an object
+as in ``Video.from_value``) and ``rejected_image`` (a path or a list of paths, the images of the rejected response).
+All paths are relative to the root.
 """
 
 import bisect
@@ -39,14 +41,14 @@ _FILE_SETTINGS = ("annotation", "length")  # settings that a written copy of a s
 
 
 class MMPRSubset(NamedTuple):
-    """A subset, as its entry in a meta file describes it.
+    """A subset that a meta file lists.
 
     Attributes:
         name: Name of the subset.
         root: Absolute path of the subset's image folder.
         annotation: Absolute path of the subset's .jsonl file.
         repeat_time: Below 1: fraction of the lines to use. Otherwise: number of times that each line is used.
-        length: Number of lines that the meta file states; None: the meta file does not state it.
+        length: Number of lines that the meta file states, or None.
         settings: The unchanged entry of the meta file.
     """
 
@@ -62,8 +64,9 @@ def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[M
     """Reads and checks a meta file, and returns its subsets.
 
     Args:
-        path: Path of the meta file. Relative paths in the file start at its folder.
-        root_map: Path prefixes (old, new): in ``root`` and ``annotation``, the old prefix is replaced by the new.
+        path: Path of the meta file. Relative paths in the file are joined to its folder.
+        root_map: Path prefixes (old, new) of folders that have moved. They are replaced in ``root`` and
+            ``annotation``.
 
     Raises:
         OSError: If the file cannot be read.
@@ -110,7 +113,7 @@ def _subset(name: str, entry: object, folder: Path, root_map: RootMap) -> MMPRSu
 
 
 class MMPRDataset(PairSequence):
-    """The pairs of all subsets of a meta file, read on access.
+    """The pairs of all subsets of a meta file, each read on access.
 
     Args:
         meta: Path of the meta file.
@@ -169,7 +172,10 @@ class MMPRDataset(PairSequence):
         return file, int(drawn[position]) if drawn is not None else position % len(file)
 
     def _subset_ends(self) -> list[int]:
-        """Returns the end index of each subset; the first call indexes the files and draws lines."""
+        """Returns the cumulative numbers of pairs: the index after the last pair of each subset.
+
+        The first call indexes the files, and draws the lines of subsets with a ``repeat_time`` below 1.
+        """
         if self._ends is None:
             sizes = []
             for subset, file in zip(self.subsets, self.files, strict=True):
@@ -188,12 +194,12 @@ class MMPRDataset(PairSequence):
 
 
 def read_annotation(subset: MMPRSubset, **options: Any) -> LineFile:
-    """Opens and returns the lines of a subset, each once; ``options`` are further arguments of ``LineFile``."""
+    """Opens the file of a subset. Each line is used once. ``options`` are further arguments of ``LineFile``."""
     return LineFile(subset.annotation, line_parser(subset), **{"subset": subset.name, **options})
 
 
 def line_parser(subset: MMPRSubset) -> Callable[[dict[str, Any], str], Pair]:
-    """Returns the function ``parse`` of a subset's ``LineFile``, which converts a line's object and text to a pair."""
+    """Returns the ``parse`` function of a subset's ``LineFile``, which converts a line to a pair."""
     settings = {name: value for name, value in subset.settings.items() if name not in (*_FILE_SETTINGS, "root")}
     # The root lies beside the settings, because ``map_roots`` changes ``source["root"]``.
     source = {"format": "mmpr", "subset": subset.name, "root": subset.root}
@@ -249,7 +255,10 @@ class _LineParser:
 
 
 def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Returns a line's image paths, and the form of its field ``image``: absent, null, empty, string or list."""
+    """Returns the image paths of a line, and the form of its field ``image``.
+
+    The form is "absent", "null", "empty", "string" or "list".
+    """
     if "image" not in values:
         return [], "absent"
     image = values["image"]
@@ -270,7 +279,7 @@ def _paths(name: str, value: object) -> list[str]:
 
 
 def _compact(media: list[Any]) -> Any:
-    """Returns the element of a list with one element, unless it is a list of frames; otherwise returns the list."""
+    """Returns the only element of a list, unless this element is a list. Other lists are returned unchanged."""
     return media[0] if len(media) == 1 and not isinstance(media[0], list) else media
 
 
@@ -281,9 +290,9 @@ def _videos(values: Mapping[str, Any]) -> list[Video]:
 
 
 def resolve_image(image: str, root: str) -> str:
-    """Returns the absolute path of an image or video below ``root``, the folder of its subset; a URL is unchanged.
+    """Returns the absolute path of an image or video from a path relative to ``root``. A URL is returned unchanged.
 
-    Raises FieldError if the path, or a link in it, leads out of ``root``.
+    Raises FieldError if the path, or the target of a link, is outside ``root``.
     """
     image = local_path(image)
     if is_url(image):
@@ -304,13 +313,13 @@ def resolve_image(image: str, root: str) -> str:
 
 
 def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any], root: str) -> dict[str, Any]:
-    """Returns the fields of a pair's line, in the order of the published files.
+    """Returns a pair as the fields of an MMPR line, in the order of the published files.
 
     Args:
         pair: The pair.
         relative: Paths of its images, relative to the root.
-        source: ``pair.source``, which stores the form of the original line.
-        root: Absolute path of the folder that the paths of videos and rejected images start at.
+        source: ``pair.source``, which records the form of the fields in the original line.
+        root: Absolute path of the root.
     """
     form = source.get("image", "string" if len(relative) == 1 else "list" if relative else "absent")
     if form in ("string", "empty", "null", "absent") and len(relative) != (form == "string"):
@@ -355,17 +364,17 @@ def _as_text(answer: object) -> str | None:
 
 
 def to_line(pair: Pair, root: str) -> bytes:
-    """Returns the pair as a line of an MMPR file.
+    """Returns a pair as a line of an MMPR file.
 
-    For a pair that was read from MMPR, the line has the values of the original line, and the same bytes if
+    For a pair that was read from MMPR, the line has the same values as the original line. It has the same bytes if
     ``json.dumps`` wrote the original line with default separators.
 
     Args:
         pair: Pair to write. Its provenance becomes the field ``provenance``, which other readers ignore.
-        root: Absolute path of the folder that the written image paths start at.
+        root: Absolute path of the folder to which the written image paths are relative.
 
     Raises:
-        ValueError: If an image is not below ``root``, or a field of ``extra`` has the name of a field of the pair.
+        ValueError: If an image is outside ``root``, or a field of ``extra`` has the name of a field of the pair.
     """
     source = pair.source
     paths = source.get("paths")
@@ -379,7 +388,7 @@ def to_line(pair: Pair, root: str) -> bytes:
 
 
 def _relative(path: str, root: str) -> str:
-    """Returns the path of an image or video relative to ``root``; a URL is unchanged."""
+    """Returns the path of an image or video relative to ``root``. A URL is returned unchanged."""
     if is_url(path):
         return path
     normal = below(os.path.normpath(os.path.join(root, path)), root)
@@ -396,20 +405,20 @@ def write_mmpr(
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",
 ) -> dict[str, int]:
-    """Writes one file of lines per subset and then ``folder/meta.json``, each atomically.
+    """Writes a file of lines for each subset, and then ``folder/meta.json``, each atomically.
 
     Args:
         folder: Folder to write.
-        pairs: Pairs read from MMPR keep their subset and the subset's settings; all others form one additional subset.
-        root: Image folder of the additional subset, at which relative image paths start; None: "/", and all image
-            paths of the additional subset must be absolute.
+        pairs: Pairs to write. Pairs that were read from MMPR keep their subset and its settings. All other pairs form
+            one additional subset.
+        root: Image folder of the additional subset; None: "/", and all its image paths must be absolute.
         name: Name of the additional subset.
 
     Returns:
         The number of pairs by subset.
 
     Raises:
-        ValueError: If pairs of one subset differ in the subset's settings, or an image is not below its root.
+        ValueError: If pairs of one subset have different settings, or an image is outside the root of its subset.
     """
     target = Path(folder)
     default_root = "/" if root is None else os.path.abspath(root)
@@ -448,7 +457,7 @@ def _has_subset(source: Mapping[str, Any]) -> bool:
 
 
 def _file_name(subset: str, taken: set[str]) -> str:
-    """Returns a name for a subset's file that is not in ``taken``, and adds the name to ``taken``."""
+    """Returns a file name for a subset that differs from the names in ``taken``, and adds it to ``taken``."""
     plain = re.sub(r"[^\w.-]", "_", subset, flags=re.ASCII).lstrip(".")[:100] or "subset"
     for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         if (candidate := f"{plain}{suffix}.jsonl").lower() not in taken:

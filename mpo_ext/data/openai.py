@@ -1,7 +1,7 @@
-"""Rows of OpenAI's preference fine-tuning.
+"""Reads rows of OpenAI's preference fine-tuning.
 
-A row has the prompt's turns in ``input.messages``, and the responses in ``preferred_output`` and
-``non_preferred_output``, each a list of messages.
+A row has the turns of the prompt in ``input.messages``, and the responses in ``preferred_output`` and
+``non_preferred_output``. Each response is a list of messages.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ _FIELDS = {"input", "preferred_output", "non_preferred_output"}
 
 
 def from_openai(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair, and returns the pair. Unknown fields go into ``Pair.extra``.
+    """Converts a row of OpenAI's preference fine-tuning to a pair. Unknown fields go into ``Pair.extra``.
 
     Args:
         row: Fields of the row.
-        save_image: As in ``messages.row_images``.
+        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.

@@ -1,4 +1,4 @@
-"""Image paths: folders that have moved, and conversion between relative and absolute paths."""
+"""Converts image paths: replaces folders that have moved, and converts relative to absolute paths and back."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ real_path = functools.lru_cache(maxsize=64)(os.path.realpath)
 
 
 def parse_root_map(text: str) -> tuple[str, str]:
-    """Returns the prefixes (OLD, NEW) of a text OLD=NEW; raises ValueError if "=", OLD or NEW is missing."""
+    """Splits a text OLD=NEW into the path prefixes (OLD, NEW). Raises ValueError if "=", OLD or NEW is missing."""
     old, equals, new = text.partition("=")
     if not equals or not old or not new:
         raise ValueError(f"root_map must read OLD=NEW, got {text!r}")
@@ -22,9 +22,10 @@ def parse_root_map(text: str) -> tuple[str, str]:
 
 
 def map_root(path: str, root_map: RootMap) -> str:
-    """Returns a path in which a folder ``old`` is replaced by ``new``, for the first pair (old, new) that applies.
+    """Replaces the folder at the beginning of a path, if ``root_map`` has a new path for this folder.
 
-    A pair applies if ``old`` is the path or a folder above it. If no pair applies, the path is returned unchanged.
+    Uses the first pair (old, new) in which ``old`` is the path or a folder above it. Without such a pair, the path is
+    returned unchanged.
     """
     for old, new in root_map:
         prefix = old.rstrip("/")
@@ -36,7 +37,7 @@ def map_root(path: str, root_map: RootMap) -> str:
 
 
 def map_roots(pair: Pair, root_map: RootMap) -> Pair:
-    """Returns the pair with ``map_root`` applied to its images and videos and to the root of its subset."""
+    """Applies ``map_root`` to the media paths of a pair and to the recorded image root of its subset."""
     if not root_map:
         return pair
     extra, root = pair.extra, pair.source.get("root")
@@ -47,9 +48,9 @@ def map_roots(pair: Pair, root_map: RootMap) -> Pair:
 
 
 def absolute_path(image: str, root: str) -> str:
-    """Returns an image path joined to the root folder; a ``file://`` URL gives its path, another URL is unchanged.
+    """Joins an image path to the folder ``root``. A ``file://`` URL becomes its path, and other URLs are unchanged.
 
-    Leading ``..`` parts are applied to the root's real path, so that the result does not have these parts.
+    Leading ``..`` parts are resolved against the real path of ``root``.
     """
     image = local_path(image)
     if is_url(image):
@@ -63,7 +64,7 @@ def absolute_path(image: str, root: str) -> str:
 
 
 def path_from(folder: str, path: str) -> str:
-    """Returns a path relative to a folder if it lies below the folder; other paths and URLs are unchanged."""
+    """Returns a path relative to ``folder`` if it is inside the folder. Other paths and URLs are unchanged."""
     if is_url(path):
         return path
     inside = os.path.relpath(path, folder)
@@ -71,6 +72,6 @@ def path_from(folder: str, path: str) -> str:
 
 
 def below(path: str, root: str) -> str | None:
-    """Returns the part of a path after the folder ``root``, or None if the path does not start with this folder."""
+    """Returns the part of a path after the folder ``root``, or None if the path does not begin with this folder."""
     prefix = root if root.endswith("/") else root + "/"
     return path[len(prefix) :] if path.startswith(prefix) else None

@@ -1,4 +1,4 @@
-"""Pairs picked by hand on the page of ``mpo-ext data view``: the file of picks, and sources restricted to them."""
+"""Reads and writes the file of pairs picked on the page of ``mpo-ext data view``, and selects these pairs."""
 
 import dataclasses
 import hashlib
@@ -19,17 +19,17 @@ FORMAT = "mpo_ext.picks/1"
 
 
 def pair_digest(pair: Pair) -> str:
-    """Returns a hash of a pair's texts, which does not depend on the paths of its images."""
+    """Returns a hash of the question and the responses of a pair. It does not depend on the images."""
     texts = json.dumps([pair.question, pair.chosen, pair.rejected])
     return hashlib.blake2b(texts.encode(), digest_size=8).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Picks:
-    """Picked pairs of a source.
+    """The pairs of a source that were picked by hand.
 
     Attributes:
-        source: Path of the source, for messages.
+        source: Path of the source, for error messages.
         lines: Number of lines of the source.
         digests: ``pair_digest`` of each picked pair, by the index of its line in the source.
     """
@@ -39,17 +39,17 @@ class Picks:
     digests: dict[int, str]
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file of the picks atomically."""
+        """Writes the picks to a JSON file atomically."""
         write_json(path, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the content of the file."""
+        """Returns the content of the JSON file."""
         pairs = [{"index": index, "digest": self.digests[index]} for index in sorted(self.digests)]
         return {"format": FORMAT, "source": self.source, "lines": self.lines, "pairs": pairs}
 
 
 def read_picks(path: str | os.PathLike[str]) -> Picks:
-    """Reads the file of the picks.
+    """Reads a file of picks.
 
     Raises:
         OSError: If the file cannot be read.
@@ -73,10 +73,10 @@ def read_picks(path: str | os.PathLike[str]) -> Picks:
 
 
 def restrict(source: PairSource, picks: Picks, *, keep: bool = True) -> PairSource:
-    """Returns the source restricted to the picked pairs, or, if ``keep`` is False, to all other lines.
+    """Returns a source with the picked pairs only or, if ``keep`` is False, with all other lines only.
 
     Raises:
-        ValueError: If the source does not have the lines from which the pairs were picked.
+        ValueError: If the source differs from the one in which the pairs were picked.
     """
     if len(source.pairs) != picks.lines:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The interface of every reader: a sequence of pairs that reports each bad line with its location."""
+"""The interface of all readers: a sequence of pairs in which each bad line is reported with its location."""
 
 import collections
 import contextlib
@@ -15,7 +15,7 @@ MAX_LINE_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Location:
-    """The place of a pair.
+    """The place of a pair in the data.
 
     Attributes:
         subset: Name of the subset, or of the file if the format has no subsets.
@@ -32,7 +32,7 @@ class Location:
 
 
 class BadLine(DefectError):  # noqa: N818 - it is also passed around as a finding, not only raised
-    """A line that does not hold a pair.
+    """The error of a line that does not hold a valid pair.
 
     Attributes:
         where: Subset, file and line.
@@ -49,7 +49,7 @@ class BadLine(DefectError):  # noqa: N818 - it is also passed around as a findin
 
 
 class FieldError(ValueError):
-    """Raised by a parser for an invalid field; ``raise_bad_line`` makes a BadLine of the same ``kind`` from it."""
+    """Raised for an invalid field of a row. ``raise_bad_line`` converts it to a BadLine of the same ``kind``."""
 
     def __init__(self, reason: str, *, kind: str = "bad field") -> None:
         super().__init__(reason)
@@ -58,7 +58,7 @@ class FieldError(ValueError):
 
 @contextlib.contextmanager
 def raise_bad_line(where: Location) -> Iterator[None]:
-    """Returns a context manager that turns a parser's errors into a BadLine at ``where``."""
+    """A ``with`` block that converts errors of parsing a line to a BadLine with the location ``where``."""
     try:
         yield
     except BadLine:
@@ -100,11 +100,11 @@ class Skipped:
 
     @property
     def total(self) -> int:
-        """Number of bad lines of all kinds."""
+        """Number of skipped lines."""
         return self.counts.total()
 
     def lines(self) -> Iterator[str]:
-        """Yields, for each kind, a line of text with its count, followed by a line for each example."""
+        """Yields lines of text that report the skipped lines: the count of each kind, followed by its examples."""
         for kind, count in self.counts.most_common():
             yield f"skipped {count:,}: {kind}"
             yield from (f"  {bad.where}: {bad.reason}" for bad in self.examples[kind])
@@ -113,7 +113,7 @@ class Skipped:
 class PairSequence(Sequence[Pair]):
     """A sequence of pairs that are read on access.
 
-    ``pairs[i]`` reads one pair and raises BadLine if its line is bad; ``scan`` yields pairs and bad lines.
+    ``pairs[i]`` reads a pair, and raises BadLine if its line is bad. ``scan`` yields pairs and bad lines.
     """
 
     def __len__(self) -> int:
@@ -136,7 +136,7 @@ class PairSequence(Sequence[Pair]):
         raise NotImplementedError
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the location of every line, with the line's pair, or with a BadLine if the line is bad."""
+        """Yields the location of each line with its pair, or with a BadLine if the line is bad."""
         for index in range(len(self)):
             where = self.locate(index)
             try:

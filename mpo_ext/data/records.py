@@ -1,4 +1,4 @@
-"""The preference pair, which all readers return and all writers take."""
+"""The class ``Pair``, a preference pair, which all readers return and all writers take."""
 
 import dataclasses
 import hashlib
@@ -35,15 +35,14 @@ class Pair:
             ``mpo-ext data view`` reads ``pipeline`` and ``cut``, the number of characters of ``chosen`` that
             DropoutNTP kept; ``cut`` may also be ``{"characters": 17, "tokens": 4}``.
         extra: Unknown fields of the source. The key ``"$source"`` holds the values that a lossless conversion back to
-            the source's format needs, such as the subset, its settings and the form of ``image``. It also holds the
-            turns ``{"role": ..., "content": ...}`` of a prompt or response of several turns. The turns of a prompt
-            are in ``messages``; ``question`` is then only the last user turn. The turns of responses are in
-            ``chosen_messages`` and ``rejected_messages``; ``chosen`` and ``rejected`` then join their contents. The
-            content of a turn has ``<image>`` at the place of each image. A turn of the assistant may have
-            ``tool_calls``, and a turn of the role "tool" has a result. ``tools`` describes the functions that the
-            assistant may call (``mpo_ext.chat.Conversation``).
+            the source's format needs, such as the subset, its settings and the form of ``image``. For a prompt or
+            response of several turns, it also holds all turns ``{"role": ..., "content": ...}``: those of the prompt
+            in ``messages``, and those of the responses in ``chosen_messages`` and ``rejected_messages``. Then
+            ``question`` is the last user turn, and ``chosen`` and ``rejected`` are the joined contents of the turns.
+            An assistant's turn may have ``tool_calls``, and a turn with the role "tool" holds a result. ``tools``
+            describes the functions that the assistant may call (``mpo_ext.chat.Conversation``).
         videos: Videos, in order. ``question`` and the turns have ``<video>`` at the place of each video. If a prompt
-            with one video has no ``<video>``, the video comes first, after an image without a mark.
+            with one video has no ``<video>``, the video comes first, after an image without a placeholder.
         rejected_images: Paths of other images for the rejected response, one for each of ``images``, as in mDPO;
             empty: the rejected response has the same images.
 
@@ -92,14 +91,15 @@ class Pair:
 
     @property
     def source(self) -> dict[str, Any]:
-        """The value of ``extra["$source"]``; empty if no reader set it."""
+        """The value of ``extra["$source"]``, from which the original format can be restored; empty if not set."""
         return self.extra.get(SOURCE, {})
 
     @property
     def has_equal_responses(self) -> bool:
-        """True if both responses are the same and follow the same prompt, so that the pair states no preference.
+        """True if both responses and their images are equal, so that the pair states no preference.
 
-        In mDPO, both responses may be the same text: it is right for ``images`` and wrong for ``rejected_images``.
+        A pair of mDPO may have two equal responses with different images: the response is right for ``images`` and
+        wrong for ``rejected_images``.
         """
         if self.chosen != self.rejected:
             return False
@@ -108,22 +108,24 @@ class Pair:
 
     @property
     def has_other_images(self) -> bool:
-        """True if the rejected response has other images than the chosen response."""
+        """True if the images of the rejected response differ from those of the chosen response."""
         return bool(self.rejected_images) and self.rejected_images != self.images
 
     @property
     def media_paths(self) -> tuple[str, ...]:
-        """Paths of all files of the pair: its images, rejected images, video files and frames of videos."""
+        """Paths of all media files of the pair: images, rejected images, video files and video frames."""
         if not self.rejected_images and not self.videos:
             return self.images
         return (*self.images, *self.rejected_images, *(path for video in self.videos for path in video.paths))
 
     def map_paths(self, change: Callable[[str], str]) -> "Pair":
-        """Returns the pair with ``change`` applied to each of ``media_paths``; the other fields are shared.
+        """Returns a copy of the pair in which ``change`` is applied to each of ``media_paths``.
+
+        The values of all other fields are shared with the pair.
 
         Raises:
-            TypeError: If a path is not a str.
-            ValueError: If a path is empty, has a NUL character, or cannot be written as UTF-8.
+            TypeError: If a changed path is not a str.
+            ValueError: If a changed path is empty, has a NUL character, or cannot be written as UTF-8.
         """
         if self.rejected_images or self.videos:
             images, rejected = tuple(map(change, self.images)), tuple(map(change, self.rejected_images))
@@ -137,9 +139,9 @@ class Pair:
         return pair
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the pair as a dict for JSON; ``provenance`` and ``extra`` are shared, not copied.
+        """Returns the pair as a dict that can be written as JSON.
 
-        The dict has ``videos`` and ``rejected_images`` only if the pair has them.
+        Empty ``videos`` and ``rejected_images`` are left out. ``provenance`` and ``extra`` are not copied.
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {"images": list(self.images), "videos": [video.to_value() for video in self.videos]}
@@ -148,11 +150,11 @@ class Pair:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Pair":
-        """Returns the pair that parsed JSON describes.
+        """Builds a pair from parsed JSON.
 
         Args:
-            values: ``question``, ``chosen``, ``rejected`` and any of the other fields. A number ``answer_gt`` becomes
-                text.
+            values: ``question``, ``chosen``, ``rejected`` and any of the other fields. An ``answer_gt`` that is a
+                number becomes text.
 
         Raises:
             TypeError: If a field has the wrong type.
@@ -183,7 +185,7 @@ class Pair:
         return cls(**{**values, **lists})
 
     def key(self) -> str:
-        """Returns a hash of the prompt, the responses and the media paths. It is the same on every machine."""
+        """Returns a hash of the prompt, the responses and the media paths, which is the same on every machine."""
         source = self.source
         turns = {name: source[name] for name in (*TURNS, PROMPT_TOOLS) if name in source}
         parts = [self.question, self.chosen, self.rejected, *self.images, *([turns] if turns else [])]

@@ -1,4 +1,4 @@
-"""Rows of RLAIF-V, and other rows with ``question``, ``chosen`` and ``rejected``.
+"""Reads rows of RLAIF-V, and other rows with ``question``, ``chosen`` and ``rejected``.
 
 ``image`` or ``images`` hold paths, or objects with ``bytes`` or ``path``. ``system`` and ``answer_gt`` are optional.
 """
@@ -25,14 +25,14 @@ _FIELDS = {"question", "chosen", "rejected", *MEDIA_COLUMNS, "system", "history"
 
 
 def from_rlaif_v(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair, and returns the pair.
+    """Converts a row of RLAIF-V to a pair.
 
-    The fields that name the row's origin go into ``provenance``: ``ds_name``, ``origin_dataset``, ``origin_split``,
-    ``idx`` and, if the row has an image, ``image_path``. Unknown fields go into ``Pair.extra``.
+    The fields that describe the row's origin go into ``provenance``: ``ds_name``, ``origin_dataset``,
+    ``origin_split``, ``idx`` and, if the row has an image, ``image_path``. Unknown fields go into ``Pair.extra``.
 
     Args:
         row: Fields of the row.
-        save_image: As in ``messages.row_images``.
+        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.

@@ -1,4 +1,4 @@
-"""The images and videos of a row: its columns, the parts of its messages, and the marks in its texts."""
+"""Reads the images and videos of a row: those in its fields, in its messages and at placeholders in its texts."""
 
 import base64
 import binascii
@@ -25,13 +25,17 @@ MEDIA_COLUMNS = ("image", "images", "video", "videos", "rejected_images")
 
 
 def row_images(row: Mapping[str, Any], save_image: SaveImage | None) -> list[str]:
-    """Returns the image paths in the fields ``image`` and ``images`` of a row.
+    """Returns the paths of the images in the fields ``image`` and ``images`` of a row.
 
-    Either field may hold an image or a list of images. An image is a path, bytes, or an object with ``bytes``,
-    ``path`` or ``url``. ``save_image`` stores bytes and returns the path. If it is None, bytes raise FieldError.
+    Each field may hold an image or a list of images. An image is a path, bytes, or an object with ``bytes``, ``path``
+    or ``url``.
+
+    Args:
+        row: Fields of the row.
+        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
 
     Raises:
-        FieldError: If a value is not an image, or the two fields differ.
+        FieldError: If a value is not an image, or both fields have images and these differ.
     """
     found = {}
     for name in ("image", "images"):
@@ -55,11 +59,15 @@ def _paths_text(paths: Sequence[str]) -> str:
 def row_videos(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Video]:
     """Returns the videos in the fields ``video`` and ``videos`` of a row.
 
-    Either field may hold a video or a list of videos. A video is a path, a list of paths of frames, an object as in
-    ``Video.from_value``, bytes, or an object with ``bytes`` or ``path``. ``save_image`` is as in ``row_images``.
+    Each field may hold a video or a list of videos. A video is a path, a list of frame paths, an object as in
+    ``Video.from_value``, bytes, or an object with ``bytes`` or ``path``.
+
+    Args:
+        row: Fields of the row.
+        save_image: Function that stores the bytes of a video and returns the path; None: bytes raise FieldError.
 
     Raises:
-        FieldError: If a value is not a video, or the two fields differ.
+        FieldError: If a value is not a video, or both fields have videos and these differ.
     """
     found = {}
     for name in ("video", "videos"):
@@ -76,7 +84,7 @@ def row_videos(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Vid
 
 
 def read_video(name: str, value: object, save_image: SaveImage | None) -> Video:
-    """Returns a video in a form that ``row_videos`` describes; ``name`` is the field in messages."""
+    """Converts a value that ``row_videos`` accepts to a Video. ``name`` is the name of the field in error messages."""
     if isinstance(value, bytes) or (isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}):
         value = image_path(name, value, save_image)
     try:
@@ -89,14 +97,14 @@ def read_video(name: str, value: object, save_image: SaveImage | None) -> Video:
 
 
 def row_rejected_images(row: Mapping[str, Any], save_image: SaveImage | None) -> tuple[str, ...]:
-    """Returns the image paths in the field ``rejected_images`` of a row (ms-swift); () if the field is empty."""
+    """Returns the paths of the images in the field ``rejected_images`` of a row (ms-swift); () if it is empty."""
     value = row.get("rejected_images")
     images = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
     return tuple(image_path("rejected_images", image, save_image) for image in images)
 
 
 def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
-    """Returns the path of an image in a form that ``row_images`` describes; ``name`` is the field in messages."""
+    """Converts an image that ``row_images`` accepts to a path. ``name`` is the name of the field in error messages."""
     if isinstance(image, bytes):
         image = {"bytes": image}
     if isinstance(image, str) and image:
@@ -116,12 +124,15 @@ def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
 
 
 class Images:
-    """The images and videos of a row in the order of their places in the prompt.
+    """Collects the images and videos of a row in the order of their places in the prompt.
+
+    A place is a message part, or a placeholder such as ``<image>`` in a text. A place that does not name a path gets
+    the next path from the row's fields.
 
     Args:
-        columns: Paths from the row's fields ``image`` and ``images``. They fill, in order, the places without a path.
-        save_image: As in ``row_images``.
-        videos: Videos from the row's fields ``video`` and ``videos``, which fill the places of videos.
+        columns: Paths from the row's fields ``image`` and ``images``.
+        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
+        videos: Videos from the row's fields ``video`` and ``videos``.
     """
 
     def __init__(
@@ -134,9 +145,9 @@ class Images:
         self._n_places = 0
 
     def add_part(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the image of a message part: the image that the part names, or the next image of the row's columns.
+        """Adds the image of a message part. A part that does not name its image gets the next image of the row.
 
-        ``name`` is the field in messages.
+        ``name`` is the name of the field in error messages.
         """
         self._n_places += 1
         path = self._part_path(name, part)
@@ -151,9 +162,9 @@ class Images:
         self._placed.append(path)
 
     def add_marks(self, name: str, text: str) -> None:
-        """Adds the row's next image for each ``<image>`` in a text, and the row's next video for each ``<video>``.
+        """Adds the next image of the row for each ``<image>`` in a text, and the next video for each ``<video>``.
 
-        ``name`` is the field in messages.
+        ``name`` is the name of the field in error messages.
         """
         for _ in range(text.count(IMAGE_PLACEHOLDER)):
             self.add_part(name, {})
@@ -161,7 +172,10 @@ class Images:
             self.add_video(name, {})
 
     def add_video(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the video of a message part: the video that the part names, or the next video of the row's columns."""
+        """Adds the video of a message part. A part that does not name its video gets the next video of the row.
+
+        ``name`` is the name of the field in error messages.
+        """
         self._n_video_places += 1
         given = {field: part[field] for field in VIDEO_FIELDS if not is_empty(part.get(field))}
         settings = {field: part[field] for field in VIDEO_SETTINGS if part.get(field) is not None}
@@ -188,7 +202,10 @@ class Images:
         self._placed_videos.append(read_video(name, value, self._save_image))
 
     def videos(self, name: str) -> tuple[Video, ...]:
-        """Returns all videos in the order of their places, as ``paths`` returns the images."""
+        """Returns all videos in the order of their places in the prompt. Without places, returns the row's videos.
+
+        Raises FieldError if only some of the videos have a place. ``name`` is the name of the field in error messages.
+        """
         count = len(self._placed_videos) + len(self._waiting_videos)
         if self._waiting_videos and self._n_video_places:
             raise FieldError(f"{name} must have no or {count} places for its videos, got {self._n_video_places}")
@@ -196,13 +213,13 @@ class Images:
 
     @property
     def count(self) -> int:
-        """Number of all images, with or without a place in the prompt."""
+        """Number of images, including those without a place in the prompt."""
         return len(self._placed) + len(self._waiting)
 
     def paths(self, name: str) -> tuple[str, ...]:
-        """Returns all paths in the order of their places. If no text has a place, returns all paths of the columns.
+        """Returns all image paths in the order of their places in the prompt. Without places, returns the row's paths.
 
-        Raises FieldError if some, but not all, images have a place. ``name`` is the field in the message.
+        Raises FieldError if only some of the images have a place. ``name`` is the name of the field in error messages.
         """
         if self._waiting and self._n_places:
             raise FieldError(f"{name} must have no or {self.count} places for its images, got {self._n_places}")
@@ -244,7 +261,10 @@ def _anthropic_source(name: str, source: object) -> object:
 
 
 def refuse_fields(name: str, values: Mapping[str, Any], known: set[str]) -> None:
-    """Raises FieldError if ``values`` has a field that is not in ``known`` and not empty."""
+    """Raises FieldError if ``values`` has a non-empty field that is not in ``known``.
+
+    ``name`` names the object with these fields in the error text.
+    """
     for field, value in values.items():
         if field not in known and value not in (None, "", [], {}):  # 0 may be a weight
             raise FieldError(

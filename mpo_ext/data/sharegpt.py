@@ -1,8 +1,8 @@
-"""ShareGPT rows with a preference, as LLaMA-Factory reads them.
+"""Reads ShareGPT rows with a preference, in the format of LLaMA-Factory.
 
-A row has the prompt's turns in ``conversations`` (or ``conversation``, ``messages``), ``chosen`` and ``rejected``, and
-optionally ``system`` and ``images``. A turn has ``from`` and ``value``, or ``role`` and ``content``; ms-swift also
-writes a question and its response as one entry ``{"human": ..., "assistant": ...}``.
+A row has the turns of the prompt in ``conversations`` (or ``conversation``, ``messages``), ``chosen`` and
+``rejected``, and optionally ``system`` and ``images``. A turn has ``from`` and ``value``, or ``role`` and ``content``.
+ms-swift also writes a question and its response as one entry ``{"human": ..., "assistant": ...}``.
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ _QUESTIONS, _ANSWERS = ("human", "user"), ("assistant", "gpt", "bot")
 
 
 def from_sharegpt(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair, and returns the pair. Unknown fields go into ``Pair.extra``.
+    """Converts a ShareGPT row to a pair. Unknown fields go into ``Pair.extra``.
 
     Args:
         row: Fields of the row.
-        save_image: As in ``messages.row_images``.
+        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.
@@ -60,7 +60,7 @@ def from_sharegpt(row: Mapping[str, Any], *, save_image: SaveImage | None = None
 
 
 def _expand(turns: object) -> object:
-    """Returns a list of messages, in which an entry with a question and a response becomes two messages."""
+    """Replaces each entry ``{"human": ..., "assistant": ...}`` of a conversation by two messages."""
     if not isinstance(turns, (list, tuple)):
         return turns
     messages: list[Any] = []

@@ -1,4 +1,4 @@
-"""Opens pairs in any format, for commands and for the trainer."""
+"""Opens preference pairs in any supported format."""
 
 import dataclasses
 import functools
@@ -24,18 +24,18 @@ from mpo_ext.images import describe_source, image_exists, missing_image_advice
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PairSource:
-    """Pairs that ``open_pairs`` opened.
+    """The pairs of an opened file, folder or dataset.
 
     Attributes:
         path: Path that was opened, or ``hf://owner/name``.
         format: Format of the rows; "hf" for all rows of a folder that ``save_to_disk`` wrote.
-        pairs: The pairs, each line once.
-        root: Folder that relative image paths start at.
+        pairs: The pairs, with each line once.
+        root: Folder to which relative image paths are joined.
         subsets: Subsets of a meta file, by name; empty for the other formats.
         on_pair: Function that is called with each pair, after its image paths are made absolute; None: no call.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
-        image_dir: Folder for the images and videos that rows hold as bytes; "" if the format has none.
-        selected: Indices ``[n]`` int64 of the lines that ``scan`` and ``scan_for`` visit, ascending; None: all lines.
+        image_dir: Folder for the images and videos that rows hold as bytes; "" if the format cannot hold bytes.
+        selected: Ascending int64 indices ``[n]`` of the lines that ``scan`` and ``scan_for`` visit; None: all lines.
     """
 
     path: str
@@ -55,24 +55,24 @@ class PairSource:
 
     @property
     def files(self) -> list[str]:
-        """Paths of the files that the pairs are read from."""
+        """Paths of the files from which the pairs are read."""
         stored = self.pairs.files if isinstance(self.pairs, DatasetPairs) else []
         return [self.path, *(subset.annotation for subset in self.subsets.values()), *stored]
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the location of every line, with the line's pair (its image paths are absolute) or a BadLine."""
+        """Yields the location of each line, with its pair or a BadLine. Image paths of the pair are absolute."""
         return map(self.read, map(int, self.indices))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
-        """Returns the location of the line at an index, and its pair or a BadLine, as ``scan`` yields them."""
+        """Reads the line at an index. Returns its location, and its pair with absolute image paths or a BadLine."""
         where, _, pair = self._read(index)
         return where, pair
 
     def scan_for(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the same as ``scan``, but with image paths for a file that is written into ``folder``.
+        """Yields the same as ``scan``, but with image paths for writing the pairs to a file in ``folder``.
 
-        A relative image path of a line becomes relative to ``folder`` if ``folder`` is the root or contains the image.
-        Otherwise, it becomes absolute.
+        An image path that is relative in the source becomes relative to ``folder`` if ``folder`` is the root or
+        contains the image. All other image paths are absolute.
         """
         folder = os.path.realpath(folder)
         for index in map(int, self.indices):
@@ -87,7 +87,11 @@ class PairSource:
             yield where, pair
 
     def _read(self, index: int) -> tuple[Location, tuple[str, ...], Pair | BadLine]:
-        """Returns a line's location, its original media paths, and its pair with absolute paths or a BadLine."""
+        """Reads the line at an index.
+
+        Returns:
+            The location, the media paths as written in the line, and the pair with absolute paths or a BadLine.
+        """
         where = self.pairs.locate(index)
         try:
             pair = self.pairs.read(index)
@@ -105,7 +109,9 @@ class PairSource:
 
 
 class MissingImages:
-    """Counts the image and video files that do not exist, each file once. ``add`` serves as ``PairSource.on_pair``.
+    """Counts the missing image and video files of pairs. Each file counts once.
+
+    Use ``add`` as the attribute ``on_pair`` of a ``PairSource``.
 
     Attributes:
         first: Description of the first missing file; "" if none is missing.
@@ -117,7 +123,7 @@ class MissingImages:
         self._has_videos = False
 
     def add(self, pair: Pair) -> None:
-        """Records which images and videos of a pair exist."""
+        """Checks whether the images and videos of a pair exist."""
         self._has_videos = self._has_videos or bool(pair.videos)
         for image in pair.media_paths:
             key = hash(image)
@@ -127,7 +133,7 @@ class MissingImages:
                     self.first = self.first or f"{describe_source(image)}{missing_image_advice(image)}"
 
     def warning(self, source: PairSource) -> str | None:
-        """Returns a warning with the number of missing images, or None if no image is missing."""
+        """Returns a warning with the number of missing files, or None if no file is missing."""
         missing = sum(not exists for exists in self._exists.values())
         if not missing:
             return None
@@ -139,12 +145,12 @@ class MissingImages:
 
 
 class StoredMedia:
-    """Finds images and videos that rows hold as bytes, and that reading the rows stores in ``PairSource.image_dir``.
+    """Detects whether images or videos were stored in ``image_dir`` because rows hold them as bytes.
 
-    ``add`` serves as ``PairSource.on_pair``.
+    Use ``add`` as the attribute ``on_pair`` of a ``PairSource``.
 
     Attributes:
-        folder: The folder, once a pair has such an image or video; "" before.
+        folder: ``image_dir`` if a pair has a stored image or video, otherwise "".
     """
 
     def __init__(self, source: PairSource) -> None:
@@ -152,7 +158,7 @@ class StoredMedia:
         self._image_dir = source.image_dir
 
     def add(self, pair: Pair) -> None:
-        """Records whether a pair has a stored image or video."""
+        """Sets ``folder`` if a pair has a stored image or video."""
         if self._image_dir and not self.folder and any(map(self._is_stored, pair.media_paths)):
             self.folder = self._image_dir
 
@@ -162,7 +168,7 @@ class StoredMedia:
 
 
 def stored_note(folder: str) -> str:
-    """Returns a line for the user about the folder of ``StoredMedia``."""
+    """Returns a message that tells the user in which folder images were stored."""
     return f"images that the rows hold as bytes are stored in {folder}"
 
 
@@ -179,14 +185,15 @@ def open_pairs(
     config: str | None = None,
     ignore: Collection[str] = (),
 ) -> PairSource:
-    """Opens pairs in any format. The returned source reads a pair when the pair is accessed.
+    """Opens preference pairs in any supported format. The returned source reads each pair on access.
 
     Args:
         path: Path of a meta file (.json); of a file of rows (JSON lines, JSON array, CSV or parquet); of a folder of
             parquet files or of a Hugging Face dataset; or the id of a dataset of the Hugging Face hub
-            (``hf://owner/name``, or ``owner/name`` if ``hub.hub_id`` takes it as an id).
+            (``hf://owner/name`` or ``owner/name``; see ``hub.hub_id``).
         format: Format of the rows; None: it is detected from the fields. A later row in another format is bad.
-        root: Folder that relative image paths start at; None: the folder of the file. A meta file has its own roots.
+        root: Folder to which relative image paths are joined; None: the folder of the file. A meta file names its own
+            roots.
         root_map: Path prefixes (old, new) of folders of images or annotations that have moved.
         image_dir: Folder for storing images that a row holds as bytes; None: ``images`` in ``cache_folder()``.
         max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
@@ -246,12 +253,12 @@ class _ReadOptions:
 
 
 def _open_file(name: str, format: Format | None, folder: str, options: _ReadOptions) -> PairSource:
-    """Opens a meta file or another file of rows, and returns its pairs.
+    """Opens a meta file or another file of rows.
 
     Args:
         name: Path of the file.
         format: Format of the rows; None: it is detected.
-        folder: Folder that relative image paths start at.
+        folder: Folder to which relative image paths are joined.
         options: Further options.
     """
     if format == "hf":
@@ -292,7 +299,7 @@ def _subset_of(name: str, folder: str, annotation: str = "") -> MMPRSubset:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _RowParser:
-    """The function ``parse`` of a ``LineFile`` whose lines are rows of ``format``."""
+    """A ``parse`` function for ``LineFile`` that converts rows of ``format`` to pairs."""
 
     format: str
     image_dir: Path
@@ -304,13 +311,13 @@ class _RowParser:
 def _open_table(
     name: str, dataset: Any, format: Format | None, folder: str, options: _ReadOptions, *, is_saved: bool = False
 ) -> PairSource:
-    """Opens the rows of a loaded dataset, and returns its pairs.
+    """Opens the rows of a loaded dataset.
 
     Args:
-        name: Path or hub id of the dataset, for messages.
+        name: Path or hub id of the dataset, for locations and error messages.
         dataset: The dataset.
         format: Format of the rows; None or "hf": it is detected from the columns.
-        folder: Folder that relative image paths start at.
+        folder: Folder to which relative image paths are joined.
         options: Further options.
         is_saved: Whether ``save_to_disk`` wrote the dataset.
     """

@@ -21,7 +21,7 @@ _CJK_CHARACTER = re.compile(f"[{_CJK}]")
 
 @dataclasses.dataclass(slots=True)
 class LengthStats:
-    """Lengths of texts.
+    """Count, sum, minimum and maximum of the lengths of texts.
 
     Attributes:
         count: Number of texts.
@@ -52,13 +52,13 @@ class LengthStats:
 
 @dataclasses.dataclass(slots=True)
 class SubsetStats:
-    """Statistics of a subset.
+    """Statistics of the pairs in a subset.
 
     Attributes:
         pairs: Number of good pairs.
         skipped: Number of bad lines.
         images: Number of images; an image that several pairs use counts several times.
-        videos: Number of videos, counted in the same way.
+        videos: Number of videos; a video that several pairs use counts several times.
         text_only: Number of pairs without images and videos.
         rejected_images: Number of pairs with other images for the rejected response.
         with_answer: Number of pairs with a true answer.
@@ -81,7 +81,7 @@ class SubsetStats:
     rejected: LengthStats = dataclasses.field(default_factory=LengthStats)
 
     def add(self, pair: Pair, length: Callable[[str], int]) -> None:
-        """Adds a pair to the statistics; ``length`` returns the length of a text."""
+        """Adds a pair to the statistics. ``length`` is the function that measures a text."""
         chosen, rejected = length(pair.chosen), length(pair.rejected)
         self.pairs += 1
         self.images += len(pair.images)
@@ -100,16 +100,16 @@ class SubsetStats:
 
 
 def count_words(text: str) -> int:
-    """Returns the number of words; each Chinese, Japanese or Korean character counts as a word."""
+    """Returns the number of words in a text. Each Chinese, Japanese or Korean character counts as one word."""
     if text.isascii() or _CJK_CHARACTER.search(text) is None:  # ``split`` is much faster than the regular expression
         return len(text.split())
     return sum(1 for _ in _WORD.finditer(text))
 
 
 def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[str], int], str]:
-    """Returns a function that measures the length of a text, and the name of the length's unit.
+    """Returns a function that measures the length of a text, and a description of its unit, such as tokens or words.
 
-    ``tokenizer`` is the name or folder of a tokenizer that transformers can load; None: the function counts words.
+    ``tokenizer`` is the name or folder of a transformers tokenizer; None: the function counts words.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -133,9 +133,12 @@ def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[s
 def collect_stats(
     source: PairSource, length: Callable[[str], int] = count_words, skipped: Skipped | None = None
 ) -> dict[str, SubsetStats]:
-    """Reads every pair once and returns the statistics by subset, in the order of the source.
+    """Reads every pair of a source, and returns the statistics by subset.
 
-    ``length`` returns the length of a text. ``skipped`` collects the bad lines; with None, they are only counted.
+    Args:
+        source: The pairs.
+        length: Function that returns the length of a text.
+        skipped: Collects the bad lines; None: they are only counted.
     """
     stats = {name: SubsetStats() for name in source.subsets}
     for where, pair in source.scan():

@@ -1,6 +1,6 @@
-"""Preference rows of ms-swift.
+"""Reads preference rows of ms-swift.
 
-A row has the whole chosen conversation in ``messages``, and the rejected side in ``rejected_response`` (a text, or
+A row has the whole chosen conversation in ``messages``, and the rejected response in ``rejected_response`` (a text, or
 the turns after the last question) or ``rejected_messages`` (the whole conversation). Older rows have ``query``,
 ``response``, ``rejected_response`` and ``history``. Each row may have ``system`` and ``images``.
 """
@@ -39,11 +39,11 @@ _USER = ("user", "human")
 
 
 def from_swift(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair, and returns the pair. Unknown fields go into ``Pair.extra``.
+    """Converts a row of ms-swift to a pair. Unknown fields go into ``Pair.extra``.
 
     Args:
         row: Fields of the row.
-        save_image: As in ``messages.row_images``.
+        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.
@@ -101,9 +101,9 @@ def _role(message: Mapping[str, Any]) -> object:
 
 
 def _rejected(value: Any) -> Any:
-    """Returns the rejected response in the field ``rejected_response``: a text, or the turns of a response.
+    """Returns the value of the field ``rejected_response``. A list with a single text is replaced by the text.
 
-    A list with a single text stands for this text.
+    Raises FieldError for a list of several texts.
     """
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         if len(value) > 1:

@@ -1,4 +1,4 @@
-"""Reads the tools of conversations: descriptions of functions, and the assistant's calls."""
+"""Reads descriptions of tools, which are functions that the assistant may call, and tool calls."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -13,7 +13,13 @@ _FIELDS = {"tools", "functions", "tool_calls", "tool_call_id", "function_call", 
 
 
 def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Collection[str] = ()) -> None:
-    """Raises FieldError if a row or message has tool fields other than ``known``, the fields that its reader uses."""
+    """Raises FieldError if a row or message has a non-empty tool field, such as ``functions``, outside ``known``.
+
+    Args:
+        values: Fields of the row or message.
+        name: Name of the row or field in the error message.
+        known: Names of the tool fields that the reader uses.
+    """
     for field in sorted((_FIELDS - set(known)) & values.keys()):
         if not is_empty(values[field]) and values[field] != "[]":
             raise FieldError(
@@ -22,9 +28,9 @@ def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Colle
 
 
 def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
-    """Returns the calls in a message's field ``tool_calls``, read by ``read_tool_calls``; [] for an empty field.
+    """Reads the field ``tool_calls`` of a message; [] for an empty field.
 
-    Raises FieldError if the field has another form. ``name`` is the name of the field in the error.
+    Raises FieldError if the field is invalid. ``name`` names the message in the error text.
     """
     try:
         return [] if is_empty(calls) else read_tool_calls(calls)
@@ -33,7 +39,11 @@ def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
 
 
 def call_in_content(name: str, content: object) -> list[dict[str, Any]]:
-    """Returns the calls that a message of the role "function_call" has as JSON in its content."""
+    """Reads the tool calls of a message with the role "function_call", whose content is JSON.
+
+    The content is a call or a list of calls. Raises FieldError if it is invalid. ``name`` names the message in the
+    error text.
+    """
     try:
         value = json.loads(content) if isinstance(content, str) else content
     except ValueError:
@@ -51,12 +61,16 @@ def call_in_content(name: str, content: object) -> list[dict[str, Any]]:
 
 
 def read_tools(name: str, value: object) -> list[dict[str, Any]]:
-    """Returns the descriptions of tools in a field ``tools``, which may be JSON in a text; [] for an empty field.
+    """Reads the tool descriptions in a field ``tools``, a list or JSON text; [] for an empty field.
 
     Each description becomes ``{"type": "function", "function": {"name": ..., ...}}``.
 
+    Args:
+        name: Name of the field, for the error message.
+        value: Value of the field.
+
     Raises:
-        FieldError: If the field is not a list of such descriptions. ``name`` is the field in the message.
+        FieldError: If the field is not a list of such descriptions.
     """
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value

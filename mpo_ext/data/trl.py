@@ -4,8 +4,8 @@ TRL has the columns ``prompt``, ``chosen``, ``rejected``, ``tools``, and ``image
 
 - ``answer_gt`` (text or null),
 - ``image_paths`` (list of texts), only in datasets, because their ``images`` may hold bytes without a path,
-- ``question`` (text or null), the original question if ``prompt`` cannot hold it, as with ``<image>`` in mid-line,
-- ``provenance`` and ``extra``, JSON as text, because a column of a dataset has one type.
+- ``question`` (text or null), the original question if it cannot be recovered from ``prompt``,
+- ``provenance`` and ``extra``, as JSON texts, because all values in a dataset column have one type.
 """
 
 import json
@@ -44,18 +44,18 @@ _COLUMNS = (
 )
 
 
-def to_trl(pair: Pair, kind: Kind = "standard", *, has_images: bool = True) -> dict[str, Any]:
-    """Returns a pair as a row of TRL's preference format.
+def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True) -> dict[str, Any]:
+    """Converts a pair to a row of TRL's preference format.
 
     Args:
         pair: Pair to convert.
-        kind: "standard": the prompt is the question. "conversational": the prompt consists of the turns of the
-            pair, or of a user message with the question. An image block replaces each ``<image>`` and one line break
-            after it. If the number of ``<image>`` is not the number of images, all image blocks precede the unchanged
-            text.
-        has_images: Whether the file or dataset has images. If True, the row has the paths as ``images``, and the
-            content of a prompt's message is a list of blocks, which image models expect. If False, the row has no
-            ``images`` (TRL would expect an image model), and content is text. All rows must have the same value.
+        kind: "standard": the prompt is the question. "conversational": the prompt consists of the turns of the pair,
+            or of a user message with the question. Each ``<image>``, with a line break after it, becomes an image
+            block. If the number of ``<image>`` differs from the number of images, all image blocks come before the
+            unchanged text.
+        has_images: Whether any row of the file or dataset has images; must be the same for all rows. True: the row has
+            the column ``images``, and the content of prompt messages is a list of blocks, which image models expect.
+            False: the row has no column ``images``, and the content is text.
 
     Raises:
         ValueError: If ``kind`` is "standard" and the pair has a prompt or response of several turns; if
@@ -109,8 +109,8 @@ def _prompt_messages(pair: Pair, *, has_images: bool) -> list[dict[str, Any]]:
 def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
     """Converts a row of TRL's preference format to a pair.
 
-    If ``chosen`` and ``rejected`` are whole conversations, the prompt consists of the first turns that they share. The
-    column ``prompt`` may then be missing, or be the text of one of these turns.
+    If ``chosen`` and ``rejected`` are whole conversations, the turns with which both begin are the prompt. The column
+    ``prompt`` may then be missing, or be the text of one of these turns.
 
     Args:
         row: Row with a text or messages as prompt. Columns that ``to_trl`` does not write go into ``extra``.
@@ -154,9 +154,9 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
 
 
 def _split(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Returns the prompt, the chosen and the rejected response of a row.
+    """Returns the prompt, the chosen response and the rejected response of a row.
 
-    If ``chosen`` and ``rejected`` are whole conversations, the prompt is their common beginning.
+    If ``chosen`` and ``rejected`` are whole conversations, the turns with which both begin are the prompt.
     """
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     are_conversations = isinstance(chosen, list) and isinstance(rejected, list)
@@ -186,12 +186,13 @@ def _begins_with_response(chosen: list[Any]) -> bool:
 
 
 def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn]:
-    """Returns the turns of a prompt.
+    """Converts the prompt of a row to turns.
 
     Args:
         prompt: Column ``prompt``, a text or messages.
         images: Object that collects the images of the prompt.
-        question: Column ``question``. If ``to_trl`` makes this prompt from it, it is the content of the only turn.
+        question: Column ``question``, the original text of a single-turn prompt. It is used if ``prompt`` still agrees
+            with it.
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
@@ -208,7 +209,7 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
 
 
 def _is_same_prompt(original: object, prompt: object) -> bool:
-    """Returns whether ``to_trl`` makes the messages of ``prompt`` from the turns ``original``."""
+    """Returns whether ``to_trl`` converts the turns ``original`` to the messages ``prompt``."""
     if not is_conversation(original) or not isinstance(original, list) or not isinstance(prompt, list):
         return False
     if not all(isinstance(turn.get("content"), str) and isinstance(turn.get("role"), str) for turn in original):
@@ -248,7 +249,7 @@ def _plain(content: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _join_blocks(content: Iterable[Mapping[str, Any]]) -> str:
-    """Returns the text of blocks, with ``<image>`` and a line break for each image: the inverse of ``_blocks``."""
+    """Joins text and image blocks to a text. Each image block becomes ``<image>`` and a line break."""
     return "".join(IMAGE_PLACEHOLDER + "\n" if block["type"] == "image" else block["text"] for block in content)
 
 
@@ -271,9 +272,12 @@ def _json(name: str, value: object) -> dict[str, Any]:
 def read_trl(
     path: str | os.PathLike[str], *, root_map: RootMap = (), max_line_bytes: int = MAX_LINE_BYTES
 ) -> LineFile:
-    """Opens a file with one row of TRL's preference format per line, and returns its pairs.
+    """Opens a file with one row of TRL's preference format per line, standard or conversational.
 
-    The rows may be standard or conversational. The arguments are those of ``jsonl.read_pairs``.
+    Args:
+        path: Path of the file.
+        root_map: Path prefixes (old, new) of folders that have moved.
+        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
     """
     return LineFile(path, _parse_row, root_map=root_map, max_line_bytes=max_line_bytes)
 
@@ -282,9 +286,11 @@ def _parse_row(values: dict[str, Any], line: str) -> Pair:
     return from_trl(values)
 
 
-def write_trl(path: str | os.PathLike[str], pairs: Iterable[Pair], kind: Kind = "standard", **options: Any) -> int:
-    """Writes a file with one row of ``to_trl`` per line atomically, and returns the number of rows.
+def write_trl(
+    path: str | os.PathLike[str], pairs: Iterable[Pair], kind: Kind = "conversational", **options: Any
+) -> int:
+    """Writes pairs to a file with one row of TRL's preference format per line atomically, and returns their number.
 
-    ``options`` are those of ``to_trl``. With the default ``has_images=True``, every row has a list ``images``.
+    ``options`` are arguments of ``to_trl``. With the default ``has_images=True``, every row has a list ``images``.
     """
     return write_lines(path, (to_trl(pair, kind, **options) for pair in pairs))

@@ -1,4 +1,4 @@
-"""Writes preference pairs into a static HTML page with images, key frames of videos, search and filters."""
+"""Writes preference pairs to a static HTML page with images, key frames of videos, search and filters."""
 
 import base64
 import collections
@@ -36,7 +36,7 @@ def write_view(
     image_budget: int = 64 << 20,
     max_characters: int = 20_000,
 ) -> tuple[int, Skipped]:
-    """Writes an HTML page of the pairs atomically.
+    """Writes an HTML page with the pairs of a source atomically.
 
     Args:
         path: Path of the HTML file.
@@ -44,7 +44,7 @@ def write_view(
         title: Title of the page; None: the path of the source.
         limit: Maximum number of lines. If there are more, ``limit`` lines are drawn at random; the page states this.
         seed: Seed of the draw.
-        thumbnail: Maximum side of an image in pixels; 0 omits the images.
+        thumbnail: Maximum width and height of an image in pixels; 0 omits the images.
         image_budget: Maximum size of all encoded images in bytes. The page marks the images that do not fit.
         max_characters: Maximum number of characters of a text. Longer texts are cut, and the page marks them.
 
@@ -95,25 +95,25 @@ def write_view(
 
 
 def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Returns the non-empty names in sorted order, each with its number of occurrences."""
+    """Counts how often each name occurs, without empty names, and returns (name, count) pairs sorted by name."""
     return sorted(collections.Counter(name for name in names if name).items())
 
 
 def empty_picks(source: PairSource) -> dict[str, Any]:
-    """Returns the content of a picks file for ``source`` with no pair picked yet; the page adds the picks."""
+    """Returns the content of a picks file for ``source`` in which no pair is picked."""
     return Picks(os.fspath(source.path), len(source.pairs), {}).to_dict()
 
 
 def page_entry(
     index: int, where: Location, pair: Pair, images: Sequence[dict[str, Any]], max_characters: int
 ) -> dict[str, Any]:
-    """Returns the values with which the page shows a pair.
+    """Returns the values that the page's script needs to show a pair.
 
     Args:
         index: Index of the line in the source.
-        where: Place of the pair.
+        where: Location of the pair.
         pair: The pair.
-        images: Values of the pair's images and videos for the page.
+        images: Entries of the pair's images and videos, such as ``Thumbnails.of_pair`` returns.
         max_characters: Maximum number of characters of a text.
     """
     shared, cut = _shared(pair.chosen, pair.rejected), _cut(pair)
@@ -137,7 +137,7 @@ def page_entry(
 
 
 def _cut(pair: Pair) -> int | None:
-    """Returns the number of characters of the chosen response that DropoutNTP kept, or None if it is unknown."""
+    """Returns the number of characters of the chosen response that DropoutNTP kept, or None if it is not recorded."""
     cut = pair.provenance.get("cut")
     cut = cut.get("characters") if isinstance(cut, dict) else cut
     if isinstance(cut, bool) or not isinstance(cut, int) or not 0 < cut <= len(pair.chosen):
@@ -146,23 +146,23 @@ def _cut(pair: Pair) -> int | None:
 
 
 def _shared(chosen: str, rejected: str) -> int:
-    """Returns the number of characters in the common prefix of two responses."""
+    """Returns the length of the longest common prefix of two responses, in characters."""
     equal = (left == right for left, right in zip(chosen, rejected, strict=False))
     return next((index for index, same in enumerate(equal) if not same), min(len(chosen), len(rejected)))
 
 
 def _utf16(text: str) -> int:
-    """Returns the length of a text in UTF-16 code units, the units of JavaScript's string positions."""
+    """Returns the length of a text in UTF-16 code units, in which JavaScript counts string positions."""
     return len(text.encode("utf-16-le")) // 2
 
 
 def cut_text(text: str, most: int) -> str:
-    """Returns a text, cut after ``most`` characters. The end of a cut text states how many characters are missing."""
+    """Truncates a text that has more than ``most`` characters, and appends the number of missing characters."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most:,} more characters]"
 
 
 def script_json(value: Any) -> Any:
-    """Returns the value as JSON that is safe in an HTML script element, because it contains no HTML tags."""
+    """Returns a value as JSON that is safe inside an HTML script element."""
     from markupsafe import Markup
 
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -172,21 +172,21 @@ def script_json(value: Any) -> Any:
 
 
 def make_thumbnail(source: Any, size: int) -> Any:
-    """Returns an image, converted by ``load_image``, as a PIL image with sides of at most ``size`` pixels."""
+    """Loads an image and scales it down to at most ``size`` pixels in width and height. Returns a PIL image."""
     image = load_image(source)
     image.thumbnail((size, size))
     return image
 
 
 def jpeg_thumbnail(source: Any, size: int) -> bytes:
-    """Returns the thumbnail of an image as a JPEG file."""
+    """Returns a thumbnail of an image as the bytes of a JPEG file."""
     buffer = io.BytesIO()
     make_thumbnail(source, size).save(buffer, format="JPEG", quality=80)
     return buffer.getvalue()
 
 
 def jpeg_key_frames(video: Video, size: int) -> bytes:
-    """Returns the thumbnails of a video's key frames side by side, as a JPEG file."""
+    """Returns thumbnails of a video's key frames, side by side, as the bytes of one JPEG file."""
     from PIL import Image
 
     frames = [make_thumbnail(frame.copy(), size) for frame in key_frames(video, KEY_FRAMES).frames]
@@ -201,26 +201,26 @@ def jpeg_key_frames(video: Video, size: int) -> bytes:
 
 
 def media_names(pair: Pair) -> list[str]:
-    """Returns the names that a page shows for the images, the rejected images and the videos of a pair, in order."""
+    """Returns the display names of a pair's images, rejected images and videos, in this order."""
     rejected = [f"for rejected: {image_name(image)}" for image in pair.rejected_images]
     return [*map(image_name, pair.images), *rejected, *map(video_name, pair.videos)]
 
 
 def video_name(video: Video) -> str:
-    """Returns the name of a video for the page: the name of its file, or a description of its frames."""
+    """Returns the display name of a video: its file name, or a description of its frames."""
     return image_name(video.path) if video.path else describe_video(video)
 
 
 def image_name(path: str) -> str:
-    """Returns the name of an image for the page: the name of its file, or a description of a URL."""
+    """Returns the display name of an image: its file name, or a description of a URL."""
     return describe_source(path if is_url(path) else os.path.basename(path))
 
 
 class Thumbnails:
-    """Small copies of images and key frames as data URIs. An image or video that is added twice is stored once.
+    """Collects thumbnails of images and of video key frames as data URIs. Each image or video is stored once.
 
     Args:
-        size: Maximum side of a copy in pixels; 0 omits all images.
+        size: Maximum width and height of a thumbnail in pixels; 0 omits all images.
         budget: Maximum number of characters of all data URIs.
 
     Attributes:
@@ -236,19 +236,19 @@ class Thumbnails:
         self._videos: dict[Video, list[dict[str, Any]]] = {}
 
     def add(self, path: str) -> dict[str, Any]:
-        """Returns the name of an image with its index in ``uris``, or with the reason why it has no data URI."""
+        """Adds an image. Returns its entry: a dict with ``name`` and either ``index`` in ``uris`` or ``problem``."""
         if path not in self._entries:
             self._entries[path] = {"name": image_name(path), **self._make(path)}
         return self._entries[path]
 
     def of_pair(self, pair: Pair) -> list[dict[str, Any]]:
-        """Returns the entries of the images, the rejected images and the key frames of the videos of a pair."""
+        """Adds the images, rejected images and video key frames of a pair, and returns their entries; see ``add``."""
         entries = [self.add(image) for image in (*pair.images, *pair.rejected_images)]
         named = [{**entry, "name": name} for entry, name in zip(entries, media_names(pair), strict=False)]
         return [*named, *(frame for video in pair.videos for frame in self.add_video(video))]
 
     def add_video(self, video: Video) -> list[dict[str, Any]]:
-        """Returns the entries of the key frames of a video, each in the form that ``add`` returns."""
+        """Adds the key frames of a video, and returns their entries; see ``add``."""
         if video not in self._videos:
             name = video_name(video)
             loaded, problem = self._load(lambda: key_frames(video, KEY_FRAMES))
@@ -268,7 +268,10 @@ class Thumbnails:
         return self._store(image) if problem is None else {"problem": problem}
 
     def _load(self, load: Callable[[], Any]) -> tuple[Any, str | None]:
-        """Calls ``load``. Returns its result and None, or None and the reason why ``load`` failed."""
+        """Calls ``load``, and returns its result and an error text. One of the two is None.
+
+        Does not call ``load`` if images are omitted or the budget is used up.
+        """
         if not self._size:
             return None, "omitted"
         if self._budget <= 0:
@@ -282,7 +285,7 @@ class Thumbnails:
             return None, f"broken: {error}"
 
     def _store(self, content: bytes) -> dict[str, Any]:
-        """Stores a small JPEG file, and returns its index or the reason why it does not fit."""
+        """Stores a JPEG file as a data URI, and returns its ``index``, or a ``problem`` if it exceeds the budget."""
         uri = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
         if len(uri) > self._budget:
             self._budget = 0

@@ -1,6 +1,6 @@
-"""Serves a page of pairs on this machine. Pairs and images are read when the page shows them, so files may be large.
+"""Serves a page of pairs on this machine. Pairs and images are read only when the page shows them.
 
-Only 127.0.0.1 can connect, and only with the secret part of the address, which differs at each start.
+Only programs on this machine (127.0.0.1) can connect. The address contains a secret, which is new at each start.
 """
 
 import hashlib
@@ -41,18 +41,18 @@ _BODY_BYTES = 1000
 
 
 class PairServer(http.server.ThreadingHTTPServer):
-    """A context manager that serves the page of pairs; ``serve_forever`` answers requests.
+    """An HTTP server for the page of pairs. ``serve_forever`` answers requests. It is also a context manager.
 
     Args:
         source: Pairs to show.
         port: Number of the port; 0 takes a free port.
-        picks_path: File into which each picked pair is written at once. An existing file of picks is continued.
+        picks_path: File to which the picked pairs are written after each pick. Picks in an existing file are kept.
         title: Title of the page; None: the path of the source.
-        thumbnail: Maximum side of an image in pixels; 0 omits the images.
+        thumbnail: Maximum width and height of an image in pixels; 0 omits the images.
         max_characters: Maximum number of characters of a text; longer texts are cut, and the page marks them.
 
     Attributes:
-        url: Address of the page, with its secret part.
+        url: Address of the page, including its secret part.
 
     Raises:
         OSError: If the port is in use.
@@ -96,12 +96,12 @@ class PairServer(http.server.ThreadingHTTPServer):
         return Picks(picks.source, picks.lines, dict(known.digests))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
-        """Returns a line of the source. A lock lets only one thread read at a time."""
+        """Reads the line at an index of the source. Only one thread reads at a time."""
         with self.lock:
             return self.source.read(index)
 
     def pick(self, index: int, *, is_picked: bool) -> int:
-        """Adds a pair to the picks or removes it, writes the file of picks, and returns the number of picks."""
+        """Picks a pair or removes it from the picks, writes the file of picks, and returns the number of picks."""
         _, pair = self.read(index)
         if isinstance(pair, BadLine):
             raise ValueError(f"index must be that of a pair, got {pair}")
@@ -114,7 +114,7 @@ class PairServer(http.server.ThreadingHTTPServer):
             return len(self.picks.digests)
 
     def page(self) -> str:
-        """Returns the page."""
+        """Returns the HTML page. Its script loads the pairs later."""
         values: dict[str, Any] = {
             "title": self.title,
             "notes": [f"Picked pairs are written to {self.picks_path} at once."],
@@ -127,13 +127,13 @@ class PairServer(http.server.ThreadingHTTPServer):
         return render_page(TEMPLATE, values)
 
     def find(self, start: int, count: int, query: str, subset: str, *, only_picked: bool) -> dict[str, Any]:
-        """Returns the next pairs that match, and the position in ``source.indices`` at which the search continues.
+        """Searches pairs, and returns the next matches and the position at which the next search starts.
 
         Args:
             start: Position in ``source.indices`` of the first line to search.
-            count: Maximum number of pairs. A search that takes too long returns fewer, but reads at least one line.
-            query: Text that the question, a response, the answer, the pipeline or the place of a pair must contain;
-                case is ignored. "" matches all lines, also bad lines.
+            count: Maximum number of matches. A search that takes too long returns fewer.
+            query: Text to find in the question, a response, the answer, the pipeline or the location of a pair; case
+                is ignored. "" matches all lines, also bad lines.
             subset: Name of the subset; "" for all.
             only_picked: Whether only picked pairs match.
         """
@@ -165,7 +165,11 @@ class PairServer(http.server.ThreadingHTTPServer):
         return {"pairs": entries, "next": place, "total": len(indices), "picked": len(self.picks.digests)}
 
     def image(self, index: int, number: int) -> bytes:
-        """Returns the thumbnail of an image or video of a pair, numbered as in ``media_names``.
+        """Returns a JPEG thumbnail of an image or video of a pair.
+
+        Args:
+            index: Index of the pair's line.
+            number: Index of the image or video, as in ``media_names``.
 
         Raises:
             ValueError: If the pair has no such image, or the image cannot be shown.
@@ -228,7 +232,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._try(lambda: json.dumps(self.server.pick(index, is_picked=is_picked)).encode(), "application/json")
 
     def _request(self) -> tuple[str | None, dict[str, str]]:
-        """Returns the path after the secret part of the address, or None if the secret is wrong, and the query."""
+        """Returns the requested path after the secret, and the query. The path is None if the secret is wrong."""
         url = urllib.parse.urlsplit(self.path)
         token, _, name = url.path.removeprefix("/").partition("/")
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):
@@ -241,7 +245,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return min(number, len(self.server.source.pairs) - 1) if name == "index" else number
 
     def _try(self, make: Callable[[], bytes], kind: str) -> None:
-        """Answers with the bytes that ``make`` returns, or with the text of its ValueError or OSError."""
+        """Sends the bytes that ``make`` returns. A ValueError or OSError is sent as text with status 404."""
         try:
             self._answer(make(), kind)
         except (ValueError, OSError) as error:
@@ -261,4 +265,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Prints nothing. The default method prints a line for each image."""
+        """Does not log requests. The method that is overridden prints a line for each request."""

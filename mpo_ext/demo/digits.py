@@ -1,7 +1,7 @@
 """Grids of handwritten digits, and the task of adding them: questions that are answered directly or step by step.
 
-An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. Each digit belongs to one split.
-Benchmarks and tests use this task. The demo itself uses the task of ``mpo_ext.demo.reading``, with the same digits,
+An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. The splits share no digit image.
+Benchmarks and tests use this task. The demo uses the task of ``mpo_ext.demo.reading`` instead, with the same digits,
 splits and forms of responses.
 """
 
@@ -46,7 +46,8 @@ class Digits:
     Attributes:
         images: ``[N, 8, 8]`` float32 in [0, 1].
         values: ``[N]`` the digits, 0 to 9.
-        indices: ``[N]`` positions in scikit-learn's data set, to check that the splits are disjoint.
+        indices: ``[N]`` indices of the digits in scikit-learn's data set. Tests check with them that splits are
+            disjoint.
     """
 
     images: np.ndarray
@@ -55,7 +56,10 @@ class Digits:
 
 
 class GridTask(Protocol):
-    """A question about a grid of digits, with the correct answer: ``Task`` or ``reading.ReadingTask``."""
+    """Protocol of a question about a grid of digits, with the correct answer.
+
+    ``Task`` and ``reading.ReadingTask`` implement it.
+    """
 
     @property
     def values(self) -> tuple[int, ...]: ...
@@ -75,14 +79,14 @@ class GridTask(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """A question about an image, with the correct answer and a correct response.
+    """A question about an image of four digits, with the correct answer and a correct response.
 
     Attributes:
         image: ``[1, 32, 32]`` float32 in [0, 1]; None: the prompt has no image.
         values: The four digits, in the order of ``CELLS``.
-        operation: Key of ``OPERATIONS``.
-        region: Key of ``REGIONS``.
-        form: Form of the response that the question asks for, "direct" or "cot".
+        operation: Key of ``OPERATIONS``, such as "sum".
+        region: Key of ``REGIONS``, such as "top row": the cells that the question is about.
+        form: Form of the response that the question asks for, "direct" or "cot" (step by step).
         is_named: Whether the question states the digits, so that it can be answered without the image.
     """
 
@@ -103,7 +107,7 @@ class Task:
 
     @property
     def style(self) -> str:
-        """The ``style`` of ``extract_answer`` for responses of the form ``form``."""
+        """The form of the answer in a response: the argument ``style`` of ``extract_answer``."""
         return STYLES[self.form]
 
     @property
@@ -147,7 +151,7 @@ def load_digits() -> dict[str, Digits]:
 
 
 def part(split: Digits, begin: int, end: int | None) -> Digits:
-    """Returns the digits of a split from index ``begin`` to ``end`` (exclusive; None: to the last)."""
+    """Returns the digits of a split from index ``begin`` to ``end`` (exclusive; None: up to the last digit)."""
     chosen = slice(begin, end)
     return Digits(split.images[chosen], split.values[chosen], split.indices[chosen])
 
@@ -158,9 +162,9 @@ def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str
     On average, half of the questions are about the whole grid, and half about two cells.
 
     Args:
-        digits: Split of which the grids are made.
+        digits: Digits that the grids show.
         count: Number of questions.
-        rng: Generator of the draws.
+        rng: Random generator.
         form: Form of the responses, "direct" or "cot"; None draws the form of each question.
     """
     if form is not None and form not in FORMS:
@@ -196,7 +200,7 @@ def grid_image(cells: np.ndarray) -> Tensor:
 
 
 def vocabulary() -> Iterator[str]:
-    """Yields each word of all questions and correct responses of the task once."""
+    """Yields the distinct words of all questions and correct responses of the adding task."""
     words = [" ".join(INSTRUCTIONS.values()), "What is the of ?", *CELLS, *REGIONS, *OPERATIONS, ", .", TRIGGER]
     words += map(str, range(LARGEST_ANSWER + 1))
     yield from dict.fromkeys(word for text in words for word in text.split())

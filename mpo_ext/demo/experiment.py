@@ -1,4 +1,8 @@
-"""Runs the demo (SFT start, pairs, three further training runs, evaluation) and writes its results."""
+"""Runs the demo and writes its results.
+
+The demo trains a model by SFT, makes preference pairs from its answers, trains it further on the pairs with each
+method (SFT, DPO, MPO), and evaluates the four models.
+"""
 
 import copy
 import dataclasses
@@ -52,7 +56,7 @@ def run(
 ) -> None:
     """Runs the demo for each seed, and writes tables, curves, numbers, pairs and ``demo.html``.
 
-    A run that was interrupted resumes if it is called again with the same arguments.
+    To resume an interrupted run, call this function again with the same arguments.
 
     Args:
         out: Existing folder for the results.
@@ -60,8 +64,8 @@ def run(
         quick: Whether to use ``Settings.quick``.
         threads: Number of CPU threads.
         backend: Backend of the loss; None: the best installed backend.
-        from_scratch: Whether to train the SFT start instead of loading it from the package.
-        command: Command line, for the results.
+        from_scratch: Whether to train the SFT model instead of loading it from the package.
+        command: Command line to record in the results.
     """
     torch.set_num_threads(threads)
     os.environ["ACCELERATE_USE_CPU"] = "true"  # a GPU does not pay off for such a small model
@@ -89,10 +93,10 @@ def run(
 
 
 def run_seed(settings: Settings, folder: Path, console: Console) -> tuple[DemoResult, dict[str, list[str]]]:
-    """Runs the demo with one seed, or resumes it, and writes the pairs and the training runs to ``folder``.
+    """Runs or resumes the demo with one seed, and writes the pairs and the training runs to ``folder``.
 
     Returns:
-        The results, and the responses to ``held_out_tasks`` by method.
+        The results, and for each method the model's responses to the questions of ``held_out_tasks``.
     """
     console.rule(f"seed {settings.seed}")
     stages = Stages(console, folder, settings)
@@ -151,7 +155,10 @@ def run_seed(settings: Settings, folder: Path, console: Console) -> tuple[DemoRe
 def _make_start(
     settings: Settings, stages: Stages, folder: Path, info: dict[str, Any] | None
 ) -> tuple[InternVLForConditionalGeneration, DigitsProcessor, list[dict[str, float]]]:
-    """Returns the SFT start, its processor and its training log. ``info`` describes the start in the package."""
+    """Loads or trains the SFT model. Returns the model, its processor and its training log.
+
+    ``info`` is the result of ``shipped_start``. If it is None, the model is trained. A loaded model has an empty log.
+    """
     model, processor = new_model(settings)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
@@ -170,7 +177,7 @@ def _make_start(
 
 
 def held_out_tasks(settings: Settings) -> list[reading.ReadingTask]:
-    """Returns the questions of the final comparison: direct questions, then step-by-step questions."""
+    """Returns the held-out questions that evaluate the models: direct questions, then step-by-step questions."""
     rng = np.random.default_rng(_EVALUATION_SEED)
     split = digits.load_digits()["held-out"]
     counts = {"direct": settings.direct_evaluation_tasks, "cot": settings.evaluation_tasks}

@@ -12,16 +12,20 @@ from mpo_ext.demo.train import score
 
 
 def measure(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: int) -> dict[str, dict[str, Any]]:
-    """Returns measures of the responses to the questions, by form.
+    """Measures the responses to the questions, separately for each form of question.
 
     The language prior predicts each digit as the previous digit + ``prior_step`` modulo 10.
 
     Returns:
-        For each form: ``accuracy`` and ``unparsable`` (fractions of the questions), ``right`` (a character per
-        question: "1" if its answer is correct, else "0") and ``count``. For the step-by-step form "cot" also
-        ``digits_right`` (fraction of all digits that the responses name correctly), ``hallucinated`` (fraction of the
-        responses with a wrong digit that the prior predicts) and ``follow_prior`` (fraction of the named digits after
-        the first that the prior predicts; 0.1 would be chance).
+        A dict for each form:
+
+        - ``accuracy``, ``unparsable``: Fractions of the questions.
+        - ``right``: A character per question, "1" if its answer is correct, else "0".
+        - ``count``: Number of questions.
+        - ``digits_right`` (form "cot" only): Fraction of all digits that the responses name correctly.
+        - ``hallucinated`` (form "cot" only): Fraction of the responses with a wrong digit that the prior predicts.
+        - ``follow_prior`` (form "cot" only): Fraction of the named digits that the prior predicts, not counting the
+          first digit of a response. Chance is 0.1.
     """
     result: dict[str, dict[str, Any]] = {}
     for form in FORMS:
@@ -40,7 +44,10 @@ def measure(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: 
 
 
 def measure_digits(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: int) -> dict[str, float]:
-    """Returns the measures of the digits that step-by-step responses name, as in ``measure``."""
+    """Returns ``digits_right``, ``hallucinated`` and ``follow_prior`` of step-by-step responses.
+
+    ``measure`` defines these fractions.
+    """
     pairs = list(zip(tasks, responses, strict=True))
     named = follow = later = right = 0
     for task, text in pairs:
@@ -59,9 +66,9 @@ def measure_digits(tasks: Sequence[ReadingTask], responses: Sequence[str], prior
 
 
 def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float]:
-    """Returns accuracy(``first``) - accuracy(``second``) in points, and its paired standard error over the questions.
+    """Returns accuracy(``first``) - accuracy(``second``) in percentage points, and its paired standard error.
 
-    Both arguments are measures of the same questions in one form.
+    Both arguments are results of ``measure`` for one form, on the same questions.
     """
     differences = [int(ours) - int(theirs) for ours, theirs in zip(first["right"], second["right"], strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
@@ -69,5 +76,8 @@ def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tu
 
 
 def standard_error(accuracy: float, count: float, **_: Any) -> float:
-    """Returns the standard error of an accuracy in points."""
+    """Returns the standard error, in percentage points, of an accuracy over ``count`` questions.
+
+    ``accuracy`` is a fraction. Other keyword arguments are ignored.
+    """
     return 100 * math.sqrt(accuracy * (1 - accuracy) / count)

@@ -66,9 +66,9 @@ DigitsProcessor.register_for_auto_class("AutoProcessor")
 
 
 def build_tokenizer(*, is_reading: bool = False) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer in which each word is one token, because answers should have few tokens.
+    """Returns a tokenizer in which each word is one token, which keeps answers short.
 
-    It knows the words of the adding task and, with ``is_reading``, those of the reading task.
+    The vocabulary has the words of the adding task. ``is_reading`` adds the words of the reading task.
     """
     special = [_PAD, _END, _IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO, _USER, _ASSISTANT]
     more = reading.vocabulary() if is_reading else ()
@@ -96,7 +96,7 @@ def build_processor(side: int | None = None) -> DigitsProcessor:
     """Returns the demo's processor, with the tokenizer of ``build_tokenizer``.
 
     The images show ``side`` x ``side`` digits of 16x16 pixels, and have one token per digit. If ``side`` is None, the
-    processor is for the task of adding digits, with 2x2 digits.
+    processor is for the adding task, with 2x2 digits.
     """
     tokenizer = build_tokenizer(is_reading=side is not None)
     side = side or 2

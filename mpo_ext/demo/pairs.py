@@ -1,4 +1,8 @@
-"""Makes the demo's preference pairs with ``mpo_ext.generate``: correctness, format and DropoutNTP pairs."""
+"""Makes the demo's preference pairs with ``mpo_ext.generate``: correctness, format and DropoutNTP pairs.
+
+The rejected response has a wrong answer in a correctness pair, and no readable answer in a format pair. In a
+DropoutNTP pair, it is the beginning of the chosen response, continued by the model without the image.
+"""
 
 import collections
 import dataclasses
@@ -76,13 +80,13 @@ def make_pairs(
         model: The SFT model.
         processor: Processor of the model.
         settings: Settings of the demo.
-        rng: Generator that draws the questions.
+        rng: Random generator that draws the questions.
         folder: Folder to write to.
-        name: Name of the model. Other weights need another name, because a journal with the same name is resumed.
+        name: Name of the model. Use another name for other weights, because a journal with the same name is resumed.
         stream: Output of the progress display; None disables the display.
 
     Raises:
-        RuntimeError: If the answers give no pair, or ``check_pairs`` finds a defect in the pairs.
+        RuntimeError: If no pair can be made, or ``check_pairs`` finds a defect in the pairs.
     """
     engine = TransformersEngine(model, processor, name=name, batch_size=BATCH_SIZE)
     unseen = digits.part(digits.load_digits()["train"], settings.sft_digits, None)
@@ -107,7 +111,10 @@ def make_pairs(
 
 
 def sampling_runs(settings: Settings) -> Iterator[tuple[str, str, int, runner.PairPipeline]]:
-    """Yields, for each sampling run, its name, the form and number of its questions, and its pipeline."""
+    """Yields (name, form, count, pipeline) of each sampling run.
+
+    ``form`` is the form of the questions in the run, and ``count`` is their number.
+    """
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}
     pairing: dict[str, Any] = {"samples": settings.samples, "pairs_per_question": settings.pairs_per_question}
@@ -127,14 +134,14 @@ def sample(
     limit: int | None = None,
     stream: TextIO | None = None,
 ) -> tuple[list[Pair], Summary]:
-    """Runs a pipeline of ``mpo_ext.generate``, and returns the pairs that it made and the summary.
+    """Runs a pipeline of ``mpo_ext.generate``. Returns the pairs that it made, and the summary of the run.
 
     Args:
         pipeline: The pipeline.
         engine: Engine that answers the questions.
-        folder: Folder with the questions ``ITEMS.jsonl``, in which the folder ``run`` is written.
+        folder: Folder with the file of questions. The output is written to its subfolder ``run``.
         run: Name of the sampling run.
-        items: Name of the file of questions without suffix; None: ``run``.
+        items: Name of the file of questions without ``.jsonl``; None: the name ``run``.
         limit: Maximum number of questions; None: all.
         stream: Output of the progress display; None disables the display.
     """
@@ -151,7 +158,7 @@ def sample(
 def write_items(folder: Path, name: str, tasks: Sequence[digits.GridTask], *, has_truth: bool = True) -> None:
     """Writes questions to ``NAME.jsonl``, an input file of ``mpo_ext.generate``, and their images to PNG files.
 
-    ``has_truth`` selects whether the file also has the true answers.
+    If ``has_truth`` is True, the file also has the true answers.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"{name}.jsonl") as file:
@@ -165,14 +172,14 @@ def write_items(folder: Path, name: str, tasks: Sequence[digits.GridTask], *, ha
 
 
 def read_made(path: Path, folder: Path) -> Iterator[Pair]:
-    """Yields the pairs in a file of a sampling run, with image paths relative to ``folder``."""
+    """Yields the pairs in a file of a sampling run. Their image paths are made relative to ``folder``."""
     for pair in read_pairs(path):
         images = (os.path.relpath(path.parent.resolve() / image, folder.resolve()) for image in pair.images)
         yield dataclasses.replace(pair, images=tuple(images))
 
 
 def _with_subset(pair: Pair) -> Pair:
-    """Returns the pair with its form, "direct" or "cot", as its subset: the check and the page group by subset."""
+    """Returns the pair with its field ``form`` as the name of its subset. Reports group pairs by subset."""
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 
 

@@ -1,9 +1,9 @@
 """The demo's task: reading the digits of a grid, by a model that has learned to guess a digit from its own text.
 
-A step-by-step response names the digits of all cells in order and then gives the answer. In the training corpus of the
-SFT start, these texts have a *language prior*: the next digit is often the previous digit + 1. The images of all other
-questions (preference pairs, evaluation) have uniform digits. So the SFT start hallucinates: it continues its own text
-where it should look at the image. A direct response is a single digit, so it cannot be hallucinated in this way.
+A step-by-step response names the digits of all cells in order and then gives the answer. The SFT corpus of the demo
+has a *language prior*: in these responses, the next digit is often the previous digit + 1. The images of all other
+questions (preference pairs, evaluation) have uniform digits. So the SFT model hallucinates: it guesses the next digit
+from its own text instead of the image. A direct response is a single digit, so this error cannot occur.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class ReadingTask:
     Attributes:
         image: ``[H, W]`` uint8; None: the prompt has no image.
         values: The digits of the cells, in the order of ``CELLS``.
-        asked: Name of a cell, or ``LARGEST``.
+        asked: Name of the cell that the question asks for, or ``LARGEST`` for the largest digit.
         form: Form of the response that the question asks for, "direct" or "cot" (step by step).
         is_named: Whether the question states the digits, so that it can be answered without the image. The response
             then consists of the final answer.
@@ -54,7 +54,7 @@ class ReadingTask:
 
     @property
     def reading(self) -> str:
-        """The text that names the digit of each cell."""
+        """The text that lists each cell with its digit."""
         return " , ".join(f"{cell} {value}" for cell, value in zip(self.cells, self.values, strict=True))
 
     @property
@@ -64,7 +64,7 @@ class ReadingTask:
 
     @property
     def style(self) -> str:
-        """The ``style`` of ``extract_answer`` for responses of the form ``form``."""
+        """The form of the answer in a response: the argument ``style`` of ``extract_answer``."""
         return STYLES["final" if self.is_named else self.form]
 
     @property
@@ -98,13 +98,13 @@ def sample_tasks(
     """Draws and returns questions about random grids: half about one cell, half about the largest digit.
 
     Args:
-        split: Digits of which the grids are made.
+        split: Digits that the grids show.
         count: Number of questions.
-        rng: Generator of the draws.
+        rng: Random generator.
         form: Form of the responses, "direct" or "cot".
         side: Number of rows and columns of a grid, a key of ``CELLS``.
-        prior: Probability that a digit is set to the previous digit + ``prior_step`` modulo 10. Otherwise it is drawn
-            uniformly, as the first digit always is.
+        prior: Probability that a digit is the previous digit + ``prior_step`` modulo 10. Otherwise the digit is drawn
+            uniformly. The first digit is always drawn uniformly.
         prior_step: Difference of two digits that follow the prior.
         is_named: Whether the questions state the digits and have no image.
     """
@@ -128,7 +128,10 @@ def sample_tasks(
 
 
 def _draw_digits(split: Digits, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a random image ``[8, 8]`` of the split for each of the ``values`` ``[N, cells]``."""
+    """Returns a random image of each digit in ``values``, from the split.
+
+    ``values`` has the shape ``[N, cells]``, the result ``[N, cells, 8, 8]``.
+    """
     index = np.empty(values.shape, dtype=int)
     for digit in range(10):
         is_digit = values == digit
@@ -162,7 +165,10 @@ def without_image(task: ReadingTask) -> ReadingTask:
 
 
 def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
-    """Returns the digit that a step-by-step response names for each cell; None for a cell not named at its place."""
+    """Returns the digit that a step-by-step response names for each cell.
+
+    The response must name the cells in the order of ``cells``. The digit of a missing or misplaced cell is None.
+    """
     words = response.split()
     read: list[int | None] = []
     for number, cell in enumerate(cells):
@@ -173,9 +179,9 @@ def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
 
 
 def hallucinated_cells(task: ReadingTask, response: str, prior_step: int) -> list[int]:
-    """Returns the cells whose digit is wrong in the response and is predicted by the language prior.
+    """Returns the indices of the cells for which the response names a wrong digit predicted by the language prior.
 
-    The prior predicts the digit of the previous cell in the response + ``prior_step`` modulo 10.
+    The prior predicts a cell's digit as (digit of the previous cell in the response + ``prior_step``) modulo 10.
     """
     read = read_digits(response, task.cells)
     return [
@@ -186,7 +192,7 @@ def hallucinated_cells(task: ReadingTask, response: str, prior_step: int) -> lis
 
 
 def vocabulary() -> Iterator[str]:
-    """Yields each word of all questions and correct responses of the task once."""
+    """Yields the distinct words of all questions and correct responses of the reading task."""
     words = [" ".join(INSTRUCTIONS.values()), "Which digit is ?", LARGEST, ", .", TRIGGER, *map(str, range(10))]
     words += [cell for cells in CELLS.values() for cell in cells]
     yield from dict.fromkeys(word for text in words for word in text.split())

@@ -13,13 +13,13 @@ class DemoResult:
     Attributes:
         settings: Settings of the run.
         seconds: Duration of each stage in seconds.
-        start: Description of the start in the package; None if the run trained its start.
-        sft_curve: Log that ``train_start`` returned; empty for a start in the package.
+        start: Description of the SFT model in the package; None if the run trained the SFT model itself.
+        sft_curve: Log that ``train_start`` returned; empty if the SFT model was loaded from the package.
         pair_counts: Number of pairs by form and pipeline, as in ``MadePairs.counts``.
         pairs_left_out: Number of pairs that were made but not used, by reason.
         sampling: Summary of each sampling run, by the run's folder.
         branch_curves: Log that ``train_branch`` returned, by method.
-        accuracy: Result of ``measure`` on held-out questions, by method; ``tables.START`` is the SFT start.
+        accuracy: Result of ``measure`` on held-out questions, by method; the key ``tables.START`` is the SFT model.
     """
 
     settings: Settings

@@ -12,7 +12,7 @@ class RunSettings:
         seed: Seed of weights, questions, sampled answers and the order of pairs; the split of the digits is fixed.
         hidden_size: Hidden size of the language model.
         layers: Number of layers of the language model.
-        sft_rate: Peak learning rate of the SFT, the training run that makes the start.
+        sft_rate: Peak learning rate of the SFT, the first training run.
         sft_batch: Number of questions per step of the SFT.
         sft_questions: Number of different questions of the SFT, each used in several epochs.
         questions: Number of step-by-step questions that the model answers to make correctness pairs.
@@ -22,7 +22,7 @@ class RunSettings:
         temperature: Sampling temperature of the answers and of the continuations without an image.
         pairs_per_question: Maximum number, per question, of pairs with a wrong rejected answer. The same maximum
             holds for pairs with an unreadable rejected answer.
-        branch_steps: Number of steps of each branch, a training run on the pairs that begins from the SFT model.
+        branch_steps: Number of steps of each branch. A branch trains the SFT model further on the pairs.
         branch_batch: Number of pairs per step of a branch.
         branch_rate: Learning rate of all branches.
         branch_warmup: Fraction of a branch's steps in which the learning rate rises from zero.
@@ -54,24 +54,24 @@ class RunSettings:
 class Settings(RunSettings):
     """Settings of a run of the demo. The defaults were chosen on the validation digits, never on the held-out digits.
 
-    The default seed is the seed of the start that the package contains.
+    The SFT model in the package was trained with the default seed.
 
     Attributes:
         side: Number of rows and columns of a grid.
         prior: Strength of the language prior in the step-by-step texts of the SFT, as in ``reading.sample_tasks``.
         prior_step: Difference of two digits that follow the language prior.
-        sft_digits: Number of training digits in the SFT. The other training digits make the pairs.
+        sft_digits: Number of training digits in the SFT. The pairs use the other training digits.
         sft_steps: Number of steps of the SFT. Its learning rate falls to zero.
         sft_warmup: Fraction of the steps of the SFT in which the learning rate rises from zero.
         sft_named_share: Fraction of the SFT questions that state the digits and have no image, so that the model
             learns to answer from its own text.
-        sft_direct_share: Fraction of the other SFT questions that ask for a direct answer.
-        sft_blind_share: Fraction of the step-by-step SFT questions that lose their image. From these questions, the
-            model learns to continue a response without an image, as DropoutNTP requires.
+        sft_direct_share: Fraction that asks for a direct answer, among the SFT questions that do not state the digits.
+        sft_blind_share: Fraction of the step-by-step SFT questions from which the image is removed. From these
+            questions, the model learns to continue a response without an image, as DropoutNTP requires.
         keep: Fraction of the tokens of a sampled response that DropoutNTP keeps.
         direct_evaluation_tasks: Number of held-out questions that ask for a direct answer; ``evaluation_tasks`` counts
             step-by-step questions.
-        uses_shipped_start: Whether to load the start that the package contains, if it has these settings.
+        uses_shipped_start: Whether to load the SFT model in the package, if it was trained with these settings.
     """
 
     seed: int = 1
@@ -90,7 +90,7 @@ class Settings(RunSettings):
     uses_shipped_start: bool = True
 
     def start_settings(self) -> dict[str, Any]:
-        """Returns the settings on which the trained start depends, as JSON values."""
+        """Returns the settings that determine the trained SFT model, as JSON values."""
         names = [name for name in Settings.__dataclass_fields__ if name.startswith("sft_")]
         names += ["seed", "hidden_size", "layers", "side", "prior", "prior_step"]
         return {name: getattr(self, name) for name in sorted(names)}

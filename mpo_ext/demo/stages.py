@@ -24,13 +24,14 @@ _KEYS = "settings.json"
 
 
 class Stages:
-    """Prints an explanation before each stage, a progress bar during it, and its duration after it.
+    """Runs stages, and stores the result of each stage in a file in ``folder/stages``.
 
-    The result of each stage is a file in ``folder/stages``. A stage whose file exists is not run again. Results of
-    other settings or of another version are deleted; the trained start is kept if its own settings are the same.
+    Prints an explanation before each stage, a progress bar during it, and its duration after it. A stage that already
+    has a file is not run again. Files made with other settings or another version of mpo_ext are deleted first. The
+    SFT model is kept if the settings that determine it have not changed.
 
     Attributes:
-        seconds: Duration of each stage in seconds, also of the stages of the interrupted run.
+        seconds: Duration of each stage in seconds, including stages that an earlier run finished.
     """
 
     def __init__(self, console: Console, folder: Path, settings: Settings) -> None:
@@ -47,7 +48,7 @@ class Stages:
             write_json(path, keys)
 
     def run(self, name: str, explanation: str, make: Callable[[Advance], Any], *, total: int | None = None) -> Any:
-        """Returns the result of a stage, a JSON value.
+        """Runs a stage and returns its result, a JSON value. A stage that has already finished is not run again.
 
         Args:
             name: Name of the stage, the key of its duration in ``seconds``.
@@ -76,7 +77,7 @@ class Stages:
 
 
 def clear(folder: Path, *, keep_start: bool) -> None:
-    """Deletes the files of a demo with other settings; ``keep_start`` keeps the files of the trained start."""
+    """Deletes the files of an earlier demo run in ``folder``. If ``keep_start`` is True, the SFT model is kept."""
     kept = {_file(START_STAGE), START_RUN} if keep_start else set()
     for name in ("runs", "stages"):
         for path in (folder / name).glob("*"):
@@ -93,5 +94,5 @@ def _key(settings: dict[str, Any]) -> str:
 
 
 def _file(stage: str) -> str:
-    """Returns the name of the file of a stage."""
+    """Returns the name of the file that stores the result of a stage."""
     return f"{re.sub(r'[^a-z0-9]+', '-', stage.lower())}.json"

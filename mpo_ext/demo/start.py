@@ -1,6 +1,7 @@
-"""The trained SFT start that the package contains, so that the demo need not train it.
+"""Loads the trained SFT model that the package contains, so that the demo need not train it.
 
-``python -m mpo_ext.demo.start FOLDER`` replaces it with the start of a demo that ran with ``--from-scratch``.
+``python -m mpo_ext.demo.start FOLDER`` replaces the model in the package with the SFT model in ``FOLDER``. This folder
+must be the output of ``mpo-ext demo --from-scratch``.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ def new_model(settings: Settings) -> tuple[InternVLForConditionalGeneration, Dig
 
 
 def shipped_start(settings: Settings) -> dict[str, Any] | None:
-    """Returns the description of the start in the package, or None if it does not have these settings."""
+    """Returns the description of the SFT model in the package, or None if it does not fit ``settings``."""
     if not settings.uses_shipped_start or not INFO.exists():
         return None
     info: dict[str, Any] = json.loads(INFO.read_text(encoding="utf-8"))
@@ -45,7 +46,7 @@ def load_shipped(model: InternVLForConditionalGeneration, info: dict[str, Any]) 
     """Loads the weights in the package into the model; ``info`` is the result of ``shipped_start``.
 
     Raises:
-        ValueError: If the file does not have the SHA-256 of ``info``.
+        ValueError: If the SHA-256 of the weights file differs from ``info``.
     """
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     if digest != info["sha256"]:
@@ -57,7 +58,7 @@ def load_shipped(model: InternVLForConditionalGeneration, info: dict[str, Any]) 
 
 
 def load_trained(model: InternVLForConditionalGeneration, run: Path) -> None:
-    """Loads the weights of a finished training run in the folder ``run`` into the model."""
+    """Loads the final weights of the training run in the folder ``run`` into the model."""
     trained = InternVLForConditionalGeneration.from_pretrained(run / "final", dtype=torch.float32)
     model.load_state_dict(trained.state_dict())
 
@@ -72,10 +73,10 @@ def weights_digest(model: InternVLForConditionalGeneration) -> str:
 
 
 def ship(folder: Path) -> None:
-    """Copies the SFT start that the demo in ``folder`` has trained into the package.
+    """Copies the SFT model that the demo in ``folder`` has trained into the package.
 
     Raises:
-        ValueError: If the demo did not train a start.
+        ValueError: If the demo did not train an SFT model.
     """
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     run = results["runs"][0]

@@ -1,4 +1,4 @@
-"""Writes ``demo.html``: a self-contained page that shows what the SFT start hallucinates and what MPO corrects."""
+"""Writes ``demo.html``: a self-contained page of digits that the SFT model hallucinates and that MPO corrects."""
 
 import base64
 import dataclasses
@@ -24,12 +24,15 @@ _MENDED, _BROKEN = 7, 2  # maximum numbers of examples; the first mended example
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Examples:
-    """Step-by-step questions on which the start and MPO differ, as indices into the tasks.
+    """Step-by-step questions that only one of two models, the SFT model or the MPO model, answered correctly.
+
+    The attributes are indices into the tasks.
 
     Attributes:
-        mended: The start answered wrong, MPO right.
-        broken: The start answered right, MPO wrong.
-        shown: The first few of ``mended`` in which the start hallucinated a digit and MPO reads every digit right.
+        mended: Questions that only the MPO model answered correctly.
+        broken: Questions that only the SFT model answered correctly.
+        shown: The first few of ``mended`` in which the SFT model hallucinated a digit and the MPO model reads all
+            digits correctly.
     """
 
     mended: list[int]
@@ -40,7 +43,10 @@ class Examples:
 def find_examples(
     tasks: Sequence[ReadingTask], before: Sequence[str], after: Sequence[str], prior_step: int
 ) -> Examples:
-    """Compares the responses of two models, and returns the step-by-step questions on which they differ."""
+    """Returns the step-by-step questions for which only one of two models gave the correct answer.
+
+    ``before`` and ``after`` are the responses of the two models to ``tasks``.
+    """
     old, new = score(tasks, before), score(tasks, after)
     stepwise = [index for index, task in enumerate(tasks) if task.form == "cot"]
     mended = [index for index in stepwise if old[index] is not True and new[index] is True]
@@ -63,15 +69,15 @@ def save(
     *,
     note: str = "",
 ) -> None:
-    """Writes the page.
+    """Writes ``demo.html``.
 
     Args:
         path: Path of the page.
         result: Results of a run.
         tasks: Held-out questions.
         responses: Responses to the questions by method.
-        folder: Folder of the run, with ``pairs.jsonl``; ``curves.png`` lies beside the page.
-        note: Warning at the top of the page; an empty text: none.
+        folder: Folder of the run, with ``pairs.jsonl``. ``curves.png`` must be in the same folder as the page.
+        note: Warning at the top of the page; an empty text adds none.
     """
     step = result.settings.prior_step
     examples = find_examples(tasks, responses[START], responses["MPO"], step)
@@ -110,7 +116,10 @@ def save(
 
 
 def _reading(task: ReadingTask, response: str, step: int) -> dict[str, Any]:
-    """Returns a step-by-step response in parts: the digits that it names, and the final answer."""
+    """Returns the parts of a step-by-step response for the page, such as the named digits and the final answer.
+
+    ``step`` is the setting ``prior_step``.
+    """
     wrong = hallucinated_cells(task, response, step)
     read = read_digits(response, task.cells)
     answer = extract_answer(response, digits.STYLES["cot"])
@@ -139,7 +148,10 @@ def _bar(result: DemoResult, method: str, label: str) -> dict[str, Any]:
 
 
 def _dropout_pair(folder: Path) -> dict[str, Any] | None:
-    """Returns the first DropoutNTP pair, with the place of its cut; None if there is no such pair."""
+    """Returns the parts of the first DropoutNTP pair: image, question, kept text, and two continuations of this text.
+
+    Returns None if there is no such pair.
+    """
     for _, pair in open_pairs(folder / "pairs.jsonl").scan():
         if not isinstance(pair, Pair) or (pair.provenance or {}).get("pipeline") != "dropout_ntp":
             continue

@@ -30,7 +30,7 @@ _CAPTION = (
 
 
 def measures_table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of a table of the measures of each method, in percent.
+    """Returns the header and the rows of a table of measures in percent, with a row for each method.
 
     With several seeds, a cell has the mean and the standard deviation.
     """
@@ -42,10 +42,10 @@ def measures_table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[
 
 
 def differences_table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of a table of differences between two methods on the same questions, in points.
+    """Returns the header and the rows of a table of accuracy differences between two methods, in percentage points.
 
-    A cell has the difference and its paired standard error over the questions; with several seeds, the mean and the
-    standard deviation over the seeds.
+    The methods answered the same questions. With one seed, a cell has the difference and its paired standard error
+    over the questions. With several seeds, a cell has the mean and the standard deviation over the seeds.
     """
     rows = []
     for method, other in DIFFERENCES:
@@ -66,7 +66,10 @@ def _mean(values: Sequence[float], *, signed: bool = False) -> str:
 
 
 def markdown(results: Sequence[DemoResult]) -> str:
-    """Returns the tables as Markdown: over all seeds and, with several seeds, also for each seed."""
+    """Returns the tables of measures and differences as Markdown, for all seeds together.
+
+    With several seeds, the tables of each seed follow.
+    """
     text = _section(results)
     if len(results) > 1:
         for each in results:
@@ -95,7 +98,7 @@ def _differences_note(results: Sequence[DemoResult]) -> str:
 
 
 def print_tables(console: Console, results: Sequence[DemoResult]) -> None:
-    """Prints the tables, and the durations of the stages of the first seed."""
+    """Prints the tables of measures and differences, and the durations of the stages of the first seed."""
 
     def show(title: str, make: Callable[[Sequence[DemoResult]], tuple[list[str], list[list[str]]]], note: str) -> None:
         header, rows = make(results)

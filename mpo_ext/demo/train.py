@@ -1,4 +1,4 @@
-"""The demo's training runs (SFT, then a run per method on the pairs) and the answers of its models."""
+"""Trains the demo's models (SFT, then one run per method on the pairs), and lets them answer questions."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +36,10 @@ def train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains an untrained model, in place, on the correct responses of ``sample_corpus``: the SFT start.
+    """Trains an untrained model by SFT, in place, on the correct responses to the questions of ``sample_corpus``.
 
-    Writes ``sft.jsonl`` (questions with responses) and the run ``runs/SFT-start``, which resumes if it was
-    interrupted.
+    Writes ``sft.jsonl`` (questions with responses) and the run ``runs/SFT-start`` to ``folder``. An interrupted run
+    resumes.
 
     Returns:
         The log, one dict per step.
@@ -48,7 +48,7 @@ def train_start(
 
 
 def start_recipe(settings: Settings, rng: np.random.Generator, folder: Path) -> recipes.Recipe:
-    """Writes the corpus of the SFT start to ``folder``, and returns the recipe of the training run."""
+    """Writes the SFT corpus to ``folder``, and returns the recipe of the SFT."""
     split = digits.part(digits.load_digits()["train"], 0, settings.sft_digits)
     return make_recipe(
         write_sft(folder, sample_corpus(split, settings, rng)), folder / "runs" / START, loss=METHODS["SFT"],
@@ -85,10 +85,10 @@ def train_branch(
     """Trains the SFT model further on the pairs, with the loss weights of a method. An interrupted run resumes.
 
     All methods share the pairs, their order, the number of steps and the learning rate. The reference is the SFT
-    model; the first branch that needs its log-probabilities writes them to ``reference.jsonl`` in ``folder``.
+    model. Its log-probabilities are stored in ``reference.jsonl`` in ``folder``.
 
     Args:
-        model: The SFT model, which is changed.
+        model: The SFT model, which is trained in place.
         processor: Processor of the model.
         pairs: Path of the file of pairs.
         method: Key of ``METHODS``.
@@ -130,7 +130,7 @@ def make_recipe(
     reference: Path | None = None,
     save_every: int = 0,
 ) -> recipes.Recipe:
-    """Returns the recipe of a training run, which resumes in the folder ``out`` if it was interrupted.
+    """Returns the recipe of a training run in the folder ``out``. An interrupted run resumes.
 
     Args:
         pairs: Path of the file of pairs.
@@ -195,7 +195,7 @@ def respond(
 ) -> list[tuple[str, int]]:
     """Lets the model answer the questions by greedy decoding, and returns each response and its number of tokens.
 
-    ``on_batch`` is called after each batch with the number of questions of the batch.
+    After each batch, ``on_batch`` is called with the number of questions in the batch.
     """
     engine = TransformersEngine(model, processor, batch_size=BATCH_SIZE)
     greedy = SamplingConfig(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
@@ -209,7 +209,7 @@ def respond(
 
 
 def score(tasks: Sequence[digits.GridTask], responses: Sequence[str]) -> list[bool | None]:
-    """Returns whether each response has the correct answer; None for a response without a readable answer."""
+    """Returns, for each response, whether its answer is correct; None if it has no readable answer."""
     is_right = matcher(**digits.MATCHER)
     answers = [extract_answer(text, task.style) for task, text in zip(tasks, responses, strict=True)]
     return [
@@ -236,9 +236,9 @@ def evaluate(
 
 
 def summarize(tasks: Sequence[digits.GridTask], responses: Sequence[tuple[str, int]]) -> dict[str, float]:
-    """Returns what ``evaluate`` reports for one form of question.
+    """Returns accuracy, fraction of unreadable answers, mean number of tokens and number of questions.
 
-    ``responses`` is the output of ``respond`` for ``tasks``: the text of each response and its number of tokens.
+    ``responses`` is the output of ``respond`` for ``tasks``. ``evaluate`` describes the keys of the result.
     """
     right = score(tasks, [text for text, _ in responses])
     return {

@@ -21,8 +21,8 @@ class EvaluationRun:
     """Settings of one process of an evaluation. They do not change the results.
 
     Attributes:
-        block_size: Number of responses to request at a time. If a question has more responses, all responses to it are
-            requested together. A kill of the process loses at most these responses.
+        block_size: Maximum number of responses per block. A block of one question may have more. A killed process
+            loses the blocks that it is sampling: one block, or several with vLLM or an OpenAI server.
         rank: Rank of this process. It asks the questions whose position modulo ``world_size`` equals the rank.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
@@ -47,8 +47,8 @@ class QuestionFile:
 
     Attributes:
         name: Name of the file in the results.
-        path: Path of the file, for the results.
-        source: The questions.
+        path: Path of the file, to record in the results.
+        source: Reader of the questions.
     """
 
     name: str
@@ -64,10 +64,10 @@ class Cell:
         model: Name of the model.
         data: The file of questions.
         evaluation: Asks the questions with the cell's prompt and scores the responses.
-        folder: Folder of the journals.
+        folder: Folder of the journals, the files to which sampled responses are appended.
         scores: Scores of the questions in the order of the file; empty until the journals are read.
-        details: For each kind of problem, the detail in the first record with this problem.
-        offsets: Byte offset of each question in the file of predictions; empty until the journals are read.
+        details: For each reason why questions could not be asked, the details of the first such question.
+        offsets: Byte offset of each question's lines in the file of predictions; empty until the journals are read.
     """
 
     model: str
@@ -89,7 +89,7 @@ class Cell:
         return self.evaluation.questions.with_image
 
     def ask(self, engine: Engine, run: EvaluationRun) -> None:
-        """Samples the responses that are missing in the journal of this process, and appends them to the journal."""
+        """Samples the responses that the journal of this process lacks, and appends them to the journal."""
         evaluation, source = self.evaluation, self.data.source
         ranks = {"rank": run.rank, "world_size": run.world_size}
         right, answered, skipped = 0.0, 0, 0
@@ -111,7 +111,9 @@ class Cell:
     def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
         """Reads the journals of all ``world_size`` processes.
 
-        Yields each item, the reason why it was not asked (or None), and its scored responses.
+        Yields:
+            (item, problem, responses) of each question. ``problem`` is the reason why the question could not be
+            asked, or None.
         """
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             for record in records:
@@ -133,11 +135,11 @@ def open_questions(
 
     Args:
         name: Name of the file in the results.
-        path: Path of a file of items, or of a meta file (.json) of such files.
+        path: Path of a file of questions, or of a meta file (.json) that lists such files.
         limit: Maximum number of questions; None: all.
-        image_root: Folder at which relative image paths start; not used for a .json file.
-        root_map: Path prefixes (old, new) of folders that have moved; used for a .json file only.
-        system: System prompt of the items that have none; None: no system prompt.
+        image_root: Folder at which relative image paths start; not used for a meta file.
+        root_map: (old, new) path prefixes, for folders in a meta file that have moved.
+        system: System prompt of the questions that have none; None: no system prompt.
     """
     is_meta = Path(path).suffix == ".json"
     roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta else {"image_root": image_root}

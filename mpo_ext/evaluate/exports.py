@@ -1,4 +1,4 @@
-"""Writes predictions in the formats of other evaluation kits, so that these kits can score the same responses."""
+"""Writes predictions in the formats of other evaluation toolkits, which can then score the same responses."""
 
 import contextlib
 import csv
@@ -24,10 +24,10 @@ _NO_ANSWER = "[invalid]"  # the value of lm-eval's and lmms-eval's filters for a
 def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
     """Writes VLMEvalKit's prediction tables ``vlmevalkit/MODEL/MODEL_TASK.tsv``, a file for each sample.
 
-    The context manager yields a function that adds a question. The columns are index, question, the options, all
-    scalar fields of the item, answer and prediction (the whole response). ``index`` is the item's field ``index``, or
-    else the item's position. Two columns are additional: ``extracted`` is the extracted answer, and ``hit`` is 1 if
-    this answer is correct.
+    The context manager yields a function that adds a question to the tables. The columns are index, question, the
+    options, all scalar fields of the item, answer, prediction (the whole response), extracted (the extracted answer)
+    and hit (1 if this answer is correct). VLMEvalKit does not have the last two columns. The index is the item's field
+    ``index`` if it exists, otherwise the item's position.
 
     Args:
         out: Folder of the evaluation.
@@ -56,7 +56,7 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
 
 
 def vlmevalkit_columns(items: Iterator[Item]) -> list[str]:
-    """Returns the columns of the prediction table for these items."""
+    """Returns the names of the columns in VLMEvalKit's prediction table for these items."""
     between: dict[str, None] = {}
     for number, item in enumerate(items):
         between.update(dict.fromkeys(_fields(number, item)))
@@ -107,7 +107,10 @@ def _text_of(binary: Any) -> Iterator[io.TextIOWrapper]:
 
 
 def _fields(number: int, item: Item) -> dict[str, Any]:
-    """Returns the values of an item by column; non-scalar values are left out. ``number`` is the item's position."""
+    """Returns the values of an item by column name. ``number`` is the item's position.
+
+    Non-scalar values are left out, except for the answer options.
+    """
     options = item.extra.get("options")
     options_by_label = label_options(options) if isinstance(options, (list, tuple, Mapping)) and options else {}
     scalars = {

@@ -32,7 +32,8 @@ class ModelSource:
 def find_model(name: str) -> ModelSource:
     """Returns the location of the model ``name``.
 
-    ``name`` is a hub name, or the folder of a whole model, of a run with ``final``, or of adapters.
+    ``name`` is a hub name, or a folder: of a whole model, of adapters, or of a training run with a subfolder
+    ``final``.
 
     Raises:
         FileNotFoundError: If the name is a local path that does not exist.
@@ -106,9 +107,9 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
 
 class FingerprintedEngine:
-    """An engine that wraps ``engine`` and adds a hash of the weights to the settings.
+    """Wraps an engine, and adds a hash of the model's weights to the settings of the engine.
 
-    Without the hash, changed weights in a folder of the same name would go unnoticed.
+    A resumed run compares the settings, and thus detects changed weights in the same folder.
     """
 
     def __init__(self, engine: TransformersEngine) -> None:

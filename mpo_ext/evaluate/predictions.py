@@ -1,4 +1,4 @@
-"""Writes and reads ``predictions-MODEL.jsonl``, and writes the files for other evaluation kits."""
+"""Writes and reads ``predictions-MODEL.jsonl``, and writes the files for other evaluation toolkits."""
 
 import contextlib
 import itertools
@@ -32,7 +32,7 @@ def write_predictions(
     Args:
         cells: Cells of the evaluation; cells of the same model must be adjacent.
         out: Folder of the evaluation.
-        exports: Evaluation kits to write files for, keys of ``EXPORTS``.
+        exports: Evaluation toolkits to write files for, keys of ``EXPORTS``.
         model_files: The name of each model as it appears in file names.
         data_files: The name of each file of questions as it appears in file names.
         world_size: Number of processes that wrote journals.
@@ -85,7 +85,7 @@ def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator
 def _lines(
     cell: Cell, index: int, item: Item, problem: str | None, responses: Sequence[ScoredResponse]
 ) -> Iterator[dict[str, Any]]:
-    """Yields a line for each sample of a question, or a single line with the question's problem."""
+    """Yields a line for each response to a question. If ``problem`` is set, yields a single line with the problem."""
     shared = {
         "data": cell.data.name,
         "prompt": cell.evaluation.prompt,

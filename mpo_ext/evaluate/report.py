@@ -110,7 +110,7 @@ def markdown_report(results: Mapping[str, Any]) -> str:
 
 
 def console_notes(results: Mapping[str, Any]) -> list[str]:
-    """Returns lines to print beside the accuracies: unreadable responses, and questions that were not asked."""
+    """Returns notes to print after the accuracies: unreadable responses, and questions that were not asked."""
     settings = results["settings"]
     rows = [row for row in results["results"] if not row["prompt"].endswith(WITHOUT_IMAGE)]
     notes = []
@@ -135,7 +135,7 @@ def console_notes(results: Mapping[str, Any]) -> list[str]:
 
 
 def _skipped(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], int]:
-    """Returns the number of questions that were not asked, by file and reason."""
+    """Returns the number of questions that were not asked, by (file, reason)."""
     skipped: dict[tuple[str, str], int] = {}
     for row in rows:
         if row["prompt"].endswith(WITHOUT_IMAGE):  # questions without an image were asked once
@@ -155,9 +155,9 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
 
 
 def without_image_table(results: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of the accuracies with and without the image, and of the unchanged answers.
+    """Returns a Markdown table of the accuracies with and without the image, and of the fraction of unchanged answers.
 
-    Below it stand the shares of the most frequent true answers.
+    The text after the table gives the frequency of the most frequent true answer.
     """
     lines = []
     for row in results["without_image"]:
@@ -193,9 +193,9 @@ def _percent(row: Mapping[str, Any]) -> str:
 
 
 def _is_shown(comparison: Mapping[str, Any], baseline: str) -> bool:
-    """Returns whether table.md shows a comparison.
+    """Returns whether ``table.md`` shows a comparison.
 
-    It shows the comparisons of two prompts of a model, and of the model ``baseline`` with other models.
+    It shows comparisons of two prompts of a model, and comparisons of the model ``baseline`` with other models.
     """
     first, second = comparison["first"], comparison["second"]
     return first["model"] in (baseline, second["model"])
@@ -238,7 +238,7 @@ def _write_pictures(results: Mapping[str, Any], out: Path) -> None:
 
 
 def _without_chance(svg: str) -> str:
-    """Returns an SVG picture without its date, and with ids that do not differ from run to run."""
+    """Makes an SVG picture reproducible: removes the date, and replaces random ids by fixed ids."""
     svg = re.sub(r"\s*<dc:date>.*?</dc:date>", "", svg, flags=re.S)
     names = dict.fromkeys(re.findall(r'(?:id="|#)([mpC]?[0-9a-f]{10,})\b', svg))
     numbers = {name: f"n{number}" for number, name in enumerate(names)}
@@ -246,9 +246,9 @@ def _without_chance(svg: str) -> str:
 
 
 def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, str], limit: int, seed: int) -> None:
-    """Writes the page of the questions with a wrong answer, with the responses of all models and prompts.
+    """Writes ``failures.html``: the questions with a wrong answer, and the responses of all models and prompts.
 
-    Wrong answers to questions without their images do not count; the page shows them beside the others.
+    The page also shows the responses without the image. A question is left out if only these are wrong.
     """
     by_data: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -302,7 +302,7 @@ def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, s
 
 
 def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -> Iterator[dict[str, Any]]:
-    """Yields the page's entries for the questions at the positions ``indices``, without the models' answers."""
+    """Yields the page's data for the questions at the positions ``indices``, without the models' responses."""
     for index, item in enumerate(cell.data.source.items()):
         if index in indices:
             yield {
@@ -320,7 +320,10 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
 
 
 def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns at most ``_MAX_SAMPLES`` samples of a question for the page. Wrong samples take precedence."""
+    """Returns the page's data for a model's responses to a question: counts, and at most ``_MAX_SAMPLES`` responses.
+
+    Wrong responses are selected first.
+    """
     problem = lines[0].get("problem")
     samples = [] if problem else lines
     shown = sorted(range(len(samples)), key=lambda place: samples[place]["correct"])[:_MAX_SAMPLES]

@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers")
 
 
 class _Answered(NamedTuple):
-    """A question that was asked with and without its image: whether the answer is the same, and the true answers."""
+    """A question asked with and without its image: whether the two answers are equal, and the true answers."""
 
     is_same: bool
     truths: tuple[str, ...]
@@ -94,9 +94,10 @@ def compute_results(
 
 
 def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[str, str, str], list[_Answered]]:
-    """Returns, by model, file and prompt, what ``without_image`` in the results needs of each question.
+    """Compares the answers with and without the image.
 
-    Questions that the model was not asked both with and without the image are left out.
+    Returns an entry for each question, by (model, file, prompt). Questions that could not be asked both ways are left
+    out.
     """
     by_key = {cell.key: cell for cell in cells}
     same: dict[tuple[str, str, str], list[_Answered]] = {}
@@ -118,9 +119,11 @@ def _without_image(
     key: tuple[str, str, str],
     config: EvaluationConfig,
 ) -> dict[str, Any]:
-    """Returns the accuracies with and without the image on the same questions, and the fraction of equal answers.
+    """Returns the accuracies with and without the image on the same questions, and the fraction of unchanged answers.
 
-    ``most_frequent_truth`` is the fraction of the questions whose true answer is the most frequent one; None if a
+    ``same`` is the result of ``_unchanged``. ``key`` is (model, file, prompt).
+
+    ``most_frequent_truth`` is the fraction of the questions that have the most frequent true answer. It is None if a
     question has several true answers.
     """
     model, name, prompt = key
@@ -174,7 +177,7 @@ def _comparisons(
     names: Sequence[str],
     config: EvaluationConfig,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the comparisons of every two models under a prompt, and of every two prompts of a model."""
+    """Yields, for each file, the comparisons of two models with the same prompt, and of two prompts of a model."""
     prompts = config.prompts
     sides = [((first, prompt), (second, prompt)) for prompt in prompts for first, second in combinations(models, 2)]
     sides += [((model, first), (model, second)) for model in models for first, second in combinations(prompts, 2)]

@@ -1,8 +1,8 @@
 """Evaluates models on questions with a known answer: samples the missing responses and writes the results.
 
-Each combination of a model, a file of questions and a prompt has separate journals (``mpo_ext.generate.sampler``).
-Therefore an interrupted evaluation can resume, and models, files and prompts can be added later. All results are
-computed from the journals.
+Each combination of a model, a file of questions and a prompt has separate journals, to which sampled responses are
+appended (``mpo_ext.generate.sampler``). Therefore an interrupted evaluation can resume, and models, files and prompts
+can be added later. All results are computed from the journals.
 """
 
 import contextlib
@@ -48,16 +48,16 @@ def evaluate(
     """Asks every model every question with every prompt template, and writes the results into a folder.
 
     Args:
-        models: Models by their name in the results. A model is a folder (a model, a run with ``final``, or adapters),
-            a name on the hub, or an engine. The models are loaded one after the other.
+        models: Models by their name in the results. A model is a folder (a model, adapters, or a training run with
+            ``final/``), a name on the hub, or an engine. The models are loaded one after the other.
         data: Files of questions by their name in the results; ``item_files`` describes the kinds of files.
         out: Folder of the evaluation.
         config: Prompts, sampling and matcher; None: the default ``EvaluationConfig``.
         limit: Maximum number of questions per file; None: all questions.
-        image_root: Folder at which relative image paths in files of items start. A meta file has its own roots.
-        root_map: Path prefixes (old, new) of folders in meta files that have moved.
+        image_root: Folder at which relative image paths start. A meta file (.json) names its own folders instead.
+        root_map: (old, new) path prefixes, for folders in meta files that have moved.
         system: System prompt of the questions that have none; None: no system prompt.
-        exports: Evaluation kits in whose formats predictions are written: "vlmevalkit", "lmms-eval".
+        exports: Evaluation toolkits, "vlmevalkit" or "lmms-eval". Predictions are also written in their formats.
         page_limit: Maximum number of questions on ``failures.html``; if there are more, they are drawn at random.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Block size, processes and progress display; None: the default ``EvaluationRun``.
@@ -118,7 +118,7 @@ def _check_outputs(
     data: Iterable[str | os.PathLike[str]],
     root_map: Sequence[tuple[str, str]],
 ) -> None:
-    """Raises if the evaluation would replace a file of questions, or a file that no evaluation has written."""
+    """Raises an error if the evaluation would replace an input, or a file that no evaluation has written."""
     inputs: list[str | os.PathLike[str]] = []
     for path in data:
         files = item_files(os.fspath(path), root_map=root_map if Path(path).suffix == ".json" else ())
@@ -137,7 +137,10 @@ def _free_memory() -> None:
 
 
 def _file_names(what: str, named: Mapping[str, Any]) -> dict[str, str]:
-    """Returns each name as it appears in file names; ``what`` is the argument in error messages."""
+    """Maps each name to its form in file names, with only letters, digits and ``_.-``.
+
+    ``what`` is the name of the argument in error messages.
+    """
     if not named:
         raise ValueError(f"{what} must name at least one, got none")
     files = {name: re.sub(r"[^\w.-]+", "-", name).strip(".-") for name in named}

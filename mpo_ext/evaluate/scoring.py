@@ -1,7 +1,7 @@
 """The settings of an evaluation, and the scores of responses.
 
 The journals hold only the responses. Answers are extracted and compared when the journals are read, so the same
-responses can be scored again with another style or matcher, without the model.
+responses can be scored again with another answer style or matcher, without the model.
 """
 
 import dataclasses
@@ -30,15 +30,15 @@ class EvaluationConfig:
         prompts: Names of prompt templates (``mpo_ext.generate.prompts``); "none" asks the question without a template.
         samples: Number of responses per question.
         temperature: Temperature of sampling; 0 is greedy decoding, which allows only a single sample.
-        top_p: As in ``SamplingConfig``.
-        top_k: As in ``SamplingConfig``.
+        top_p: Probability mass of the tokens from which tokens are drawn, in (0, 1].
+        top_k: Number of the most probable tokens from which tokens are drawn; 0: all tokens.
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
         seed: Seed of the sampling of responses.
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of each template.
         matcher: Kind and options of the matcher that compares an answer with the ground truth.
         without_image: Whether to ask every question with an image a second time, under each prompt, without its image.
-            The results then show the answers that do not depend on the image.
+            The results then show how many answers do not depend on the image.
     """
 
     prompts: tuple[str, ...] = ("direct",)
@@ -67,12 +67,12 @@ class EvaluationConfig:
             Evaluation(self, prompt)
 
     def evaluations(self) -> "list[Evaluation]":
-        """Returns an evaluation for each prompt, followed by the evaluations without images."""
+        """Returns an ``Evaluation`` for each prompt. With ``without_image``, the evaluations without images follow."""
         sides = (True, False) if self.without_image else (True,)
         return [Evaluation(self, prompt, with_image=side) for side in sides for prompt in self.prompts]
 
     def sampling(self, template: PromptTemplate | None) -> SamplingConfig:
-        """Returns the sampling settings for prompts from ``template``; None stands for prompts without a template."""
+        """Returns the sampling settings for prompts made from ``template``, or for plain questions if it is None."""
         max_new_tokens = self.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = _MAX_NEW_TOKENS.get(template.answer_style if template else "", _DEFAULT_MAX_NEW_TOKENS)
@@ -88,11 +88,11 @@ class ScoredResponse:
     Attributes:
         text: The whole response.
         answer: Extracted answer; None if the response has no answer.
-        correct: Whether the answer is correct; False for an unreadable answer, as in the scripts of benchmarks.
-        rule: Name of the rule by which the matcher decided; None if there is no answer.
+        correct: Whether the answer is correct; False for an unreadable answer.
+        rule: Name of the matcher's rule that decided; None if there is no answer.
         tokens: Number of generated tokens.
         finish: "stop", or "length" if ``max_new_tokens`` truncated the response.
-        unreadable: Whether the response has no answer, or an answer that is neither correct nor wrong.
+        unreadable: Whether the response has no answer, or an answer that the matcher cannot judge.
     """
 
     text: str
@@ -109,7 +109,7 @@ class QuestionScore:
     """The score of a model on a question, over all sampled responses.
 
     Attributes:
-        problem: Reason why the question could not be asked (the other attributes are then empty), or None.
+        problem: Reason why the question could not be asked, or None. With a problem, the other attributes are empty.
         right: For each sampled response, whether its answer is correct.
         unreadable: Number of unreadable responses; they count as not correct.
         cut_off: Number of responses that ``max_new_tokens`` truncated.
@@ -133,7 +133,7 @@ class QuestionScore:
 
 
 class Evaluation:
-    """Asks questions under one prompt and scores the responses; implements ``sampler.Pipeline``.
+    """Asks questions with one prompt and scores the responses; implements ``sampler.Pipeline``.
 
     Args:
         config: Settings of the evaluation.
@@ -157,7 +157,7 @@ class Evaluation:
         self.keys, self.steps = self.questions.keys, self.questions.steps
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the responses depend on, as JSON values."""
+        """Returns all settings that determine the responses, as JSON values."""
         settings = {
             "prompt": self.prompt,
             "template": self.template.text if self.template else None,
@@ -168,9 +168,10 @@ class Evaluation:
         return settings if self.questions.with_image else {**settings, "with_image": False}
 
     def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[ScoredResponse]]:
-        """Returns the reason why a question could not be asked (or None), and the scored responses.
+        """Scores the responses to a question. ``records`` are the question's records in a journal.
 
-        ``records`` are the question's records in a journal.
+        Returns:
+            The reason why the question could not be asked (or None), and the scored responses.
         """
         problem = next((record["problem"] for record in records if "problem" in record), None)
         if problem is not None:
@@ -210,7 +211,10 @@ class Evaluation:
         )
 
     def is_same(self, item: Item, first: QuestionScore, second: QuestionScore) -> bool:
-        """Returns whether two models, or a model with and without the image, gave the same readable answer."""
+        """Returns whether the most frequent answers in two scores of a question are equal.
+
+        Returns False if a score has no answer.
+        """
         if first.answer is None or second.answer is None:
             return False
         return is_same_answer(first.answer, second.answer, self.scorer.matcher_for(item))

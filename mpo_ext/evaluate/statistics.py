@@ -8,9 +8,10 @@ _Z95 = 1.959963984540054
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns the mean (None without values) and its standard error (None for fewer than 2 values).
+    """Returns the mean and its standard error.
 
-    The values must belong to questions, not to samples, because samples of one question are correlated.
+    The mean is None if there are no values. The standard error is None for fewer than 2 values.
+    Pass one value per question, not per sample, because samples of one question are correlated.
     """
     count = len(values)
     if count == 0:
@@ -22,7 +23,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]
 
 
 def wilson(fraction: float, count: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval for a fraction of ``count`` questions.
+    """Returns the bounds of Wilson's 95 % interval for a fraction of ``count`` questions.
 
     The interval has a positive width even at 0 and 1. It is conservative if each question has several samples.
     """
@@ -104,9 +105,6 @@ def compare(first: Sequence[float], second: Sequence[float], *, samples: int) ->
         first: For each question, the fraction of the first model's sampled answers that are correct.
         second: The same fractions for the second model, in the same order.
         samples: Number of sampled answers per question; 1 selects McNemar's test.
-
-    Returns:
-        The difference of the accuracies with its standard error and p-value, and the numbers of gains and losses.
     """
     differences = [after - before for before, after in zip(first, second, strict=True)]
     difference, error = mean_and_error(differences)

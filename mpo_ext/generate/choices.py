@@ -1,4 +1,4 @@
-"""Measures the probabilities of the choices of a request, and reads verdicts of yes or no."""
+"""Computes the probability of each choice of a request, and reads yes-or-no verdicts."""
 
 import dataclasses
 import re
@@ -18,13 +18,14 @@ _FIRST_WORD = re.compile(r"\W*(\w+)")
 
 
 def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None:
-    """Returns, for each choice of a request, the first token ids of its spellings.
+    """Returns the token ids with which each choice of a request can begin.
 
-    A token that begins spellings of two choices, or that stands for unknown text, belongs to no choice.
+    These are the first tokens of all spellings of the choice. Tokens that two choices share, the unknown token and the
+    end-of-turn token are removed.
 
     Returns:
-        The ids, in the order of ``request.choices``; None if the request has no choices, or if a choice has no token,
-        so that its probability cannot be measured.
+        A list of ids for each choice, in the order of ``request.choices``; None if the request has no choices, or if a
+        list is empty.
     """
     starts: list[set[int]] = []
     for spellings in request.choices:
@@ -43,10 +44,14 @@ def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None
 
 
 def measured(ids_of: Sequence[Sequence[int]], probs: Mapping[int, float]) -> tuple[float, ...] | None:
-    """Returns the probability of each choice from the probabilities of its tokens.
+    """Returns the probability of each choice: the sum of the probabilities of its tokens.
 
-    Returns None if no token of a choice has a probability, for example because an engine only reports the most
-    probable tokens.
+    Args:
+        ids_of: Token ids of each choice, from ``choice_tokens``.
+        probs: Probability of each token id. Missing tokens count as 0.
+
+    Returns:
+        The probabilities, or None if all of them are 0.
     """
     choice_probs = tuple(sum(probs.get(token, 0.0) for token in ids) for ids in ids_of)
     return choice_probs if any(choice_probs) else None
@@ -54,7 +59,7 @@ def measured(ids_of: Sequence[Sequence[int]], probs: Mapping[int, float]) -> tup
 
 @dataclasses.dataclass(slots=True)
 class FirstTokenProbs:
-    """A logits processor of transformers that keeps the probabilities of the first token of each row.
+    """A logits processor of transformers that stores the distribution of the first generated token.
 
     Attributes:
         probs: ``[B, V]`` float32 probabilities; None before the first token.
@@ -69,10 +74,10 @@ class FirstTokenProbs:
 
 
 def yes_and_no(generation: Generation) -> tuple[float, float]:
-    """Returns the probabilities of yes and of no, the verdict of a request with the choices ``YES_OR_NO``.
+    """Returns the probabilities of yes and no from the generation of a request with the choices ``YES_OR_NO``.
 
-    An engine that measures no probabilities gives a text. A text that begins with yes gives (1, 0), a text that begins
-    with no gives (0, 1), and all other texts give (0, 0).
+    Without ``choice_probs``, the first word of the text decides: (1, 0) for yes, (0, 1) for no, and (0, 0) for all
+    other words.
     """
     if generation.choice_probs is not None:
         yes, no = generation.choice_probs
@@ -83,12 +88,22 @@ def yes_and_no(generation: Generation) -> tuple[float, float]:
 
 
 def quoted(text: str) -> str:
-    """Returns a text without the placeholder of images, so that a prompt can quote the text."""
+    """Returns the text with each image placeholder replaced by a space, so that a prompt can quote the text."""
     return text.replace(IMAGE_PLACEHOLDER, " ")
 
 
 def check_prompt(name: str, prompt: Any, fields: Sequence[str]) -> None:
-    """Raises unless ``prompt`` is a text that holds each field, such as ``{question}``, exactly once."""
+    """Checks that a prompt template holds each field, such as ``{question}``, exactly once.
+
+    Args:
+        name: Name of the template in error messages.
+        prompt: The template.
+        fields: The fields, with braces.
+
+    Raises:
+        TypeError: If ``prompt`` is not a string.
+        ValueError: If a field is missing or occurs several times.
+    """
     if not isinstance(prompt, str):
         raise TypeError(f"{name} must be a string, got {prompt!r}")
     for field in fields:
@@ -97,5 +112,5 @@ def check_prompt(name: str, prompt: Any, fields: Sequence[str]) -> None:
 
 
 def fill(prompt: str, **values: str) -> str:
-    """Returns a prompt with its fields replaced; a value may hold braces."""
+    """Returns a prompt template with each ``{name}`` replaced by its value. Braces in values are kept."""
     return re.sub("|".join(rf"\{{{name}\}}" for name in values), lambda match: values[match[0][1:-1]], prompt)

@@ -1,6 +1,6 @@
-"""Splits responses into claims, and claims into questions that can be answered with yes or no.
+"""Splits responses into claims, and turns claims into yes-or-no questions.
 
-The steps are those of RLAIF-V (arXiv 2405.17220); the words of the prompts are those of mpo_ext.
+The steps are those of RLAIF-V (arXiv 2405.17220). The prompts are not those of the paper.
 """
 
 import re
@@ -27,8 +27,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n+")
 def read_list(text: str) -> list[str]:
     """Returns the entries of a list that a model has written, one entry per line.
 
-    If some lines have a mark ("-", "*", "•", "1." or "1)"), the other lines are left out. Otherwise all lines are
-    entries, except for headings that end with a colon.
+    If any line begins with a list mark ("-", "*", "•", "1." or "1)"), only the lines with a mark are entries.
+    Otherwise, all lines are entries except those that end with a colon.
     """
     lines = [line for line in text.splitlines() if line.strip()]
     marked = [_MARK.sub("", line, count=1).strip() for line in lines if _MARK.match(line)]
@@ -38,7 +38,7 @@ def read_list(text: str) -> list[str]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Returns the sentences and lines of a text that hold a letter or a digit."""
+    """Splits a text into sentences and lines, and returns those that hold a letter or a digit."""
     return [part.strip() for part in _SENTENCE_END.split(text) if _has_word(part)]
 
 

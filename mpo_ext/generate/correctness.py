@@ -1,7 +1,6 @@
 """The correctness pipeline, which pairs right samples with wrong samples. ``mpo_ext.generate.runner`` runs it.
 
-A hash of the seed and the responses selects among the possible pairs. The selection does not depend on the order of
-items or samples.
+A hash of the seed and the responses selects among the possible pairs, so the order of items and samples has no effect.
 """
 
 import collections
@@ -38,12 +37,12 @@ class CorrectnessConfig:
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template, or
             "final_answer" without a template.
         matcher: Kind and options of the matcher that compares an answer with the truth.
-        pairs_per_question: Maximum number of pairs per question, in ``pairs`` and again in ``format_pairs``; 0 sets no
-            limit.
+        pairs_per_question: Maximum number of pairs per question in each of the outputs ``pairs`` and
+            ``format_pairs``; 0: no limit.
         accuracy: Lowest and highest fraction of right samples of a question. Questions outside this range give no
             pairs.
         length_balance: Whether to prefer pairs whose responses have similar lengths.
-        reuse_limit: Maximum number of pairs of an output that share a response; 0 sets no limit.
+        reuse_limit: Maximum number of pairs in one output that use the same response; 0: no limit.
         dedupe: Whether to use equal responses to a question only once.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
@@ -80,9 +79,9 @@ class ScoredSample:
     Attributes:
         text: The response.
         answer: The extracted answer; None if the response has no answer.
-        correct: True if the answer is right, False if it is surely wrong, None if it is missing or unreadable.
-        rule: The comparison that decided, as in ``Verdict``; None without an answer.
-        record: Record of the response in the journal.
+        correct: True for a right answer, False for a wrong answer, None for a missing or unreadable answer.
+        rule: Name of the comparison that decided, as in ``Verdict``; None without an answer.
+        record: The journal's record of the response.
     """
 
     text: str
@@ -95,11 +94,12 @@ class ScoredSample:
 class Correctness:
     """The pipeline that pairs right samples with wrong samples; ``mpo_ext.generate.runner.run`` runs it.
 
-    Outputs: ``pairs`` (right against wrong), ``format_pairs`` (right against a response without an answer in the form
-    that the style asks for) and ``unsolved`` (questions without a right sample, as input for ``DropoutNTP``). If an
-    unsolved question has no ``chosen`` response, one of its wrong samples becomes ``chosen``.
+    A sample whose answer the matcher cannot read is in no pair, because its answer may be right. The outputs are:
 
-    A sample whose answer the matcher cannot read is in no pair, because its answer may be right.
+    - ``pairs``: right samples against wrong samples.
+    - ``format_pairs``: right samples against responses without an answer in the form that ``style`` requires.
+    - ``unsolved``: questions without a right sample, as input for ``DropoutNTP``. If the input has no ``chosen``
+      response to the question, a wrong sample becomes ``chosen``.
     """
 
     name = "correctness"
@@ -116,21 +116,24 @@ class Correctness:
         self._sampling = dataclasses.asdict(self.config.sampling)
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the records and the outputs depend on, as JSON values."""
+        """Returns the settings that determine the records and the outputs, as JSON values."""
         return dataclasses.asdict(self.config)
 
     def keys(self, item: Item) -> list[str]:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples and scores responses to the items, and returns the records of each item.
+        """Samples and scores responses to the items, and returns a list of records for each item.
 
-        The records of an unusable item hold the reason.
+        Records of an unusable item hold the reason.
         """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
+        """Yields lists of requests, and receives the generations of each list.
+
+        Returns the same records as ``sample``.
+        """
         all_records = yield from self.questions.steps(items, engine)
         for item, records in zip(items, all_records, strict=True):
             for record in records:
@@ -182,7 +185,8 @@ class Correctness:
     ) -> Iterator[tuple[ScoredSample, ScoredSample]]:
         """Yields up to ``pairs_per_question`` pairs of a right sample and a candidate.
 
-        Pairs come in the order of their length gap, then of their hash. ``result`` counts the pairs that are skipped.
+        With ``length_balance``, pairs with similar lengths come first. Otherwise, a hash determines the order. Adds
+        the number of skipped pairs to ``result``.
         """
         ranked = sorted(
             itertools.product(right, candidates), key=lambda pair: (self._length_gap(*pair), self._hash(item, *pair))
@@ -206,7 +210,10 @@ class Correctness:
             yield chosen, rejected
 
     def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
-        """Returns the logarithm of the length ratio of two responses, in bins; 0 without ``length_balance``."""
+        """Returns the difference in length of two responses, as an integer; 0 without ``length_balance``.
+
+        The unit is a quarter of a doubling: if one response has twice as many characters, the difference is 4.
+        """
         if not self.config.length_balance:
             return 0
         return round(_BINS_PER_DOUBLING * abs(math.log2(len(chosen.text) / len(rejected.text))))
@@ -231,7 +238,10 @@ class Correctness:
         return item.pair(self.questions.prompt(item), chosen.text, rejected.text, provenance)
 
     def _unsolved_line(self, item: Item, wrong: Sequence[ScoredSample]) -> dict[str, Any]:
-        """Returns the item as an input line for DropoutNTP; a wrong sample replaces a missing chosen response."""
+        """Returns the item as an input line for DropoutNTP.
+
+        If the item has no chosen response, a wrong sample becomes its chosen response.
+        """
         source = "input"
         if item.chosen is None and wrong:
             sample = min(wrong, key=lambda sample: self._hash(item, sample))

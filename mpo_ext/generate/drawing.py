@@ -48,7 +48,7 @@ def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig)
 
 
 class SeededDraw:
-    """Draws each row's tokens with the row's random generator.
+    """Draws the next token of each row with a separate random generator for each row.
 
     As a logits processor of transformers, an instance masks all tokens except the drawn token of each row.
 
@@ -62,14 +62,14 @@ class SeededDraw:
         self.sampling = sampling
 
     def draw(self, scores: "Tensor") -> "Tensor":
-        """Returns the ``[B]`` next tokens of the rows; ``scores`` are their ``[B, V]`` logits."""
+        """Draws the next token of each row from ``[B, V]`` logits, and returns the ``[B]`` token ids."""
         import torch
 
         uniforms = torch.tensor([generator.random() for generator in self.generators], dtype=torch.float64)
         return sample_token(scores, uniforms, self.sampling)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Removes all rows except those with the indices ``rows``."""
+        """Keeps the generators of the rows with the indices ``rows``, and removes all others."""
         self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":

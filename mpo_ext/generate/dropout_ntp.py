@@ -1,8 +1,7 @@
-"""The pipeline DropoutNTP: the model continues the beginning of a good response without the image or video.
+"""The DropoutNTP pipeline: a model continues a truncated chosen response without seeing the image or video.
 
-The kept beginning (the prefix) and the continuation form the rejected response, which goes wrong where the model would
-need the image. The tokens of both parts are joined before decoding, so that no space is lost between them.
-``mpo_ext.generate.runner`` runs the pipeline.
+The kept beginning (the prefix) and the continuation form the rejected response. It tends to be wrong where the answer
+depends on the image. ``mpo_ext.generate.runner`` runs the pipeline.
 """
 
 import dataclasses
@@ -31,8 +30,8 @@ class DropoutNTPConfig:
 
     Attributes:
         keep: Fraction of the chosen response to keep as the prefix, in [0, 1).
-        unit: Unit of ``keep``: "tokens" works for every language; "words" counts the texts between single spaces, as
-            the script of MPO's authors does.
+        unit: Unit of ``keep``: "tokens", which works for every language, or "words", separated by single spaces as in
+            the script of MPO's authors.
         with_image: Whether the model sees the images and videos while it continues the response.
         samples: Number of continuations per response.
         sampling: Settings for drawing tokens.
@@ -43,10 +42,9 @@ class DropoutNTPConfig:
         allow_wrong_chosen: Whether to use items whose chosen response is a wrong sample, as in the ``unsolved.jsonl``
             of the correctness pipeline; False skips these items.
         style: Form of the answer in a response, as in ``extract_answer``; used for items that have a true answer.
-        matcher: Kind and options of the matcher that compares an answer with the truth; None: no comparison. With a
-            matcher and a true answer, a continuation is skipped if its answer is right, or may be right because the
-            matcher cannot read it. A continuation without an answer in the form of ``style`` is used, because the
-            method needs no answers.
+        matcher: Kind and options of the matcher that compares the answer of a continuation with the true answer. A
+            continuation is skipped if its answer is right or cannot be read. A continuation without an answer is
+            used. None: no comparison.
     """
 
     keep: float = 0.5
@@ -70,7 +68,7 @@ class DropoutNTPConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prefix:
-    """The kept beginning of a response: its token ids and their text."""
+    """The kept beginning of a response: token ids, and the text of these tokens."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -83,7 +81,7 @@ class _Row:
     Attributes:
         item: The item.
         problem: Reason why the item cannot be used, or None.
-        details: Fields of the records that say more about the problem.
+        details: Further record fields that explain the problem.
         media: Opened images and videos; empty if the model does not see them.
         chosen: The chosen response, from the item or sampled; None before it is sampled.
         sampled_tokens: Number of tokens in a sampled chosen response; None for a response from the item.
@@ -100,8 +98,9 @@ class _Row:
 
 
 class DropoutNTP:
-    """The pipeline DropoutNTP, which the module describes. It has one output, ``pairs``.
+    """The DropoutNTP pipeline: a model continues truncated chosen responses, by default without seeing the images.
 
+    A continued response becomes the rejected response of a pair. The only output is ``pairs``.
     ``mpo_ext.generate.runner.run`` runs the pipeline.
     """
 
@@ -116,7 +115,7 @@ class DropoutNTP:
         self._scorer = AnswerScorer(self.config.matcher, style=self.config.style) if self.config.matcher else None
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the records and the outputs depend on, as JSON values."""
+        """Returns the settings that determine the records and the outputs, as JSON values."""
         settings = dataclasses.asdict(self.config)
         if not self.config.allow_wrong_chosen:  # older journals lack this setting
             del settings["allow_wrong_chosen"]
@@ -126,9 +125,10 @@ class DropoutNTP:
         return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
 
     def cut(self, chosen: str, conversation: Conversation, engine: Engine) -> Prefix:
-        """Returns the prefix to keep of ``chosen``, a response to ``conversation``.
+        """Returns the beginning of a chosen response that the settings ``keep`` and ``unit`` select.
 
-        A cut inside a character moves back to the beginning of the character.
+        ``conversation`` is the prompt of the response. With the unit "tokens", a character that consists of several
+        tokens is not split.
         """
         if self.config.unit == "words":
             words = chosen.split(" ")
@@ -146,14 +146,17 @@ class DropoutNTP:
         return Prefix(tuple(ids[:count]), text)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Cuts and continues the chosen responses of the items, and returns the records of each item.
+        """Truncates the chosen responses, continues them with the engine, and returns a list of records for each item.
 
-        The records of an unusable item hold the reason.
+        Records of an unusable item hold the reason.
         """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
+        """Yields lists of requests, and receives the generations of each list.
+
+        Returns the same records as ``sample``.
+        """
         rows = [self._load(item) for item in items]
         yield from self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None])
         requests: list[Request] = []
@@ -194,7 +197,10 @@ class DropoutNTP:
         ]
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Returns a pair for each usable continuation of an item, and the number of skips by reason."""
+        """Makes a pair from each usable continuation of an item.
+
+        The result also counts the skipped continuations by reason.
+        """
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         if sampled := records[0].get("chosen_tokens", 0):
             result.stage_tokens.update(chosen=sampled, continuations=result.tokens)
@@ -238,7 +244,7 @@ class DropoutNTP:
         return result
 
     def _load(self, item: Item) -> _Row:
-        """Checks an item, opens the images that the model will see, and returns the state of the item."""
+        """Checks an item, opens the media that the model will see, and returns the state of the item."""
         row = _Row(item, item.problem, chosen=item.chosen)
         if row.problem:
             row.details = item_fields(item)
@@ -256,13 +262,16 @@ class DropoutNTP:
         return row
 
     def _conversation(self, row: _Row) -> Conversation:
-        """Returns the conversation whose response the model continues; without images unless ``with_image`` is set."""
+        """Returns the prompt whose response is continued. It has images and videos only if ``with_image`` is set."""
         with_image = self.config.with_image
         fields = prompt_fields(row.item, row.item.question_with_options, with_image=with_image)
         return Conversation(key=row.item.digest, **fields, **(row.media if with_image else {}))
 
     def _sample_chosen(self, rows: Sequence[_Row]) -> Generator[list[Request], list[Generation], None]:
-        """Yields the requests for missing chosen responses, with the images, and stores the responses in the rows."""
+        """Samples a chosen response for each row, with the images, and stores it in the row.
+
+        Yields a list of requests, and receives their generations.
+        """
         if not rows:
             return
         requests = [
@@ -291,7 +300,7 @@ class DropoutNTP:
             row.sampled_tokens = generation.n_tokens
 
     def _record(self, row: _Row, key: str, generation: Generation | None, engine: Engine) -> dict[str, Any]:
-        """Returns the record of a sample; ``generation`` is None for an item that cannot be used."""
+        """Returns the journal record of a continuation; ``generation`` is None if the item cannot be used."""
         record: dict[str, Any] = {"key": key}
         if row.sampled_tokens is not None:
             record |= {"chosen": row.chosen, "chosen_tokens": row.sampled_tokens}
@@ -312,7 +321,10 @@ class DropoutNTP:
         return record | self._score(row.item, text)
 
     def _skip_reason(self, chosen: str, record: Mapping[str, Any], scored: Mapping[str, Any]) -> str | None:
-        """Returns the reason why a continuation is skipped; None if it can be a rejected response."""
+        """Returns the reason to skip a continuation, or None if it can become a rejected response.
+
+        ``scored`` is the result of ``_stored_score``.
+        """
         if record["finish"] == "length" and not self.config.allow_truncated:
             return "continuation cut off at max_new_tokens"
         if record["tokens"] == 0 or not record["text"].strip():
@@ -330,13 +342,16 @@ class DropoutNTP:
         return None
 
     def _score(self, item: Item, text: str) -> dict[str, Any]:
-        """Returns the answer in ``text`` and its verdict, for the journal; empty without a true answer or matcher."""
+        """Extracts and checks the answer in ``text``, and returns the score as record fields.
+
+        The dict is empty if the item has no true answer or the pipeline has no matcher.
+        """
         if not item.truths or self._scorer is None:
             return {}
         return self._scorer.score_fields(text, item)
 
     def _stored_score(self, item: Item, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the answer and its verdict from a record; empty without a true answer or a matcher."""
+        """Returns the answer and its score from a record; empty without a true answer or a matcher."""
         if not item.truths or self._scorer is None:
             return {}
         return self._scorer.stored_fields(record, item)

@@ -1,7 +1,7 @@
-"""A journal whose blocks may finish in any order.
+"""Lets blocks of records finish in any order, although a journal stores them in the order of the input.
 
-The journal holds its records in the order of the input. A block that finishes before an earlier block is kept in a
-second file, so that a kill does not lose it, and moves to the journal when its turn comes.
+A block that finishes early waits in a second file, the file of early blocks, until all earlier blocks are in the
+journal. Because the block is on disk, a killed run does not lose it.
 """
 
 import collections
@@ -19,12 +19,12 @@ _COMPACT_BYTES = 16 << 20  # a larger second file is emptied as soon as it holds
 
 @dataclasses.dataclass(slots=True)
 class _Place:
-    """A block in the order of the input.
+    """The state of a block of records.
 
     Attributes:
-        start: Number of records before the block.
-        n_stored: Number of the block's records that the journal holds already.
-        is_finished: Whether the second file, ``early-RANK-of-WORLD.jsonl``, holds the block.
+        start: Index of the block's first record among all records of the input.
+        n_stored: Number of the block's records that the journal already holds.
+        is_finished: Whether the file of early blocks holds the complete block.
     """
 
     start: int
@@ -33,14 +33,16 @@ class _Place:
 
 
 class EarlyBlocks:
-    """Appends blocks to a journal in the order of the input, whatever the order in which they finish.
+    """Writes blocks of records to a journal in the order of the input. Blocks may finish in any order.
 
-    A context manager, to be entered after the journal. Blocks are announced in the order of the input with
-    ``announce``. If the second file, ``early-RANK-of-WORLD.jsonl``, holds a block from an interrupted run, the block
-    need not be sampled again. At the end, the second file is removed if it holds no block.
+    A block that finishes early waits in the file of early blocks, ``early-RANK-of-WORLD.jsonl``. A later run reads the
+    file, so its blocks need not be sampled again. The file is deleted at the end if no block waits in it.
+
+    Use an instance as a context manager inside the context of the journal. Call ``announce`` for each block, in the
+    order of the input, and ``finish`` for each block that is complete.
 
     Args:
-        journal: The journal, opened.
+        journal: The opened journal.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -60,7 +62,10 @@ class EarlyBlocks:
         return self
 
     def _read_spans(self) -> None:
-        """Finds the blocks in the second file that the journal lacks."""
+        """Reads the file of early blocks, and stores the offset and the size of each block's line.
+
+        Leaves out blocks that the journal already holds completely.
+        """
         n_stored = sum(1 for _ in self.journal.records())
         with open(self.path, "rb") as file:
             self._header_bytes = len(file.readline())
@@ -86,12 +91,15 @@ class EarlyBlocks:
     def announce(
         self, start: int, keys: Sequence[str], stored: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]] | None:
-        """Adds the next block of the input. Returns its records if the second file has them all, otherwise None.
+        """Registers the next block, in the order of the input.
 
         Args:
-            start: Number of records of the input before the block.
+            start: Index of the block's first record among all records of the input.
             keys: Keys of all records of the block.
-            stored: Records of the block that the journal holds already.
+            stored: Records of the block that the journal already holds.
+
+        Returns:
+            All records of the block if an earlier run has stored them in the file of early blocks, otherwise None.
         """
         place = _Place(start, len(stored))
         self._places.append(place)
@@ -106,7 +114,10 @@ class EarlyBlocks:
         return None
 
     def finish(self, start: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Stores all records of the block that begins at ``start``."""
+        """Writes all records of the block that begins at ``start``.
+
+        The block goes to the journal or, if an earlier block is not finished, to the file of early blocks.
+        """
         if self._places[0].start == start:
             self.journal.append(records[self._places.popleft().n_stored :])
             self._move()
@@ -117,7 +128,7 @@ class EarlyBlocks:
         next(place for place in self._places if place.start == start).is_finished = True
 
     def _move(self) -> None:
-        """Moves finished blocks to the journal, up to the first block that is not finished."""
+        """Moves blocks from the file of early blocks to the journal, up to the first unfinished block."""
         while self._places and self._places[0].is_finished:
             place = self._places.popleft()
             self.journal.append(self._read(place.start)[place.n_stored :])

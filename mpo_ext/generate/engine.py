@@ -1,7 +1,7 @@
-"""The interface of the engines, which continue prompts with transformers, vLLM or a server.
+"""The interface of inference engines, which continue prompts with transformers, vLLM or a server.
 
-The continuation of a request depends on the prompt, the seed and the sampling settings of the request. Apart from
-rounding, it does not depend on the other requests or on their order.
+Apart from rounding, a continuation depends only on the request's prompt, seed and sampling settings. Other requests
+and their order have no effect.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ class SamplingConfig:
     """Settings for drawing tokens. The defaults are those in the scripts of MPO's authors.
 
     Attributes:
-        temperature: Temperature of the distribution; 0 takes the most probable token.
-        top_p: Tokens are drawn from the smallest set of the most probable tokens whose probabilities sum to at least
-            this value.
-        top_k: Number of the most probable tokens from which tokens are drawn; 0: all tokens.
+        temperature: Softmax temperature; 0 takes the most probable token.
+        top_p: Nucleus sampling: tokens are drawn from the smallest set of most probable tokens whose probabilities sum
+            to at least this value.
+        top_k: Number of most probable tokens from which to draw; 0: all tokens.
         max_new_tokens: Maximum number of tokens in a continuation.
     """
 
@@ -45,12 +45,12 @@ class Request(Conversation):
     """A prompt to continue, with all attributes of a ``Conversation``.
 
     Attributes:
-        prefix_ids: Token ids at the beginning of the assistant's turn; the continuation follows in the same turn.
+        prefix_ids: Token ids at the beginning of the assistant's turn. The model continues this turn.
         seed: Seed of all draws.
         sampling: Settings for drawing tokens.
-        choices: Possible beginnings of the continuation, such as ``(("Yes", "yes"), ("No", "no"))``: for each choice,
-            its spellings. An engine that can measure their probabilities generates only one token, and returns
-            ``Generation.choice_probs``; other engines ignore the choices.
+        choices: Possible answers, each as a tuple of spellings, such as ``(("Yes", "yes"), ("No", "no"))``. An engine
+            that can measure their probabilities generates only one token, and returns ``Generation.choice_probs``.
+            Other engines ignore the choices.
         role: "answer" for the model that is trained, "judge" for the model that judges its answers.
     """
 
@@ -66,13 +66,13 @@ class Generation:
     """The continuation of a request.
 
     Attributes:
-        token_ids: Generated token ids, without the prefix and the end token.
+        token_ids: Generated token ids, without the prefix and the end-of-turn token.
         text: Text of ``token_ids``.
         finish_reason: "stop" if the model ended its turn, "length" if ``max_new_tokens`` cut the continuation off.
-        refusal: Reason why the engine refused the request, for example a prompt that is too long; else None.
-        tokens: Number of generated tokens, if the engine does not know their ids; else None.
-        choice_probs: For each choice of the request, the probability that the continuation begins with the first token
-            of one of its spellings; None if the request has no choices, or the engine cannot measure them.
+        refusal: Reason why the engine refused the request, for example a prompt that is too long; otherwise None.
+        tokens: Number of generated tokens, if the engine does not know their ids; otherwise None.
+        choice_probs: Probability of each choice of the request, measured at the first generated token; None if the
+            request has no choices, or the engine cannot measure them.
     """
 
     token_ids: tuple[int, ...]
@@ -89,42 +89,45 @@ class Generation:
 
 
 def refused(reason: object) -> Generation:
-    """Returns the generation of a refused request; ``reason`` is an exception or a text."""
+    """Returns a ``Generation`` that reports a refused request; ``reason`` is an exception or a text."""
     text = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
     return Generation((), "", "length", refusal=text[:_MAX_REFUSAL])
 
 
 def refused_videos(engine: str, request: Request) -> Generation:
-    """Returns the generation of a request that is refused for its videos; ``engine`` is a value of ``--engine``."""
+    """Returns a ``Generation`` that reports that an engine does not support videos.
+
+    ``engine`` is the engine's name as in ``--engine``. The report has the number of videos in ``request``.
+    """
     return refused(
         f"videos must be none for the engine {engine}, got {len(request.videos)}: use --engine transformers"
     )
 
 
 class Engine(Protocol):
-    """The interface of an engine, as pipelines use it.
+    """The interface of an engine that samples responses.
 
     Attributes:
-        name: Name of the model, which the pairs record.
+        name: Name of the model, which is stored with each pair.
     """
 
     name: str
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the generations depend on, as JSON values."""
+        """Returns the settings that determine the generations, as JSON values."""
 
     def encode_response(self, conversation: Conversation, response: str) -> list[int]:
-        """Returns the token ids of a response to a conversation, without the token that ends the turn."""
+        """Returns the token ids of a response to a conversation, without the end-of-turn token."""
 
     def decode_response(self, conversation: Conversation, token_ids: Sequence[int]) -> str:
-        """Returns the text, including special tokens, of a response whose token ids follow the prompt."""
+        """Returns the text of a response to a conversation from its token ids. The text includes special tokens."""
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Returns the continuation of each request, in the order of the requests."""
 
 
 def derive_seed(*parts: object) -> int:
-    """Returns a seed of 63 bits that depends only on ``parts``."""
+    """Returns a 63-bit seed from a hash of ``parts``. Equal parts give equal seeds."""
     digest = hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -132,8 +135,7 @@ def derive_seed(*parts: object) -> int:
 def rank_and_world_size() -> tuple[int, int]:
     """Returns the rank of this process and the number of processes; (0, 1) without a launcher.
 
-    The function reads the environment variables of ``accelerate launch``, torchrun, srun and mpirun. It creates no
-    process group, because the processes of a run do not communicate.
+    Reads the environment variables of ``accelerate launch``, torchrun, srun and mpirun. Creates no process group.
     """
     for rank, world_size in (
         ("RANK", "WORLD_SIZE"),

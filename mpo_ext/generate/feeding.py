@@ -1,4 +1,4 @@
-"""Runs the requests of blocks: block after block or, if the engine can, several blocks at the same time.
+"""Runs the requests of several blocks, one block after the other or, if the engine can, at the same time.
 
 A block is a group of items that a pipeline samples together.
 """
@@ -19,7 +19,7 @@ Tag = TypeVar("Tag")
 
 
 class StreamingEngine(Engine, Protocol):
-    """An engine that takes further requests while others are running.
+    """An engine that accepts new requests while others are running.
 
     Attributes:
         concurrency: Number of requests that keep the engine busy.
@@ -28,12 +28,12 @@ class StreamingEngine(Engine, Protocol):
     concurrency: int
 
     def submit(self, request: Request) -> str:
-        """Starts a request and returns a name for it."""
+        """Starts a request, and returns a name that identifies it."""
 
     def finished(self) -> list[tuple[str, Generation]]:
-        """Returns the name and the continuation of each request that has ended since the last call.
+        """Returns the name and the generation of each request that has ended since the last call.
 
-        While requests are running, the call waits until at least one of them has ended.
+        If requests are running, waits until at least one of them has ended.
         """
 
     def cancel(self, names: Sequence[str]) -> None:
@@ -41,7 +41,10 @@ class StreamingEngine(Engine, Protocol):
 
 
 def run_steps(steps: Steps, engine: Engine) -> Records:
-    """Runs the requests of a block with ``engine.generate``, and returns the records of the block."""
+    """Runs a generator of requests with an engine until it returns, and returns its records.
+
+    Passes each list of requests to ``engine.generate``, and sends the generations back to ``steps``.
+    """
     generations: Any = None
     while True:
         try:
@@ -52,12 +55,14 @@ def run_steps(steps: Steps, engine: Engine) -> Records:
 
 
 def run_blocks(blocks: Iterator[tuple[Tag, Steps]], engine: Engine) -> Iterator[tuple[Tag, Records]]:
-    """Yields the tag and the records of each block, in order.
+    """Runs blocks of requests with an engine, and yields the tag and the records of each block, in order.
 
-    With a ``StreamingEngine``, later blocks begin before earlier blocks have ended, so that the engine always has
-    ``concurrency`` requests. Otherwise, the blocks run one after the other.
+    A ``StreamingEngine`` runs the requests of several blocks at the same time. Other engines run one block after the
+    other.
 
-    ``blocks`` yields each block as a tag, which may be any object, and its steps.
+    Args:
+        blocks: The tag and the request generator of each block. The tag may be any object.
+        engine: The engine.
     """
     if hasattr(engine, "submit"):
         with contextlib.closing(Feeder(cast(StreamingEngine, engine))) as feeder:
@@ -80,10 +85,10 @@ class _Block:
 
     Attributes:
         tag: Tag of the block, as in ``run_blocks``.
-        steps: The work on the block.
-        generations: Continuations of the requests that ``steps`` waits for; None for each running request.
-        records: The result of ``steps``; None before ``steps`` has ended.
-        n_requests: Number of all requests so far.
+        steps: Generator that yields the block's requests.
+        generations: Generations of the current list of requests; None for each running request.
+        records: Return value of ``steps``; None until it returns.
+        n_requests: Number of requests that ``steps`` has yielded so far.
     """
 
     def __init__(self, tag: Any, steps: Steps) -> None:
@@ -97,7 +102,7 @@ class Feeder:
     """Runs several blocks at the same time on a streaming engine.
 
     Attributes:
-        active_tag: After an error, the tag of the block with the error; None if the engine itself failed.
+        active_tag: Tag of the block that caused an error; None if the engine caused the error.
     """
 
     def __init__(self, engine: StreamingEngine) -> None:
@@ -108,24 +113,27 @@ class Feeder:
 
     @property
     def n_blocks(self) -> int:
-        """Number of blocks that have begun and are not yet returned."""
+        """Number of blocks that have been added and not yet taken."""
         return len(self._blocks)
 
     @property
     def is_full(self) -> bool:
-        """True if the engine has enough requests, or too many samples are kept."""
+        """True if no further block should be added.
+
+        This is the case if enough requests are running, or if the blocks in the feeder have too many requests.
+        """
         kept = sum(block.n_requests for block in self._blocks)
         return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
 
     def add(self, tag: Any, steps: Steps) -> None:
-        """Begins a block."""
+        """Adds a block and submits its first requests."""
         self._blocks.append(_Block(tag, steps))
         self._advance(self._blocks[-1], None)
 
     def take(self, *, in_order: bool) -> list[tuple[Any, Records]]:
-        """Removes and returns the tag and the records of each complete block.
+        """Removes the complete blocks, and returns the tag and the records of each of them.
 
-        With ``in_order``, a block is kept until all earlier blocks are complete.
+        With ``in_order``, leaves a complete block in place until all earlier blocks are complete.
         """
         complete: list[_Block] = []
         rest: collections.deque[_Block] = collections.deque()
@@ -138,7 +146,10 @@ class Feeder:
         return [(block.tag, cast(Records, block.records)) for block in complete]
 
     def collect(self) -> None:
-        """Waits until a running request has ended, and continues the blocks whose requests have all ended."""
+        """Waits until at least one running request has ended, and stores the generations.
+
+        If all current requests of a block have ended, submits the block's next requests.
+        """
         if not self._running:
             return
         self.active_tag = None
@@ -154,7 +165,10 @@ class Feeder:
         self._running.clear()
 
     def _advance(self, block: _Block, generations: list[Generation] | None) -> None:
-        """Passes a block the generations that it waits for (None at its start), and submits its next requests."""
+        """Sends generations to a block's generator, and submits the requests that it yields next.
+
+        ``generations`` is None at the start of the block.
+        """
         self.active_tag = block.tag
         try:
             requests = block.steps.send(generations)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A cache layer of transformers that grows without copying all keys and values at each token."""
+"""A KV cache layer for transformers that does not copy all keys and values for each new token."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ _LEAST_ROOM = 64  # minimum number of tokens that can be appended without a copy
 
 
 class GrowingLayer(DynamicLayer):
-    """Holds keys and values ``[B, heads, T, D]`` in tensors that have room for further tokens.
+    """A cache layer whose key and value tensors have spare room for more tokens.
 
     Args:
-        layer: Layer whose keys and values are copied.
-        rows: ``[B]`` int64: for each row of the new layer, the index of a row of ``layer``.
+        layer: Layer whose keys and values ``[B, heads, T, D]`` are copied.
+        rows: int64 indices into the batch of ``layer``: row i of the new layer is a copy of row ``rows[i]``.
     """
 
     def __init__(self, layer: DynamicLayer, rows: Tensor) -> None:
@@ -26,7 +26,7 @@ class GrowingLayer(DynamicLayer):
         self.reorder_cache(rows)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values of further tokens, and returns views of all keys and all values."""
+        """Appends the keys and values of new tokens, and returns views of all keys and of all values."""
         start = self.keys.shape[-2]
         stop = start + key_states.shape[-2]
         if stop > self._all_keys.shape[-2]:
@@ -38,7 +38,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replaces each row i by the row with the index ``beam_idx[i]``."""
+        """Replaces each batch row i by the row ``beam_idx[i]``."""
         length, rows = self.keys.shape[-2], beam_idx.to(self.keys.device)
         self._all_keys = _with_room(self.keys.index_select(0, rows), length)
         self._all_values = _with_room(self.values.index_select(0, rows), length)
@@ -46,9 +46,9 @@ class GrowingLayer(DynamicLayer):
 
 
 def repeat_cache(cache: DynamicCache, rows: Tensor) -> None:
-    """Replaces each row i of a cache by the row with the index ``rows[i]``; an index may occur several times.
+    """Reorders the batch of a cache in place: row i becomes a copy of row ``rows[i]``.
 
-    A plain ``DynamicLayer`` becomes a ``GrowingLayer``.
+    An index may occur several times. Each plain ``DynamicLayer`` that holds tokens is replaced by a ``GrowingLayer``.
     """
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
@@ -58,7 +58,7 @@ def repeat_cache(cache: DynamicCache, rows: Tensor) -> None:
 
 
 def _with_room(states: Tensor, length: int) -> Tensor:
-    """Returns a copy of ``states`` ``[B, heads, T, D]`` with room for more than ``length`` tokens in all."""
+    """Returns a copy of ``states`` ``[B, heads, T, D]`` in a tensor with room for more than ``length`` tokens."""
     n_rows, n_heads, n_tokens, size = states.shape
     result = states.new_empty(n_rows, n_heads, length + max(_LEAST_ROOM, length // 8), size)
     result[:, :, :n_tokens] = states

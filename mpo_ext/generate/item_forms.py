@@ -1,11 +1,18 @@
-"""Reads the fields of items in the forms in which benchmarks are published.
+"""Reads benchmark items in the formats in which they are published.
 
-Besides the form of MMPR, these are the forms of MMMU (``options`` as the text of a Python list, ``image_1`` to
-``image_7``, ``<image 1>``), MathVista (``choices``, ``decoded_image``), M3CoT and ScienceQA (``choices``, ``context``
-or ``hint``, an answer that is an index), AI2D (an index as text), MathVision (``<image1>``), ChartQA (``query``,
-``label``, ``imgname``), POPE (``text``, ``label``), MMBench (columns ``A``, ``B``, ..., an image in base64) and
-SEED-Bench (``choice_a``, ``choice_b``, ...). Each form may have videos in ``video`` or ``videos``. ``item_turns``
-reads conversations.
+Besides MMPR's format, these are:
+
+- MMMU: ``options`` as the text of a Python list, ``image_1`` to ``image_7``, and marks such as ``<image 1>``.
+- MathVista: ``choices`` and ``decoded_image``.
+- M3CoT and ScienceQA: ``choices``, ``context`` or ``hint``, and the index of an option as the answer.
+- AI2D: the index of an option as the answer, written as text.
+- MathVision: marks such as ``<image1>``.
+- ChartQA: ``query``, ``label`` and ``imgname``.
+- POPE: ``text`` and ``label``.
+- MMBench: columns ``A``, ``B``, ..., and an image in base64.
+- SEED-Bench: ``choice_a``, ``choice_b``, ...
+
+Items of each format may have videos in ``video`` or ``videos``. ``item_turns`` reads conversations.
 """
 
 import base64
@@ -58,17 +65,17 @@ _SHORTEST_BASE64 = 65  # shorter texts are the ``index`` of another row of MMBen
 
 @dataclasses.dataclass(slots=True)
 class ItemFields:
-    """The fields of an item in a uniform form, into which ``read_fields`` converts the published forms.
+    """The fields of an item in one common format; ``read_fields`` converts published formats to it.
 
     Attributes:
-        question: The question with its context, and ``<image>`` at the place of an image. A value that is not a text
-            is kept as it is.
+        question: The question with its context, and ``<image>`` at the place of each image. A question that is not a
+            string is kept unchanged.
         chosen: The preferred response, as the input gives it; None if the input has none.
         images: Paths and data URLs of the images.
         videos: The videos.
-        truths: True answers. An answer that is an index becomes its letter.
-        extra: The other fields; ``options`` is a list of texts, or a dict from letter to text.
-        turns: All turns of a prompt of several turns; ``question`` is the last user turn. Empty for a single turn.
+        truths: True answers. An answer that is an option index becomes the option's letter.
+        extra: All other fields; ``options`` is a list of texts, or a dict from letter to text.
+        turns: All turns of a multi-turn prompt; ``question`` is the last user turn. Empty for a single turn.
         tools: The functions that the assistant may call.
     """
 
@@ -83,10 +90,10 @@ class ItemFields:
 
 
 def read_fields(values: Mapping[str, Any]) -> ItemFields:
-    """Returns the fields of an item in a uniform form; ``values`` are the fields of its row in a published form.
+    """Converts a row in a published format to the common format.
 
     Raises:
-        FormError: If the item has options, an answer or images that cannot be read.
+        FormError: If the row has options, an answer, images, videos or a conversation that cannot be read.
     """
     rest = {key: _plain(value) for key, value in values.items()}
     conversation = take_conversation(rest)
@@ -125,7 +132,10 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
 
 
 def _take_videos(rest: dict[str, Any]) -> list[Video]:
-    """Removes the videos from the fields ``rest``, and returns them; see ``mpo_ext.data.row_media.row_videos``."""
+    """Removes the videos from the fields ``rest``, and returns the videos.
+
+    ``mpo_ext.data.row_media.row_videos`` describes the accepted values.
+    """
     given = {key: rest.pop(key) for key in ("video", "videos") if key in rest}
     try:
         return row_videos({key: None if is_missing(value) else value for key, value in given.items()}, None)
@@ -138,7 +148,7 @@ def _listed(options: list[str] | dict[str, str] | None) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value of a table as a JSON value: dates and decimal numbers become texts."""
+    """Converts dates, times and decimal numbers to texts. Returns all other values unchanged."""
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     return str(value) if isinstance(value, decimal.Decimal) else value
@@ -148,9 +158,9 @@ def _plain(value: Any) -> Any:
 
 
 def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | None, *, is_index: bool) -> list[str]:
-    """Removes the answer from the fields ``rest``, and returns all true answers.
+    """Removes the answer field from ``rest``, and returns all true answers; empty if the answer is missing.
 
-    ``is_index`` is as in ``indexed_answer``.
+    ``is_index`` says whether integer answers are option indices.
     """
     given = [key for key in _ANSWERS if rest.get(key) is not None and (key != "answers" or _is_texts(rest[key]))]
     key = given[0] if given else "answer_gt"
@@ -178,9 +188,12 @@ def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | Non
 
 
 def _checked(text: str, options: list[str] | dict[str, str] | None, *, is_index: bool) -> str:
-    """Returns a true answer; raises FormError for an index or a letter of an option that the item does not have.
+    """Returns a true answer, after converting an option index to the option's letter.
 
-    ``is_index`` is as in ``indexed_answer``.
+    ``is_index`` says whether integer answers are option indices.
+
+    Raises:
+        FormError: If no option has this letter or index, or if a number is ambiguous.
     """
     if options is not None and re.fullmatch(r"-?[0-9]{1,3}(?:\.0)?", text.strip()):
         return numbered_answer(text, options, is_index=is_index)
@@ -201,7 +214,10 @@ def _is_texts(value: Any) -> bool:
 
 
 def _open_answers(answer: str) -> Any:
-    """Returns the answers to an open question of MMMU as a list, or ``answer`` if it is not the text of a list."""
+    """Parses MMMU's answer to an open question, such as ``"['5', 'five']"``, to a list of answers.
+
+    Returns ``answer`` unchanged if it is not the text of a list.
+    """
     try:
         answers = read_literal(answer)
     except ValueError:
@@ -213,7 +229,15 @@ def _open_answers(answer: str) -> Any:
 
 
 def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
-    """Removes the images from the fields ``rest``; returns numbered images by their number, and the other images."""
+    """Removes the image fields from ``rest``, and returns the images.
+
+    Returns:
+        - The images from numbered fields, such as ``image_2``, by number.
+        - The images from an unnumbered field, such as ``images``.
+
+    Raises:
+        FormError: If several fields hold different images, or ``image_source`` is not a file name.
+    """
     numbered = {
         int(match[1]): image
         for key in list(rest)
@@ -243,7 +267,14 @@ def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
 def _place_numbered(
     turns: list[Turn], options: list[str] | dict[str, str] | None, images: Mapping[int, Any]
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
-    """Replaces ``<image 1>`` by ``<image>`` in turns and options. Returns them, and the images in the marks' order."""
+    """Replaces marks such as ``<image 1>`` by ``<image>``, and sorts the images into the order of the marks.
+
+    Images without a mark come first. If only some images have a mark, the first user turn gets an ``<image>`` for each
+    image without a mark.
+
+    Returns:
+        The turns, the options and the sorted images.
+    """
     order: list[Any] = []
     placed: set[int] = set()
 
@@ -271,9 +302,18 @@ def _place_numbered(
 
 
 def _image(key: str, value: Any, rest: Mapping[str, Any]) -> Any:
-    """Returns an image as a path or a data URL; None for an empty value, and a value of another kind unchanged.
+    """Converts an image to a path or a data URL.
 
-    ``key`` is the name of the field, and ``rest`` holds the other fields of the item.
+    Returns None for an empty value, and returns a value of an unknown type unchanged.
+
+    Args:
+        key: Name of the field that holds the image.
+        value: A path, bytes, base64 text, a PIL image or an image dict of Hugging Face's datasets.
+        rest: Other fields of the item.
+
+    Raises:
+        FormError: If the value is the number of another row that holds the image, as in MMBench, or if bytes are not
+            an image of a supported type.
     """
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:  # the form of Hugging Face's datasets
         value = value["bytes"] if value.get("bytes") else value.get("path")
@@ -302,7 +342,7 @@ def _data_url(text: str) -> str:
 
 
 def _is_image_like(key: str, value: Any) -> bool:
-    """Returns whether a field may hold an image or a video that this module does not read."""
+    """Returns whether a field looks like an image or a video by its name or its value."""
     entries = value if isinstance(value, (list, tuple)) else [value]
     for entry in entries:
         if isinstance(entry, (bytes, bytearray)) or hasattr(entry, "mode"):
@@ -320,7 +360,7 @@ def _is_image_like(key: str, value: Any) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """Returns the texts in a value, also those in its lists and objects."""
+    """Returns all strings in a value, including those in nested lists and dicts."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Reads the options of items, and answers that are the index of an option."""
+"""Reads the options of items, and converts answers that are option indices to letters."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -30,17 +30,19 @@ class FormError(ValueError):
 
 
 def is_missing(value: Any) -> bool:
-    """Returns whether a value is the text that pandas writes for a missing value."""
+    """Returns whether a value is the text "nan" or "NaN", which pandas writes for a missing value."""
     return isinstance(value, str) and value.strip() in ("nan", "NaN")
 
 
 def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | None, bool]:
-    """Removes the options from the fields ``rest``, and returns them; None if the item has no options.
+    """Removes the options from the fields ``rest``, and returns the options.
 
-    The second value is ``is_index`` of ``indexed_answer``: whether an integer answer is the index of an option.
+    Returns:
+        - The options as a list of texts or a dict from letter to text; None if the item has no options.
+        - Whether an integer answer is the index of an option (``is_index`` of ``indexed_answer``).
 
     Raises:
-        FormError: If options cannot be read, or if a field that is not read looks like options.
+        FormError: If options cannot be read, or if an unknown field looks like options.
     """
     taken = {key: rest.pop(key) for key in _LISTS if key in rest}
     options = [(key, parsed) for key, value in taken.items() if (parsed := parse_options(key, value)) is not None]
@@ -63,9 +65,10 @@ def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | Non
 
 
 def _take_series(rest: dict[str, Any], name: str) -> list[str] | None:
-    """Removes fields with one option each, such as ``choice_a`` and ``choice_b``, and returns the options.
+    """Removes fields that hold one option each, such as ``choice_a`` and ``choice_b``, and returns the options.
 
-    ``name`` is the pattern of the field names. The result is None if fewer than two such fields have a text.
+    ``name`` is a format string of the field names, such as ``"choice_{lower}"``. Returns None if fewer than two
+    options are given.
     """
     keys = {letter: name.format(upper=letter, lower=letter.lower()) for letter in _COLUMNS}
     values = {letter: rest[key] for letter, key in keys.items() if key in rest}
@@ -92,12 +95,12 @@ def _is_text(value: Any) -> bool:
 
 
 def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
-    """Returns options as a list of texts or a dict from letter to text; None for an empty value.
+    """Converts options to a list of texts or a dict from letter to text. Returns None for an empty value.
 
     Args:
-        key: Name of the field in messages.
-        value: A list; a dict from letter to text; a dict with ``text`` and ``label`` lists; or the text of a list or
-            dict in the notation of Python or JSON, as MMMU has it.
+        key: Name of the field in error messages.
+        value: A list; a dict from letter to text; a dict with ``text`` and ``label`` lists; or a text that holds a
+            list or dict in the notation of Python or JSON, as in MMMU.
 
     Raises:
         FormError: If the value is none of these, or has more than 26 options.
@@ -140,10 +143,15 @@ def _option(key: str, value: Any) -> str:
 
 
 def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Returns the letter of the option that an integer answer means, as an index from 0 or as the option's text.
+    """Converts an integer answer to the letter of the option that it means.
 
-    ``is_index`` says whether integer answers in this form of items are indices, as in ScienceQA. If they are not, the
-    answer must be the text of an option.
+    The integer may be the index of an option, from 0, or the text of an option.
+
+    Args:
+        answer: The answer.
+        options: Texts of the options, or a dict from letter to text.
+        is_index: Whether integer answers are indices in this format, as in ScienceQA. If False, the answer must be the
+            text of an option.
 
     Raises:
         FormError: If the answer may mean several options, or no option.
@@ -159,10 +167,17 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
 
 
 def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Converts a true answer in digits, an index from 0, to the letter of the option that has this index.
+    """Converts an option index that is given as text, such as ``"2"``, to the letter of the option.
 
-    If the answer is itself the text of an option, it is returned unchanged. ``is_index`` and the errors are those of
-    ``indexed_answer``.
+    An answer that equals the text of an option is returned unchanged.
+
+    Args:
+        answer: The answer, a number as text. Indices count from 0.
+        options: Texts of the options, or a dict from letter to text.
+        is_index: Whether numbers are indices in this format; see ``indexed_answer``.
+
+    Raises:
+        FormError: If the answer may mean several options, or no option.
     """
     labels = label_options(options)
     matching = [label for label, text in labels.items() if text.strip() == answer.strip()]

@@ -1,4 +1,4 @@
-"""Reads the rows of a file of items: JSON lines, a JSON array, TSV, CSV or Parquet, also compressed or in UTF-16."""
+"""Reads the rows of an item file: JSON lines, a JSON array, TSV, CSV or Parquet, also compressed or in UTF-16."""
 
 import codecs
 import csv
@@ -18,11 +18,11 @@ _PARQUET_ROWS = 32  # rows that are read at a time; each may hold several images
 
 
 def read_rows(path: str) -> Iterator[Any]:
-    """Yields the rows of a file, mostly dicts; None stands for an unreadable row. Values of TSV and CSV are texts.
+    """Yields each row of a file, usually as a dict. An unreadable row is None. All values of TSV and CSV are strings.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If this package does not read the form or encoding of the file, which the message names.
+        ValueError: If the format or the encoding of the file is not supported.
     """
     if _is_parquet(path):
         for batch in _parquet(path).iter_batches(batch_size=_PARQUET_ROWS):
@@ -43,9 +43,11 @@ def read_rows(path: str) -> Iterator[Any]:
 
 
 def count_rows(path: str, digest: "hashlib._Hash | hashlib.blake2b") -> int:
-    """Returns the number of rows of a file, and adds the content of the file to ``digest``.
+    """Returns the number of rows of a file, and updates ``digest`` with the bytes of the file.
 
-    The errors are those of ``read_rows``.
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the format or the encoding of the file is not supported.
     """
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -64,7 +66,10 @@ def _is_parquet(path: str) -> bool:
 
 
 def _lines(path: str) -> str:
-    """Returns ``path`` for a TSV or CSV file in UTF-8, or else the path of a file of JSON lines with its rows."""
+    """Returns the path of a file that can be read line by line.
+
+    This is ``path`` itself for TSV and CSV in UTF-8. Other files are converted to JSON lines if necessary.
+    """
     with open(path, "rb") as file:
         head = file.read(_HEAD)
     if Path(path).suffix.lower() in TABLES and _is_utf8(head):

@@ -1,4 +1,4 @@
-"""Reads the conversations of items: messages, a system prompt, a history and tools."""
+"""Reads the conversations of items from messages, a system prompt, a history and tools."""
 
 import base64
 import dataclasses
@@ -29,12 +29,12 @@ _FIELDS = (*_MESSAGES, "system", "history", "tools")
 
 @dataclasses.dataclass(slots=True)
 class ItemTurns:
-    """The prompt of an item as turns.
+    """The prompt of an item as a list of turns.
 
     Attributes:
-        turns: Turns of the prompt, the question in its last user turn.
+        turns: Turns of the prompt. The last user turn is the question.
         tools: The functions that the assistant may call.
-        images: Images in the order of their places.
+        images: Images in the order of their ``<image>`` placeholders.
     """
 
     turns: list[Turn]
@@ -43,12 +43,13 @@ class ItemTurns:
 
 
 def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
-    """Removes the fields of a conversation from the fields ``rest`` of an item, and returns those that are not empty.
+    """Removes the fields of a conversation, such as ``messages``, from ``rest``, and returns those that are not empty.
 
-    The item may also be a line of the format "pairs", whose turns are in ``extra``.
+    If ``rest`` is a written preference pair, its turns and tools are taken from ``extra``.
 
     Raises:
-        FormError: If the item has several fields of messages, or fields that would change the prompt.
+        FormError: If the item has several fields with messages. If the chosen response of a pair has several turns or
+            tool calls. If a field that is not supported would change the prompt, such as ``functions``.
     """
     if not is_unset(rest.get("chat_template_kwargs")):
         raise FormError("chat_template_kwargs must be given for the whole run (--chat-template-kwargs)")
@@ -78,17 +79,19 @@ def read_conversation(
     columns: Sequence[Any],
     data_url: Callable[[str], str],
 ) -> ItemTurns:
-    """Returns the conversation of an item.
+    """Builds the conversation of an item from its fields.
 
     Args:
         fields: Fields from ``take_conversation``.
-        question: The question. It is the last user turn; if there are messages, it may only repeat their last turn.
+        question: The question, which becomes the last user turn. If ``fields`` have messages, their last user turn is
+            the question, and this argument must repeat it or be None.
         options: Texts of the options, which may hold ``<image>``.
-        columns: Images from the item's fields for images.
-        data_url: Function that returns the data URL of an image in base64.
+        columns: Images from the item's image fields.
+        data_url: Function that converts a base64 text to a data URL.
 
     Raises:
-        FormError: If the conversation is not a prompt. The message has no values, so equal problems have equal texts.
+        FormError: If the conversation cannot be used as a prompt. The error message leaves out the item's values, so
+            that equal problems can be counted together.
     """
     name = next((name for name in _MESSAGES if name in fields), None)
     images = Images(columns, lambda content: data_url(base64.b64encode(content).decode()))
@@ -116,9 +119,12 @@ def read_conversation(
 
 
 def read_chosen(chosen: Any) -> Any:
-    """Returns a chosen response as a text. The input may be the assistant's message. Other values are unchanged.
+    """Returns a chosen response as a text.
 
-    Raises FormError for messages other than a single response of text.
+    A message, or a list with one message, is replaced by its text. All other values are returned unchanged.
+
+    Raises:
+        FormError: If there are several messages, or the message has tool calls.
     """
     if not isinstance(chosen, (Mapping, list, tuple)) or not chosen:
         return chosen

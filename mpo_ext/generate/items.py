@@ -1,4 +1,4 @@
-"""The items that the pipelines and the evaluation read: questions with images and videos, answers and responses."""
+"""Reads items: questions with images, videos, answers and responses, for the pipelines and the evaluation."""
 
 import dataclasses
 import hashlib
@@ -32,25 +32,23 @@ WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """A question to make pairs from, or to evaluate a model with.
-
-    Pairs that are made from an item with a ``subset`` have absolute image paths, and record the subset and its root.
-    In pairs from other items, relative image paths start at the folder of the written file.
+    """A question from which pairs are made, or with which a model is evaluated.
 
     Attributes:
         question: The question, or the last user turn of a conversation; it may hold ``<image>`` and ``<video>`` at the
             places of images and videos.
-        messages: All turns of a prompt of several turns, as in ``mpo_ext.chat.Conversation``; else empty.
+        messages: All turns of a multi-turn prompt, as in ``mpo_ext.chat.Conversation``; otherwise empty.
         tools: The functions that the assistant may call, as in ``Conversation``.
         images: Image paths as the input gives them, and data URLs of images that the input itself holds.
         videos: Videos, with paths as the input gives them.
         chosen: Preferred response, an input of DropoutNTP; None if the item has no such response.
         truths: True answers, each of which counts as right.
         extra: Other fields of the input line. ``options`` is a list of texts, or a dict from letter to text.
-        image_root: Folder at which relative image paths start.
-        subset: Name of the item's subset in a meta file; None without a meta file.
+        image_root: Folder to which relative image paths are joined.
+        subset: Name of the item's subset in a meta file; None without a meta file. Pairs from an item with a subset
+            record the subset and ``image_root``, and have absolute image paths.
         problem: Reason why the item cannot be used, or None.
-        detail: What else to tell about ``problem``, or None.
+        detail: Further explanation of ``problem``, or None.
     """
 
     question: str = ""
@@ -68,29 +66,32 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """Returns the image paths for pairs: absolute for an item of a subset, otherwise as the input gives them."""
+        """Image paths for pairs made from this item: absolute if the item has a subset, otherwise as in the input."""
         if self.subset is None:
             return self.images
         return self.image_sources
 
     @property
     def image_sources(self) -> tuple[str, ...]:
-        """Returns the images for ``load_image``: paths joined to ``image_root``, and URLs."""
+        """Images in the form that ``load_image`` reads: paths joined to ``image_root``, and URLs."""
         return tuple(absolute_path(image, self.image_root) for image in self.images)
 
     @property
     def video_sources(self) -> tuple[Video, ...]:
-        """Returns the videos with paths joined to ``image_root``, for ``load_video``."""
+        """Videos in the form that ``load_video`` reads, with paths joined to ``image_root``."""
         return tuple(video.map_paths(lambda path: absolute_path(path, self.image_root)) for video in self.videos)
 
     @property
     def pair_videos(self) -> tuple[Video, ...]:
-        """Returns the videos for pairs, with paths as in ``pair_images``."""
+        """Videos for pairs made from this item, with absolute paths if the item has a subset."""
         return self.videos if self.subset is None else self.video_sources
 
     @property
     def question_with_options(self) -> str:
-        """Returns the question, followed by a line for each option unless the question itself shows the options."""
+        """The question, followed by its options, one per line.
+
+        A question that already shows the options is unchanged.
+        """
         options = self.options
         if options is None:
             return self.question
@@ -100,36 +101,39 @@ class Item:
         return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in options)])
 
     def turns(self, question: str) -> tuple[Mapping[str, Any], ...]:
-        """Returns ``messages`` with ``question`` as the last user turn; empty for a prompt of one turn."""
+        """Returns all turns, with ``question`` as the last user turn; empty for a single-turn prompt."""
         return tuple(with_question(self.messages, question)) if self.messages else ()
 
     @property
     def prompt_text(self) -> str:
-        """Returns the prompt as a readable text: the question with its options, or all turns with their roles."""
+        """The prompt as a readable text: the question with its options, or all turns with their roles."""
         question = self.question_with_options
         return turns_text(self.turns(question) or None, self.tools, question)
 
     @property
     def options(self) -> tuple[tuple[str, str], ...] | None:
-        """Returns the letters and texts of the options, or None if the item has no options."""
+        """The letter and the text of each option; None if the item has no options."""
         options = self.extra.get("options")
         return None if options is None else tuple(label_options(options).items())
 
     @property
     def pair_extra(self) -> dict[str, Any]:
-        """Returns the extra fields of the item's pairs: ``extra`` and, if it has a subset, the subset and its root."""
+        """Extra fields for pairs made from this item.
+
+        These are ``extra`` and, if the item has a subset, the name of the subset and ``image_root``.
+        """
         if self.subset is None:
             return dict(self.extra)
         return {**self.extra, SOURCE: {"subset": self.subset, "root": self.image_root}}
 
     @property
     def answer_gt(self) -> str | None:
-        """Returns the first true answer, or None if the item has no true answer."""
+        """The first true answer; None if the item has no true answer."""
         return self.truths[0] if self.truths else None
 
     @property
     def digest(self) -> str:
-        """Returns a hash of the item's content, which names the item independently of its position."""
+        """Hash of the item's content, which identifies the item independently of its position in the input."""
         content: tuple[Any, ...] = (self.question, self.images, self.chosen, self.truths, self.problem)
         content += (self.videos,) if self.videos else ()
         if self.messages or self.tools:
@@ -137,9 +141,13 @@ class Item:
         return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
     def pair(self, question: str, chosen: str, rejected: str, provenance: dict[str, Any]) -> Pair:
-        """Returns a pair of these texts with the item's media, first true answer and extra fields.
+        """Builds a preference pair from two responses, with the item's media, first true answer and extra fields.
 
-        ``question`` is the last user turn. The pair also has the other turns and the tools of the item.
+        Args:
+            question: Text of the last user turn. The pair also records the item's other turns and tools.
+            chosen: The preferred response.
+            rejected: The other response.
+            provenance: How the pair was made.
         """
         extra = self.pair_extra
         prompt: dict[str, Any] = {PROMPT_TURNS: list(map(dict, turns))} if (turns := self.turns(question)) else {}
@@ -150,9 +158,11 @@ class Item:
         return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, extra, self.pair_videos)
 
     def load_media(self) -> dict[str, Any]:
-        """Returns the loaded images and videos, as the arguments ``images`` and ``videos`` of ``Conversation``.
+        """Loads the images and videos, and returns them as keyword arguments for ``Conversation``.
 
-        Raises FileNotFoundError if a file is missing, and ImageError if it cannot be read; see ``media_problem``.
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ImageError: If a file cannot be read.
         """
         videos = tuple(map(load_video, self.video_sources))
         return {"images": tuple(map(load_image, self.image_sources)), "videos": videos}
@@ -161,17 +171,16 @@ class Item:
     def from_dict(
         cls, values: Any, *, image_root: str = "", subset: str | None = None, system: str | None = None
     ) -> "Item":
-        """Returns the item of an input line; if the item cannot be used, its ``problem`` gives the reason.
+        """Builds an item from a parsed input line. If the line cannot be used, the item's ``problem`` says why.
 
         Args:
-            values: Parsed line with ``question``; ``image`` or ``images``, a path or a list of paths; ``video`` or
-                ``videos``, as in ``mpo_ext.data.row_media.row_videos``; ``chosen``;
-                ``answer_gt`` or ``answer``; ``options``; ``messages``, ``system``, ``history`` and ``tools`` of a
-                conversation; or a row in one of the forms of ``item_forms``. All other fields except ``rejected``
-                become ``extra``.
-            image_root: Folder at which relative image paths start.
-            subset: Name of the subset, whose images must stay below ``image_root``; None without a meta file.
-            system: System prompt of an item that has none; None: no system prompt.
+            values: A dict with ``question`` or ``messages``. Optional fields are ``image`` or ``images`` (a path or a
+                list of paths), ``video`` or ``videos`` (see ``mpo_ext.data.row_media.row_videos``), ``chosen``,
+                ``answer_gt`` or ``answer``, ``options``, ``system``, ``history`` and ``tools``. ``item_forms`` lists
+                further accepted formats. All other fields except ``rejected`` become ``extra``.
+            image_root: Folder to which relative image paths are joined.
+            subset: Name of the subset, whose images must be inside ``image_root``; None without a meta file.
+            system: System prompt for an item without a system prompt; None: no system prompt.
         """
         if not isinstance(values, Mapping) or is_nested_deeply(values):
             return cls(problem="unreadable line")
@@ -255,9 +264,9 @@ class ItemFile:
 
     Attributes:
         path: Path of the file.
-        image_root: Folder at which relative image paths start.
+        image_root: Folder to which relative image paths are joined.
         subset: Name of the file in a meta file; None without a meta file.
-        system: System prompt of the items that have none; None: no system prompt.
+        system: System prompt for items without a system prompt; None: no system prompt.
     """
 
     path: str
@@ -272,9 +281,9 @@ class ItemSource:
 
     Attributes:
         files: The files of items, in order.
-        digest: Hash of the lines and the subset names, which does not depend on the paths.
+        digest: Hash of the files' contents and subset names. It does not depend on their paths.
         count: Number of items in the run.
-        system: System prompt of the items that have none; None: no system prompt.
+        system: System prompt for items without a system prompt; None: no system prompt.
     """
 
     files: tuple[ItemFile, ...]
@@ -283,7 +292,7 @@ class ItemSource:
     system: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Returns the description of the input that the journals of a run record, as JSON values."""
+        """Returns the digest and the system prompt, with which a run's journals identify the input."""
         return {"blake2b": self.digest, **({} if self.system is None else {"system": self.system})}
 
     def items(self) -> Iterator[Item]:
@@ -299,10 +308,14 @@ def open_items(
     system: str | None = None,
     limit: int | None = None,
 ) -> ItemSource:
-    """Finds the files of a source, counts the items, computes a digest, and returns the ItemSource.
+    """Opens the files of a source, counts their items and hashes their contents.
 
-    ``limit`` is the maximum number of items, taken from the beginning; None: all. The other arguments are those of
-    ``item_files``.
+    Args:
+        source: See ``item_files``.
+        image_root: See ``item_files``.
+        root_map: See ``item_files``.
+        system: See ``item_files``.
+        limit: Maximum number of items, taken from the beginning; None: all items.
     """
     files = item_files(source, image_root=image_root, root_map=root_map, system=system)
     digest, count = hashlib.blake2b(digest_size=16), 0
@@ -320,17 +333,18 @@ def item_files(
     root_map: Sequence[tuple[str, str]] = (),
     system: str | None = None,
 ) -> tuple[ItemFile, ...]:
-    """Returns the files of a source: the source itself, or the files that a meta file (.json) of MMPR's format lists.
+    """Returns the item files of a source: the source itself, or the files that an MMPR meta file lists.
 
     Args:
-        source: Path of a file of JSON lines, a JSON array (.json), TSV, CSV or Parquet, or of a meta file.
-        image_root: Folder at which relative image paths start; a meta file names a root for each file.
-        root_map: Path prefixes (old, new) of moved folders in a meta file.
-        system: System prompt of the items that have none; None: no system prompt.
+        source: Path of JSON lines, a JSON array (.json), TSV, CSV or Parquet, or of a meta file (.json).
+        image_root: Folder to which relative image paths are joined. Must be empty for a meta file, which names a
+            root for each file.
+        root_map: Path prefixes (old, new) that replace moved folders in a meta file.
+        system: System prompt for items without a system prompt; None: no system prompt.
 
     Raises:
         OSError: If the meta file cannot be read.
-        ValueError: If the file is not a meta file, or if an argument does not fit the kind of the source.
+        ValueError: If the meta file is invalid, or an argument does not fit the kind of source.
     """
     if system is not None and (not isinstance(system, str) or not system.strip()):
         raise ValueError(f"system must be a text, got {system!r}")
@@ -349,7 +363,7 @@ def item_files(
 
 
 def _is_meta(source: str | Path) -> bool:
-    """Returns whether a file is a meta file: a .json file whose content is not a JSON array.
+    """Returns whether a file is a meta file: a .json file that does not hold a JSON array.
 
     Raises ValueError for a meta file that is not in UTF-8.
     """
@@ -363,7 +377,7 @@ def _is_meta(source: str | Path) -> bool:
 
 
 def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
-    """Yields the items of files in order; a line that cannot be read becomes an item with a ``problem``."""
+    """Yields the items of all files in order. An unreadable row becomes an item with a ``problem``."""
     for item_file in files:
         for values in read_rows(item_file.path):
             yield Item.from_dict(
@@ -372,12 +386,12 @@ def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
 
 
 def media_problem(error: Exception) -> str:
-    """Returns the problem of an item whose media raised an error in ``load_media``."""
+    """Converts an error of ``load_media`` to the ``problem`` of an item."""
     return f"{'video' if str(error).startswith('video') else 'image'} cannot be read"
 
 
 def _no_question(values: Mapping[str, Any]) -> str:
-    """Returns the detail of the problem ``NO_QUESTION``, with the names of the fields that a row has."""
+    """Returns the ``detail`` of an item without a question, which lists the field names of the row."""
     names = ", ".join(map(repr, values)) or "none"
     names = names if len(names) <= _MAX_NAMES else f"{names[:_MAX_NAMES]} ..."
     return f"the question must be in 'question', or in 'messages'; the fields are {names}"
@@ -388,9 +402,10 @@ def _is_path(image: object) -> bool:
 
 
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """Returns the subset and the root that a pipeline wrote into a line.
+    """Returns the subset name and the image root that a pipeline recorded in a line.
 
-    Returns (None, ``image_root``) if the line has no subset, or if an image is not an absolute path below its root.
+    Returns (None, ``image_root``) if the line records no subset, or if an image is not an absolute path inside the
+    recorded root.
     """
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):

@@ -1,7 +1,7 @@
-"""The pipeline in which a model judges whole responses, by rating each response or by comparing two responses.
+"""The pipeline in which a judge model rates each response or compares two responses.
 
-In a comparison, the judge sees the two responses in both orders. If the verdict changes with the order, the two
-responses give no pair. ``mpo_ext.generate.runner`` runs the pipeline.
+The judge compares two responses in both orders. If its preference changes with the order, the responses form no pair.
+``mpo_ext.generate.runner`` runs the pipeline.
 """
 
 import collections
@@ -63,11 +63,11 @@ class JudgeConfig:
         best_rating: The best rating, from 2 to 9; the worst rating is 1. If the engine measures probabilities, the
             score of a response is the mean of the ratings, weighted with their probabilities.
         min_gap: Minimum difference of the scores of the two responses of a pair; with "pointwise" only.
-        pairs_per_question: Maximum number of pairs per question, and of comparisons with "pairwise"; 0 sets no limit.
+        pairs_per_question: Maximum number of pairs or, with "pairwise", of comparisons per question; 0: no limit.
         max_shorter: As in ``RlaifVConfig``; with "pointwise" only.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
-        judge: Name of the model that judges, for the provenance; None: the model that answers.
+        judge: Name of the judge model, for the provenance; None: the model that answers is also the judge.
         comparison_prompt: Prompt with ``{question}``, ``{first}`` and ``{second}``; the verdict is A or B.
         rating_prompt: Prompt with ``{question}``, ``{response}`` and ``{best}``; the verdict is a number.
     """
@@ -106,12 +106,12 @@ class JudgeConfig:
 
 @dataclasses.dataclass(slots=True)
 class _Verdict:
-    """A request to the judge.
+    """A request for a verdict of the judge.
 
     Attributes:
-        record: Record to which the verdict and its number of tokens are added.
+        record: Journal record of the judged response, to which the verdict is added.
         request: The request.
-        opponent: Key of the other response of a comparison; None for a rating.
+        opponent: Key of the response that is compared with the judged response; None for a rating.
     """
 
     record: dict[str, Any]
@@ -120,7 +120,10 @@ class _Verdict:
 
 
 class Judge:
-    """The pipeline with a judge, which the module describes. It has one output, ``pairs``."""
+    """The pipeline in which a judge model rates or compares the responses to a question.
+
+    The only output is ``pairs``.
+    """
 
     name = "judge"
     outputs = ("pairs",)
@@ -135,18 +138,21 @@ class Judge:
         self._ratings = tuple((str(rating),) for rating in range(1, self.config.best_rating + 1))
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the records and the outputs depend on, as JSON values."""
+        """Returns the settings that determine the records and the outputs, as JSON values."""
         return dataclasses.asdict(self.config)
 
     def keys(self, item: Item) -> list[str]:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples and judges responses to the items, and returns the records of each item."""
+        """Samples responses to the items, asks the judge about them, and returns a list of records for each item."""
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
+        """Yields lists of requests, and receives the generations of each list.
+
+        Returns the same records as ``sample``.
+        """
         all_records = yield from self.questions.steps(items, engine)
         verdicts: list[_Verdict] = []
         for item, records in zip(items, all_records, strict=True):
@@ -169,7 +175,10 @@ class Judge:
     def _verdicts(
         self, item: Item, records: Sequence[dict[str, Any]], media: dict[str, Any]
     ) -> Generator[_Verdict, None, None]:
-        """Yields the requests to the judge about the responses to an item; ``records`` holds distinct responses."""
+        """Yields a request for each verdict that the judge must give about the responses to an item.
+
+        ``records`` holds the journal records of distinct responses.
+        """
         question = quoted(item.prompt_text)
         if self.config.mode == "pointwise":
             for record in records:
@@ -189,7 +198,7 @@ class Judge:
                 yield _Verdict(first, request, second["key"])
 
     def _judge(self, verdicts: Sequence[_Verdict]) -> Generator[list[Request], list[Generation], None]:
-        """Asks the judge, and stores its verdicts in the records."""
+        """Yields the requests of all verdicts, receives the generations, and stores the verdicts in the records."""
         generations = yield [verdict.request for verdict in verdicts]
         for verdict, generation in zip(verdicts, generations, strict=True):
             record = verdict.record
@@ -217,7 +226,7 @@ class Judge:
         return float(match[1]) if match and 1 <= int(match[1]) <= self.config.best_rating else None
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Returns the pairs of an item. The judge prefers the chosen response of a pair to the rejected one."""
+        """Makes pairs from the responses to an item. The judge prefers the chosen response of each pair."""
         result = ItemResult()
         for stage, field in (("responses", "tokens"), ("verdicts", "verdict_tokens")):
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)
@@ -269,7 +278,10 @@ class Judge:
     def _compared(
         self, item: Item, responses: Sequence[RatedResponse], result: ItemResult
     ) -> list[tuple[RatedResponse, RatedResponse]]:
-        """Returns the pairs for which the judge prefers the same response in both orders."""
+        """Returns the (chosen, rejected) pairs for which the judge prefers the same response in both orders.
+
+        Adds the numbers of unreadable and order-dependent verdicts to ``result.notes``.
+        """
         by_key = {response.record["key"]: response for response in responses}
         shares = {
             (key, opponent): share
@@ -300,7 +312,10 @@ class Judge:
 
 
 def first_share(generation: Generation) -> float | None:
-    """Returns P(A) / (P(A) + P(B)) for a comparison, or 1 for the text "A" and 0 for "B"; None for another text."""
+    """Returns the judge's preference for the first of two responses, A, over the second response, B.
+
+    This is P(A) / (P(A) + P(B)). Without ``choice_probs``, it is 1 for the text "A", 0 for "B", and None otherwise.
+    """
     if (probs := generation.choice_probs) is not None:
         return round(probs[0] / sum(probs), 6)
     match = _LETTER.fullmatch(generation.text)

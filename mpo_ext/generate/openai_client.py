@@ -1,7 +1,7 @@
-"""Sends requests to a server with OpenAI's HTTP interface, many at a time, and retries after temporary failures.
+"""Sends concurrent requests to a server with OpenAI's HTTP interface, and retries after temporary failures.
 
-The requests run in an event loop in a background thread. The key is read from the environment, sent in the header of
-the requests, and removed from the texts of all errors.
+The requests run in an event loop in a background thread. The API key is read from the environment and sent in the
+request header. It is removed from all error messages.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class ServerError(RuntimeError):
     """Raised if a server cannot be used, for example because it does not answer or does not know the model.
 
     Attributes:
-        status: Status of the answer; None without an answer.
+        status: HTTP status of the answer; None if there is no answer.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -53,11 +53,11 @@ class ServerOptions:
 
     Attributes:
         base_url: Address of the interface, such as ``http://localhost:8000/v1``.
-        api_key_env: Name of the environment variable with the key. Only the default variable may be unset.
+        api_key_env: Name of the environment variable that holds the API key. Only the default variable may be unset.
         concurrency: Maximum number of requests at the same time.
         timeout_s: Seconds to wait for the answer to a request.
-        max_retries: Number of repetitions of a request after a temporary failure: status 408, 409, 425, 429 or 500 and
-            above, a broken connection, no answer in time, or an answer that is not the expected JSON.
+        max_retries: Maximum number of retries after a temporary failure: status 408, 409, 425, 429 or 500 and above, a
+            broken connection, no answer in time, or an answer that is not the expected JSON.
     """
 
     base_url: str
@@ -79,7 +79,7 @@ class ServerOptions:
                              "an environment variable (api_key_env)")  # fmt: skip
 
     def key(self) -> str:
-        """Returns the key; "none" if the default variable is not set, because servers without keys take any key.
+        """Returns the API key, or "none" if the default variable is not set.
 
         Raises:
             ValueError: If a variable other than the default is not set, or the key cannot be sent in a header.
@@ -93,7 +93,7 @@ class ServerOptions:
 
 
 class OpenAIClient:
-    """Sends requests to a server. All methods may be called from one thread only.
+    """Sends requests to a server from a background thread. Call all methods from the same thread.
 
     Raises:
         ImportError: If the package openai is missing.
@@ -132,15 +132,21 @@ class OpenAIClient:
         return reply
 
     def submit(self, name: str, path: str, make_body: Callable[[], Mapping[str, Any]]) -> None:
-        """Starts a request with a name. ``make_body`` is called in another thread when the request is sent."""
+        """Starts a request without waiting for the answer.
+
+        Args:
+            name: Name of the request, as in ``finished``.
+            path: Path of the request below ``base_url``.
+            make_body: Function that returns the JSON body. A worker thread calls it when the request is sent.
+        """
         future = asyncio.run_coroutine_threadsafe(self._take_turn(path, make_body), self._loop)
         self._running[name] = future
         future.add_done_callback(lambda _: self._ended.put(name))
 
     def finished(self) -> list[tuple[str, Reply | Exception]]:
-        """Returns the name and the answer, or error, of each request that has ended since the last call.
+        """Returns the name and the answer or error of each request that has ended since the last call.
 
-        While requests are running, the call waits until at least one of them has ended.
+        If requests are running, waits until at least one of them has ended.
         """
         ended: list[tuple[str, Reply | Exception]] = []
         while self._running and not (ended and self._ended.empty()):
@@ -171,7 +177,15 @@ class OpenAIClient:
             return await self._ask(path, body, self.options.max_retries)
 
     async def _ask(self, path: str, body: Mapping[str, Any], max_retries: int) -> Reply:
-        """Sends a request until it is answered, after growing pauses that are at least as long as the server asks."""
+        """Sends a request and retries it up to ``max_retries`` times, with growing pauses.
+
+        A pause is at least as long as the server requests.
+
+        Raises:
+            RequestRefusedError: If the server refuses the request, or if all attempts fail while the server still
+                answers other requests.
+            ServerError: If the server cannot be used.
+        """
         attempt = 0
         while True:
             failure = await self._attempt(path, body)
@@ -192,7 +206,10 @@ class OpenAIClient:
         raise ServerError(f"{text}: the same command resumes the run when the server works again", failure.status)
 
     async def _attempt(self, path: str, body: Mapping[str, Any]) -> "Reply | _Failure":
-        """Sends a request once, and returns the answer or the failure."""
+        """Sends a request once. Returns the answer, or a failure after which a retry may help.
+
+        Other failures raise RequestRefusedError or ServerError.
+        """
         openai, place = self._openai, f"{self.options.base_url}{path}"
         try:
             reply: Any = await self._http.post(path, body=body, cast_to=object)
@@ -212,7 +229,7 @@ class OpenAIClient:
         return dict(reply)
 
     def _clean(self, text: str) -> str:
-        """Returns a text on one line, shortened, and without the key."""
+        """Puts a text on one line, masks the API key, and truncates the text to a maximum length."""
         text = text if self._key == "none" else text.replace(self._key, "***")
         return " ".join(text.split())[:_MAX_TEXT]
 
@@ -222,9 +239,9 @@ class _Failure:
     """A failure that may be temporary.
 
     Attributes:
-        text: Description, without the key.
-        status: Status of the answer; None without an answer.
-        wait_s: Seconds that the server asks to wait.
+        text: Description, without the API key.
+        status: HTTP status of the answer; None if there is no answer.
+        wait_s: Seconds for which the server asks to wait.
     """
 
     text: str
@@ -233,9 +250,9 @@ class _Failure:
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float:
-    """Returns the number of seconds that the headers of an answer ask to wait; 0 if they ask for none.
+    """Returns the number of seconds that the response headers ask the client to wait; 0 if they do not ask.
 
-    If the headers give a date instead, it is compared with the server's clock (the header ``Date``) if possible.
+    A date in ``Retry-After`` is converted to seconds from now, by the clock of the server if the headers state it.
     """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name, "")
@@ -251,7 +268,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
 
 
 def _now(headers: Mapping[str, str]) -> float:
-    """Returns the server's time in seconds, or this machine's time if the answer does not state the server's."""
+    """Returns the Unix time from the header ``Date``, or this machine's time if the header is missing or invalid."""
     try:
         return email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
     except (TypeError, ValueError):
@@ -259,7 +276,10 @@ def _now(headers: Mapping[str, str]) -> float:
 
 
 def _problem(reply: Any) -> str | None:
-    """Returns None if an answer has one choice with a reason to finish, otherwise the beginning of the answer."""
+    """Checks that an answer has exactly one choice, with a text or message and a finish reason.
+
+    Returns None for a valid answer, and a description of an invalid answer.
+    """
     choices = reply.get("choices") if isinstance(reply, Mapping) else None
     if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], Mapping):
         (choice,) = choices

@@ -1,4 +1,4 @@
-"""The engine that asks a server with OpenAI's HTTP interface: vLLM, SGLang, LMDeploy, llama.cpp, OpenAI and others."""
+"""An engine that sends requests to a server with OpenAI's HTTP interface, such as vLLM, SGLang or llama.cpp."""
 
 import base64
 import dataclasses
@@ -25,34 +25,34 @@ _TAIL = 16  # number of tokens at a prompt's end that an error message shows
 class OpenAIEngine:
     """Asks a server for continuations. Each request has a separate seed, which some servers ignore.
 
-    Short requests at the start test what the server supports (``features``). A prompt without images goes to
-    ``/v1/completions`` as token ids, which are those of ``TransformersEngine``, if the server takes token ids. All
-    other prompts go to ``/v1/chat/completions`` as messages, with images as ``data:`` URLs. A prefix is then sent as
-    an open turn of the assistant (``continue_final_message``). If the server returns the ids of its prompts, they are
-    compared with the ids of the processor. A request that the server cannot answer correctly is refused.
+    Short requests at the start find out what the server supports (``features``). If the server accepts token ids, a
+    prompt without images goes to ``/v1/completions`` as token ids. All other prompts go to ``/v1/chat/completions`` as
+    messages, with images as ``data:`` URLs. There, a prefix is sent as an open turn of the assistant
+    (``continue_final_message``). If the server returns the token ids of its prompts, they must match those of the
+    model's processor. A request that the server cannot answer correctly is refused.
 
     Args:
         model: Name of the model on the server.
         base_url: Address of the interface, such as ``http://localhost:8000/v1``.
         tokenizer: Folder or hub name of the model's tokenizer or processor; "": ``model``; "none": the server gets
-            only messages, and responses cannot be cut into tokens (no DropoutNTP).
+            only messages, and responses cannot be split into tokens, which DropoutNTP needs.
         processor: Processor of the model, or the tokenizer of a text model, instead of ``tokenizer``.
         chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
-        api_key_env: Name of the environment variable with the key, which is stored nowhere.
+        api_key_env: Name of the environment variable that holds the API key. The key is stored nowhere.
         concurrency: Maximum number of requests at the same time.
         timeout_s: Seconds to wait for the answer to a request.
-        max_retries: Number of repetitions of a request after a temporary failure (``ServerOptions``).
+        max_retries: Maximum number of retries after a temporary failure (``ServerOptions``).
         extra_body: Further fields of all requests.
         **options: Options with which the tokenizer is loaded, such as ``revision``.
 
     Attributes:
-        features: Abilities of the server.
+        features: Features that the server supports.
 
     Raises:
         ChatError: If the chat template cannot be used.
         ImportError: If the package openai is missing.
         ServerError: If the server does not answer, does not know the model, or refuses the key.
-        ValueError: If an argument is out of range, or the server refuses all forms of requests.
+        ValueError: If an argument is out of range, or the server accepts none of the forms of requests.
     """
 
     def __init__(
@@ -121,10 +121,12 @@ class OpenAIEngine:
         return [results[name] for name in names]
 
     def submit(self, request: Request) -> str:
-        """Starts a request and returns a name for it. A request that cannot be sent is refused at once, with a reason.
+        """Starts a request, and returns a name that identifies it.
+
+        ``finished`` returns a refusal for a request that cannot be sent, such as a request with videos.
 
         Raises:
-            ValueError: If the server cannot draw with the request's settings, or cannot continue an open turn.
+            ValueError: If the server does not support ``top_k``, or the continuation of a prefix.
         """
         name = str(next(self._names))
         if request.videos:
@@ -154,12 +156,12 @@ class OpenAIEngine:
         return name
 
     def finished(self) -> list[tuple[str, Generation]]:
-        """Returns the name and the continuation of each request that has ended since the last call.
+        """Returns the name and the generation of each request that has ended since the last call.
 
-        While requests are running, the call waits until at least one of them has ended.
+        If requests are running, waits until at least one of them has ended.
 
         Raises:
-            ServerError: If the server cannot be used, or writes other prompts than the model's processor.
+            ServerError: If the server cannot be used, or its prompts differ from those of the model's processor.
         """
         ended, self._refused = self._refused, []
         if ended:
@@ -232,7 +234,7 @@ class OpenAIEngine:
         return {"prompt": [*self._encoder().prompt_ids(request), *request.prefix_ids]}
 
     def _messages(self, request: Request) -> dict[str, Any]:
-        """Returns the fields of a request to ``/chat/completions``; ``_with_images`` adds the images later."""
+        """Returns the fields of a request to ``/chat/completions``, with placeholders that ``_with_images`` fills."""
         chat = self.chat
         as_parts = bool(request.images) or (chat is not None and chat.is_multimodal)
         messages = chat_messages(request, as_parts=as_parts)
@@ -259,11 +261,11 @@ class OpenAIEngine:
         return fields
 
     def _generation(self, request: Request, reply: Reply) -> Generation:
-        """Returns the generation of a request from the server's answer.
+        """Converts the server's answer to a request into a ``Generation``.
 
         Raises:
-            ServerError: If the server has written another prompt than the model's processor, or has removed the
-                thoughts from the text.
+            ServerError: If the server's prompt differs from that of the model's processor, or if the server has
+                removed the reasoning from the text.
         """
         (choice,) = reply["choices"]
         reason = choice["finish_reason"]
@@ -286,7 +288,10 @@ class OpenAIEngine:
         return Generation(generation.token_ids, generation.text, reason)
 
     def _text_generation(self, request: Request, text: str, reason: Any, reply: Reply) -> Generation:
-        """Returns the generation of a request from the text of the answer, and computes its token ids."""
+        """Converts an answer without token ids into a ``Generation``, and computes the ids from the text.
+
+        Without a tokenizer, there are no ids, and the number of tokens comes from the server's ``usage``.
+        """
         if self.chat is None:
             usage = reply.get("usage") or {}
             count = usage.get("completion_tokens")
@@ -305,9 +310,15 @@ class OpenAIEngine:
 
 
 def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> None:
-    """Compares the ids of a server's prompt with those of the model's processor, before and after the images.
+    """Checks that the server's prompt equals the prompt of the model's processor.
 
-    The ids may differ if their text is the same, because a server that gets messages tokenizes the prefix again.
+    Image tokens, and texts between images, are not compared. Different token ids are accepted if their texts are
+    equal.
+
+    Args:
+        chat: Encoder with the model's processor.
+        request: The request.
+        ids: Token ids of the server's prompt.
 
     Raises:
         ServerError: If the prompts differ.
@@ -336,7 +347,7 @@ def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Non
 
 
 def _with_json_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a message with the arguments of its tool calls as JSON in a text, the form of OpenAI's interface."""
+    """Returns a message whose tool call arguments are JSON texts, as OpenAI's interface requires."""
     calls = [
         {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
         for call in message.get("tool_calls", ())
@@ -345,7 +356,7 @@ def _with_json_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_images(fields: Mapping[str, Any], images: Sequence[Any]) -> dict[str, Any]:
-    """Returns the fields of a request with the images as ``data:`` URLs in its messages."""
+    """Returns the request fields with each image part in the messages replaced by a ``data:`` URL."""
     if not images:
         return dict(fields)
     urls = iter([_data_url(image) for image in images])
@@ -362,7 +373,7 @@ def _with_images(fields: Mapping[str, Any], images: Sequence[Any]) -> dict[str, 
 
 
 def _data_url(image: Any) -> str:
-    """Returns an image as a ``data:`` URL with a PNG, so the server sees the same pixels as the other engines."""
+    """Returns an image as a ``data:`` URL of a PNG, which keeps all pixels exactly."""
     file = io.BytesIO()
     load_image(image).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Tests with short requests, before a run begins, what a server with OpenAI's HTTP interface supports."""
+"""Sends short test requests to find out what a server with OpenAI's HTTP interface supports."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,17 +26,17 @@ _N_DRAWS = 6
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFeatures:
-    """The abilities of a server.
+    """The features that a server supports.
 
     Attributes:
-        takes_ids: Whether ``/completions`` continues the token ids of a prompt.
-        returns_ids: Whether the answers have the ids of the prompt and of the continuation.
-        has_chat: Whether ``/chat/completions`` answers.
-        continues: Whether ``/chat/completions`` continues the last turn of the assistant.
-        extensions: Whether the server takes the fields in ``EXTENSIONS``.
+        takes_ids: Whether ``/completions`` accepts a prompt as token ids.
+        returns_ids: Whether answers hold the token ids of the prompt and of the continuation.
+        has_chat: Whether ``/chat/completions`` is available.
+        continues: Whether ``/chat/completions`` continues an unfinished turn of the assistant.
+        extensions: Whether the server accepts the fields in ``EXTENSIONS``, such as ``top_k``.
         draws_top_k: Whether ``top_k`` has an effect.
-        seed_bits: Number of bits of the seeds that the server takes.
-        limit: Name of the field for the maximum number of new tokens.
+        seed_bits: Maximum number of bits of a seed.
+        limit: Name of the request field for the maximum number of new tokens.
     """
 
     takes_ids: bool = False
@@ -50,17 +50,17 @@ class ServerFeatures:
 
 
 def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body: Mapping[str, Any]) -> ServerFeatures:
-    """Returns the abilities of a server.
+    """Sends test requests to a server, and returns the features that it supports.
 
     Args:
         client: Client of the server.
         model: Name of the model on the server.
-        chat: Encoder of prompts; None: there is no tokenizer, so the server gets only texts.
+        chat: Encoder of prompts; None if there is no tokenizer, so that the server gets only messages.
         extra_body: Further fields of all requests.
 
     Raises:
         ServerError: If the server does not answer, does not know the model, or refuses the key.
-        ValueError: If the server refuses all forms of requests.
+        ValueError: If the server accepts none of the forms of requests.
     """
     prober = _Prober(client, model, extra_body)
     completion = None
@@ -90,7 +90,7 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Form:
-    """The form of the requests that a server takes; ``ServerFeatures`` describes the attributes."""
+    """A form of requests that servers may accept; ``ServerFeatures`` describes the attributes."""
 
     extensions: bool
     seed_bits: int
@@ -107,7 +107,7 @@ _FORMS = [
 
 
 class _Prober:
-    """Sends short requests. The first accepted request settles the form of the following requests."""
+    """Sends test requests in several forms, and keeps the first form that the server accepts."""
 
     def __init__(self, client: OpenAIClient, model: str, extra_body: Mapping[str, Any]) -> None:
         self.client = client
@@ -120,7 +120,10 @@ class _Prober:
         return self.forms[0]
 
     def find_form(self, path: str, body: Mapping[str, Any]) -> Reply | None:
-        """Returns the answer to a request in the first form that the server takes; None if it refuses all forms."""
+        """Tries a request in each form until the server accepts it, and keeps this form.
+
+        Returns the answer, or None if the server refuses all forms.
+        """
         for form in self.forms:
             reply = self.ask(path, body, form)
             if reply is not None:
@@ -131,7 +134,10 @@ class _Prober:
     def ask(
         self, path: str, body: Mapping[str, Any], form: _Form, *, max_new_tokens: int = 1, **changes: Any
     ) -> Reply | None:
-        """Returns the answer to a request; None if the server refuses it or does not have the path."""
+        """Sends a request in a form. Returns the answer, or None if the server refuses the request or lacks the path.
+
+        ``changes`` are further fields, which replace those of ``body``.
+        """
         fields = {**self.base, **(EXTENSIONS if form.extensions else {}), form.limit: max_new_tokens}
         fields |= {"seed": 2**form.seed_bits - 1, **body, **changes}
         try:
@@ -145,9 +151,14 @@ class _Prober:
         return None
 
     def continues(self, messages: list[dict[str, Any]], chat: ChatEncoder, answer: Reply) -> bool:
-        """Returns whether the server continues an open turn: the prompt is then longer by exactly the prefix.
+        """Returns whether the server continues an unfinished assistant turn.
 
-        A server that ignores ``OPEN_TURN`` closes the assistant's turn and begins a new one, which takes more tokens.
+        Repeats a request with such a turn at its end. The prompt must grow by exactly the tokens of the turn's text.
+
+        Args:
+            messages: Messages of the request.
+            chat: Encoder that counts the tokens of the turn's text.
+            answer: The server's answer to the request without the turn.
         """
         conversation = Conversation(question=_QUESTION)
         n_prefix = len(chat.response_ids(conversation, _PREFIX)) - 1
@@ -157,7 +168,10 @@ class _Prober:
         return before is not None and after is not None and after == before + n_prefix
 
     def draws_top_k(self, path: str, body: Mapping[str, Any]) -> bool:
-        """Returns whether top_k=1 makes draws at a high temperature equal."""
+        """Returns whether the server applies ``top_k``.
+
+        Draws several times at a high temperature with ``top_k=1``. All draws must be equal.
+        """
         changes: dict[str, Any] = {"temperature": 2.0, "top_k": 1, "max_new_tokens": 4}
         texts = set()
         for seed in range(_N_DRAWS):

@@ -1,8 +1,8 @@
-"""Ends the processes that a library has started, after the process that used the library was killed.
+"""Ends the child processes of a library after the process that used the library was killed.
 
-vLLM's engine process does not notice that its parent was killed (vLLM issue 55510), and would keep the GPU's memory. A
-watcher, which is this file run as a script, waits until the parent has ended in any way and then ends the processes.
-Without ``/proc``, for example on macOS, nothing is watched.
+vLLM's engine process does not notice that its parent was killed (vLLM issue 55510), and keeps the GPU's memory. This
+file, run as a script, is a watcher: it waits until the parent has ended, and then ends the engine process. Without
+``/proc``, for example on macOS, there is no watcher.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ _WATCHERS: list["subprocess.Popen[bytes]"] = []  # keeps the running watchers fr
 
 @contextlib.contextmanager
 def ended_with_this_process() -> Iterator[None]:
-    """Watches the processes that are started in a ``with`` block, directly or by their children.
+    """A ``with`` block for starting child processes that must not outlive this process.
 
-    They are ended as soon as this process has ended, even by SIGKILL. Processes from before or after the block are
-    left alone.
+    A watcher ends these processes and their descendants as soon as this process has ended, even by SIGKILL. It does
+    not end children that start before or after the block.
     """
     if not os.path.isdir("/proc/self/task"):
         yield
@@ -42,7 +42,7 @@ def ended_with_this_process() -> Iterator[None]:
 
 
 def children(pid: int) -> set[int]:
-    """Returns the pids of the children of a process; an empty set if the process does not exist."""
+    """Returns the pids of the direct children of a process; an empty set if the process does not exist."""
     pids: set[int] = set()
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -52,15 +52,14 @@ def children(pid: int) -> set[int]:
 
 
 def watch(parent: int, excluded: set[int]) -> None:
-    """Waits until ``parent``, the parent of this process, has ended, and then ends the processes that it left behind.
+    """Waits until the process ``parent`` has ended, and then ends its children and their descendants.
 
-    When ``parent`` has started all processes to be ended, it writes a line with the pids of its children to stdin.
-    (Closing stdin is not enough: processes that the parent has forked hold it open.) Children that the parent starts
-    later are left alone. All descendants of the processes to be ended are ended, too.
+    Runs in the watcher process. At the end of the block of ``ended_with_this_process``, the parent writes a line with
+    the pids of its children to the watcher's stdin. Children that start later are not ended.
 
     Args:
-        parent: Pid of the parent.
-        excluded: Pids of children of the parent that are left alone.
+        parent: Pid of the watcher's parent.
+        excluded: Pids of children that are not ended, because they started before the block.
     """
     excluded = {*excluded, os.getpid()}
     known: dict[int, str] = {}
@@ -80,11 +79,11 @@ def watch(parent: int, excluded: set[int]) -> None:
 
 
 def end(processes: dict[int, str]) -> None:
-    """Ends processes with SIGTERM, and after some seconds with SIGKILL.
+    """Sends SIGTERM to processes and their children, and SIGKILL to those that still run after some seconds.
 
     Args:
-        processes: Start time of each process, by pid. A process whose start time differs is left alone, because the
-            system has given the pid to another process.
+        processes: Start time of each process, by pid. A process with another start time is not ended, because the
+            system has reused the pid.
     """
     for number, patience_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 0.0)):
         for pid in list(processes):
@@ -106,9 +105,9 @@ def _add(known: dict[int, str], pids: Iterable[int]) -> None:
 
 
 def _start_time(pid: int) -> str | None:
-    """Returns the start time of a process; another process with the same pid has another start time.
+    """Returns the start time of a process, which tells it apart from a later process with the same pid.
 
-    Returns None if the process has ended. A zombie, which waits for its parent, counts as ended.
+    Returns None if the process has ended or is a zombie.
     """
     try:
         with open(f"/proc/{pid}/stat") as file:

@@ -1,4 +1,4 @@
-"""The output lines of an item, the summary of a run, and the files that a run writes."""
+"""The output lines of an item, the summary of a run, and the writer of a run's output files."""
 
 import collections
 import contextlib
@@ -20,16 +20,16 @@ _REPEATED = "pairs of questions that occur more than once"  # note in the summar
 
 @dataclasses.dataclass(slots=True)
 class ItemResult:
-    """The output lines that a pipeline makes from the samples of an item, and the reasons for skipped samples.
+    """The result of a pipeline for an item: its output lines, and the reasons for skipped samples.
 
     Attributes:
-        lines: For each line, the name of its output and its content.
-        skipped: Number of skips by reason, of single samples and of the item as a whole.
-        is_skipped: Whether the item is skipped as a whole.
+        lines: The name of the output and the content of each line.
+        skipped: Number of skips by reason. Both skipped samples and a skipped item count.
+        is_skipped: Whether the item as a whole is skipped.
         notes: Remarks for the summary, each with the number of lines that it concerns.
         tokens: Number of generated tokens.
         stage_tokens: Number of generated tokens by stage, for pipelines that have several stages.
-        details: For some reasons of skips, a detail such as the path of an image.
+        details: Detail of a skip, such as the path of an image, by reason.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -41,13 +41,13 @@ class ItemResult:
     details: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def skip(self, reason: str) -> "ItemResult":
-        """Marks the item as skipped, counts ``reason``, and returns this result."""
+        """Marks the item as skipped, counts the reason in ``skipped``, and returns ``self``."""
         self.skipped[reason] += 1
         self.is_skipped = True
         return self
 
     def skip_problem(self, records: Sequence[Mapping[str, Any]]) -> bool:
-        """Marks the item as skipped if one of its records has a problem. Returns whether a record has a problem."""
+        """Marks the item as skipped if one of its records has a problem, and returns whether this is the case."""
         record = next((record for record in records if "problem" in record), None)
         if record is None:
             return False
@@ -58,13 +58,13 @@ class ItemResult:
 
 
 def problem_detail(record: Mapping[str, Any]) -> str | None:
-    """Returns the path of the image or the engine's reason in a record with a problem, or None."""
+    """Returns the detail of a record's problem, such as the path of an image or the engine's refusal, or None."""
     return record.get("detail") or record.get("refusal")
 
 
 @dataclasses.dataclass(slots=True)
 class Summary:
-    """The numbers of a run, which do not depend on interruptions.
+    """The counts of a run. An interrupted and resumed run has the same counts.
 
     Attributes:
         items: Number of items.
@@ -77,7 +77,7 @@ class Summary:
         skipped_items: Number of items skipped as a whole.
         notes: Remarks, each with the number of pairs that it concerns.
         stage_tokens: Number of generated tokens by stage; empty for a pipeline with one stage.
-        examples: For each reason of skips that has details, the first detail.
+        examples: First detail of a skip, by reason; reasons without details are missing.
     """
 
     items: int = 0
@@ -94,16 +94,16 @@ class Summary:
 
     @property
     def skipped_samples(self) -> int:
-        """Returns the number of samples that were skipped individually."""
+        """Number of skipped samples. Items that are skipped as a whole do not count."""
         return self.skipped.total() - self.skipped_items
 
     @property
     def pairs(self) -> int:
-        """Returns the number of pairs in all outputs."""
+        """Number of pairs in all outputs."""
         return sum(count for name, count in self.lines.items() if name != "unsolved")
 
     def add(self, result: ItemResult, records: int) -> None:
-        """Adds the result of an item that has ``records`` samples."""
+        """Adds the counts of an item; ``records`` is the number of its samples."""
         self.items += 1
         self.records += records
         self.generated_tokens += result.tokens
@@ -119,11 +119,11 @@ class Summary:
                 self.rejected_chars += len(line["rejected"])
 
     def counts(self) -> str:
-        """Returns the numbers of pairs and skips as a text for the progress display."""
+        """Returns a short text with the numbers of pairs and skips, for the progress display."""
         return f"{self.pairs} pairs, {self.skipped_items} items without a pair, {self.skipped_samples} samples skipped"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the content of ``summary.json``."""
+        """Returns the summary as JSON values, for ``summary.json``."""
         pairs = max(self.pairs, 1)
         return {
             "items": self.items,
@@ -155,23 +155,22 @@ class Summary:
         return text
 
     def describe(self, reason: str) -> str:
-        """Returns a reason of skips with its example, if it has one."""
+        """Returns the reason of a skip, followed by its example if there is one."""
         return f"{reason}, for example: {self.examples[reason]}" if reason in self.examples else reason
 
 
 class PairOutputs:
-    """A context manager that writes the outputs and the summary of a run.
+    """A context manager that writes the output files and ``summary.json`` of a run.
 
-    Older files are replaced only if the ``with`` block ends without an error. In the files of pairs, relative image
-    paths start at the folder of the file, as every reader of pairs expects. Journals and ``unsolved``, which is an
-    input for another run, keep image paths as the input gives them.
+    Existing files are replaced only if the ``with`` block ends without an error. In the files of pairs, relative image
+    paths are relative to ``out``.
 
     Args:
         names: Names of the outputs.
         out: Folder of the run.
 
     Attributes:
-        summary: The numbers of the run so far.
+        summary: The counts of the run so far.
     """
 
     def __init__(self, names: Sequence[str], out: Path) -> None:
@@ -195,7 +194,10 @@ class PairOutputs:
         self._stack.__exit__(kind, error, trace)
 
     def add(self, item: Item, result: ItemResult, records: int) -> None:
-        """Writes the output lines of an item that has ``records`` samples."""
+        """Writes the output lines of an item, and adds its counts to the summary.
+
+        ``records`` is the number of samples of the item.
+        """
         self.summary.add(result, records)
         pairs = sum(name != "unsolved" for name, _ in result.lines)
         if pairs:
@@ -213,7 +215,10 @@ class PairOutputs:
             self._files[name].write(encode_line(line))
 
     def _relative_path(self, image: str, root: str) -> str:
-        """Returns an image path relative to the folder of the outputs; returns absolute paths and URLs unchanged."""
+        """Converts an image path relative to ``root`` to a path relative to the output folder.
+
+        Absolute paths and URLs are returned unchanged.
+        """
         if os.path.isabs(image) or is_url(image):
             return image
         path = os.path.relpath(os.path.abspath(os.path.join(root, image)), self._folder)

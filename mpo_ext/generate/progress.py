@@ -9,10 +9,10 @@ _INTERVAL_S = 30.0
 
 
 class SamplingProgress:
-    """Shows the number of finished items: as a bar on a terminal, elsewhere as a line every 30 seconds.
+    """Shows the number of finished items: as a bar on a terminal, otherwise as a line every 30 seconds.
 
     Args:
-        name: Label before the numbers.
+        name: Label of the display.
         total: Number of items.
         stream: Output of the display; None disables the display.
     """
@@ -36,7 +36,7 @@ class SamplingProgress:
         self._exit.close()
 
     def advance(self, counts: str) -> None:
-        """Adds 1 to the number of finished items and shows ``counts`` beside the number."""
+        """Counts one more finished item, and shows the text ``counts`` in the display."""
         self.done += 1
         self._show(counts)
 

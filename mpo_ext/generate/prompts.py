@@ -1,7 +1,7 @@
-r"""Named prompt templates: the text around a question, and the form of the answer that the text asks for.
+r"""Named prompt templates. A template is the text around a question, and asks for an answer in a certain form.
 
-The text of a template holds ``{question}`` once and, to show options, ``{options}`` on a separate line. Braces after a
-word or a backslash are not a field, so a text may hold ``\boxed{}``. A question may hold any braces.
+The text holds ``{question}`` once and, to show options, ``{options}`` on a separate line. Braces after a letter, a
+digit or a backslash are ordinary text, such as ``\boxed{}``. A question may hold any braces.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ _FIELD = re.compile(r"(?<![\w\\])\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """The text around a question.
+    """A prompt template.
 
     Attributes:
         name: Name of the template.
-        text: The text, with the field ``{question}`` and optionally ``{options}``.
+        text: Text of the prompt, with the field ``{question}`` and optionally ``{options}``.
         answer_style: Style with which ``extract_answer`` extracts the answer from a response.
     """
 
@@ -103,16 +103,16 @@ TEMPLATES: dict[str, PromptTemplate] = {
 
 
 def get_template(name: str, templates: Mapping[str, PromptTemplate] = TEMPLATES) -> PromptTemplate:
-    """Returns the template with a name from ``templates``, by default the built-in templates."""
+    """Returns the template called ``name``. ``templates`` are the built-in templates by default."""
     check_choice("template", name, templates)
     return templates[name]
 
 
 def load_templates(path: str | Path) -> dict[str, PromptTemplate]:
-    """Reads templates from a file and returns them together with the built-in templates.
+    """Reads templates from a file, and returns them together with the built-in templates.
 
-    The YAML or JSON file maps names to ``text`` and ``answer_style``. An entry with the name of a built-in template
-    may set only one of the two settings; the other setting keeps the built-in value.
+    The YAML or JSON file maps each name to ``text`` and ``answer_style``. A template with a built-in name may leave
+    out one of the two; it then keeps the built-in value.
 
     Raises:
         ValueError: If the file does not hold such a mapping. The message names the file and the template.
@@ -164,13 +164,13 @@ def _read(path: Path) -> Any:
 
 
 def render(template: PromptTemplate, question: str, options: Sequence[str] | Mapping[str, str] | None = None) -> str:
-    """Returns the prompt of a question. The question is inserted into the template unchanged, even if it has braces.
+    """Returns the prompt that a template makes from a question. Braces in the question are kept.
 
     Args:
         template: The template.
         question: The question.
-        options: Option texts in the order A, B, ..., or a mapping from letter to text. None removes the line of
-            ``{options}``, for a question that has no options or shows the options itself.
+        options: Option texts in the order A, B, ..., or a mapping from letter to text. None removes ``{options}``, for
+            a question without options, or a question that already shows its options.
     """
     if not isinstance(question, str):
         raise TypeError(f"question for template {template.name!r} must be a string, got {question!r}")

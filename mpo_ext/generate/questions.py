@@ -1,4 +1,4 @@
-"""Asks each question several times and scores the answers; used by the pipelines and by the evaluation."""
+"""Samples several responses to each question and scores the answers, for the pipelines and the evaluation."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,24 +17,24 @@ _MAX_KNOWN_VERDICTS = 1 << 16
 
 
 def refusal_fields(refusal: str) -> dict[str, str]:
-    """Returns the fields of a record for a request that the engine refused."""
+    """Returns the record fields that store the refusal of a request by the engine."""
     return {"problem": "prompt refused by the engine", "refusal": refusal}
 
 
 def item_fields(item: Item) -> dict[str, str]:
-    """Returns the fields of a record for an item that has a problem."""
+    """Returns the record fields that store the problem of an item."""
     detail = {} if item.detail is None else {"detail": item.detail}
     return {"problem": str(item.problem), **detail}
 
 
 def media_fields(error: Exception) -> dict[str, str]:
-    """Returns the fields of a record for an item whose image or video cannot be read, from the error of loading it."""
+    """Returns the record fields that store an error of loading an image or a video."""
     hint = ": relative paths start at image_root (--image-root)" if isinstance(error, FileNotFoundError) else ""
     return {"problem": media_problem(error), "detail": f"{error}{hint}"}
 
 
 def without_placeholders(question: str) -> str:
-    """Returns a question without ``<image>`` and ``<video>``, and without the line break after them."""
+    """Removes ``<image>`` and ``<video>``, with the line break after each, from a question."""
     for mark in _MARKS:
         question = question.replace(f"{mark}\n", "").replace(mark, "")
     return question.strip()
@@ -43,7 +43,10 @@ def without_placeholders(question: str) -> str:
 def prompt_fields(item: Item, question: str, *, with_image: bool) -> dict[str, Any]:
     """Returns the fields ``question``, ``messages`` and ``tools`` of a ``Conversation`` about an item.
 
-    ``question`` is the last user turn. Without images, the turns have neither ``<image>`` nor ``<video>``.
+    Args:
+        item: The item.
+        question: Text of the last user turn.
+        with_image: Whether to keep the placeholders ``<image>`` and ``<video>``.
     """
     turns = item.turns(question)
     if not with_image:
@@ -67,8 +70,8 @@ class QuestionSampler:
         sampling: Settings for drawing tokens.
         seed: Seed of all draws.
         template: Template of the prompts; None: the question with its options.
-        needs_truths: Whether questions without a true answer are left out.
-        with_image: Whether the model sees the images and videos. If not, text-only items are not asked.
+        needs_truths: Whether to skip questions without a true answer.
+        with_image: Whether the model sees the images and videos. False skips items without images and videos.
     """
 
     name: str
@@ -83,14 +86,14 @@ class QuestionSampler:
         return [f"{item.digest}-{sample}" for sample in range(self.samples)]
 
     def prompt(self, item: Item) -> str:
-        """Returns the question, or the last user turn, as the model sees it before the chat template is applied."""
+        """Returns the text of the last user turn: the question in the template, or the question with its options."""
         prompt = item.question_with_options
         if self.template is not None:
             prompt = render(self.template, item.question, item.extra.get("options"))
         return prompt if self.with_image else without_placeholders(prompt)
 
     def _prompt_problem(self, item: Item) -> str | None:
-        """Returns the reason why the template cannot show an item, or None."""
+        """Returns the reason why an item does not fit the template, or None if it fits."""
         try:
             prompt = self.prompt(item)
         except ValueError:
@@ -112,14 +115,14 @@ class QuestionSampler:
         return None
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Asks the questions and returns a list of records for each item."""
+        """Samples responses to the questions, and returns a list of records for each item."""
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests of the questions, and returns a list of records for each item.
+        """Yields a list of requests, and receives their generations.
 
-        A record has ``key``, ``text``, ``finish`` and ``tokens``. If the item cannot be used, its records have only
-        ``key`` and ``problem``.
+        Returns a list of records for each item. A record has ``key``, ``text``, ``finish`` and ``tokens`` or, if the
+        item cannot be used, ``key`` and ``problem``.
         """
         problems: dict[int, dict[str, str]] = {}
         requests: list[Request] = []
@@ -167,10 +170,10 @@ class QuestionSampler:
 
 
 class AnswerScorer:
-    """Extracts the answer from a response and compares it with the true answers.
+    """Extracts the answer from a response, and compares it with the true answers.
 
     Args:
-        matcher_options: Kind and options of the matcher.
+        matcher_options: Kind and options of the matcher, the function that compares answers.
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template, or
             "final_answer" without a template.
         template: Template of the prompts, or None.
@@ -185,11 +188,14 @@ class AnswerScorer:
         self._verdicts: dict[tuple[tuple[str, ...], Any, str], Verdict] = {}
 
     def matcher_for(self, item: Item) -> Matcher:
-        """Returns the matcher for the answers to an item, with the item's options if the item has options."""
+        """Returns the matcher for an item, which knows the item's options if there are any."""
         return self.matcher if item.options is None else self.matcher.with_options(dict(item.options))
 
     def score(self, text: str, item: Item) -> tuple[str | None, Verdict | None]:
-        """Returns the answer in a response and the matcher's verdict; both are None if no answer can be extracted."""
+        """Returns the answer in a response, and the matcher's verdict on the answer.
+
+        Both are None if the response has no answer.
+        """
         answer = extract_answer(text, self.style)
         if answer is None:
             return None, None
@@ -203,9 +209,9 @@ class AnswerScorer:
         return answer, verdict
 
     def score_fields(self, text: str, item: Item) -> dict[str, Any]:
-        """Returns the fields that a journal stores for the answer in a response and its verdict.
+        """Extracts and checks the answer in a response, and returns the result as fields for the journal.
 
-        ``correct`` is true, false, or null if no answer can be extracted or the matcher cannot read it.
+        ``correct`` is True or False, or None if there is no answer or the matcher cannot read it.
         """
         answer, verdict = self.score(text, item)
         fields: dict[str, Any] = {"answer": answer, "correct": None if verdict is None else verdict.correct}
@@ -214,9 +220,9 @@ class AnswerScorer:
         return {**fields, "verdicts": VERDICT_VERSION}
 
     def stored_fields(self, record: Mapping[str, Any], item: Item) -> dict[str, Any]:
-        """Returns the fields of ``score_fields`` from a record of a journal.
+        """Returns the answer and its verdict from a journal record, as in ``score_fields``.
 
-        If the record has verdicts of another ``VERDICT_VERSION``, the response is scored again.
+        If the record was written with another ``VERDICT_VERSION``, the response is scored again.
         """
         if record.get("verdicts") == VERDICT_VERSION:
             return {name: record[name] for name in ("answer", "correct", "score", "rule") if name in record}

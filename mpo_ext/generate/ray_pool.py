@@ -1,4 +1,4 @@
-"""The driver's side of a Ray run: sends blocks to actors, receives their records and replaces dead actors."""
+"""The driver of a Ray run: sends blocks of items to actors, receives their records and replaces dead actors."""
 
 import dataclasses
 import math
@@ -15,17 +15,17 @@ _STOP_S = 30.0
 
 
 class BlockError(RuntimeError):
-    """Raised if a block cannot be sampled. The message names the items and the reason."""
+    """Raised if a block of items cannot be sampled. The message names the items and the reason."""
 
 
 @dataclasses.dataclass(eq=False)
 class _Actor:
-    """An actor and its work.
+    """A Ray actor and the blocks that it samples.
 
     Attributes:
         handle: Ray's handle of the actor.
-        report: Properties of its engine; None before the engine is created.
-        blocks: The blocks that the actor samples, by their start.
+        report: Properties of the actor's engine; None before the engine is created.
+        blocks: Blocks sent to the actor and not yet finished, by ``Block.start``.
         n_calls: Number of calls that have not returned.
     """
 
@@ -36,15 +36,15 @@ class _Actor:
 
 
 class RayPool:
-    """The actors of a run.
+    """The Ray actors of a run, each with an engine.
 
     Args:
-        ray: The module ``ray``, initialized.
+        ray: The initialized module ``ray``.
         arguments: Arguments of ``RayWorker``.
         engines: Number of actors.
         gpus: Number of GPUs of each actor.
-        block_size: Number of samples of a block.
-        stream: Output for remarks, or None.
+        block_size: Number of samples in a block.
+        stream: Output for remarks to the user, or None.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class RayPool:
             self._say(f"the cluster has {n_gpus:g} GPUs, {engines} engines need {gpus * engines:g}: some must wait")
 
     def start(self) -> tuple[str, dict[str, Any]]:
-        """Waits for the first engine, and returns the name of its model and its settings."""
+        """Waits for the first engine, and returns its model's name and its settings."""
         while self._report is None:
             self._receive()
         return self._report.name, self._report.settings
 
     def run(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, list[dict[str, Any]]]]:
-        """Yields each block with its records, in the order in which the blocks finish.
+        """Runs blocks on the actors, and yields each block with its records in the order in which the blocks finish.
 
         Raises:
-            BlockError: If a block cannot be sampled. All other blocks that have begun are yielded first.
+            BlockError: If a block cannot be sampled. Blocks that have begun are finished and yielded first.
         """
         while True:
             for actor in self._actors:
@@ -101,7 +101,7 @@ class RayPool:
                     self._failure = self._failure or result.error
 
     def close(self) -> None:
-        """Ends the actors. An actor without a running call closes its engine first."""
+        """Ends all actors. Idle actors first close their engines."""
         refs = [actor.handle.__ray_terminate__.remote() for actor in self._actors if not actor.n_calls]
         if refs:
             self._ray.wait(refs, num_returns=len(refs), timeout=_STOP_S)
@@ -109,7 +109,7 @@ class RayPool:
             self._ray.kill(actor.handle)
 
     def _fill(self, actor: _Actor, blocks: Iterator[Block]) -> None:
-        """Sends an actor as many blocks as it can take."""
+        """Sends an actor further blocks until it has enough to do."""
         if actor.report is None:
             return
         concurrency = actor.report.concurrency
@@ -138,7 +138,10 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether only one more actor may die during a block. This actor must then have no other blocks."""
+        """Returns whether one more death of an actor would make a block fail.
+
+        Such a block runs alone on an actor. ``start`` is the block's ``Block.start``.
+        """
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 
     def _add_actor(self) -> None:
@@ -151,7 +154,7 @@ class RayPool:
         actor.n_calls += 1
 
     def _receive(self) -> list[tuple[Block, BlockResult]]:
-        """Waits until a call returns, and returns the results of the blocks that have finished."""
+        """Waits until a call of an actor returns, and returns the blocks that it has finished, with their results."""
         (ref,), _ = self._ray.wait(list(self._callers), num_returns=1)
         actor = self._callers.pop(ref)
         actor.n_calls -= 1
@@ -170,13 +173,13 @@ class RayPool:
         return [(actor.blocks.pop(result.start), result) for result in answer]
 
     def _check(self, report: EngineReport) -> None:
-        """Raises RuntimeError if an engine has other settings than the first engine."""
+        """Raises RuntimeError if the settings of an engine differ from those of the first engine."""
         self._report = self._report or report
         for name, first, second in differences(self._report.settings, report.settings):
             raise RuntimeError(f"all engines must have the same settings, got {first!r} and {second!r} for {name}")
 
     def _replace(self, actor: _Actor, error: Exception) -> None:
-        """Creates an actor in place of a dead actor, and queues the blocks of the dead actor again."""
+        """Replaces a dead actor by a new one, and queues the dead actor's blocks again."""
         self._ray.kill(actor.handle)
         self._actors.remove(actor)
         self._callers = {ref: caller for ref, caller in self._callers.items() if caller is not actor}

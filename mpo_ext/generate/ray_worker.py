@@ -1,4 +1,4 @@
-"""The actor of a Ray run: it holds an engine and samples blocks."""
+"""The Ray actor of a run. It holds an engine and samples blocks of items."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ _SHOWN = 80  # maximum number of characters of a question in a message
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Block:
-    """A block of items that a worker samples.
+    """A block of items that an actor samples together.
 
     Attributes:
-        start: Number of records of the input before the block, which names the block.
-        first_item: Number of items of the input before the block.
+        start: Index of the block's first record among all records of the input. It identifies the block.
+        first_item: Index of the block's first item in the input.
         items: The items.
         keys: Keys of all records of the block.
     """
@@ -34,7 +34,7 @@ class Block:
         return f"items {self.first_item + 1} to {self.first_item + len(self.items)}"
 
     def describe(self, place: int) -> str:
-        """Returns the number and the question of an item of the block, for messages."""
+        """Returns a description of the item with the index ``place`` in the block: its number and its question."""
         question = " ".join(self.items[place].question.split())
         shown = question if len(question) <= _SHOWN else f"{question[: _SHOWN - 3]}..."
         return f"item {self.first_item + place + 1} ({shown!r})"
@@ -42,10 +42,10 @@ class Block:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockResult:
-    """The result of a block.
+    """The result of sampling a block.
 
     Attributes:
-        start: The attribute ``start`` of the block.
+        start: The block's ``start``.
         records: Records of each item; empty after an error.
         error: The message of an error, or None.
     """
@@ -57,12 +57,12 @@ class BlockResult:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineReport:
-    """The properties of an engine that the driver needs.
+    """The properties of an actor's engine that the driver needs.
 
     Attributes:
         name: Name of the model.
         settings: Result of the engine's ``settings()``.
-        concurrency: Number of requests that keep a streaming engine busy; None for another engine.
+        concurrency: Number of requests that keep a streaming engine busy; None for an engine without streaming.
     """
 
     name: str
@@ -71,19 +71,19 @@ class EngineReport:
 
 
 class RayWorker:
-    """Samples blocks with one engine. With a streaming engine, several blocks run at the same time.
+    """Samples blocks of items with one engine. A streaming engine runs several blocks at the same time.
 
     Args:
         pipeline: The pipeline.
         make_engine: Function that creates the engine.
-        date: Date of the chat template, in ISO format.
+        date: Date that the chat template writes, in ISO format.
     """
 
     def __init__(self, pipeline: Pipeline, make_engine: Callable[[], Engine], date: str) -> None:
         self.pipeline, self._make_engine, self._date = pipeline, make_engine, date
 
     def start(self) -> EngineReport:
-        """Creates the engine."""
+        """Creates the engine, and returns its properties."""
         self.engine = self._make_engine()
         set_date(self.engine, self._date)
         concurrency = getattr(self.engine, "concurrency", None) if hasattr(self.engine, "submit") else None
@@ -92,9 +92,10 @@ class RayWorker:
         return EngineReport(self.engine.name, self.engine.settings(), concurrency)
 
     def step(self, blocks: Sequence[Block]) -> list[BlockResult]:
-        """Begins blocks, and returns the results of at least one finished block.
+        """Begins the given blocks, waits until at least one block has finished, and returns the available results.
 
-        With a streaming engine, blocks of earlier calls may finish first. Any other engine finishes all given blocks.
+        A streaming engine may return blocks from earlier calls, and finish the given blocks in a later call. Other
+        engines finish all given blocks.
         """
         if self._feeder is None:
             return [self._run(block) for block in blocks]
@@ -121,9 +122,10 @@ class RayWorker:
             return BlockResult(block.start, [], f"{block}: {describe_error(error)}{self._culprit(block)}")
 
     def _culprit(self, block: Block) -> str:
-        """Samples the items one by one after an error, and returns a text that names the item that fails.
+        """Finds the item that made a block fail, by sampling the items one by one.
 
-        Returns "" if no item fails alone, or if a neighbour fails, too: then the cause is not the item.
+        Returns a text that names the item, or "" if no item fails alone. Also returns "" if a neighbour of the item
+        fails, because the cause is then not this item.
         """
         if len(block.items) < 2:
             return ""
@@ -142,5 +144,5 @@ class RayWorker:
 
 
 def describe_error(error: Exception) -> str:
-    """Returns the type and the message of an error, in one line."""
+    """Returns the type and the message of an error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,4 +1,4 @@
-"""Filters and choices among the sampled responses to a question, which several pipelines share."""
+"""Filters sampled responses, and chooses pairs of responses by their scores."""
 
 import collections
 import dataclasses
@@ -22,12 +22,12 @@ Response = TypeVar("Response", bound=_HasText)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RatedResponse:
-    """A response and its score; a higher score is better.
+    """A response and its score. Better responses have higher scores.
 
     Attributes:
         text: The response.
         score: The score.
-        record: Record of the response in the journal.
+        record: The journal's record of the response.
     """
 
     text: str
@@ -36,7 +36,7 @@ class RatedResponse:
 
 
 def skip_reason(record: Mapping[str, Any], *, allow_truncated: bool, allow_degenerate: bool) -> str | None:
-    """Returns the reason why a sampled response is skipped, from its record in the journal; None if it is used."""
+    """Returns the reason to skip a sampled response, or None if it can be used. ``record`` is its journal record."""
     if record["finish"] == "length" and not allow_truncated:
         return "sample cut off at max_new_tokens"
     if not record["text"].strip():
@@ -47,12 +47,12 @@ def skip_reason(record: Mapping[str, Any], *, allow_truncated: bool, allow_degen
 
 
 def normalized(text: str) -> str:
-    """Returns a text with single spaces. Responses are equal if their normalized texts are equal."""
+    """Replaces each run of white space by one space, so that responses can be compared."""
     return " ".join(text.split())
 
 
 def distinct(samples: Sequence[Response], result: ItemResult) -> list[Response]:
-    """Returns the first of each group of equal responses, and counts the others in ``result``."""
+    """Returns the responses without duplicates, in order. Adds the number of duplicates to ``result.skipped``."""
     first_by_text = {normalized(sample.text): sample for sample in reversed(samples)}
     if len(first_by_text) < len(samples):
         result.skipped["sample is a duplicate"] += len(samples) - len(first_by_text)
@@ -60,7 +60,10 @@ def distinct(samples: Sequence[Response], result: ItemResult) -> list[Response]:
 
 
 def choice_hash(seed: int, item: Item, *texts: str) -> bytes:
-    """Returns a hash that selects among responses. It does not depend on the order of items or samples."""
+    """Returns a hash of a seed, an item and texts, by which pipelines choose among responses.
+
+    The hash depends on the contents only, so the choice does not depend on the order of items or samples.
+    """
     parts = (seed, item.digest, *texts)
     return hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).digest()
 
@@ -75,17 +78,19 @@ def pairs_by_score(
     limit: int,
     seed: int,
 ) -> list[tuple[RatedResponse, RatedResponse]]:
-    """Returns pairs (chosen, rejected) of responses, selected by ``choice_hash``.
+    """Returns (chosen, rejected) pairs of responses with different scores.
+
+    A seeded hash determines which pairs are returned if there are more than ``limit``.
 
     Args:
         item: The question.
         responses: The responses, which must be distinct.
-        result: Its notes count the combinations that are left out.
+        result: Its ``notes`` count the possible pairs that do not meet ``min_gap`` or ``max_shorter``.
         min_gap: Minimum difference of the two scores.
-        max_shorter: A pair is skipped if the chosen response has fewer words than the rejected one by more than this
-            fraction; 1 skips none.
-        limit: Maximum number of pairs; 0 sets no limit.
-        seed: Seed of the selection.
+        max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response;
+            1: no limit.
+        limit: Maximum number of pairs; 0: no limit.
+        seed: Seed of the hash.
     """
     notes: collections.Counter[str] = collections.Counter()
     pairs = []

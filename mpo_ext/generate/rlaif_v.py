@@ -1,8 +1,8 @@
-"""The pipeline of RLAIF-V (arXiv 2405.17220): the claims of each response are checked one by one.
+"""The RLAIF-V pipeline (arXiv 2405.17220), which checks the claims of each response one by one.
 
-The model answers a question several times. Each response is split into claims, each claim becomes a question that can
-be answered with yes or no, and a model answers these questions with the image. The score of a response is minus the
-number of its rejected claims. ``mpo_ext.generate.runner`` runs the pipeline.
+The model answers a question several times. Each response is split into claims, and each claim becomes a yes-or-no
+question, which a model answers with the image. The score of a response is minus the number of its rejected claims.
+``mpo_ext.generate.runner`` runs the pipeline.
 """
 
 import dataclasses
@@ -51,12 +51,12 @@ class RlaifVConfig:
             question is whether the claim is correct.
         rewriting: Settings for drawing the tokens of claims and questions.
         min_gap: Minimum difference of the numbers of rejected claims of the two responses of a pair.
-        pairs_per_question: Maximum number of pairs per question; 0 sets no limit.
-        max_shorter: A pair is left out if its chosen response has fewer words than its rejected response by more than
-            this fraction. A score that counts errors prefers short responses. 1 leaves out no pair.
+        pairs_per_question: Maximum number of pairs per question; 0: no limit.
+        max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response. A
+            limit helps because a count of errors favours short responses. 1: no limit.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
-        judge: Name of the model that splits and judges, for the provenance; None: the model that answers.
+        judge: Name of the model that splits and checks responses, for the provenance; None: the model that answers.
         claims_prompt: Prompt with ``{question}`` and ``{answer}``.
         questions_prompt: Prompt with ``{claims}``, a list with one claim per line.
         verdict_prompt: Prompt with ``{question}``, a question about a claim.
@@ -100,9 +100,9 @@ class _Draft:
 
     Attributes:
         item: The item of the response.
-        record: Record of the response, which gets the claims and the verdicts.
+        record: Journal record of the response, to which the claims and the verdicts are added.
         claims: The claims of the response.
-        questions: For each claim, the question about it.
+        questions: The question about each claim.
     """
 
     item: Item
@@ -114,7 +114,10 @@ class _Draft:
         self.record["failure"] = reason
 
     def is_whole(self, generation: Generation, name: str) -> bool:
-        """Returns whether a generated list is complete; otherwise calls ``fail``. ``name`` names the list."""
+        """Returns whether a generated list of claims or questions can be used.
+
+        If the list is refused or cut off, stores the failure in the record. ``name`` is "claims" or "questions".
+        """
         if generation.refusal is not None:
             self.record["refusal"] = generation.refusal
             self.fail(f"prompt for the {name} refused by the engine")
@@ -128,9 +131,9 @@ class _Draft:
 
 
 class RlaifV:
-    """The pipeline of RLAIF-V, which the module describes. It has one output, ``pairs``.
+    """The RLAIF-V pipeline, which checks the claims of each response one by one. The only output is ``pairs``.
 
-    Equal claims about an item are checked once. Equal responses are split once; the others are skipped as duplicates.
+    Equal responses to a question are checked once. Equal questions about an item are asked once.
     """
 
     name = "rlaif_v"
@@ -145,18 +148,21 @@ class RlaifV:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the records and the outputs depend on, as JSON values."""
+        """Returns the settings that determine the records and the outputs, as JSON values."""
         return dataclasses.asdict(self.config)
 
     def keys(self, item: Item) -> list[str]:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples and checks responses to the items, and returns the records of each item."""
+        """Samples responses to the items and checks their claims, and returns a list of records for each item."""
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
+        """Yields lists of requests, and receives the generations of each list.
+
+        Returns the same records as ``sample``.
+        """
         all_records = yield from self.questions.steps(items, engine)
         drafts: list[_Draft] = []
         for item, records in zip(items, all_records, strict=True):
@@ -172,7 +178,10 @@ class RlaifV:
         return all_records
 
     def _split(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
-        """Splits the responses into claims."""
+        """Splits the responses into claims.
+
+        If a model lists the claims, yields the requests to the model and receives the generations.
+        """
         if self.config.claims == "sentences":
             for draft in drafts:
                 draft.claims = split_sentences(draft.record["text"])
@@ -194,7 +203,10 @@ class RlaifV:
                 draft.fail("response without a claim")
 
     def _ask(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
-        """Turns the claims into questions."""
+        """Turns the claims into questions.
+
+        If a model writes the questions, yields the requests to the model and receives the generations.
+        """
         alive = [draft for draft in drafts if draft.is_alive]
         if self.config.questions == "statement":
             for draft in alive:
@@ -217,7 +229,10 @@ class RlaifV:
                 draft.fail("number of questions is not that of the claims")
 
     def _check(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
-        """Asks the questions about the claims with the images of the item, each question of an item once."""
+        """Answers the questions about the claims with a model that sees the item's images, and stores the verdicts.
+
+        Yields one request for each different question about an item, and receives the generations.
+        """
         media: dict[int, dict[str, Any]] = {}
         users: dict[tuple[int, str], list[_Draft]] = {}
         for draft in drafts:
@@ -263,7 +278,10 @@ class RlaifV:
         return Request(key=key, question=question, seed=seed, sampling=sampling, role="judge", **values)
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Returns the pairs of an item: responses whose numbers of rejected claims differ by at least ``min_gap``."""
+        """Makes pairs from the responses to an item.
+
+        The responses of a pair differ by at least ``min_gap`` in their numbers of rejected claims.
+        """
         result = ItemResult()
         for stage, field in _STAGES.items():
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)
@@ -315,7 +333,7 @@ class RlaifV:
 
 
 def n_rejected(record: Mapping[str, Any]) -> int:
-    """Returns the number of claims in a record for which "no" is at least as probable as "yes"."""
+    """Returns the number of rejected claims of a response: those for which P(no) is at least P(yes)."""
     return sum(yes <= no for yes, no in record["verdicts"])
 
 

@@ -1,4 +1,4 @@
-"""An engine that passes requests to two engines: the model that answers, and the model that judges the answers."""
+"""An engine that combines two engines: one for the model that answers, one for the model that judges the answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from mpo_ext.generate.engine import Engine, Generation, Request
 
 
 class RoutedEngine:
-    """Passes each request to the engine of its ``role``. Blocks run one after the other.
+    """Sends each request to one of two engines, depending on the request's ``role``.
 
     Args:
         answer: Engine of the model that answers the questions.
@@ -22,7 +22,7 @@ class RoutedEngine:
 
     @property
     def chat(self) -> Any:
-        """The encoder of the model that answers. Setting it also sets the date of the judge's encoder."""
+        """The chat encoder of the answering model. Setting it also sets the date in the judge's chat encoder."""
         return self.answer.chat  # type: ignore[attr-defined]
 
     @chat.setter

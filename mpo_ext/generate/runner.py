@@ -1,8 +1,8 @@
-"""Runs a pipeline over a file of items. A kill loses at most the blocks of samples that are being generated.
+"""Runs a pipeline over a file of items. A killed run loses at most the blocks of samples that are being generated.
 
-The processes of a run fill their journals (``mpo_ext.generate.sampler``). The first process that finds all journals
-complete converts them into the outputs, in the order of the input. The conversion draws no random numbers, so the
-outputs depend only on the journals.
+Each process of a run stores its samples in a journal (``mpo_ext.generate.sampler``). The process that completes the
+last journal converts all journals to the outputs, in the order of the input. The conversion draws no random numbers,
+so the outputs depend only on the journals.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _CHECKED_ITEMS = 100
 
 
 class PairPipeline(Pipeline, Protocol):
-    """A pipeline that makes pairs. ``steps`` needs an engine; ``make_pairs`` needs none, and draws no random numbers.
+    """A pipeline that makes pairs: ``steps`` samples records with an engine, ``make_pairs`` makes pairs from records.
 
     Attributes:
         needs_truths: Whether the items must have a true answer.
@@ -43,10 +43,13 @@ class PairPipeline(Pipeline, Protocol):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Returns the names of the outputs; each output is a JSONL file."""
+        """Names of the outputs; each output is a JSONL file."""
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Returns the output lines that are made from the records of an item; ``model`` is the name of the model."""
+        """Returns the output lines for an item, made from its records without drawing random numbers.
+
+        ``model`` is the name of the model in the provenance of the pairs.
+        """
 
 
 def run(
@@ -63,16 +66,15 @@ def run(
     stream: TextIO | None = None,
     **place: Any,
 ) -> Summary | None:
-    """Samples the missing records, and writes the outputs when all records exist.
+    """Samples the records that are missing in the folder of the run, and writes the outputs when all records exist.
 
     Args:
         pipeline: The pipeline, such as ``DropoutNTP`` or ``Correctness``.
         engine: Engine that answers the requests.
-        source: File of items, or a meta file (.json) that names such files, as MMPR's prompts are published; see
-            ``item_files``.
+        source: File of items, or an MMPR meta file (.json) that lists such files; see ``item_files``.
         out: Folder of the run.
-        block_size: Number of samples to request at a time. If an item has more samples, all its samples are requested
-            together. A kill loses at most these samples.
+        block_size: Number of samples to request at a time. All samples of an item are requested together, even if they
+            exceed this number. A killed run loses the samples of its unfinished blocks.
         limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
         rank: Rank of this process. It takes the items at the positions ``rank``, ``rank + world_size``, and so on.
         world_size: Number of processes, which need not run at the same time.
@@ -115,7 +117,7 @@ def run(
 
 
 def _check_outputs(pipeline: PairPipeline, source: str | Path, files: Sequence[ItemFile], out: Path) -> None:
-    """Raises if the outputs would replace an input or a file that no run has written."""
+    """Raises an error if an output would replace an input, or an existing file that no run has written."""
     outputs = [out / f"{name}.jsonl" for name in pipeline.outputs] + [out / "summary.json"]
     inputs = [source, *(item_file.path for item_file in files)]
     check_outputs("out", outputs, inputs=inputs, is_ours=holds_run(out))
@@ -124,10 +126,17 @@ def _check_outputs(pipeline: PairPipeline, source: str | Path, files: Sequence[I
 def write_outputs(
     pipeline: PairPipeline, source: ItemSource, out: Path, *, world_size: int = 1, model: str = ""
 ) -> Summary | None:
-    """Converts complete journals into the outputs: a file ``<name>.jsonl`` for each output, and ``summary.json``.
+    """Converts complete journals to the outputs: a file ``<name>.jsonl`` for each output, and ``summary.json``.
 
-    Returns the numbers of the run. If a record is missing, the function writes no file and returns None.
-    ``world_size`` is the number of journals, and ``model`` is the name of the model in the pairs' provenance.
+    Args:
+        pipeline: The pipeline.
+        source: The items.
+        out: Folder of the run.
+        world_size: Number of journals.
+        model: Name of the model in the provenance of the pairs.
+
+    Returns:
+        The summary of the run. None if a record is missing; then no file is written.
     """
     with contextlib.suppress(IncompleteRunError):
         samples = read_samples(pipeline, source, out, world_size=world_size)
@@ -143,11 +152,11 @@ def check_run(
 ) -> None:
     """Checks the arguments of ``run`` before a model is loaded.
 
-    At least one of the first 100 lines of the source must hold a usable item.
+    Reads the first 100 items of the source. At least one of them must be usable.
 
     Raises:
         OSError: If a file is missing or the folder is not writable.
-        ValueError: If these lines hold no usable item, or if an argument is invalid.
+        ValueError: If none of the items is usable, or if an argument is invalid.
     """
     if not Path(source).exists():
         raise FileNotFoundError(f"source must exist, got {source}")

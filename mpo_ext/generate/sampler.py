@@ -1,11 +1,10 @@
-"""Samples the records of items into journals and reads them back, for the pipelines and the evaluation.
+"""Samples records for items, stores the records in journals and reads them back, for pipelines and the evaluation.
 
-Each process of a run takes every item whose position modulo the number of processes is its rank, and appends the
+Each process of a run handles every item whose position modulo the number of processes is its rank. It appends the
 records to a separate journal (``mpo_ext.journal``) in input order. Memory does not grow with the number of items.
 
-Items go through the engine in blocks, whose bounds depend only on the input and the block size. If a kill left a block
-incomplete, the whole block is generated again, with the same results, and only the missing records are appended.
-Engines that take requests at any time run several blocks at the same time (``mpo_ext.generate.feeding``).
+The engine gets the items in blocks, which depend only on the input and the block size. If a killed run has stored a
+part of a block, the next run samples the whole block again, with the same results, and appends the missing records.
 """
 
 import contextlib
@@ -25,26 +24,29 @@ from mpo_ext.journal import Journal, read_header, read_records
 
 
 class Pipeline(Protocol):
-    """The part of a pipeline that fills the journals.
+    """The interface of a pipeline that samples records.
 
     Attributes:
-        name: Name of the pipeline, which its journals record.
+        name: Name of the pipeline, which is stored in its journals.
     """
 
     name: str
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the records depend on, as JSON values."""
+        """Returns the settings that determine the records, as JSON values."""
 
     def keys(self, item: Item) -> list[str]:
-        """Returns the names of the records of an item, in order."""
+        """Returns the keys that identify the records of an item, in order."""
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests of a block, and returns the records of each item, one for each of its keys."""
+        """Yields lists of requests for a block of items, and receives their generations.
+
+        Returns a list of records for each item, with one record for each of its ``keys``.
+        """
 
 
 class IncompleteRunError(Exception):
-    """Raised if a journal does not hold all records yet because another process has not finished."""
+    """Raised if the journals do not hold all records, because another process of the run has not finished."""
 
 
 def journal_path(out: Path, rank: int, world_size: int) -> Path:
@@ -52,7 +54,7 @@ def journal_path(out: Path, rank: int, world_size: int) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Returns whether a run has written to a folder, which then holds ``outputs.lock``, or a journal at any depth."""
+    """Returns whether a folder holds files of a run: ``outputs.lock``, or a journal at any depth."""
     if (folder / "outputs.lock").is_file():
         return True
     for path in folder.rglob("journal-*-of-*.jsonl"):
@@ -63,7 +65,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_world_size(out: Path, world_size: int) -> None:
-    """Raises ValueError if the folder holds journals of a run with another number of processes."""
+    """Raises ValueError if the folder holds journals of a run with a different number of processes."""
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         begun = int(path.stem.rpartition("-")[2])
         if begun != world_size:
@@ -71,7 +73,7 @@ def check_world_size(out: Path, world_size: int) -> None:
 
 
 def stored_date(out: Path) -> str | None:
-    """Returns the date for chat templates, in ISO format, that the journals in a folder record; None: no date."""
+    """Returns the date, in ISO format, that the journals in a folder store for the chat template, or None."""
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         engine = (read_header(path) or {}).get("engine", {})
         for settings in (engine, engine.get("judge", {})):
@@ -81,15 +83,15 @@ def stored_date(out: Path) -> str | None:
 
 
 def keep_date(engine: Engine, folders: Iterable[Path]) -> None:
-    """Sets the date of an engine's chat template to the first date that the journals in ``folders`` record.
+    """Sets the date in an engine's chat template to the first date that journals in ``folders`` store.
 
-    Without this, the prompts of a run would change from day to day. Without a recorded date, the engine is unchanged.
+    This keeps the prompts of a resumed run unchanged. The engine is unchanged if the journals store no date.
     """
     set_date(engine, next(filter(None, map(stored_date, folders)), None))
 
 
 def set_date(engine: Engine, date: str | None) -> None:
-    """Sets the date that an engine's chat template writes. ``date`` is in ISO format; None: no change."""
+    """Sets the date in an engine's chat template. ``date`` is in ISO format; None leaves the engine unchanged."""
     chat = getattr(engine, "chat", None)
     if date is not None and chat is not None:
         engine.chat = with_date(chat, datetime.date.fromisoformat(date))  # type: ignore[attr-defined]
@@ -109,8 +111,8 @@ def open_journal(
 
     Args:
         pipeline: The pipeline that samples the records.
-        engine_settings: Result of the engine's ``settings()``. Its "processor" is not compared with a journal of an
-            earlier version of mpo_ext, which does not describe the processor.
+        engine_settings: Result of the engine's ``settings()``. "processor" is ignored for journals of earlier versions
+            of mpo_ext, which do not store it.
         source: The items.
         out: Folder of the run.
         rank: Rank of the process.
@@ -148,7 +150,7 @@ def sample_items(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """Yields each item of this process with its records, and samples the records that the journal lacks.
+    """Yields each item of this process with its records. Missing records are sampled and appended to the journal.
 
     ``block_size``, ``rank`` and ``world_size`` have the same meaning as in ``runner.run``.
 
@@ -170,7 +172,7 @@ def sample_items(
 def read_samples(
     pipeline: Pipeline, source: ItemSource, out: Path, *, world_size: int = 1
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """Returns an iterator over all items in the order of the input, each with its records from the journals.
+    """Returns an iterator over all items with their records from the journals, in the order of the input.
 
     Raises:
         IncompleteRunError: If a journal is missing (raised at once) or lacks a record (raised during iteration).
@@ -194,7 +196,7 @@ def read_samples(
 
 
 def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterator[list[Item]]:
-    """Yields the items in blocks of about ``block_size`` samples; a block holds at least one item."""
+    """Splits items into blocks with about ``block_size`` samples each. A block has at least one item."""
     check_integer("block_size", block_size, least=1)
     size = max(1, block_size // max(1, len(pipeline.keys(Item()))))
     items = iter(items)
@@ -204,12 +206,12 @@ def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterat
 
 @dataclasses.dataclass(slots=True)
 class StoredBlock:
-    """A block of items.
+    """A block of items, and the records of the block that a journal already holds.
 
     Attributes:
         items: The items.
         keys: Keys of the records of each item.
-        records: Records of the block, in order, as far as the journal holds them.
+        records: The block's records that the journal holds, in order.
     """
 
     items: list[Item]
@@ -224,7 +226,13 @@ class StoredBlock:
         return _no_steps() if self.is_complete else pipeline.steps(self.items, engine)
 
     def add(self, journal: Journal, sampled: list[dict[str, Any]], pipeline: str) -> None:
-        """Appends the missing records to the journal; ``sampled`` holds all records of the block."""
+        """Appends the records that the journal lacks.
+
+        Args:
+            journal: The journal.
+            sampled: All records of the block.
+            pipeline: Name of the pipeline, for an error message.
+        """
         check_records(sampled, list(itertools.chain.from_iterable(self.keys)), pipeline)
         missing = sampled[len(self.records) :]
         journal.append(missing)
@@ -232,7 +240,10 @@ class StoredBlock:
 
 
 def check_records(sampled: Sequence[Mapping[str, Any]], keys: Sequence[str], pipeline: str) -> None:
-    """Raises RuntimeError unless ``sampled``, the records of the pipeline, has a record for each key, in order."""
+    """Raises RuntimeError if the keys of the sampled records are not ``keys``.
+
+    ``pipeline`` is the name of the pipeline in the error message.
+    """
     if [record["key"] for record in sampled] != list(keys):
         raise RuntimeError(f"{pipeline}.steps must give one record for each key, in order")
 
@@ -243,7 +254,7 @@ def _no_steps() -> Steps:
 
 
 def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[StoredBlock]:
-    """Yields each block with the records of the block that the journal already holds."""
+    """Yields each block of items with the records of the block that the journal already holds."""
     stored = journal.records()
     for items in item_blocks:
         keys = [pipeline.keys(item) for item in items]
@@ -252,7 +263,10 @@ def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal
 
 
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the next record of a journal for each key, as long as records exist, and checks that the keys match."""
+    """Yields the next record for each key, and stops when the records end.
+
+    Raises ValueError if a record has a different key. ``path`` is the file in the error message.
+    """
     for key in keys:
         record = next(records, None)
         if record is None:

@@ -1,4 +1,4 @@
-"""Continues prompts several times: a prompt and its images run once, and its samples are decoded together."""
+"""Samples several continuations of each prompt. The prompt and its images run through the model only once."""
 
 import copy
 import inspect
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class UnsharedError(Exception):
-    """Raised if the state of a model after the prefill cannot be repeated for the samples. The message says why."""
+    """Raised if a model's state after the prefill cannot be copied for several samples."""
 
 
 def sharing_problem(model: Any) -> str | None:
-    """Returns the reason why the samples of a prompt cannot share its prefill, or None.
+    """Returns the reason why a model cannot share a prefill between the samples of a prompt, or None if it may.
 
-    The prefill is the forward pass of the prompt. ``SharedPrefill`` finds further reasons after the prefill.
+    The prefill is the forward pass of the prompt. ``SharedPrefill`` may still find a problem after the prefill.
     """
     from transformers import GenerationMixin
 
@@ -36,15 +36,14 @@ def sharing_problem(model: Any) -> str | None:
 
 
 class SharedPrefill:
-    """A decoding loop for ``generate(custom_generate=...)`` of transformers, whose inputs hold each prompt once.
+    """A decoding loop for ``generate(custom_generate=...)`` of transformers that samples each prompt several times.
 
-    ``generate`` prepares positions, cache, logits processors and stopping criteria, as for the loops of transformers.
-    The prompts run in one forward pass. Then their cache and all inputs are repeated for the samples. Apart from
-    rounding, a sample gets the same tokens as if the inputs held its prompt in a separate row. When half of the
-    samples have ended, they leave the batch.
+    The inputs of ``generate`` hold each prompt once. The prompts run in one forward pass (the prefill). Then the cache
+    and the inputs are copied for the samples. Apart from rounding, the samples have the same tokens as without
+    sharing. When half of the samples in a batch have ended, they are removed from the batch.
 
     Args:
-        prompts: For each sample, the row of its prompt in the inputs.
+        prompts: Index of each sample's prompt in the inputs.
         seeds: Seed of each sample.
         sampling: Settings for drawing tokens.
         batch_size: Maximum number of samples that are decoded together.
@@ -69,10 +68,12 @@ class SharedPrefill:
         generation_config: Any,
         **inputs: Any,
     ) -> list[list[int]]:
-        """Returns the new token ids of each sample, padded after the end token. ``generate`` passes all arguments.
+        """Runs the loop, and returns the new token ids of each sample, padded after the end token.
+
+        transformers' ``generate`` passes all arguments.
 
         Raises:
-            UnsharedError: If the state after the prefill cannot be repeated.
+            UnsharedError: If the state after the prefill cannot be copied.
         """
         import torch
 
@@ -97,7 +98,7 @@ class SharedPrefill:
 
 
 class _DecodingBatch:
-    """The rows that are decoded together, and the inputs of the model's next step."""
+    """The samples that are decoded together, one per batch row, and the inputs of the model's next step."""
 
     def __init__(
         self, model: Any, inputs: dict[str, Any], ids: "Tensor", logits: "Tensor", draw: SeededDraw, config: Any
@@ -106,7 +107,7 @@ class _DecodingBatch:
         self.pad_id = config.pad_token_id
 
     def select(self, rows: "Tensor") -> None:
-        """Replaces each row i of the batch by the row ``rows[i]``; an index may occur several times."""
+        """Reorders the batch: row i becomes a copy of row ``rows[i]``. An index may occur several times."""
         n_rows = len(self.ids)
         for name, value in self.inputs.items():
             self.inputs[name] = _select_rows(name, value, rows, n_rows)
@@ -140,7 +141,10 @@ class _DecodingBatch:
 
 
 def _forward(model: Any, ids: "Tensor", inputs: dict[str, Any], **options: Any) -> tuple["Tensor", dict[str, Any]]:
-    """Runs the model as the loops of transformers do; returns logits ``[B, V]`` and the inputs of the next step."""
+    """Runs the model for one step, like the decoding loops of transformers.
+
+    Returns the ``[B, V]`` float32 logits of the last position, and the inputs of the next step.
+    """
     import torch
 
     outputs = model(**model.prepare_inputs_for_generation(ids, **options, **inputs), return_dict=True)
@@ -151,16 +155,19 @@ def _forward(model: Any, ids: "Tensor", inputs: dict[str, Any], **options: Any) 
 
 
 def _is_image(name: str, value: Any) -> bool:
-    """Returns whether an input holds images, which only the prefill reads; no other input is floating-point."""
+    """Returns whether a model input holds images, which only the prefill reads.
+
+    Every floating-point tensor counts as an image.
+    """
     import torch
 
     return name == "mm_encoder_outputs" or (isinstance(value, torch.Tensor) and value.is_floating_point())
 
 
 def _select_rows(name: str, value: Any, rows: "Tensor", n_rows: int) -> Any:
-    """Returns the rows with the indices ``rows`` of an input of the model; ``n_rows`` is the number of its rows.
+    """Selects batch rows of a model input: row i of the result is row ``rows[i]`` of ``value``.
 
-    A cache is changed in place. An input without rows is returned unchanged.
+    A cache is changed in place. Values without a batch dimension of size ``n_rows`` are returned unchanged.
     """
     import torch
     from transformers import DynamicCache
@@ -177,7 +184,7 @@ def _select_rows(name: str, value: Any, rows: "Tensor", n_rows: int) -> Any:
 
 
 def _check_cache(inputs: dict[str, Any]) -> None:
-    """Raises ``UnsharedError`` unless the cache holds the prompts and can be repeated."""
+    """Raises ``UnsharedError`` if the inputs have no ``DynamicCache``, or if its rows cannot be copied."""
     from transformers import DynamicCache
 
     cache = inputs.get("cache", inputs.get("past_key_values"))
@@ -189,9 +196,9 @@ def _check_cache(inputs: dict[str, Any]) -> None:
 
 
 def _module_states(model: Any, n_rows: int) -> dict[str, Any]:
-    """Returns the tensors with ``n_rows`` rows that the modules hold outside their parameters and buffers.
+    """Returns the tensors that modules store as plain attributes, if their first dimension is ``n_rows``.
 
-    ``rope_deltas`` of Qwen-VL are left out: they are not used if a step gets its positions.
+    ``rope_deltas`` of Qwen-VL are left out, because decoding steps get their positions as inputs.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The engine that uses transformers. Each row of a batch has a separate seed for drawing its tokens."""
+"""An inference engine that uses transformers. Each row of a batch has a separate seed."""
 
 import contextlib
 import dataclasses
@@ -43,9 +43,9 @@ _TECHNICAL = ("cache_implementation", "cache_config", "prefill_chunk_size", "com
 class TransformersEngine:
     """Runs a Hugging Face causal or image-text-to-text model, in left-padded batches, with a KV cache.
 
-    Requests with the same prompt and images share one prefill: the prompt and the vision tower run once, and the cache
-    is repeated for the samples. If a model's cache cannot be repeated, a warning says why, and each sample runs its
-    prompt.
+    Requests with the same prompt and images share one prefill: the prompt and the images run through the model once,
+    and the cache is copied for the samples. If a model's cache cannot be copied, a warning gives the reason, and the
+    prompt runs once per sample.
 
     Args:
         model: The model, which is put into evaluation mode.
@@ -133,7 +133,10 @@ class TransformersEngine:
         return cls(model, processor, name=name, batch_size=batch_size, **(chat_options or {}))
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the generations depend on. Batch size and device only change rounding."""
+        """Returns the settings that determine the generations.
+
+        Batch size and device are left out, because they only change rounding.
+        """
         dtype = str(self.model.dtype).removeprefix("torch.")
         parts = processor_parts(self.chat, self.chat.stop_ids)
         ignored = self._ignored_settings()
@@ -143,7 +146,10 @@ class TransformersEngine:
         return {**settings, "ignored": ignored} if ignored else settings
 
     def _ignored_settings(self) -> dict[str, Any]:
-        """Returns the ignored settings of the model, which would change the distribution of the tokens."""
+        """Returns the settings in the model's ``generation_config`` that the engine ignores.
+
+        These settings, such as ``repetition_penalty``, would change the distribution of the tokens.
+        """
         values = {name: getattr(self.model.generation_config, name, None) for name in _IGNORED}
         return {name: value for name, value in values.items() if value not in (None, _IGNORED[name])}
 
@@ -154,7 +160,7 @@ class TransformersEngine:
         return self.chat.response_text(conversation, token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Returns the continuation of each request; a request that does not fit the chat template is refused."""
+        """Returns the generation of each request. Requests that do not fit the chat template are refused."""
         results: dict[int, Generation] = {}
         prompts: dict[int, EncodedPrompt] = {}
         for row, request in enumerate(requests):
@@ -188,10 +194,11 @@ class TransformersEngine:
     def _continue(
         self, questions: Sequence[Sequence[int]], requests: Sequence[Request], prompts: Sequence[EncodedPrompt]
     ) -> list[list[int]]:
-        """Returns the new token ids of each request of a batch, padded after the end token.
+        """Samples a batch, and returns the new token ids of each request, padded after the end token.
 
         Args:
-            questions: A batch from ``_batches``: for each question, the indices of its requests.
+            questions: A batch from ``_batches``: lists of indices into ``requests``. Requests in a list have the same
+                prompt.
             requests: All requests.
             prompts: Prompt of each request.
         """
@@ -219,9 +226,13 @@ class TransformersEngine:
         prompts: Sequence[EncodedPrompt],
         tokens: Sequence[Sequence[int]],
     ) -> list[Generation]:
-        """Returns the most probable first token of the requests of a batch, with the probabilities of their choices.
+        """Generates one greedy token for each request of a batch, and measures the probabilities of the choices.
 
-        ``tokens`` holds the token ids of each choice.
+        Args:
+            rows: Indices of the batch's requests.
+            requests: All requests.
+            prompts: Prompt of each request.
+            tokens: Token ids of each choice. All requests of the batch have the same choices.
         """
         import torch
 
@@ -244,7 +255,10 @@ class TransformersEngine:
         warnings.warn(f"{name} runs the prompt for each sample, because {reason}", stacklevel=4)
 
     def _generation_config(self, sampling: SamplingConfig) -> Any:
-        """Returns a greedy config with the model's end and suppressed tokens; ``SeededDraw`` draws the tokens."""
+        """Returns a greedy generation config with the model's end tokens and suppressed tokens.
+
+        The sampling settings are applied by ``SeededDraw``.
+        """
         from transformers import GenerationConfig
 
         model_config = self.model.generation_config
@@ -261,9 +275,10 @@ class TransformersEngine:
 
     @contextlib.contextmanager
     def _without_defaults(self) -> Iterator[None]:
-        """Hides the model's ``generation_config`` in a ``with`` block.
+        """Clears the model's ``generation_config`` within a ``with`` block.
 
-        Otherwise, ``generate`` would fill in the settings that are None from this config.
+        Otherwise, transformers' ``generate`` would take all settings that are None from it. Settings that change only
+        memory and speed are kept.
         """
         from transformers import GenerationConfig
 
@@ -275,7 +290,7 @@ class TransformersEngine:
             self.model.generation_config = stored
 
     def _inputs(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
-        """Returns the inputs of the model. Each row is a prompt and its prefix, padded on the left."""
+        """Returns the model inputs of a batch. Each row is a prompt followed by the prefix, padded on the left."""
         import torch
 
         inputs: dict[str, Any]
@@ -332,11 +347,18 @@ def _batches(
     shares_prefill: bool,
     adds_special: Callable[[str], bool],
 ) -> Iterator[list[list[int]]]:
-    """Yields batches of questions. A question is the list of indices of the requests with the same prompt.
+    """Groups requests into batches.
 
-    The questions of a batch have equal settings, equal numbers of images, videos of equal shapes and similar lengths.
-    A batch has at most ``batch_size`` requests, or a single question. ``shares_prefill`` is the engine's attribute,
-    and ``adds_special`` is ``ChatEncoder.adds_special_tokens``.
+    A batch is a list of questions. A question is the list of the indices of all requests with the same prompt. In a
+    batch, the requests have equal settings, equal numbers of images, videos of equal shapes and similar lengths. A
+    batch has at most ``batch_size`` requests, unless it has only one question.
+
+    Args:
+        requests: The requests.
+        prompts: Prompt of each request.
+        batch_size: Maximum number of requests in a batch.
+        shares_prefill: Whether requests with the same prompt form one question. False: each request is a question.
+        adds_special: Function that returns whether special tokens are added to a prompt text.
     """
     groups: dict[Any, dict[Any, list[int]]] = {}
     for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
@@ -362,10 +384,7 @@ def _batches(
 
 
 def make_generation(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Generation:
-    """Returns the generation of a request from its sampled ids.
-
-    ``ids`` may have further ids after the token that ended the turn.
-    """
+    """Returns the ``Generation`` of a request from its sampled token ids, up to the first end token."""
     end = next((place for place, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = list(ids[:end])
     head = chat.response_text(request, request.prefix_ids) if request.prefix_ids else ""

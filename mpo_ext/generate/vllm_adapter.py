@@ -1,4 +1,4 @@
-"""Rejects LoRA adapters that vLLM would ignore in part or refuse late, and returns vLLM's options for the others."""
+"""Checks whether vLLM can run LoRA adapters completely, and returns the vLLM options for them."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ _MERGE = "merge the adapters (output.save_merged=true), or use the engine transf
 
 
 def adapter_options(adapter: str) -> dict[str, Any]:
-    """Returns the options of ``vllm.LLM`` that a folder of LoRA adapters needs.
+    """Checks a folder of LoRA adapters, and returns the options of ``vllm.LLM`` that they need.
 
     Raises:
         FileNotFoundError: If the folder does not hold adapters.
         ImportError: If safetensors is missing.
-        ValueError: If vLLM cannot run the adapters.
+        ValueError: If vLLM cannot run the adapters, or would ignore a part of them.
     """
     folder = Path(adapter)
     path = folder / "adapter_config.json"
@@ -45,7 +45,7 @@ def adapter_options(adapter: str) -> dict[str, Any]:
 
 
 def adapter_request(adapter: str) -> Any:
-    """Returns vLLM's object that names the adapters in each request."""
+    """Returns vLLM's ``LoRARequest`` for a folder of LoRA adapters."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest("adapter", 1, str(Path(adapter).absolute()))

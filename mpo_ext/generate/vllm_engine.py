@@ -1,4 +1,4 @@
-"""The engine that uses vLLM."""
+"""An inference engine that uses vLLM."""
 
 import dataclasses
 import itertools
@@ -27,16 +27,15 @@ _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "
 class VLLMEngine:
     """Runs a model in vLLM's offline engine, which batches the requests. Each request has a separate seed.
 
-    Requests can be added while others are running (``mpo_ext.generate.feeding``). vLLM gets the token ids of prompts,
-    which are those of ``TransformersEngine``, and expands the image tokens. If this process ends, even by
-    SIGKILL, the processes of vLLM are ended, too (on Linux).
+    Requests can be added while others are running. Prompts are token ids, the same as in ``TransformersEngine``; vLLM
+    expands the image tokens. On Linux, vLLM's processes end with this process, even if it is killed.
 
     Args:
         model: Folder or name of the model.
         processor: Processor of the model, or the tokenizer of a text model; None: loaded with transformers.
         chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
-        adapter: Folder of LoRA adapters for this model; None: the model alone.
-        concurrency: Number of requests to run at the same time; at least the ``max_num_seqs`` of vLLM.
+        adapter: Folder of LoRA adapters for this model; None: no adapters.
+        concurrency: Number of requests to run at the same time. It should be at least vLLM's ``max_num_seqs``.
         **options: Passed to ``vllm.LLM``, for example ``dtype``, ``tensor_parallel_size`` or ``limit_mm_per_prompt``.
 
     Raises:
@@ -109,7 +108,10 @@ class VLLMEngine:
         return [results[name] for name in names]
 
     def submit(self, request: Request) -> str:
-        """Starts a request and returns a name for it. A request that vLLM rejects is refused, with a reason."""
+        """Starts a request, and returns a name that identifies it.
+
+        If vLLM rejects the request, ``finished`` returns a refusal for it.
+        """
         name = str(next(self._names))
         if request.videos:
             self._refused.append((name, refused_videos("vllm", request)))
@@ -139,9 +141,9 @@ class VLLMEngine:
         return name
 
     def finished(self) -> list[tuple[str, Generation]]:
-        """Returns the name and the continuation of each request that has ended since the last call.
+        """Returns the name and the generation of each request that has ended since the last call.
 
-        While requests are running, the call waits until at least one of them has ended.
+        If requests are running, waits until at least one of them has ended.
         """
         ended, self._refused = self._refused, []
         while self._running and not ended:
@@ -170,12 +172,10 @@ class VLLMEngine:
         return prompt
 
     def _generation(self, request: Request, completion: Any) -> Generation:
-        """Returns the generation of a request from vLLM's completion.
-
-        The ids of the completion may or may not include the token that ended the turn.
+        """Converts vLLM's completion of a request into a ``Generation``, without the end-of-turn token.
 
         Raises:
-            RuntimeError: If vLLM ended the request for another reason than "stop" or "length".
+            RuntimeError: If vLLM's finish reason is neither "stop" nor "length".
         """
         reason = completion.finish_reason
         if reason not in ("stop", "length"):
@@ -185,15 +185,15 @@ class VLLMEngine:
 
 
 def _first_probs(completion: Any) -> dict[int, float]:
-    """Returns the probabilities of the most probable first tokens of a completion."""
+    """Returns the probability of each token id that vLLM reports for the first generated token."""
     return {token: math.exp(entry.logprob) for token, entry in completion.logprobs[0].items()}
 
 
 def devices_of_rank(count: int) -> str | None:
-    """Returns the ``CUDA_VISIBLE_DEVICES`` of this process: ``count`` GPUs for each process on this machine.
+    """Returns the value of ``CUDA_VISIBLE_DEVICES`` that gives this process ``count`` GPUs of this machine.
 
-    Returns None if the variable must not change: without a launcher, without GPUs, or if the launcher has given each
-    process its GPUs. vLLM itself ignores the local rank, and would start all engines on the first GPUs.
+    Otherwise, vLLM would start the engines of all processes on the first GPUs. Returns None if the variable must not
+    change: without a launcher, without GPUs, or if exactly ``count`` GPUs are visible.
 
     Raises:
         ValueError: If this machine has too few GPUs for its processes.
@@ -218,7 +218,7 @@ def devices_of_rank(count: int) -> str | None:
 
 
 def _single_ids(suppressed: Sequence[Sequence[int]]) -> list[int]:
-    """Returns the ids of tokens that must not be written, for ``logit_bias``.
+    """Converts sequences of one token id each to a sorted list of token ids.
 
     Raises:
         ValueError: If a sequence has several ids.
@@ -233,7 +233,7 @@ def _single_ids(suppressed: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """Returns the exception types of vLLM for prompts that it refuses."""
+    """Returns the exception types that vLLM raises for invalid prompts."""
     try:
         from vllm.exceptions import VLLMValidationError
     except ImportError:  # older versions of vLLM do not have this class

@@ -1,6 +1,6 @@
-"""The loss inside other trainers, one file per trainer. ``patch`` and ``unpatch`` change trainers at run time.
+"""The loss of mpo_ext inside other trainers, one file per trainer.
 
-No module of another package is imported before it is needed.
+``patch`` and ``unpatch`` change trainers at run time. Other packages are imported only when they are needed.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""axolotl's ``rl: dpo`` with the loss of mpo_ext: the functions of ``mpo_ext.patch("axolotl")``."""
+"""The loss of mpo_ext in axolotl's ``rl: dpo``: the functions of ``mpo_ext.patch("axolotl")``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpo_ext.integrations.patching import Replacement, check_sources
 
 
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
-    """Returns what ``mpo_ext.patch("axolotl")`` replaces, and a line that describes it.
+    """Returns the attributes that ``mpo_ext.patch("axolotl")`` replaces, and a line that describes the change.
 
     axolotl's trainer inherits the loss from TRL's ``DPOTrainer``, so the replacements are those of
     ``mpo_ext.patch("trl")``.

@@ -1,4 +1,4 @@
-"""The MPO loss for subclasses of transformers' Trainer, on the batches of ``mpo_ext.train.batch``."""
+"""The MPO loss for subclasses of transformers' Trainer. Batches are those of ``mpo_ext.train.batch``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SETTINGS: dict[RowLayout | None, SharedPrefix] = {
 
 @dataclasses.dataclass(frozen=True)
 class PairCollator:
-    """Collates samples of ``mpo_ext.train.encode.Encoder`` into ``{"batch": Batch}``, as ``MPOLossMixin`` needs it."""
+    """Collates samples of ``mpo_ext.train.encode.Encoder`` into ``{"batch": Batch}`` for ``MPOLossMixin``."""
 
     collator: Collator
 
@@ -54,15 +54,17 @@ class PairCollator:
         *,
         layout: RowLayout | None = None,
     ) -> PairCollator:
-        """Returns a collator that puts both responses of a pair into one row if the model supports it.
+        """Returns a collator for a model.
+
+        Both responses of a pair share one row, and thus the computation of their prompt, if the model supports this.
 
         Args:
             model: The model that will be trained, before any wrapper.
             encoder: The encoder that made the samples.
-            samples: One or two samples, one of them with images if the data has images. The log-probs of a shared row
-                are compared with those of separate rows on these samples.
+            samples: One or two samples, one of them with images if the data has images. The collator's rows are tested
+                on these samples: their log-probs must equal those of separate rows.
             layout: "packed", "shared", "masked" or "separate", see ``mpo_ext.train.batch.Batch``. None: the first of
-                them that gives the log-probs of separate rows.
+                these layouts that passes the test.
 
         Raises:
             ValueError: If ``layout`` is unknown, or the model does not support it.
@@ -96,9 +98,8 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
     """Gives a subclass of transformers' Trainer the MPO loss: ``class PairTrainer(MPOLossMixin, Trainer)``.
 
     The data set holds samples of ``mpo_ext.train.encode.Encoder``; ``data_collator`` is a ``PairCollator``. A batch
-    may hold ``ref_logp``, ``[2B]`` summed log-probs under the reference, chosen first. Otherwise they are computed
-    with ``ref_model``. If it is None, the reference is the policy without its LoRA adapters or, for a policy without
-    adapters, a copy that is made at the start.
+    may hold ``ref_logp``, ``[2B]`` summed log-probs under the reference, chosen first. Otherwise, the reference model
+    computes them.
 
     Checkpoints hold the reward shift. The log has each term of the loss. The micro-batches of a step have equal
     weights, as in Trainer.
@@ -106,12 +107,13 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
     Args:
         *args: As in Trainer.
         mpo_config: Weights, beta and the other settings of the loss.
-        reward_shift: The reward shift; None: ``RewardShift()``, that of the authors' code.
-        ref_model: Reference model, or None.
+        reward_shift: The reward shift. None: ``RewardShift()``, as in the authors' code.
+        ref_model: Reference model. None: the policy without its LoRA adapters or, for a policy without adapters, a
+            copy of the initial policy.
         **kwargs: As in Trainer.
 
     Raises:
-        ValueError: If a reference model is needed under FSDP or DeepSpeed, where Trainer cannot shard a second model.
+        ValueError: If the reference is a second model under FSDP or DeepSpeed, because Trainer cannot shard it.
     """
 
     def __init__(
@@ -159,7 +161,7 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
         return (out.loss, out) if return_outputs else out.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs the terms of the loss with the trainer's own values."""
+        """Logs the terms of the loss in addition to the trainer's own values."""
         mode = "train" if self.model.training else "eval"
         prefix = "eval_" if mode == "eval" else ""
         means = {f"{prefix}{name}": sum(values) / len(values) for name, values in self._terms[mode].items()}

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's DPO stage with the loss of mpo_ext: the functions of ``mpo_ext.patch("llama-factory")``."""
+"""The loss of mpo_ext in LLaMA-Factory's DPO stage: the functions of ``mpo_ext.patch("llama-factory")``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _SMALLEST = 1e-6  # LLaMA-Factory leaves out terms with a smaller weight
 
 
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
-    """Returns what ``mpo_ext.patch("llama-factory")`` replaces in ``CustomDPOTrainer``, and a line that describes it.
+    """Returns the attributes that ``mpo_ext.patch("llama-factory")`` replaces, and a line that describes the change.
 
-    The new methods compute the loss if ``pref_loss`` is "sigmoid". LLaMA-Factory computes all other losses.
+    The replaced methods belong to ``CustomDPOTrainer``. The new methods compute the loss if ``pref_loss`` is
+    "sigmoid". LLaMA-Factory computes all other losses.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else dict(reward_shift)
     settings = settings_function(_other_loss, _config_of, shift_settings)
@@ -55,7 +56,10 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
 
 
 def _other_loss(trainer: Any) -> str | None:
-    """Returns None if the arguments ask for MPO or terms of it, else the rule that they break and their value."""
+    """Returns the reason why mpo_ext cannot compute the trainer's loss, or None if the loss is MPO or terms of it.
+
+    The reason names the setting that does not fit, and its value.
+    """
     if not trainer.finetuning_args.use_ref_model or trainer.loss_type != "sigmoid":
         return f"pref_loss must be 'sigmoid', got {trainer.loss_type!r}"
     if trainer.ld_alpha is not None:

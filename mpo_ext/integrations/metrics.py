@@ -1,4 +1,4 @@
-"""The metrics of a batch under the names that TRL and its relatives log."""
+"""Metrics of a batch, under the names that TRL and similar trainers use in their logs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from mpo_ext.loss.steps import MPOOutput
 
 
 def loss_metrics(out: MPOOutput) -> dict[str, Tensor]:
-    """Returns the terms of the loss, and the means of rewards and log-probs over the pairs, as 0-d tensors by name."""
+    """Returns metrics by name: the terms of the loss, and the means of rewards and log-probs over the pairs.
+
+    Each metric is a 0-d tensor.
+    """
     margins = out.chosen_reward - out.rejected_reward
     return {
         "loss/dpo": out.dpo_loss,

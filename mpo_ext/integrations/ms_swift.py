@@ -1,4 +1,4 @@
-"""ms-swift's ``--rlhf_type dpo`` with the loss of mpo_ext: the functions of ``mpo_ext.patch("ms-swift")``."""
+"""The loss of mpo_ext in ms-swift's ``--rlhf_type dpo``: the functions of ``mpo_ext.patch("ms-swift")``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _NOT_FOR_MODEL = ("labels", "text_position_ids", "ref_chosen_logps", "ref_reject
 
 
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
-    """Returns what ``mpo_ext.patch("ms-swift")`` replaces in ``DPOTrainer``, and a line that describes it.
+    """Returns the attributes that ``mpo_ext.patch("ms-swift")`` replaces, and a line that describes the change.
 
-    The new methods compute losses with the terms "sigmoid", "bco_pair" and "sft". ms-swift computes all other losses.
+    The replaced methods belong to ``DPOTrainer``. The new methods compute losses with the terms "sigmoid", "bco_pair"
+    and "sft". ms-swift computes all other losses.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else dict(reward_shift)
     settings = settings_function(_other_loss, _config_of, shift_settings)
@@ -60,7 +61,10 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
 
 
 def _other_loss(trainer: Any) -> str | None:
-    """Returns None if the arguments ask for MPO or terms of it, else the rule that they break and their value."""
+    """Returns the reason why mpo_ext cannot compute the trainer's loss, or None if the loss is MPO or terms of it.
+
+    The reason names the setting that does not fit, and its value.
+    """
     weights = _weights(trainer)
     if other := [name for name in weights if name not in _TERMS]:
         return f"loss_type must be among {', '.join(_TERMS)}, got {', '.join(other)}"
@@ -127,7 +131,7 @@ def _reference_logp(trainer: Any, mpo: LossSettings, batch: dict[str, Any]) -> T
 
 
 def _cu_seqlens(trainer: Any, batch: dict[str, Any]) -> Tensor | None:
-    """Returns the starts of the packed sequences of a run with ``--padding_free``, otherwise None."""
+    """Returns ``cu_seqlens``, the starts of the packed sequences; None unless the run uses ``--padding_free``."""
     if not trainer.template.padding_free:
         return None
     positions = batch.get("text_position_ids")

@@ -1,4 +1,4 @@
-"""OpenRLHF's log-probs of tokens by ``token_logp``: the function of ``mpo_ext.patch("openrlhf")``."""
+"""Computes OpenRLHF's log-probs of tokens with ``token_logp``: the function of ``mpo_ext.patch("openrlhf")``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 
 
 def replacements() -> tuple[list[Replacement], str]:
-    """Returns what ``mpo_ext.patch("openrlhf")`` replaces, and a line that describes it."""
+    """Returns the attributes that ``mpo_ext.patch("openrlhf")`` replaces, and a line that describes the change."""
     return replace_in_modules(own_function, log_probs_from_logits, "openrlhf"), (
         "log_probs_from_logits reads the logits once and keeps no copy of them (DPO, PPO and its relatives)"
     )

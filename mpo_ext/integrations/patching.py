@@ -1,4 +1,4 @@
-"""Replaces functions of other packages, after a check of their version and source, and restores them."""
+"""Replaces functions of other packages and restores them. Checks the packages' versions and sources first."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _applied: dict[str, list[_Applied]] = {}
 
 
 def patch(name: str, **options: Any) -> None:
-    """Puts the loss of mpo_ext into another trainer, until ``unpatch``. Prints a line that says what has changed.
+    """Makes another trainer compute its loss with mpo_ext, until ``unpatch``. Prints a line that describes the change.
 
     The values of the losses change only by rounding, unless an option changes them.
 
@@ -81,7 +81,7 @@ def unpatch(name: str) -> None:
     """Restores a trainer that ``patch`` changed.
 
     Raises:
-        RuntimeError: If the trainer is not patched, or another patch was applied after that of mpo_ext.
+        RuntimeError: If the trainer is not patched, or another patch was applied after the patch of mpo_ext.
         ValueError: If ``name`` is unknown.
     """
     _known(name)
@@ -104,18 +104,21 @@ def unpatch(name: str) -> None:
 
 
 def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replacement]:
-    """Returns the replacements of ``function`` by ``value`` in all imported modules of packages, under any name."""
+    """Returns replacements of ``function`` by ``value`` in all imported modules of the packages.
+
+    Every attribute that is ``function`` is replaced, whatever its name.
+    """
     return [Replacement(module, name, value) for package in packages for module, name in _holders(function, package)]
 
 
 def check_sources(name: str) -> str:
-    """Returns the version of a trainer's package, after a check that mpo_ext knows the version and its source.
+    """Checks that mpo_ext knows the version and the source of a trainer's package, and returns the version.
 
     A version later than all tested versions passes if its functions equal those of the last tested version.
 
     Raises:
         ImportError: If the package is not installed.
-        RuntimeError: If the version is unknown, or a function has another source.
+        RuntimeError: If the version is unknown, or the source of a function differs from the known source.
         ValueError: If ``name`` is unknown.
     """
     package, _, versions = _known(name)
@@ -156,7 +159,10 @@ def _is_later(version: str, newest: str) -> bool:
 
 
 def source_hash(path: str) -> str:
-    """Returns 16 hexadecimal digits of the SHA-256 of a function's source; ``path`` is "module:Class.method"."""
+    """Returns the first 16 hexadecimal digits of the SHA-256 of a function's source, or "none" without a source.
+
+    ``path`` is "module:Class.method".
+    """
     module, _, names = path.partition(":")
     function: Any = importlib.import_module(module)
     for name in names.split("."):
@@ -172,7 +178,7 @@ def source_hash(path: str) -> str:
 
 
 def _holders(value: Any, package: str) -> Iterator[tuple[ModuleType, str]]:
-    """Yields each imported module of a package that has ``value`` as an attribute, and the attribute's name."""
+    """Yields ``(module, name)`` for each attribute that is ``value``, in all imported modules of the package."""
     for title, other in list(sys.modules.items()):
         if title.partition(".")[0] == package and isinstance(other, ModuleType):
             yield from ((other, name) for name, held in list(vars(other).items()) if held is value)

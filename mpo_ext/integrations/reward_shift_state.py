@@ -1,4 +1,4 @@
-"""The reward shift in the checkpoints of transformers' Trainer and of its subclasses in other packages."""
+"""Saves the reward shift in checkpoints of transformers' Trainer and of its subclasses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RewardShiftStep(TrainerCallback):
 
 
 class RewardShiftCheckpoints:
-    """A mixin for subclasses of Trainer: checkpoints hold the attribute ``reward_shift``."""
+    """Mixin for subclasses of Trainer that saves the attribute ``reward_shift`` in checkpoints and restores it."""
 
     reward_shift: RewardShift
 
@@ -41,7 +41,7 @@ class RewardShiftCheckpoints:
 
 
 def make_reward_shift(settings: Mapping[str, Any]) -> RewardShift:
-    """Returns a ``RewardShift`` with the settings of a mapping.
+    """Returns a ``RewardShift`` with the given settings.
 
     Raises:
         TypeError: If ``settings`` is not a mapping, or has a key that ``RewardShift`` does not know.
@@ -56,9 +56,10 @@ def make_reward_shift(settings: Mapping[str, Any]) -> RewardShift:
 
 
 def save_reward_shift(trainer: Any, reward_shift: RewardShift, trial: Any) -> None:
-    """Writes the state of the reward shift into the folder of the checkpoint that ``trainer`` is about to save.
+    """Writes the state of the reward shift to the folder of the checkpoint that ``trainer`` is about to save.
 
-    Called before the trainer's own ``_save_checkpoint``, so that a checkpoint without the state is never complete.
+    Call this before the trainer's own ``_save_checkpoint``, so that every complete checkpoint has the state. ``trial``
+    is the argument of ``_save_checkpoint``.
     """
     if trainer.args.should_save:
         folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
@@ -69,7 +70,7 @@ def load_reward_shift(reward_shift: RewardShift, checkpoint: str) -> None:
     """Restores the state of the reward shift from a checkpoint's folder.
 
     Raises:
-        ValueError: If the folder has no state, or the state of a ``RewardShift`` with other settings.
+        ValueError: If the folder has no state, or the state is from a ``RewardShift`` with other settings.
     """
     path = Path(checkpoint) / STATE_FILE
     if not path.is_file():

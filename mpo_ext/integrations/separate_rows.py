@@ -1,4 +1,4 @@
-"""The loss of batches with a row for each response, as the collators of other trainers make them."""
+"""Computes the loss of batches that have a separate row for each response, as in other trainers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mpo_ext.loss.steps import MPOOutput, shift_labels
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """The loss of a trainer: its terms, its reward shift, and the options of ``linear_mpo_loss``."""
+    """Settings of a trainer's loss. ``options`` are keyword arguments of ``linear_mpo_loss``."""
 
     config: MPOConfig
     reward_shift: RewardShift
@@ -37,11 +37,13 @@ class LossSettings:
 def settings_function(
     other_loss: Callable[[Any], str | None], config_of: Callable[[Any], MPOConfig], reward_shift: Mapping[str, Any]
 ) -> Callable[[Any], LossSettings | None]:
-    """Returns a function that returns the ``LossSettings`` of a patched trainer, or None if it keeps its own loss.
+    """Returns a function that takes a patched trainer, and returns its ``LossSettings`` or None.
+
+    None means that mpo_ext cannot compute the loss of the trainer, so the trainer computes it.
 
     Args:
-        other_loss: Function that returns the reason why a trainer computes another loss than MPO, or None.
-        config_of: Function that returns the ``MPOConfig`` of a trainer's loss.
+        other_loss: Function that takes a trainer, and returns the reason why mpo_ext cannot compute its loss, or None.
+        config_of: Function that takes a trainer, and returns the ``MPOConfig`` of its loss.
         reward_shift: Settings of ``RewardShift``.
 
     Raises:
@@ -75,8 +77,9 @@ def loss_of_rows(
 ) -> tuple[Tensor, MPOOutput, Any]:
     """Runs the model on a batch. Returns the differentiable loss, the ``MPOOutput`` and the model's output.
 
-    ``labels`` are ``[2B, T]``, B chosen rows first, aligned with ``input_ids``; or ``[1, N]``, one packed row with
-    ``cu_seqlens``, ``[2B + 1]``. ``ref_logp`` is ``[2B]``.
+    ``labels`` are aligned with ``input_ids``: ``[2B, T]`` with the B chosen rows first, or a packed row ``[1, N]``
+    with ``cu_seqlens``, ``[2B + 1]``. ``ref_logp``, ``[2B]``, holds the summed log-probs under the reference.
+    ``stats`` are the statistics to compute, as in ``mpo_loss``.
     """
     results: list[MPOOutput] = []
 
@@ -105,7 +108,10 @@ def logp_of_rows(
     *,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Returns the summed log-probs of the labels of each response under a reference, ``[2B]`` float64."""
+    """Returns the summed log-probs of the labels of each response, ``[2B]`` float64, without gradient.
+
+    ``options`` are keyword arguments of ``linear_token_logp``. The other arguments are those of ``loss_of_rows``.
+    """
     targets = shift_labels(labels, cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device))
 
     def compute(head: HiddenAndHead) -> Tensor:
@@ -119,21 +125,21 @@ def logp_of_rows(
 
 
 def keep_own_loss(trainer: Any, reason: str) -> None:
-    """Prints once per trainer why it keeps its own loss although it is patched."""
+    """Prints that a patched trainer computes its own loss, with the reason. Prints once per trainer."""
     if not hasattr(trainer, "mpo_notice") and trainer.is_world_process_zero():
         print(f"mpo_ext: {type(trainer).__name__} keeps its own loss, because {reason}", file=sys.stderr)
     trainer.mpo_notice = reason
 
 
 def _token_rows(head: HiddenAndHead, labels: Tensor) -> Tensor:
-    """Returns the hidden states of the tokens, without the virtual tokens that prompt tuning puts before them."""
+    """Returns the hidden states of the tokens, without the virtual tokens that prompt tuning prepends."""
     return head.hidden[:, head.hidden.shape[1] - labels.shape[1] :]
 
 
 def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings | None]) -> list[Replacement]:
-    """Returns replacements for methods of a Trainer class that store the reward shift in checkpoints and restore it.
+    """Returns replacements for the methods of a Trainer class that save and load checkpoints.
 
-    ``settings`` is a result of ``settings_function``.
+    The new methods also save and restore the reward shift. ``settings`` is a result of ``settings_function``.
     """
     own_save: Any = vars(owner).get("_save_checkpoint")
     own_load: Any = vars(owner).get("_load_optimizer_and_scheduler")

@@ -1,7 +1,6 @@
-"""The versions of other trainers that mpo_ext was tested with, and digests of the functions that it builds on.
+"""The tested versions of other trainers, and hashes of the functions that mpo_ext replaces or calls.
 
-A digest is the first 16 hexadecimal digits of the SHA-256 of the text of a function or class, as ``inspect.getsource``
-returns it.
+A hash is the first 16 hexadecimal digits of the SHA-256 of the source that ``inspect.getsource`` returns.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from typing import NamedTuple
 
 
 class KnownSources(NamedTuple):
-    """The sources of a package.
+    """The tested versions of a package and the hashes of its functions.
 
     Attributes:
         package: Name of the distribution.
         module: Module of ``mpo_ext.integrations`` that uses the package.
-        versions: For each version without its last number ("1.16"), the hash of each function or class, by
+        versions: For each minor version, such as "1.16", the hash of each function or class. The keys are
             "module:Class.method", "module:function" or "module:Class".
     """
 

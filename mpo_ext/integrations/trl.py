@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer with the loss of mpo_ext: ``MPOTrainer``, and the functions of ``mpo_ext.patch("trl")``."""
+"""The loss of mpo_ext in TRL's DPOTrainer: ``MPOTrainer``, and the functions of ``mpo_ext.patch("trl")``."""
 
 from __future__ import annotations
 
@@ -88,6 +88,8 @@ class MPOTrainingConfig(DPOConfig):
         if reason := _other_terms(self.loss_type):  # before DPOConfig compares the number of weights
             raise ValueError(f"{reason}; otherwise use trl.DPOTrainer and trl.DPOConfig")
         super().__post_init__()
+        _settings_of(self)
+        _reward_shift_of(self)
 
 
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
@@ -164,7 +166,7 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
                 self._signature_columns.append(name)
 
     def _precompute_with_images(self) -> None:
-        """Adds the reference log-probs as columns to data sets with images, and frees the reference model."""
+        """Adds the reference log-probs as columns to data sets with images, and drops the reference model."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
                 "precompute_ref_log_probs must be False for images under FSDP or DeepSpeed, got True: compute the "
@@ -198,7 +200,7 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
 
 @dataclasses.dataclass(frozen=True)
 class _WithReference:
-    """Adds the columns of reference log-probs to the batches of a collator that does not know them."""
+    """Wraps a collator, and adds the precomputed reference log-probs of the examples to its batches."""
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -217,9 +219,9 @@ class _WithReference:
 def loss_of_batch(
     trainer: Any, mpo: LossSettings, model: nn.Module, inputs: dict[str, Any], return_outputs: bool
 ) -> Any:
-    """Returns the loss of a batch of TRL's collators, and the model's output with logits if ``return_outputs``.
+    """Returns the loss of a batch of TRL's collators. With ``return_outputs``, also returns the model's output.
 
-    Replaces ``DPOTrainer._compute_loss``.
+    Replaces ``DPOTrainer._compute_loss``. The output has logits, from a second forward without gradient.
     """
     is_training = trainer.model.training
     mpo.reward_shift.train(is_training)
@@ -247,7 +249,7 @@ def loss_of_batch(
 def reference_logp(trainer: Any, mpo: LossSettings, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Returns the summed log-probs of the responses under the reference, ``[2B]`` float64, chosen first.
 
-    ``model`` is the reference, or the policy, whose adapters are then disabled. Replaces
+    ``model`` is the reference model, or the policy; the adapters of the policy are then disabled. Replaces
     ``DPOTrainer.compute_ref_log_probs``.
     """
     labels, model_inputs = _labels_and_inputs(inputs)
@@ -257,7 +259,10 @@ def reference_logp(trainer: Any, mpo: LossSettings, model: nn.Module, inputs: di
 
 
 def _model_and_inputs(trainer: Any, *model_and_inputs: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Returns the arguments of ``compute_ref_log_probs``; TRL before 1.9 passes the inputs only."""
+    """Returns the model and the inputs from the arguments of ``compute_ref_log_probs``.
+
+    TRL before 1.9 passes only the inputs. The model is then the reference model, or the policy.
+    """
     *model, inputs = model_and_inputs
     return (model[0] if model else trainer.ref_model or trainer.model), inputs
 
@@ -279,7 +284,7 @@ def _labels_and_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _log_sums(out: MPOOutput, config: MPOConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns each metric as a sum over this rank's batch and the number of its terms."""
+    """Returns for each metric the sum over this rank's batch, and the number of summed values."""
     n_pairs = out.tokens.new_tensor(len(out.chosen_logp))
     tokens, chosen_tokens = out.tokens.sum(), out.tokens[: len(out.chosen_logp)].sum()
     margins = out.chosen_reward - out.rejected_reward
@@ -302,7 +307,10 @@ def _log_sums(out: MPOOutput, config: MPOConfig) -> dict[str, tuple[Tensor, Tens
 
 
 def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], inputs: dict[str, Any]) -> None:
-    """Reduces the metrics over all ranks, and adds them to the trainer's metrics. Waits for the device once."""
+    """Averages the metrics over all ranks, and adds them to the trainer's metrics. Waits for the device once.
+
+    ``mode`` is "train" or "eval". ``terms`` is a result of ``_log_sums`` for the batch ``inputs``.
+    """
     numbers = [value.double() for pair in terms.values() for value in pair]
     numbers.append(inputs["attention_mask"].sum().to(numbers[0]))
     *values, n_tokens = trainer.accelerator.reduce(torch.stack(numbers), reduction="sum").tolist()
@@ -344,7 +352,10 @@ def _other_terms(loss_type: str | Sequence[str]) -> str | None:
 
 
 def _other_loss(args: DPOConfig) -> str | None:
-    """Returns None if the settings ask for MPO or terms of it, else the rule that they break and their value."""
+    """Returns the reason why mpo_ext cannot compute the loss of ``args``, or None if the loss is MPO or terms of it.
+
+    The reason names the setting that does not fit, and its value.
+    """
     if reason := _other_terms(args.loss_type):
         return reason
     if args.use_liger_kernel:
@@ -362,7 +373,7 @@ def _other_loss(args: DPOConfig) -> str | None:
 
 
 def _other_loss_of(trainer: Any) -> str | None:
-    """Returns the reason why a patched ``DPOTrainer`` keeps its own loss, or None if mpo_ext computes the loss."""
+    """Returns the reason why a patched ``DPOTrainer`` computes its own loss, or None if mpo_ext computes the loss."""
     weights = trainer.loss_weights
     if min(weights) < 0 or not any(weights):
         return _other_loss(trainer.args) or f"loss_weights must be at least 0, and one of them positive, got {weights}"
@@ -374,7 +385,11 @@ def _reward_shift_of(args: DPOConfig) -> RewardShift:
         return RewardShift()
     names = {"mode": "reward_shift", "update": "reward_shift_update", "per": "reward_shift_per",
              "decay": "reward_shift_decay", "value": "reward_shift_value"}  # fmt: skip
-    return make_reward_shift({key: getattr(args, name) for key, name in names.items()})
+    try:
+        return make_reward_shift({key: getattr(args, name) for key, name in names.items()})
+    except (TypeError, ValueError) as error:  # the message begins with the name that RewardShift has for the setting
+        key, _, rule = str(error).partition(" ")
+        raise type(error)(f"{names.get(key, key)} {rule}") from None
 
 
 def _has_images(dataset: Any) -> bool:
@@ -382,9 +397,10 @@ def _has_images(dataset: Any) -> bool:
 
 
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
-    """Returns what ``mpo_ext.patch("trl")`` replaces in ``DPOTrainer``, and a line that describes it.
+    """Returns the attributes that ``mpo_ext.patch("trl")`` replaces, and a line that describes the change.
 
-    The new methods compute losses with the terms "sigmoid", "bco_pair" and "sft". TRL computes all other losses.
+    The replaced methods belong to ``DPOTrainer``. The new methods compute losses with the terms "sigmoid", "bco_pair"
+    and "sft". TRL computes all other losses.
     """
     shift_settings = {"mode": "fixed"} if reward_shift is None else dict(reward_shift)
     settings_of_dpo = settings_function(_other_loss_of, lambda trainer: _config_of(trainer.args), shift_settings)

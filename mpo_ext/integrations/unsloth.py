@@ -1,4 +1,4 @@
-"""Unsloth's log-probs of tokens by ``token_logp``: the function of ``mpo_ext.patch("unsloth")``."""
+"""Computes Unsloth's log-probs of tokens with ``token_logp``: the function of ``mpo_ext.patch("unsloth")``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def chunked_selective_log_softmax(
         logits: ``[B, T, V]``.
         index: ``[B, T]`` int64 token ids.
         temperature: Divisor of the logits.
-        chunks: Has no effect, because the computation needs no copy of the logits, except to divide them.
-        support: Options that truncate the vocabulary (top k, top p, min p); with them, Unsloth's own function computes
-            the log-probs.
+        chunks: Has no effect.
+        support: Options that truncate the vocabulary (top k, top p, min p). If any is given, Unsloth's own function
+            computes the log-probs.
     """
     if support:
         return own_function(logits, index, temperature, chunks, **support)
@@ -37,7 +37,7 @@ def chunked_selective_log_softmax(
 
 
 def replacements() -> tuple[list[Replacement], str]:
-    """Returns what ``mpo_ext.patch("unsloth")`` replaces, and a line that describes it."""
+    """Returns the attributes that ``mpo_ext.patch("unsloth")`` replaces, and a line that describes the change."""
     changes = replace_in_modules(own_function, chunked_selective_log_softmax, "unsloth_zoo", "unsloth")
     generated = [module for title, module in list(sys.modules.items()) if _GENERATED.fullmatch(title)]
     changes += [

@@ -1,4 +1,4 @@
-"""verl's log-probs of tokens by ``token_logp``: the function of ``mpo_ext.patch("verl")``."""
+"""Computes verl's log-probs of tokens with ``token_logp``: the function of ``mpo_ext.patch("verl")``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Args:
         logits: ``[..., V]``. If they are a ``DTensor``, verl's own function computes the log-probs.
         labels: ``[...]`` int64.
-        inplace_backward: Whether the gradient may overwrite the logits. As in verl, it does so only with flash
+        inplace_backward: Whether the gradient may overwrite the logits. As in verl, this has an effect only with flash
             attention, and not if the environment variable VERL_DISABLE_FLASH_ATTN_CE is 1.
     """
     if isinstance(logits, DTensor):
@@ -34,7 +34,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 
 def replacements() -> tuple[list[Replacement], str]:
-    """Returns what ``mpo_ext.patch("verl")`` replaces, and a line that describes it."""
+    """Returns the attributes that ``mpo_ext.patch("verl")`` replaces, and a line that describes the change."""
     return replace_in_modules(own_function, logprobs_from_logits, "verl"), (
         "logprobs_from_logits reads the logits once and gives the same bits in every run"
     )

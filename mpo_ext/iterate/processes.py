@@ -1,6 +1,6 @@
-"""Runs the commands of stages, one after the other.
+"""Runs the commands of ``mpo-ext iterate`` as child processes, one after the other.
 
-If this process is killed, even by SIGKILL, the processes of the commands are ended, too (on Linux).
+On Linux, the child processes end if this process is killed, even by SIGKILL.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _GROUP_S = 60.0  # maximum time to wait for processes that outlive their launche
 
 
 class InterruptedStageError(Exception):
-    """Raised after SIGINT or SIGTERM, when the stage that received the signal has ended.
+    """Raised if this process has received SIGINT or SIGTERM. A running command ends before the error is raised.
 
     Attributes:
         number: Number of the signal.
@@ -34,13 +34,14 @@ class InterruptedStageError(Exception):
 
 
 class StageRunner:
-    """A context manager that runs commands in the folder of a run; only one process at a time can use a folder.
+    """A context manager that runs commands, and locks ``folder`` against other processes.
 
-    Each command runs in a process group. SIGINT and SIGTERM are passed on to this group, so that training writes a
-    checkpoint. If this process is killed, a watcher ends the group. The next runner waits until the group has ended.
+    Each command runs in a process group. SIGINT and SIGTERM are forwarded to this group, so that training writes a
+    checkpoint. If this process is killed, the group is also killed. Entering the context waits until the commands of
+    an earlier, killed process have ended.
 
     Raises:
-        LockedError: If another process runs the rounds of this folder.
+        LockedError: If another process holds the lock of the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +63,9 @@ class StageRunner:
         self._close.close()
 
     def run(self, command: Sequence[str]) -> int:
-        """Runs a command and returns its exit status: minus the signal's number if a signal killed it.
+        """Runs a command, waits for its end, and returns its exit status.
+
+        If a signal killed the command, the status is minus the number of the signal.
 
         Raises:
             OSError: If the program cannot be started.
@@ -90,7 +93,10 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _wait_for_old_stages(self) -> Iterator[FileLock]:
-        """Waits until the stage of a killed run has ended, and yields the lock that stages inherit."""
+        """Locks ``stage.lock`` and yields the lock.
+
+        Every command inherits the lock. Waits while a command of an earlier, killed process still holds it.
+        """
         path, what = self.folder / "stage.lock", f"the stages of {self.folder}"
         lock = FileLock(path, what)
         try:
@@ -114,7 +120,7 @@ class StageRunner:
 
 
 def _wait_for_group(group: int) -> None:
-    """Waits until a process group has ended, because a launcher may end before the processes that it started."""
+    """Waits until all processes of a process group have ended. Kills the processes left after ``_GROUP_S`` seconds."""
     deadline_s = time.monotonic() + _GROUP_S
     while time.monotonic() < deadline_s:
         try:

@@ -57,7 +57,10 @@ def _to_questions(value: Any) -> Any:
 
 
 def _to_data(value: Any) -> Any:
-    """Converts a path, or a list of paths, to a mapping from names to paths."""
+    """Converts a path, or a list of paths, to a mapping from names to paths.
+
+    The names are the file names without suffix.
+    """
     paths = [value] if isinstance(value, str) else value
     if isinstance(paths, Mapping):
         return paths
@@ -80,12 +83,13 @@ def _check_matcher(settings: Mapping[str, Any]) -> None:
 
 @section
 class QuestionsRecipe:
-    """Settings of the questions that a pipeline samples from.
+    """Settings of the questions for which a pipeline samples responses.
 
     Attributes:
         path: File of items, as ``mpo-ext sample`` reads it, or a list with a file for each round.
-        image_root: Folder at which relative image paths start; a meta file (.json) has its own roots.
-        root_map: (old, new) path prefixes of moved folders in a meta file.
+        image_root: Folder at which relative image paths start. A meta file (.json), which lists files of items, sets a
+            folder for each of them instead.
+        root_map: (old, new) path prefixes, for folders in a meta file that have moved.
         limit: Maximum number of items, taken from the beginning of the file; None: all.
     """
 
@@ -95,7 +99,7 @@ class QuestionsRecipe:
     limit: PositiveCount | None = None
 
     def path_of(self, number: int) -> str:
-        """Returns the file of the round ``number``, counted from 1."""
+        """Returns the file of questions for the round ``number``, counted from 1."""
         return self.path if isinstance(self.path, str) else self.path[number - 1]
 
 
@@ -104,11 +108,11 @@ _Questions = Annotated[QuestionsRecipe, BeforeValidator(_to_questions)]
 
 @section
 class CorrectnessRecipe:
-    """Settings of the pipeline "correctness". The other settings are options of ``mpo-ext sample correctness``.
+    """Settings of the pipeline "correctness". Fields not listed here are options of ``mpo-ext sample correctness``.
 
     Attributes:
-        questions: Questions of this pipeline; None: those of ``sample.questions``.
-        format_pairs: Whether to train also on ``format_pairs.jsonl``, whose rejected responses have no answer.
+        questions: Questions of this pipeline; None: ``sample.questions``.
+        format_pairs: Whether to train also on ``format_pairs.jsonl``. Its rejected responses have no readable answer.
         repeat_time: Average number of visits to each pair per epoch.
         max_pairs: Maximum number of pairs per epoch, drawn again in each epoch; None: no limit.
     """
@@ -148,11 +152,11 @@ class CorrectnessRecipe:
 
 @section
 class DropoutNTPRecipe:
-    """Settings of the pipeline "dropout-ntp". The other settings are options of ``mpo-ext sample dropout-ntp``.
+    """Settings of the pipeline "dropout-ntp". Fields not listed here are options of ``mpo-ext sample dropout-ntp``.
 
     Attributes:
-        questions: Questions of this pipeline; None: those of ``sample.questions``.
-        sample_chosen: Whether the model of the round answers the items that have no chosen response.
+        questions: Questions of this pipeline; None: ``sample.questions``.
+        sample_chosen: Whether the round's model generates the chosen responses that items lack.
         repeat_time: Average number of visits to each pair per epoch.
         max_pairs: Maximum number of pairs per epoch, drawn again in each epoch; None: no limit.
     """
@@ -198,12 +202,12 @@ def _sampling(recipe: "PipelineRecipe | RoundEvaluationRecipe") -> SamplingConfi
 
 @section
 class SampleRecipe:
-    """Settings of the pipelines that make the pairs of a round. At least one pipeline must be given.
+    """Settings of the pipelines that make the pairs of a round. At least one pipeline must be set.
 
     Attributes:
         questions: The questions: a path, a list with a path for each round, or a section.
-        correctness: Settings of the pipeline "correctness"; None: not used. ``{}`` takes the defaults.
-        dropout_ntp: Settings of the pipeline "dropout-ntp"; None: not used. ``{}`` takes the defaults.
+        correctness: Settings of the pipeline "correctness"; None disables it. ``{}`` takes the defaults.
+        dropout_ntp: Settings of the pipeline "dropout-ntp"; None disables it. ``{}`` takes the defaults.
     """
 
     questions: _Questions | None = None
@@ -219,12 +223,12 @@ class SampleRecipe:
 
     @property
     def pipelines(self) -> dict[str, PipelineRecipe]:
-        """The settings of the given pipelines, by the name "correctness" or "dropout-ntp"."""
+        """The settings of the enabled pipelines, by the name "correctness" or "dropout-ntp"."""
         given = {"correctness": self.correctness, "dropout-ntp": self.dropout_ntp}
         return {name: pipeline for name, pipeline in given.items() if pipeline is not None}
 
     def questions_of(self, pipeline: PipelineRecipe) -> QuestionsRecipe:
-        """Returns the questions of a pipeline."""
+        """Returns the questions of a pipeline: its own ``questions``, or ``sample.questions`` if it has none."""
         questions = pipeline.questions or self.questions
         assert questions is not None
         return questions
@@ -239,7 +243,8 @@ class EngineRecipe:
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: Device of "transformers"; None: the GPU of the process, or the CPU.
         batch_size: Samples per batch of "transformers"; None: 16.
-        block_size: Responses per block. If the process is killed, at most one block is lost.
+        block_size: Responses per block. A killed process loses the blocks that it is sampling: one block, or several
+            with "vllm".
         options: Arguments of ``from_pretrained`` or ``VLLMEngine``, such as ``{tensor_parallel_size: 2}``.
     """
 
@@ -261,13 +266,14 @@ class EngineRecipe:
 
 @section
 class RoundEvaluationRecipe:
-    """Settings of the evaluation of each round: options of ``mpo-ext evaluate``.
+    """Settings of the evaluation of each round. Fields not listed here are options of ``mpo-ext evaluate``.
 
     Attributes:
         data: Files of questions: a path, a list of paths, or a mapping from names to paths.
         prompts: Names of prompt templates; "none" asks the question without a template.
-        image_root: Folder at which relative image paths start; a meta file (.json) has its own roots.
-        root_map: (old, new) path prefixes of moved folders in meta files.
+        image_root: Folder at which relative image paths start. A meta file (.json), which lists files of questions,
+            sets a folder for each of them instead.
+        root_map: (old, new) path prefixes, for folders in meta files that have moved.
         limit: Maximum number of questions of each file; None: all.
     """
 
@@ -297,9 +303,9 @@ class RoundEvaluationRecipe:
 
 @section
 class LaunchRecipe:
-    """Launchers of the stages: the words of a command before ``-m MODULE``.
+    """Launch commands of the stages, as lists of words. ``-m MODULE`` and the arguments are appended.
 
-    An empty list starts one process with the Python of this command.
+    An empty list starts one process with the current Python.
 
     Attributes:
         sample: For the pipelines, such as ``[torchrun, --nproc-per-node, "4"]``.
@@ -323,12 +329,12 @@ class IterateRecipe:
         sample: Settings of the pipelines that make pairs.
         train: Sections of a training recipe (``mpo_ext.train.recipe``), without the settings that each round sets.
             Sources in ``data.train`` are mixed with the pairs of each round.
-        evaluate: Settings for evaluating the model of each round, and the model that the first round starts from.
+        evaluate: Settings of the evaluation of ``model`` and of the model of each round.
         reference: Reference model of a round: "round" is the model that the round starts from, as in on-policy DPO;
             "first" is the model that the first round starts from.
         seed: Seed of the samples of the first round; each later round adds 1.
         engine: Settings of the engine that samples and evaluates.
-        launch: Launchers of the stages, for several GPUs.
+        launch: Launch commands of the stages, for several GPUs.
         page_pairs: Maximum number of pairs on the page of a pipeline in a round; 0 writes no pages.
         keep_checkpoints: Whether the checkpoints of a round are kept after its training. Final models are always kept.
     """
@@ -373,7 +379,7 @@ class IterateRecipe:
 
     @property
     def folder(self) -> Path:
-        """Folder of the run."""
+        """The folder of the run."""
         return Path(self.output)
 
     def round_folder(self, number: int) -> Path:
@@ -381,7 +387,7 @@ class IterateRecipe:
         return self.folder / f"round-{number}"
 
     def model_of(self, number: int) -> str:
-        """Returns the model that the round ``number`` has trained. For round 0: the model that round 1 starts from."""
+        """Returns the path of the model that the round ``number`` trains. For round 0, returns ``model``."""
         if number == 0:
             return self.model
         final = self.round_folder(number) / "train" / "final"
@@ -392,7 +398,7 @@ class IterateRecipe:
 
         Args:
             number: Number of the round, from 1.
-            sources: Sources of the round's pairs. Sources in ``train.data.train`` follow them.
+            sources: Sources of the round's pairs. The sources in ``train.data.train`` are appended.
         """
         values = copy.deepcopy(self.train)
         for name in ("model", "data", "output", "reference"):
@@ -422,7 +428,7 @@ class IterateRecipe:
 
     @property
     def chat(self) -> dict[str, Any]:
-        """Settings of ``train.model`` that sampling and evaluation share with training."""
+        """Settings in ``train.model`` that sampling and evaluation use too, such as the chat template."""
         model = self.train_recipe(1, [{"path": "pairs.jsonl"}]).model
         names = ("trust_remote_code", "chat_template", "chat_template_kwargs", "revision")
         return {name: getattr(model, name) for name in names}
@@ -433,7 +439,7 @@ class IterateRecipe:
 
 
 def _setting(values: Mapping[str, Any], name: str) -> Any:
-    """Returns a setting by its dotted name; None if the setting or its section is not given."""
+    """Returns the value of a dotted name, such as "model.lora", in nested mappings; None if it is missing."""
     found: Any = values
     for part in name.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None

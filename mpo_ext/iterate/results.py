@@ -29,9 +29,9 @@ _PAIRS_OF = {"reward_accuracy": "averaged_pairs", "eval_reward_accuracy": "eval_
 def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, Any]:
     """Returns the content of ``rounds.json`` as JSON values. All stages of the rounds ``numbers`` must be done.
 
-    A round has its ``model`` and its ``accuracy`` as in ``results.json`` of an evaluation. A round after round 0 also
-    has its ``sources`` of pairs, its ``training`` metrics, and ``comparisons`` on the same questions with the first
-    model and with the model of the round before.
+    Each round has its ``model`` and its ``accuracy``, in the format of an evaluation's ``results.json``. A round after
+    round 0 also has its ``sources`` of pairs, its ``training`` metrics, and ``comparisons``. They compare the
+    round's model with the first model and with the model of the previous round, on the same questions.
     """
     rounds: list[dict[str, Any]] = []
     shares: list[dict[tuple[str, str], dict[int, float]]] = []
@@ -62,7 +62,10 @@ def read_json(path: Path) -> Any:
 
 
 def _question_accuracies(path: Path) -> dict[tuple[str, str], dict[int, float]]:
-    """Returns the fraction of correct responses, by (data, prompt) and then by the index of the question."""
+    """Reads a file of predictions, and returns the fraction of correct responses to each question.
+
+    The keys are (data, prompt), and in the inner dict the index of the question.
+    """
     right: dict[tuple[str, str], dict[int, list[bool]]] = {}
     with open(path, encoding="utf-8") as file:
         for line in map(json.loads, file):
@@ -91,7 +94,7 @@ def _compare(
 
 
 def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
-    """Returns the sources of a round, each with its pairs per epoch and the counts in its ``summary.json``."""
+    """Returns the result of ``round_sources``, with the pairs per epoch and the counts in ``summary.json`` added."""
     rows = []
     for source in stages.round_sources(recipe, number):
         summary = read_json(recipe.round_folder(number) / source["pipeline"] / "summary.json")
@@ -109,9 +112,10 @@ def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
 
 
 def _training(path: Path) -> dict[str, Any]:
-    """Returns the number of steps, means of metrics over the last tenth of the logged steps, and the last evaluation.
+    """Reads a training log, and returns the number of steps, mean metrics and the metrics of the last evaluation.
 
-    The means are weighted by the number of pairs of each step; ``averaged_pairs`` is the sum of these numbers.
+    The means cover the last tenth of the logged steps, weighted by the pairs per step. ``averaged_pairs`` is the
+    number of pairs in these steps.
     """
     with open(path, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
@@ -141,7 +145,10 @@ def accuracy_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 
 
 def percent(row: Mapping[str, Any], name: str = "accuracy", sign: str = "") -> str:
-    """Returns a fraction in percent with its standard error; "-" for None. ``sign`` is "+" for differences."""
+    """Returns the text of the fraction ``row[name]`` in percent with its standard error, or "-" if it is None.
+
+    ``sign`` is the sign option of the number format: "+" for differences.
+    """
     if row[name] is None:
         return "-"
     error = row["standard_error"]
@@ -149,7 +156,7 @@ def percent(row: Mapping[str, Any], name: str = "accuracy", sign: str = "") -> s
 
 
 def _training_cells(training: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the names and texts of the metrics of a training run; shares are in percent."""
+    """Returns (name, text) of each metric of a training run. Fractions are shown in percent."""
     cells = []
     for name, value in training.items():
         if name in _COUNTS:
@@ -166,7 +173,7 @@ def _training_cells(training: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _share_error(training: Mapping[str, Any], name: str) -> float | None:
-    """Returns the standard error of an accuracy in the metrics of a training run; None if it is unknown."""
+    """Returns the standard error of the metric ``name``, a fraction of pairs or answers; None if it is unknown."""
     if name == "eval_answer_accuracy":
         return training.get("eval_answer_standard_error")
     count = training.get(_PAIRS_OF.get(name, ""), 0)
@@ -174,7 +181,7 @@ def _share_error(training: Mapping[str, Any], name: str) -> float | None:
 
 
 def write_rounds_page(path: Path, recipe: IterateRecipe, results: Mapping[str, Any]) -> None:
-    """Writes the page of the rounds if jinja2 is installed. The picture needs matplotlib.
+    """Writes the HTML page of the rounds if jinja2 is installed. The plot on the page requires matplotlib.
 
     Links on the page are relative, so the folder of the run can be moved.
     """
@@ -227,7 +234,7 @@ def _link(recipe: IterateRecipe, path: Path) -> str | None:
 
 
 def _picture(results: Mapping[str, Any]) -> str:
-    """Returns a picture of accuracy, pairs and reward accuracy per round as a data URL."""
+    """Returns a plot of accuracy, pairs and reward accuracy per round as a data URL."""
     rounds = results["rounds"]
     numbers = [values["round"] for values in rounds]
     accuracies: dict[str, list[tuple[int, float, float]]] = {}
@@ -259,7 +266,7 @@ def _picture(results: Mapping[str, Any]) -> str:
 
 
 def _lines(named: Mapping[str, Sequence[tuple[float, ...]]]) -> list[Line]:
-    """Returns a line for each name; its points are tuples of x, y and, optionally, the standard error."""
+    """Returns a plot line for each name. A point is (x, y) or (x, y, standard error)."""
     lines = []
     for number, (name, points) in enumerate(named.items()):
         x, y, *errors = zip(*points, strict=True)

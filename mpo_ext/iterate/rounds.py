@@ -1,7 +1,7 @@
-"""Runs the rounds: each stage once, in order. The same call resumes a run that was interrupted or killed.
+"""Runs the stages of all rounds in order, each stage once. The same call resumes an interrupted or killed run.
 
-A stage is done when its file ``STAGE.done`` exists, which is written after the stage has ended with status 0. A stage
-that is not done is run again with the same command, and every stage resumes from the files that it has written.
+When a stage has ended with status 0, a file ``STAGE.done`` is written. Stages without this file run with the same
+command as before. Every stage resumes from the files that it has written.
 """
 
 import shutil
@@ -38,7 +38,7 @@ def run_rounds(recipe: IterateRecipe, *, stream: TextIO | None = None) -> dict[s
 
     Raises:
         SettingsMismatchError: If the folder holds a run with other settings or other files of questions.
-        FileExistsError: If the folder holds files, but not the files of a run of rounds.
+        FileExistsError: If the folder holds files that are not from a run of rounds.
         InterruptedStageError: If this process has received SIGINT or SIGTERM; the stage has ended.
         RuntimeError: If a stage fails. Its messages are on stderr.
         ValueError: If a file of questions cannot be used, or a round has no pairs.
@@ -68,7 +68,7 @@ def run_rounds(recipe: IterateRecipe, *, stream: TextIO | None = None) -> dict[s
 
 
 def folder_results(recipe: IterateRecipe) -> dict[str, Any]:
-    """Returns the results of all rounds whose evaluation is done, as in ``rounds.json``."""
+    """Returns the content of ``rounds.json`` for the rounds that have been evaluated."""
     numbers = []
     for number in range(recipe.rounds + 1):
         if not _done_path(recipe, stages.evaluate_stage(recipe, number)).exists():
@@ -80,7 +80,8 @@ def folder_results(recipe: IterateRecipe) -> dict[str, Any]:
 def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
     """Checks the model, without its weights, and all files of questions.
 
-    Returns, by path, the number of items and the hash of each file.
+    Returns:
+        For each file of questions, by path: the number of items and the hash of the file.
 
     Raises:
         OSError: If a file or the model is missing.
@@ -121,7 +122,7 @@ def check_launchers(recipe: IterateRecipe) -> None:
 
 
 def describe(recipe: IterateRecipe) -> Iterator[str]:
-    """Checks the inputs like ``run_rounds``, and yields lines of text: the inputs, and the command of each stage."""
+    """Checks the inputs like ``run_rounds``. Yields lines that describe the inputs and the command of each stage."""
     for path, values in check_inputs(recipe).items():
         yield f"{path}: {values['items']:,} questions"
     check_launchers(recipe)
@@ -133,7 +134,11 @@ def describe(recipe: IterateRecipe) -> Iterator[str]:
 
 
 def _check_settings(recipe: IterateRecipe, inputs: dict[str, Any]) -> None:
-    """Compares the settings with those in the folder and stores them; raises SettingsMismatchError if they differ."""
+    """Compares the settings with those stored in the run's folder, and then stores them.
+
+    Raises:
+        SettingsMismatchError: If a setting differs that must not change.
+    """
     path = recipe.folder / _SETTINGS
     settings = {"recipe": recipe.to_dict(), "inputs": inputs}
     if path.exists():
@@ -152,14 +157,15 @@ def _check_settings(recipe: IterateRecipe, inputs: dict[str, Any]) -> None:
 
 
 def _is_longer_list(before: Any, after: Any) -> bool:
-    """Returns whether ``after`` is ``before``, a list of files of questions, with further files at the end."""
+    """Returns whether both values are lists and ``after`` begins with ``before``."""
     return isinstance(before, list) and isinstance(after, list) and after[: len(before)] == before
 
 
 def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | None) -> None:
-    """Writes the training recipe of a round, which mixes the files of pairs of the round.
+    """Writes the training recipe of a round, with the files of pairs that the round's pipelines have made.
 
-    Raises ValueError if no pipeline has made a pair.
+    Raises:
+        ValueError: If no pipeline has made a pair.
     """
     sources = stages.round_sources(recipe, number)
     used = [source for source in sources if source["pairs"]]
@@ -175,7 +181,10 @@ def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | Non
 
 
 def _run_stage(runner: StageRunner, recipe: IterateRecipe, stage: RoundStage, stream: TextIO | None) -> None:
-    """Runs a stage and marks it as done. The stage of a page is skipped if there are no pairs to show."""
+    """Runs a stage and marks it as done.
+
+    If a pipeline has made no pairs, the stage that writes the page of these pairs is skipped.
+    """
     is_page = stage.name.startswith("page of ")
     if is_page and Path(stage.arguments[2]).stat().st_size == 0:
         return

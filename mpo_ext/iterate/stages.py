@@ -30,11 +30,11 @@ class RoundStage:
 
     Attributes:
         round: Number of the round; 0 is the evaluation of the first model.
-        name: "evaluate", "train", the name of a pipeline such as "correctness", or "page of" and this name.
+        name: "evaluate", "train", the name of a pipeline, or "page of PIPELINE".
         module: Module that Python runs.
         arguments: Arguments of the module.
         launcher: Words of the command before ``-m MODULE``; empty: the Python of this process.
-        product: File or folder that exists after the stage.
+        product: File or folder that the stage must have written when it ends.
     """
 
     round: int
@@ -46,12 +46,12 @@ class RoundStage:
 
     @property
     def command(self) -> list[str]:
-        """The command of the stage, as words."""
+        """The command line of the stage, as a list of words."""
         return [*(self.launcher or (sys.executable,)), "-m", self.module, *self.arguments]
 
     @property
     def title(self) -> str:
-        """Name of the round and the stage for messages."""
+        """The number of the round and the name of the stage, for messages."""
         return f"round {self.round}, {self.name}"
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class RoundStage:
 
 
 def sample_stage(recipe: IterateRecipe, number: int, name: str) -> RoundStage:
-    """Returns the stage in which the pipeline ``name`` makes pairs for the round ``number``, from 1."""
+    """Returns the stage in which the pipeline ``name`` makes pairs for the round ``number`` (from 1)."""
     pipeline = recipe.sample.pipelines[name]
     questions = recipe.sample.questions_of(pipeline)
     out = recipe.round_folder(number) / name
@@ -73,7 +73,7 @@ def sample_stage(recipe: IterateRecipe, number: int, name: str) -> RoundStage:
 
 
 def page_stage(recipe: IterateRecipe, number: int, name: str) -> RoundStage:
-    """Returns the stage that writes the page of the pairs of a pipeline."""
+    """Returns the stage that writes the HTML page of a pipeline's pairs."""
     source, page = pairs_path(recipe, number, name), page_path(recipe, number, name)
     title = f"Round {number}, {name}"
     arguments = ("data", "view", str(source), "--out", str(page), "--limit", str(recipe.page_pairs), "--title", title)
@@ -88,7 +88,7 @@ def train_stage(recipe: IterateRecipe, number: int) -> RoundStage:
 
 
 def evaluate_stage(recipe: IterateRecipe, number: int) -> RoundStage:
-    """Returns the stage that evaluates the model of the round ``number``, from 0."""
+    """Returns the stage that evaluates the model of the round ``number`` (from 0)."""
     settings, out = recipe.evaluate, recipe.round_folder(number) / "evaluation"
     arguments = ["evaluate", f"{model_name(number)}={recipe.model_of(number)}", "--out", str(out)]
     for name, path in settings.data.items():
@@ -102,7 +102,7 @@ def evaluate_stage(recipe: IterateRecipe, number: int) -> RoundStage:
 
 
 def all_stages(recipe: IterateRecipe) -> Iterator[RoundStage]:
-    """Yields the stages of all rounds in their order."""
+    """Yields the stages of all rounds in the order in which they run."""
     for number in range(recipe.rounds + 1):
         if number:
             for name in recipe.sample.pipelines:
@@ -114,17 +114,17 @@ def all_stages(recipe: IterateRecipe) -> Iterator[RoundStage]:
 
 
 def model_name(number: int) -> str:
-    """Returns the name of the model of a round in the results of its evaluation."""
+    """Returns the name that the model of a round has in the evaluation results."""
     return f"round-{number}"
 
 
 def pairs_path(recipe: IterateRecipe, number: int, name: str) -> Path:
-    """Returns the path of the pairs of a pipeline."""
+    """Returns the path of the file of pairs that a pipeline writes in a round."""
     return recipe.round_folder(number) / name / "pairs.jsonl"
 
 
 def page_path(recipe: IterateRecipe, number: int, name: str) -> Path:
-    """Returns the path of the page of the pairs of a pipeline."""
+    """Returns the path of the HTML page of a pipeline's pairs in a round."""
     return recipe.round_folder(number) / f"{name}.html"
 
 
@@ -134,14 +134,14 @@ def train_recipe_path(recipe: IterateRecipe, number: int) -> Path:
 
 
 def chat_template_path(recipe: IterateRecipe) -> Path:
-    """Returns the path of the chat template of ``train.model``, which sampling and evaluation read as a file."""
+    """Returns the path of the file that holds the chat template of ``train.model`` for sampling and evaluation."""
     return recipe.folder / _TEMPLATE
 
 
 def round_sources(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
-    """Returns the sources of pairs of a round: for each file its pipeline, path, lines and ``repeat_time``.
+    """Returns the pair sources of a round: pipeline, path, number of pairs and ``repeat_time`` of each file.
 
-    The numbers of lines are those of the pipelines' ``summary.json``. A file without pairs has the ``repeat_time`` 0.
+    The numbers of pairs come from the pipelines' ``summary.json``. A file without pairs has the ``repeat_time`` 0.
     """
     sources = []
     for name, pipeline in recipe.sample.pipelines.items():
@@ -163,14 +163,20 @@ def round_sources(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
 
 
 def _repeat_time(pipeline: PipelineRecipe, pairs: int) -> float:
-    """Returns the ``repeat_time`` with which an epoch has at most ``max_pairs`` of the pipeline's pairs."""
+    """Returns the pipeline's ``repeat_time``, lowered if an epoch would otherwise have more than ``max_pairs`` pairs.
+
+    ``pairs`` is the number of pairs that the pipeline has made.
+    """
     if pipeline.max_pairs is None:
         return pipeline.repeat_time
     return min(pipeline.repeat_time, pipeline.max_pairs / pairs)
 
 
 def _engine_options(recipe: IterateRecipe, model: int) -> list[str]:
-    """Returns the options of the engine and the chat template for the model of the round ``model``."""
+    """Returns the command-line options for the engine and the chat template.
+
+    ``model`` is the number of the round that trained the model; 0 is the first model.
+    """
     engine, chat = recipe.engine, recipe.chat
     arguments = ["--engine", engine.name, "--block-size", str(engine.block_size)]
     for option in ("dtype", "device", "batch_size"):
@@ -203,7 +209,7 @@ def _matcher_options(matcher: Mapping[str, Any]) -> list[str]:
 
 
 def _option(name: str, value: Any) -> list[str]:
-    """Returns an option as words of a command line: no words for None and False, only the name for True."""
+    """Returns a command-line option as words. None and False give no words; True gives the option without a value."""
     if value is None or value is False:
         return []
     option = f"--{name.replace('_', '-')}"

@@ -16,12 +16,12 @@ _WHOLE = VocabShard(0, 0)  # for operators, a total of 0 means that the logits a
 
 
 class LossOfLogits(torch.autograd.Function):
-    """Attaches the gradient with respect to the logits to a loss.
+    """Attaches the gradient with respect to the logits to a precomputed loss.
 
-    The weight of every row, d loss / d logp, is already known. Backward therefore runs a single operator, which
-    returns ``weight * (onehot(label) - softmax(logits))``. Saved for backward are the logits (not a copy), the labels,
-    and three numbers per row: maximum, sum of exponentials and weight. ``shard`` names the columns of the vocabulary
-    that the logits cover; None means all columns.
+    The weight of each row, d loss / d logp, is precomputed too. Backward returns
+    ``weight * (onehot(label) - softmax(logits))``. Forward saves the logits without a copy, the labels, and three
+    numbers per row: the maximum, the sum of exponentials and the weight. ``shard`` is the part of the vocabulary that
+    the logits cover; None means the whole vocabulary.
     """
 
     @staticmethod
@@ -90,7 +90,7 @@ class LogpOfLogits(torch.autograd.Function):
 
 
 def _saved_rows(ctx: Any) -> tuple[Tensor, ...]:
-    """Returns the saved tensors of a function of logits; raises if its backward has overwritten the logits."""
+    """Returns the tensors saved for backward; raises if an earlier backward has overwritten the logits."""
     if ctx.is_spent:
         raise RuntimeError(
             "reuse_logits=True lets backward run once, since it writes the gradient over the logits; got a second "
@@ -100,7 +100,7 @@ def _saved_rows(ctx: Any) -> tuple[Tensor, ...]:
 
 
 def _logits_grad(ctx: Any, logits: Tensor, *rows: Tensor | None) -> Tensor:
-    """Returns the gradient of the logits. With ``reuse_logits``, the gradient overwrites the logits."""
+    """Returns the gradient with respect to the logits. With ``reuse_logits``, it is written over the logits."""
     grad = logits.detach()
     if not ctx.reuse_logits:
         return logits_grad(grad, *rows, ctx.ignore_index, ctx.backend, *ctx.shard)
@@ -110,7 +110,7 @@ def _logits_grad(ctx: Any, logits: Tensor, *rows: Tensor | None) -> Tensor:
 
 
 class HiddenPlan(NamedTuple):
-    """The settings with which backward computes the gradients of hidden states and head."""
+    """The settings for computing the gradients of hidden states and output head in backward."""
 
     keep: int  # a KEEP_ constant of mpo_ext.ops.linear
     options: linear.LinearOptions
@@ -119,10 +119,11 @@ class HiddenPlan(NamedTuple):
 
 
 class ValueOfHidden(torch.autograd.Function):
-    """Attaches the gradients with respect to the hidden states and the head to a loss or to log-probs.
+    """Attaches the gradients with respect to the hidden states and the output head to a precomputed value.
 
-    For a loss, ``row_weight`` is d loss / d logp of each row. For log-probs, ``row_weight`` is None, and the weight of
-    a row is the incoming gradient of its log-prob. ``kept`` is the last output of ``ops.linear.linear_token_logp``.
+    The value is a loss or the log-probs of the labels. For a loss, ``row_weight`` is d loss / d logp of each row. For
+    log-probs, ``row_weight`` is None, and backward uses the incoming gradient of each log-prob. ``kept`` is the tensor
+    for backward that ``ops.linear.linear_token_logp`` returns.
     """
 
     @staticmethod
@@ -191,9 +192,11 @@ def _gradients_over_ranks(
     hidden_grad: Tensor | None,
     logits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of hidden states, weight and bias if this rank holds a shard of the head.
+    """Returns the gradients of hidden states, weight and bias (``inputs``) if each rank holds a shard of the head.
 
-    The ranks sum only the labelled rows of the gradient of the hidden states. The sum is then rounded to their dtype.
+    The gradient of the hidden states is summed over the ranks, for labelled rows only, and then rounded to their
+    dtype. ``rows`` are row_max, row_sum and row_weight. ``hidden_grad`` is d logp / d hidden, and ``logits`` are the
+    kept logits; each is None unless forward kept it.
     """
     hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
     d_weight, d_bias = None, None
@@ -211,10 +214,10 @@ def _gradients_over_ranks(
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """Returns a gradient unchanged, and raises if that gradient is differentiated.
+    """Returns a gradient unchanged, and raises an error if that gradient is differentiated again.
 
-    torch's ``once_differentiable`` is not enough. If the saved logits require a gradient but the incoming gradient
-    does not, torch's function returns a constant. A gradient penalty would then be incomplete without a warning.
+    torch's ``once_differentiable`` does not always raise. It returns a constant if the saved logits require a gradient
+    but the incoming gradient does not. A gradient penalty would then be wrong without a warning.
     """
 
     @staticmethod
@@ -230,7 +233,7 @@ class OnceDifferentiable(torch.autograd.Function):
 
 
 def _once_differentiable(grad: Tensor, *sources: Tensor) -> Tensor:
-    """Returns ``grad`` with a graph that raises if ``grad`` is differentiated with respect to ``sources``."""
+    """Returns ``grad`` such that differentiating it with respect to ``sources`` raises an error."""
     if not torch.is_grad_enabled():  # backward enables gradients only under create_graph=True
         return grad
     return OnceDifferentiable.apply(grad, *sources)

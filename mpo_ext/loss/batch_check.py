@@ -35,12 +35,12 @@ class BatchFinding:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BatchSequence:
-    """A sequence of T positions of a batch, as the checks read it.
+    """A sequence of a batch, with T positions.
 
     Attributes:
         name: Name of the sequence in messages, such as "chosen 0".
-        logits_at: Function of n positions (an int64 tensor on the CPU) that returns their logits, ``[n, vocab]``.
-        vocab: Number of logits of a position.
+        logits_at: Function that takes n positions (int64 tensor on the CPU) and returns their logits, ``[n, vocab]``.
+        vocab: Size of the vocabulary.
         labels: ``[T]`` on the CPU.
         ids: ``[T]`` token ids of the model's input on the CPU, or None.
     """
@@ -52,9 +52,10 @@ class BatchSequence:
     ids: Tensor | None
 
     def sum_and_count(self, ahead: int, ignore_index: int) -> tuple[float, int]:
-        """Returns the summed log-prob of the scored labels, and the number of these labels.
+        """Returns the summed log-prob of the scored labels, and the number of scored labels.
 
-        The logits at position t score the label at position ``t + ahead``; ``ahead`` may be negative.
+        The logits at position t score the label at position ``t + ahead``; ``ahead`` may be negative. Labels that
+        equal ``ignore_index`` or lie outside the vocabulary are not scored.
         """
         labels = self.labels[max(ahead, 0) :]
         if ahead < 0:
@@ -154,7 +155,10 @@ def is_debugging() -> bool:
 
 
 def warn_of_mistakes(*args: Any, **options: Any) -> None:
-    """Calls ``check_batch`` with the arguments. Issues each finding as a warning at the call of the loss function."""
+    """Calls ``check_batch`` and issues a Python warning for each finding.
+
+    The warning shows the line of the user's code that calls the loss function.
+    """
     with torch.no_grad():
         findings = check_batch(*args, **options)
     for finding in findings:
@@ -169,9 +173,9 @@ def find_mistakes(
     ignore_index: int,
     tokenizer: Any = None,
 ) -> list[BatchFinding]:
-    """Returns the probable mistakes in B chosen sequences followed by B rejected sequences.
+    """Returns the probable mistakes in ``sequences``: B chosen sequences, followed by B rejected sequences.
 
-    The other arguments are those of ``check_batch``.
+    The other arguments have the same meaning as in ``check_batch``.
     """
     ahead = int(shift)
     findings = [*_check_range(sequences, ignore_index), *_check_labelled(sequences, ahead, ignore_index)]
@@ -232,10 +236,9 @@ def _check_labelled(sequences: Sequence[BatchSequence], ahead: int, ignore_index
 
 
 def _check_alignment(sequences: Sequence[BatchSequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
-    """Yields a finding if most labels equal the input ids of other positions than expected.
+    """Yields a finding if the labels are shifted by a wrong number of positions relative to the input ids.
 
-    The label at position t must equal input id t with ``shift`` (``ahead`` is 1), and input id t + 1 without it
-    (``ahead`` is 0).
+    The label at position t must equal the input id at ``t`` if ``ahead`` is 1, and at ``t + 1`` if ``ahead`` is 0.
     """
     shares = {offset: _share_of_equal(sequences, offset, ignore_index) for offset in (-1, 0, 1, 2)}
     expected = 1 - ahead
@@ -251,7 +254,10 @@ def _check_alignment(sequences: Sequence[BatchSequence], ahead: int, ignore_inde
 
 
 def _alignment_advice(ahead: int, offset: int) -> str:
-    """Returns advice for labels where the label at position t equals the input id at position ``t + offset``."""
+    """Returns advice for a batch in which the label at position t equals the input id at ``t + offset``.
+
+    ``ahead`` is 1 if the loss function shifts the labels, otherwise 0.
+    """
     if offset == 1 and ahead == 1:
         return "the labels are shifted already: pass shift=False, or labels that equal input_ids"
     if offset == 0 and ahead == 0:
@@ -281,9 +287,10 @@ def _share_of_equal(sequences: Sequence[BatchSequence], offset: int, ignore_inde
 def _check_alignment_by_logp(
     sequences: Sequence[BatchSequence], ahead: int, ignore_index: int
 ) -> Iterator[BatchFinding]:
-    """Yields a finding if the labels are much more likely when they are scored at other positions.
+    """Yields a finding if the log-probs suggest that the labels are shifted by a wrong number of positions.
 
-    A trained model gives the labels a much higher log-prob at the right distance from their logits than at others.
+    A label should be ``ahead`` positions after the logits that predict it. The finding means that the mean log-prob of
+    the labels is more than 2 nats higher at another distance, from -1 to 2.
     """
     means = {}
     for other in range(-1, 3):

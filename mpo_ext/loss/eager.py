@@ -20,7 +20,10 @@ from mpo_ext.ops.pair_loss import CUMULATIVE, HOLD
 
 
 class PairLoss(NamedTuple):
-    """The result of the pair loss. The operator ``pair_loss`` returns these fields, followed by d loss / d logp."""
+    """The result of the pair loss.
+
+    The operator ``pair_loss`` returns the same values in this order, followed by d loss / d logp.
+    """
 
     loss: Tensor  # 0-d
     terms: Tensor  # [3]: DPO, BCO, NTP, without their weights
@@ -45,10 +48,11 @@ def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tens
 
 
 def shard_state(logits: Tensor, labels: Tensor, first: int) -> Tensor:
-    """Returns each row's softmax state over a shard of the vocabulary, ``[..., ROW_STATE]`` float64.
+    """Returns the softmax state of each row over a shard of the vocabulary, ``[..., ROW_STATE]`` float64.
 
-    ``logits`` are the columns of the shard, and ``first`` is the vocabulary id of the first column. The values are
-    those of ``ops.logits.token_logp_shard``, but the sum and the logit of the label are differentiable.
+    The state holds the row's maximum, the sum of ``exp(z - maximum)``, three sums for the statistics, and the logit of
+    the label (0 if the label is outside the shard). Only the sum of exponentials and the logit are differentiable.
+    ``logits`` are the columns of the shard. ``first`` is the vocabulary id of the first column.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     row_max = z.detach().amax(-1)
@@ -118,14 +122,14 @@ def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 def sums_by_mask(rows: Tensor, sequence: Tensor, sequences: int) -> Tensor:
     """Returns the sum of the values of each sequence, ``[sequences]``; value i belongs to sequence ``sequence[i]``.
 
-    On a GPU, ``index_add`` adds in an order that differs from run to run; these sums have the same bits in every run.
+    The result is bitwise reproducible. ``index_add`` on a GPU is not.
     """
     is_member = sequence == torch.arange(sequences, device=rows.device).unsqueeze(1)
     return torch.where(is_member, rows, torch.zeros((), dtype=rows.dtype, device=rows.device)).sum(-1)
 
 
 def nan_factor(sums: Tensor) -> Tensor:
-    """Returns the 0-d factor of a loss: NaN if one of the summed log-probs is NaN, otherwise 1."""
+    """Returns a 0-d factor for the loss: NaN if a summed log-prob is NaN, otherwise 1."""
     return torch.where(sums.detach().isnan().any(), torch.nan, 1.0).to(sums.dtype)
 
 
@@ -141,8 +145,8 @@ def pair_loss(
 
     The reward of a response is ``r = beta * (logp - ref_logp)``: r_c of the chosen and r_r of the rejected response.
     The reward shift is delta. A pair has DPO = ``-logsigmoid(r_c - r_r)`` and BCO = ``-logsigmoid(r_c - delta) -
-    logsigmoid(delta - r_r)``; both are averaged over pairs. NTP is the cross entropy of the chosen responses. If a
-    response of a pair has no labelled token, both rewards of the pair are 0, so its DPO and BCO have no gradient.
+    logsigmoid(delta - r_r)``. Both are averaged over the pairs. NTP is the cross entropy of the chosen responses. If a
+    response has no labelled token, both rewards of its pair are 0, and its DPO and BCO have no gradient.
     """
     tokens = sequence_sums((labels != config.ignore_index).long(), cu_seqlens)
     return pair_loss_of_sums(sequence_sums(logp, cu_seqlens), tokens, ref_logp, shift, config)
@@ -189,9 +193,9 @@ def pair_loss_of_sums(
 
 
 def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
-    """Returns the state of the reward shift after a batch, ``[2]``: delta, and the number of its updates.
+    """Returns the state of the reward shift after a batch, ``[2]``: delta and the number of updates so far.
 
-    ``batch`` holds the sum and the count of the batch's rewards. A count of 0 leaves the state unchanged.
+    ``batch`` holds the sum and the count of the batch's rewards. If the count is 0, the state does not change.
     """
     if shift.rule == HOLD:
         return shift.state.clone()
@@ -205,7 +209,10 @@ def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
 
 
 def token_stats(logits: Tensor, labels: Tensor, stats: Sequence[str], ignore_index: int) -> Tensor:
-    """Returns the ``[len(stats), ...]`` statistics (``ops.checks.STATS``) of each labelled row, 0 in other rows."""
+    """Returns statistics of each row, ``[len(stats), ...]``; 0 in rows without a label.
+
+    The possible names in ``stats`` are in ``ops.checks.STATS``.
+    """
     z = logits.detach()
     z = z if z.dtype == torch.float64 else z.float()
     logp = torch.log_softmax(z, dim=-1)

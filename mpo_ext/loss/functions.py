@@ -46,7 +46,10 @@ R = TypeVar("R")
 
 
 def _names_config_fields(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a loss function to raise an error with advice if a field of MPOConfig is passed as an argument."""
+    """Decorates a loss function to reject a field of MPOConfig that is passed as an argument.
+
+    The error message tells how to pass the field in ``config``.
+    """
 
     @wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
@@ -80,42 +83,45 @@ def mpo_loss(
 ) -> MPOOutput:
     """Returns the MPO loss ``dpo_weight * DPO + bco_weight * BCO + ntp_weight * NTP`` (arXiv 2411.10442).
 
-    A row is the V logits of one token position. Forward reads each logit of a labelled row once. Backward reads each
-    of these logits once and writes its gradient once. Rows whose label is ``config.ignore_index`` are never read. If a
-    response of a pair has no labelled token, DPO and BCO of the pair are constants without gradient. NTP is 0 if the
-    chosen responses of the batch have no labelled token.
+    A row is the V logits of one token position. A row is labelled if its label is not ``config.ignore_index``. Only
+    labelled rows are read: once in forward, and once in backward.
+
+    If a response has no labelled token, the DPO and BCO terms of its pair are constants without gradient. If no
+    chosen response of the batch has a labelled token, NTP is 0.
 
     Args:
         logits: ``[2B, T, V]``, or packed ``[N, V]`` with ``cu_seqlens``: B chosen sequences, then B rejected
-            sequences; i and B + i are a pair. float32, bfloat16, float16 or float64, any strides. -inf masks a token.
+            sequences. Sequences i and B + i are a pair. float32, bfloat16, float16 or float64, any strides. -inf masks
+            a token.
         labels: ``[2B, T]`` or ``[N]`` int64; ``config.ignore_index`` at positions that are not scored. Any other label
             outside ``[0, V)`` makes the loss NaN.
-        ref_logp: ``[2B]`` float32 or float64 summed log-probs of the labelled tokens of each sequence under the
-            reference model. Padded: ``token_logp(ref_logits, labels).sum(-1)`` under ``no_grad``.
+        ref_logp: ``[2B]`` float32 or float64: for each sequence, the sum of its labels' log-probs under the reference
+            model. For padded sequences, this is ``token_logp(ref_logits, labels).sum(-1)``, without gradient.
         ref_logits: Logits of the reference model, shaped like ``logits``, without gradient. Pass either ``ref_logits``
             or ``ref_logp``.
         config: Weights, beta and the other settings of the loss.
         reward_shift: The delta of the BCO term: a number, a 0-d tensor, or a ``RewardShift``, which the call updates.
             None: 0.
-        cu_seqlens: ``[2B + 1]`` int32 or int64: the start of each packed sequence, and N. None: the input is padded.
+        cu_seqlens: ``[2B + 1]`` int32 or int64: the start of each packed sequence, followed by N. None: the input is
+            padded.
         shift: Whether position t is scored against ``labels[t + 1]`` of its sequence, as in Hugging Face models.
-        stats: Statistics of the labelled rows to compute in forward: any of "entropy" (in nats), "mean_logit", "top1"
-            (whether the label has the largest logit) and "sum_p_squared" (sum of the squared probabilities).
+        stats: Statistics to compute over the labelled rows, any of "entropy" (in nats), "mean_logit", "top1" (whether
+            the label has the largest logit) and "sum_p_squared" (sum of the squared probabilities).
         reuse_logits: Whether backward may write the gradient over the logits. A second backward then raises. If
             another operation also needs the logits in its backward, torch raises "modified by an inplace operation".
             The backend "reference" ignores ``reuse_logits``.
         backend: "cpu", "cuda", "triton" or "reference" (plain torch). None: the best available backend.
-        vocab_parallel: Process group whose ranks hold the columns of the logits (and of ``ref_logits``) in the order
-            of the ranks, at least one each; labels are ids of the whole vocabulary. All ranks get the same loss; each
-            rank gets the gradient of its columns. The other arguments must be the same on all ranks.
-        sequence_parallel: Process group whose ranks hold parts of every sequence (context parallelism; not Megatron's
-            sequence parallelism). ``shift`` must be False. ``cu_seqlens`` are the starts of this rank's parts, and
-            ``ref_logp`` the sums over whole sequences. All ranks get the same loss; each rank gets the gradient of its
-            rows.
+        vocab_parallel: Process group that splits the vocabulary (tensor parallelism). Each rank holds one or more
+            columns of ``logits`` and ``ref_logits``, in the order of the ranks. Labels are ids of the whole
+            vocabulary. The other arguments must be the same on all ranks. All ranks get the same loss, and each rank
+            gets the gradient of its columns.
+        sequence_parallel: Process group that splits every sequence (context parallelism, not Megatron's sequence
+            parallelism). ``shift`` must be False. ``cu_seqlens`` holds the starts of this rank's parts. ``ref_logp``
+            holds sums over whole sequences. All ranks get the same loss, and each rank gets the gradient of its rows.
 
     Returns:
-        An ``MPOOutput``. With the default weights, its loss is 0.831777 + NTP if the policy equals the reference and
-        delta is 0.
+        An ``MPOOutput``. With the default weights, its loss is ``1.2 * log(2) + NTP`` = 0.831777 + NTP if the policy
+        equals the reference and delta is 0.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
@@ -189,18 +195,24 @@ def linear_mpo_loss(
 ) -> MPOOutput:
     """Returns ``mpo_loss`` from hidden states and the output head, without storing all logits.
 
-    The logits are ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``, without the
-    tanh if softcap is None. Only the logits of labelled rows (token positions) are computed, one tile of rows and
-    vocabulary at a time. They are not rounded to the dtype of the hidden states, except on a CPU that multiplies this
-    dtype faster than float32; MPO_CPU_MATMUL=float32 prevents this rounding. ``hidden_and_head`` gets the arguments
-    from a Hugging Face model.
+    With ``z = logit_scale * (hidden @ weight.T + bias)``, the logits are ``softcap * tanh(z / softcap) /
+    temperature``, or ``z / temperature`` if softcap is None. ``hidden_and_head`` returns these arguments for a Hugging
+    Face model.
 
-    With n labelled rows, forward runs one matmul of size n x D x V, and backward runs three. With ``recompute=False``,
-    forward runs one and backward two. If neither weight nor bias needs a gradient, forward runs two and backward none.
+    Only the logits of labelled rows (token positions) are computed, in tiles. A tile covers some rows and a part of
+    the vocabulary. Tiles are float32 (float64 for float64 inputs), with one exception: they are half precision on a
+    CPU that multiplies half-precision inputs faster than float32. The environment variable MPO_CPU_MATMUL=float32
+    prevents this.
 
-    Memory in addition to inputs and gradients: ``memory_budget``, up to two float32 copies of n rows of ``hidden``,
-    and the workspace of torch's matmul (largest on a CPU that multiplies bfloat16 natively). With ``recompute=False``,
-    n rows of logits also stay from forward to backward, where the gradient of ``weight`` takes over their memory.
+    With n labelled rows, the loss takes four matmuls of size n x D x V: one in forward and three in backward. With
+    ``recompute=False``, backward takes two. If only ``hidden`` needs a gradient, forward takes two and backward none.
+
+    In addition to inputs and gradients, the loss takes this memory:
+
+    - ``memory_budget``.
+    - Up to two float32 copies of n rows of ``hidden``.
+    - The workspace of torch's matmul. It is largest on a CPU that multiplies bfloat16 natively.
+    - With ``recompute=False``, n rows of logits. Backward overwrites them with the gradient of ``weight``.
 
     Args:
         hidden: ``[2B, T, D]``, or packed ``[N, D]`` with ``cu_seqlens``: final hidden states of B chosen sequences,
@@ -220,23 +232,24 @@ def linear_mpo_loss(
         softcap: Bound of the logits (Gemma 2), above 0. None: no bound.
         temperature: Divisor of the final logits, above 0.
         memory_budget: Bytes for a tile and the tensors computed from it. None: 64 MiB on a CPU; on a GPU, 1/160 of its
-            memory, at least 256 MiB and at most 1 GiB. The budget changes the speed, and the result only by rounding.
-            A CPU is fast down to about 4 MiB and usable down to about 256 KiB; a few bytes are very slow.
-        recompute: Whether backward computes the tiles of logits again. False: forward keeps the logits of the labelled
-            rows, which saves one of the four matmuls. None: on a CPU, forward keeps the logits that fit into the
-            memory of the gradient of ``weight`` (all if at most D rows have a label); on a GPU, None means True. Kept
-            logits are float32, or float16 distances from the row's maximum if hidden states and weight are bfloat16.
-            They share memory with the gradient of ``weight``: the size of the larger of the two, plus a tile. A second
-            backward computes all tiles again. ``recompute`` has no effect if ``weight`` needs no gradient.
+            memory, at least 256 MiB and at most 1 GiB. The budget changes the speed. It changes the result only by
+            rounding. On a CPU, less than about 4 MiB is slow, and less than about 256 KiB is very slow.
+        recompute: Whether backward computes the logits again. False: forward keeps the logits of the labelled rows,
+            which saves one matmul. None: True on a GPU. On a CPU, None keeps as many logits as fit into the memory of
+            the gradient of ``weight``, and computes the others again. A kept logit takes 2 bytes if hidden states and
+            weight are bfloat16, otherwise usually 4. Kept logits share memory with the gradient of ``weight``: the
+            size of the larger of the two, plus a tile. A second backward computes all logits again. ``recompute`` has
+            no effect if ``weight`` needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.
         shift: As in ``mpo_loss``.
         stats: As in ``mpo_loss``.
         backend: As in ``mpo_loss``. "reference" computes all logits in plain torch.
-        vocab_parallel: Process group whose ranks hold the rows of ``weight`` and ``bias`` (and ``ref_weight`` and
-            ``ref_bias``) in the order of the ranks, at least one each. The other arguments, also ``hidden``, must be
-            the same on all ranks. Backward sums the gradient of ``hidden`` over the ranks, so it is the same on all.
+        vocab_parallel: Process group that splits the vocabulary (tensor parallelism). Each rank holds one or more rows
+            of ``weight``, ``bias``, ``ref_weight`` and ``ref_bias``, in the order of the ranks. The other arguments,
+            including ``hidden``, must be the same on all ranks. All ranks get the same gradient of ``hidden``, because
+            backward sums it over the ranks.
         sequence_parallel: As in ``mpo_loss``.
 
     Returns:

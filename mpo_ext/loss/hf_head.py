@@ -1,9 +1,8 @@
 """Runs a Hugging Face model up to its output head, for ``linear_mpo_loss``: the logits are never computed.
 
-The model is called with its wrappers: calling the module inside DDP would leave DDP's reducer unprepared, and the
-ranks would diverge. During the call only the ``forward`` of the head is replaced. The replacement records its
-arguments and returns a few known numbers, the probe, in place of logits. The model's output for the probe reveals the
-factor and the softcap that the model applies to its logits.
+The model is called through its wrappers, such as DDP. During the call, only the ``forward`` of the head is replaced.
+The replacement records its arguments and returns a few known numbers, the probe, in place of logits. The model's
+output for the probe reveals the factor and the softcap that the model applies to its logits.
 
 Neither transformers nor peft is imported: models are recognised by their attributes.
 """
@@ -67,9 +66,9 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     tanh if softcap is None. To find the factor and the softcap, the head returns a few known numbers (the probe) in
     place of logits. Therefore the first call with a model waits for the device.
 
-    Backward must go through ``hidden``, because that starts the backward hooks of wrappers on the model's outputs. If
-    the model runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the
-    matmul with the head is float32.
+    The loss must be differentiated through ``hidden``: this runs the backward hooks of wrappers such as FSDP. If the
+    model runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the matmul
+    with the head is float32.
 
     Args:
         model: Hugging Face model with a linear output head, wrapped as for training: in DDP, in FSDP or by accelerate.
@@ -82,8 +81,8 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     Raises:
         TypeError: If the model has no output head, the head is not a plain linear layer, or an input is positional.
         ValueError: If labels are among the inputs.
-        RuntimeError: If the model's forward does not call the head exactly once or changes the logits in an unknown
-            way, or if the head's weight is sharded in forward or freed before backward.
+        RuntimeError: If the model's forward does not call the head exactly once, or changes the logits in an unknown
+            way. If the head's weight is sharded in forward or freed before backward.
     """
     if positional:
         raise TypeError(
@@ -125,8 +124,8 @@ def value_in_forward(
     Raises:
         TypeError: As in ``hidden_and_head``.
         ValueError: As in ``hidden_and_head``.
-        RuntimeError: If the model's forward does not call the head exactly once or changes the logits in an unknown
-            way, or if the head's weight is sharded in the head's own forward.
+        RuntimeError: If the model's forward does not call the head exactly once, or changes the logits in an unknown
+            way. If the head's weight is sharded in the head's own forward.
     """
     inner = unwrap_model(model)
     known = _KNOWN_IN_FORWARD.setdefault(inner, {})
@@ -154,7 +153,7 @@ def value_in_forward(
 
 
 class _HeadCall(NamedTuple):
-    """A call of the output head: its input and parameters, and the dtypes in which the head would have computed."""
+    """A recorded call of the head. ``dtypes``: dtype of the hidden states and, under autocast, the autocast dtype."""
 
     hidden: Tensor
     weight: Tensor
@@ -174,7 +173,7 @@ def _record(call: _HeadCall) -> Tensor:
 def _run(
     model: nn.Module, inner: nn.Module, inputs: dict[str, Any], in_head: Callable[[_HeadCall], Tensor]
 ) -> tuple[_HeadCall, Any]:
-    """Runs the model with ``in_head`` as its head's forward. Returns the head's call and the model's output."""
+    """Runs the model with ``in_head`` as its head's forward. Returns the recorded call of the head, and the output."""
     if inputs.get("labels") is not None:
         raise ValueError(
             "inputs must not hold labels, since the model would compute its own loss from what stands in for logits, "
@@ -221,10 +220,10 @@ def _check_is_whole(name: str, tensor: Tensor | None) -> None:
 
 
 class _Probe(torch.autograd.Function):
-    """Returns the numbers of ``_PROBE`` for every token, in place of logits.
+    """Returns the probe, a few fixed numbers per token, in place of logits.
 
-    It takes the head's inputs to keep the graph, in which DDP with find_unused_parameters searches for the parameters
-    that will get a gradient. It passes no gradient to them.
+    The output stays in the autograd graph, so DDP's ``find_unused_parameters`` finds the parameters that get a
+    gradient. Backward returns no gradient.
     """
 
     @staticmethod
@@ -237,10 +236,10 @@ class _Probe(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """Passes hidden states through; its backward also sends a gradient of zero to the model's outputs.
+    """Returns the hidden states unchanged; backward also sends a gradient of zeros to the model's output ``logits``.
 
-    Wrappers start their part of backward in hooks on the outputs: FSDP gathers parameters, DDP handles its static
-    graph. Without the zero gradient these hooks would not run, because the loss does not use the outputs.
+    The loss does not use the model's output. Without the zeros, the backward hooks of wrappers on this output (FSDP,
+    DDP) would not run.
     """
 
     @staticmethod
@@ -255,13 +254,13 @@ class _Tie(torch.autograd.Function):
 
 
 class _GradientCell:
-    """Carries the gradient of a value past the operations between the output head and the model's output."""
+    """Holds a gradient that ``_LossOfLogits`` stores in backward. ``_LossProbe`` reads the gradient afterwards."""
 
     gradient: Tensor
 
 
 class _LossProbe(torch.autograd.Function):
-    """Returns the probe in place of logits. Its backward passes the gradient in ``cell`` to ``value``."""
+    """Returns the probe in place of logits. Backward sends the gradient stored in ``cell`` to ``value``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
@@ -274,7 +273,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Returns ``value``. Its backward stores the gradient in ``cell``, and sends zeros to ``logits``."""
+    """Returns ``value``. Backward stores the gradient of ``value`` in ``cell``, and sends zeros to ``logits``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
@@ -297,10 +296,7 @@ def _probe_rows(hidden: Tensor) -> Tensor:
 
 
 def _held(parameter: Any) -> Any:
-    """Returns the parameter, or a view of it under ZeRO-3, which empties the parameter after the layer's forward.
-
-    The view keeps the gathered memory until the backward pass of the loss.
-    """
+    """Returns the parameter. Under ZeRO-3, returns a view, which keeps the gathered values until backward."""
     return parameter.view_as(parameter) if hasattr(parameter, "ds_id") else parameter
 
 
@@ -311,7 +307,10 @@ def _probed(
     calls: list[_HeadCall],
     returned: list[Tensor],
 ) -> Iterator[None]:
-    """Replaces the forward of the layers within the context by ``in_head``; records the calls and their results."""
+    """Replaces the layers' forward by ``in_head`` in the ``with`` block.
+
+    Each call of a layer is appended to ``calls``, and the result of ``in_head`` to ``returned``.
+    """
 
     def probing(layer: nn.Linear) -> Any:
         is_sharded = _is_forward_of_tp_plan(layer)
@@ -355,10 +354,10 @@ def _is_forward_of_tp_plan(layer: nn.Linear) -> bool:
 def _local_head(
     layer: nn.Linear, input: Any, is_forward_of_tp_plan: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-    """Returns the head's local input, weight and bias, and the process group if ranks hold different rows of the head.
+    """Returns the head's input, weight and bias on this rank, and the process group over which the head is sharded.
 
-    FSDP2 also shards the rows of the weight, but its ranks have different hidden states. The head counts as sharded
-    over the vocabulary only if transformers replaced its forward, or torch made the hidden states a DTensor.
+    The group is None if the head is not sharded over the vocabulary. FSDP2 also splits the rows of the weight, but its
+    ranks have different hidden states, so this does not count as sharding over the vocabulary.
     """
     weight, bias = _held(layer.weight), _held(layer.bias)
     if not hasattr(weight, "full_tensor"):
@@ -394,7 +393,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Returns the model's output head, or all candidates for it inside peft's ModulesToSaveWrapper."""
+    """Returns the model's output head, or all layers inside peft's ModulesToSaveWrapper if it wraps the head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise TypeError(
@@ -425,7 +424,7 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
 
 
 def _scale_and_softcap(model: nn.Module, logits: Tensor, dtypes: list[torch.dtype]) -> tuple[float, float | None]:
-    """Returns the factor and the softcap of the model, from the cache or from the probe in ``logits``."""
+    """Returns the model's logit scale and softcap, from the cache or from its output ``logits`` for the probe."""
     numbers = _config_numbers(model)
     known = _KNOWN.setdefault(model, {})
     key = (type(model), *dtypes, logits.dtype, *numbers)
@@ -435,7 +434,7 @@ def _scale_and_softcap(model: nn.Module, logits: Tensor, dtypes: list[torch.dtyp
 
 
 def _config_numbers(model: nn.Module) -> tuple[float, ...]:
-    """Returns the numbers in the config that may be factors or softcaps; the probe shows which of them are in use."""
+    """Returns the numbers in the model's config that may be a logit scale or a softcap."""
     config: Any = getattr(model, "config", None)
     numbers: dict[float, None] = {}
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
@@ -451,7 +450,7 @@ def _config_numbers(model: nn.Module) -> tuple[float, ...]:
 def _read_probe(
     model: nn.Module, logits: Tensor, numbers: tuple[float, ...], dtypes: list[torch.dtype]
 ) -> tuple[float, float | None]:
-    """Returns the logit_scale and the softcap that turn the probe into the model's output."""
+    """Returns the logit scale and the softcap with which the model turns the probe into ``logits``."""
     rows = logits.detach().reshape(-1, len(_PROBE)).double()
     low, high = torch.stack([rows.amin(0), rows.amax(0)]).cpu()
     if not torch.equal(low, high):  # NaN also raises
@@ -472,7 +471,10 @@ def _read_probe(
 
 
 def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | None) -> float:
-    """Returns the largest relative error of the transformed probe; infinite if the factor is 0 or not finite."""
+    """Returns the largest relative error of ``logits``, compared with the probe after scale and softcap.
+
+    The error is infinite if ``scale`` is 0 or not finite.
+    """
     if scale == 0 or not math.isfinite(scale):
         return math.inf
     expected = scale * probe
@@ -482,7 +484,7 @@ def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | N
 
 
 def _measured_scale(logits: Tensor, softcap: float | None) -> float:
-    """Returns the factor of the model by its output for the probe's 0.25, which a softcap changes the least."""
+    """Returns the model's logit scale for a given softcap, measured at the probe's smallest positive number, 0.25."""
     value = logits[_PROBE.index(0.25)].item()
     if softcap is not None:
         value = softcap * math.atanh(value / softcap) if abs(value) < softcap else math.nan

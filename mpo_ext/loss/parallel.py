@@ -46,7 +46,7 @@ from mpo_ext.ops.memory import VocabShard, result_dtype
 
 
 class _Rows(NamedTuple):
-    """The outputs of ``ops.linear.linear_token_logp`` for the rows of this rank, over the whole vocabulary."""
+    """The outputs of ``ops.linear.linear_token_logp`` for this rank's rows. They cover the whole vocabulary."""
 
     logp: Tensor
     row_max: Tensor
@@ -231,7 +231,11 @@ def linear_token_logp(
 
 
 def _aligned_labels(labels: Tensor, options: LossOptions, groups: RankGroups) -> Tensor:
-    """Returns each label at the position that predicts it; raises if ``shift`` would need labels of another rank."""
+    """Returns each label at the position whose logits predict it.
+
+    Raises:
+        ValueError: If ``shift`` is True with ``sequence_parallel``, because this needs labels of another rank.
+    """
     if not options.shift:
         return labels
     if groups.sequence is not None:
@@ -245,7 +249,7 @@ def _aligned_labels(labels: Tensor, options: LossOptions, groups: RankGroups) ->
 
 
 def _checksum(*settings: Any) -> int:
-    """Returns a checksum of settings. Values in tensors, such as delta, are left out: reading them waits for a GPU."""
+    """Returns a checksum of settings, without the values of tensors. Reading a tensor would wait for the GPU."""
     shown = []
     for value in settings:
         if isinstance(value, LossOptions):
@@ -270,8 +274,8 @@ def _score_logits(
 ) -> _Rows:
     """Returns the log-probs and statistics of this rank's rows over the whole vocabulary.
 
-    ``shard`` names the columns that this rank holds (None: all). The tensors in ``same`` must be equal on all ranks of
-    ``vocab_parallel``. ``names`` are the requested statistics.
+    ``shard`` is the part of the vocabulary that this rank's logits cover (None: all). The tensors in ``same`` must be
+    equal on all ranks of ``vocab_parallel``. ``names`` are the requested statistics.
     """
     mask, empty = logits_ops.stats_mask(names), logits.new_empty(0)
     if shard is not None:
@@ -299,7 +303,10 @@ def _score_hidden(
     head: HeadOptions,
     options: linear_ops.LinearOptions,
 ) -> _Rows:
-    """Returns the results of ``_score_logits``, and the tensor for backward, from hidden states, weight and bias."""
+    """Computes the log-probs and statistics of this rank's rows from hidden states, weight and bias (``inputs``).
+
+    The result also holds the tensor for backward. ``_score_logits`` describes ``shard``, ``same`` and ``names``.
+    """
     hidden, weight, bias = inputs
     if options.backend == "reference":
         if shard is not None:
@@ -335,7 +342,7 @@ def _attach_to_hidden(
 
 
 class _ReferenceSums(NamedTuple):
-    """The summed log-probs under the reference model."""
+    """Summed log-probs of the sequences under the reference model."""
 
     logp: Tensor  # [2B]
     is_partial: bool  # whether logp sums only this rank's rows (matters if a sequence lies on several ranks)
@@ -350,11 +357,13 @@ def _pair_loss(
     shift: BatchShift,
     backend: str,
 ) -> tuple[eager.PairLoss, Tensor | None, Tensor]:
-    """Returns the pair loss, the row weights (d loss / d logp) and the statistics, and updates the reward shift.
+    """Computes the loss of the pairs and updates the reward shift.
 
-    The row weights are None for the backend "reference". The statistics are those of each row, or their sums over all
-    rows if sequences lie on several ranks. Among ranks with the same pairs, only the first adds the pairs' rewards to
-    the reward shift.
+    If several ranks have the same pairs, only the first of them adds the rewards of these pairs to the reward shift.
+
+    Returns:
+        The pair loss, the row weights d loss / d logp (None for the backend "reference"), and the statistics. The
+        statistics are per row. With ``sequence_parallel`` they are sums over the rows of all ranks.
     """
     row_stats = rows.row_stats
     if groups.sequence is None:
@@ -378,9 +387,11 @@ def _totals(
     options: LossOptions,
     shift: BatchShift,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns sums over the ranks of ``sequence_parallel``: log-probs, tokens, reference log-probs and statistics.
+    """Sums values of the sequences over the ranks of ``sequence_parallel``.
 
-    The first three are ``[2B]``, one value for each sequence. The statistics are ``[number of statistics, 1]``.
+    Returns:
+        Log-probs, numbers of tokens and reference log-probs of the sequences, each ``[2B]``, and the statistics summed
+        over all rows, ``[number of statistics, 1]``.
     """
     cu_seqlens = options.cu_seqlens
     sums = eager.sequence_sums(rows.logp.double(), cu_seqlens)
@@ -403,7 +414,10 @@ def _totals(
 def _loss_of_rows(
     logp: Tensor, labels: Tensor, ref_logp: Tensor, options: LossOptions, backend: str, shift: BatchShift
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Returns the pair loss and the row weights (None for "reference") from log-probs ``logp`` of whole sequences."""
+    """Returns the pair loss and the row weights, from the log-probs ``logp`` of the tokens of whole sequences.
+
+    The row weights are d loss / d logp, or None for the backend "reference".
+    """
     if backend == "reference":
         pair = eager.pair_loss(logp, labels, ref_logp.detach(), shift, options.config, options.cu_seqlens)
         return pair, None
@@ -420,9 +434,10 @@ def _loss_of_sums(
     backend: str,
     shift: BatchShift,
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Returns the pair loss and the weights of this rank's rows (None for "reference") from float64 sums.
+    """Returns the pair loss and the weights of this rank's rows, from sums over whole sequences.
 
-    ``totals`` are the summed log-probs, the numbers of tokens and the reference log-probs of whole sequences.
+    ``totals`` are float64: the summed log-probs, the numbers of tokens and the reference log-probs. The row weights
+    are d loss / d logp, or None for the backend "reference".
     """
     sums, tokens, ref_logp = totals
     config = options.config
@@ -438,13 +453,13 @@ def _loss_of_sums(
 
 
 def _in_dtype(pair: eager.PairLoss, dtype: torch.dtype) -> eager.PairLoss:
-    """Returns the pair loss with its floating-point results in ``dtype``, except the state of the reward shift."""
+    """Returns the pair loss with its results converted to ``dtype``. The state of the reward shift stays float64."""
     names = ("loss", "terms", "reward_shift", "logp", "reward")
     return pair._replace(**{name: getattr(pair, name).to(dtype) for name in names})
 
 
 def _sequence_values(values: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Returns for each row the value of its sequence: ``values`` are ``[2B]``, the result has the labels' shape."""
+    """Expands values of sequences, ``[2B]``, to values of rows. The result has the shape of ``labels``."""
     if cu_seqlens is None:
         return values.unsqueeze(1).expand(labels.shape)
     positions = torch.arange(labels.numel(), device=labels.device)

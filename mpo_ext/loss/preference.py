@@ -22,16 +22,17 @@ DISCOPOP_TAU = 0.05
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """The checked inputs of a loss. The log-probs of a pair are replaced by 0 if one of its responses has no label.
+    """The checked inputs of a preference loss.
 
-    The formulas of the losses use the names of this class.
+    If a response of a pair has no label, all log-probs of the pair are replaced by 0. The formulas in the docstrings
+    of the losses use these attribute names.
 
     Attributes:
         chosen_logp: ``[B]`` summed log-probs of the chosen responses.
         rejected_logp: ``[B]`` summed log-probs of the rejected responses.
-        ref_chosen_logp: ``[B]`` as ``chosen_logp``, under the reference, without gradient; zeros for a loss without
-            reference.
-        ref_rejected_logp: ``[B]`` as ``rejected_logp``, likewise.
+        ref_chosen_logp: ``[B]`` summed log-probs of the chosen responses under the reference model, without gradient;
+            zeros if the loss needs no reference model.
+        ref_rejected_logp: ``[B]`` the same for the rejected responses.
         chosen_tokens: ``[B]`` numbers of labels of the chosen responses in the dtype of the log-probs, at least 1.
         rejected_tokens: ``[B]`` the same for the rejected responses.
         has_both_sides: ``[B]`` bool, whether both responses of the pair have labels.
@@ -53,12 +54,12 @@ class Pairs:
 
     @property
     def chosen_ratio(self) -> Tensor:
-        """Log-ratios of policy to reference of the chosen responses, ``[B]``."""
+        """Log-ratios ``chosen_logp - ref_chosen_logp``, ``[B]``."""
         return self.chosen_logp - self.ref_chosen_logp
 
     @property
     def rejected_ratio(self) -> Tensor:
-        """Log-ratios of policy to reference of the rejected responses, ``[B]``."""
+        """Log-ratios ``rejected_logp - ref_rejected_logp``, ``[B]``."""
         return self.rejected_logp - self.ref_rejected_logp
 
     @property
@@ -68,7 +69,7 @@ class Pairs:
 
     @property
     def mean_margin(self) -> Tensor:
-        """Differences of log-ratios per token, without ``beta``, ``[B]``."""
+        """Differences ``chosen_ratio / chosen_tokens - rejected_ratio / rejected_tokens``, ``[B]``."""
         return self.chosen_ratio / self.chosen_tokens - self.rejected_ratio / self.rejected_tokens
 
 
@@ -98,24 +99,24 @@ def preference_loss(
 ) -> Tensor:
     """Returns the preference loss of each pair. The paper of each loss minimises the mean over pairs.
 
-    If a response of a pair has no label, the pair is left out: its loss and gradient are 0 whatever its log-probs are,
-    and no other pair is compared with it. (In ``mpo_loss``, the DPO and BCO of such a pair are constants, also with
-    gradient 0.) If a log-prob is NaN, the loss of its pair and the mean over the batch are not finite.
+    If a response of a pair has no label, the loss and the gradient of the pair are 0, and the pair has no effect on
+    other pairs. (In ``mpo_loss``, the DPO and BCO of such a pair are constants, also with gradient 0.) If a log-prob
+    is NaN, the loss of its pair and the mean over the batch are not finite.
 
     Args:
-        name: Key of ``LOSSES``. If TRL 1.16 has the loss, its name is TRL's.
+        name: Name of the loss, a key of ``LOSSES``. If TRL 1.16 has the loss, TRL uses the same name.
         chosen_logp: ``[B]`` float32 or float64 sum of the label log-probs of each chosen response.
         rejected_logp: ``[B]`` sum for each rejected response, in the same dtype.
-        ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. A loss that
-            needs no reference ignores it and accepts None.
-        ref_rejected_logp: ``[B]`` sum for each rejected response under the reference model, without gradient. None is
-            accepted as for ``ref_chosen_logp``.
+        ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. A loss
+            without a reference model ignores this argument; it may then be None.
+        ref_rejected_logp: ``[B]`` sum for each rejected response under the reference model, without gradient. It may
+            be None in the same case as ``ref_chosen_logp``.
         chosen_tokens: ``[B]`` int32 or int64 number of labels of each chosen response.
         rejected_tokens: ``[B]`` int32 or int64 number of labels of each rejected response.
         beta: Temperature of the implicit reward ``beta * (logp - ref_logp)``; tau in "ipo", 1 / eta in "sppo_hard",
             and the weight lambda in "orpo".
         label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)``.
-        delta: Reward shift of "bco_pair": a number, or a 0-d tensor, which the host does not read.
+        delta: Reward shift of "bco_pair": a number or a 0-d tensor. The host does not wait for the tensor's value.
 
     Returns:
         ``[B]`` in the dtype of the log-probs.
@@ -168,8 +169,8 @@ def _logistic(pairs: Pairs, margin: Tensor) -> Tensor:
 def _sigmoid(pairs: Pairs) -> Tensor:
     """Returns the DPO loss (arXiv 2305.18290): ``-log sigmoid(margin)``.
 
-    With label smoothing e, the loss is conservative DPO (from a note of E. Mitchell, 2023, without arXiv number):
-    ``-(1 - e) * log sigmoid(margin) - e * log sigmoid(-margin)``, as in TRL before 0.29.
+    With label smoothing e, the loss is conservative DPO (E. Mitchell, 2023): ``-(1 - e) * log sigmoid(margin) - e *
+    log sigmoid(-margin)``, as in TRL before 0.29.
     """
     return _logistic(pairs, pairs.margin)
 
@@ -187,7 +188,7 @@ def _bco_pair(pairs: Pairs) -> Tensor:
 def _ipo(pairs: Pairs) -> Tensor:
     """Returns the IPO loss (arXiv 2310.12036, eq. 17): ``(mean_margin - 1 / (2 * beta))^2``.
 
-    The log-ratios in ``mean_margin`` are per token, as in TRL and as the authors advise; those in the paper are sums.
+    Log-ratios are divided by the number of tokens, as in TRL and as the authors advise. The paper uses sums.
     """
     return (pairs.mean_margin - 1 / (2 * pairs.beta)).square()
 
@@ -233,8 +234,8 @@ def _aot(pairs: Pairs) -> Tensor:
 def _aot_unpaired(pairs: Pairs) -> Tensor:
     """Returns AOT for unpaired data (arXiv 2406.05882): sorted chosen log-ratios against sorted rejected log-ratios.
 
-    The formula is that of ``_aot`` with ``a = chosen_ratio`` and ``b = rejected_ratio``. Earlier TRL calls this loss
-    "aot_pair".
+    The formula is that of ``_aot`` with ``a = chosen_ratio`` and ``b = rejected_ratio``. Older versions of TRL call
+    this loss "aot_pair".
     """
     return _sorted_logistic(pairs, pairs.chosen_ratio, pairs.rejected_ratio)
 
@@ -242,8 +243,8 @@ def _aot_unpaired(pairs: Pairs) -> Tensor:
 def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
     """Returns the logistic loss of the sorted values of ``better`` against the sorted values of ``worse``, ``[B]``.
 
-    Both inputs are ``[B]``; only pairs with both sides take part. The k-th smallest value of ``better`` is compared
-    with the k-th smallest value of ``worse``. The pair that owns the value of ``better`` gets the loss.
+    The k-th smallest value of ``better``, ``[B]``, is compared with the k-th smallest value of ``worse``, ``[B]``.
+    Element i of the result is the loss of ``better[i]``. Pairs with an empty response are excluded.
     """
     better, order = torch.where(pairs.has_both_sides, better, torch.inf).sort()
     worse = torch.where(pairs.has_both_sides, worse, torch.inf).sort().values
@@ -354,7 +355,7 @@ def _find(name: str) -> PreferenceLoss:
 def _check_tensor(
     name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None
 ) -> None:
-    """Raises unless the tensor is ``[B]``, has one of the dtypes, and the shape and device of ``like``."""
+    """Raises unless the tensor is ``[B]``, has one of the dtypes, and has the shape and device of ``like``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:

@@ -23,10 +23,10 @@ _MESSAGE_BYTES = 2000
 
 
 class RankFacts(NamedTuple):
-    """Numbers that describe the inputs of a rank. Each rank sends them to the others before the loss is computed.
+    """Numbers that describe the inputs of a rank. The ranks compare them before the loss is computed.
 
     The ranks of ``vocab_parallel`` must agree on all numbers except ``columns`` and ``ref_columns``. The ranks of
-    ``sequence_parallel`` must agree on ``sequences`` and ``settings`` only.
+    ``sequence_parallel`` must agree only on ``sequences`` and ``settings``.
     """
 
     columns: int = 0  # number of vocabulary columns that this rank's logits or head have
@@ -63,23 +63,24 @@ class RankGroups:
 
     @property
     def is_first(self) -> bool:
-        """Returns whether this rank is the first of each group. Only the first rank counts rewards of shared pairs."""
+        """Returns whether this process has rank 0 in each group."""
         return all(dist.get_rank(group) == 0 for _, group in self._named())
 
     def agree(
         self, check: Callable[[], _Checked], facts: Callable[[_Checked], RankFacts]
     ) -> tuple[_Checked, VocabShard | None, VocabShard | None]:
-        """Checks the arguments of a call on all ranks. An error on one rank, or a difference, raises on all ranks.
+        """Checks the arguments of a call on all ranks.
 
-        If a group has no backend for the CPU, the host waits for the GPU.
+        All ranks raise if the check fails on one rank, or if the ranks' inputs do not fit together. If a group has no
+        backend for the CPU, the host waits for the GPU.
 
         Args:
             check: Checks this rank's arguments and returns a result.
-            facts: Returns the numbers to compare among the ranks, from the result of ``check``.
+            facts: Takes the result of ``check``, and returns the numbers to compare among the ranks.
 
         Returns:
-            The result of ``check``, and this rank's shards of the vocabulary of the model and of the reference model
-            (None without ``vocab_parallel``).
+            The result of ``check``, this rank's shard of the vocabulary of the model, and this rank's shard of the
+            vocabulary of the reference model. Both shards are None without ``vocab_parallel``.
         """
         error: Exception | None = None
         checked, mine = None, RankFacts()
@@ -114,9 +115,9 @@ class RankGroups:
         """Returns the outputs of ``token_logp`` for the whole vocabulary from the ranks' softmax states.
 
         ``state``, ``[..., ROW_STATE]``, is this rank's result of ``token_logp_shard`` or ``linear_token_logp_shard``.
-        The ranks exchange three numbers per row (six with statistics), the labels, and the tensors ``same``. Labels
-        and ``same`` must be equal on all ranks. If they differ, logp is NaN; on a CPU with only one group, the method
-        raises ValueError instead. ``logp`` is differentiable with respect to ``state``.
+        ``logp`` is differentiable with respect to ``state``. The ranks exchange the states, the labels, and the
+        tensors in ``same``. The labels and these tensors must be equal on all ranks. If they differ, logp is NaN.
+        On a CPU, the method raises ValueError instead, unless the call has both groups.
         """
         assert self.vocab is not None
         parts = list(range(ROW_STATE)) if stats else [0, 1, ROW_STATE - 1]
@@ -129,10 +130,11 @@ class RankGroups:
         return merge_shards(states, labels, ignore_index, stats, shard.total, dtype)
 
     def sequence_totals(self, sums: Tensor, others: Tensor, same: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns ``sums`` ``[n]`` and ``others`` ``[m]``, both float64, added up over ``sequence_parallel``.
+        """Returns ``sums`` ``[n]`` and ``others`` ``[m]``, added up over the ranks of ``sequence_parallel``.
 
-        The first result is differentiable with respect to ``sums``. The tensors ``same`` must be equal on all ranks.
-        If they differ, the first result is NaN; on a CPU with only one group, the method raises ValueError instead.
+        Both are float64. The first result is differentiable with respect to ``sums``. The tensors in ``same`` must be
+        equal on all ranks. If they differ, the first result is NaN. On a CPU, the method raises ValueError instead,
+        unless the call has both groups.
         """
         assert self.sequence is not None
         gathered, poison = self._gathered("sequence_parallel", torch.cat([sums, others]), same)
@@ -140,9 +142,14 @@ class RankGroups:
         return _with_own(of_sums, sums, dist.get_rank(self.sequence)).sum(0) + poison, of_others.sum(0)
 
     def _gathered(self, name: str, values: Tensor, same: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the float64 ``values`` of all ranks, ``[ranks, ...]``, and a 0-d tensor to add to results.
+        """Gathers the float64 ``values`` of all ranks of the group ``name``, and compares the tensors in ``same``.
 
-        The 0-d tensor is 0 if the tensors ``same`` are equal on all ranks of the group ``name``, and NaN otherwise.
+        Returns:
+            The values, ``[ranks, ...]``, and a 0-d tensor: 0 if the tensors in ``same`` are equal on all ranks,
+            otherwise NaN. The caller adds it to results.
+
+        Raises:
+            ValueError: If tensors in ``same`` differ, the values are on a CPU, and the call has only one group.
         """
         group = dict(self._named())[name]
         parts = [values.detach(), *(tensor.detach().to(values.device, torch.float64) for tensor in same.values())]
@@ -187,9 +194,9 @@ class SumGradients(torch.autograd.Function):
 
 
 class _OwnPart(torch.autograd.Function):
-    """Returns a tensor unchanged, and raises if the tensor's gradient is differentiated.
+    """Returns a tensor unchanged, and raises an error if the tensor's gradient is differentiated again.
 
-    The second derivative would be wrong, because the parts of the other ranks are constants on this rank.
+    That second derivative would lack the contributions of the other ranks.
     """
 
     @staticmethod
@@ -215,9 +222,16 @@ def _checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
 def _exchange(
     name: str, group: dist.ProcessGroup, mine: RankFacts, error: Exception | None
 ) -> tuple[list[list[int]], Exception | None]:
-    """Returns the facts of all ranks, and the error of the first rank that has one (None if all checks passed).
+    """Exchanges the facts and the errors of the ranks of a group.
 
-    ``mine`` and ``error`` are the facts and the error of this rank; ``name`` is the group's name for messages.
+    Args:
+        name: Name of the group in messages.
+        group: The group.
+        mine: Facts of this rank.
+        error: Error of this rank, or None.
+
+    Returns:
+        The facts of all ranks, and the error of the first rank that has an error, or None.
     """
     device = _exchange_device(group)
     code = 0 if error is None else next((i for i, kind in enumerate(_ERRORS) if isinstance(error, kind)), 2) + 1
@@ -235,7 +249,7 @@ def _exchange(
 
 
 def _difference(name: str, facts: list[list[int]]) -> ValueError | None:
-    """Returns an error if the ranks' facts differ where they must be equal, otherwise None."""
+    """Returns an error if facts that must be equal on all ranks differ, otherwise None."""
     fields = ("sequences", "settings") if name == "sequence_parallel" else tuple(_RULES)
     for field in fields:
         values = [numbers[RankFacts._fields.index(field)] for numbers in facts]
@@ -250,9 +264,9 @@ def _difference(name: str, facts: list[list[int]]) -> ValueError | None:
 
 
 def _exchange_device(group: dist.ProcessGroup) -> torch.device:
-    """Returns the device of the exchange: the CPU if the group has a CPU backend, otherwise the current GPU.
+    """Returns the device for exchanges: the CPU if the group has a CPU backend, otherwise the current GPU.
 
-    On the CPU, the host need not wait for the GPU.
+    Exchanges on the CPU do not wait for the GPU.
     """
     kinds = [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]
     if "cpu" in kinds:

@@ -15,7 +15,7 @@ from mpo_ext.ops.pair_loss import CUMULATIVE, EMA, HOLD
 
 
 class BatchShift(NamedTuple):
-    """The reward shift that the pair loss of one batch uses, and the rule by which the pair loss updates it."""
+    """The reward shift that the pair loss of a batch uses, and the rule for its update."""
 
     state: Tensor  # [2] float64: delta, and the number of its updates so far
     rule: int = HOLD  # HOLD, CUMULATIVE or EMA: how the pair loss itself updates the state
@@ -32,8 +32,8 @@ class RewardShift:
     ``torch.distributed`` is initialised, the rewards of all ranks update the state.
 
     An update uses the mean reward of the chosen and rejected responses of its batch. Pairs in which a response has no
-    labelled token do not count. A reward that is not finite makes delta NaN for good. To leave out such a step, keep
-    ``state_dict()`` from before it and load it again; the trainer of mpo_ext does the same.
+    labelled token do not count. A reward that is not finite makes delta NaN for good. To undo such a step, load a
+    ``state_dict()`` from before the step, as the trainer of mpo_ext does.
 
     Args:
         mode: "cumulative": delta is the average of the mean rewards of all updates so far. With
@@ -185,12 +185,12 @@ class RewardShift:
 
         Args:
             shift: Result of ``begin_batch``.
-            new_state: ``[2]`` reward-shift state after the update by the pair loss.
+            new_state: ``[2]`` reward-shift state that the pair loss returned.
             batch: ``[2]`` sum and count of the rewards of this rank's batch.
 
         Returns:
-            The state after an update with the rewards of all ranks, if the pair loss must be computed again with this
-            state; otherwise None.
+            None, or a state with the rewards of all ranks. In the second case, the pair loss must be computed again
+            with the returned state.
         """
         if shift.rule != HOLD:
             self._state.copy_(new_state)
@@ -211,7 +211,8 @@ class RewardShift:
     def _apply(self, batch: Tensor, *, each_rank_counts: bool) -> None:
         """Updates the state with ``batch``, ``[2]``: the sum and the count of this rank's rewards.
 
-        With ``each_rank_counts``, the mean reward of each rank is one update; otherwise that of all ranks together.
+        With ``each_rank_counts``, each rank's mean reward has the same weight. Otherwise, each reward has the same
+        weight.
         """
         if each_rank_counts:  # the authors' code averages the ranks' means, unweighted by numbers of pairs
             has_pairs = (batch[1] > 0).double()
@@ -266,5 +267,5 @@ def begin_batch(reward_shift: RewardShift | Tensor | float | None, device: torch
 def end_batch(
     reward_shift: RewardShift | Tensor | float | None, shift: BatchShift, new_state: Tensor, batch: Tensor
 ) -> Tensor | None:
-    """Returns the result of ``RewardShift.end_batch``. A number, a tensor or None never changes and gives None."""
+    """Returns the result of ``RewardShift.end_batch``, or None if ``reward_shift`` is a number, a tensor or None."""
     return reward_shift.end_batch(shift, new_state, batch) if isinstance(reward_shift, RewardShift) else None

@@ -1,4 +1,4 @@
-"""The steps that the public loss functions share: shifting labels, checks, pairs, the head's options, the result."""
+"""Steps that the public loss functions share: they shift labels, check arguments and build the result."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def shift_labels(labels: Tensor, ignore_index: int = -100, cu_seqlens: Tensor | 
 
 
 def shifted_rows(labels: Tensor, ignore_index: int) -> Tensor:
-    """Returns ``shift_labels(labels)``; raises if the labels have no axis."""
+    """Returns ``shift_labels(labels, ignore_index)``; raises ValueError if the labels are 0-d."""
     if labels.ndim == 0:
         raise ValueError("shift needs labels with at least one axis, got shape ()")
     return shift_labels(labels, ignore_index)
 
 
 class LossOptions(NamedTuple):
-    """The arguments that ``mpo_loss`` and ``linear_mpo_loss`` share, under their names."""
+    """Arguments that ``mpo_loss`` and ``linear_mpo_loss`` have in common."""
 
     config: MPOConfig
     reward_shift: RewardShift | Tensor | float | None
@@ -85,7 +85,7 @@ class LossOptions(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """Arguments of ``linear_mpo_loss`` and ``linear_token_logp``: scales of the head, memory, recomputation."""
+    """Arguments of ``linear_mpo_loss`` and ``linear_token_logp`` about the output head, memory and recomputation."""
 
     logit_scale: float
     softcap: float | None
@@ -95,12 +95,12 @@ class HeadOptions(NamedTuple):
 
     @property
     def scales(self) -> tuple[float, float | None, float]:
-        """The last arguments of ``eager.linear_logits``."""
+        """``(logit_scale, softcap, temperature)``."""
         return self.logit_scale, self.softcap, self.temperature
 
 
 class HiddenReference(NamedTuple):
-    """The arguments of ``linear_mpo_loss`` about the reference model, under their names."""
+    """Arguments of ``linear_mpo_loss`` that describe the reference model."""
 
     ref_logp: Tensor | None
     ref_hidden: Tensor | None
@@ -109,7 +109,7 @@ class HiddenReference(NamedTuple):
 
 
 class LossPlan(NamedTuple):
-    """The result of the checks of a loss function's arguments."""
+    """Values that the argument checks of a loss function determine: number of sequences, statistics and backend."""
 
     sequences: int  # 2B
     names: tuple[str, ...]  # of the requested statistics
@@ -126,9 +126,9 @@ def check_logits_loss(
     *,
     is_part: bool = False,
 ) -> LossPlan:
-    """Checks the arguments of ``mpo_loss``: raises if one is invalid, otherwise returns the plan of the call.
+    """Checks the arguments of ``mpo_loss`` and returns the number of sequences, the statistics and the backend.
 
-    ``is_part`` tells that the rows are a rank's part of the sequences, as in ``checks.check_pairs``.
+    Raises if an argument is invalid. ``is_part``: whether this rank holds only a part of each sequence.
     """
     _check_config(options.config)
     sequences = checks.check_pairs(logits, labels, options.cu_seqlens, is_part=is_part)
@@ -150,9 +150,10 @@ def check_linear_loss(
     *,
     is_part: bool = False,
 ) -> tuple[LossPlan, HiddenReference]:
-    """Checks the arguments of ``linear_mpo_loss``: raises if one is invalid, otherwise returns the plan of the call.
+    """Checks the arguments of ``linear_mpo_loss``; raises if one is invalid. ``is_part``: as in ``check_logits_loss``.
 
-    The second result is ``reference``, in which a missing head of the reference model is replaced by the policy's.
+    Returns:
+        The plan of the call, and ``reference`` with the policy's head in place of a missing reference head.
     """
     _check_config(options.config)
     sequences = checks.check_pairs(hidden, labels, options.cu_seqlens, "hidden", is_part=is_part)
@@ -175,7 +176,7 @@ def check_linear_loss(
 def check_linear_logp(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: HeadOptions, backend: str | None
 ) -> str:
-    """Checks the arguments of ``linear_token_logp``: raises if one is invalid, otherwise returns the backend."""
+    """Checks the arguments of ``linear_token_logp`` and returns the backend. Raises if an argument is invalid."""
     checks.check_logits("hidden", hidden, "feature")
     checks.check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
     checks.check_head(hidden, weight, bias)
@@ -189,7 +190,7 @@ def _check_config(config: MPOConfig) -> None:
 
 
 class PairInputs(NamedTuple):
-    """The arguments that the operators ``pair_loss`` and ``forward`` share, in the order of their parameters."""
+    """The arguments that the operators ``pair_loss`` and ``forward`` have in common, in their order."""
 
     ref_logp: Tensor
     state: Tensor
@@ -199,7 +200,10 @@ class PairInputs(NamedTuple):
 
 
 def pair_inputs(ref_logp: Tensor, shift: BatchShift, cu_seqlens: Tensor | None, config: MPOConfig) -> PairInputs:
-    """Returns the arguments of the operator ``pair_loss`` after logp and labels; ``shift`` is the reward shift."""
+    """Returns the arguments of the operator ``pair_loss`` that follow logp and labels.
+
+    ``shift`` is the reward shift.
+    """
     settings = pair_ops.PairLossSettings(
         config.beta, config.dpo_weight, config.bco_weight, config.ntp_weight, config.label_smoothing,
         config.ntp_average == "sequence", shift.rule, shift.update_first, shift.decay,
@@ -218,8 +222,8 @@ def end_pairs(
 ) -> tuple[eager.PairLoss, Tensor]:
     """Updates the reward shift with a batch, and returns the pair loss and the row weights, d loss / d logp.
 
-    ``outputs`` are those of the operator ``pair_loss`` for ``inputs``. If the loss must use a delta that includes the
-    rewards of all ranks, the pair loss is computed again with that delta.
+    ``outputs`` are the outputs of the operator ``pair_loss`` for ``inputs``. If the loss must use a delta that
+    includes the rewards of all ranks, the pair loss is computed again with this delta.
     """
     *fields, weight = outputs
     pair = eager.PairLoss(*fields)
@@ -235,8 +239,7 @@ def loss_output(
 ) -> MPOOutput:
     """Returns the ``MPOOutput`` of a loss.
 
-    ``row_stats``, ``[len(names), ...]``, are the statistics of each row; the result has their means over the labelled
-    tokens.
+    ``row_stats``, ``[len(names), ...]``, are the statistics of each row. They are averaged over the labelled tokens.
     """
     dpo_loss, bco_loss, ntp_loss = pair.terms.unbind()
     chosen_logp, rejected_logp = pair.logp.chunk(2)
@@ -258,7 +261,7 @@ def score_hidden(
     keep: int,
     options: linear_ops.LinearOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the outputs of the operator ``linear_token_logp``, called with detached tensors."""
+    """Calls the operator ``linear_token_logp`` with detached tensors and returns its outputs."""
     head = weight.detach(), None if bias is None else bias.detach()
     return linear_ops.linear_token_logp(hidden.detach(), *head, labels, stats, keep, *options)
 
@@ -278,7 +281,7 @@ def what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute:
 def linear_options(
     hidden: Tensor, weight: Tensor, ignore_index: int, head: HeadOptions, backend: str
 ) -> linear_ops.LinearOptions:
-    """Returns the last arguments of the operators on hidden states, with defaults filled in for None."""
+    """Returns the options of the operators on hidden states, with default values in place of None."""
     device, memory_budget = hidden.device, head.memory_budget
     head_scales = [float(head.logit_scale), float(head.softcap or 0), float(head.temperature)]
     if memory_budget is None:

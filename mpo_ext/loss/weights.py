@@ -1,7 +1,7 @@
-"""The weights of a model that may be wrapped or partitioned: their whole shape, their values, and a hash of them.
+"""Shape, values and hash of a model's weights, also if ZeRO-3 has partitioned them.
 
-ZeRO-3 leaves an empty tensor in place of a parameter; the attribute ``ds_shape`` has its shape. Without DeepSpeed, all
-functions treat parameters as whole.
+ZeRO-3 leaves an empty tensor in place of a parameter; the attribute ``ds_shape`` has its shape. Without DeepSpeed, the
+functions use the parameters unchanged.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ _SAMPLED = 4096  # minimum number of values that a fingerprint reads from a larg
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """Returns the shape of the whole parameter."""
+    """Returns the shape of the parameter, or its shape before ZeRO-3 partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @contextlib.contextmanager
 def gathered(parameter: Tensor) -> Iterator[None]:
-    """Makes a parameter whole within the ``with`` block. All ranks must enter the block."""
+    """Gathers a parameter that ZeRO-3 has partitioned, for the ``with`` block. All ranks must enter the block."""
     if not hasattr(parameter, "ds_id"):
         yield
         return

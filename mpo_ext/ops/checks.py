@@ -54,8 +54,8 @@ def check_pairs(
 ) -> int:
     """Raises unless logits and labels hold B pairs, padded or packed. Returns the number of sequences, 2B.
 
-    If ``name`` is "hidden", ``logits`` are hidden states, and labels may be on the CPU. With ``is_part``, the rows are
-    the part of the sequences that one rank holds; then a packed sequence may have no row on this rank.
+    If ``name`` is "hidden", ``logits`` are hidden states, and labels may be on the CPU. With ``is_part``, each
+    sequence is split over several ranks, and a packed sequence may have no row on this rank.
     """
     size, axis = ("D", "feature") if name == "hidden" else ("V", "vocabulary")
     check_logits(name, logits, axis)
@@ -96,9 +96,9 @@ def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor, name: str, is_part: bo
 
 
 def check_offsets(cu_seqlens: Tensor, rows: int, *, is_part: bool = False) -> None:
-    """Raises unless the offsets of packed sequences run from 0 to the number of rows and increase at every step.
+    """Raises unless the offsets of packed sequences increase from 0 to the number of rows.
 
-    With ``is_part`` (a rank's part of the sequences), neighbouring offsets may be equal.
+    With ``is_part`` (sequences are split over ranks), neighbouring offsets may be equal.
     """
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
@@ -147,7 +147,10 @@ def check_reference(
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
-    """Raises unless the weight and bias of the head fit the hidden states; messages put ``prefix`` before names."""
+    """Raises unless the weight and bias of the head fit the hidden states.
+
+    Error messages put ``prefix`` before the argument names.
+    """
     tensors = {f"{prefix}weight": weight} if bias is None else {f"{prefix}weight": weight, f"{prefix}bias": bias}
     for name, tensor in tensors.items():
         _check_float_tensor(name, tensor)
@@ -196,7 +199,10 @@ def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_reuse(logits: Tensor) -> None:
-    """Raises if the gradient cannot overwrite the logits: if the vocabulary axis is strided, or rows overlap."""
+    """Raises unless the gradient can overwrite the logits.
+
+    The vocabulary axis must be contiguous, and rows must not overlap in memory.
+    """
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"reuse_logits needs logits whose vocabulary axis has stride 1, got strides {tuple(logits.stride())}"
@@ -219,7 +225,7 @@ def check_row_values(logits: Tensor, labels: Tensor, dtype: torch.dtype, **value
 
 
 def check_rows(labels: Tensor, dtype: torch.dtype, device: torch.device, **values: Tensor) -> None:
-    """Raises unless each of ``values`` has one number of ``dtype`` per label and is on the device."""
+    """Raises unless each tensor in ``values`` has one number of ``dtype`` per label and is on ``device``."""
     for name, tensor in values.items():
         if tensor.shape != labels.shape or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
@@ -229,7 +235,7 @@ def check_rows(labels: Tensor, dtype: torch.dtype, device: torch.device, **value
 
 
 def check_kernel(backend: str, tensor: Tensor, name: str = "logits") -> None:
-    """Raises unless ``backend`` names kernels that can read ``tensor``. Error messages call the tensor ``name``."""
+    """Raises unless the kernels of ``backend`` support ``tensor``. Error messages call the tensor ``name``."""
     if backend not in KERNELS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, KERNELS))}, got {backend!r}")
     if backend == "cpu" and tensor.device.type != "cpu":
@@ -246,7 +252,7 @@ def check_pair_rows(rows: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
 def check_pair_inputs(
     labels: Tensor, ref_logp: Tensor, state: Tensor, cu_seqlens: Tensor | None, settings: Sequence[float]
 ) -> None:
-    """Raises unless the arguments, which are those of the operator ``pair_loss``, are valid and fit each other."""
+    """Raises unless these arguments of the operator ``pair_loss`` are valid and fit each other."""
     if ref_logp.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"ref_logp must be torch.float32 or torch.float64, got {ref_logp.dtype}")
     sequences = ref_logp.shape[0] if ref_logp.ndim == 1 else 0

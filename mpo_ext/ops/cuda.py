@@ -20,10 +20,10 @@ _stream_counters: dict[tuple[torch.device, int, int], tuple[int, int]] = {}
 def forward_arguments(
     layout: RowLayout, labels: Tensor, ignore_index: int, pairs: int, tile: Tile | None = None
 ) -> tuple[dict[str, object], list[Tensor]]:
-    """Returns the input arguments of the kernels token_logp and forward, and their workspace.
+    """Returns the input arguments of the kernels token_logp and forward, and their workspace tensors.
 
-    The caller keeps the workspace tensors alive until the launch. ``pairs`` is the number of pairs B, or 0 for
-    token_logp alone. ``tile`` is the part of the vocabulary that the logits cover; None: all.
+    The caller must keep the workspace tensors alive until the launch. ``pairs`` is the number of pairs B, or 0 for
+    token_logp. ``tile`` is the part of the vocabulary that the logits cover; None means the whole vocabulary.
     """
     rows = row_arguments(layout, labels, ignore_index, tile)
     size = {"multiprocessors": multiprocessors(labels.device)}
@@ -59,7 +59,7 @@ def counters(count: int, like: Tensor) -> int | Tensor:
     Kernels reset the counters to 0 after use, so all launches on a stream share them. The counters are allocated
     outside of torch, because torch.compile's CUDA graphs raise if a call leaves a tensor in their memory pool.
 
-    While a CUDA graph is being captured, the result is a new tensor instead of an address, because the graph may be
+    During the capture of a CUDA graph, the result is a new tensor instead of an address, because the graph may be
     replayed on any stream. Each replay sets this tensor to 0.
     """
     if torch.cuda.is_current_stream_capturing():
@@ -75,11 +75,7 @@ def counters(count: int, like: Tensor) -> int | Tensor:
 
 
 def check_not_capturing(tensor: Tensor) -> None:
-    """Raises if work on the tensor's device is being captured into a CUDA graph.
-
-    Raises:
-        RuntimeError: If the current stream is being captured.
-    """
+    """Raises RuntimeError if the current stream on the tensor's device is being captured into a CUDA graph."""
     if tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a loss from hidden states must not be captured into a CUDA graph, got a capture: its work depends on the "

@@ -1,7 +1,7 @@
-"""Exponentials of tiles of logits on a GPU. With a frozen head, forward sums the gradient of hidden states from them.
+"""Computes exponentials of tiles of logits on a GPU, for the gradient of hidden states under a frozen head.
 
-The sum over the tiles is ``exp(z - r) @ weight``, with a reference r for each row. When r changes, the sum over the
-earlier tiles must be rescaled. To make this rare, r changes only if the row's largest logit exceeds it by a slack.
+Forward sums ``exp(z - r) @ weight`` over the tiles, with a reference r for each row. When r changes, the previous sum
+must be rescaled. To make this rare, r changes only if the row's largest logit exceeds r by more than a slack.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ def write_exp_logits(
     *,
     is_last: bool,
 ) -> Tensor:
-    """Writes ``exp(z - reference)`` for each logit z, and 0 for the label's logit, in one launch.
+    """Writes ``exp(z - reference)`` for each logit z to ``exp_logits``, and 0 for the label's logit.
 
-    If the reference of a row rises, the launch multiplies the row's sums by ``exp(old - new reference)``. After the
-    last tile, the reference is the row's largest logit. The values are undefined in a row whose label is out of range.
+    The reference of a row rises to the row's largest logit if this logit is much larger. The row of ``sums`` is then
+    multiplied by ``exp(old reference - new reference)``. After the last tile, the reference is the row's largest
+    logit. The values are undefined in a row whose label is out of range.
 
     Args:
         logits: ``[n, columns]``, a tile of labelled rows, float32.
         labels: ``[n]`` int64.
-        row_max: ``[n]`` float32, the largest logit of each row in this tile and all earlier ones.
+        row_max: ``[n]`` float32, the largest logit of each row in this tile and all earlier tiles.
         reference: ``[n]`` float32, the result of the call for the previous tile; None for the first tile.
-        sums: ``[n, D]`` float32, contiguous: the sums over the earlier tiles.
+        sums: ``[n, D]`` float32, contiguous: the sums of ``exp(z - reference) @ weight`` over the earlier tiles.
         backend: "cuda" or "triton".
-        exp_logits: Output, ``[n, columns]``, contiguous, float32 or half precision. It may be the logits.
-        tile: The part of the vocabulary.
+        exp_logits: Output, ``[n, columns]``, contiguous, float32 or half precision. It may be the tensor ``logits``.
+        tile: The part of the vocabulary that the tile covers.
         is_last: Whether this is the last tile.
 
     Returns:
-        The reference of each row, ``[n]`` float32.
+        The new reference of each row, ``[n]`` float32.
     """
     # Without slack, exp(z - reference) is at most 1. float16 needs that, because its largest number is 65,504.
     slack = 0.0 if is_last or exp_logits.dtype == torch.float16 else _SLACK

@@ -1,4 +1,4 @@
-"""The operators on hidden states. They compute the logits of labelled rows only, one tile at a time (``tiles.py``)."""
+"""The operators on hidden states. They compute logits of labelled rows only, in tiles (``tiles.py``)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS = 0, 1, 2
 
 
 class LinearOptions(NamedTuple):
-    """The last arguments of ``linear_token_logp`` and ``linear_grad``."""
+    """Options that ``linear_token_logp`` and ``linear_grad`` have in common, in the order of their last arguments."""
 
     ignore_index: int  # label of rows that are not projected and give 0
     head_scales: list[float]  # logit_scale, softcap (0 for none) and temperature of Head
@@ -50,11 +50,13 @@ def linear_token_logp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the log-probability of each label from hidden states. Only logits of labelled rows are computed.
 
+    The arguments after ``keep`` are the fields of ``LinearOptions``.
+
     Returns:
         ``(logp, row_max, row_sum, row_stats, kept)``. The first four are the outputs of ``logits.token_logp``, on the
-        device of ``hidden``. ``kept`` is the tensor for backward. With n labelled rows, it is empty (KEEP_NOTHING),
-        d logp / d hidden ``[n, D]`` (KEEP_HIDDEN_GRAD), or the bytes of the logits in the layout of ``KeptLogits``
-        (KEEP_LOGITS).
+        device of ``hidden``. ``kept`` is the tensor for backward. ``keep`` selects its content: nothing (KEEP_NOTHING,
+        an empty tensor), d logp / d hidden of the n labelled rows (KEEP_HIDDEN_GRAD, ``[n, D]``), or the logits in the
+        layout of ``KeptLogits`` (KEEP_LOGITS, uint8).
     """
     _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
     if not 0 <= stats < 1 << len(STATS) or keep not in (KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS):
@@ -101,7 +103,7 @@ def _check_hidden(
     matmul_dtype: torch.dtype,
     backend: str,
 ) -> None:
-    """Raises unless the arguments of ``linear_token_logp`` with these names are valid and fit each other."""
+    """Raises unless these arguments of ``linear_token_logp`` are valid and fit each other."""
     check_logits("hidden", hidden, "feature")
     check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
     check_head(hidden, weight, bias)
@@ -125,9 +127,9 @@ def linear_token_logp_shard(
 ) -> tuple[Tensor, Tensor]:
     """Returns each row's softmax state over a shard of the head, ``[..., ROW_STATE]``, and the tensor for backward.
 
-    ``logits.merge_shards`` computes log-probs from the states of all shards. ``weight`` and ``bias`` are this rank's
-    shard of the head; labels are ids of the whole vocabulary. The other arguments are those of ``linear_token_logp``.
-    With KEEP_HIDDEN_GRAD, the caller passes the tensor for backward to ``finish_shard_hidden_grad``.
+    ``weight`` and ``bias`` are this rank's shard of the head. Labels are ids of the whole vocabulary. The other
+    arguments are those of ``linear_token_logp``. ``logits.merge_shards`` computes log-probs from the states of all
+    shards. With KEEP_HIDDEN_GRAD, the tensor for backward is incomplete until ``finish_shard_hidden_grad``.
     """
     tiles = _tiled_rows(hidden, weight, bias, labels, keep, options)
     chunks, kept = _score_tiles(tiles, stats, keep, options, shard)
@@ -152,7 +154,7 @@ def _tiled_rows(
 
 @dataclass
 class _Chunk:
-    """Labelled rows that are scored together, and their results over the tiles so far."""
+    """Labelled rows that are scored together, and their results from the tiles computed so far."""
 
     rows: slice  # of the n labelled rows
     labels: Tensor  # of these rows
@@ -164,9 +166,11 @@ class _Chunk:
 def _score_tiles(
     tiles: TiledRows, stats: int, keep: int, options: LinearOptions, shard: VocabShard | None = None
 ) -> tuple[list[_Chunk], Tensor]:
-    """Scores the labelled rows tile by tile. Returns chunks of rows with their results, and the tensor for backward.
+    """Scores the labelled rows tile by tile.
 
-    With KEEP_HIDDEN_GRAD, the caller passes the tensor for backward to ``_finish_hidden_grad``.
+    Returns:
+        The chunks of rows with their results, and the tensor for backward. With KEEP_HIDDEN_GRAD, this tensor is
+        incomplete until ``_finish_hidden_grad``.
     """
     shard = shard or VocabShard(0, tiles.vocab)
     if keep == KEEP_LOGITS:
@@ -215,7 +219,7 @@ def _score_tiles(
 
 
 def _rescale_(total: Tensor, old_max: Tensor, row_max: Tensor, *, is_first: bool) -> None:
-    """Rescales ``total``, the sum of ``exp(z - old_max) @ weight``, to the new maximum ``row_max``, in place."""
+    """Multiplies the rows of ``total`` by ``exp(old_max - row_max)``, in place. Does nothing if ``is_first``."""
     if not is_first:
         total.mul_(torch.where(old_max == -math.inf, 0.0, torch.exp(old_max - row_max)).unsqueeze(1))
 
@@ -223,12 +227,12 @@ def _rescale_(total: Tensor, old_max: Tensor, row_max: Tensor, *, is_first: bool
 def _finish_hidden_grad(
     head: Head, columns: Tensor, logp: Tensor, row_sum: Tensor, z_label: Tensor, total: Tensor
 ) -> None:
-    """Completes the gradient of hidden states in ``total``, in place.
+    """Adds the label's part to the gradient d logp / d hidden in ``total``, and scales the sum, in place.
 
-    The gradient is d logp / d hidden = slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum). y is the label, p_y its
-    probability, tanh'_y the derivative of the softcap's tanh (1 without a softcap), and S the previous content of
-    ``total``, the sum over all columns except y. ``columns`` are the positions of the labels in the head. A label in
-    another shard of the head contributes nothing.
+    Before the call, ``total`` holds S, the sum of ``exp(z_v - row_max) * tanh'_v * weight_v`` over all columns v but
+    the label y. After the call, it holds ``head.slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum)``. p_y is the
+    probability of y. tanh' is the derivative of the softcap's tanh, or 1 without a softcap. ``columns`` holds y as an
+    index of ``head.weight``. If the index is out of range, y lies in another shard, and its part is 0.
     """
     label_factor = -torch.expm1(logp)
     if head.softcap:
@@ -250,10 +254,10 @@ def finish_shard_hidden_grad(
     options: LinearOptions,
     shard: VocabShard,
 ) -> None:
-    """Completes ``kept`` in place, so that it holds this shard's part of d logp / d hidden, ``[n, D]``.
+    """Completes ``kept`` in place: it then holds this shard's part of d logp / d hidden, ``[n, D]``.
 
-    ``kept`` and ``state`` are the results of ``linear_token_logp_shard``. ``outputs`` are the results of
-    ``merge_shards`` for the whole vocabulary.
+    ``kept`` and ``state`` are the results of ``linear_token_logp_shard``. ``outputs`` is the result of
+    ``merge_shards``.
     """
     index = labelled_rows(labels, options.ignore_index)
     columns = labels.reshape(-1)[index].to(kept.device) - shard.first
@@ -273,8 +277,8 @@ def kept_hidden_grad(
 ) -> Tensor:
     """Returns the gradient of ``scale * (row_weight * logp).sum()`` with respect to the hidden states.
 
-    ``kept`` is the tensor d logp / d hidden, ``[n, D]``, that ``linear_token_logp`` returned. Of ``hidden``, only the
-    shape, dtype and device are used. The other arguments are those of ``linear_grad``.
+    ``kept`` is d logp / d hidden, ``[n, D]``, from ``linear_token_logp``. Only the shape, dtype and device of
+    ``hidden`` are used. The other arguments are those of ``linear_grad``.
     """
     check_logits("hidden", hidden, "feature")
     check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
@@ -300,8 +304,8 @@ def kept_hidden_rows(
 ) -> tuple[Tensor, Tensor]:
     """Returns the flat indices of the n labelled rows, and the gradient of their hidden states, ``[n, D]``.
 
-    The arguments before ``dtype`` are those of ``kept_hidden_grad``, which returns this gradient with zeros in all
-    other rows. The gradient has the given dtype; None means the dtype of ``kept``.
+    The gradient and the arguments before ``dtype`` are those of ``kept_hidden_grad``. ``dtype`` is the dtype of the
+    gradient; None means the dtype of ``kept``.
     """
     check_not_capturing(hidden)
     index = labelled_rows(labels, ignore_index).to(hidden.device, non_blocking=True)
@@ -334,9 +338,10 @@ def linear_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
-    The logits of each tile are computed again, or restored from ``kept``, and overwritten with their gradient. Sums
-    over tiles are formed in float32 (float64 for float64 inputs) and rounded once. If ``kept`` is given, the call
-    overwrites it: a wanted gradient of weight is written there, and ``kept_weight_grad`` returns a view of it.
+    ``wanted`` selects the gradients to compute. ``kept`` holds the logits that ``linear_token_logp`` kept. The call
+    overwrites ``kept``. If the gradient of weight is wanted, it is written there, and ``kept_weight_grad`` returns it.
+    The arguments after ``wanted`` are the fields of ``LinearOptions``. Sums over tiles are formed in float32 (float64
+    for float64 inputs) and rounded once.
 
     Returns:
         The gradients of hidden, weight and bias, contiguous, each in the shape of its input. A gradient that is not
@@ -368,13 +373,12 @@ def linear_grad_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of ``linear_grad``, with the gradient of hidden states for labelled rows only.
 
-    The arguments are those of ``linear_grad``; ``row_values`` are row_max, row_sum and row_weight. With ``shard``,
-    weight and bias are a rank's shard of the head. The gradient of hidden states is then this shard's part of the sum
-    over the ranks.
+    The arguments are those of ``linear_grad``. ``row_values`` are row_max, row_sum and row_weight. With ``shard``,
+    weight and bias are a rank's shard of the head. The gradient of hidden states must then be summed over the ranks.
 
     Returns:
-        The flat indices of the n labelled rows, the gradient of their hidden states ``[n, D]`` before it is rounded,
-        and the gradients of weight and bias.
+        The flat indices of the n labelled rows, the unrounded gradient of their hidden states ``[n, D]``, and the
+        gradients of weight and bias.
     """
     head = _head(weight, bias, options.head_scales, options.matmul_dtype)
     keeps = {"keeps_logits": kept is not None, "only_fitting": options.only_fitting}
@@ -416,8 +420,9 @@ def _fill_gradients(
 ) -> Tensor:
     """Writes the gradients of weight and bias to ``head_grads``, and returns the gradient of the labelled rows.
 
-    ``row_values`` are the maximum, the sum and the weight of each labelled row. Every gradient is multiplied by
-    ``factor``, a 0-d tensor. Unwanted gradients are not written; an unwanted gradient of the rows is empty.
+    ``row_values`` are the maximum, the sum of exponentials and the weight of each labelled row. Each gradient is
+    multiplied by ``factor``, a 0-d tensor. ``wanted`` selects the gradients of hidden states, weight and bias. If the
+    gradient of hidden states is not wanted, the result is empty.
     """
     row_max, row_sum, row_weight = row_values
     d_weight, d_bias = head_grads
@@ -481,15 +486,15 @@ def _empty_gradients(
 
 
 def kept_weight_grad(kept: Tensor, weight: Tensor) -> Tensor:
-    """Returns a view of ``kept``: the gradient of ``weight``, ``[V, D]``, that ``linear_grad`` wrote there."""
+    """Returns the gradient of ``weight``, ``[V, D]``, as a view of ``kept``. ``linear_grad`` has written it there."""
     size = weight.numel() * weight.dtype.itemsize
     return kept.as_strided((size,), (1,)).view(weight.dtype).view(weight.shape)  # torch.compile cannot trace a slice
 
 
 def _multiply_by_tanh_slope_(grad: Tensor, tanh: Tensor | None) -> None:
-    """Turns ``grad``, in place, from the gradient with respect to ``tanh(x)`` into the gradient with respect to ``x``.
+    """Multiplies ``grad`` in place by the derivative of tanh, ``1 - tanh**2``.
 
-    ``tanh`` is overwritten. If it is None (no softcap), nothing changes.
+    ``tanh`` holds the values of tanh and is overwritten. If ``tanh`` is None (no softcap), ``grad`` does not change.
     """
     if tanh is not None:
         grad.addcmul_(grad, tanh.square_(), value=-1)

@@ -43,7 +43,7 @@ RowOutputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def stats_mask(stats: Sequence[str]) -> int:
-    """Returns the argument ``stats`` of ``token_logp`` for these statistics: bit i requests ``STATS[i]``."""
+    """Returns the argument ``stats`` of ``token_logp``, a bit mask: bit i is set if ``STATS[i]`` is requested."""
     return sum(1 << STATS.index(name) for name in set(stats))
 
 
@@ -86,10 +86,11 @@ def token_logp_outputs(logits: Tensor, labels: Tensor, stats: int) -> RowOutputs
 def token_logp_shard(
     logits: Tensor, labels: Tensor, ignore_index: int, stats: int, backend: str, shard: VocabShard
 ) -> Tensor:
-    """Returns each row's softmax state over the columns of a shard, ``[..., ROW_STATE]``, for ``merge_shards``.
+    """Returns each row's softmax state over a shard of the vocabulary, ``[..., ROW_STATE]``, for ``merge_shards``.
 
-    The arguments are those of ``token_logp``. ``logits`` are the columns of the shard; labels are ids of the whole
-    vocabulary. Each logit is read once.
+    A state holds the row's maximum, four sums and the logit of the label, see ``mpo_ext.loss.eager.shard_state``. The
+    arguments are those of ``token_logp``. ``logits`` are the columns of the shard; labels are ids of the whole
+    vocabulary.
     """
     state = empty_row_state(labels)
     outputs = token_logp_outputs(logits, labels, stats)
@@ -102,8 +103,8 @@ def merge_shards(
 ) -> RowOutputs:
     """Returns the outputs of ``token_logp`` in ``dtype`` from the states of all shards, ``[shards, ..., ROW_STATE]``.
 
-    The logit of each label must be in the state of one shard; the other shards' states have 0 in its place. ``total``
-    is the size of the whole vocabulary. Of the outputs, only logp is differentiable.
+    A state holds the logit of the label, or 0 if the label belongs to another shard. ``total`` is the size of the
+    whole vocabulary. Only the output logp is differentiable.
     """
     maxima, sums, e_d, z_sum, squared, z_label = states.unbind(-1)
     maxima = maxima.detach()
@@ -139,12 +140,15 @@ def score(
     *,
     exp_logits: Tensor | None = None,
 ) -> None:
-    """Writes the outputs of ``token_logp`` to ``outputs``. The first five arguments are those of ``token_logp``.
+    """Writes the results of ``token_logp`` to ``outputs``. The first five arguments are those of ``token_logp``.
 
-    With a tile, the results cover the columns of the vocabulary up to the end of the tile. ``exp_logits`` is None or,
-    with the backend "cpu", the tensor ``logits``, which the call then overwrites: with ``exp(z - row_max)`` for each
-    logit z, where ``row_max`` includes this tile, and with 0 for the label's logit. The values are undefined in a row
-    whose label is out of range or whose logp is NaN. For other backends, use ``write_exp_logits``.
+    With ``tile``, ``logits`` cover only a part of the vocabulary; the results then cover this tile and all earlier
+    tiles. Tiles must be passed in order.
+
+    With the backend "cpu", ``exp_logits`` may be the tensor ``logits``. The call then overwrites each logit z with
+    ``exp(z - row_max)``, and the label's logit with 0. ``row_max`` is the maximum over this tile and all earlier
+    tiles. The values are undefined in a row whose label is out of range or whose logp is NaN. In all other cases,
+    ``exp_logits`` must be None. For other backends, use ``write_exp_logits``.
     """
     if labels.numel() == 0:
         return
@@ -184,9 +188,11 @@ def logits_grad(
 ) -> Tensor:
     """Returns the gradient of the logits, ``scale * weight * (onehot(label) - softmax(logits))``; 0 in ignored rows.
 
-    The result is contiguous and has the shape and dtype of the logits. Each logit of a labelled row is read once and
-    its gradient is written once. On a CPU, a large gradient reuses the memory of an earlier gradient if more than a
-    sixth of the rows are labelled. Other gradients are new memory, in which the zeros of ignored rows cost no time.
+    The result is contiguous and has the shape and dtype of the logits. Each logit of a labelled row is read once, and
+    its gradient is written once. On a CPU, a large gradient may reuse the memory of an earlier gradient.
+
+    If ``total`` is not 0, the logits are a shard of a vocabulary of ``total`` ids, and ``first`` is the shard's first
+    id.
     """
     _check_grad_inputs(logits, labels, row_max, row_sum, weight, scale, backend)
     grad, is_zeroed = _grad_memory(logits, labels, ignore_index, backend)
@@ -198,7 +204,7 @@ def logits_grad(
 
 
 def _grad_memory(logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, bool]:
-    """Returns memory for the gradient of logits, and whether all of it is zero."""
+    """Returns a tensor for the gradient of the logits, and whether it is filled with zeros."""
     if backend != "cpu":
         return logits.new_empty(logits.shape), False
     # New memory costs page faults in the labelled rows; reused memory must be zeroed in the ignored rows. With a fifth
@@ -227,7 +233,10 @@ def logits_grad_(
     first: int = 0,
     total: int = 0,
 ) -> None:
-    """Overwrites logits that pass ``check_reuse`` with their gradient. The arguments are those of ``logits_grad``."""
+    """Overwrites the logits with their gradient. The arguments are those of ``logits_grad``.
+
+    Raises if ``check_reuse`` rejects the logits.
+    """
     _check_grad_inputs(logits, labels, row_max, row_sum, weight, scale, backend)
     check_reuse(logits)
     if row_layout(logits).tensor is not logits:
@@ -266,10 +275,10 @@ def write_grad(
 ) -> None:
     """Writes the result of ``logits_grad`` to ``grad``. The first eight arguments are those of ``logits_grad``.
 
-    ``grad`` has the shape of the logits and may be the logits themselves. It has their dtype; on a GPU, it may also be
-    half precision for float32 logits, or bfloat16 for float16 logits. If ``is_zeroed``, ``grad`` is already zero, and
-    ignored rows are not written. ``tile`` names the columns of the vocabulary that the logits cover; None means all
-    columns.
+    ``grad`` has the shape and dtype of the logits, and may be the logits themselves. On a GPU, ``grad`` may also be
+    half precision for float32 logits, or bfloat16 for float16 logits. ``is_zeroed`` means that ``grad`` is already
+    filled with zeros; ignored rows are then not written. ``tile`` is the part of the vocabulary that the logits cover;
+    None means the whole vocabulary.
     """
     if labels.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""Matrix products for losses from hidden states: the dtype of their inputs, and products with float32 results."""
+"""Matrix products for losses from hidden states: the dtype of their inputs, and float32 results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class WideMatmuls(NamedTuple):
-    """Float32 results of half-precision matmuls that torch supports on a device."""
+    """Describes which half-precision matmuls with float32 results a device supports."""
 
     writes: bool  # whether a matmul can write its product to a float32 tensor
     adds: bool  # whether a matmul can add its product to a float32 tensor
@@ -22,9 +22,10 @@ class WideMatmuls(NamedTuple):
 
 @functools.cache
 def wide_matmuls(device: torch.device, dtype: torch.dtype) -> WideMatmuls:
-    """Returns whether matmuls of inputs of ``dtype`` can write or add float32 results; small products are tried once.
+    """Returns whether a half-precision matmul can write its product to a float32 tensor, or add it to one.
 
-    On a CPU they can do neither. On NVIDIA GPUs they can write since torch 2.8, and add since torch 2.10.
+    The result is found by small trial products and cached. A CPU supports neither. NVIDIA GPUs can write since torch
+    2.8, and add since torch 2.10. ``dtype`` is the dtype of the inputs; other dtypes than half precision give False.
     """
     if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return WideMatmuls(False, False)
@@ -36,7 +37,7 @@ def wide_matmuls(device: torch.device, dtype: torch.dtype) -> WideMatmuls:
 
 
 def _gives(value: float, out: Tensor, call: Callable[[], object]) -> bool:
-    """Returns whether ``call`` runs and fills ``out`` with ``value``. A meta tensor has no values to compare."""
+    """Returns whether ``call`` succeeds and fills ``out`` with ``value``. For a meta tensor, success is enough."""
     try:
         call()
     except torch.OutOfMemoryError:
@@ -47,9 +48,10 @@ def _gives(value: float, out: Tensor, call: Callable[[], object]) -> bool:
 
 
 def scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor | None) -> None:
-    """Computes ``out = scale * (a @ b + bias)`` in the dtype of ``out``, whatever the dtype of the inputs.
+    """Writes ``scale * (a @ b + bias)`` to ``out``.
 
-    The dtypes of inputs and output may differ only if ``writes`` is true in the result of ``wide_matmuls``.
+    ``out`` may be float32 for half-precision inputs if ``wide_matmuls`` returns ``writes=True``. Otherwise, ``out``
+    must have the dtype of the inputs.
     """
     if a.dtype == out.dtype:
         if bias is not None:
@@ -67,7 +69,7 @@ def scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor 
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """Adds ``a @ b`` to ``total`` in the dtype of ``total``; if ``is_first``, overwrites ``total`` instead."""
+    """Adds ``a @ b`` to ``total``, or writes ``a @ b`` to ``total`` if ``is_first``. ``total`` keeps its dtype."""
     if a.dtype == total.dtype:
         if is_first:
             torch.mm(a, b, out=total)
@@ -91,9 +93,9 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Returns the dtype to which inputs of ``dtype`` are converted for matmuls.
 
-    A GPU keeps ``dtype``. A CPU keeps bfloat16 or float16 only if a measurement shows that it multiplies them faster
-    than float32; otherwise the result is float32. The environment variable MPO_CPU_MATMUL replaces the measurement:
-    "float32" always converts to float32, so logits are never rounded; "native" never converts.
+    A GPU keeps ``dtype``. A CPU keeps bfloat16 or float16 only if a measurement shows that it multiplies this dtype
+    faster than float32. Otherwise, the result is float32. The environment variable MPO_CPU_MATMUL replaces the
+    measurement: "float32" always converts to float32, so logits are never rounded; "native" never converts.
 
     Raises:
         ValueError: If MPO_CPU_MATMUL has another value.
@@ -110,7 +112,7 @@ def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 @torch.compiler.assume_constant_result  # keeps torch.compile from tracing the stopwatch
 @functools.cache
 def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
-    """Returns whether this CPU multiplies matrices of this dtype clearly faster than float32; measured once."""
+    """Returns whether matmuls of ``dtype`` are at least 1.2 times as fast as float32 on this CPU; measured once."""
 
     def seconds(kind: torch.dtype) -> float:
         a, b = torch.ones(256, 512, dtype=kind), torch.ones(512, 2048, dtype=kind)

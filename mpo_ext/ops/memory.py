@@ -1,4 +1,4 @@
-"""Arguments of the kernels: addresses, strides of rows, tiles of a vocabulary, zeroed memory, the current device."""
+"""Describes tensors to the kernels (addresses, strides, tiles) and allocates memory for gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _free_blocks: list[np.ndarray] = []  # at most one; list operations are atomic, 
 
 
 class Tile(NamedTuple):
-    """The vocabulary ids that a tile of logits ``[..., V]`` covers; labels are ids of the whole vocabulary."""
+    """The part of the vocabulary that a tile of logits, ``[..., columns]``, covers.
+
+    Labels are ids of the whole vocabulary.
+    """
 
     first: int  # id of the first column; tiles are scored in order, and a tile with first 0 ignores the old state
     total: int  # size of the whole vocabulary
@@ -29,21 +32,24 @@ class Tile(NamedTuple):
 
 
 class VocabShard(NamedTuple):
-    """The part of the vocabulary that a rank holds: consecutive ids, one for each column of the rank's logits."""
+    """The consecutive vocabulary ids that a rank holds. Each id is a column of the rank's logits."""
 
     first: int  # vocabulary id of the rank's first column
     total: int  # size of the whole vocabulary
 
 
 def empty_row_state(labels: Tensor) -> Tensor:
-    """Returns the softmax state ``[..., ROW_STATE]`` of rows before their first tile, on the device of the labels."""
+    """Returns the softmax state of rows before the first tile, ``[..., ROW_STATE]``, on the device of the labels."""
     state = torch.zeros(*labels.shape, ROW_STATE, dtype=torch.float64, device=labels.device)
     state[..., 0] = -math.inf  # the maximum
     return state
 
 
 class RowLayout(NamedTuple):
-    """Rows in memory: row i starts at ``(i // inner) * outer_stride + (i % inner) * row_stride`` elements."""
+    """The positions of rows in memory.
+
+    Row i starts at element ``(i // inner) * outer_stride + (i % inner) * row_stride``.
+    """
 
     tensor: Tensor
     inner: int
@@ -54,7 +60,7 @@ class RowLayout(NamedTuple):
 def row_layout(tensor: Tensor) -> RowLayout:
     """Returns the layout of the rows of a tensor ``[..., V]``.
 
-    If V is not the contiguous axis, or two strides cannot describe the rows, the layout is that of a contiguous copy.
+    A tensor is copied to contiguous memory if its last axis is strided, or if two strides cannot describe its rows.
     """
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
@@ -74,9 +80,9 @@ def row_layout(tensor: Tensor) -> RowLayout:
 
 
 def row_arguments(layout: RowLayout, labels: Tensor, ignore_index: int, tile: Tile | None = None) -> dict[str, object]:
-    """Returns the arguments that the kernels token_logp and logits_grad share.
+    """Returns the arguments that the kernels token_logp and logits_grad have in common.
 
-    Addresses are plain numbers, so the caller must keep the tensors alive until the kernel call returns.
+    The result holds addresses as plain numbers. The caller must keep the tensors alive until the kernel call returns.
     """
     return {
         "logits": layout.tensor.data_ptr(),
@@ -94,33 +100,35 @@ def row_arguments(layout: RowLayout, labels: Tensor, ignore_index: int, tile: Ti
 
 
 def addresses(**tensors: Tensor | None) -> dict[str, int]:
-    """Returns the address of each tensor, 0 for None. The caller keeps the tensors alive until the call returns."""
+    """Returns the address of each tensor, and 0 for None.
+
+    The caller must keep the tensors alive while it uses the addresses.
+    """
     return {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
-    """Returns a context that makes the tensor's device current; kernels are launched on the current device."""
+    """Returns a context manager that makes the tensor's device current. Kernels run on the current device."""
     if tensor.device.type == "cpu":
         return nullcontext()
     return getattr(torch, tensor.device.type).device(tensor.device)
 
 
 def is_on_cpu(tensor: Tensor) -> bool:
-    """Returns whether a tensor is on the CPU, where tiles should fit the cache and new memory costs page faults."""
+    """Returns whether a tensor is on the CPU."""
     return tensor.device.type == "cpu"
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
-    """Returns the dtype of log-probs: float64 if a tensor is float64, else float32."""
+    """Returns the dtype of log-probs: float64 if a tensor is float64, otherwise float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns contiguous zeros on the CPU. A large tensor consists of huge pages that are not written until first use.
+    """Returns a contiguous tensor of zeros on the CPU.
 
-    On a CPU, the page faults of a new gradient tensor take more time than computing the gradient. Huge pages cause
-    fewer faults. numpy's calloc requests them, and the operating system zeroes them on first use; torch.zeros would
-    write every byte.
+    A large tensor comes from numpy's calloc, which uses huge pages and zeroes each page on first use. ``torch.zeros``
+    would write every byte, and small pages would cause more page faults.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _HUGE_PAGES_BYTES:
@@ -131,9 +139,8 @@ def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def reused_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Returns a contiguous uninitialised tensor on the CPU, in the memory of an earlier freed tensor if possible.
 
-    The gradient of logits or of an output head is allocated and freed once a step. Its page faults take longer than
-    writing it. One freed block is therefore kept until ``empty_cache``, and reused for tensors of at least half its
-    size.
+    Reuse avoids page faults, which take longer than writing the gradient. The last large block that was freed is kept
+    until ``empty_cache``. A tensor reuses the block if it takes at least half of the block.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < REUSED_BYTES:
@@ -156,8 +163,8 @@ def _keep_block(block: np.ndarray) -> None:
 
 
 def empty_cache() -> None:
-    """Frees the memory that mpo_ext keeps on the CPU between steps: at most one gradient of logits or of a head.
+    """Frees the CPU memory that mpo_ext keeps between steps. This is at most one gradient of logits or of a head.
 
-    Call it after training if the process continues. Memory on a GPU belongs to torch's allocator instead.
+    Call it after training if the process continues. GPU memory belongs to torch's allocator and is not affected.
     """
     _free_blocks.clear()

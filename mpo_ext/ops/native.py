@@ -1,4 +1,4 @@
-"""Loads the compiled module ``mpo_ext._C``; if that fails, the error says how to repair the installation."""
+"""Loads the compiled module ``mpo_ext._C``. If loading fails, the error tells how to repair the installation."""
 
 import functools
 import importlib.metadata
@@ -28,7 +28,7 @@ def compiled() -> ModuleType:
 
 
 def cpu_isas() -> list[str]:
-    """Returns the instruction sets of the CPU kernels that run on this machine, the best first."""
+    """Returns the instruction sets of the CPU kernels that this machine supports, fastest first."""
     return list(compiled().cpu_isas())
 
 
@@ -55,7 +55,7 @@ def _advice(error: ImportError) -> str:
 
 
 def _installed_elsewhere(here: Path) -> Iterator[Path]:
-    """Yields the folders of other installed copies of mpo_ext that have a compiled module."""
+    """Yields the folders of other installed copies of mpo_ext that contain a compiled module."""
     for distribution in importlib.metadata.distributions(name="mpo-ext"):
         folder = Path(str(distribution.locate_file("mpo_ext")))
         if folder != here and any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):

@@ -19,7 +19,7 @@ _OUTPUTS = ("loss", "terms", "reward_shift", "sums", "reward", "tokens", "new_st
 
 
 class PairLossSettings(NamedTuple):
-    """Settings of the pair loss. Operators take a list of numbers instead, because torch has no type for settings."""
+    """Settings of the pair loss. ``numbers`` converts them to a list, because operators cannot take a NamedTuple."""
 
     beta: float  # temperature of the reward beta * (logp - ref_logp)
     dpo_weight: float
@@ -32,12 +32,12 @@ class PairLossSettings(NamedTuple):
     decay: float = 0.0  # fraction of the old value that EMA keeps
 
     def numbers(self) -> list[float]:
-        """Returns the settings as the list of numbers that operators take."""
+        """Returns the settings as a list of numbers, the argument ``settings`` of the operators."""
         return [float(value) for value in self]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> PairLossSettings:
-        """Returns the settings from the list of numbers that ``numbers`` returns."""
+        """Returns the settings from the list that the method ``numbers`` returned."""
         beta, dpo, bco, ntp, smoothing, average_sequences, rule, update_first, decay = numbers
         return cls(beta, dpo, bco, ntp, smoothing, bool(average_sequences), int(rule), bool(update_first), decay)
 
@@ -53,10 +53,7 @@ def pair_loss(
     ignore_index: int,  # label of rows that are not scored
     backend: str,  # a result of choose_backend other than "reference"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the fields of ``mpo_ext.loss.eager.PairLoss`` for B pairs, followed by d loss / d logp of each row.
-
-    The operator reads log-probs, not logits.
-    """
+    """Returns the fields of ``mpo_ext.loss.eager.PairLoss`` for B pairs, followed by d loss / d logp of each token."""
     check_kernel(backend, logp, "logp")
     is_double = logp.dtype == torch.float64 and backend == "cpu"
     check_pair_rows(logp, labels, torch.float64 if is_double else torch.float32)
@@ -184,10 +181,9 @@ def _(
 def _cuda_arguments(
     outputs: tuple[Tensor, ...], ref_logp: Tensor, state: Tensor, cu_seqlens: Tensor | None, settings: Sequence[float]
 ) -> tuple[dict[str, object], list[Tensor | None]]:
-    """Returns the arguments that the kernels pair_loss and forward share, and the tensors behind the addresses.
+    """Returns arguments of the kernels pair_loss and forward, and the tensors to which their addresses point.
 
-    The caller must keep these tensors alive until the launch. ref_logp and cu_seqlens keep their dtypes, because
-    converting them would take further launches.
+    The caller must keep these tensors alive until the launch. ``ref_logp`` and ``cu_seqlens`` keep their dtypes.
     """
     inputs = [ref_logp.contiguous(), state.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous()]
     arguments: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""The sizes of tiles of logits: how many rows and columns fit a memory budget and keep a GPU busy. Needs no torch."""
+"""Computes how many rows and columns a tile of logits has, from the memory budget and the GPU. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ BLOCK_ELEMENTS = _BLOCK_ROWS * _BLOCK_COLUMNS
 
 
 def gpu_memory_budget(memory: float) -> int:
-    """Returns the default memory budget of tiles on a GPU with ``memory`` bytes, in bytes.
+    """Returns the default memory budget of tiles, in bytes, on a GPU with ``memory`` bytes.
 
-    Each tile reads and writes the float32 gradient of all hidden states, so larger tiles save time. The budget is
-    1/160 of the memory (0.5 GiB on an H100), but at least 256 MiB and at most 1 GiB.
+    The budget is 1/160 of the memory (0.5 GiB on an H100), but at least 256 MiB and at most 1 GiB.
     """
     return int(min(max(memory / _GPU_BUDGET_SHARE, _LEAST_GPU_BUDGET), _LARGEST_GPU_BUDGET))
 
@@ -26,17 +25,18 @@ def tile_shape(
 ) -> tuple[int, int]:
     """Returns the number of rows and columns of a tile.
 
-    A tile has all rows and as many columns as fit. If fewer than 256 columns would fit, it has fewer rows. It has at
-    least one row and one column, whatever the budget.
+    A tile has all rows and as many columns as fit. If fewer than 256 columns would fit, it has fewer rows. It always
+    has at least one row and one column.
 
     Args:
         rows: Number of labelled rows.
         vocab: Number of columns of the vocabulary.
         per_element: Bytes per element of a tile.
-        per_column: Further bytes per column of a tile.
-        budget: Bytes that a tile may take.
-        preferred: Number of bytes ``rows * columns * per_element`` above which larger tiles are not faster.
-        step: The number of columns is a multiple of ``step``, unless it is smaller or is the whole vocabulary.
+        per_column: Additional bytes per column of a tile.
+        budget: Maximum bytes of a tile.
+        preferred: Bytes ``rows * columns * per_element`` above which larger tiles are not faster.
+        step: The number of columns is rounded down to a multiple of ``step`` if it is larger than ``step`` and less
+            than ``vocab``.
     """
     columns = min(vocab, _MIN_COLUMNS)
     if per_column:  # at most half of the budget for memory that does not depend on the rows
@@ -56,9 +56,10 @@ def tile_shape(
 def gpu_tile_shape(
     rows: int, vocab: int, hidden_size: int, *, per_element: int, per_column: int, budget: int, multiprocessors: int
 ) -> tuple[int, int]:
-    """Returns the rows and columns of a tile on a GPU. The arguments are those of ``tile_shape`` and ``fewest_waves``.
+    """Returns the number of rows and columns of a tile on a GPU.
 
-    If ``multiprocessors`` is 0 (unknown), the number of columns is the largest that fits.
+    The arguments are those of ``tile_shape`` and ``fewest_waves``. If ``multiprocessors`` is 0 (unknown), the tile has
+    the largest number of columns that fits.
     """
     sizes = {"per_element": per_element, "per_column": per_column, "budget": budget, "preferred": budget}
     height, width = tile_shape(rows, vocab, **sizes, step=_GPU_COLUMN_STEP)
@@ -68,23 +69,24 @@ def gpu_tile_shape(
 
 
 def product_waves(height: int, width: int, multiprocessors: int) -> int:
-    """Returns the number of waves in which a GPU computes a product ``[height, width]``.
+    """Returns the number of waves in which a GPU computes a matrix product of shape ``[height, width]``.
 
-    A multiprocessor computes a block of 128 x 256 elements at a time. In a wave, each multiprocessor computes a block.
+    In a wave, each multiprocessor computes a block of 128 x 256 elements.
     """
     blocks = -(-height // _BLOCK_ROWS) * -(-width // _BLOCK_COLUMNS)
     return -(-blocks // multiprocessors)
 
 
 def fewest_waves(rows: int, vocab: int, hidden_size: int, widest: int, multiprocessors: int) -> int:
-    """Returns the number of columns of a tile, at most ``widest``, that keeps the multiprocessors of a GPU busiest.
+    """Returns the number of columns of a tile for which the matmuls on a GPU take the least time.
 
-    A wave takes the same time however few multiprocessors work in it. The result is a multiple of 512 above 3/4 of
-    ``widest``, or ``widest`` if no such multiple exists.
+    ``widest`` is the largest number of columns that fits. A wave takes the same time even if only some multiprocessors
+    have work. The result is a multiple of 512 between 3/4 of ``widest`` and ``widest``, or ``widest`` if there is no
+    such multiple.
     """
 
     def seconds(columns: int) -> int:
-        """Returns the time of the logits and of the gradient of weight in all tiles, in arbitrary units."""
+        """Returns the time to compute the logits and the weight gradient of all tiles, in arbitrary units."""
         total = 0
         for width, count in ((columns, vocab // columns), (vocab % columns, 1)):
             logits = product_waves(rows, width, multiprocessors) * hidden_size

@@ -1,14 +1,13 @@
-"""Tiles of logits: how labelled rows and vocabulary are divided into tiles, and how a tile is computed and kept.
+"""Tiles of logits: how labelled rows and vocabulary are divided into tiles, and how tiles are computed and kept.
 
-A tile holds the logits of some labelled rows (token positions) for some columns of the vocabulary. A matmul of torch
-computes a tile. While the tile is in the cache, the kernels compute log-probs from it or overwrite it with its
-gradient. The outer loop runs over the vocabulary and the inner loop over rows. Each part of the weight is therefore
-read, and converted to another dtype if needed, once for all rows. Its gradient is complete after the inner loop.
+A tile holds the logits of some labelled rows (token positions) for some columns of the vocabulary. A torch matmul
+computes the tile. The kernels then compute log-probs from the tile, or overwrite it with its gradient. The outer loop
+runs over the vocabulary, and the inner loop over rows. Each part of the weight is therefore read and converted only
+once. Its gradient is complete after the inner loop.
 
-On a CPU that does not multiply bfloat16 or float16 faster than float32, the inputs of the matmuls are converted to
-float32 part by part, which is exact. On other CPUs, tiles have the dtype of the inputs, like a model's own logits. On
-a GPU the inputs keep their dtype, and a product is written to its tile in float32. The kernels read the tile and write
-its gradient in the dtype of the inputs, because the gradient is an input of the next matmuls.
+Some CPUs multiply bfloat16 or float16 no faster than float32. On such a CPU, the inputs of the matmuls are converted
+to float32, which is exact. On other CPUs, tiles have the dtype of the inputs. On a GPU the inputs keep their dtype,
+and tiles are float32. The gradient of a tile has the dtype of the inputs, because it is an input of the next matmuls.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ _ALIGNMENT = 64  # bytes: kept logits begin at a multiple of it
 
 @torch.compiler.assume_constant_result  # keeps torch.compile from tracing the driver query
 def default_memory_budget(device: torch.device) -> int:
-    """Returns the default memory budget of tiles, in bytes: 64 MiB on a CPU, else ``gpu_memory_budget``."""
+    """Returns the default memory budget of tiles, in bytes: 64 MiB on a CPU, ``gpu_memory_budget`` on a GPU."""
     return _CPU_MEMORY_BUDGET if device.type == "cpu" else gpu_memory_budget(_memory(device))
 
 
 @functools.cache
 def _memory(device: torch.device) -> int:
-    """Returns the bytes of memory of a GPU, 0 if torch cannot query it."""
+    """Returns the total memory of a GPU in bytes, or 0 if torch cannot query it."""
     runtime = getattr(torch, device.type, None)
     if runtime is None or not hasattr(runtime, "get_device_properties") or not runtime.is_available():
         return 0
@@ -64,12 +63,12 @@ class Head(NamedTuple):
 
     @property
     def inner_scale(self) -> float:
-        """Factor of ``hidden @ weight.T + bias`` inside tanh, or in the logit if there is no softcap."""
+        """Factor of ``hidden @ weight.T + bias`` in the argument of tanh, or in the logit if there is no softcap."""
         return self.logit_scale / (self.softcap or self.temperature)
 
     @property
     def outer_scale(self) -> float:
-        """Factor of tanh; 1 without a softcap."""
+        """Factor by which tanh is multiplied; 1 without a softcap."""
         return self.softcap / self.temperature if self.softcap else 1.0
 
     @property
@@ -79,17 +78,19 @@ class Head(NamedTuple):
 
 
 class KeptLogits:
-    """The memory layout of kept logits. The gradient of weight takes over this memory during backward.
+    """Computes the places of logits in a block of memory, in which forward keeps them for backward.
 
-    Backward reads the columns from first to last and writes their gradient to the start of the memory. The logits
-    start at an offset such that the gradient of a tile's columns ends before the logits of that tile start. With n
-    labelled rows, the memory holds ``max(n, D)`` values per column plus a tile, instead of ``n + D`` per column.
-    With ``only_fitting``, it holds D values per column: if n is larger, only the logits of the first columns are kept.
+    Backward overwrites the block with the gradient of weight. For each tile, from the first columns to the last, it
+    reads the logits and then writes the gradient. The gradient starts at byte 0. The logits start at an offset, so the
+    gradient never overwrites logits that backward has not read yet.
 
-    A float16 logit (used for bfloat16 gradients) is stored as its distance from the largest logit of its row so far.
-    These largest logits are stored after the logits. The error is at most 2^-12 of the distance. The relative error of
-    exp(logit) is therefore below the rounding error of bfloat16 if exp(logit) is above 3e-4 of the row's largest.
-    Smaller terms contribute little to the sum.
+    Let n be the number of labelled rows. If a logit and a gradient value have equal size, the block holds
+    ``max(n, D)`` values per column, plus a tile. With ``only_fitting``, it holds D values per column. If n is larger
+    than D, only the logits of the first columns are then kept.
+
+    ``store_`` stores a logit in float16, as its distance from the maximum of its row over this tile and all earlier
+    tiles. These maxima lie after the logits. Rounding changes a distance by at most 2^-11 of its value. For
+    distances up to 7.8, the relative error of exp(logit) is therefore below 2^-8, the rounding error of bfloat16.
 
     Args:
         rows: Number of labelled rows, n.
@@ -101,7 +102,7 @@ class KeptLogits:
 
     Attributes:
         size: Bytes of the whole memory.
-        stop: End of the columns whose logits are kept.
+        stop: Number of columns whose logits are kept: columns 0 to ``stop - 1``.
     """
 
     def __init__(
@@ -128,16 +129,16 @@ class KeptLogits:
     def tile(self, memory: Tensor, rows: slice, first: int, end: int) -> Tensor:
         """Returns a view of a tile's logits in ``memory``: the slice ``rows``, and columns ``first`` to ``end - 1``.
 
-        Each tile is contiguous, so reading it touches fewer memory pages.
+        Each tile is contiguous.
         """
         width = end - first
         begin = self._begin + self._column_bytes * first + rows.start * width * self.dtype.itemsize
         return _typed(memory, begin, (rows.stop - rows.start, width), self.dtype)
 
     def store_(self, memory: Tensor, rows: slice, first: int, end: int, logits: Tensor, row_max: Tensor) -> None:
-        """Stores a tile's float32 ``logits`` in float16, as distances from ``row_max``, each row's maximum so far.
+        """Stores a tile's float32 ``logits`` in float16, as distances from ``row_max``. May overwrite ``logits``.
 
-        The call may overwrite ``logits``.
+        ``row_max`` is the maximum of each row over this tile and all earlier tiles.
         """
         safe_max = self.tile_max(memory, rows, first)
         safe_max.copy_(torch.where(row_max == -math.inf, 0.0, row_max).unsqueeze(1))
@@ -148,11 +149,11 @@ class KeptLogits:
             torch.sub(logits, safe_max, out=target)
 
     def restore(self, memory: Tensor, rows: slice, first: int, end: int, out: Tensor) -> Tensor:
-        """Writes the logits of a tile that ``store_`` stored to the float32 tensor ``out``, and returns ``out``."""
+        """Writes the logits of a stored tile to the float32 tensor ``out``, and returns ``out``."""
         return out.copy_(self.tile(memory, rows, first, end)).add_(self.tile_max(memory, rows, first))
 
     def tile_max(self, memory: Tensor, rows: slice, first: int) -> Tensor:
-        """Returns a view of the numbers ``[rows, 1]`` that ``store_`` subtracted from the logits of a tile."""
+        """Returns a view of the row maxima ``[rows, 1]`` that ``store_`` subtracted from the logits of a tile."""
         begin = self._maxima + (first // self._columns * self._rows + rows.start) * torch.float32.itemsize
         return _typed(memory, begin, (rows.stop - rows.start, 1), torch.float32)
 
@@ -164,9 +165,10 @@ class TiledRows:
         hidden: ``[..., D]`` hidden states.
         labels: ``[...]`` int64.
         head: Output head.
-        ignore_index: Label of rows that are left out.
+        ignore_index: Label of rows that are skipped.
         memory_budget: Bytes for a tile and the tensors computed from it.
-        converts_weight_grad: Whether the gradient of weight is computed, whose sum may need a float32 buffer.
+        converts_weight_grad: Whether the gradient of weight is computed. If it is summed in float32 and then converted
+            to the dtype of weight, the sum takes a part of the memory budget.
         keeps_logits: Whether forward keeps logits for backward.
         only_fitting: As in ``KeptLogits``.
     """
@@ -214,13 +216,13 @@ class TiledRows:
         )
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields slices of the labelled rows, each with its labels. All slices except the last have the same size."""
+        """Yields slices of the labelled rows and the labels in each. All slices except the last have the same size."""
         for begin in range(0, self.rows.shape[0], self._chunk_rows):
             rows = slice(begin, min(begin + self._chunk_rows, self.rows.shape[0]))
             yield rows, self.labels[rows]
 
     def columns(self) -> Iterator[tuple[int, int]]:
-        """Yields the first column and the end (the last column plus 1) of each slice of the vocabulary."""
+        """Yields ``(first, end)`` of each slice of the vocabulary: columns ``first`` to ``end - 1``."""
         for first in range(0, self.vocab, self._chunk_columns):
             yield first, min(first + self._chunk_columns, self.vocab)
 
@@ -232,7 +234,7 @@ class TiledRows:
         return self._buffer("weight", part.shape, self.input_dtype).copy_(part)
 
     def as_input(self, grad: Tensor) -> Tensor:
-        """Returns the gradient of a tile in ``input_dtype``, the dtype of the matmul inputs."""
+        """Returns the gradient of a tile, converted to ``input_dtype``, the dtype of the matmul inputs."""
         if grad.dtype == self.input_dtype:
             return grad
         return self._buffer("grad input", grad.shape, self.input_dtype).copy_(grad)
@@ -240,10 +242,11 @@ class TiledRows:
     def logits(
         self, rows: slice, weight_rows: Tensor, first: int, end: int, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the logits of a tile, and the tanh of the softcap (None without a softcap).
+        """Returns the logits of a tile, and the values of the softcap's tanh (None without a softcap).
 
         ``weight_rows`` is the result of the method ``weight_rows`` for the same columns. The logits are written to
-        ``out`` if it is given. All other results lie in buffers that the next tile overwrites.
+        ``out``, if given. Otherwise, they lie in a buffer that the next tile overwrites. The tanh always lies in such
+        a buffer.
         """
         if out is None:
             out = self._buffer("logits", (rows.stop - rows.start, end - first))
@@ -258,17 +261,17 @@ class TiledRows:
         return out, raw
 
     def grad_target(self, logits: Tensor, *, is_input: bool) -> Tensor:
-        """Returns the tensor to which the gradient of a tile is written: the logits, or a buffer in ``input_dtype``.
+        """Returns the tensor to which the gradient of a tile is written: ``logits``, or a buffer in ``input_dtype``.
 
-        ``is_input`` tells that the gradient is used only as an input of the next matmuls. It is then written to the
-        buffer if the dtype of the logits is not ``input_dtype``.
+        The buffer is used if the gradient is only an input of matmuls (``is_input``) and ``logits`` have another
+        dtype.
         """
         if not is_input or logits.dtype == self.input_dtype:
             return logits
         return self._buffer("grad input", logits.shape, self.input_dtype)
 
     def restored_logits(self, memory: Tensor, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor | None]:
-        """Returns the kept logits of a tile, and the tanh of the softcap (None without a softcap)."""
+        """Returns the kept logits of a tile, and the values of the softcap's tanh (None without a softcap)."""
         if self.keeps_in_place:
             logits = self.kept_logits.tile(memory, rows, first, end)
         else:
@@ -279,9 +282,9 @@ class TiledRows:
         return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's part, ``grad.T @ rows``, to the gradient of weight for the tile's columns.
+        """Adds a tile's contribution ``grad.T @ rows`` to the gradient of weight for the tile's columns.
 
-        The chunks of rows are added one by one. The last chunk (``is_last``) stores the sum in ``target``.
+        Call it for each chunk of rows. The last call (``is_last``) writes the sum to ``target``.
         """
         # A single product may be rounded directly; the sum of several products is formed in float32.
         is_direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)
@@ -291,9 +294,9 @@ class TiledRows:
             target.copy_(total)
 
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's part to the gradient of bias for the tile's columns.
+        """Adds a tile's contribution to the gradient of bias for the tile's columns.
 
-        The chunks of rows are added one by one. The last chunk (``is_last``) stores the sum in ``target``.
+        Call it for each chunk of rows. The last call (``is_last``) writes the sum to ``target``.
         """
         total = self._buffer("bias grad", (1, target.shape[0]), self.like.dtype)[0]
         if is_first:
@@ -312,12 +315,12 @@ class TiledRows:
 
 
 def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
-    """Returns the flat indices of the labels to score, ``[n]``. The host waits for the GPU if labels are on a GPU."""
+    """Returns the flat indices of the labels to score, ``[n]``. If labels are on a GPU, the host waits for it."""
     return (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
 
 
 def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """Returns a tensor shaped like ``like`` with ``rows`` at the labelled positions ``index``, and zeros elsewhere."""
+    """Returns a tensor shaped like ``like``: ``rows`` at the flat row indices ``index``, and zeros elsewhere."""
     rows = rows.to(like.dtype)
     if rows.numel() == like.numel():
         return rows.view(like.shape)
@@ -327,10 +330,10 @@ def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 
 class _TileSize:
-    """Computes the shape of the tiles of ``rows`` from the bytes that a tile and the tensors derived from it take.
+    """Computes the number of rows and columns of a tile from the memory that a tile takes.
 
-    ``keeps_logits`` is an argument of ``TiledRows``; ``kept_dtype``, ``grad_bytes`` and ``only_fitting`` are arguments
-    of ``KeptLogits``.
+    ``kept_dtype`` is the dtype of kept logits. ``TiledRows`` describes ``keeps_logits``. ``KeptLogits`` describes
+    ``grad_bytes`` and ``only_fitting``.
     """
 
     def __init__(
@@ -351,8 +354,8 @@ class _TileSize:
     def shape(self, budget: int, has_weight_grad: bool) -> tuple[int, int]:
         """Returns the number of rows and columns of a tile.
 
-        ``has_weight_grad`` tells whether the gradient of weight is computed in tiles of this shape. Kept logits are
-        stored tile by tile, so forward and backward must use the same shape.
+        ``has_weight_grad``: whether the gradient of weight is computed in tiles of this shape. It must be the same in
+        forward and backward if logits are kept.
         """
         rows, head = self._rows, self._rows.head
         count, hidden_size = rows.rows.shape
@@ -374,7 +377,10 @@ class _TileSize:
 
 
 def head_grad_memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns uninitialised memory for the gradient of a head. On a CPU, it comes from ``reused_memory``."""
+    """Returns uninitialised memory for the gradient of a head, on the device of ``like``.
+
+    On a CPU, the memory comes from ``reused_memory``.
+    """
     return reused_memory(shape, dtype) if is_on_cpu(like) else like.new_empty(shape, dtype=dtype)
 
 
@@ -383,5 +389,5 @@ def _aligned(size: int) -> int:
 
 
 def _typed(memory: Tensor, begin: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Returns a matrix that starts at byte ``begin`` of the memory."""
+    """Returns a view of the bytes in ``memory`` as a matrix; it starts at byte ``begin``."""
     return memory[begin : begin + shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)

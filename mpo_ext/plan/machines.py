@@ -2,7 +2,7 @@
 
 Three times are computed for a stage: its matmuls and attention kernels, its memory traffic, and its arithmetic on
 logits. The longest of the three is the time of the stage. The time of page faults on a CPU and of kernel launches on a
-GPU is added. All rates belong to the machine; no rate depends on the method that computes the loss.
+GPU is added. The rates are the same for every method that computes the loss.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ ATTENTION_SHARES = {"plain": 0.5, "masked": 0.3}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A part of the work, such as a forward; the stages run one after the other.
+    """A part of the work, such as a forward pass. The stages run one after the other.
 
     Attributes:
         name: Name of the stage in reports.
@@ -66,9 +66,9 @@ class Machine:
         matmul_rates: FLOP per second of large matmuls, by dtype.
         matmul_shares: Fraction of ``matmul_rates`` that matmuls reach, by the smallest of their three sizes m, n, k.
             Between two sizes, the fraction is interpolated over the logarithm of the size. Empty: 1 for all sizes.
-        attention_rates: FLOP per second of attention kernels, by kind and dtype: "plain" without a mask (causal or
-            full; only the scores that are needed count), "masked" with a dense mask (all scores count). The rate of
-            matmuls replaces a missing rate.
+        attention_rates: FLOP per second of attention kernels, by kind and dtype. "plain" attention is causal or full,
+            and only the needed scores count. "masked" attention has a dense mask, and all scores count. If a rate is
+            missing, the rate of matmuls is used.
         kernel_rate: Logits per second that our kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
         fresh: Bytes per second at which the operating system provides new memory in small pages (page faults); writing
@@ -129,7 +129,7 @@ class Machine:
         return work + stage.fresh / self.fresh + stage.huge / self.huge + stage.launches * self.launch
 
     def matmul_share(self, shortest: float) -> float:
-        """Returns the fraction of ``matmul_rates`` that a matmul reaches whose smallest dimension is ``shortest``."""
+        """Returns the fraction of ``matmul_rates`` that a matmul reaches if its smallest size is ``shortest``."""
         points = sorted(self.matmul_shares.items())
         if not points:
             return 1.0
@@ -145,9 +145,9 @@ class Machine:
 class DataSheet:
     """Figures of a GPU from its vendor's data sheet.
 
-    ``bandwidth`` is in bytes per second. ``matmul_rates`` are in FLOP per second, for dense matrices, and without
-    tensor cores for float32. Both are peak rates. ``clock`` is in hertz, ``memory`` in bytes. ``unconfirmed`` names
-    the figures that no document of the vendor confirmed.
+    ``bandwidth`` is the peak in bytes per second. ``matmul_rates`` are peaks in FLOP per second, for dense matrices;
+    the float32 rate is without tensor cores. ``clock`` is in hertz, and ``memory`` in bytes. ``unconfirmed`` names the
+    figures that no document of the vendor confirms.
     """
 
     bandwidth: float
@@ -186,7 +186,10 @@ GPUS = {
 
 
 def gpu(name: str) -> Machine:
-    """Returns the GPU of this name in ``GPUS`` as a machine, with the assumed fractions of its peak rates."""
+    """Returns a machine for the GPU ``name``, a key of ``GPUS``.
+
+    Its rates are assumed fractions of the peak rates in the data sheet.
+    """
     if name not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name!r}")
     sheet = GPUS[name]
@@ -201,10 +204,9 @@ def gpu(name: str) -> Machine:
 
 
 def peaks(bandwidth: float, matmul_rates: Mapping[str, float], name: str = "GPU") -> Machine:
-    """Returns a GPU as a machine, from its peak rates.
+    """Returns a machine for a GPU with the given peak rates.
 
-    The machine reaches the assumed fractions ``BANDWIDTH_SHARE``, ``PRODUCT_SHARE`` and ``ATTENTION_SHARES`` of the
-    peaks.
+    Its rates are the fractions ``BANDWIDTH_SHARE``, ``PRODUCT_SHARE`` and ``ATTENTION_SHARES`` of the peaks.
 
     Args:
         bandwidth: Peak bytes per second.

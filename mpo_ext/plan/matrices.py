@@ -1,4 +1,4 @@
-"""The weight matrices of a layer that multiply tokens, including the experts of mixture-of-experts models."""
+"""Finds the weight matrices that a layer multiplies with tokens, including those of mixture-of-experts models."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Matrix(NamedTuple):
-    """A weight matrix, or several matrices of the same shape that belong to the experts of a layer.
+    """A weight matrix of a layer, or all experts' matrices of the same kind.
 
     Attributes:
         name: Name of the module or parameter in the layer.
@@ -15,7 +15,7 @@ class Matrix(NamedTuple):
         outputs: Number of features of an output row.
         learns: Whether the weights are trained.
         number: Number of matrices.
-        active: Number of matrices that multiply a token; for a matrix of an expert, less than ``number``.
+        active: Average number of these matrices that multiply a token. For experts, it may be less than ``number``.
         is_expert: Whether the matrix belongs to an expert.
     """
 
@@ -36,8 +36,8 @@ class Matrix(NamedTuple):
 def matrices(layer: nn.Module, experts_per_token: int | None) -> Iterator[Matrix]:
     """Yields the matrices of the linear layers, routers and experts of a layer.
 
-    The module called ``experts`` holds the experts: as a list of modules, or as parameters ``[experts, ., .]``, of
-    which ``down_proj`` has outputs of the hidden size. If ``experts_per_token`` is None, all experts count as active.
+    Experts are expected in a module called ``experts``. It is a list of modules, or has parameters
+    ``[experts, ., .]``. If ``experts_per_token`` is None, all experts count as active.
     """
     lists = {name: len(each) for name, each in layer.named_modules() if _is_experts(name) and _is_list(each)}
     for name, module in layer.named_modules():
@@ -73,7 +73,7 @@ def _expert_matrices(name: str, module: nn.Module, experts_per_token: int | None
 
 
 def _common_size(parameters: dict[str, nn.Parameter]) -> int:
-    """Returns the hidden size: the largest size that all matrices of an expert have in common."""
+    """Returns the largest axis size that all matrices of an expert have in common: the hidden size."""
     first, *others = [set(parameter.shape[1:]) for parameter in parameters.values()]
     return max(first.intersection(*others) or first)
 

@@ -1,4 +1,7 @@
-"""Estimates the memory of a training run per rank, from a model on the meta device (formulas: docs/train.md)."""
+"""Estimates the memory of a training run per rank, from a model on the meta device.
+
+docs/train.md has the formulas.
+"""
 
 import dataclasses
 import math
@@ -34,7 +37,7 @@ _EAGER_BYTES = {2: 18, 4: 16, 8: 32}  # peak bytes per logit in plain torch, by 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Memory:
-    """The estimated size of one part of a rank's memory.
+    """The estimated bytes of a part of a rank's memory, such as the parameters.
 
     Attributes:
         bytes: Number of bytes if each rank holds everything (one process, DDP).
@@ -103,7 +106,7 @@ class MemoryEstimate:
         yield Memory("activations", size, size, f"{formula}; {self.positions:,} positions")
 
     def _optimizer_state(self, trainable: Sequence[nn.Parameter]) -> tuple[int, str]:
-        """Returns the bytes of the optimizer's state, and their formula."""
+        """Returns the bytes of the optimizer's state, and a description of the formula."""
         name = self.recipe.optim.name
         if name == "muon":
             once = sum(_bytes(matrix) for matrix in hidden_matrices(self.model) if matrix.requires_grad)
@@ -119,7 +122,7 @@ class MemoryEstimate:
         return 2 * sum(map(_bytes, trainable)), "2 x gradients" if name == "adamw" else "as AdamW: 2 x gradients"
 
     def activations(self, *, checkpointed: bool) -> int:
-        """Returns the bytes of the activations that the layers keep for backward, over all positions."""
+        """Returns the bytes of the activations that the layers keep for backward in a micro-batch."""
         total = self._activations(self.decoder, self.positions, checkpointed=checkpointed)
         total += (4 + self.compute_bytes) * self.hidden_size * self.positions  # the final norm
         if self.recipe.model.attention == "eager":
@@ -170,7 +173,7 @@ class MemoryEstimate:
         )
 
     def cost_step(self, micro_batches: int) -> steps.StepShape:
-        """Returns the shape of a step in which all pairs have the maximum length.
+        """Returns the shape of a training step in which all pairs have the maximum length.
 
         With a vision tower, all prompt tokens are image tokens.
         """
@@ -191,11 +194,11 @@ class MemoryEstimate:
         )
 
     def eager_loss(self) -> int:
-        """Returns the peak bytes of the loss in plain torch on the logits of separate rows."""
+        """Returns the peak bytes of the loss in plain torch, from the logits of a separate row for each response."""
         return self.separate_positions * self.vocab * _EAGER_BYTES[self.compute_bytes]
 
     def matrices(self, layers: Sequence[nn.Module]) -> list[Matrix]:
-        """Returns the matrices of ``mpo_ext.plan.matrices`` of several layers."""
+        """Returns the weight matrices of the layers."""
         per_token = getattr(_text_config(self.model), "num_experts_per_tok", None)
         return [matrix for layer in layers for matrix in matrices(layer, per_token)]
 
@@ -216,11 +219,14 @@ class MemoryEstimate:
         return total
 
     def bytes_moved_per_position(self, layer: nn.Module, *, has_rotary: bool = True) -> int:
-        """Returns the bytes per token position that a layer reads and writes in a forward, besides attention.
+        """Returns the bytes per token position that a layer reads and writes in a forward pass, without attention.
 
-        Counted are the operations of transformers' models without a compiler: an RMS norm takes 7 passes over its
-        elements (a layer norm 2), rotary embedding 10 over queries and keys, the activation and the gate 5 over the
-        inner width of the MLP, and the two residual additions 6 over the hidden size.
+        The counts are those of transformers' models without torch.compile:
+
+        - An RMS norm: 7 passes over its elements. A layer norm: 2 passes.
+        - Rotary embedding: 10 passes over queries and keys.
+        - Activation and gate of the MLP: 5 passes over its inner features.
+        - Both residual additions: 6 passes over the hidden states.
         """
         total = 0
         for matrix in self.matrices([layer]):
@@ -243,7 +249,7 @@ class MemoryEstimate:
         return sum(whole)
 
     def _weights(self) -> int:
-        """Returns the bytes of the parameters. With QLoRA, linear layers of the language model are quantized."""
+        """Returns the bytes of the parameters. With QLoRA, the language model's linear layers are quantized."""
         lora = self.recipe.model.lora
         if lora is None or lora.quantization is None:
             return sum(map(_bytes, self.model.parameters()))
@@ -291,7 +297,10 @@ class MemoryEstimate:
         return size, formula
 
     def _gathered(self) -> int:
-        """Returns the bytes that FSDP2 gathers at a time: two layers, and all parameters outside the layers."""
+        """Returns the bytes of parameters that FSDP2 holds unsharded at a time.
+
+        These are the parameters of two layers, and all parameters outside the layers.
+        """
         sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in (*self.decoder, *self.vision)]
         inside = {id(parameter) for layer in (*self.decoder, *self.vision) for parameter in layer.parameters()}
         outside = sum(parameter.numel() for parameter in self.model.parameters() if id(parameter) not in inside)
@@ -302,18 +311,21 @@ class MemoryEstimate:
 
 
 def has_split_attention(model: nn.Module) -> bool:
-    """Returns whether the decoder of a prepared model has split attention (``mpo_ext.train.split_attention``)."""
+    """Returns whether the model's decoder uses split attention (``mpo_ext.train.split_attention``)."""
     return is_split(getattr(decoder_config(unwrap_model(model)), "_attn_implementation", None))
 
 
 def longest_pair(recipe: Recipe, model: nn.Module) -> int:
-    """Returns the assumed length of prompt and response: ``data.max_length``, or the model's limit if that is less."""
+    """Returns the assumed number of tokens of a prompt and a response.
+
+    The number is ``data.max_length``, or the model's maximum number of positions if that is smaller.
+    """
     tokens = recipe.data.max_length or ASSUMED_LENGTH
     return min(tokens, getattr(_text_config(model), "max_position_embeddings", None) or tokens)
 
 
 def meta_model(recipe: ModelRecipe) -> nn.Module:
-    """Returns the model on the meta device, prepared as the trainer prepares it."""
+    """Returns the model on the meta device, with the adapters and frozen parts that the trainer would give it."""
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -340,7 +352,10 @@ def meta_model(recipe: ModelRecipe) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Returns the layers of the decoder and of the vision tower: the outermost module lists with linear layers."""
+    """Returns the layers of the decoder and the layers of the vision tower.
+
+    Layers are the modules in the outermost module lists that have linear layers.
+    """
     inner = unwrap_model(model)
     vision_roots = tuple(f"{name}." for name, _ in models.modules_of(inner, "vision_tower"))
     lists: dict[str, list[nn.Module]] = {}
@@ -355,7 +370,7 @@ def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def _width(layer: nn.Module) -> int:
-    """Returns the hidden size of a layer: the width of its first norm, or of the input of its first linear layer."""
+    """Returns the hidden size of a layer: the size of its first norm, or the input size of its first linear layer."""
     for module in layer.modules():
         weight = getattr(module, "weight", None)
         if type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
@@ -364,7 +379,7 @@ def _width(layer: nn.Module) -> int:
 
 
 def _patches_per_image(config: Any) -> int | None:
-    """Returns the number of vision tower patches that attend to each other; None if the config does not say."""
+    """Returns the number of patches per image in the vision tower, or None if the config does not state it."""
     vision = getattr(config, "vision_config", None)
     image, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if image is None or patch is None:
@@ -375,7 +390,7 @@ def _patches_per_image(config: Any) -> int | None:
 
 
 def _patches_per_token(config: Any) -> int:
-    """Returns the number of vision tower patches per image token of the prompt."""
+    """Returns the number of the vision tower's patches per image token of the prompt."""
     vision = getattr(config, "vision_config", None)
     merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None)
     if merge is None and (ratio := getattr(config, "downsample_ratio", None)):

@@ -1,4 +1,7 @@
-"""Plans a run without weights: builds the model on the meta device and counts the lines of the data."""
+"""Plans a training run without loading weights.
+
+The model is built on the meta device, and the lines of the data are counted.
+"""
 
 import dataclasses
 import math
@@ -21,7 +24,7 @@ _FEW_STEPS = 30  # the margin shows no trend in fewer steps
 
 
 def plan(recipe: Recipe, *, world: int = 1) -> Plan:
-    """Returns the plan of a run of ``world`` processes. Weights and images are not read.
+    """Returns the plan of a training run with ``world`` processes. Weights and images are not read.
 
     Raises:
         OSError: If the model's config or a file of pairs cannot be read.
@@ -82,7 +85,7 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
 
 
 def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
-    """Returns why prompts are repeated for each response (layout "separate"), or None if they are shared."""
+    """Returns the reason why the responses of a pair cannot share their prompt in one row, or None if they can."""
     if not recipe.loss.shared_prefix:
         return "loss.shared_prefix is false"
     attention = recipe.model.attention
@@ -126,7 +129,7 @@ def _sync_notes(recipe: Recipe, memory: Sequence[Memory]) -> Iterator[str]:
 
 
 def _variants(estimate: MemoryEstimate) -> Iterator[Variant]:
-    """Yields the unchanged run, runs with one changed setting each, and TRL's trainer."""
+    """Yields the planned run, variants of this run with one changed setting each, and TRL's trainer."""
     recipe, loss, kind = estimate.recipe, estimate.recipe.loss, estimate.recipe.reference_kind
     yield _variant(estimate, "this recipe")
     if kind is not None:

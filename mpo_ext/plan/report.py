@@ -1,4 +1,4 @@
-"""The tables and the advice that ``mpo-ext plan`` and ``mpo-ext train --dry-run`` print."""
+"""The tables and advice that ``mpo-ext plan`` and ``mpo-ext train --dry-run`` print."""
 
 import dataclasses
 import math
@@ -36,12 +36,12 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The plan of a run. ``str(plan)`` returns all tables as text.
+    """The plan of a training run. ``str(plan)`` returns all tables as text.
 
     Attributes:
         model_class: Name of the model's class.
-        parameters: Number of parameters, adapters included; tied parameters count once.
-        active: Number of parameters that a token uses, that is, without the experts that are not active for a token.
+        parameters: Number of parameters, including adapters. Tied parameters count once.
+        active: Number of parameters that process a token. Experts that are not active for the token do not count.
         trainable: Number of parameters that the run trains.
         steps_per_epoch: Number of optimizer steps per epoch, before pairs are skipped.
         warmup_steps: Number of steps in which the learning rate rises.
@@ -51,10 +51,10 @@ class Plan:
         layout: Layout of the batches, "shared" or "separate", from the model's config and code. The trainer verifies
             "shared" on the first pairs.
         tokens: Assumed number of tokens of a prompt plus a response (see docs/train.md).
-        positions: Number of decoder positions of a micro-batch whose pairs all have this length.
+        positions: Number of decoder positions of a micro-batch if all of its pairs have ``tokens`` tokens.
         memory: Parts of a rank's memory.
         other_activations: Number of bytes of the activations with the opposite setting of gradient checkpointing.
-        eager_loss: Peak bytes of the same loss in plain torch, on the logits of separate rows.
+        eager_loss: Peak bytes of the same loss in plain torch, from the logits of a separate row for each response.
         cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.steps``.
         cost_step: Shape of a rank's step in which all pairs have the assumed length, for ``mpo_ext.plan.steps``.
         variants: The unchanged run, followed by runs with changed settings.
@@ -110,7 +110,7 @@ class Plan:
         return step_cost(trainer, self.cost_model, dataclasses.replace(self.cost_step, **changes), machine)
 
     def times(self, machine: Machine) -> list[tuple[str, ...]]:
-        """Returns the rows of the table of predicted times: this recipe, followed by its variants."""
+        """Returns the rows of the table of predicted times: the planned run, followed by its variants."""
         costs = [self.predict(variant.trainer, machine, **variant.changes) for variant in self.variants]
         first = costs[0]
         rows: list[tuple[str, ...]] = []
@@ -123,7 +123,7 @@ class Plan:
         return rows
 
     def advice(self, machine: Machine) -> Iterator[str]:
-        """Yields sentences that advise settings for the machine, based on the predicted times and memory."""
+        """Yields sentences that recommend settings for the machine, based on predicted times and memory."""
         if self.cost_model.head_learns:
             for variant in self.variants:
                 if variant.name.startswith("loss.recompute") and variant.bytes is not None:
@@ -213,7 +213,7 @@ class Plan:
 
 
 def print_plan(plan: Plan) -> None:
-    """Prints a plan as rich tables on a terminal, otherwise as text."""
+    """Prints a plan: as rich tables on a terminal, otherwise as plain text."""
     if not sys.stdout.isatty():
         print(plan)
         return
@@ -234,7 +234,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def print_times(plan: Plan, machine: Machine) -> None:
-    """Prints the predicted times on a machine, and the advice."""
+    """Prints the predicted times on a machine, followed by the advice."""
     article = "an" if machine.name[0] in "AH" else "a"  # an A100, an H200
     print(
         f"\nTime of a step on {article} {machine.name}, PREDICTED ({machine.source}; communication and data left out)"

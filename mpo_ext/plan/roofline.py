@@ -1,8 +1,8 @@
 """Predicts the time and the memory of a loss from a few rates of a machine, such as FLOP per second (a roofline).
 
-A method is a way to compute the loss, described as a list of stages (``mpo_ext.plan.machines``). This module measures
-nothing, and no rate is fitted to a method. ``mpo_ext.plan.steps`` adds the layers of the model. docs/performance.md
-compares the predictions with measurements on a CPU. Predictions for GPUs have not been compared with measurements.
+A method is a way to compute the loss. It is described as a list of stages (``mpo_ext.plan.machines``). No rate is
+fitted to a method. ``mpo_ext.plan.steps`` adds the layers of the model. docs/performance.md compares the predictions
+with measurements on a CPU. Predictions for GPUs have not been compared with measurements.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Cost:
 
     Attributes:
         seconds: Total seconds of all stages.
-        memory: Peak bytes. The cost of a loss excludes its inputs and includes gradients; the cost of a step includes
-            parameters and optimizer state.
+        memory: Peak bytes. For a loss, gradients are included, and inputs are not. For a step, parameters and
+            optimizer state are included.
         parts: Seconds of each stage.
     """
 
@@ -45,7 +45,7 @@ class LossShape:
         pairs: Number of pairs, B; there are 2 B sequences.
         tokens: Number of tokens of each sequence, T.
         vocab: Size of the vocabulary, V.
-        hidden: Size of the hidden states, D; None if the loss starts from logits.
+        hidden: Size of the hidden states, D; None if the inputs of the loss are logits.
         share: Fraction of the rows (token positions) that have a label.
         dtype: Dtype of the logits, or of hidden states and head.
         matmul_dtype: Dtype of the inputs of mpo_ext's matmuls on a CPU; None: ``dtype``.
@@ -80,14 +80,14 @@ class LossShape:
 
     @property
     def hidden_size(self) -> int:
-        """Size of the hidden states, D; raises ``ValueError`` if the loss starts from logits."""
+        """Size of the hidden states, D; raises ``ValueError`` if the inputs of the loss are logits."""
         if self.hidden is None:
             raise ValueError("hidden must be given for a loss from hidden states, got None")
         return self.hidden
 
     @property
     def size(self) -> int:
-        """Number of bytes of one element of the logits, or of hidden states and head."""
+        """Bytes of an element of ``dtype``."""
         return SIZES[self.dtype]
 
 
@@ -130,9 +130,10 @@ def _logits_compiled(loss: LossShape, machine: Machine) -> Parts:
 
 
 def head_products(loss: LossShape, rows: int, count: float, name: str, dtype: str) -> Stage:
-    """Returns the stage of ``count`` matrix products among ``rows`` hidden states, the head, and their gradients.
+    """Returns a stage of ``count`` matrix products, each of ``rows * vocab * hidden_size`` multiplications.
 
-    Each product reads the head or writes a tensor of the head's size. ``dtype`` is that of the inputs.
+    Such products compute the logits from the head, and the gradients from the logits. Each product reads the head or
+    writes a tensor of the head's size. ``dtype`` is the dtype of the inputs.
     """
     flop = 2.0 * count * rows * loss.vocab * loss.hidden_size
     moved = count * SIZES[dtype] * loss.vocab * loss.hidden_size
@@ -144,7 +145,7 @@ def loss_gradients(loss: LossShape, *, has_head: bool = True) -> float:
 
 
 def _kept_width(loss: LossShape, machine: Machine) -> int:
-    """Returns the bytes of a logit that forward keeps: 2 for a float16 copy, otherwise those of a logit in a tile."""
+    """Returns the bytes of a kept logit: 2 for bfloat16 inputs, otherwise the size of a logit in a tile."""
     product = loss.dtype if loss.matmul_dtype is None else loss.matmul_dtype
     width = 4 if machine.is_gpu or product == "float32" else loss.size
     return 2 if loss.dtype == "bfloat16" else width
@@ -192,8 +193,8 @@ class GpuTiles:
     Attributes:
         rows: Number of labelled rows of a tile.
         columns: Number of columns of a tile.
-        chunks: Number of tiles over the rows.
-        slices: Number of tiles over the vocabulary.
+        chunks: Number of tiles that cover all labelled rows.
+        slices: Number of tiles that cover the vocabulary.
         bytes: Bytes of a tile and the tensors computed from it.
     """
 
@@ -205,7 +206,10 @@ class GpuTiles:
 
     @classmethod
     def of(cls, loss: LossShape, machine: Machine, *, keeps_logits: bool) -> GpuTiles:
-        """Returns the tiles of a loss with the default memory budget. ``keeps_logits`` means ``recompute=False``."""
+        """Returns the tiles of a loss with the default memory budget.
+
+        ``keeps_logits`` is True for ``recompute=False``.
+        """
         budget, rows = gpu_memory_budget(machine.memory), max(loss.labelled, 1)
         is_half, keeps_half = loss.size < 4, keeps_logits and loss.dtype == "bfloat16"
         # A float32 tile, unless forward keeps it, and its half-precision gradient, unless backward has no tile.
@@ -225,11 +229,13 @@ _TILE_LAUNCHES = {"recompute": 2 + 4, "keep": 7 + 4, "frozen": 4}
 
 
 def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = False, has_head: bool = True) -> Parts:
-    """Returns the cost of ``linear_mpo_loss`` on a GPU.
+    """Returns the stages and the peak bytes of ``linear_mpo_loss`` on a GPU.
 
-    A tile does not fit the cache: a product writes it in float32, kernels read it and write its gradient in the dtype
-    of the inputs, and the next products read this gradient. Each tile except the first of a row also reads and writes
-    the float32 gradient of the hidden states.
+    ``keeps_logits`` is True for ``recompute=False``. ``has_head`` is False for a frozen head.
+
+    Tiles do not fit the cache, so their memory traffic counts. A product writes a tile in float32. Kernels read it and
+    write its gradient in the dtype of the inputs. The next products read this gradient. Each slice of the vocabulary
+    after the first also reads and writes the float32 gradient of the hidden states.
     """
     tiles = GpuTiles.of(loss, machine, keeps_logits=keeps_logits)
     logits, hidden = loss.labelled * loss.vocab, loss.labelled * loss.hidden_size
@@ -267,7 +273,10 @@ def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = Fa
 
 
 def _wave_flop(loss: LossShape, tiles: GpuTiles, machine: Machine, name: str) -> float:
-    """Returns the FLOP of a product over all tiles, plus those that idle multiprocessors could have computed."""
+    """Returns the FLOP of a product over all tiles, including the FLOP that idle multiprocessors could have done.
+
+    ``name`` is "forward", "d hidden" or "d weight".
+    """
     labelled, vocab, hidden = loss.labelled, loss.vocab, loss.hidden_size
     if not machine.multiprocessors:
         return 2.0 * labelled * vocab * hidden
@@ -288,14 +297,14 @@ def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, con
         rows: Number of labelled rows (token positions).
         vocab: Size of the vocabulary.
         budget: The argument ``memory_budget`` of ``linear_mpo_loss``, in bytes.
-        is_half: Whether matmuls have half-precision inputs, which add the gradient of a tile.
-        converted: Number of bytes of a copy of the head in the dtype of the matmuls.
+        is_half: Whether the inputs of matmuls are half precision. The gradient of a tile is then a separate tensor.
+        converted: Bytes of a copy of the head in the dtype of the matmuls.
     """
     return min(budget, (6 if is_half else 4) * rows * vocab + converted)
 
 
 def _linear_of_logits(of_logits: _Method) -> _Method:
-    """Returns a method that computes the logits of all rows and passes them to the method ``of_logits``."""
+    """Returns a method that computes the logits of all rows, and then the loss with the method ``of_logits``."""
 
     def method(loss: LossShape, machine: Machine) -> Parts:
         stages, memory = of_logits(loss, machine)

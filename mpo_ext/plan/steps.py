@@ -1,7 +1,7 @@
 """Predicts the time and the memory of a training step: layers, attention, loss, reference, gradient norm, AdamW.
 
-The layers of the decoder are three stages: matrix products, attention, and passes over memory. Experts are a fourth.
-Communication between devices and the preparation of the data are left out.
+The decoder layers have three stages: matrix products, attention, and passes over memory. Experts are a fourth stage.
+Communication between devices and data loading are not included.
 """
 
 import dataclasses
@@ -35,19 +35,19 @@ class ModelShape:
         trainable: Number of parameters that are trained.
         decoder: Number of weights in the decoder's linear layers, without the output head and experts.
         experts: Number of weights in the experts of all mixture-of-experts layers.
-        expert_share: Fraction of the experts through which a token passes.
+        expert_share: Fraction of the experts' weights that process a token.
         expert_width: Smallest size of an expert's matrices.
         layers: Number of decoder layers.
         width: Hidden size of the decoder, D.
         vocab: Size of the vocabulary, V.
         heads: Number of attention heads of the decoder.
-        kept: Number of bytes of activations per position that the decoder's layers keep for backward.
-        moved: Number of bytes per position that the decoder's layers read and write in a forward, besides attention.
+        kept: Bytes of activations per position that the decoder's layers keep for backward.
+        moved: Bytes per position that the decoder's layers read and write in a forward pass, without attention.
         vision: Number of weights in the linear layers of vision tower and projector; 0 without a vision tower.
         vision_layers: Number of layers of the vision tower.
         vision_width: Hidden size of the vision tower.
-        vision_kept: Number of bytes of activations per patch that the vision tower keeps for backward.
-        vision_moved: Number of bytes per patch that the vision tower reads and writes in a forward.
+        vision_kept: Bytes of activations per patch that the vision tower keeps for backward.
+        vision_moved: Bytes per patch that the vision tower reads and writes in a forward pass.
         vision_learns: Whether the vision tower is trained.
         head_learns: Whether the head's weight is trained.
         dtype: Dtype of the parameters.
@@ -79,7 +79,7 @@ class ModelShape:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
-    """Shape of one device's optimizer step.
+    """Shape of an optimizer step on one device.
 
     Attributes:
         prompt: Number of tokens of a prompt, image tokens included.
@@ -93,7 +93,7 @@ class StepShape:
         precomputed: Whether the reference log-probs are computed before training.
         has_reference: Whether the loss needs a reference model.
         shards: Number of devices over which parameters, gradients and optimizer state are sharded.
-        has_eager_attention: Whether the decoder computes attention with plain torch operations, without a kernel.
+        has_eager_attention: Whether the decoder computes attention with plain torch operations instead of a kernel.
     """
 
     prompt: int
@@ -115,7 +115,7 @@ Rows = Literal["split", "masked", "separate"]
 
 
 class StepMethod(NamedTuple):
-    """A trainer and its settings."""
+    """A trainer's method of computing the loss, and its layout of sequences."""
 
     method: str  # method of the loss, a key of roofline.LINEAR
     rows: Rows  # how the responses of a pair lie in sequence rows
@@ -139,7 +139,7 @@ STEPS = {
 
 
 class _Positions(NamedTuple):
-    """The sequence rows of a micro-batch."""
+    """The numbers of rows, tokens per row and attention scores of a micro-batch."""
 
     rows: int  # number of rows
     row: int  # number of tokens of a row
@@ -167,7 +167,7 @@ def _positions(step: StepShape, rows: Rows) -> _Positions:
 
 
 class _Layers:
-    """Stages of a micro-batch in the layers of the decoder and of the vision tower."""
+    """Computes the stages of a micro-batch in the layers of the decoder and the vision tower."""
 
     def __init__(self, model: ModelShape, step: StepShape, rows: Rows) -> None:
         self.model, self.step = model, step
@@ -177,9 +177,10 @@ class _Layers:
     def stages(self, name: str, forwards: int, *, with_backward: bool, of_vision: bool) -> Iterator[Stage]:
         """Yields the stages of ``forwards`` forward passes and, with ``with_backward``, of one backward pass.
 
-        A backward has two matrix products for each product of a forward, and moves twice the bytes. An attention
-        kernel has two products in forward and five in backward, which computes the scores again. ``of_vision`` tells
-        whether the vision tower has a backward. The name of each stage ends in ``name``.
+        A backward pass has two matrix products for each product of a forward pass, and moves twice the bytes. An
+        attention kernel has two products in forward and five in backward. The name of each stage ends in ``name``.
+        ``of_vision``: whether the backward pass includes the vision tower. If not, the vision tower has one forward
+        pass only.
         """
         model, positions = self.model, self.positions
         times = forwards + 2 * with_backward
@@ -228,7 +229,7 @@ class _Layers:
         return Stage(name=name, dtype=model.compute, attention=flop, attention_kind=positions.kind)
 
     def kept(self) -> float:
-        """Returns the bytes of activations that decoder and vision tower keep for backward."""
+        """Returns the bytes of activations that the decoder and the vision tower keep for backward."""
         model, positions = self.model, self.positions
         wide = SIZES[model.compute]
         kept: float = model.kept * positions.all
@@ -244,7 +245,7 @@ class _Layers:
 
 
 def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine) -> Cost:
-    """Returns the predicted cost of an optimizer step on the machine; ``trainer`` is a key of ``STEPS``."""
+    """Returns the predicted cost of an optimizer step on a machine. ``trainer`` is a key of ``STEPS``."""
     check_choice("trainer", trainer, STEPS)
     settings = STEPS[trainer]
     layers = _Layers(model, step, settings.rows)
@@ -288,7 +289,7 @@ def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine
 
 
 def _logits_of_all(loss: LossShape, positions: int, machine: Machine) -> Parts:
-    """Returns the stages and the peak bytes of ``mpo_loss`` if the model computes the logits of all positions."""
+    """Returns the stages and the peak bytes of ``mpo_loss`` for a model that computes the logits of all positions."""
     stages, _ = logits_ours(loss, machine)
     every, grads = loss.size * positions * loss.vocab, loss_gradients(loss)
     products = head_products(loss, positions, 3, "matrix products", loss.dtype)

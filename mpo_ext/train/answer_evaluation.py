@@ -1,6 +1,6 @@
-"""The evaluation by generation during training (``output.eval_generate``): the policy answers questions.
+"""Evaluates the policy during training by its generated answers to questions (``output.eval_generate``).
 
-Prompts, matchers and scores are those of ``mpo_ext.evaluate``.
+Prompts, matchers and scores are the same as in ``mpo_ext.evaluate``.
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ class AnswerEvaluation:
     because each forward pass needs all ranks.
 
     Args:
-        recipe: Recipe of the run, with ``output.eval_generate``.
+        recipe: Recipe of the run; its setting ``output.eval_generate`` must not be None.
         accelerator: The ``accelerate.Accelerator`` of the run.
         model: Policy, as ``accelerator.prepare`` returned it.
-        processor: Its processor, or the tokenizer of a text model.
+        processor: Processor of the policy, or the tokenizer of a text model.
         date: Date that the chat template may print in prompts.
 
     Raises:
@@ -70,9 +70,9 @@ class AnswerEvaluation:
         self._engine.inference_mode = not self._in_step
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Returns the scores of the policy, and writes its answers to ``answers/step-STEP.jsonl``.
+        """Asks all questions, writes the answers to ``answers/step-STEP.jsonl`` and returns the metrics.
 
-        The training state is the same before and after the call (``preserved``). All ranks must call this method.
+        The call does not change the state of training. All ranks must call this method.
 
         Raises:
             RuntimeError: If the generation fails on a rank.
@@ -98,7 +98,7 @@ class AnswerEvaluation:
         return answer_metrics([score for score, _ in whole])
 
     def _ask(self) -> Iterator[tuple[QuestionScore, dict[str, Any]]]:
-        """Asks the questions of this rank. Yields the score of each, and its line for the file of answers."""
+        """Asks this rank's questions. Yields the score of each question, and its JSON object for the answers file."""
         accelerator, evaluation = self._accelerator, self._evaluation
         rank, world_size = (0, 1) if self._in_step else (accelerator.process_index, accelerator.num_processes)
         ours = itertools.islice(self.questions.source.items(), rank, None, world_size)
@@ -145,10 +145,10 @@ def open_eval_questions(settings: GenerationRecipe) -> QuestionFile:
 def shards_parameters(accelerator: Any, path: str) -> bool:
     """Returns whether each rank holds only a part of the parameters (FSDP2, ZeRO-3).
 
-    Each forward pass then gathers parameters from all ranks, so all ranks must make the same forward passes.
+    With such a model, all ranks must run the same forward passes. ``path`` is the file of questions, for the message.
 
     Raises:
-        ValueError: If the model is sharded in another way, which does not support generation.
+        ValueError: If the model is sharded in another way (such as FSDP 1), which does not support generation.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind == "DEEPSPEED":
@@ -164,10 +164,10 @@ def shards_parameters(accelerator: Any, path: str) -> bool:
 
 
 def answer_metrics(scores: Sequence[QuestionScore]) -> dict[str, float]:
-    """Returns the metrics of an evaluation by generation.
+    """Returns the metrics of an evaluation by generation from the scores of its questions.
 
-    ``answer_accuracy`` is NaN if no question could be asked. Its standard error is left out for fewer than two
-    questions.
+    ``answer_accuracy`` is NaN if no question could be asked. ``answer_standard_error`` is left out if fewer than two
+    questions could be asked.
     """
     answered = [score for score in scores if score.problem is None]
     accuracy, error = mean_and_error([score.accuracy for score in answered])

@@ -25,16 +25,18 @@ class Batch:
     """A batch of B pairs, on the CPU until ``to`` moves it.
 
     Attributes:
-        layout: "shared": a sequence row is ``[prompt | chosen | rejected]``. Pairs with the same prompt share a row,
-            ``[prompt | chosen | rejected | chosen | rejected ...]``. A rejected response with other images follows a
-            separate prompt. "packed": the rows of "shared" are joined to a single row without padding; this needs
-            split attention. "masked": the rows of "shared" with a dense attention mask ("shared" itself uses this mask
-            only without split attention). "separate": a sequence row is ``[prompt | response]``. The chosen rows come
-            first, and images are stored once for both rows of a pair.
-        inputs: Keyword arguments of the model except attention masks: ``input_ids`` ``[R, L]`` (R sequence rows of L
+        layout: Arrangement of the sequence rows. "separate": each row is ``[prompt | response]``. The rows of the
+            chosen responses come first, and images are stored once for both rows of a pair. "shared": each row is
+            ``[prompt | chosen | rejected]``. Pairs with the same prompt share a row, ``[prompt | chosen | rejected |
+            chosen | rejected ...]``. If a rejected response has other images than the chosen response, its prompt has
+            a separate row. "packed": the rows of "shared", joined to a single row without padding. The model must
+            support split attention (``use_split_attention``). "masked": the rows of "shared", always with a dense
+            attention mask. "shared" uses this mask only if the model does not support split attention.
+        inputs: Keyword arguments of the model, without attention masks: ``input_ids`` ``[R, L]`` (R sequence rows of L
             tokens), ``position_ids`` if the layout needs them, other inputs per token, ``pixel_values`` ...
         segments: ``[R, L]`` int32: 0 for a prompt, 1, 2, ... for the responses to this prompt, -1 for padding.
-        index: ``[N]`` int64: for each label, the token position that predicts it, in the flattened rows ``[R * L]``.
+        index: ``[N]`` int64: for each label, the index of the token position that predicts it, in the flattened rows
+            ``[R * L]``.
         labels: ``[N]`` int64, the tokens of the B chosen responses, followed by the tokens of the B rejected
             responses; -100 for the tokens of user turns. An empty response has one label, -100, because the loss
             functions need at least one token position per sequence.
@@ -42,12 +44,14 @@ class Batch:
         names: File and line number of each pair, for messages.
         keys: ``Sample.key`` of each pair.
         digests: ``Sample.digest`` of each pair.
-        copies: Number of sequence rows per prompt: 2 in the layout "separate" with rejected responses, if no rejected
-            response has other images; otherwise 1.
-        segment_lengths: For each prompt of each row, the number of tokens of the prompt and of each response that is
-            not empty; ``()`` for an empty prompt. Only the layout "packed" has several prompts in a row.
-        image_blocks: For each prompt of each row, the start and the end (exclusive) of each run of prompt tokens with
-            type 1 in ``token_type_ids``; empty without this input.
+        copies: 2 if all prompts go through the model twice with the same images, once for each response of a pair
+            (layout "separate"); otherwise 1.
+        segment_lengths: For each row and each prompt in it, a tuple: the number of tokens of the prompt, followed by
+            the numbers of tokens of its non-empty responses. ``()`` for an empty prompt. Only the layout "packed" has
+            several prompts in a row.
+        image_blocks: For each row and each prompt in it, a tuple of ``(start, end)`` for the runs of image tokens, as
+            token indices in the prompt, with ``end`` exclusive. Image tokens have type 1 in ``token_type_ids``.
+            Empty if no prompt has this input.
     """
 
     layout: RowLayout
@@ -64,7 +68,10 @@ class Batch:
     image_blocks: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
 
     def with_merged_responses(self) -> "Batch":
-        """Returns a batch in which all responses to a prompt are one segment, so that they attend to each other."""
+        """Returns a copy of the batch in which the responses to a prompt are one segment and attend to each other.
+
+        ``check_shared_prefix`` uses the copy to measure the effect of a broken mask.
+        """
         lengths = tuple(
             tuple((prompt[0], sum(prompt[1:])) if len(prompt) > 1 else prompt for prompt in row)
             for row in self.segment_lengths
@@ -107,24 +114,23 @@ class Batch:
 
     @property
     def projected_rows(self) -> int:
-        """Number of labelled token positions, for which ``linear_mpo_loss`` computes logits."""
+        """Number of labels that are not -100. ``linear_mpo_loss`` computes logits only for these labels."""
         return int((self.labels != _IGNORE_INDEX).sum())
 
     @property
     def tokens(self) -> int:
-        """Number of token positions without padding. After ``to`` moved the batch to a GPU, reading it waits."""
+        """Number of tokens, without padding. If the batch is on a GPU, reading this property waits for the GPU."""
         return int((self.segments >= 0).sum())
 
     @property
     def routed_tokens(self) -> int:
-        """Number of tokens over which the auxiliary loss of routers is averaged; see ``is_routed``."""
+        """Number of tokens that count in the auxiliary loss of mixture-of-experts routers; see ``is_routed``."""
         return sum(sum(lengths) for row in self.segment_lengths for lengths in row if len(lengths) > 1)
 
     def is_routed(self) -> Tensor:
-        """Returns which token positions the auxiliary loss of routers counts: ``[R * L]`` bool, on the CPU.
+        """Returns which tokens count in the auxiliary loss of mixture-of-experts routers: ``[R * L]`` bool on the CPU.
 
-        These are the tokens of the prompts that have a response, and of their responses. Padding, dummy batches and
-        the prompt of ``blank`` (an argument of ``collate``) do not count.
+        A prompt and its responses count if at least one of these responses is not empty. Padding does not count.
         """
         rows, length = self.segments.shape
         is_routed = torch.zeros(rows, length, dtype=torch.bool)
@@ -138,7 +144,7 @@ class Batch:
 
 
 class _PlacedPrompt(NamedTuple):
-    """The prompt of a sample and its place in the sequence rows."""
+    """The prompt of a sample, with its sequence row and the position of its first token in the row."""
 
     number: int  # index of the prompt in _RowPlan.prompts
     sample: Sample
@@ -159,7 +165,7 @@ class _PlacedPrompt(NamedTuple):
 
 
 class _PlacedResponse(NamedTuple):
-    """A response and its place in the sequence row of its prompt."""
+    """A response, with its prompt and the position of its first token in the prompt's sequence row."""
 
     prompt: _PlacedPrompt
     start: int  # position of the first token in the row
@@ -183,12 +189,13 @@ class _PlacedResponse(NamedTuple):
 
 
 class _RowPlan(NamedTuple):
-    """The places of prompts and responses in the sequence rows of a batch.
+    """Assigns the prompts and responses of a batch to places in sequence rows.
 
     Attributes:
-        prompts: The prompts, ordered by row and by position in the row. Each prompt occurs ``copies`` times.
+        prompts: The prompts, ordered by row and by position in the row. If ``copies`` is 2, the second half of the
+            list repeats the prompts of the first half in other rows.
         responses: The B chosen responses, followed by the B rejected responses.
-        copies: Number of sequence rows per prompt.
+        copies: Number of times that each prompt occurs in ``prompts``.
     """
 
     prompts: list[_PlacedPrompt]
@@ -197,7 +204,7 @@ class _RowPlan(NamedTuple):
 
     @property
     def owners(self) -> list[Sample]:
-        """The samples that provide the prompts and their images, without the repetitions for ``copies``."""
+        """The samples whose prompts are in ``prompts``. A prompt that occurs twice (``copies``) counts once."""
         return [prompt.sample for prompt in self.prompts[: len(self.prompts) // self.copies]]
 
     @property
@@ -211,7 +218,7 @@ class _RowPlan(NamedTuple):
         return ends
 
     def segment_lengths(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Returns ``Batch.segment_lengths``."""
+        """Returns the value of ``Batch.segment_lengths`` for this plan."""
         sizes = [{0: len(prompt.ids)} for prompt in self.prompts]
         for response in self.responses:
             if len(response.ids):
@@ -219,7 +226,7 @@ class _RowPlan(NamedTuple):
         return self.by_row([tuple(size for _, size in sorted(segments.items()) if size) for segments in sizes])
 
     def by_row(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """Returns ``values``, one for each prompt, grouped into a tuple for each row."""
+        """Groups ``values``, one for each prompt, by sequence row. Returns one tuple for each row."""
         rows: list[list[Any]] = [[] for _ in self.ends]
         for prompt, value in zip(self.prompts, values, strict=True):
             rows[prompt.row].append(value)
@@ -245,11 +252,12 @@ def collate(
         layout: "packed", "shared", "masked" or "separate"; see ``Batch``.
         pad_id: Token id that fills shorter rows on the right. Attention never reads it, but the model must be able to
             embed it, and it must not be the id of an image token.
-        with_rejected: Whether rejected responses go through the model; False: they are treated as empty.
-        positions: Function that returns the position ids of a sample's prompt: the result of
-            ``prompt_positions(model)``. None: tokens are numbered from 0.
-        blank: A sample with images. Its prompt is added, without labels, to a batch that has no images. A model that
-            is sharded over ranks needs this, because all ranks must run its vision tower. None: no additional prompt.
+        with_rejected: Whether rejected responses are included; False: they are treated as empty.
+        positions: Function that returns the position ids of a sample's prompt, made by ``prompt_positions(model)``.
+            None: prompt tokens are numbered from 0.
+        blank: A sample with images. If the batch has no images, the prompt of this sample is added without labels. A
+            model that is sharded over ranks needs this, because all ranks must run its vision tower. None: no prompt
+            is added.
 
     Raises:
         TypeError: If token ids are not int64.
@@ -296,7 +304,7 @@ def collate(
 
 
 def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor | None]]:
-    """Returns ``(ids, targets)`` of the chosen and of the rejected response (empty without ``with_rejected``)."""
+    """Returns token ids and targets of both responses. If ``with_rejected`` is False, the rejected one is empty."""
     chosen = (sample.chosen_ids, sample.chosen_targets)
     return [
         chosen,
@@ -305,7 +313,7 @@ def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor
 
 
 def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
-    """Returns a plan with a row for each response and each blank sample. The chosen rows come first."""
+    """Returns a plan with a row for each response (chosen first) and for the prompt of each sample in ``blanks``."""
     owners = [*samples, *blanks]
     copies = 2 if with_rejected else 1
     rows_of = owners * copies
@@ -322,7 +330,7 @@ def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejecte
 
 
 def _plan_shared(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
-    """Returns a plan with a row for each prompt, which all responses to the prompt follow."""
+    """Returns a plan with a row for each prompt and its responses, and for the prompt of each sample in ``blanks``."""
     prompts: dict[str, _PlacedPrompt] = {}
     ends: list[int] = []
     segment_counts: list[int] = []
@@ -345,7 +353,7 @@ def _plan_shared(samples: Sequence[Sample], blanks: list[Sample], with_rejected:
 
 
 def _packed(plan: _RowPlan) -> _RowPlan:
-    """Returns a plan in which the rows of another plan lie in a single row, one after the other."""
+    """Returns a plan that puts all rows of ``plan`` into a single row, one after the other."""
     starts = [0, *accumulate(plan.ends)]
     prompts = [prompt._replace(row=0, start=starts[prompt.row]) for prompt in plan.prompts]
     responses = [
@@ -356,7 +364,7 @@ def _packed(plan: _RowPlan) -> _RowPlan:
 
 
 def _fill_rows(plan: _RowPlan, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Returns the token ids and the segments of all rows, ``[R, L]`` each."""
+    """Returns the token ids (int64) and ``Batch.segments`` (int32), ``[R, L]`` each."""
     shape = (len(plan.ends), max(1, *plan.ends))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     segments = torch.full(shape, -1, dtype=torch.int32)
@@ -370,7 +378,7 @@ def _fill_rows(plan: _RowPlan, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _label_rows(responses: Sequence[_PlacedResponse], length: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Returns ``Batch.index``, ``Batch.labels`` and the number of labels per response."""
+    """Returns ``Batch.index``, ``Batch.labels`` and the label count per response, for rows of ``length`` tokens."""
     index, labels = [], []
     for response in responses:
         places = torch.arange(len(response.ids) or 1) + response.start - 1
@@ -407,10 +415,10 @@ def _check_same_prompt(first: Sample, second: Sample) -> None:
 
 
 def _positions(values: Sequence[Tensor], plan: _RowPlan, rows: int, length: int) -> Tensor:
-    """Returns the position ids of all rows, ``[A, R, L]`` int64, with A axes (several for multimodal RoPE).
+    """Returns the position ids of all rows, ``[A, R, L]`` int64. A is 1, or larger for multimodal RoPE.
 
-    ``values`` are the position ids ``[A, P]`` of the prompts of ``plan.owners``. Each response is numbered from the
-    largest position of its prompt plus 1.
+    ``values`` holds the position ids ``[A, P]`` of the prompt of each sample in ``plan.owners``. The positions of a
+    response start at the largest position of its prompt plus 1.
     """
     positions = torch.zeros(values[0].shape[0], rows, length, dtype=torch.int64)
     firsts = []
@@ -426,9 +434,9 @@ def _positions(values: Sequence[Tensor], plan: _RowPlan, rows: int, length: int)
 
 
 def _token_inputs(prompts: Sequence[_PlacedPrompt], rows: int, length: int) -> dict[str, Tensor]:
-    """Returns the other inputs per token by name, ``[R, L]`` each.
+    """Returns the additional per-token inputs of the model, such as ``token_type_ids``, by name: ``[R, L]`` each.
 
-    The values are 0 for responses, padding, and prompts without these inputs.
+    The values are 0 for responses, for padding, and for prompts that lack the input.
     """
     inputs: dict[str, Tensor] = {}
     for prompt in prompts:
@@ -445,7 +453,7 @@ def _image_blocks(sample: Sample) -> tuple[tuple[int, int], ...]:
 
 
 def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:
-    """Returns the image inputs by name, concatenated over all prompts that have images, and the same for videos."""
+    """Returns the image and video inputs by name, concatenated over the samples that have images or videos."""
     joined: dict[str, Tensor] = {}
     for is_video in (False, True):
         parts = [
@@ -466,14 +474,14 @@ def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def _is_of_video(name: str) -> bool:
-    """Returns whether an input belongs to videos; the samples of a batch may have images, videos or both."""
+    """Returns whether an input with this name belongs to videos rather than images."""
     return "video" in name or name == "second_per_grid_ts"
 
 
 def _padded_cat(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the tensors joined along the first axis. Zeros pad each other axis to its largest size in the tensors.
+    """Concatenates tensors along the first axis. All other axes are padded with zeros to the largest size.
 
-    ``name`` is the name of the input in messages.
+    ``name`` is the name of the input, for error messages.
     """
     axes, dtypes = {tensor.ndim for tensor in tensors}, {tensor.dtype for tensor in tensors}
     if len(axes) > 1 or len(dtypes) > 1 or 0 in axes:

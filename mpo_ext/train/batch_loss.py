@@ -1,4 +1,4 @@
-"""The loss of a micro-batch. It is weighted such that the losses of all micro-batches add up to the step's loss."""
+"""Computes the loss of a micro-batch. The losses of all micro-batches of a step add up to the loss of the step."""
 
 import contextlib
 import dataclasses
@@ -33,10 +33,10 @@ class BatchLoss:
         recipe: Settings of the loss.
         accelerator: The ``accelerate.Accelerator`` of the run.
         reference: Source of the log-probs of the reference model; None if the loss needs no reference.
-        routers: Auxiliary loss of the policy's routers; None if the run has none.
+        routers: Auxiliary loss of the policy's mixture-of-experts routers; None: no such loss.
 
     Attributes:
-        first_batch: Check that is called with each micro-batch; None: no check.
+        first_batch: Check of the micro-batches, which the trainer sets for the first step only. None: no check.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class BatchLoss:
 
     @property
     def router_coef(self) -> float:
-        """Weight of the auxiliary loss of the routers; 0 if the run has none."""
+        """Weight of the auxiliary router loss in the loss of a step; 0 if the run has no such loss."""
         return 0.0 if self.routers is None else self.routers.coef
 
     def __call__(
@@ -60,8 +60,8 @@ class BatchLoss:
             batch: Micro-batch of B pairs.
             config: Weights of the loss terms for this micro-batch.
             reward_shift: Reward shift of the run.
-            router_weight: Weight of the auxiliary loss of the routers for this micro-batch. If it is positive, the
-                loss includes this term, ``stats["router_aux_loss"]`` is its unweighted value, and
+            router_weight: Weight of the auxiliary router loss for this micro-batch. If the weight is positive, the
+                returned loss includes this term. ``stats["router_aux_loss"]`` is then the unweighted term, and
                 ``stats["routed_tokens"]`` the number of tokens over which it is averaged.
         """
         batch = batch.to(self.accelerator.device)
@@ -107,13 +107,15 @@ class BatchLoss:
 
 
 def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, world_size: int) -> MPOConfig | None:
-    """Returns the loss settings of a micro-batch: each term's weight is scaled by the micro-batch's share of the step.
+    """Returns the loss settings for a micro-batch, with scaled weights of the loss terms.
 
-    The weights have the factor ``world_size``, because accelerate averages gradients over the ranks.
+    Each weight is multiplied by the micro-batch's fraction of the step, such as its fraction of the step's pairs. The
+    setting ``loss.average_over`` defines the fraction. Each weight is also multiplied by ``world_size``, because
+    accelerate averages gradients over the ranks.
 
     Args:
         recipe: The recipe of the run.
-        counts: Sizes of the micro-batch; None for a dummy batch.
+        counts: Sizes of the micro-batch; None for a dummy batch (``RunData.dummy_batch``).
         size: Size of the step over all ranks.
         world_size: Number of ranks.
 
@@ -142,12 +144,18 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
 
 
 def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size: StepSize, world_size: int) -> float:
-    """Returns the weight of the auxiliary loss of the routers for a micro-batch; 0 for a dummy batch.
+    """Returns the weight of the auxiliary router loss for a micro-batch.
 
-    ``coef``, the weight of this loss in the step, is scaled by the micro-batch's share of the routed tokens of the
-    step. If all micro-batches used the experts equally often, the step would have the gradient of one large batch.
-    With ``average_over="micro_batch"``, the share is that of the other terms. The other arguments are those of
-    ``weighted_config``.
+    The weight is ``coef * world_size`` times the micro-batch's fraction of the step. With ``average_over="step"``,
+    this is its fraction of the step's routed tokens. With ``average_over="micro_batch"``, it is the fraction that
+    ``weighted_config`` uses for the DPO and BCO terms.
+
+    Args:
+        recipe: The recipe of the run.
+        coef: Weight of the router loss in the loss of a step.
+        counts: Sizes of the micro-batch; None for a dummy batch (``RunData.dummy_batch``), whose weight is 0.
+        size: Size of the step over all ranks.
+        world_size: Number of ranks.
     """
     if counts is None:
         return 0.0
@@ -161,9 +169,15 @@ def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size:
 
 
 def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, counts: BatchCounts) -> MPOOutput:
-    """Returns the output of a loss with its next-token loss averaged as the recipe says, for the log.
+    """Returns ``out`` with its ``ntp_loss`` averaged over tokens or sequences, as ``recipe.ntp_average`` says.
 
-    ``used`` are the settings with which the loss was computed; they may average the next-token loss in another way.
+    The log shows this value.
+
+    Args:
+        out: Output of the loss for a micro-batch.
+        used: Settings with which ``out`` was computed. Their ``ntp_average`` may differ from that of ``recipe``.
+        recipe: Loss settings of the recipe.
+        counts: Sizes of the micro-batch.
     """
     if used.ntp_average == recipe.ntp_average:
         return out
@@ -171,7 +185,7 @@ def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, cou
 
 
 def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, config: MPOConfig) -> MPOOutput:
-    """Returns the loss ``dpo_weight * mean(preference loss) + ntp_weight * next-token loss`` from log-probs.
+    """Computes the loss ``dpo_weight * mean(preference loss) + ntp_weight * next-token loss`` from log-probs.
 
     Args:
         name: Key of ``mpo_ext.loss.preference.LOSSES``.
@@ -228,7 +242,7 @@ def _micro_batch_setting(recipe: Recipe) -> str:
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, recipe: Recipe, step: int) -> Iterator[None]:
-    """Adds the sizes of ``batch`` and advice to an out-of-memory error that the ``with`` block raises.
+    """Adds the sizes of ``batch`` and advice to the message of an out-of-memory error raised in the ``with`` block.
 
     ``step`` is the number of the step in the message, counted from 1.
     """

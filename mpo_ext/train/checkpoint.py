@@ -44,8 +44,8 @@ class Checkpoints:
     Args:
         folder: Folder of the checkpoints; the first save creates the folder.
         keep_last: Number of newest checkpoints to keep, at least 1.
-        keep_best: Whether to keep the checkpoint with the best score, too; scores of earlier processes count.
-        higher_is_better: Whether the highest score is the best; otherwise the lowest.
+        keep_best: Whether to also keep the checkpoint with the best score.
+        higher_is_better: True: the highest score is the best. False: the lowest score is the best.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Checkpoints:
     ) -> Path:
         """Writes a checkpoint, deletes old checkpoints and returns the new folder. All ranks must call this method.
 
-        A checkpoint holds trainable parameters and persistent buffers of the model, state and settings of the
-        optimizer, the loss scaler's state, ``state``, and each rank's random states (Python, NumPy, torch, CUDA).
-        Saving changes none of them. A checkpoint of the same step is replaced.
+        A checkpoint holds the model's trainable parameters and persistent buffers, the optimizer's state and settings,
+        the loss scaler's state, ``state``, and each rank's random states (Python, NumPy, torch, CUDA). An existing
+        checkpoint of the same step is replaced.
 
         Under DeepSpeed, the DeepSpeed engine writes the tensors.
 
@@ -135,7 +135,8 @@ class Checkpoints:
 
         Raises:
             CheckpointError: If files differ from the manifest in size or digest, the checkpoint belongs to another
-                model, optimizer or precision, or reading fails. Only a failed read may leave the run partly restored.
+                model, optimizer or precision, or reading fails. If reading fails, the run may be partly restored;
+                after the other errors it is unchanged.
         """
         path = Path(path)
         with together(accelerator):
@@ -150,7 +151,7 @@ class Checkpoints:
         return state
 
     def state(self, accelerator: Any, path: Path) -> dict[str, Any]:
-        """Returns the ``state`` that a checkpoint was saved with. All ranks must call this method."""
+        """Returns the ``state`` that was given to ``save`` for this checkpoint. All ranks must call this method."""
         with together(accelerator):
             manifest = Manifest.read(Path(path))
         self._check_contents(accelerator, manifest, Path(path))
@@ -176,7 +177,7 @@ class Checkpoints:
     def resolve(self, accelerator: Any, resume: str) -> Path | None:
         """Returns the checkpoint that ``OutputRecipe.resume`` selects, or None for a new run.
 
-        All ranks must call this method. The files of the checkpoint are read and compared with their digests.
+        All ranks must call this method. It reads the files of the checkpoint and compares them with their digests.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
@@ -185,7 +186,8 @@ class Checkpoints:
 
         Raises:
             FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
-            CheckpointError: If ``resume`` is a path without an intact checkpoint, or "auto" and all are damaged.
+            CheckpointError: If ``resume`` is "auto", the folder has checkpoints, and all of them are damaged.
+            ValueError: If ``resume`` is a path without an intact checkpoint.
         """
         if resume == "auto":
             complete = self._complete()
@@ -219,7 +221,10 @@ class Checkpoints:
         return Path(resume)
 
     def _check_contents(self, accelerator: Any, manifest: Manifest, path: Path) -> None:
-        """Raises ``CheckpointError`` if a file differs from its digest. A process checks each checkpoint once."""
+        """Raises ``CheckpointError`` if a file of a checkpoint differs from its recorded digest.
+
+        A checkpoint that has passed this check is not checked again.
+        """
         if path not in self._checked:
             manifest.check_contents(accelerator, path)
             self._checked.add(path)
@@ -251,7 +256,10 @@ class Checkpoints:
         score: float | None,
         digests: Iterable[dict[str, str]],
     ) -> None:
-        """Writes the manifest and renames the folder, which makes the checkpoint visible."""
+        """Writes the manifest into ``partial`` and renames this folder to ``path``, which completes the checkpoint.
+
+        ``digests`` holds the results of ``file_digests`` on the ranks.
+        """
         number = max((manifest.number for manifest, _ in self._complete()), default=0) + 1
         world_size, files = accelerator.num_processes, file_sizes(partial)
         merged = {name: digest for part in digests for name, digest in part.items()}
@@ -272,7 +280,7 @@ class Checkpoints:
         )
 
     def _delete_old(self) -> None:
-        """Deletes old checkpoints; a failed deletion is only logged because it only costs disk space."""
+        """Deletes checkpoints that ``keep_last`` and ``keep_best`` do not keep. Logs a warning if a deletion fails."""
         complete = [path for _, path in self._complete()]
         kept_paths = {*complete[-self.keep_last :], *([self.best()] if self.keep_best else [])}
         for path in complete:

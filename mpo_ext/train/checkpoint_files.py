@@ -98,7 +98,7 @@ class Manifest:
         write_and_sync(folder / _MANIFEST, text.encode())
 
     def check_contents(self, accelerator: Any, folder: Path) -> None:
-        """Raises ``CheckpointError`` on all ranks if a file has another digest than the manifest states.
+        """Raises ``CheckpointError`` on all ranks if the SHA-256 of a file differs from the manifest.
 
         All ranks must call this method.
         """
@@ -115,7 +115,7 @@ def _digest_of(values: Any) -> str:
 
 
 def file_digests(accelerator: Any, folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Returns the SHA-256 of each file that this rank reads, by name. Each rank reads a part of the files."""
+    """Returns the SHA-256 of this rank's part of the files, by name. The files are divided among the ranks."""
     return {
         name: _file_digest(folder / name) for name in names[accelerator.process_index :: accelerator.num_processes]
     }
@@ -155,7 +155,7 @@ def together(accelerator: Any) -> Iterator[None]:
 
 
 def _error_texts(error: BaseException, accelerator: Any) -> list[str]:
-    """Returns a text for each error in an exception. A ``CheckpointException`` holds the errors of several ranks."""
+    """Returns the messages of an exception: one for each failed rank of a ``CheckpointException``, otherwise one."""
     if isinstance(error, CheckpointException):
         failures = {rank: inner for rank, (inner, _) in error.failures.items()}
     else:
@@ -168,7 +168,7 @@ def _error_texts(error: BaseException, accelerator: Any) -> list[str]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Returns a temporary path in the folder of ``path``, the same on all ranks. All ranks must call this function."""
+    """Returns a new temporary path beside ``path``, the same on all ranks. All ranks must call this function."""
     from accelerate.utils import broadcast_object_list
 
     return _beside(path, "tmp", broadcast_object_list([secrets.token_hex(6)])[0])
@@ -179,9 +179,10 @@ def _beside(path: Path, kind: str, token: str) -> Path:
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
-    """Cleans up after a killed process: removes its temporary folders, and restores a folder that it was replacing.
+    """Deletes the temporary folders that a killed process left in ``folder``.
 
-    ``names`` is the pattern of the final names. Temporary folders with other final names are kept.
+    If the process was killed while it replaced a folder, the old folder gets its name back. ``names`` is a pattern of
+    final names; temporary folders with other final names are kept.
     """
     for path in list(folder.iterdir()):
         leftover = LEFTOVER.fullmatch(path.name)
@@ -195,9 +196,9 @@ def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
 
 
 def move_into_place(partial: Path, path: Path) -> None:
-    """Renames the complete and synced folder ``partial`` to ``path``, and deletes the folder that had this name.
+    """Renames the folder ``partial`` to ``path``, and deletes the folder that had the name ``path`` before.
 
-    If the process is killed before the end, ``remove_leftovers`` cleans up.
+    ``partial`` must be complete and synced to disk. After a killed call, ``remove_leftovers`` cleans up.
     """
     old = _beside(path, "replaced", secrets.token_hex(6))
     replaces = path.exists()
@@ -210,7 +211,7 @@ def move_into_place(partial: Path, path: Path) -> None:
 
 
 def delete_folder(path: Path) -> None:
-    """Deletes a folder after renaming it, so that its name disappears in one step."""
+    """Renames a folder to a temporary name and then deletes it, so that no half-deleted folder has the old name."""
     doomed = _beside(path, "deleted", secrets.token_hex(6))
     os.rename(path, doomed)
     shutil.rmtree(doomed)
@@ -219,7 +220,7 @@ def delete_folder(path: Path) -> None:
 def to_bytes(value: Any) -> bytes:
     """Returns the bytes that ``torch.save`` writes for a value.
 
-    The caller writes them to disk, because ``torch.save`` to a file hides the ``OSError`` of a full disk.
+    ``torch.save`` to a file hides the ``OSError`` of a full disk, so callers write these bytes to the file themselves.
     """
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -234,7 +235,7 @@ def free_mib(folder: Path) -> int:
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Returns a text for messages: the first few names in order, and the number of further names."""
+    """Returns a text that lists the first few names in sorted order and counts the other names."""
     ordered = sorted(names)
     more = f" and {len(ordered) - _LISTED_NAMES} more" if len(ordered) > _LISTED_NAMES else ""
     return ", ".join(ordered[:_LISTED_NAMES]) + more

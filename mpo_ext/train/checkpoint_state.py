@@ -1,9 +1,10 @@
 """The contents of a checkpoint: tensors, optimizer, loss scaler and random states.
 
-Tensors are stored by name in the format of torch.distributed.checkpoint, which is the same for one process, DDP and
-FSDP2, so a run may resume with another number of ranks. This module collects the tensors itself because
-``torch.distributed.checkpoint.state_dict`` steps an optimizer without state, requires state for parameters that never
-had a gradient, and saves a frozen head under its second name if embeddings are tied.
+Tensors are stored by name in the format of torch.distributed.checkpoint. The format is the same for one process, DDP
+and FSDP2, so a run may resume with another number of ranks.
+
+This module does not use ``torch.distributed.checkpoint.state_dict``. Its functions step an optimizer that has no state
+yet, and require optimizer state for every parameter.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 def save_state(
     accelerator: Any, folder: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None = None
 ) -> None:
-    """Writes the state of model, optimizer, loss scaler, random generators and reference into a folder.
+    """Writes the state of model, optimizer, loss scaler, random generators and reference model into a folder.
 
     All ranks must call this function. Raises ``CheckpointError`` if any rank fails.
     """
@@ -65,9 +66,10 @@ def save_state(
 
 
 class StateReader:
-    """Checks a checkpoint against the models and optimizer of a run and restores them. All ranks must take part.
+    """Compares a checkpoint with the model and optimizer of a run, and restores them from the checkpoint.
 
-    ``manifest`` is the manifest of ``folder``. ``Checkpoints.load`` describes the other arguments and the errors.
+    All ranks must call each method. ``manifest`` is the manifest of ``folder``. ``Checkpoints.load`` describes the
+    other arguments and the errors.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class StateReader:
         _check_scaler(accelerator, self.scaler, folder)
 
     def restore(self) -> None:
-        """Restores model, optimizer, loss scaler and reference in place, bit for bit."""
+        """Restores model, optimizer, loss scaler and reference model in place, bit for bit."""
         if self.deepspeed:
             _load_deepspeed(self.model, self.folder, self.reference)
             return
@@ -121,7 +123,7 @@ class StateReader:
             self.accelerator.scaler.load_state_dict(self.scaler)
 
     def restore_random_state(self) -> None:
-        """Restores this rank's random states; only logs a warning if the number of ranks has changed."""
+        """Restores this rank's random states. If the number of ranks has changed, logs a warning instead."""
         if self.world_size == self.accelerator.num_processes:
             state = torch.load(self.folder / _random_name(self.accelerator), weights_only=True)
             restore_random_state(self.accelerator, state)
@@ -131,7 +133,7 @@ class StateReader:
 
 
 class _TensorWriter(dcp.FileSystemWriter):
-    """A file writer that raises the ``OSError`` of a full disk. torch's writer hides it behind a ``RuntimeError``."""
+    """Writes tensors like ``dcp.FileSystemWriter``, but raises ``OSError`` on a full disk, not ``RuntimeError``."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
@@ -144,14 +146,20 @@ class _TensorWriter(dcp.FileSystemWriter):
 
 
 def unwrapped(accelerator: Any, model: nn.Module) -> Any:
-    """Returns the model without the wrappers of ``accelerator.prepare`` and torch.compile; rejects FSDP 1."""
+    """Returns the model without the wrappers of ``accelerator.prepare`` and torch.compile.
+
+    Raises ``CheckpointError`` for FSDP 1.
+    """
     if accelerator.distributed_type == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
         raise CheckpointError("fsdp_version must be 2, got 1: checkpoints cannot hold its flattened parameters")
     return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 def _model_tensors(accelerator: Any, model: nn.Module, reference: nn.Module | None) -> dict[str, Tensor]:
-    """Returns by name the tensors of model and reference to save; loading writes into the same tensors."""
+    """Returns by name the tensors that a checkpoint stores of the model and the reference model.
+
+    The tensors share memory with the models, so loading a checkpoint into them changes the models.
+    """
     tensors = {
         f"model.{name}": parameter.detach()
         for name, parameter in _named_parameters(accelerator, model).items()
@@ -166,7 +174,7 @@ def _model_tensors(accelerator: Any, model: nn.Module, reference: nn.Module | No
 
 
 def _named_parameters(accelerator: Any, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns all parameters by name without wrapper prefixes; a tied parameter has the first of its names."""
+    """Returns all parameters by name, without wrapper prefixes. A tied parameter occurs once, under its first name."""
     inner = unwrapped(accelerator, model)
     reshard(inner)
     return {_plain_name(name): parameter for name, parameter in inner.named_parameters()}
@@ -185,7 +193,7 @@ def _named_buffers(accelerator: Any, model: nn.Module) -> Iterator[tuple[str, Te
 
 
 def _plain_name(name: str) -> str:
-    """Returns a name without the prefixes of torch.compile and activation checkpointing."""
+    """Returns a parameter name without the prefixes that torch.compile and activation checkpointing add."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
@@ -194,7 +202,10 @@ def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _names_in_groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
-    """Returns the parameter names of each group; raises ``CheckpointError`` for a parameter outside the model."""
+    """Returns the parameter names of each group of the optimizer.
+
+    Raises ``CheckpointError`` if the optimizer has a parameter that is not in ``parameters``.
+    """
     names = {id(parameter): name for name, parameter in parameters.items()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -208,9 +219,9 @@ def _names_in_groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, 
 def _optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> Iterator[tuple[str, nn.Parameter, Any]]:
-    """Yields name, parameter and value of each entry of the optimizer's state.
+    """Yields ``("optimizer.NAME.KEY", parameter, value)`` for each entry of the optimizer's state.
 
-    A parameter that never had a gradient has no state.
+    NAME is the name of the parameter and KEY the key of the entry, such as ``exp_avg``.
     """
     for group, names in zip(optimizer.param_groups, _names_in_groups(optimizer, parameters), strict=True):
         for parameter, name in zip(group["params"], names, strict=True):
@@ -219,7 +230,7 @@ def _optimizer_state(
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Returns the tensors of the optimizer's state by name."""
+    """Returns the entries of the optimizer's state that are tensors, by name."""
     tensors = {}
     for name, parameter, value in _optimizer_state(optimizer, parameters):
         if not isinstance(value, Tensor):
@@ -234,7 +245,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
 
 
 def _optimizer_values(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """Returns the numbers and strings of the optimizer's state by name."""
+    """Returns the entries of the optimizer's state that are not tensors (numbers, strings or None), by name."""
     values = {}
     for name, _, value in _optimizer_state(optimizer, parameters):
         if isinstance(value, Tensor):
@@ -246,7 +257,10 @@ def _optimizer_values(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 
 
 def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns empty tensors to load the saved optimizer state into, sharded like the current parameters."""
+    """Returns uninitialized tensors for the saved optimizer state, by name, sharded like ``parameters``.
+
+    ``saved`` is the metadata of the saved tensors.
+    """
     tensors: dict[str, Tensor] = {}
     for full_name, entry in saved.items():
         name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
@@ -263,7 +277,10 @@ def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapp
 def _matched_groups(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Returns the saved groups in the optimizer's order; raises ``CheckpointError`` if the parameters differ."""
+    """Returns the saved parameter groups ``groups`` in the order of the optimizer's groups.
+
+    Raises ``CheckpointError`` if the parameters of the saved groups and of the optimizer's groups differ.
+    """
     names_now = _names_in_groups(optimizer, parameters)
     by_names = {frozenset(group["params"]): group for group in groups}
     if len(names_now) != len(groups) or any(frozenset(names) not in by_names for names in names_now):
@@ -283,7 +300,7 @@ def _load_optimizer(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
 ) -> None:
-    """Replaces the group settings and the whole state of the optimizer."""
+    """Replaces the settings of the parameter groups and the whole state of the optimizer by saved values."""
     numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
     state: dict[int, dict[str, Any]] = {}
     for full_name, value in (*tensors.items(), *values.items()):
@@ -302,7 +319,10 @@ def _load_optimizer(
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], path: Path) -> None:
-    """Raises ``CheckpointError`` unless the saved tensors have the names, shapes and dtypes of ``tensors``."""
+    """Raises ``CheckpointError`` if the saved tensors have other names, shapes or dtypes than ``tensors``.
+
+    ``saved`` is the metadata of the saved tensors.
+    """
     missing, unknown = tensors.keys() - saved.keys(), saved.keys() - tensors.keys()
     if missing or unknown:
         raise CheckpointError(
@@ -368,7 +388,7 @@ def restore_random_state(accelerator: Any, state: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _without_warning() -> Iterator[None]:
-    """Suppresses torch's warning about running in a single process."""
+    """Suppresses torch's warning that torch.distributed is disabled, during the ``with`` block."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

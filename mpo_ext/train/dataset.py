@@ -1,7 +1,7 @@
 """Reads, encodes and batches the pairs of a run: ``StepDataset`` gives each rank its slice of each optimizer step.
 
-The pairs of a step depend only on the seed and the step number (``StepSampler``), so a run resumes without any state
-of the data. Each rank splits its slice into micro-batches by length.
+The pairs of a step depend only on the seed and the step number (``StepSampler``), so a run resumes without a stored
+position in the data. Each rank splits its slice into micro-batches by length.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.train.batch import Batch, RowLayout, collate
 from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, Sample, SkippedPair
-from mpo_ext.train.mixture import Mixture, stored_lines
+from mpo_ext.train.mixture import Mixture, root_advice, stored_lines
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.sampler import StepSampler, micro_batches, token_micro_batches
@@ -29,7 +29,7 @@ NO_PAIR = ""  # digest of a dummy sample
 
 
 class BatchCounts(NamedTuple):
-    """The numbers over which the terms of the loss are averaged, for a micro-batch or a step."""
+    """Numbers of pairs, tokens and responses in a micro-batch or a step, by which loss sums are divided."""
 
     pairs: int = 0
     chosen_tokens: int = 0
@@ -37,7 +37,7 @@ class BatchCounts(NamedTuple):
     routed_tokens: int = 0  # Batch.routed_tokens
 
     def ntp_parts(self, ntp_average: str) -> int:
-        """Returns the divisor of the next-token term: chosen tokens ("token"), or chosen responses ("sequence")."""
+        """Returns the divisor of the next-token loss: chosen tokens for "token", chosen responses for "sequence"."""
         return self.chosen_tokens if ntp_average == "token" else self.chosen_responses
 
 
@@ -53,7 +53,7 @@ class StepSlice:
         step: Step number, from 0.
         batches: The micro-batches.
         counts: Sizes of each micro-batch in ``batches``.
-        skipped: Pairs that were skipped, with the reason.
+        skipped: Skipped pairs; each object states its reason.
         n_cut: Number of pairs with a truncated response.
         n_split: Number of pairs with a response that was tokenized separately from the prompt.
         error: Error message of a bad pair that must end the run, or None.
@@ -83,9 +83,9 @@ class StepSize(NamedTuple):
 
 
 def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
-    """Returns the size of a step over all ranks. ``step_slice`` is the part of this rank.
+    """Returns the size of a step over all ranks. ``step_slice`` is this rank's part of the step.
 
-    If a slice has an error, all ranks raise ValueError. All ranks must call this function.
+    All ranks must call this function. If the part of any rank has an error, all ranks raise ``ValueError``.
     """
     ranks = gather(accelerator, (step_slice.error, _sum_counts(step_slice.counts), len(step_slice.batches)))
     if errors := [error for error, _, _ in ranks if error is not None]:
@@ -96,7 +96,7 @@ def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collator:
-    """Calls ``collate`` with the options of a run. The fields are arguments of ``collate``.
+    """Combines samples into a batch by calling ``collate``. The fields are the other arguments of ``collate``.
 
     Instances can be pickled, for DataLoader workers.
     """
@@ -116,7 +116,7 @@ class Collator:
 
 @dataclasses.dataclass(eq=False)
 class StepDataset(torch.utils.data.Dataset[StepSlice]):
-    """Reads, encodes and batches a rank's slice of each step. Item k is the slice of step k.
+    """Reads, encodes and batches the pairs of a rank. Item k is the ``StepSlice`` of step k.
 
     DataLoader workers run this class.
 
@@ -173,7 +173,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         return StepSlice(step, batches, counts, tuple(skipped), n_cut, n_split)
 
     def _split(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Returns the micro-batches of a slice, as positions in ``samples``."""
+        """Divides samples into micro-batches. Returns the indices in ``samples`` for each micro-batch."""
         prompts, keys = [len(sample.prompt_ids) for sample in samples], [sample.prompt_key for sample in samples]
         if self.micro_batch_tokens is None:
             lengths = [
@@ -193,20 +193,15 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         return token_micro_batches(prompts, responses, self.micro_batch_tokens, self.collator.layout, groups=keys)
 
     def _advice(self, index: int, result: BadLine | BadPairError) -> str:
-        """Returns advice on a bad pair: how to correct the path of a missing image, and how to skip bad pairs."""
+        """Returns advice on a bad pair: how to skip it or, for a missing image, how to correct the path."""
         skip = "data.skip_bad=true leaves such pairs out"
         if not isinstance(result, MissingImageError):
             return skip
-        source = self.mixture.sources[self.mixture.locate(index)[0]]
-        if source.path.endswith(".json"):
-            return f"root_map moves the folders of a meta file: {{path: {source.path}, root_map: ...}}; {skip}"
-        return (
-            "relative images start at the folder of their file; root names another folder, as in data.train="
-            f"{{path: {source.path}, root: .}}; mpo-ext data check finds all that are missing; {skip}"
-        )
+        source = self.mixture.open_source(self.mixture.locate(index)[0])
+        return f"{root_advice(source.path, source.root)}; mpo-ext data check finds all missing images; {skip}"
 
     def encode(self, index: int) -> Sample | SkippedPair | BadLine | BadPairError:
-        """Reads and encodes a pair of the mixture. Returns a sample, or the reason why the pair is skipped or bad."""
+        """Reads and encodes a pair of the mixture. Returns a sample, or an object that states why there is none."""
         pair, name = self.mixture.read(index)
         if isinstance(pair, BadLine):
             return pair
@@ -217,20 +212,23 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
 
 
 def _all_lines(lines: int, epoch: int) -> np.ndarray:
-    """Returns the indices of all lines of a mixture, each once; an ``epoch`` function for ``StepSampler``."""
+    """Returns the line indices from 0 to ``lines - 1``.
+
+    ``StepSampler`` calls the function with the number of an epoch; the result is the same for all epochs.
+    """
     return np.arange(lines)
 
 
 class RunData:
-    """Loads this rank's slices of a run's training and evaluation pairs.
+    """Loads this rank's part of all training pairs and evaluation pairs, step by step.
 
     Attributes:
-        encoder: Encoder from pairs to samples; may be replaced before the run.
+        encoder: Encodes pairs as samples; may be replaced before the run.
         mixture: Training pairs.
         sampler: Assigns the training pairs to steps and ranks.
         total_steps: Number of steps of the run.
         eval_mixture: Evaluation pairs, or None.
-        dummy: Sample for dummy batches; None before ``set_dummy``.
+        dummy: Sample from which ``dummy_batch`` makes its batch; None before the call of ``set_dummy``.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any, encoder: Encoder, collator: Collator) -> None:
@@ -254,30 +252,30 @@ class RunData:
         return [mixture for mixture in (self.mixture, self.eval_mixture) if mixture is not None]
 
     def first_pairs(self) -> Iterator[tuple[Pair, str]]:
-        """Yields the valid pairs in the order of the first epoch, each with its file and line number."""
+        """Yields the valid training pairs in the order of the first epoch, each with its file and line number."""
         for index in self.sampler.order(0):
             pair, name = self.mixture.read(int(index))
             if not isinstance(pair, BadLine):
                 yield pair, name
 
     def steps(self) -> StepDataset:
-        """Returns the dataset of this rank's training slices."""
+        """Returns the dataset of this rank's training pairs, with one item per step."""
         return self._dataset(self.mixture, self.sampler)
 
     def load_steps(self, first: int) -> Iterator[StepSlice]:
-        """Yields this rank's training slices from step ``first`` (counted from 0) to the last step."""
+        """Yields this rank's part of each training step, from step ``first`` (counted from 0) to the last step."""
         return self._load(self.steps(), range(first, self.total_steps))
 
     def load_evaluation(self) -> Iterator[StepSlice]:
-        """Yields the evaluation pairs of this rank, a slice per step. A step has as many pairs as a training step."""
+        """Yields this rank's part of the evaluation pairs, in steps of as many pairs as a training step."""
         assert self.eval_mixture is not None
         sampler = StepSampler(self.eval_mixture.epoch, batch_size=self.recipe.optim.batch_size)
         return self._load(self._dataset(self.eval_mixture, sampler), range(sampler.steps_per_epoch))
 
     def load_all_lines(self) -> Iterator[StepSlice]:
-        """Yields this rank's slices of all lines of all mixtures, each line once.
+        """Yields this rank's part of all training and evaluation lines, step by step. Each line occurs once.
 
-        Bad pairs are skipped here; the training steps report them.
+        Bad pairs are skipped, even if ``data.skip_bad`` is False.
         """
         for mixture in self.mixtures:
             epoch = functools.partial(_all_lines, len(mixture))
@@ -285,16 +283,16 @@ class RunData:
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields ``size.micro_steps`` micro-batches with their sizes, so that all ranks run the same number.
+        """Yields micro-batches with their sizes. All ranks get the same number of them, ``size.micro_steps``.
 
-        After the micro-batches of the slice come dummy batches, with None instead of sizes.
+        The micro-batches of ``step_slice`` come first. Dummy batches follow, with None instead of their sizes.
         """
         yield from zip(step_slice.batches, step_slice.counts, strict=True)
         for _ in range(size.micro_steps - len(step_slice.batches)):
             yield self.dummy_batch(), None
 
     def dummy_batch(self) -> Batch:
-        """Returns a batch without labels, for a rank that has fewer micro-batches than other ranks."""
+        """Returns a dummy batch, whose labels are all -100. A rank runs it if other ranks have more micro-batches."""
         assert self.dummy is not None
         return self.collator([self.dummy])
 
@@ -332,7 +330,7 @@ class RunData:
 
 
 def without_responses(sample: Sample) -> Sample:
-    """Returns the sample with two empty responses."""
+    """Returns a copy of the sample with two empty responses."""
     empty = sample.chosen_ids[:0]
     return dataclasses.replace(
         sample, chosen_ids=empty, rejected_ids=empty, chosen_targets=None, rejected_targets=None, rejected_prompt=None
@@ -340,29 +338,35 @@ def without_responses(sample: Sample) -> Sample:
 
 
 def check_lines(data: RunData, limit: int, say: Callable[[str], None]) -> None:
-    """Prints an overview of the training pairs, and checks the lines of all pairs. All ranks must call this function.
+    """Reads some lines of each source, prints an overview of the training sources, and reports errors.
+
+    An error is a line without a valid pair, or a missing image or video file. All ranks must call this function.
 
     Args:
         data: Data of the run.
-        limit: Maximum number of lines to read per source, spread evenly over the source.
+        limit: Maximum number of lines to read per source. The lines are spread evenly over the source.
         say: Function that prints a line.
 
     Raises:
-        LinesError: If a line has no valid pair and ``data.skip_bad`` is False.
+        LinesError: If a line that was read has an error and ``data.skip_bad`` is False.
     """
     problems: list[str] = []
     if data.accelerator.is_main_process:
-        overviews = [mixture.inspect(files=False, limit=limit) for mixture in data.mixtures]
+        overviews = [mixture.inspect(limit=limit) for mixture in data.mixtures]
         for overview in overviews[0]:
             say(str(overview))
         for overview in itertools.chain.from_iterable(overviews):
             problems += overview.examples
+            if overview.missing:
+                count = f"{overview.missing:,} of {overview.images:,} images and videos do not exist"
+                problems.append(f"{overview.path}: {count}: {root_advice(overview.path, overview.root)}")
+                say(problems[-1])
         for line in stored_lines(itertools.chain.from_iterable(overviews)):
             say(line)
     for texts in gather(data.accelerator, problems):
         if texts and not data.recipe.data.skip_bad:
             raise LinesError(
-                "the lines must hold pairs, but:\n  "
+                "the lines must hold pairs with existing images, but:\n  "
                 + "\n  ".join(dict.fromkeys(texts))
                 + "\ndata.skip_bad=true leaves such lines out"
             )

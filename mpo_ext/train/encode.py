@@ -40,7 +40,7 @@ class Sample:
     """An encoded pair.
 
     Attributes:
-        key: ``Pair.key()``.
+        key: Identifier of the pair, as returned by ``Pair.key()``.
         name: File and line number of the pair, for messages.
         prompt_key: Hash of the question and the media paths; see ``mpo_ext.train.encode.prompt_key``.
         prompt_ids: ``[P]`` int64, the tokens before the response, image tokens included.
@@ -55,8 +55,8 @@ class Sample:
         chosen_targets: ``[C]`` bool, False for the user's turns in a chosen response of several turns; None: all
             tokens are targets.
         rejected_targets: ``[R]`` bool, defined like ``chosen_targets`` for the rejected response.
-        rejected_prompt: A sample without responses: the prompt with the images of the rejected response. None: both
-            responses have the same prompt.
+        rejected_prompt: The prompt with the images of the rejected response, as a sample with empty responses. None:
+            both responses have the same images.
     """
 
     key: str
@@ -86,8 +86,8 @@ class SkippedPair:
 
     Attributes:
         name: File and line number of the pair.
-        reason: ``TOO_LONG``, ``NO_ROOM``, ``EQUAL`` or ``EQUAL_CUT``.
-        detail: The numbers of tokens, for messages.
+        reason: Text of the reason, one of the constants of this module, such as ``TOO_LONG``.
+        detail: Text with the numbers of tokens, for messages.
     """
 
     name: str
@@ -234,7 +234,10 @@ class Encoder:
         )
 
     def _rejected_prompt(self, pair: Pair, conversation: Conversation, name: str) -> Sample | None:
-        """Returns the prompt with ``pair.rejected_images`` as a sample without responses; None without such images."""
+        """Returns the prompt with ``pair.rejected_images``, as a sample without responses.
+
+        Returns None if both responses have the same images.
+        """
         if not pair.has_other_images:
             return None
         ids, token_inputs, image_inputs = self._prompt(
@@ -263,9 +266,9 @@ class Encoder:
     def _prompt(
         self, conversation: Conversation, name: str, field: str = "images"
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the prompt's token ids ``[P]``, its other per-token inputs ``[P]``, and its image inputs.
+        """Returns the prompt's token ids ``[P]``, its additional per-token inputs, and its image and video inputs.
 
-        ``field`` is the field of the pair that holds the images, for messages.
+        ``field`` is the name of the pair's field with the images, for error messages.
         """
         prompt, conversation = self.chat.prompt(conversation), expanded(conversation, self.processor)
         if not conversation.images and not conversation.videos:
@@ -297,13 +300,13 @@ class Encoder:
     def _check_media_tokens(
         self, ids: Tensor, inputs: Mapping[str, Tensor], conversation: Conversation, name: str
     ) -> None:
-        """Raises ``BadPairError`` if the prompt does not have the tokens that stand for its images and videos.
+        """Raises ``BadPairError`` if the prompt has too few or too many image or video tokens.
 
         Args:
             ids: Token ids of the prompt.
-            inputs: Image inputs of the prompt.
-            conversation: The conversation whose media the processor got.
-            name: Name of the pair, for the message.
+            inputs: Image and video inputs of the prompt.
+            conversation: Conversation with the images and videos of the prompt.
+            name: File and line number of the pair, for the message.
         """
         token = next((token for token in ids.tolist() if token in self._media_ids), None)
         if not conversation.images and not conversation.videos and token is not None:
@@ -331,7 +334,10 @@ class Encoder:
                 )
 
     def _expected_tokens(self, kind: str, inputs: Mapping[str, Tensor]) -> int | None:
-        """Returns the number of image or video tokens that the processor should write; None if its rule is unknown."""
+        """Returns how many tokens the prompt needs for the images or videos in ``inputs``; None if unknown.
+
+        ``kind`` is "image" or "video".
+        """
         grid = inputs.get(f"{kind}_grid_thw")
         merge = getattr(getattr(self.processor, f"{kind}_processor", None), "merge_size", None)
         if grid is not None and isinstance(merge, int):
@@ -345,9 +351,9 @@ class Encoder:
 
 
 def conversation_of(pair: Pair, name: str) -> Conversation:
-    """Returns the prompt of a pair: its question, or the turns of ``pair.source["messages"]``, and its tools.
+    """Returns the prompt of a pair as a conversation: question or ``pair.source["messages"]``, tools, and media.
 
-    ``name`` is the file and line number of the pair.
+    ``name`` is the file and line number of the pair. Raises ``BadPairError`` if messages or tools are invalid.
     """
     messages = pair.source.get("messages", ())
     if "messages" in pair.source and not (isinstance(messages, (list, tuple)) and messages):
@@ -363,14 +369,14 @@ def conversation_of(pair: Pair, name: str) -> Conversation:
 
 
 def _targets(response: EncodedResponse, room: int) -> Tensor | None:
-    """Returns for each of the first ``room`` tokens of a response whether it is a target; None if all tokens are."""
+    """Returns which of the first ``room`` tokens of a response are targets (bool); None if all tokens are targets."""
     return None if all(response.is_target) else torch.tensor(response.is_target[:room])
 
 
 def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
-    """Returns the id of the token that represents media of a kind ("image", "video" ...).
+    """Returns the id of the token that represents media of ``kind`` ("image", "video" ...), or None.
 
-    ``owner`` (a tokenizer or a processor) names the token in its attributes. If it names none, the result is None.
+    The id is read from the attributes of ``owner`` (a tokenizer or a processor), such as ``image_token_id``.
     """
     token_id = getattr(owner, f"{kind}_token_id", None)
     token = getattr(owner, f"{kind}_token", None)
@@ -380,7 +386,10 @@ def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
 
 
 def _open(load: Callable[[Any], Any], source: Any, place: str, name: str) -> Any:
-    """Returns an image or a video that ``load`` loads; ``place`` is its place in the pair, such as ``images[0]``."""
+    """Returns ``load(source)``, an image or a video. Raises ``BadPairError`` if the file cannot be read.
+
+    ``place`` is the place of the image or video in the pair, such as ``images[0]``; ``name`` is the name of the pair.
+    """
     try:
         return load(source)
     except ImportError:
@@ -396,13 +405,13 @@ def _open(load: Callable[[Any], Any], source: Any, place: str, name: str) -> Any
 
 
 def _media(conversation: Conversation) -> str:
-    """Returns the numbers of images and videos of a conversation as text."""
+    """Returns the numbers of images and videos of a conversation as a text, such as "2 images"."""
     counts = {"images": len(conversation.images), "videos": len(conversation.videos)}
     return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "0 images"
 
 
 def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Splits the processor's output for one sample. Returns the token ids, inputs per token, and image inputs."""
+    """Splits the processor's output for a prompt into token ids, per-token inputs, and image and video inputs."""
     for input_name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"the processor must return tensors, got {type(value).__name__} for {input_name!r}")

@@ -1,4 +1,4 @@
-"""The evaluations of a run: on the pairs of ``data.eval``, and by generation (``output.eval_generate``)."""
+"""The evaluations of a run: on the pairs of ``data.eval``, and by generated answers (``output.eval_generate``)."""
 
 import datetime
 from collections.abc import Callable, Mapping
@@ -26,9 +26,9 @@ _OF_ANSWERS = ("eval_answer", "eval_questions")  # beginnings of the names of th
 def evaluate(
     model: nn.Module, data: RunData, batch_loss: BatchLoss, reward_shift: RewardShift
 ) -> tuple[dict[str, float], PairCounts]:
-    """Returns the metrics over the evaluation pairs of all ranks, and the counts of this rank's skipped pairs.
+    """Computes the metrics on the evaluation pairs of all ranks.
 
-    All ranks must call this function.
+    All ranks must call this function. Returns the metrics, and the counts of this rank's skipped pairs.
     """
     config, coef, accelerator = batch_loss.recipe.config, batch_loss.router_coef, data.accelerator
     totals, pair_counts = Totals(accelerator.device), PairCounts()
@@ -70,18 +70,19 @@ def evaluate_if_due(
     *,
     is_end: bool,
 ) -> dict[str, float] | None:
-    """Runs the evaluations that are due after the current step and have not been done. All ranks must call this.
+    """Runs the evaluations that are due after the current step. All ranks must call this function.
 
     Args:
-        state: State of the run, which records the results.
+        state: State of the run, which records the results. Evaluations that it has recorded for this step do not run
+            again.
         output: Output of the run, which reports the results.
         data: Data of the run.
         evaluate_pairs: Function that returns the metrics on the evaluation pairs.
         answers: The evaluation by generation, or None.
-        is_end: Whether the run ends after this step, so that all its evaluations are due.
+        is_end: Whether the run ends after this step. All evaluations are then due.
 
     Returns:
-        The log line of all evaluations after this step, or None if none is due.
+        The log line with the results of all evaluations after this step, or None if no evaluation is due.
     """
     settings, step = data.recipe.output, state.step
     known = state.current_evaluation() or {}

@@ -1,4 +1,4 @@
-"""The export of the trained model in Hugging Face format, on request with merged LoRA adapters."""
+"""Exports the trained model in Hugging Face format, optionally with the LoRA adapters merged into it."""
 
 import copy
 import hashlib
@@ -33,10 +33,10 @@ from mpo_ext.train.zero import full_state_dict, is_deepspeed, is_partitioned, wi
 
 
 def with_chat_settings(processor: Any, settings: ModelRecipe) -> Any:
-    """Returns a processor whose chat template is that of the training run, with the run's variables as defaults.
+    """Returns a copy of the processor with the chat template and the template variables of the recipe.
 
-    Every program that loads the exported processor then makes the same prompts as training. If the recipe sets no
-    template and no variables, the processor itself is returned.
+    Programs that load the exported processor then make the same prompts as training. If the recipe sets neither a
+    template nor variables, ``processor`` itself is returned.
     """
     template = find_chat_template(processor, settings.chat_template)
     if template is None or not (settings.chat_template or settings.chat_template_kwargs):
@@ -49,10 +49,10 @@ def with_chat_settings(processor: Any, settings: ModelRecipe) -> Any:
 def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Path, *, merged: bool = False) -> None:
     """Writes the model in Hugging Face format for ``from_pretrained``. All ranks must call this function.
 
-    With LoRA the export contains the adapters and, with ``merged``, also the merged model in ``folder/merged``. To
-    merge, the main rank loads the base model again, in the dtype of training, and replaces quantized weights by their
-    dequantized values. This works under any sharding but needs memory for one more model. A base model without a name
-    or path is copied instead, unless it is sharded or quantized; see ``check_mergeable``.
+    With LoRA, the export contains the adapters. With ``merged``, it also contains the merged model, in
+    ``folder/merged``. To merge, the main rank loads the base model again, in the dtype of training, and replaces
+    quantized weights by their dequantized values. This needs memory for one more model. A base model without a name or
+    path is copied in memory instead; if it is sharded or quantized, it cannot be merged.
 
     Args:
         accelerator: accelerate's ``Accelerator``.
@@ -107,11 +107,11 @@ def mark_exported(accelerator: Any, folder: Path, checkpoint: Path | None) -> No
 
 
 def is_exported(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
-    """Returns whether all ranks see an export in ``folder`` that is the model of the checkpoint.
+    """Returns whether ``folder`` holds an export of the model of ``checkpoint``, as seen by all ranks.
 
-    All ranks must call this function. Exports are written atomically, so a config file implies a complete export. The
-    record of ``mark_exported`` identifies the checkpoint. A run of an earlier version of mpo_ext has no record; then
-    the times of the files decide.
+    All ranks must call this function. It compares the record of ``mark_exported`` with the checkpoint. Earlier
+    versions of mpo_ext wrote no record. Without a record, the result is True if the export is not older than the
+    checkpoint.
     """
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
     try:
@@ -133,7 +133,7 @@ def _manifest_digest(checkpoint: Path) -> str:
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Raises ``CheckpointError`` if ``export_model`` cannot merge the adapters of the prepared model."""
+    """Raises ``CheckpointError`` if ``export_model`` cannot merge the LoRA adapters of the model."""
     peft_model: Any = next(module for module in model.modules() if hasattr(module, "peft_config"))
     is_named = peft_model.peft_config[peft_model.active_adapter].base_model_name_or_path
     kind = "sharded" if _is_sharded(model) else "quantized" if any(quantized_layers(model)) else None
@@ -167,7 +167,7 @@ def _write_export(
 def _merge(inner: Any, base: Any, adapters: Path, state_dict: dict[str, Tensor] | None) -> Any:
     """Loads or copies the base model, merges the adapters into it and returns the merged model.
 
-    The base weights are those of training: 4-bit weights are dequantized.
+    4-bit base weights are replaced by their dequantized values.
     """
     from peft import PeftModel
 
@@ -183,7 +183,7 @@ def _merge(inner: Any, base: Any, adapters: Path, state_dict: dict[str, Tensor] 
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises ``CheckpointError`` unless the folder is new, empty or an earlier export."""
+    """Raises ``CheckpointError`` if the folder exists, is not empty, and is not an earlier export."""
     if not folder.exists():
         return
     entries = list(folder.iterdir()) if folder.is_dir() else []
@@ -194,7 +194,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _check_only_adapters(inner: Any) -> None:
-    """Raises ``CheckpointError`` if parameters are trained that peft does not export."""
+    """Raises ``CheckpointError`` if peft would not export one of the trainable parameters."""
     config = inner.peft_config[inner.active_adapter]
     lost = {
         name

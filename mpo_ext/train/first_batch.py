@@ -1,4 +1,4 @@
-"""The check of a run's first batch: ``mpo_ext.check_batch`` on the tokens and hidden states of the trainer."""
+"""Checks the first batch of a run for probable mistakes, with the checks of ``mpo_ext.check_batch``."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,14 +19,14 @@ _IGNORE_INDEX = MPOConfig().ignore_index
 
 
 class FirstBatchCheck:
-    """Checks the micro-batches of the first step.
+    """Checks the micro-batches of the first step for mistakes in the labels and the log-probs.
 
-    The range of the labels is checked in all micro-batches. In the first micro-batch, labels are also compared with
-    tokens, and log-probs with those of the reference if it is the starting state of the policy. ``BatchLoss`` calls
-    ``check``.
+    In each micro-batch, labels must be valid indices of the output head. In the first micro-batch, the labels are also
+    compared with the input tokens. If the reference is the starting state of the policy, the log-probs of policy and
+    reference are compared, too.
 
     Attributes:
-        findings: Probable mistakes of this rank.
+        findings: Probable mistakes that this rank has found.
     """
 
     def __init__(self, recipe: Recipe, processor: Any) -> None:
@@ -44,8 +44,8 @@ class FirstBatchCheck:
 
         Args:
             batch: The micro-batch.
-            output: Logits ``[N, V]`` or hidden states and head at the positions that predict the N labels.
-            ref_logp: ``[2B]`` summed log-probs under the reference, or None.
+            output: Logits ``[N, V]``, or hidden states and output head, for the N labels of the batch.
+            ref_logp: ``[2B]`` summed log-probs of the responses under the reference, or None.
         """
         vocab, logits_at = _logits_of(output)
         self._n_labels += batch.projected_rows
@@ -72,10 +72,10 @@ class FirstBatchCheck:
         self._is_first = False
 
     def report(self, accelerator: Any, say: Callable[[str], None]) -> None:
-        """Prints the findings of all ranks. All ranks must call this method.
+        """Prints the findings of all ranks as warnings. All ranks must call this method.
 
         Raises:
-            LinesError: If training would be meaningless: no label is trained, or a label is out of range.
+            LinesError: If all labels of the first step are -100, or a label is out of range.
         """
         ranks = gather(accelerator, (self.findings, self._n_labels, self._names))
         findings = dict.fromkeys(str(finding) for findings, *_ in ranks for finding in findings)
@@ -94,8 +94,8 @@ class FirstBatchCheck:
 def batch_sequences(batch: Batch, vocab: int, logits_at: Callable[[Tensor], Tensor]) -> Iterable[BatchSequence]:
     """Yields the B chosen and then the B rejected sequences ``[prompt | response]`` of a batch.
 
-    The labels are aligned: position t predicts the label at t. ``logits_at`` takes positions in ``batch.labels`` and
-    returns the logits of these labels.
+    In a yielded sequence, position t predicts label t (``shift=False``). ``vocab`` is the number of logits per
+    position. ``logits_at`` is a function from indices in ``batch.labels`` to the logits that predict these labels.
     """
     tokens, segments = batch.inputs["input_ids"].flatten().cpu(), batch.segments.flatten().tolist()
     index, bounds = batch.index.cpu(), batch.cu_seqlens.tolist()
@@ -122,9 +122,9 @@ def batch_sequences(batch: Batch, vocab: int, logits_at: Callable[[Tensor], Tens
 
 
 def _logits_of(output: Tensor | HiddenRows) -> tuple[int, Callable[[Tensor], Tensor] | None]:
-    """Returns the number of logits of a position, and a function that returns the logits of n labels, ``[n, vocab]``.
+    """Returns the number of logits V per position, and a function from n label indices to logits ``[n, V]``.
 
-    The function takes the int64 positions of the labels on the CPU. It is None if the head is sharded over ranks.
+    The label indices are int64 on the CPU. The function is None if the output head is sharded over ranks.
     """
     if isinstance(output, Tensor):
         return output.shape[-1], lambda rows: output[rows.to(output.device)]

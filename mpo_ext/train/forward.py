@@ -33,9 +33,10 @@ class HiddenRows(NamedTuple):
     """The result of ``forward``. Its fields are arguments of ``linear_mpo_loss``.
 
     Attributes:
-        hidden: ``[N, D]``, the hidden states that predict ``batch.labels``, with their autograd graph.
+        hidden: ``[N, D]``, the hidden states that predict the N labels of the batch, with their autograd graph.
         weight: ``[V, D]``, the weight of the output head.
-        options: Keyword arguments ``bias``, ``logit_scale``, ``softcap`` and (sharded head) ``vocab_parallel``.
+        options: Keyword arguments of ``linear_mpo_loss``: ``bias``, ``logit_scale``, ``softcap`` and, for a sharded
+            head, ``vocab_parallel``.
     """
 
     hidden: Tensor
@@ -44,7 +45,7 @@ class HiddenRows(NamedTuple):
 
 
 def forward(model: nn.Module, batch: Batch) -> HiddenRows:
-    """Runs the model on a batch without its output head, and returns the hidden states that predict the labels.
+    """Runs the model without its output head on a batch, and returns the hidden states that predict the labels.
 
     The loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ..., cu_seqlens=batch.cu_seqlens, shift=False,
     **out.options)``.
@@ -151,7 +152,7 @@ def _attention_inputs(inner: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def _encoders(inner: nn.Module, name: str) -> list[nn.Module]:
-    """Returns the modules that have a method ``name`` and whose forward uses it."""
+    """Returns the modules of ``inner`` that have a method ``name`` and call it in their forward."""
     return [
         module
         for module in inner.modules()
@@ -165,10 +166,11 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 
 
 def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[str]) -> Callable[..., Any]:
-    """Returns a wrapper of the method ``encode`` whose result contains the features of all images twice.
+    """Returns a wrapper that calls ``encode`` once and returns its image features twice, one copy after the other.
 
-    The second copy follows the first. ``encode`` is a method of ``owner``, such as ``get_image_features``. ``running``
-    is not empty while a wrapper runs: in Qwen3-VL, ``get_video_features`` calls ``get_image_features``.
+    ``encode`` is a method of ``owner``, such as ``get_image_features``. All wrappers of a model share ``running``. It
+    is not empty if another wrapper calls this wrapper: in Qwen3-VL, ``get_video_features`` calls
+    ``get_image_features``. The inner wrapper then returns the features only once.
     """
 
     def encode_once(*args: Any, **kwargs: Any) -> Any:
@@ -198,7 +200,7 @@ def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[
 
 
 def _features_read(owner: nn.Module, features: dict[str, Any]) -> list[str]:
-    """Returns the names of the image features that the forward of ``owner`` reads."""
+    """Returns the keys of ``features`` that the forward of ``owner`` reads as image features."""
     names = {name for name in _names_in_forward(owner) if features.get(name) is not None}
     names -= {"hidden_states", "attentions"}  # not image features: the forward passes these outputs on
     if "pooler_output" in names:
@@ -214,7 +216,10 @@ def _is_tensors(values: Any) -> bool:
 
 
 def _twice(values: Any) -> Any:
-    """Repeats a tensor (along its first axis) or a sequence twice; returns any other value unchanged."""
+    """Returns a tensor concatenated with itself along the first axis, or a sequence repeated twice.
+
+    Any other value is returned unchanged.
+    """
     if isinstance(values, Tensor):
         return torch.cat([values, values])
     return values * 2 if isinstance(values, (list, tuple)) else values

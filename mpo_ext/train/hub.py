@@ -9,7 +9,7 @@ from mpo_ext.train.ranks import gather
 
 
 class HubUpload:
-    """Uploads the folder of the final model to a repository of the hub. Only the main process talks to the hub.
+    """Uploads the folder of the final model to a repository of the Hugging Face hub, from the main process.
 
     All ranks must call each method. If a method fails, all ranks raise the error.
     """
@@ -19,7 +19,7 @@ class HubUpload:
         self._name = recipe.repo_id
 
     def prepare(self) -> None:
-        """Checks the token and creates the repository, so that a failure comes before training and not after it.
+        """Checks the token and creates the repository. A call before training reveals errors early.
 
         Raises:
             ValueError: If there is no token, the name is invalid, the repository is public although
@@ -29,7 +29,7 @@ class HubUpload:
             raise ValueError(text)
 
     def push(self, folder: Path) -> str:
-        """Uploads a folder and returns the address of the commit. Files that the repository already has are not sent.
+        """Uploads a folder and returns the URL of the commit. Files that the repository already has are not sent.
 
         Raises:
             RuntimeError: If the upload fails.
@@ -56,7 +56,7 @@ class HubUpload:
         return next(url for rank in gather(self._accelerator, urls) for url in rank)
 
     def _prepare(self) -> str | None:
-        """Returns the reason why the upload would fail, or None."""
+        """Checks the token and creates the repository. Returns an error message, or None if there is no error."""
         from huggingface_hub import HfApi
 
         name = self._recipe.repo_id
@@ -77,7 +77,7 @@ class HubUpload:
         return None
 
     def _on_main(self, action: Callable[[], str | None]) -> str | None:
-        """Runs a function on the main process, and returns its result (the text of an error, or None) on all ranks."""
+        """Runs ``action`` on the main process only, and returns its result (an error message or None) on all ranks."""
         text = action() if self._accelerator.is_main_process else None
         return gather(self._accelerator, text)[0]
 

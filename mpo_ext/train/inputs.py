@@ -1,6 +1,6 @@
-"""The inputs of a run as its checkpoints record them: data, processor, versions, start model and encoded pairs.
+"""Records the inputs of a run: data files, processor, library versions, weights and the first encoded pairs.
 
-A run that resumes compares its inputs with those of the checkpoint and names the changes.
+Checkpoints store the inputs. A run that resumes compares its inputs with the stored inputs and reports the changes.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ _ACCEPT = "output.resume_changed_data=true accepts the changes; another output.d
 
 @dataclasses.dataclass
 class InputChanges:
-    """Changes between the inputs of a checkpoint and those of a run that resumes, as messages.
+    """Messages about the inputs that have changed between a checkpoint and the run that resumes from it.
 
     Attributes:
-        refused: Changes that affect training: the training data, their encoding, or weights that checkpoints do not
-            hold. A run resumes with such changes only if they are accepted.
+        refused: Changes that affect training: of the training data, of their encoding, or of model weights that
+            checkpoints do not store. The run resumes only if the user accepts these changes.
         allowed: Changes that do not affect training, such as other library versions that encode pairs in the same way.
-        evaluation: Changes of the evaluation data, with which a run may resume.
+        evaluation: Changes of the evaluation data. They do not prevent the run from resuming.
     """
 
     refused: list[str] = dataclasses.field(default_factory=list)
@@ -49,7 +49,10 @@ class InputChanges:
     evaluation: list[str] = dataclasses.field(default_factory=list)
 
     def check(self, path: Path, *, accept: bool) -> None:
-        """Raises ``LinesError`` if there are refused changes and ``accept`` is False; ``path`` is the checkpoint."""
+        """Raises ``LinesError`` if there are refused changes and ``accept`` is False.
+
+        ``path`` is the path of the checkpoint, for the message.
+        """
         if self.refused and not accept:
             raise LinesError(
                 f"data, processor and start model must be those of {path}, but:\n  "
@@ -71,12 +74,14 @@ class InputChanges:
 
 
 def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the inputs of a run as JSON values. All ranks must call this function; each reads some of the files.
+    """Returns the inputs of a run as JSON values. All ranks must call this function.
 
     Args:
         data: Data and encoder of the run.
-        known: Inputs of a checkpoint. Files with the same path, size and modification time are not read again.
-        fixed_weights: Fingerprints of the models whose weights a checkpoint does not hold, by name of the setting.
+        known: Inputs that a checkpoint stores, or None. Files that have not changed since (same path, size and
+            modification time) are not read again.
+        fixed_weights: Fingerprints of models whose weights checkpoints do not store. A key is the setting that names
+            the model, such as ``model.path``.
 
     Raises:
         CheckpointError: If a rank cannot read a file.
@@ -107,7 +112,7 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
 
 
 def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> InputChanges:
-    """Returns the changes between the inputs of a checkpoint (``old``) and of a run (``new``)."""
+    """Returns the changes from the inputs of a checkpoint (``old``) to those of the run that resumes (``new``)."""
     changes = InputChanges()
     changes.refused += _changed_subsets(old["train"], new["train"])
     changes.evaluation += _changed_subsets(old["eval"], new["eval"])
@@ -119,7 +124,7 @@ def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> InputChang
 
 
 def stored_date(inputs: Mapping[str, Any] | None) -> datetime.date | None:
-    """Returns the date for which the chat template was rendered, or None if no inputs were stored."""
+    """Returns the date that the chat template used, from the inputs in a checkpoint; None if ``inputs`` is None."""
     return None if inputs is None else datetime.date.fromisoformat(inputs["date"])
 
 
@@ -142,7 +147,7 @@ def _describe_subset(mixture: Mixture, subset: MixtureSubset, files: list[dict[s
 
 
 def _compared_images(mixture: Mixture, subset: MixtureSubset) -> Iterator[str]:
-    """Yields the paths of the images and videos of a few lines, which are spread evenly over a subset."""
+    """Yields the image and video paths of a few lines of a subset. These lines are spread evenly over the subset."""
     count = min(subset.lines, _IMAGE_LINES)
     for line in np.linspace(0, subset.lines - 1, count).round().astype(int) if count else ():
         pair, _ = mixture.read(subset.first + int(line))
@@ -151,7 +156,7 @@ def _compared_images(mixture: Mixture, subset: MixtureSubset) -> Iterator[str]:
 
 
 def _size(image: str) -> int | None:
-    """Returns the size of an image file in bytes, or None if there is no such file."""
+    """Returns the size of an image file in bytes, or None if the file does not exist."""
     try:
         return os.stat(image).st_size
     except (OSError, ValueError):
@@ -159,7 +164,7 @@ def _size(image: str) -> int | None:
 
 
 def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message for each change of the subsets of the training or evaluation data."""
+    """Yields a message for each difference between the subsets in a checkpoint (``old``) and of the run (``new``)."""
     names = [[subset["name"] for subset in subsets] for subsets in (old, new)]
     if len(old) != len(new):
         yield f"the subsets were {', '.join(names[0])}, are {', '.join(names[1])}"
@@ -185,9 +190,9 @@ def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
 
 
 def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a message if image files have another size than before.
+    """Yields a message if images of a subset have other sizes in bytes than before, or are missing now.
 
-    Files that were missing before are not compared, because they may have been added since.
+    Images that were missing before are not compared.
     """
     pairs = zip(old["images"], new["images"], strict=False)
     changed = [(path, before, after) for (_, before), (path, after) in pairs if before is not None and before != after]
@@ -200,9 +205,9 @@ def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[
 
 
 def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
-    """Returns hashes of the first pairs of the run, and of the first pair with images.
+    """Returns hashes of the first pairs of the run, and of the first pair with images or videos.
 
-    Each pair has a hash of its texts, of its image files, and of its encoded tokens and pixels.
+    For each pair, these are hashes of its texts, its image files, its token ids, and all of its encoded inputs.
     """
     encoded: list[dict[str, Any]] = []
     has_images = False
@@ -229,7 +234,7 @@ def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
 
 
 def _hash_pair(pair: Pair) -> str:
-    """Returns a hash of the texts of a pair. Image paths are left out, because a folder may move."""
+    """Returns a hash of the texts of a pair. Image paths do not count, because the folder of images may move."""
     turns = [pair.source.get(name) for name in ("messages", "chosen_messages", "rejected_messages")]
     texts: list[Any] = [pair.question, pair.chosen, pair.rejected, turns, len(pair.images)]
     texts += [tools] if (tools := pair.source.get("tools")) else []
@@ -247,7 +252,7 @@ def _hash_image(image: str) -> str:
 
 
 def _hash_tokens(sample: Sample) -> str:
-    """Returns a hash of all token ids of a sample and its other inputs per token, without the pixels."""
+    """Returns a hash of the token ids, targets and per-token inputs of a sample. Pixels are left out."""
     hasher = hashlib.blake2b(digest_size=16)
     ids = {"prompt": sample.prompt_ids, "chosen": sample.chosen_ids, "rejected": sample.rejected_ids}
     targets = {"chosen targets": sample.chosen_targets, "rejected targets": sample.rejected_targets}
@@ -258,10 +263,10 @@ def _hash_tokens(sample: Sample) -> str:
 
 
 def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: InputChanges) -> None:
-    """Adds to ``changes`` what differs in the processor, the libraries and the encoded first pairs.
+    """Adds to ``changes`` the differences in the processor, the library versions and the encoded first pairs.
 
-    Another version of a library may store the same tokenizer in another form. If the versions differ, the encoded
-    pairs therefore decide whether the encoding has changed.
+    A new library version may serialize the same processor in another form. Such a difference does not count as a
+    change of the encoding if the first pairs are encoded as before.
     """
     parts = changed_parts(old["processor"], new["processor"])
     versions = list(changed_parts(old["versions"], new["versions"]).values())

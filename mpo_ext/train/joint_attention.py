@@ -1,11 +1,14 @@
-"""Attention of responses to their prompt on a CPU: kernel calls without a mask, joined by their log-sum-exp.
+"""Attention on a CPU for rows with several responses to a prompt, without a mask tensor.
 
-SDPA's flash kernel of the CPU aligns causal attention to the first key. A call for the queries of a second response
-over the keys of prompt and response would therefore need a mask. This module uses two kinds of calls instead. Each
-response attends to itself in a causal call. All responses to a prompt attend to the prompt in one call without a mask.
-The two results are averaged with the weights ``exp(lse - joint lse)``, where lse is the log-sum-exp of the scores of a
-query. The kernel's backward of each call takes the joint result and the joint log-sum-exp, which gives the exact
-gradients (FlashAttention-2, arXiv 2307.08691, section 3.1).
+The tokens of a second response attend to the prompt and to earlier tokens of the response. A single causal call of
+SDPA's flash kernel on the CPU cannot compute this, because the kernel aligns the first query to the first key. This
+module makes two kinds of calls instead. In a causal call, each response attends to itself. In a non-causal call, all
+responses attend to their prompt.
+
+Both calls return lse, the log-sum-exp of the scores of each query. The log-sum-exp over all keys is
+``joint = logaddexp(lse_1, lse_2)``, and the output is the sum of both results with the weights ``exp(lse_i - joint)``.
+In backward, each kernel call takes the output and the log-sum-exp over all keys, which gives the exact gradients
+(FlashAttention-2, arXiv 2307.08691, section 3.1).
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from torch import Tensor
 
 
 class TokenPart(NamedTuple):
-    """Consecutive tokens whose queries attend causally to each other, and to a prompt at the start of another part.
+    """Consecutive tokens that attend causally to each other and, optionally, to a prompt in another part.
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the part that starts with the prompt; None if the tokens attend to no other part.
+        prompt: Index of the part that starts with this prompt; None if the tokens attend to no other part.
         prompt_length: Number of tokens of the prompt.
         is_padding: Whether the tokens attend to nothing.
     """
@@ -34,11 +37,13 @@ class TokenPart(NamedTuple):
 
 
 class JointCalls(NamedTuple):
-    """The ranges of tokens in calls of the kernel. A stop is exclusive.
+    """The token ranges of all kernel calls. The stop of a range is exclusive.
 
     Attributes:
-        own: ``(start, stop)`` of each causal call, whose tokens are both queries and keys. Ranges do not overlap.
-        shared: ``(start, stop, key start, key stop)`` of the queries and the keys of each call without a mask.
+        own: ``(start, stop)`` for each causal call: the range of its tokens, which are both queries and keys. The
+            ranges do not overlap.
+        shared: ``(start, stop, key start, key stop)`` for each non-causal call: the range of its queries and the
+            range of its keys.
     """
 
     own: tuple[tuple[int, int], ...]
@@ -46,7 +51,7 @@ class JointCalls(NamedTuple):
 
 
 def joint_calls(parts: Sequence[TokenPart]) -> JointCalls:
-    """Returns the kernel calls for all parts. Neighbouring parts with the same prompt share a call over its keys."""
+    """Returns the kernel calls for all parts. Adjacent parts with the same prompt attend to it in the same call."""
     own: list[tuple[int, int]] = []
     shared: list[tuple[int, int, int, int]] = []
     starts: list[int] = []
@@ -82,17 +87,17 @@ def can_join(query: Tensor, value: Tensor) -> bool:
 
 
 def joint_attention(query: Tensor, key: Tensor, value: Tensor, calls: JointCalls, scale: float | None) -> Tensor:
-    """Returns the attention output ``[T, H, D]`` of T tokens. It is zero for tokens without a call (padding).
+    """Returns the attention output ``[T, H, D]`` of T tokens. It is zero for padding tokens.
 
     Args:
-        query: ``[T, H, D]`` float32 or float64 on the CPU, as are ``key`` and ``value``.
-        key: ``[T, H, D]``.
-        value: ``[T, H, D]``.
-        calls: A result of ``joint_calls``.
+        query: ``[T, H, D]``, float32 or float64, on the CPU.
+        key: ``[T, H, D]``, same dtype and device.
+        value: ``[T, H, D]``, same dtype and device.
+        calls: Kernel calls, from ``joint_calls``.
         scale: Factor of the scores; None: ``D ** -0.5``.
 
     Raises:
-        RuntimeError: If a gradient of the result is differentiated.
+        RuntimeError: In double backward, which is not supported.
     """
     tensors = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     out: Tensor = _JointAttention.apply(*tensors, calls, scale)
@@ -100,17 +105,17 @@ def joint_attention(query: Tensor, key: Tensor, value: Tensor, calls: JointCalls
 
 
 def _heads(tensor: Tensor) -> Tensor:
-    """Returns ``[n, H, D]`` as ``[1, H, n, D]``, and ``[n, H]`` as ``[1, H, n]``."""
+    """Returns a view: ``[n, H, D]`` becomes ``[1, H, n, D]``, and ``[n, H]`` becomes ``[1, H, n]``."""
     return tensor.transpose(0, 1).unsqueeze(0)
 
 
 def _tokens(tensor: Tensor) -> Tensor:
-    """Returns ``[1, H, n, D]`` as ``[n, H, D]``, and ``[1, H, n]`` as ``[n, H]``."""
+    """Returns a view: ``[1, H, n, D]`` becomes ``[n, H, D]``, and ``[1, H, n]`` becomes ``[n, H]``."""
     return tensor.squeeze(0).transpose(0, 1)
 
 
 class _JointAttention(torch.autograd.Function):
-    """Computes ``joint_attention``. The kernel has no second derivative, so double backward raises."""
+    """Autograd function of ``joint_attention``. Double backward raises ``RuntimeError``."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, calls: JointCalls, scale: float | None) -> Tensor:

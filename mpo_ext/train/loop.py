@@ -60,17 +60,18 @@ def train(
         model: Model to train in place; None: load ``recipe.model.path``.
         processor: Processor or tokenizer of ``model``; None if ``model`` is None.
         on_step: Function that the main process calls after each step, with the step number (from 1) and the log line
-            of the step. If all pairs of the step were skipped, the line has 0 ``pairs`` and no loss. If the function
-            returns True, the run ends as if this step were the last. None: no call.
+            of the step. If all pairs of the step were skipped, ``pairs`` is 0 in the line and the loss is missing. If
+            the function returns True, the run ends as if this step were the last. None: no call.
 
     Returns:
-        The exit status: 0 if the run finished; ``INTERRUPTED`` if SIGTERM or SIGINT ended it, with its progress saved.
+        The exit status: 0 if the run finished, ``INTERRUPTED`` if SIGTERM or SIGINT ended it. Its progress is then
+        saved.
 
     Raises:
-        ValueError: If recipe, data or checkpoint do not match each other, or every pair was skipped.
+        ValueError: If recipe, data and checkpoint do not match, or every pair was skipped.
         OSError: If a file cannot be read or written.
         FloatingPointError: If a loss or gradient is not finite, unless ``output.on_nonfinite`` is "skip".
-        RuntimeError: If memory runs out, or a rank fails.
+        RuntimeError: If memory runs out, or another rank fails.
     """
     try:
         return Trainer(recipe, model=model, processor=processor, on_step=on_step).run()
@@ -79,9 +80,10 @@ def train(
 
 
 class Trainer:
-    """A training run. ``train`` is the usual entry point and explains the arguments.
+    """A training run. The function ``train`` is the usual entry point.
 
-    If ``save`` is False, no checkpoint, final model or model card is written.
+    If ``save`` is False, no checkpoint, final model or model card is written. The other arguments are those of
+    ``train``.
 
     Attributes:
         model: Policy, as ``accelerator.prepare`` returned it.
@@ -123,7 +125,7 @@ class Trainer:
         self.output.console.total = self.data.total_steps
 
     def run(self) -> int:
-        """Trains until the last step or until a signal. Returns the exit status, as ``train`` does."""
+        """Trains until the last step or until a signal ends the run. Returns the exit status; see ``train``."""
         state, say = self.state, self.output.console.say
         checkpoint = self.checkpoint
         with self.output.locked(), self.output.console, self.stop.caught():
@@ -165,7 +167,7 @@ class Trainer:
             return self._close()
 
     def _prepare(self) -> None:
-        """Starts the trackers, reports the data and chooses the row layout."""
+        """Starts the trackers, prints the data sources, checks the first pairs and chooses the row layout."""
         say = self.output.console.say
         start_trackers(self.recipe, self.accelerator)
         for line in self.data.mixture.lines():
@@ -178,7 +180,7 @@ class Trainer:
     def make_reference(self) -> Reference | None:
         """Returns the source of the reference log-probs, or None if the loss needs no reference.
 
-        If the recipe precomputes the log-probs, this method computes them and writes their file.
+        For ``reference.kind`` "precomputed", this method also computes the log-probs if their file does not exist.
         """
         kind, loss = self.recipe.reference_kind, self.recipe.loss
         if kind is None:
@@ -197,12 +199,12 @@ class Trainer:
         return PrecomputedReference(path, settings)
 
     def _moving_reference(self) -> nn.Module | None:
-        """Returns the reference model if training updates it, so that checkpoints must store it; otherwise None."""
+        """Returns the reference model if ``reference.sync_every`` updates it during training, otherwise None."""
         moves = self.recipe.reference.sync_every and isinstance(self.reference, CopyReference)
         return self.reference.model if moves else None  # type: ignore[union-attr]
 
     def _run_step(self, step_slice: StepSlice) -> bool:
-        """Runs an optimizer step on this rank's slice, and returns whether a signal ends the run."""
+        """Runs an optimizer step on this rank's part of the pairs. Returns whether a signal ends the run."""
         began_s = time.perf_counter()
         recipe, state = self.recipe, self.state
         try:
@@ -254,7 +256,10 @@ class Trainer:
     def _accumulate_gradients(
         self, step_slice: StepSlice, size: StepSize
     ) -> tuple[Totals, list[tuple[tuple[str, ...], Tensor]]]:
-        """Runs the micro-batches. Returns the sums of metrics, and each micro-batch's pair names and loss."""
+        """Runs forward and backward of each micro-batch.
+
+        Returns the sums of the metrics, and the pair names and the loss of each micro-batch.
+        """
         recipe, accelerator = self.recipe, self.accelerator
         totals = Totals(accelerator.device)
         losses: list[tuple[tuple[str, ...], Tensor]] = []
@@ -277,14 +282,14 @@ class Trainer:
         return totals, losses
 
     def _skip_empty_step(self, rates: Mapping[str, float]) -> bool:
-        """Counts and logs a step without any trainable pair; returns whether a signal ends the run."""
+        """Counts and logs a step whose pairs were all skipped. Returns whether a signal ends the run."""
         self._count_step()
         self.output.console.say(f"step {self.state.step}: all of its pairs were skipped, so the model is unchanged")
         self._report({"pairs": 0.0, **rates})
         return self._end_step()
 
     def _count_step(self) -> None:
-        """Increments the step number, and updates the reference every ``reference.sync_every`` steps."""
+        """Increments the step number. Updates the reference model every ``reference.sync_every`` steps."""
         self.state.step += 1
         every = self.recipe.reference.sync_every
         if every and self.reference is not None and self.state.step % every == 0:
@@ -293,9 +298,10 @@ class Trainer:
     def _handle_nonfinite(
         self, losses: list[tuple[tuple[str, ...], Tensor]], grad_norm: float, shift_before: RewardShift
     ) -> None:
-        """Skips a step with a non-finite loss or gradient and restores ``shift_before``, or raises.
+        """Skips a step with a non-finite loss or gradient, or raises ``FloatingPointError`` (``output.on_nonfinite``).
 
-        ``losses`` are the pair names and the loss of each micro-batch.
+        The run's reward shift becomes ``shift_before``. ``losses`` holds the pair names and the loss of each
+        micro-batch.
         """
         state = self.state
         state.reward_shift = shift_before
@@ -324,7 +330,7 @@ class Trainer:
             self.output.log_step(line)
 
     def _end_step(self) -> bool:
-        """Evaluates and writes a checkpoint if they are due after this step. Returns whether a signal ends the run."""
+        """Runs the evaluations and writes the checkpoint that are due. Returns whether a signal ends the run."""
         if self.stop.agree():
             return True
         if self.stop.is_over or self.state.step == self.data.total_steps:
@@ -337,7 +343,7 @@ class Trainer:
         return has_evaluated and self.stop.agree()  # a signal may arrive during a long evaluation
 
     def _evaluate_if_due(self, *, is_end: bool = False) -> dict[str, float] | None:
-        """Returns the log line of the evaluations after this step, or None if no evaluation is due."""
+        """Runs the evaluations that are due. Returns their log line, or None if no evaluation is due."""
         return evaluate_if_due(self.state, self.output, self.data, self.evaluate, self.answers, is_end=is_end)
 
     def evaluate(self) -> dict[str, float]:
@@ -351,13 +357,16 @@ class Trainer:
             self.output.save_checkpoint(self.model, self.optimizer, self._moving_reference())
 
     def _interrupted(self, position: str) -> int:
-        """Prints that a signal ended the run at ``position``, a text. Returns ``INTERRUPTED``."""
+        """Prints that a signal ended the run, closes the run and returns ``INTERRUPTED``.
+
+        ``position`` is the end of the printed sentence, such as "after step 3 of 9".
+        """
         advice = "" if self.recipe.output.resume == "never" else "; the same command resumes from here"
         self.output.console.say(f"{self.stop.name()}: ended {position}{advice}")
         return self._close() or INTERRUPTED
 
     def _close(self) -> int:
-        """Ends the trackers and the process group; returns 0, the exit status of a finished run."""
+        """Ends the trackers and the process group. Returns 0, the exit status of a finished run."""
         # Release DDP before the process group. If DDP owned the group last, DDP would wait for gloo's threads, which
         # wait for the interpreter to release the last gathered tensors.
         self.model = self.accelerator.unwrap_model(self.model)

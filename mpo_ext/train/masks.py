@@ -38,9 +38,9 @@ _COMBINED = {
 
 
 def sequence_positions(segments: Tensor) -> Tensor:
-    """Returns each token's position in its sequence ``[prompt | response]``, ``[R, L]`` int64; 0 for padding.
+    """Returns the position of each token in its sequence ``[prompt | response]``, ``[R, L]`` int64.
 
-    ``segments`` are those of a ``Batch``.
+    ``segments`` is ``Batch.segments``. The position of padding is 0.
     """
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     is_first = torch.ones_like(segments, dtype=torch.bool)
@@ -58,7 +58,7 @@ class PromptPositions:
 
     Attributes:
         kind: Class of the model that defines ``get_rope_index``.
-        config: Config of the module of this class in the model.
+        config: Config of the instance of ``kind`` in the model.
     """
 
     kind: type[nn.Module]
@@ -89,7 +89,7 @@ class PromptPositions:
 
 
 def prompt_positions(model: nn.Module) -> PromptPositions | None:
-    """Returns the argument ``positions`` of ``collate`` for a model; None if position ids are the token indices."""
+    """Returns the argument ``positions`` of ``collate``; None if the model numbers tokens from 0."""
     for module in unwrap_model(model).modules():
         if callable(getattr(type(module), "get_rope_index", None)):
             return PromptPositions(type(module), module.config)
@@ -100,8 +100,8 @@ class MaskPlan(NamedTuple):
     """The attention masks that a model needs.
 
     Attributes:
-        kinds: Kinds of layers that need a mask or a marker, by their names in transformers' configs. Layers with
-            states are included only with split attention, because no mask separates responses in them.
+        kinds: Kinds of layers that need a mask, by their names in transformers' configs, such as "full_attention".
+            With split attention, recurrent and convolutional layers are included, too.
         window: Number of tokens of the sliding window, or None.
         implementation: Name of the attention implementation in transformers.
         is_split: Whether ``use_split_attention`` has changed the model.
@@ -114,7 +114,7 @@ class MaskPlan(NamedTuple):
 
 
 def plan_masks(inner: nn.Module) -> MaskPlan | str:
-    """Returns the masks that a model needs, or the reason (a string) why they cannot be built."""
+    """Returns the masks that a model needs, or a string with the reason why they cannot be built."""
     name, config = type(inner).__name__, decoder_config(inner)
     if config is None:
         return f"{name} has no config"
@@ -154,7 +154,7 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
 
 
 def plan_or_raise(inner: nn.Module) -> MaskPlan:
-    """Returns the masks that a model needs, as ``plan_masks`` does.
+    """Returns the masks that a model needs; see ``plan_masks``.
 
     Raises:
         ValueError: If the model does not support rows with several responses.
@@ -166,15 +166,15 @@ def plan_or_raise(inner: nn.Module) -> MaskPlan:
 
 
 def no_mask(implementation: str | None) -> str:
-    """Returns the reason why an attention implementation cannot use the masks of ``attention_masks``."""
+    """Returns the message for an attention implementation that cannot use the masks of ``attention_masks``."""
     why = "takes no such mask" if "flash" in str(implementation) else "is not supported"
     return f"attention {implementation!r} {why}: set model.attention to {' or '.join(_IMPLEMENTATIONS)}"
 
 
 def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | dict[str, Tensor]:
-    """Returns the markers that split attention takes in place of masks (``window_marker``).
+    """Returns the markers that split attention takes in place of masks; see ``window_marker``.
 
-    The result is one marker, or a dict of markers by kind of layer if the model has several kinds. ``rows`` is the
+    The result is one marker or, if the model has several kinds of layers, a dict from kind to marker. ``rows`` is the
     number of sequence rows, R.
     """
     windows = {_SLIDING: plan.window}
@@ -206,10 +206,10 @@ def attention_masks(
 ) -> Tensor | dict[str, Tensor]:
     """Returns the attention masks ``[R, 1, L, L]`` of sequence rows with several responses.
 
-    The result is one mask, or a dict of masks by kind of layer if the model has several kinds. A token attends to the
-    prompt and to its own response, up to itself. With ``token_types`` (``token_type_ids``), the tokens of an image (a
-    run of type 1) also attend to later tokens of the same image. A padding token attends to itself, because a softmax
-    over an empty set is NaN.
+    The result is one mask or, if the model has several kinds of layers, a dict from kind to mask. ``segments`` is
+    ``Batch.segments``. A token attends to the tokens of its prompt and of the same response, up to itself. With
+    ``token_types`` (the input ``token_type_ids``), the tokens of an image (a run of type 1) also attend to later
+    tokens of the same image. A padding token attends to itself, because a softmax over an empty set is NaN.
     """
     plan = plan_or_raise(inner)
     if plan.implementation not in _IMPLEMENTATIONS:
@@ -250,11 +250,12 @@ def _by_kind(masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
 
 
 def use_split_attention(model: nn.Module) -> str | None:
-    """Changes a model such that it runs over rows with several responses without a mask.
+    """Changes a model so that it can run over rows with several responses without a mask.
 
-    Attention over such rows is computed by causal calls, and layers with states (recurrences, convolutions) start each
-    response from the states of its prompt. All other rows go through the model as before. The model may be wrapped.
-    Its attention implementation becomes one of ``split_attention.NAMES``; this name is not saved with the model.
+    In such rows, attention is computed by causal calls, one or more for each response. Recurrent and convolutional
+    layers start each response from the states at the end of its prompt. All other rows go through the model as before.
+    The model may be wrapped. The name of its attention implementation becomes one of ``split_attention.NAMES``;
+    ``save_pretrained`` does not save this name.
 
     Returns:
         None, or the reason why the model cannot be changed. The model is then unchanged.
@@ -280,7 +281,7 @@ def _decoder(inner: nn.Module) -> Any:
 
 
 def decoder_config(inner: nn.Module) -> Any:
-    """Returns the config that the decoder reads. It may be another object than the text config of the model."""
+    """Returns the config that the decoder uses. It may be a different object from the model's text config."""
     decoder = _decoder(inner)
     config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)
     return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config

@@ -27,7 +27,7 @@ _SFT_KEYS = ("loss", "ntp_loss", "router_aux_loss", "chosen_logp", "entropy", "t
 
 
 class Totals:
-    """Sums of metrics over the micro-batches of a step or an evaluation. ``add`` does not wait for the device."""
+    """Sums of metrics over the micro-batches of a step or an evaluation. They stay on the device until ``reduce``."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
@@ -38,7 +38,8 @@ class Totals:
 
         Args:
             out: Output of the loss for the micro-batch.
-            ntp_parts: Divisor of the next-token term, as returned by ``BatchCounts.ntp_parts``.
+            ntp_parts: Number of tokens or responses over which ``out.ntp_loss`` is averaged; see
+                ``BatchCounts.ntp_parts``.
             tokens: Number of token positions of the micro-batch, without padding.
         """
         pairs = len(out.chosen_reward)
@@ -60,7 +61,7 @@ class Totals:
         self.reward_shift = out.reward_shift
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
-        """Returns the sums over all ranks by metric name; waits for the device. All ranks must call this method."""
+        """Returns the sums over all ranks by metric name, on the CPU. All ranks must call this method."""
         sums = accelerator.reduce(self.sums, reduction="sum") if accelerator.num_processes > 1 else self.sums
         return dict(zip(_SUMS, sums.tolist(), strict=True))
 
@@ -70,12 +71,12 @@ def means(
 ) -> dict[str, float]:
     """Returns the metrics of a step or an evaluation from the sums of ``Totals.reduce``.
 
-    Most metrics are means over pairs. ``reward_accuracy`` is the share of pairs whose chosen reward is strictly higher
-    than the rejected one, as in TRL: equal rewards count as wrong. While the policy equals the reference, rewards
-    differ from 0 by rounding only, and this share has no meaning. The next-token loss is a mean over the tokens of
-    chosen responses, or over chosen responses, depending on ``ntp_average``. Entropy and top1 are means over labelled
-    tokens. ``weights`` are the weights of the DPO, BCO and next-token terms of the loss. If ``router_coef`` is
-    positive, the loss includes the auxiliary loss of the routers with this weight.
+    Most metrics are means over pairs. ``reward_accuracy`` is the fraction of pairs whose chosen reward is strictly
+    higher than the rejected reward, as in TRL. It has no meaning while the policy equals the reference, because all
+    rewards are then 0 except for rounding. The next-token loss is a mean over chosen tokens or chosen responses
+    (``ntp_average``). ``entropy`` and ``top1`` (whether the label has the largest logit) are means over labelled
+    tokens. ``weights`` are the weights of the DPO, BCO and next-token terms in the loss, and ``router_coef`` is the
+    weight of the auxiliary router loss.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)
@@ -97,10 +98,10 @@ def means(
 
 
 def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
-    """Returns the mean of two reward accuracies: of pairs with a longer chosen, and with a longer rejected response.
+    """Returns the mean of the reward accuracies on two kinds of pairs.
 
-    If only one kind of pair occurs, the result is the accuracy of this kind. If no pair has responses of unequal
-    lengths, the result is ``accuracy``.
+    One kind has a longer chosen response, the other a longer rejected response. If only one kind occurs, the result is
+    the accuracy on this kind. If no pair has responses of unequal lengths, the result is ``accuracy``.
     """
     kinds = [name for name in ("longer_chosen", "longer_rejected") if sums[name]]
     parts = [sums[f"accurate_{name}"] / sums[name] for name in kinds]
@@ -110,7 +111,10 @@ def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
 def log_line(
     sums: Mapping[str, float], recipe: LossRecipe, reward_shift: RewardShift, router_coef: float = 0.0
 ) -> dict[str, float]:
-    """Returns the metrics of ``means`` that apply to the recipe's loss, and the reward shift if the loss has one."""
+    """Returns the log line of a step or an evaluation from the sums of ``Totals.reduce``.
+
+    The line has the metrics of ``means`` that apply to the recipe's loss, and the reward shift if the loss has one.
+    """
     config = recipe.config
     line = means(sums, (config.dpo_weight, config.bco_weight, config.ntp_weight), router_coef)
     if not recipe.has_preference:
@@ -121,7 +125,7 @@ def log_line(
 
 
 def speed(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Returns the seconds of a step, and its tokens (without padding) and pairs per second over all ranks."""
+    """Returns the seconds of a step, and the tokens (without padding) and pairs per second of all ranks together."""
     return {"step_s": seconds, "tokens_per_s": sums["tokens"] / seconds, "pairs_per_s": sums["pairs"] / seconds}
 
 
@@ -146,16 +150,16 @@ class Log:
             file.write(encoded + "\n")
 
     def position(self) -> int:
-        """Returns the size of the file in bytes (0 if it does not exist), for ``rewind``."""
+        """Returns the size of the file in bytes, which ``rewind`` takes; 0 if the file does not exist."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def rewind(self, position: int) -> None:
-        """Truncates the file to ``position`` bytes, which removes the lines written after a checkpoint."""
+        """Truncates the file to ``position`` bytes. This removes the lines that were written after a checkpoint."""
         if self.position() > position:
             os.truncate(self.path, position)
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns all lines, decoded from JSON."""
+        """Returns all lines of the log as dicts."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines()

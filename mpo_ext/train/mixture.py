@@ -1,4 +1,4 @@
-"""``Mixture``: random access to the lines of several sources, and the lines that each epoch visits."""
+"""``Mixture``: the lines of several sources as one sequence, and the lines that each epoch visits."""
 
 import dataclasses
 import hashlib
@@ -37,9 +37,10 @@ class MixtureSubset:
         name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
         first: Index of the subset's first line in the mixture.
         lines: Number of lines.
-        repeat_time: ``repeat_time`` of the source times ``repeat_time`` of the subset.
+        repeat_time: Average number of visits to each line per epoch: ``repeat_time`` of the source times that of the
+            subset.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
-        label: The name. If several subsets have the same name, the part of the path that differs comes before it.
+        label: Name for display: ``name``, preceded by a part of the path if several subsets have the same name.
     """
 
     source: int
@@ -58,20 +59,20 @@ class SourceOverview:
     Attributes:
         path: Path of the source.
         format: Format of the source.
-        is_format_given: Whether the recipe names the format.
+        is_format_given: Whether the recipe sets the format. False: the format was detected.
         root: Folder against which relative image paths are resolved.
         lines: Number of lines of the source.
         lines_read: Number of lines that were read, spread evenly over the source.
         bad: Number of read lines without a valid pair.
-        misplaced: Number of read pairs whose ``<image>`` or ``<video>`` marks do not fit their images or videos.
+        misplaced: Number of read pairs whose ``<image>`` or ``<video>`` marks do not match their images or videos.
         with_images: Number of read pairs with images.
         with_videos: Number of read pairs with videos.
         with_rejected_images: Number of read pairs with other images for the rejected response.
-        images: Number of different images and video files in the read pairs; 0 if the image files were not checked.
+        images: Number of different image and video files in the read pairs.
         missing: Number of different image and video files that do not exist.
-        pairs_missing: Number of read pairs with at least one missing image file; pairs that are counted in
-            ``misplaced`` are left out.
-        stored_in: Folder in which images that rows hold as bytes are stored; "" if no read pair has such an image.
+        pairs_missing: Number of read pairs with at least one missing file, without the pairs counted in ``misplaced``.
+        stored_in: Folder of the image files that were written from bytes in the rows; "" if no read pair has such an
+            image.
         examples: Messages for the first bad lines and missing images.
     """
 
@@ -107,14 +108,14 @@ class SourceOverview:
 
 
 class Mixture(Sequence[Pair | BadLine]):
-    """The lines of all sources as one sequence. An index selects a line; ``repeat_time`` does not change the indices.
+    """The lines of all sources as one sequence. An index selects a line.
 
     Memory holds an offset of 8 bytes per line, but not the lines. A pickled copy in another process reopens the
     sources when it first reads a line.
 
-    ``repeat_time`` sets how often an epoch visits the lines of a subset: an epoch takes ``floor(n * repeat_time)``
-    pairs from ``n`` lines. Each line occurs as often as the integer part of ``repeat_time``; the remaining pairs are
-    different lines, drawn at random in each epoch. All epochs have the same number of pairs.
+    ``repeat_time`` sets how often an epoch visits the lines of a subset. It does not change the indices. From a subset
+    of ``n`` lines, an epoch takes ``floor(n * repeat_time)`` pairs. Each line occurs ``floor(repeat_time)`` times; the
+    remaining pairs are different lines, drawn at random in each epoch. All epochs have the same number of pairs.
 
     Attributes:
         subsets: Subsets of all sources, in the order of their lines.
@@ -153,7 +154,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return sum(subset.pairs for subset in self.subsets)
 
     def __len__(self) -> int:
-        """Returns the number of lines; a line that an epoch repeats counts once."""
+        """Returns the number of lines of all sources."""
         return self._starts[-1]
 
     def __getitem__(self, index: Any) -> Any:
@@ -165,7 +166,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return {**self.__dict__, "_opened": [None] * len(self.sources)}
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Returns the index of the source that contains a line, and the index of the line in this source."""
+        """Returns the index of the source that contains line ``index``, and the index of the line in this source."""
         size = len(self)
         if not -size <= index < size:
             raise IndexError(f"index must be in [{-size}, {size}), got {index}")
@@ -174,7 +175,9 @@ class Mixture(Sequence[Pair | BadLine]):
         return source, index - self._starts[source]
 
     def read(self, index: int) -> tuple[Pair | BadLine, str]:
-        """Returns the pair of a line (with absolute image paths) or its error, and the file and line number as text.
+        """Returns the pair of a line (or the error of a bad line), and the file and line number as text.
+
+        The image paths of the pair are absolute.
 
         Raises:
             RuntimeError: If the source's number of lines has changed since the mixture was created.
@@ -184,7 +187,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return pair, str(where)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Returns the line indices of an epoch, ``[pairs]`` int64, ascending; repeated lines occur several times."""
+        """Returns the line indices of an epoch in ascending order, ``[pairs]`` int64. Indices may repeat."""
         check_integer("epoch", epoch, least=0)
         parts = []
         for subset in self.subsets:
@@ -198,9 +201,9 @@ class Mixture(Sequence[Pair | BadLine]):
         return np.concatenate(parts)
 
     def prompt_groups(self) -> np.ndarray:
-        """Reads all lines and returns a group number for each, ``[len(self)]`` int64: equal for equal prompts.
+        """Reads all lines and returns a group number for each line, ``[len(self)]`` int64.
 
-        The group number of a bad line is unique.
+        Lines with the same prompt have the same group number. The group number of a bad line is unique.
         """
         groups = np.empty(len(self), dtype=np.int64)
         for index in range(len(self)):
@@ -210,12 +213,11 @@ class Mixture(Sequence[Pair | BadLine]):
             groups[index] = int.from_bytes(digest, "big", signed=True)
         return groups
 
-    def inspect(self, *, files: bool = True, limit: int = _INSPECTED_LINES) -> list[SourceOverview]:
+    def inspect(self, *, limit: int = _INSPECTED_LINES) -> list[SourceOverview]:
         """Returns an overview of each source: format, bad lines, pairs with images, and missing image files.
 
         Args:
-            files: Whether to check that the image files exist.
-            limit: Maximum number of lines to read per source, spread evenly over the source.
+            limit: Maximum number of lines to read per source. The lines are spread evenly over the source.
         """
         overviews = []
         for number, recipe in enumerate(self.sources):
@@ -242,14 +244,13 @@ class Mixture(Sequence[Pair | BadLine]):
                     if overview.misplaced <= _EXAMPLES:
                         overview.examples.append(f"{name}: {problem}")
                     continue
-                if files:
-                    overview.pairs_missing += not _has_images(pair, name, file_exists, overview)
+                overview.pairs_missing += not _has_images(pair, name, file_exists, overview)
             overview.images, overview.stored_in = len(file_exists), stored.folder
             overviews.append(overview)
         return overviews
 
     def lines(self) -> Iterator[str]:
-        """Yields the lines of a text table: name, lines, ``repeat_time`` and pairs per epoch of each subset."""
+        """Yields a text table, line by line: name, lines, ``repeat_time`` and pairs per epoch of each subset."""
         width = max(len(subset.label) for subset in self.subsets)
         yield f"{'subset':<{width}}  {'lines':>11}  {'repeat_time':>11}  {'pairs/epoch':>11}"
         for subset in self.subsets:
@@ -257,7 +258,7 @@ class Mixture(Sequence[Pair | BadLine]):
         yield f"{'all':<{width}}  {len(self):>11,}  {'':>11}  {self.pairs:>11,}"
 
     def open_source(self, number: int) -> PairSource:
-        """Returns the source at index ``number`` of ``sources``. The first call opens it."""
+        """Returns the source at index ``number`` of ``sources``. The source is opened at the first call."""
         source = self._opened[number]
         if source is not None:
             return source
@@ -279,16 +280,26 @@ class Mixture(Sequence[Pair | BadLine]):
         return source
 
 
+def root_advice(path: str, root: str) -> str:
+    """Returns advice for a source with missing image files: the setting that names their folder.
+
+    ``root`` is the folder against which the relative image paths of the source are resolved.
+    """
+    if path.endswith(".json"):
+        return f"root_map moves the folders of a meta file: {{path: {path}, root_map: ...}}"
+    return f"relative images start at {root}; root names another folder, as in {{path: {path}, root: .}}"
+
+
 def stored_lines(overviews: Iterable[SourceOverview]) -> list[str]:
-    """Returns a line of text for each folder in which images of the inspected sources are stored."""
+    """Returns a line of text for each folder (``SourceOverview.stored_in``) to which images were written."""
     return [stored_note(folder) for folder in dict.fromkeys(overview.stored_in for overview in overviews) if folder]
 
 
 def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: SourceOverview) -> bool:
-    """Returns whether all image files of a pair exist, and counts missing files in ``overview``.
+    """Returns whether all image and video files of a pair exist, and counts missing files in ``overview``.
 
-    ``file_exists`` holds the results of earlier checks by hash of the path, so each file is checked once. ``name`` is
-    the file and line number of the pair.
+    ``file_exists`` caches whether a file exists, by the hash of its path. ``name`` is the file and line number of the
+    pair.
     """
     is_complete = True
     for image in pair.media_paths:
@@ -306,9 +317,9 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns a label for each subset: its name, preceded by the end of its path if another path has this name.
+    """Returns a label for each subset: its name, or the end of its path and its name if the name is not unique.
 
-    The end of the path is the shortest that distinguishes the paths.
+    ``paths`` and ``names`` hold the path and the name of each subset. The end of the path is as short as possible.
     """
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []

@@ -27,7 +27,7 @@ PARTS = {
 
 
 def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
-    """Returns the model on the CPU, prepared for training, and its processor (for a text model its tokenizer)."""
+    """Returns the model on the CPU, prepared for training, and its processor. A text model has a tokenizer instead."""
     check_model_path("model.path", recipe.path)
     check_on_hub("model.path", recipe.path)
     config = load_config(recipe.path, **recipe.hub_options)
@@ -53,7 +53,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
 
 
 def loader_of(config: Any) -> Any:
-    """Returns the auto class that loads models with this config."""
+    """Returns the auto class of transformers that loads models with this config."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
@@ -86,9 +86,9 @@ def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Sets all dropout and drop path rates to 0, because policy and reference must agree at the first step.
+    """Sets all dropout and drop path rates to 0, so that policy and reference agree at the first step.
 
-    The authors' trainer keeps the drop path of the vision tower, so its rewards are not 0 at the first step.
+    The trainer of the MPO authors keeps the drop path of the vision tower, so its first rewards are not 0.
     """
     for module in model.modules():
         if isinstance(module, _DROPOUTS):
@@ -99,7 +99,7 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
-    """Freezes parts of a model; "language_model" includes the embeddings and the output head."""
+    """Freezes the named parts of a model. "language_model" includes the embeddings and the output head."""
     inner: Any = unwrap_model(model)
     kind = type(inner).__name__
     for part in parts:
@@ -144,7 +144,7 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
 
 
 def language_linears(model: nn.Module) -> list[str]:
-    """Returns the names of the linear layers of the language model, without the output head and adapters."""
+    """Returns the names of the language model's linear layers, except the output head and LoRA adapters."""
     inner: Any = unwrap_model(model)
     roots = [f"{name}." for name, _ in modules_of(inner, "language_model")] if has_vision(inner) else [""]
     head = inner.get_output_embeddings()
@@ -159,14 +159,14 @@ def language_linears(model: nn.Module) -> list[str]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the full parameters that FSDP2 keeps in memory after a forward pass without a backward pass."""
+    """Frees the gathered parameters that FSDP2 keeps in memory after a forward pass without a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the name and the outermost module of a part; yields nothing if the model lacks the part."""
+    """Yields the name and the module of a part ("vision_tower", "projector" ...); nothing if the model lacks it."""
     for prefix in ("model.", "", "model.model."):
         for name in PARTS[part]:
             try:
@@ -185,5 +185,5 @@ def _quantization(recipe: ModelRecipe, config: Any) -> Any:
 
 
 def without_adapters(recipe: ModelRecipe) -> ModelRecipe:
-    """Returns the recipe for loading a reference model: lora, freeze and gradient_checkpointing are unset."""
+    """Returns the recipe for a reference model: without ``lora``, ``freeze`` and ``gradient_checkpointing``."""
     return dataclasses.replace(recipe, lora=None, freeze=(), gradient_checkpointing=False)

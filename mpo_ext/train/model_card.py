@@ -1,4 +1,4 @@
-"""The model card of a finished run: README.md in Hugging Face's format, and a plot of the training curves."""
+"""Writes the model card of a finished run: README.md in the format of Hugging Face, and a plot of the metrics."""
 
 import json
 import math
@@ -51,11 +51,11 @@ def write_card(
     """Writes README.md, and curves.png if matplotlib is installed and the log has finite numbers.
 
     Args:
-        folder: Folder of the exported model, whose config.json determines the loading code.
+        folder: Folder of the exported model. Its config.json determines the loading code in the card.
         recipe: Recipe of the run.
-        curves: Log lines of steps and evaluations; evaluation keys start with ``eval_``.
-        summary: Last metrics by name. A value that is a mapping holds counts; ``datasets`` lists names of data sets
-            for the hub's metadata.
+        curves: Log lines of steps and evaluations. The keys of evaluation metrics start with ``eval_``.
+        summary: Last metrics by name, for the table of results. A value may be a mapping from reasons to counts. The
+            key ``datasets`` lists dataset names for the hub's metadata.
     """
     folder = Path(folder)
     texts = [f"---\n{_metadata(recipe, summary).to_yaml()}\n---\n", f"# {_title(recipe)}\n", _description(recipe)]
@@ -147,7 +147,7 @@ def _picture(folder: Path, curves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _panels(curves: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """Returns the panels for which the log has finite numbers."""
+    """Returns the panels of the plot: those for which the log has finite numbers."""
     panels = []
     for title, y_label, keys in _PANELS:
         lines = []
@@ -214,12 +214,12 @@ def _number(value: object) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns a text on one line with the special characters of Markdown and HTML escaped."""
+    """Returns the text on one line, with the special characters of Markdown and HTML escaped."""
     return re.sub(r"([\\`*_{}\[\]()<>#!|&])", r"\\\1", " ".join(text.split()))
 
 
 def _code(text: str) -> str:
-    """Returns a text on one line as a code span, whatever backticks the text has."""
+    """Returns the text on one line as a Markdown code span, even if it contains backticks."""
     text = " ".join(text.split())
     fence = "`" * (1 + max(map(len, re.findall(r"`+", text)), default=0))
     space = " " if len(fence) > 1 else ""
@@ -231,6 +231,6 @@ def _cell(text: str) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """Returns the text as a code block with a fence longer than any run of backticks in the text."""
+    """Returns the text as a fenced Markdown code block, even if it contains runs of backticks."""
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"

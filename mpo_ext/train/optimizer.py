@@ -25,14 +25,15 @@ Maker = Callable[[list[dict[str, Any]], dict[str, Any], nn.Module], torch.optim.
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters with the same settings.
+    """A group of parameters with the same optimizer settings.
 
     Attributes:
-        part: Name of the part in ``optim.groups``; "" for parameters with the settings of ``optim``.
+        part: Name of the model part in ``optim.groups``; "" for parameters that use the settings of ``optim``.
         parameters: The trainable parameters.
         learning_rate: Maximum learning rate.
         weight_decay: Weight decay.
-        orthogonalized: Whether Muon updates the parameters. False: AdamW does, or the optimizer is not Muon.
+        orthogonalized: Whether Muon's orthogonalized update applies to the parameters; always False for other
+            optimizers.
     """
 
     part: str
@@ -43,7 +44,7 @@ class ParameterGroup(NamedTuple):
 
 
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[ParameterGroup]:
-    """Returns the trainable parameters in groups; only parameters with at least two axes have weight decay.
+    """Returns the trainable parameters in groups. Parameters with fewer than two axes have no weight decay.
 
     Raises:
         ValueError: If ``optim.groups`` names a part that the model lacks or does not train.
@@ -74,7 +75,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[ParameterGro
 
 
 def _part_of_parameters(model: nn.Module, parts: Iterable[str]) -> dict[int, str]:
-    """Maps ``id(parameter)`` to the name of its part, for all parameters of ``parts``."""
+    """Returns a dict from ``id(parameter)`` to the name of its part, for the model parts in ``parts``."""
     inner: Any = unwrap_model(model)
     found: dict[int, str] = {}
     for part in MODEL_PARTS:  # in Qwen2-VL the projector is a submodule of the vision tower
@@ -89,7 +90,7 @@ def _part_of_parameters(model: nn.Module, parts: Iterable[str]) -> dict[int, str
 
 
 def hidden_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yields the weights with two axes, except for embeddings and the output head."""
+    """Yields the parameters with two axes, except those of embeddings and the output head."""
     inner: Any = unwrap_model(model)
     head = inner.get_output_embeddings()
     outer = [module for module in inner.modules() if isinstance(module, nn.Embedding) or module is head]
@@ -102,12 +103,12 @@ def hidden_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
 def make_optimizer(
     groups: Sequence[ParameterGroup], recipe: OptimRecipe, model: nn.Module, accelerator: Any
 ) -> torch.optim.Optimizer:
-    """Returns the optimizer that the recipe names, over the groups in their order.
+    """Returns the optimizer that the recipe names. Its parameter groups have the order of ``groups``.
 
     Raises:
-        ImportError: If a library is missing.
-        TypeError: If the optimizer does not take ``optim.args``.
-        ValueError: If the optimizer cannot train the model on these ranks.
+        ImportError: If the package of the optimizer is not installed.
+        TypeError: If the optimizer rejects ``optim.args``.
+        ValueError: If the optimizer does not support the device or the sharding of the run, or its name is unknown.
     """
     _check_ranks(recipe, accelerator)
     options: dict[str, Any] = {"lr": recipe.learning_rate}
@@ -134,7 +135,7 @@ def make_optimizer(
 
 
 def _check_ranks(recipe: OptimRecipe, accelerator: Any) -> None:
-    """Raises ``ValueError`` for an optimizer that would be wrong on sharded parameters."""
+    """Raises ``ValueError`` if the optimizer gives wrong results on parameters that are sharded over ranks."""
     sharding = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if recipe.name in _NOT_ON_SHARDS.get(sharding, ()):
         raise ValueError(
@@ -143,7 +144,7 @@ def _check_ranks(recipe: OptimRecipe, accelerator: Any) -> None:
 
 
 def _importing(path: str) -> Maker:
-    """Returns a function that makes an optimizer of the class at an import path."""
+    """Returns a function that makes an optimizer of the class at the import path ``path``."""
     module, _, name = path.rpartition(".")
     try:
         owner = importlib.import_module(module)
@@ -187,10 +188,10 @@ def _make_adafactor(groups: list[dict[str, Any]], options: dict[str, Any], model
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon/) for matrices of hidden layers, AdamW for all others.
+    """Muon (https://kellerjordan.github.io/posts/muon/) for hidden matrices, AdamW for all other parameters.
 
-    Groups with ``orthogonalized`` go through ``torch.optim.Muon``, the other groups through ``torch.optim.AdamW``. The
-    default ``adjust_lr_fn`` scales Muon's updates to the size of AdamW's, so that one learning rate serves both.
+    ``torch.optim.Muon`` updates the groups with ``orthogonalized=True``, ``torch.optim.AdamW`` the other groups. The
+    default ``adjust_lr_fn`` scales Muon's updates to the size of AdamW's, so that both can use the same learning rate.
     """
 
     def __init__(
@@ -216,7 +217,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates all parameters."""
+        """Updates all parameters. Returns the result of ``closure``, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -243,7 +244,7 @@ _MAKERS: dict[str, Maker] = {
 
 
 def scheduled_learning_rate(recipe: OptimRecipe, maximum: float, step: int, total_steps: int) -> float:
-    """Returns the learning rate of a step, counted from 0. The warm-up starts at 0, as in transformers."""
+    """Returns the learning rate of a step, counted from 0. In warmup, it rises linearly from 0 to ``maximum``."""
     warmup_steps = math.ceil(total_steps * recipe.warmup_ratio)
     if step < warmup_steps:
         return maximum * step / warmup_steps
@@ -263,10 +264,11 @@ def scheduled_learning_rate(recipe: OptimRecipe, maximum: float, step: int, tota
 def set_learning_rates(
     optimizer: Any, groups: Sequence[ParameterGroup], recipe: OptimRecipe, step: int, total_steps: int
 ) -> dict[str, float]:
-    """Sets the learning rates of a step, counted from 0, and returns them by their names in the log.
+    """Sets the learning rates of a step (counted from 0), and returns them by their names in the log.
 
-    The name ``learning_rate`` is left out if ``optim.groups`` sets the rates of all trainable parameters. Call this
-    function before backward, because accelerate steps DeepSpeed's optimizer within backward.
+    The names are ``learning_rate`` and, for each part in ``optim.groups``, ``learning_rate_PART``. If all parameters
+    belong to such parts, ``learning_rate`` is left out. Call this function before backward, because accelerate runs
+    DeepSpeed's optimizer step in backward.
     """
     for group, made in zip(optimizer.param_groups, groups, strict=True):
         group["lr"] = scheduled_learning_rate(recipe, made.learning_rate, step, total_steps)
@@ -276,7 +278,7 @@ def set_learning_rates(
 
 
 def clip_gradients(accelerator: Any, model: nn.Module, max_grad_norm: float) -> float:
-    """Clips the gradients unless ``max_grad_norm`` is 0; returns the gradient norm before clipping."""
+    """Clips the gradients to ``max_grad_norm`` (0: no clipping). Returns the gradient norm before clipping."""
     max_norm = max_grad_norm if max_grad_norm > 0 else math.inf
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     if norm is None:  # DeepSpeed clips by itself

@@ -64,9 +64,10 @@ class RunOutput:
         )
 
     def template_date(self, checkpoint: Path | None) -> datetime.date:
-        """Returns the date that the chat template prints in prompts, the same on all ranks.
+        """Returns the date that the chat template may print in prompts, the same on all ranks.
 
-        The date is that of the checkpoint or of the stored reference log-probs, otherwise today.
+        The date is read from the checkpoint or, if it has none, from the file of reference log-probs. If neither
+        stores a date, the result is today.
         """
         inputs = None if checkpoint is None else self.checkpoints.state(self.accelerator, checkpoint).get("inputs")
         date = stored_date(inputs) or reference_date(self.recipe) or datetime.date.today()
@@ -92,7 +93,7 @@ class RunOutput:
             yield
 
     def _check_outputs(self) -> None:
-        """Raises if the run would overwrite one of its inputs, or a file that no run has written."""
+        """Raises an error if the run would overwrite an input file, or files that no earlier run wrote."""
         recipe, names = (
             self.recipe,
             ("log.jsonl", "first_pairs.txt", "final", "checkpoints", "answers", "exported.json"),
@@ -123,7 +124,7 @@ class RunOutput:
                 shared.check()
 
     def _write_first_pairs(self, proof: Proof) -> None:
-        """Prints the first pair as the model reads it, and writes the first pairs to ``first_pairs.txt``."""
+        """Prints the decoded first pair, and writes the decoded first pairs to ``first_pairs.txt``."""
         path = self.folder / "first_pairs.txt"
         for line in proof.console_lines():
             self.console.say(line)
@@ -132,7 +133,7 @@ class RunOutput:
         self.console.say(f"the first pairs, decoded, are in {path}")
 
     def start_log(self) -> None:
-        """Empties the log for a new run, because an earlier run that wrote no checkpoint may have left lines."""
+        """Empties the log at the start of a new run. An earlier run without a checkpoint may have left lines."""
         if self.is_main:
             if self.log.position():
                 self.console.say(
@@ -141,13 +142,14 @@ class RunOutput:
             self.log.rewind(0)
 
     def check_inputs(self, data: RunData, checkpoint: Path | None, fixed_weights: Mapping[str, str]) -> None:
-        """Records the inputs of the run for its checkpoints, and compares them with those of a checkpoint.
+        """Records the inputs of the run, such as its data, and compares them with those of a checkpoint.
 
-        ``fixed_weights`` is the field of ``RunSetup``. Without a checkpoint, the inputs are only recorded.
+        Later checkpoints of the run store the inputs. ``checkpoint`` is None for a new run; its inputs are only
+        recorded. ``fixed_weights`` is ``RunSetup.fixed_weights``.
 
         Raises:
-            LinesError: If a setting has changed that must not change within a run, or if an input has changed that
-                affects training and ``output.resume_changed_data`` is False.
+            LinesError: If a setting that must stay the same in a run has changed, or if ``output.resume_changed_data``
+                is False and an input that affects training has changed.
         """
         if checkpoint is None:
             self.inputs = collect_inputs(data, None, fixed_weights) if self.save else None
@@ -168,9 +170,9 @@ class RunOutput:
         self.input_changes.check(checkpoint, accept=self.recipe.output.resume_changed_data)
 
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
-        """Restores policy, optimizer, run state and log from a checkpoint, and the reference model if one is given.
+        """Restores policy, optimizer, run state, log and, if given, the reference model from a checkpoint.
 
-        ``check_inputs`` must have accepted the checkpoint.
+        Call ``check_inputs`` with the checkpoint first.
 
         Args:
             path: Folder of the checkpoint.
@@ -198,9 +200,9 @@ class RunOutput:
         return bool(self.changed or changes.refused or changes.evaluation)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> None:
-        """Writes a checkpoint of policy, optimizer and run state.
+        """Writes a checkpoint of the policy, the optimizer and the run state. Does nothing if ``save`` is False.
 
-        ``reference`` is the reference model if training updates it; then the checkpoint also holds it.
+        ``reference`` is the reference model if training updates it, otherwise None. The checkpoint then holds it, too.
         """
         if not self.save:
             return
@@ -237,9 +239,9 @@ class RunOutput:
             self.accelerator.log(values, step=self.state.step)
 
     def is_finished(self, checkpoint: Path) -> bool:
-        """Returns whether the final model is that of the checkpoint.
+        """Returns whether the model of the checkpoint has already been exported as the final model.
 
-        If the model was exported but its model card is missing, this method writes the card.
+        If the export lacks its model card, this method writes the card.
         """
         if not is_exported(self.accelerator, self.final, checkpoint):
             return False
@@ -248,7 +250,10 @@ class RunOutput:
         return True
 
     def finish(self, model: nn.Module, processor: Any) -> None:
-        """Exports the final model, writes its model card and reports the skipped pairs."""
+        """Exports the final model, prints the counts of skipped pairs, writes the model card and uploads the model.
+
+        Does nothing if ``save`` is False. The upload needs ``output.push_to_hub``.
+        """
         if not self.save:
             return
         processor = with_chat_settings(processor, self.recipe.model)
@@ -267,7 +272,7 @@ class RunOutput:
         self.push()
 
     def push(self) -> None:
-        """Uploads the final model to the hub if the recipe says so."""
+        """Uploads the final model to the hub if ``output.push_to_hub`` is set."""
         if self.hub is not None:
             self.console.say(f"the model is on the hub: {self.hub.push(self.final)}")
 
@@ -284,5 +289,5 @@ class RunOutput:
 
 
 def _changes_evaluation(setting: str) -> bool:
-    """Returns whether a changed setting makes the scores of earlier evaluations incomparable."""
+    """Returns whether a change of this setting makes new evaluation scores incomparable with earlier scores."""
     return setting.startswith(("data.eval", "output.eval_generate", "output.best_metric"))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def to_matcher(value: Any) -> Any:
-    """Converts the name of a matcher to a section with its ``kind``; other values are returned unchanged."""
+    """Converts the name of a matcher to a section ``{kind: NAME}``. Other values are returned unchanged."""
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -26,9 +26,9 @@ class GenerationRecipe:
         every: Number of steps between two evaluations; 0 evaluates at the end of each epoch. The end of the run is
             always evaluated.
         max_items: Maximum number of questions, taken from the start of the file; None: all.
-        prompt: Name of a prompt template; "none" asks the question without a template.
-        matcher: Matcher that compares answers: its kind, or a section with its ``kind`` and its options.
-        style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template.
+        prompt: Name of a prompt template; "none": the question itself is the prompt.
+        matcher: Matcher that compares answers: its kind, or a section with ``kind`` and options.
+        style: Form of the answer in a response; see ``extract_answer``. None: the style of the prompt template.
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
         batch_size: Maximum number of questions per batch on each rank.
@@ -61,7 +61,7 @@ class GenerationRecipe:
 
     @property
     def config(self) -> "EvaluationConfig":
-        """The settings of ``mpo_ext.evaluate`` that correspond to this section."""
+        """The ``EvaluationConfig`` of ``mpo_ext.evaluate`` with the values of this section."""
         from mpo_ext.evaluate.scoring import EvaluationConfig
 
         return EvaluationConfig(
@@ -76,7 +76,7 @@ class HubRecipe:
     Attributes:
         repo_id: Name of the repository, such as "name/my-model"; a name without owner belongs to the owner of the
             token. The repository is created if it does not exist.
-        private: Whether the repository is private. If True, a public repository that exists already is rejected.
+        private: Whether to create a private repository. If True, an existing public repository is rejected.
     """
 
     repo_id: Text
@@ -84,7 +84,7 @@ class HubRecipe:
 
 
 def _section_or(name: str) -> BeforeValidator:
-    """Returns a validator that converts a string to a section in which the setting ``name`` has this value."""
+    """Returns a validator that converts a string VALUE to the section ``{name: VALUE}``."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, str):
@@ -104,24 +104,24 @@ class OutputRecipe:
         dir: Folder of the run.
         save_every: Number of steps between two checkpoints; 0 writes a single checkpoint at the end.
         keep_last: Number of latest checkpoints to keep.
-        keep_best: Whether to keep also the checkpoint with the best evaluation; needs ``data.eval``, or
+        keep_best: Whether to also keep the checkpoint with the best evaluation; needs ``data.eval``, or
             ``eval_generate`` with ``best_metric`` "answer_accuracy".
         eval_every: Number of steps between two evaluations on ``data.eval``; 0 evaluates only at the end.
         eval_generate: Evaluation by generation: a file of questions, or a section with ``path`` and other settings.
             None: no such evaluation.
         best_metric: Metric of the best checkpoint: "reward_accuracy" (higher is better) or "loss" (lower is better) on
             ``data.eval``, or "answer_accuracy" (higher is better) of ``eval_generate``.
-        early_stopping: Patience: the run ends, as if its last step were done, if this number of evaluations in a row
-            gives no new best value of ``best_metric``. 0 disables early stopping. Needs ``eval_every``, or
-            ``eval_generate`` with ``best_metric`` "answer_accuracy".
+        early_stopping: Patience: the run ends normally if this number of evaluations in a row gives no new best value
+            of ``best_metric``. 0 disables early stopping. Needs ``eval_every``, or ``eval_generate`` with
+            ``best_metric`` "answer_accuracy".
         log_every: Number of steps between two lines of the log.
         trackers: Names of trackers in accelerate: "tensorboard", "wandb", "trackio", ...
         push_to_hub: Upload of the final model to the Hugging Face hub: the name of the repository, or a section with
             ``repo_id`` and ``private``. None: no upload.
         resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder that contains a
             checkpoint; any other value is the path of a checkpoint.
-        resume_changed_data: Whether a run may resume although its training data, its processor, or the model that it
-            began with has changed since the checkpoint.
+        resume_changed_data: Whether a run may resume if its training data, its processor, or its starting model has
+            changed since the checkpoint.
         on_nonfinite: Reaction to a loss or gradient that is not finite: "stop", or "skip" the step and count it.
         save_merged: Whether to write the model with merged LoRA adapters in addition to the adapters.
     """

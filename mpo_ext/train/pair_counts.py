@@ -14,7 +14,7 @@ class PairCounts:
     Attributes:
         kept: Number of pairs that became samples.
         cut: Number of samples with a cut response.
-        split: Number of samples with a response that was tokenized separately from the prompt.
+        split: Number of samples in which a response was tokenized separately from the prompt.
         skipped: Number of skipped pairs for each reason; the reason of a bad line is its ``BadLine.kind``.
         examples: The first message for each reason.
     """
@@ -41,7 +41,7 @@ class PairCounts:
         self.examples.setdefault(reason, message)
 
     def merge(self, other: "PairCounts") -> None:
-        """Adds the counts of another process, and its examples for reasons that have no example here."""
+        """Adds the counts of another process. Its examples are added for reasons that have no example yet."""
         self.kept += other.kept
         self.cut += other.cut
         self.split += other.split
@@ -54,7 +54,7 @@ class PairCounts:
         return self.skipped.total()
 
     def lines(self) -> Iterator[str]:
-        """Yields the counts and the examples as lines of text."""
+        """Yields lines of text with the counts and the examples."""
         if self.cut:
             yield f"cut the responses of {self.cut:,} pairs"
         if self.split:
@@ -63,7 +63,7 @@ class PairCounts:
             yield f"skipped {count:,}: {reason}, for example {self.examples[reason]}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the counts and the examples as a dict, under the names that checkpoints use."""
+        """Returns the counts and the examples as JSON values, for a checkpoint."""
         return {
             "kept": self.kept,
             "cut": self.cut,

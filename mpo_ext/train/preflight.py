@@ -16,14 +16,15 @@ _EXPECTED = (ImportError, OSError, ValueError)
 
 
 def check_needs(recipe: Recipe) -> None:
-    """Raises unless a recipe's paths exist, its packages are installed, and its outputs can be written.
+    """Checks that a recipe's paths exist, its packages are installed, and its outputs can be written.
 
-    The error names all problems at once. This check does not contact the hub.
+    The error lists all problems. This check does not contact the hub.
 
     Raises:
-        ImportError: If the only problem is a missing package.
-        OSError: If the only problem is a path.
-        ValueError: If the only problem is another setting, or (``LinesError``) there are several problems.
+        ImportError: If the only problem is a package that is not installed.
+        OSError: If the only problem is a path that cannot be read or written.
+        ValueError: If the only problem is the value of a setting.
+        LinesError: If there are several problems. The class is a subclass of ``ValueError``.
     """
     errors = []
     for check in _checks(recipe):

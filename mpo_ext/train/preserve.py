@@ -1,4 +1,4 @@
-"""``preserved`` restores a model's modules and all random states after an interruption of training, bit for bit."""
+"""``preserved`` runs a block of code, such as an evaluation, and restores the state of training afterwards."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from mpo_ext.train.checkpoint_state import random_state, restore_random_state
 
 @contextlib.contextmanager
 def preserved(accelerator: Any, model: nn.Module) -> Iterator[None]:
-    """Restores the state of training at the end of the ``with`` block.
+    """Restores the model's modules and this rank's random states at the end of the ``with`` block, bit for bit.
 
-    Restored are the attributes of each module (its mode, the flags of gradient checkpointing, values that a forward
-    pass caches), the buffers that a module has replaced, and the states of this rank's random generators. Parameters,
-    gradients and the contents of buffers are not copied: the block must not write into them.
+    A module's attributes are restored, such as its training mode, gradient checkpointing flags, cached values and
+    buffers. The contents of tensors are not restored, so the block must not write into parameters, gradients or
+    buffers in place.
     """
     saved = [(vars(module), dict(vars(module)), dict(vars(module)["_buffers"])) for module in model.modules()]
     random = random_state(accelerator)

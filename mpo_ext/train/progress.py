@@ -16,7 +16,7 @@ _FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 
 
 class Console:
-    """Shows the progress of a run: as a bar on a terminal, or as a line every half minute in other streams.
+    """Shows the progress of a run: a bar on a terminal, or a line every half minute in other streams.
 
     ``total`` is the number of steps of the run, ``done`` the number of finished steps. If ``stream`` is None, nothing
     is printed.
@@ -60,7 +60,7 @@ class Console:
             print(text, file=self.stream, flush=True)
 
     def step(self, step: int, line: Mapping[str, float]) -> None:
-        """Shows a finished step, given the step number (from 1) and the log line of the step."""
+        """Shows the progress after a step. ``step`` is its number, from 1, and ``line`` its log line."""
         self.done = step
         parts = [f"{name} {line[key]:{form}}" for name, (key, form) in _SHOWN.items() if key in line]
         text = ", ".join([*(parts or ["no pairs"]), *_rates(line)])
@@ -79,13 +79,13 @@ class Console:
 
 
 def _rates(line: Mapping[str, float]) -> list[str]:
-    """Returns the learning rates of a log line as texts, one for each part of the model with a separate rate."""
+    """Returns a text for each learning rate in a log line. Model parts may have separate rates."""
     names = [name for name in line if name.startswith(_RATE)]
     return [f"{name.removeprefix(_RATE).lstrip('_')} rate {line[name]:.2e}".lstrip() for name in names]
 
 
 def first_step_lines(recipe: Recipe, line: Mapping[str, float], batches: Sequence[Batch]) -> Iterator[str]:
-    """Yields the console lines about the first step.
+    """Yields the console lines that follow the first step, such as a comparison of its loss with the expected loss.
 
     Args:
         recipe: Recipe of the run.
@@ -106,9 +106,10 @@ def first_step_lines(recipe: Recipe, line: Mapping[str, float], batches: Sequenc
 
 
 def lone_pairs(limit: int | None, batches: Sequence[Batch]) -> str | None:
-    """Returns a console line if every pair is longer than ``optim.micro_batch_tokens``, otherwise None.
+    """Returns a console line if every pair of the first step is longer than ``limit``, otherwise None.
 
-    Each pair is then a micro-batch. ``limit`` is the setting, and ``batches`` are the micro-batches of the first step.
+    Each pair is then a micro-batch. ``limit`` is ``optim.micro_batch_tokens``, and ``batches`` are the micro-batches
+    of the first step.
     """
     if limit is None or not batches or not all(batch.pairs == 1 and batch.positions > limit for batch in batches):
         return None
@@ -122,7 +123,7 @@ def lone_pairs(limit: int | None, batches: Sequence[Batch]) -> str | None:
 def compare_first_loss(recipe: Recipe, line: Mapping[str, float]) -> str:
     """Returns a console line that compares the loss of the first step with its expected value.
 
-    Before training, the policy equals the reference, so all rewards must be 0. This determines the DPO and BCO terms.
+    Before training, the policy equals the reference and all rewards are 0, which determines the DPO and BCO terms.
     ``line`` is the log line of the first step.
     """
     config, shift = recipe.loss.config, recipe.reward_shift

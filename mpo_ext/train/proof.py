@@ -1,6 +1,6 @@
-"""The check at the start of a run: are the first pairs encoded as the model's processor encodes them?
+"""Checks at the start of a run that the first pairs are encoded as the model's own processor encodes them.
 
-The result, a ``Proof``, also holds the pairs as decoded text.
+The result, a ``Proof``, also holds the decoded text of these pairs.
 """
 
 import collections
@@ -27,13 +27,13 @@ _CONSOLE_CHARACTERS = 160
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProvedPair:
-    """A pair as the model reads it.
+    """A pair as text, decoded from the token ids that the model reads.
 
     Attributes:
         name: File and line number of the pair.
-        prompt: Text of the prompt's token ids, with a run of image tokens as ``<image> x 64``.
-        chosen: Text of the chosen response's token ids; the targets of training are in double square brackets.
-        rejected: Text of the rejected response's token ids, marked in the same way.
+        prompt: The decoded prompt; a run of image tokens is shown as ``<image> x 64``.
+        chosen: The decoded chosen response, with the training targets in double square brackets.
+        rejected: The decoded rejected response, with the training targets in double square brackets.
         sizes: Text with the numbers of tokens.
     """
 
@@ -46,8 +46,8 @@ class ProvedPair:
     def lines(self, most: int | None = None) -> Iterator[str]:
         """Yields lines of text: the name and sizes, the prompt and both responses.
 
-        ``most`` is the maximum number of characters of each text; a longer prompt loses its beginning, a longer
-        response its end. None: no limit.
+        ``most`` is the maximum number of characters of the prompt and of each response; None: no limit. A longer
+        prompt is cut at its beginning, a longer response at its end.
         """
         yield f"{self.name}: {self.sizes}"
         for label, text in (("prompt", self.prompt), ("chosen", self.chosen), ("rejected", self.rejected)):
@@ -59,14 +59,15 @@ class ProvedPair:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Proof:
-    """The result of ``prove``.
+    """The result of ``prove``, which checks the encoding of the first pairs.
 
     Attributes:
-        notices: Rules that the encoder applies beyond the chat template, and comparisons that could not be made.
+        notices: Messages about rules that the encoder applies in addition to the chat template, and about checks that
+            could not run.
         pairs: The first pairs, decoded.
-        skipped: Messages of the first pairs that could not be encoded.
-        reasons: Number of pairs that could not be encoded or that training leaves out, by reason.
-        problems: Differences between the encoder and the processor, and other reasons not to train.
+        skipped: Messages about the first pairs that were not encoded.
+        reasons: Number of pairs that were not encoded, by reason.
+        problems: Messages about failed checks, such as token ids that differ from those of the processor.
     """
 
     notices: tuple[str, ...]
@@ -76,7 +77,7 @@ class Proof:
     reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def lines(self, most: int | None = None) -> Iterator[str]:
-        """Yields the proof as lines of text. ``most`` limits the texts, as in ``ProvedPair.lines``."""
+        """Yields the messages and the decoded pairs as lines of text. ``ProvedPair.lines`` describes ``most``."""
         yield from (f"chat template: {notice}" for notice in self.notices)
         yield from (f"not encoded: {message}" for message in self.skipped)
         for pair in self.pairs:
@@ -84,11 +85,11 @@ class Proof:
         yield from self.problems
 
     def console_lines(self) -> Iterator[str]:
-        """Yields the lines of the proof with only the first pair, shortened."""
+        """Yields the same lines as ``lines``, but only the first pair, with shortened texts."""
         return dataclasses.replace(self, pairs=self.pairs[:1]).lines(_CONSOLE_CHARACTERS)
 
     def check(self) -> None:
-        """Raises ``LinesError`` if there are problems."""
+        """Raises ``LinesError`` if ``problems`` is not empty."""
         if self.problems:
             raise LinesError("the token ids of the first pairs must be those of the model's processor, but:\n  " +
                              "\n  ".join(self.problems))  # fmt: skip
@@ -97,14 +98,14 @@ class Proof:
 def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3) -> Proof:
     """Encodes the first pairs, compares them with the model's own processor, and returns the result.
 
-    Four facts are checked for each pair. The ids of the prompt are those of ``apply_chat_template`` with images. The
-    ids of the prompt and a response are the first ids of the whole conversation. The ids of a response decode to the
-    response. A response ends with a token at which sampling stops.
+    Four properties are checked for each pair. The processor's ``apply_chat_template`` gives the same prompt ids. The
+    processor's ids of the whole conversation begin with the ids of the prompt and the response. The ids of each
+    response decode to its text. Each response ends with a token at which sampling stops.
 
     Args:
         encoder: Encoder of the run.
         pairs: Pairs with absolute image paths, each with its name for messages.
-        count: Number of pairs to prove.
+        count: Number of pairs to check.
     """
     proved: list[ProvedPair] = []
     skipped: list[str] = []
@@ -136,7 +137,10 @@ def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3
 
 
 def _decoding_problems(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
-    """Yields a message for each response whose ids do not decode to its text, or whose end does not stop sampling."""
+    """Yields a message for each response whose ids do not decode to its text.
+
+    Also yields a message if the last token of a response would not stop sampling.
+    """
     chat = encoder.chat
     conversation = conversation_of(pair, sample.name)
     for side, ids in (("chosen", sample.chosen_ids.tolist()), ("rejected", sample.rejected_ids.tolist())):
@@ -151,7 +155,7 @@ def _decoding_problems(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator
 
 
 def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
-    """Yields a message for each difference between the ids of the sample and those of the processor."""
+    """Yields a message if the processor gives other ids than ``sample`` for the prompt or for a response."""
     chat = encoder.chat
     if chat.chat_template is None:
         return
@@ -180,7 +184,10 @@ def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
 def _with_media(
     chat: ChatEncoder, conversation: Conversation, images: Sequence[Any], videos: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """Returns the messages of the conversation, with each image and video in its place (none for a text model)."""
+    """Returns the messages of a conversation, with each image and video in its place.
+
+    For a text model, the messages contain no images and videos.
+    """
     messages = chat_messages(conversation, as_parts=chat.is_multimodal)
     if not chat.is_multimodal:
         return messages
@@ -226,7 +233,10 @@ def _decode(encoder: Encoder, sample: Sample) -> ProvedPair:
 
 
 def _marked(encoder: Encoder, ids: Tensor, targets: Tensor | None) -> str:
-    """Returns the text of a response with its targets in double square brackets."""
+    """Returns the decoded response with its targets in double square brackets.
+
+    If ``targets`` is None, all tokens are targets.
+    """
     is_target = [True] * len(ids) if targets is None else targets.tolist()
     text = ""
     for marked, group in itertools.groupby(zip(ids.tolist(), is_target, strict=True), lambda entry: entry[1]):

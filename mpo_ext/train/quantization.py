@@ -1,4 +1,4 @@
-"""QLoRA (arXiv 2305.14314): base weights in the NF4 format of bitsandbytes, and their values for a merged model."""
+"""QLoRA (arXiv 2305.14314): quantization of base weights to NF4 with bitsandbytes, and their dequantization."""
 
 import importlib.util
 import sys
@@ -46,13 +46,13 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def disable_weight_packing(model: nn.Module) -> None:
-    """Keeps the 4-bit weights on a CPU in the format that has a backward pass.
+    """Prevents bitsandbytes from packing the 4-bit weights on a CPU for inference.
 
-    On a CPU with AVX512-BF16, the first forward pass in evaluation mode and without gradients packs the weights of
-    bitsandbytes for an inference-only kernel. Training with packed weights would give wrong gradients.
+    On a CPU with AVX512-BF16, the first forward pass in evaluation mode without gradients packs the weights for an
+    inference kernel. Training with packed weights would give wrong gradients.
 
     Raises:
-        RuntimeError: If the installed bitsandbytes packs the weights nevertheless.
+        RuntimeError: If the installed version of bitsandbytes packs the weights nevertheless.
     """
     for name, layer in quantized_layers(model):
         layer.support_avx512bf16_for_cpu = False
@@ -73,12 +73,13 @@ def disable_weight_packing(model: nn.Module) -> None:
 
 
 def load_dequantized(target: nn.Module, base: nn.Module, state_dict: Mapping[str, Tensor] | None) -> None:
-    """Copies the 4-bit weights of a base model into an unquantized model, with the values that the forward pass uses.
+    """Copies the dequantized 4-bit weights of a base model into an unquantized model.
 
     Args:
         target: Unquantized model on the CPU.
         base: Model with 4-bit layers, with or without adapters.
-        state_dict: Whole tensors of the peft model around ``base``, if ``base`` is sharded; None: read ``base``.
+        state_dict: Unsharded state dict of the peft model that wraps ``base``, if ``base`` is sharded. None: the
+            weights are read from ``base``.
     """
     for name, layer in quantized_layers(base):
         from bitsandbytes.functional import dequantize_4bit

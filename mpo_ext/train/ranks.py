@@ -1,11 +1,11 @@
-"""Starting the ranks of a run on CPUs, and communication between ranks."""
+"""Communication between the ranks of a run, and the start of runs with FSDP or DeepSpeed on CPUs."""
 
 import os
 from typing import Any
 
 
 def gather(accelerator: Any, value: Any) -> list[Any]:
-    """Returns the values of all ranks in rank order. All ranks must call this function."""
+    """Returns the values that all ranks pass, in rank order. All ranks must call this function."""
     if accelerator.num_processes == 1:
         return [value]
     from accelerate.utils import gather_object
@@ -14,10 +14,10 @@ def gather(accelerator: Any, value: Any) -> list[Any]:
 
 
 def join_cpu_ranks() -> None:
-    """Connects the ranks of a run that was launched with FSDP or DeepSpeed on CPUs; does nothing in other runs.
+    """Starts the process group of a run with FSDP or DeepSpeed on CPUs. Does nothing in other runs.
 
-    accelerate selects FSDP and DeepSpeed only if the ranks have GPUs. With ``ACCELERATE_USE_CPU=true``, this function
-    makes accelerate select them on CPUs, so that a cluster's config file can be tried on any machine.
+    accelerate selects FSDP and DeepSpeed only if the ranks have GPUs. If ``ACCELERATE_USE_CPU`` is true, this function
+    makes accelerate select them on CPUs, too. The config file of a cluster can thus be tried on any machine.
     """
     uses_deepspeed, uses_fsdp = _is_set("ACCELERATE_USE_DEEPSPEED"), _is_set("ACCELERATE_USE_FSDP")
     if "LOCAL_RANK" not in os.environ or not _is_set("ACCELERATE_USE_CPU") or not (uses_deepspeed or uses_fsdp):

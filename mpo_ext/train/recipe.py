@@ -1,4 +1,4 @@
-"""Frozen dataclasses for the recipe of a training run; ``load_recipe`` reads a recipe from a YAML file.
+"""The recipe of a training run as frozen dataclasses. ``load_recipe`` reads a recipe from a YAML file.
 
 Each class defines a section of the file and the defaults of the settings that the file omits.
 """
@@ -50,7 +50,8 @@ class LoraRecipe:
         dropout: Dropout probability on the input of each adapter; above 0, the policy's log-probs are random.
         target: Names of the layers that get an adapter, or "all-linear": all linear layers of the language model
             except the output head.
-        quantization: "4bit" stores the base weights in NF4 (bitsandbytes; QLoRA, arXiv 2305.14314). None: no change.
+        quantization: "4bit" stores the base weights in NF4 (bitsandbytes; QLoRA, arXiv 2305.14314). None: the base
+            weights are not quantized.
     """
 
     rank: PositiveCount = 16
@@ -68,7 +69,7 @@ class ModelRecipe:
         path: Folder or hub id of a Hugging Face causal or image-text-to-text model.
         revision: Revision of the model on the hub; None: the default revision.
         trust_remote_code: Whether Python code in the folder or repository of the model (and of ``reference.path``) may
-            run. The code can do anything that the user can: read it first, and set ``revision`` to a commit.
+            run. This code has all rights of the user: read it first, and set ``revision`` to a commit.
         dtype: Dtype of the parameters: "float32", "bfloat16", "float16", or "auto" (the dtype of the saved model).
         attention: Name of the attention implementation in transformers. Both responses can share a row only with
             "sdpa", "flash_attention_2", "flash_attention_3" and "eager"; with others, they run in separate rows.
@@ -126,8 +127,8 @@ class DataRecipe:
         too_long: Treatment of longer pairs: "drop" skips and counts them; "truncate" cuts the ends of the responses
             (never the prompt, which holds the images), and skips a pair if its prompt leaves no room for a response.
         skip_bad: Whether to skip and count unreadable pairs (a bad line, a missing image) instead of stopping.
-        group_prompts: Whether pairs with the same prompt are placed next to each other, which lets them share a row.
-        workers: Number of processes that read and encode pairs in advance; 0: the training process does this work.
+        group_prompts: Whether pairs with the same prompt are placed next to each other, so that they can share a row.
+        workers: Number of processes that read and encode pairs in advance; 0: the training process reads them itself.
         max_image_pixels: Maximum number of pixels of an image; a pair with a larger image is unreadable. None: the
             value of the environment variable MPO_MAX_IMAGE_PIXELS, or 8192 x 8192 if it is not set.
         video_fps: Frames per second of videos that do not set ``fps``. None: the value of the environment variable
@@ -160,17 +161,18 @@ class LossRecipe:
         ntp_weight: See ``MPOConfig``.
         label_smoothing: See ``MPOConfig``.
         ntp_average: See ``MPOConfig``.
-        preference: Name of a loss in ``mpo_ext.loss.preference`` that replaces the DPO term; None: the DPO term.
-        router_aux_loss_coef: Weight of the load-balancing loss of a mixture-of-experts model's routers; 0 leaves the
-            loss out. None: ``router_aux_loss_coef`` of the model's config.
+        preference: Name of a loss in ``mpo_ext.loss.preference`` that replaces the DPO term; None: the DPO term is
+            used.
+        router_aux_loss_coef: Weight of the load-balancing loss of mixture-of-experts routers; 0 disables this loss.
+            None: ``router_aux_loss_coef`` of the model's config.
         average_over: "step" averages over all ranks and micro-batches of an optimizer step: DPO and BCO over pairs,
             NTP as ``ntp_average`` says. "micro_batch" averages the losses of the micro-batches, as the authors' code
             does. With ``optim.micro_batch_tokens``, "micro_batch" treats each pair as a micro-batch.
         from_logits: Whether to call ``mpo_loss`` on the model's logits instead of ``linear_mpo_loss``.
-        shared_prefix: Whether both responses of a pair follow one copy of the prompt (``[prompt | chosen |
-            rejected]``), and all pairs of a micro-batch lie in one row. A model that does not support this layout
-            gets a row for each response, as with False. Two values are for comparisons: "padded" gives each prompt a
-            row; "masked" also uses a dense attention mask.
+        shared_prefix: Whether both responses of a pair follow a single copy of the prompt (``[prompt | chosen |
+            rejected]``). All pairs of a micro-batch then lie in one row. If False, or if the model does not support
+            this layout, each response has a row with its prompt. Two values are for comparisons: "padded" gives each
+            prompt a row; "masked" also uses a dense attention mask.
         recompute: See ``linear_mpo_loss``.
         memory_budget_mib: ``memory_budget`` of ``linear_mpo_loss``, in MiB.
         backend: See ``mpo_loss``.
@@ -225,7 +227,7 @@ class LossRecipe:
 
     @property
     def config(self) -> MPOConfig:
-        """An ``MPOConfig`` with the settings of this recipe section."""
+        """The ``MPOConfig`` with the settings of this recipe section."""
         names = [field.name for field in dataclasses.fields(MPOConfig) if field.name != "ignore_index"]
         return MPOConfig(**{name: getattr(self, name) for name in names})
 
@@ -246,7 +248,7 @@ class LossRecipe:
 
 @section
 class RewardShiftRecipe:
-    """Arguments of ``RewardShift``; the defaults are those of the authors' code."""
+    """Arguments of ``RewardShift``. The defaults are the values in the code of the MPO authors."""
 
     mode: Literal["cumulative", "ema", "fixed"] = "cumulative"
     decay: Number = 0.99
@@ -268,14 +270,14 @@ class ReferenceRecipe:
 
     Attributes:
         kind: "copy": a second model in memory. "adapter": the trained model with its LoRA adapters disabled.
-            "precomputed": log-probs in ``file``, computed once before training. None: "adapter" with LoRA, else
-            "copy".
+            "precomputed": log-probs that are computed once before training and stored in ``file``. None: "adapter"
+            with LoRA, otherwise "copy".
         path: Model to use for "copy" and "precomputed"; None: the starting state of the trained model.
         file: File of the log-probs of "precomputed"; None: ``reference.jsonl`` in the output folder.
-        sync_every: Number of steps between two updates of a "copy" towards the policy (TR-DPO, arXiv 2404.09656; TRL's
-            ``ref_model_sync_steps``); 0 disables updates.
-        sync_mix: Weight w of the policy in an update: each parameter becomes ``w * policy + (1 - w) * reference``. The
-            value 1 is the paper's hard update. TRL calls the weight ``ref_model_mixup_alpha``.
+        sync_every: Number of steps between two updates of the reference model towards the policy, for the kind "copy"
+            (TR-DPO, arXiv 2404.09656; ``ref_model_sync_steps`` of TRL). 0 disables updates.
+        sync_mix: Weight w of the policy in an update: each parameter of the reference becomes ``w * policy + (1 - w) *
+            reference``. The value 1 is the hard update of the paper. TRL calls the weight ``ref_model_mixup_alpha``.
     """
 
     kind: Literal["copy", "adapter", "precomputed"] | None = None
@@ -361,7 +363,7 @@ class Recipe:
         return self.reference.kind or ("adapter" if self.model.lora is not None else "copy")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the recipe as nested dicts, lists, numbers and strings, in the form of a recipe file."""
+        """Returns the recipe as nested dicts of JSON values, in the form of a recipe file."""
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
 
     def to_yaml(self) -> str:
@@ -373,8 +375,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """Reads a YAML file and returns its recipe.
 
     Numbers and booleans follow YAML 1.2: ``1e-6`` is a number, ``no`` is a string. Relative paths in a recipe are
-    resolved against the current folder, not the folder of the file. ``data.train`` and ``data.eval`` take a source or
-    a list of sources; a source is a path or a section.
+    resolved against the current working directory, not the folder of the file. ``data.train`` and ``data.eval`` take a
+    source or a list of sources; a source is a path or a section.
 
     Args:
         path: Path of the file.

@@ -30,7 +30,7 @@ _MAX_VALUES, _MAX_DEPTH = 1_000_000, 50
 def read_recipe_file(
     path: str | os.PathLike[str], overrides: Sequence[str], build: Callable[[dict[str, Any]], T]
 ) -> T:
-    """Reads a YAML file, applies overrides ``KEY=VALUE``, and returns the recipe that ``build`` makes of the settings.
+    """Reads a YAML file, applies overrides ``KEY=VALUE``, and returns the result of ``build`` on the settings.
 
     Raises:
         OSError: If the file cannot be read.
@@ -77,9 +77,10 @@ def parse_yaml(text: str) -> Any:
 
 
 def _count_values(value: Any, known: dict[int, int], depth: int) -> int:
-    """Returns the number of values in a parsed value; an alias counts with all values that it stands for.
+    """Returns the number of values in a parsed YAML value. Each alias counts as a copy of its anchor.
 
-    ``known`` holds the counts of the collections by id; -1 marks those that contain the current value.
+    ``known`` caches the counts of dicts and lists by id. A count of -1 marks a collection that is being counted.
+    Raises ``ValueError`` if the value contains itself, is nested too deep, or has too many values.
     """
     if not isinstance(value, (dict, list)):
         return 1
@@ -98,16 +99,16 @@ def _count_values(value: Any, known: dict[int, int], depth: int) -> int:
 
 
 def dump_yaml(values: Any) -> str:
-    """Returns values as YAML text. Strings that YAML 1.1 or 1.2 would read as another type are quoted."""
+    """Returns values as YAML text. A string that YAML 1.1 or 1.2 would read as another type is quoted."""
     stream = io.StringIO()
     _yaml(dumps=True).dump(values, stream)
     return stream.getvalue()
 
 
 def apply_override(values: Any, override: str) -> None:
-    """Sets a value in a parsed recipe, in place, as an override ``KEY=VALUE`` says.
+    """Sets a value in a parsed recipe in place, given an override ``KEY=VALUE``.
 
-    KEY is the dotted name of a setting; VALUE is YAML.
+    KEY is the dotted name of a setting, such as ``optim.learning_rate``. VALUE is YAML.
     """
     key, equals, text = override.partition("=")
     *sections, name = key.strip().split(".")
@@ -139,9 +140,9 @@ def _import_ruamel() -> Any:
 
 @functools.cache
 def _yaml(*, dumps: bool) -> Any:
-    """Returns a YAML 1.2 parser or, with ``dumps``, a writer.
+    """Returns a YAML 1.2 parser or, if ``dumps`` is True, a writer.
 
-    The strings and numbers of the writer have the same meaning in YAML 1.1 and 1.2.
+    YAML 1.1 and 1.2 read the writer's strings and numbers as the same values.
     """
     ruamel = _import_ruamel()
     rules = [

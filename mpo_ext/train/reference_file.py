@@ -1,4 +1,4 @@
-"""Precomputed reference log-probs. All ranks compute them once and store them in a file; each step looks them up."""
+"""Precomputed reference log-probs: all ranks compute them once and store them in a file that later steps read."""
 
 import datetime
 import hashlib
@@ -26,10 +26,10 @@ _PROVENANCE = ("processor", "versions", "date")  # need not be equal in file and
 
 
 class PrecomputedReference:
-    """Looks up reference log-probs in a file, by ``Sample.digest``.
+    """Looks up precomputed reference log-probs in a file, by ``Sample.digest``.
 
     Args:
-        path: The file.
+        path: File of the log-probs.
         settings: Settings of this run, from ``reference_settings``.
 
     Raises:
@@ -43,7 +43,7 @@ class PrecomputedReference:
         self._logp = {NO_PAIR: [0.0, 0.0], **{record["key"]: record["logp"] for record in read_records(path)}}
 
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
-        """Returns the summed log-probs of the 2B responses, ``[2B]`` float64; the B chosen responses come first.
+        """Returns the summed log-probs of the B chosen and then the B rejected responses: ``[2B]`` float64.
 
         Raises ``ValueError`` if the file lacks a pair. ``policy`` is not used.
         """
@@ -57,19 +57,19 @@ class PrecomputedReference:
         return logp.T.flatten().to(batch.index.device)
 
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Raises ``ValueError``, because log-probs in a file cannot follow the policy."""
+        """Raises ``ValueError``, because stored log-probs cannot be updated towards the policy."""
         raise ValueError("sync_every must be 0 for a reference of kind 'precomputed'")
 
 
 def reference_path(recipe: Recipe) -> Path:
-    """Returns the path of the log-prob file: ``reference.file`` or, by default, a file in the output folder."""
+    """Returns the path of the log-prob file: ``reference.file``, or a file in the output folder by default."""
     return Path(recipe.reference.file or Path(recipe.output.dir, "reference.jsonl"))
 
 
 def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[str, Any]:
-    """Returns the settings on which the reference log-probs depend. Reads all lines of the data.
+    """Returns the settings that affect the reference log-probs, with a digest of all pairs.
 
-    ``fingerprint`` identifies the weights of the reference model.
+    Reads all lines of the data. ``fingerprint`` identifies the weights of the reference model.
     """
     keys = []
     for mixture in data.mixtures:
@@ -96,7 +96,10 @@ def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[
 
 
 def reference_date(recipe: Recipe) -> datetime.date | None:
-    """Returns the date in the prompts of the stored log-probs (also of an unfinished file), or None without a file."""
+    """Returns the date that the prompts of the stored log-probs contain, or None if no file exists.
+
+    The file may also be the unfinished file of an interrupted run.
+    """
     if recipe.reference_kind != "precomputed":
         return None
     path = reference_path(recipe)
@@ -117,15 +120,15 @@ def compute_reference_file(
 ) -> None:
     """Writes the reference log-probs of all pairs to a file. All ranks must call this function.
 
-    Each rank computes a slice of the pairs and writes a journal in the folder of the file. A killed run therefore
-    loses at most the current batch.
+    Each rank computes the log-probs of a slice of the pairs and appends them to a journal, a file beside ``path``. A
+    later call continues from the journals of an interrupted run. The journals are merged at the end.
 
     Args:
-        path: The file.
+        path: File to write.
         settings: Settings of this run, from ``reference_settings``.
         model: Reference model.
         data: Pairs of the run.
-        stop: Requests to end the run.
+        stop: Requests to end the run, such as signals.
         say: Function that prints a line.
 
     Raises:
@@ -158,9 +161,9 @@ def compute_reference_file(
 
 
 def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
-    """Yields, for each step, this rank's batches with pairs whose digest is not in ``known``.
+    """Yields, for each step, this rank's batches that contain a pair whose digest is not in ``known``.
 
-    Dummy batches are added, so that all ranks have the same number of batches.
+    Dummy batches are appended, so that all ranks have the same number of batches.
     """
     for step_slice in data.load_all_lines():
         batches = [batch for batch in step_slice.batches if not known.issuperset(batch.digests)]
@@ -169,10 +172,11 @@ def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a file, or raises a ``ValueError`` that lists all differences from ``settings``.
+    """Compares the settings of a file with ``settings``. Returns the settings of the file.
 
-    Other versions of libraries may serialize the same processor in another form. If the versions differ, only the
-    parts of the processor that do not depend on a library are compared here. The digest of each pair covers the rest.
+    Raises ``LinesError`` (a ``ValueError``) with all differences. A new library version may serialize the same
+    processor in another form. If the versions differ, only the library-independent parts of the processor are
+    compared.
     """
     old, new = read_header(path) or {}, json.loads(json.dumps(settings))
     texts = [
@@ -193,7 +197,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Returns a text that lists the changes since a file was made that may have changed the encoding of a pair.
+    """Returns a text with the possible reasons why a log-prob file lacks a pair, such as a changed processor.
 
     ``header`` holds the settings of the file, ``settings`` those of this run.
     """
@@ -205,7 +209,10 @@ def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 
 
 def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
-    """Returns the digests of the pairs whose log-probs an interrupted run has already written to its journals."""
+    """Returns the digests of the pairs whose log-probs an interrupted run has already computed.
+
+    The digests are read from the journals, the files that the ranks of that run wrote beside ``path``.
+    """
     known: set[str] = set()
     for journal in _journal_paths(path):
         if read_header(journal) is not None:
@@ -215,7 +222,10 @@ def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
 
 
 def _merge_journals(path: Path, settings: Mapping[str, Any]) -> int:
-    """Merges the journals of all ranks into the file, deletes the journals and returns the number of pairs."""
+    """Merges the journals, the files that the ranks wrote beside ``path``, into the file ``path``.
+
+    Deletes the journals and returns the number of pairs.
+    """
     journals = _journal_paths(path)
     logp = {record["key"]: record["logp"] for journal in journals for record in read_records(journal)}
     with atomic_write(path, is_locked=True) as file:

@@ -1,6 +1,6 @@
-"""Two kinds of reference: a separate frozen model, and the policy without its adapters.
+"""The reference as a separate frozen model, or as the policy without its LoRA adapters.
 
-``reference_file.py`` implements the third kind, log-probs that are computed once.
+``reference_file.py`` implements the third kind of reference, precomputed log-probs.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ Inspect = Callable[[Tensor | HiddenRows], None]
 
 
 class Reference(Protocol):
-    """The interface of all kinds of reference: summed log-probs of a batch, and moving towards the policy."""
+    """The interface of all kinds of reference. It returns log-probs and can be updated towards the policy."""
 
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
         """Returns the summed log-probs of the B chosen and then the B rejected responses: ``[2B]`` float64."""
 
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Sets the parameters to ``(1 - mix) * reference + mix * policy`` (TR-DPO, arXiv 2404.09656)."""
+        """Sets the reference's parameters to ``(1 - mix) * reference + mix * policy`` (TR-DPO, arXiv 2404.09656)."""
 
 
 def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe, inspect: Inspect | None = None) -> Tensor:
     """Returns the log-probs of the N labels of a batch on the model's device: ``[N]`` float32, differentiable.
 
-    ``inspect`` is called with the logits, or with the hidden states and the head, that the forward pass returned.
+    ``inspect`` is called with the result of the forward pass: logits, or ``HiddenRows``.
     """
     if recipe.from_logits:
         logits = forward_logits(model, batch)
@@ -53,17 +53,17 @@ def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe, inspect: Insp
 
 
 def sequence_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
-    """Returns the summed log-probs of the 2B responses of a batch, ``[2B]`` float64, with the policy's kernels."""
+    """Returns the summed log-probs of the 2B responses of a batch, ``[2B]`` float64."""
     return sequence_sums(label_logp(model, batch, recipe).double(), batch.cu_seqlens)
 
 
 def memory_budget(recipe: LossRecipe) -> int | None:
-    """Returns the memory budget of the loss in bytes, or None for the default budget."""
+    """Returns ``loss.memory_budget_mib`` in bytes, or None for the default budget."""
     return None if recipe.memory_budget_mib is None else recipe.memory_budget_mib << 20
 
 
 class CopyReference:
-    """Computes reference log-probs with a separate frozen model that accelerate has prepared."""
+    """Computes reference log-probs with a separate frozen model, prepared by accelerate."""
 
     def __init__(
         self, model: nn.Module, recipe: LossRecipe, autocast: Callable[[], contextlib.AbstractContextManager[Any]]
@@ -79,9 +79,10 @@ class CopyReference:
 
     @torch.no_grad()
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Moves the parameters towards the policy in at least float32; buffers do not move, as in TRL.
+        """Updates the parameters towards the policy. Buffers do not change, as in TRL.
 
-        Each rank moves its own tensors: the whole model under DDP, its shards under FSDP2.
+        The new values are computed in at least float32. Each rank updates the tensors that it holds: the whole model
+        under DDP, its shards under FSDP2.
         """
         target, source = unwrap_model(self.model), unwrap_model(policy)
         for model in (target, source):
@@ -96,7 +97,10 @@ class CopyReference:
 
 
 def check_can_follow(reference: nn.Module, policy: nn.Module, every: int) -> None:
-    """Raises ``ValueError`` unless both models have the same parameter names and shapes."""
+    """Raises ``ValueError`` if reference and policy differ in the names or shapes of their parameters.
+
+    ``every`` is ``reference.sync_every``, for the message.
+    """
     reference_shapes, policy_shapes = (
         {name: tuple(parameter.shape) for name, parameter in unwrap_model(model).named_parameters()}
         for model in (reference, policy)
@@ -111,7 +115,7 @@ def check_can_follow(reference: nn.Module, policy: nn.Module, every: int) -> Non
 
 
 class AdapterReference:
-    """Computes reference log-probs with the policy while its LoRA adapters are disabled."""
+    """Computes reference log-probs with the policy, whose LoRA adapters are disabled during the forward pass."""
 
     def __init__(self, recipe: LossRecipe, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
         self._recipe, self._autocast = recipe, autocast
@@ -122,7 +126,7 @@ class AdapterReference:
             return sequence_logp(policy, batch, self._recipe)
 
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Raises ``ValueError``, because only a separate model can move."""
+        """Raises ``ValueError``, because a reference without separate parameters cannot be updated."""
         raise ValueError("sync_every must be 0 for a reference of kind 'adapter'")
 
 
@@ -132,7 +136,7 @@ def _local_tensor(tensor: Tensor) -> Tensor:
 
 
 def _peft_model(model: nn.Module) -> Any:
-    """Returns the peft model inside the wrappers of torch.compile and DDP."""
+    """Returns the peft model that the wrappers of torch.compile and DDP contain."""
     inner: Any = model
     while not hasattr(type(inner), "disable_adapter"):
         inner = getattr(inner, "_orig_mod", None) or inner.module

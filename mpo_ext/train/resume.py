@@ -1,4 +1,4 @@
-"""Resuming a run: the part of its state that checkpoints store as JSON, and the settings that may change."""
+"""The state of a run that checkpoints store as JSON, and the settings that may change when a run resumes."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ _FREE_SETTINGS = (
 
 
 class RunState:
-    """The state of a run between two steps, without model, optimizer and random states.
+    """The state of a run between two steps, except for model, optimizer and random states.
 
     Attributes:
         step: Number of steps done.
@@ -35,8 +35,8 @@ class RunState:
             checkpoint from which the run resumed.
         evaluation: Log line of the latest evaluation; None before the first evaluation.
         best_score: The best value of ``output.best_metric`` so far; None before the first evaluation.
-        n_stalled: Number of evaluations since the best one.
-        questions: Digest of the questions of ``output.eval_generate``, or None.
+        n_stalled: Number of evaluations since the best evaluation.
+        questions: Digest of the questions of ``output.eval_generate``; None without this setting.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any) -> None:
@@ -51,7 +51,7 @@ class RunState:
         self.reward_shift = RewardShift(**dataclasses.asdict(recipe.reward_shift))
 
     def count_pairs(self, step_slice: StepSlice) -> None:
-        """Adds the pairs of this rank's slice of a step to ``pair_counts``."""
+        """Adds the trained and the skipped pairs of ``step_slice`` to ``pair_counts``."""
         for skipped in step_slice.skipped:
             self.pair_counts.add(skipped)
         self.pair_counts.kept += sum(counts.pairs for counts in step_slice.counts)
@@ -59,7 +59,7 @@ class RunState:
         self.pair_counts.split += step_slice.n_split
 
     def check_trained_on_pairs(self) -> None:
-        """Raises ``LinesError`` if every pair so far was skipped, so that the model is still unchanged."""
+        """Raises ``LinesError`` if every pair so far was skipped, because the model is then still unchanged."""
         counts = self.pair_counts_of_all_ranks()
         if counts.kept == 0 and self.step > 0:
             raise LinesError(
@@ -75,12 +75,15 @@ class RunState:
         return merged
 
     def current_evaluation(self) -> dict[str, float] | None:
-        """Returns the log line of an evaluation after exactly this step, or None if there was no such evaluation."""
+        """Returns the log line of the evaluation after the current step, or None if there was no such evaluation."""
         line = self.evaluation
         return line if line is not None and line["step"] == self.step else None
 
     def record_evaluation(self, line: dict[str, float]) -> None:
-        """Records the log line of an evaluation after the current step; earlier results of the step are kept."""
+        """Records the log line of an evaluation after the current step, and updates the best score.
+
+        A second evaluation after the same step adds its metrics to the line.
+        """
         self.evaluation = {**(self.current_evaluation() or {}), **line}
         score = line.get(self._best_key)
         if score is None:  # ``line`` is of the other kind of evaluation, or the loss has no preference term
@@ -97,16 +100,16 @@ class RunState:
         return f"eval_{self._recipe.output.best_metric}"
 
     def score(self) -> float | None:
-        """Returns ``output.best_metric`` of an evaluation after exactly this step; None without a finite value."""
+        """Returns ``output.best_metric`` of the evaluation after the current step; None without a finite value."""
         score = (self.current_evaluation() or {}).get(self._best_key)
         return score if score is not None and math.isfinite(score) else None
 
     def is_best(self) -> bool:
-        """Returns whether the run keeps the best checkpoint, and the evaluation after this step is the best so far."""
+        """Returns whether ``output.keep_best`` is True and the evaluation after this step is the best so far."""
         return self._recipe.output.keep_best and self.score() is not None and self.n_stalled == 0
 
     def has_stalled(self) -> bool:
-        """Returns whether the last ``output.early_stopping`` (if not 0) evaluations gave no new best value."""
+        """Returns whether early stopping is enabled and its patience is used up; see ``output.early_stopping``."""
         patience = self._recipe.output.early_stopping
         return patience > 0 and self.n_stalled >= patience
 
@@ -132,10 +135,10 @@ class RunState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, keep_evaluation: bool) -> None:
-        """Restores a state that ``state_dict`` returned. Only the main rank restores the pair counts.
+        """Restores a result of ``state_dict``. Only the main rank restores the pair counts.
 
-        ``keep_evaluation`` tells whether to restore the latest evaluation and the best score. It must be False if the
-        evaluation pairs have changed.
+        If ``keep_evaluation`` is False, the latest evaluation and the best score are not restored. Use False if the
+        evaluation data have changed.
         """
         self.step = state["step"]
         if keep_evaluation:
@@ -149,10 +152,10 @@ class RunState:
 
 
 def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, str]:
-    """Returns the settings that differ between a checkpoint and the recipe: a message for each, by setting name.
+    """Returns a message for each setting that differs between a checkpoint and the recipe, by setting name.
 
-    ``state`` is the state in the checkpoint at ``path``. A setting that the checkpoint lacks is taken to have had its
-    default. Raises ``LinesError`` if a setting has changed that must not change within a run.
+    ``state`` is the ``RunState`` dict in the checkpoint at ``path``. A setting that the checkpoint lacks counts as its
+    default. Raises ``LinesError`` if a setting that must stay the same in a run has changed.
     """
     stored = state["recipe"]
     with contextlib.suppress(TypeError, ValueError):  # the checkpoint may have a setting that no longer exists
@@ -173,7 +176,7 @@ def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> di
 
 
 def plain_values(values: Any) -> Any:
-    """Returns nested values converted to JSON types: keys to strings, tuples to lists, and paths to strings."""
+    """Converts nested values to JSON types: keys to strings, tuples to lists, and paths to strings."""
     if isinstance(values, Mapping):
         return {str(key): plain_values(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -182,7 +185,7 @@ def plain_values(values: Any) -> Any:
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested settings by dotted name."""
+    """Flattens nested settings. Returns each value by its dotted name, such as ``optim.epochs``."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -1,8 +1,8 @@
-"""The auxiliary loss of mixture-of-experts models, which keeps their routers from using a few experts only.
+"""The load-balancing loss of mixture-of-experts models, which makes routers use all experts.
 
 The loss is that of Switch Transformers (arXiv 2101.03961, equations 4 to 6), as transformers computes it
-(``load_balancing_loss_func``). The logits of the routers are recorded by hooks, because ``output_router_logits`` would
-need an attention mask of the whole rows, and some models do not return the logits.
+(``load_balancing_loss_func``). Hooks record the logits of the routers. The model argument ``output_router_logits`` is
+not used, because it needs a dense attention mask and some models do not return the logits.
 """
 
 import inspect
@@ -22,9 +22,9 @@ _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 class Router(NamedTuple):
-    """A module that returns router logits. If its result is a tuple, the logits are at index ``position``.
+    """A router module of a mixture-of-experts model. If its result is a tuple, entry ``position`` holds the logits.
 
-    ``owner`` is the class of transformers that names the module as a router.
+    ``owner`` is the class of transformers that declares the module as a source of router logits.
     """
 
     module: nn.Module
@@ -50,9 +50,9 @@ class RouterLoss:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """Yields a list to which each router adds its logits while the ``with`` block runs.
+        """Yields a list to which the forward of each router appends its logits while the ``with`` block runs.
 
-        Gradient checkpointing runs the routers again in backward, after the block: these logits are not added.
+        Run backward after the block. Gradient checkpointing then runs the routers again without adding logits.
         """
         logits: list[Tensor] = []
         handles = [router.module.register_forward_hook(_recorder(router.position, logits)) for router in self.routers]
@@ -63,11 +63,11 @@ class RouterLoss:
                 handle.remove()
 
     def __call__(self, logits: Sequence[Tensor], is_counted: Tensor) -> Tensor:
-        """Returns the 0-d loss in float32 (float64 for float64 logits), differentiable in the logits.
+        """Returns the loss, a scalar tensor in float32 (float64 for float64 logits), differentiable in the logits.
 
         Args:
             logits: Logits of each router for N tokens, ``[N, E]`` or ``[R, L, E]`` with ``R * L = N``.
-            is_counted: ``[N]`` bool, whether a token counts; must be False for padding.
+            is_counted: ``[N]`` bool, whether each token counts; must be False for padding.
 
         Raises:
             RuntimeError: If no logits were recorded, or their shapes do not match.
@@ -85,16 +85,15 @@ class RouterLoss:
 
 
 def make_router_loss(model: nn.Module, coef: float | None, say: Callable[[str], object]) -> RouterLoss | None:
-    """Returns the auxiliary loss of a model, or None.
+    """Returns the auxiliary router loss of a model; None if the model has none or its weight is 0.
 
     Args:
         model: Model, possibly wrapped (DDP, FSDP, DeepSpeed, peft).
-        coef: Weight of the loss, as ``loss.router_aux_loss_coef`` of a recipe. None: ``router_aux_loss_coef`` of the
-            model's config.
-        say: Called with a line about the loss if the model has routers.
+        coef: Weight of the loss. None: ``router_aux_loss_coef`` of the model's config.
+        say: Function that prints a line; called if the model has routers.
 
     Raises:
-        ValueError: If ``coef`` is positive, and the model has no auxiliary loss.
+        ValueError: If ``coef`` is positive and the model has no such loss.
     """
     routers = find_routers(model)
     reason = _unknown_loss(model, routers) if routers else "it has no routers"
@@ -119,7 +118,7 @@ def make_router_loss(model: nn.Module, coef: float | None, say: Callable[[str], 
 
 
 def find_routers(model: nn.Module) -> list[Router]:
-    """Returns the modules that a model of transformers names as sources of ``router_logits``; [] without routers."""
+    """Returns the modules that a transformers model declares as sources of ``router_logits``; [] without routers."""
     routers: dict[int, Router] = {}
     for owner in unwrap_model(model).modules():
         specs = (getattr(type(owner), "_can_record_outputs", None) or {}).get("router_logits", [])
@@ -132,7 +131,7 @@ def find_routers(model: nn.Module) -> list[Router]:
 
 
 def _matches(spec: Any, name: str, module: nn.Module) -> bool:
-    """Returns whether ``spec``, an ``OutputRecorder`` or a class, describes the module called ``name``."""
+    """Returns whether ``spec``, an ``OutputRecorder`` or a class of transformers, selects the module ``name``."""
     kind = spec if isinstance(spec, type) else getattr(spec, "target_class", None)
     suffix = spec if isinstance(spec, str) else getattr(spec, "class_name", None)
     is_target = (kind is not None and isinstance(module, kind)) or (suffix is not None and name.endswith(suffix))
@@ -141,7 +140,7 @@ def _matches(spec: Any, name: str, module: nn.Module) -> bool:
 
 
 def _unknown_loss(model: nn.Module, routers: Sequence[Router]) -> str | None:
-    """Returns why the auxiliary loss of a model with routers is not that of ``RouterLoss``, or None if it is."""
+    """Returns why ``RouterLoss`` does not match the model's auxiliary loss in transformers; None if it matches."""
     owner = next(kind for kind in routers[0].owner.__mro__ if "_can_record_outputs" in vars(kind))
     function = getattr(sys.modules[owner.__module__], "load_balancing_loss_func", None)
     if function is None:
@@ -161,9 +160,10 @@ def _recorder(position: int, logits: list[Tensor]) -> Any:
 
 
 class _LoadBalancing(torch.autograd.Function):
-    """``E * sum_e f_e * P_e`` of ``RouterLoss``; backward computes the probabilities again instead of keeping them.
+    """Autograd function of ``RouterLoss``. It does not store the probabilities; backward computes them again.
 
-    With T tokens counted over all routers, d loss / d z[t,j] = E / T * p[t,j] * (f_j - sum_e f_e * p[t,e]).
+    For the logits z and the probabilities p, d loss / d z[t,j] = E / T * p[t,j] * (f_j - sum_e f_e * p[t,e]). T is the
+    number of counted tokens times the number of routers.
     """
 
     @staticmethod

@@ -14,18 +14,18 @@ _ORDER = 2  # part of the seed; another number in ``mixture`` makes its random n
 class StepSampler:
     """Chooses the pairs of each optimizer step. Steps are numbered from 0; the numbers continue over epochs.
 
-    The pairs of a step depend only on the seed and the step number. An interrupted run therefore needs no other state
-    to resume, and a step has the same pairs for any number of ranks. An epoch visits each of its pairs once, in random
-    order; its last step holds the remaining pairs.
+    The pairs of a step depend only on the seed and the step number. A run therefore resumes without stored state, and
+    a step has the same pairs for any number of ranks. An epoch visits its pairs in random order; its last step may
+    have fewer pairs.
 
     Args:
-        epoch: Function that returns the pair indices of an epoch, int64, such as ``Mixture.epoch``; each epoch must
-            have the same number of pairs.
+        epoch: Function from the number of an epoch to its pair indices (int64), such as ``Mixture.epoch``. All epochs
+            must have the same number of pairs.
         batch_size: Number of pairs per step, summed over all ranks.
         seed: Seed of the pair order.
-        groups: A number for each pair index, equal for pairs with the same prompt, as ``Mixture.prompt_groups``
-            returns. Pairs with the same prompt become adjacent, except at the ends of steps and of rank slices. Copies
-            of a repeated pair do not become adjacent. None: pairs are not grouped.
+        groups: Group number for each pair index, such as ``Mixture.prompt_groups()``; pairs with the same prompt have
+            the same number. Pairs of a group become adjacent in the order of the epoch, but the copies of a repeated
+            pair do not. None: pairs are not grouped.
 
     Attributes:
         pairs_per_epoch: Number of pairs per epoch.
@@ -65,13 +65,16 @@ class StepSampler:
         return self._order[1]
 
     def step(self, step: int) -> np.ndarray:
-        """Returns the pair indices of a step over all ranks, int64 ``[batch_size]`` (fewer at the end of an epoch)."""
+        """Returns the pair indices of a step over all ranks: ``[batch_size]`` int64, fewer at the end of an epoch."""
         check_integer("step", step, least=0)
         epoch, within = divmod(step, self.steps_per_epoch)
         return self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def rank_slice(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        """Returns the rank's slice of ``step(step)``, which may be empty. Slice lengths differ by at most 1."""
+        """Returns the pair indices of a step for one rank, possibly none.
+
+        The numbers of pairs of two ranks differ by at most 1.
+        """
         check_integer("world_size", world_size, least=1)
         check_integer("rank", rank, least=0)
         if rank >= world_size:
@@ -81,9 +84,10 @@ class StepSampler:
 
 
 def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a permutation of the positions in ``pairs`` that makes pairs of a group adjacent.
+    """Returns a permutation ``p`` such that the pairs of a group are adjacent in ``pairs[p]``.
 
-    The order of the groups is random. ``groups`` holds the group number of each pair index.
+    ``pairs`` holds pair indices, and ``groups[i]`` is the group number of the pair with index i. The order of the
+    groups is random. A second copy of a pair is treated as a member of another group.
     """
     # The c-th copy of each pair goes to the c-th group of its prompt, because a step should not contain a pair twice.
     by_pair = np.argsort(pairs, kind="stable")
@@ -97,18 +101,19 @@ def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generat
 
 
 def micro_batches(lengths: Sequence[int], size: int, *, groups: Sequence[Any] | None = None) -> list[list[int]]:
-    """Returns the micro-batches of a rank slice. Pairs are sorted by length, the longest pair first.
+    """Divides the pairs of a rank into micro-batches of ``size`` pairs, sorted by length, the longest pair first.
 
-    Memory therefore peaks in the first micro-batch, and there is little padding.
+    Sorting reduces padding, and memory use peaks in the first micro-batch.
 
     Args:
         lengths: Number of tokens of each pair.
         size: Number of pairs per micro-batch; the last micro-batch may have fewer.
-        groups: A value per pair that is equal for pairs with the same prompt, such as ``Sample.prompt_key``. These
-            pairs stay adjacent, at the place of their longest pair. None: pairs are not grouped.
+        groups: A value per pair that is equal for pairs with the same prompt, such as ``Sample.prompt_key``. Pairs
+            with the same prompt stay adjacent; their longest pair determines their place. None: pairs are not grouped.
 
     Returns:
-        For each micro-batch, positions in ``lengths``. Each position occurs once; equal lengths keep their order.
+        For each micro-batch, the indices of its pairs in ``lengths``. Each index occurs once; pairs of equal length
+        keep their order.
     """
     check_integer("size", size, least=1)
     order = [position for positions in _longest_first(lengths, groups) for position in positions]
@@ -123,21 +128,22 @@ def token_micro_batches(
     *,
     groups: Sequence[Any],
 ) -> list[list[int]]:
-    """Returns the micro-batches of a rank slice, each with at most ``limit`` token positions.
+    """Divides the pairs of a rank into micro-batches with at most ``limit`` token positions.
 
-    The prompts are placed in the order of their longest pair. All pairs of a prompt go into the first micro-batch with
-    room for them (first-fit decreasing bin packing). A pair that is longer than the limit has a separate micro-batch.
+    The method is first-fit decreasing bin packing. Prompts are sorted by their longest pair. The pairs of a prompt go
+    together into the first micro-batch with enough room. They are divided if they exceed the limit, or in the layout
+    "separate". A single pair above the limit has a separate micro-batch.
 
     Args:
         prompts: Number of prompt tokens of each pair.
         responses: Number of tokens of each response of each pair.
-        limit: Largest number of token positions that go through the decoder, padding included.
-        layout: Row layout, which determines the number of positions of a micro-batch.
+        limit: Maximum number of token positions of a micro-batch that go through the decoder, padding included.
+        layout: Row layout, which determines how many positions the pairs need.
         groups: A value per pair that is equal for pairs with the same prompt. These pairs share the prompt's tokens if
             the layout allows it.
 
     Returns:
-        For each micro-batch, positions in ``prompts``. Each position occurs once.
+        For each micro-batch, the indices of its pairs in ``prompts``. Each index occurs once.
     """
     check_integer("limit", limit, least=1)
     lengths = [prompt + max(sizes, default=0) for prompt, sizes in zip(prompts, responses, strict=True)]
@@ -160,9 +166,10 @@ def token_micro_batches(
 def _rows_of_group(
     pairs: Sequence[int], prompts: Sequence[int], responses: Sequence[Sequence[int]], limit: int, layout: RowLayout
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Yields pairs of one prompt that go into a micro-batch together, with the number and the length of their rows.
+    """Divides the pairs of one prompt into parts that fit into a micro-batch.
 
-    Pairs that share a row have at most ``limit`` tokens together; a single pair may have more.
+    Yields the pairs of each part, the number of its rows and the length of its rows. In the layout "separate", each
+    pair is a part. Otherwise, a part has at most ``limit`` tokens, unless it is a single pair.
     """
     part: list[int] = []
     rows, length = 0, 0
@@ -181,7 +188,7 @@ def _rows_of_group(
 
 
 def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:
-    """Returns the positions in ``lengths`` by group. The pairs of a group are sorted by length, the longest first.
+    """Groups the indices of ``lengths``. Each group is sorted by length, the longest first.
 
     The groups are sorted by the length of their longest pair. If ``groups`` is None, each pair is a group.
     """

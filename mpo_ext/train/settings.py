@@ -1,4 +1,4 @@
-"""Building blocks of recipes: the types of settings, the ``section`` decorator, and the error messages."""
+"""Building blocks of recipe sections: types of settings, the decorator ``section``, and error messages."""
 
 import dataclasses
 import difflib
@@ -23,12 +23,12 @@ _TYPES = {"bool_type": "true or false", "int_type": "an integer", "float_type": 
 
 
 def wrong_type(words: str) -> PydanticCustomError:
-    """Returns the exception for a value of the wrong type. ``words`` name the required type, such as "a section"."""
+    """Returns the exception for a value of the wrong type. ``words`` is the required type, such as "a section"."""
     return PydanticCustomError("wrong_type", words)  # type: ignore[arg-type]  # pydantic wants a literal
 
 
 def _rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
-    """Returns a validator that rejects values for which ``holds`` returns False. ``words`` state the rule."""
+    """Returns a validator that rejects values for which ``holds`` is False. ``words`` is the rule, for the message."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -39,9 +39,10 @@ def _rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
 
 
 def list_of(elements: str, size: int | None = None) -> BeforeValidator:
-    """Returns a validator that converts a list to a tuple.
+    """Returns a validator that converts a list to a tuple, and rejects other values.
 
-    ``elements`` names the elements in messages. ``size`` is the required length; None allows any length.
+    ``elements`` is the name of the elements in messages, such as "strings". ``size`` is the required length; None
+    allows any length.
     """
 
     def convert(value: Any) -> Any:
@@ -107,11 +108,11 @@ SharedPrefix = Annotated[bool | Literal["padded", "masked"], PlainValidator(_to_
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(kind: type[T]) -> type[T]:
-    """Class decorator for a section of a recipe: a frozen dataclass that converts and checks its arguments.
+    """Class decorator that makes a recipe section: a frozen dataclass that converts and checks its arguments.
 
     Mappings are converted to sections, lists to tuples, and ints to floats if the setting is a float. A value of the
-    wrong type raises TypeError; any other invalid value raises ValueError. Messages begin with the setting's dotted
-    name.
+    wrong type raises TypeError; any other invalid value raises ValueError. Error messages begin with the setting's
+    dotted name.
     """
     config = pydantic.ConfigDict(extra="forbid")
     built: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
@@ -129,9 +130,9 @@ def section(kind: type[T]) -> type[T]:
 
 
 def _describe(error: pydantic.ValidationError, kind: type) -> Exception:
-    """Returns the exception for one of pydantic's errors: the first unknown setting, otherwise the first error.
+    """Converts a pydantic error to the exception to raise. An unknown setting takes precedence over other errors.
 
-    ``kind`` is the section that was validated.
+    ``kind`` is the class of the section that was validated.
     """
     unknown = ("unexpected_keyword_argument", "invalid_key")
     details = min(error.errors(include_url=False), key=lambda details: details["type"] not in unknown)
@@ -157,14 +158,15 @@ def _describe(error: pydantic.ValidationError, kind: type) -> Exception:
 
 
 def _dotted(parts: Sequence[int | str]) -> str:
-    """Returns the dotted name of a setting from its parts, such as ``data.train[1].root``."""
+    """Joins the parts of a setting's location to its dotted name, such as ``data.train[1].root``."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
 
 
 def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
-    """Returns a hint for the unknown setting ``key`` in the section at ``parents``.
+    """Returns a hint for the error message about an unknown setting ``key`` in the section at ``parents``.
 
-    The hint is a similar name in the section, the same name in another section, or all names in the section.
+    The hint is a similar name in this section, the same name in another section, or all names in this section.
+    ``kind`` is the class of the whole recipe or section.
     """
     settings = _settings(kind)
     path = [parent for parent in parents if isinstance(parent, str)]
@@ -181,9 +183,10 @@ def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
 
 
 def _settings(kind: type, where: str = "") -> dict[str, list[str]]:
-    """Returns the names of the settings in each section of ``kind``, by the dotted name of the section.
+    """Returns the setting names of section class ``kind`` and of its subsections, by the section's dotted name.
 
-    ``where`` is the dotted name of ``kind``. Sections that are values of a mapping have the name ``*``.
+    ``where`` is the dotted name of ``kind``. In a dotted name, ``*`` stands for the keys of a mapping, as in
+    ``optim.groups.*``.
     """
     hints = typing.get_type_hints(kind)
     settings = {where: list(hints)}

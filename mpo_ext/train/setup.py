@@ -48,11 +48,12 @@ _FALLBACKS: dict[SharedLayout, str] = {"shared": "not packed", "masked": "with a
 
 
 class RunSetup(NamedTuple):
-    """The parts of a run. Accelerate has prepared the models and the optimizer; ``groups`` are the optimizer's groups.
+    """The parts of a run. The models and the optimizer are prepared by accelerate.
 
-    ``reference_model`` is the separate reference model, or None. ``reference_fingerprint`` identifies the reference
-    model of precomputed log-probs; otherwise it is not used. ``fixed_weights`` holds the ``fingerprint`` of each model
-    whose weights the checkpoints do not hold, by the setting that names the model.
+    ``groups`` are the parameter groups of the optimizer. ``reference_model`` is the separate reference model, or None.
+    ``reference_fingerprint`` identifies the weights of a reference with precomputed log-probs. ``fixed_weights`` holds
+    fingerprints of models whose weights checkpoints do not store, by the name of their setting, such as
+    ``model.path``.
     """
 
     model: nn.Module
@@ -69,8 +70,8 @@ def make_accelerator(recipe: Recipe) -> Any:
     """Seeds all random generators and returns accelerate's ``Accelerator`` for the recipe.
 
     Raises:
-        ValueError: If the launcher started more processes than accelerate has found, or a tracker is unknown.
-        ImportError: If accelerate is too old for FSDP2 or DeepSpeed, or the package of a tracker is missing.
+        ValueError: If accelerate does not find all processes that the launcher started, or a tracker is unknown.
+        ImportError: If accelerate is too old for FSDP2 or DeepSpeed, or the package of a tracker is not installed.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
@@ -115,10 +116,10 @@ def _check_accelerate(accelerator: Any) -> None:
 def set_up(
     recipe: Recipe, accelerator: Any, model: nn.Module | None, processor: Any, *, date: datetime.date
 ) -> RunSetup:
-    """Loads models, opens the data, makes the optimizer and prepares all of them with accelerate.
+    """Loads the models, opens the data, makes the optimizer, and prepares models and optimizer with accelerate.
 
-    If ``model`` is None, ``recipe.model.path`` and its processor are loaded instead. ``date`` is the date that the
-    chat template may print in prompts.
+    If ``model`` is None, the model and the processor are loaded from ``recipe.model.path``. ``date`` is the date that
+    the chat template may print in prompts.
     """
     if recipe.data.max_image_pixels is not None:
         set_max_pixels(recipe.data.max_image_pixels)
@@ -176,14 +177,14 @@ def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: An
 
 
 def _add_stop_id(model: Any, end_id: int) -> None:
-    """Adds the token that ends a turn to the model's stop tokens, which the export writes into generation_config."""
+    """Adds ``end_id``, the token that ends a turn, to the stop tokens in the model's ``generation_config``."""
     stop_ids = stop_ids_of(model)
     if getattr(model, "generation_config", None) is not None and end_id not in stop_ids:
         model.generation_config.eos_token_id = [*stop_ids, end_id] if stop_ids else end_id
 
 
 def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:
-    """Returns the separate reference model (or None), and the fingerprint of the reference ("" if not needed)."""
+    """Returns the separate reference model (or None), and the fingerprint for precomputed log-probs (or "")."""
     kind, path = recipe.reference_kind, recipe.reference.path
     digest = fingerprint(policy) if kind == "precomputed" else ""
     model: nn.Module | None = None
@@ -198,7 +199,11 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
 
 
 def _fixed_weights(recipe: Recipe, policy: nn.Module, reference: nn.Module | None) -> dict[str, str]:
-    """Returns the fingerprints of weights that a run reads again when it resumes; empty for quantized models."""
+    """Returns fingerprints of model weights that checkpoints do not store, by the setting that names the model.
+
+    A resuming run loads these weights again: frozen parameters, and a reference model without updates. The result is
+    empty for quantized models.
+    """
     if recipe.model.lora is not None and recipe.model.lora.quantization is not None:
         return {}
     is_copied = recipe.reference_kind == "copy" and not recipe.reference.sync_every
@@ -212,7 +217,7 @@ def _fixed_weights(recipe: Recipe, policy: nn.Module, reference: nn.Module | Non
 
 
 def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, reference: nn.Module) -> None:
-    """Raises ``ValueError`` if the reference cannot follow the policy or cannot be stored in a checkpoint."""
+    """Raises ``ValueError`` if the reference model cannot be updated towards the policy or stored in a checkpoint."""
     every = recipe.reference.sync_every
     sharding = accelerator.distributed_type.value
     if sharding == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
@@ -226,9 +231,10 @@ def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, referen
 
 
 def _choose_wrapped_layers(accelerator: Any, model: nn.Module) -> None:
-    """Sets the layer classes that FSDP shards one by one, unless the config file of accelerate names them.
+    """Sets the layer classes that FSDP wraps, unless accelerate's config file names them.
 
-    Some models, such as LLaVA and Gemma 3, name classes that they do not have. accelerate would raise for these names.
+    Some models, such as LLaVA and Gemma 3, list classes that they do not contain. accelerate would raise an error for
+    these classes.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap:
@@ -251,13 +257,14 @@ def _prepare_reference_model(accelerator: Any, model: nn.Module) -> nn.Module:
 
 
 def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | None = None) -> str | None:
-    """Chooses the row layout, the sample for dummy batches and the sample for blank images, and sets them in ``data``.
+    """Chooses the row layout, the sample for dummy batches and ``blank`` of ``collate``, and sets them in ``data``.
 
-    The layout is the first that the recipe and the models allow and that gives the same log-probs as separate rows on
-    the first pairs. A separate reference model is also checked if it was loaded from ``reference.path``.
+    Layouts with a shared prompt are tried first. A layout is chosen if the recipe and the models allow it and, on the
+    first pairs, it gives the same log-probs as separate rows. A reference model from ``reference.path`` is also
+    checked.
 
     Returns:
-        A line for the console, or None if no usable pair was found; the first step reports why.
+        A line for the console, or None if no usable pair was found.
     """
     recipe, accelerator = data.recipe, data.accelerator
     samples, with_images = _find_samples(data, search_images=has_vision(model))
@@ -287,7 +294,10 @@ def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | 
 def _check_layout(
     models: Sequence[nn.Module], samples: Sequence[Sample], data: RunData, layout: SharedLayout
 ) -> str | None:
-    """Returns why ``check_shared_prefix`` rejects the layout on some rank, or None. All ranks must call this."""
+    """Returns why ``check_shared_prefix`` rejects the layout for a model, or None if it accepts the layout.
+
+    All ranks must call this function. A rejection on any rank counts.
+    """
     pad_id, positions, device = data.collator.pad_id, data.collator.positions, data.accelerator.device
     for model in models:
         with data.accelerator.autocast():

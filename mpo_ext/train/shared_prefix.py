@@ -1,4 +1,4 @@
-"""Checks whether a model supports rows with several responses, by its code and by the log-probs of a few pairs."""
+"""Checks whether a model supports rows with several responses, by its code and by log-probs of a few pairs."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ SharedLayout = Literal["packed", "shared", "masked"]
 
 
 def supports_shared_prefix(model: nn.Module) -> str | None:
-    """Returns None if the config and code of a model allow the layout "shared", otherwise the reason.
+    """Returns None if a model's config and code allow the layout "shared", otherwise the reason.
 
     The model may be wrapped (DDP, FSDP, peft).
     """
@@ -62,12 +62,14 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
 
 
 def shared_layouts(models: Sequence[nn.Module], setting: SharedPrefix, reasons: list[str]) -> Iterator[SharedLayout]:
-    """Yields the layouts with shared rows to check, in order, and switches split attention of the models on or off.
+    """Yields the layouts with shared prompts that are to be checked.
+
+    Before it yields a layout, the function enables or disables split attention in the models, as the layout needs.
 
     Args:
         models: Models that will run on the batches.
-        setting: As ``loss.shared_prefix`` of a recipe.
-        reasons: List to which the function adds why it leaves out a layout.
+        setting: Value of ``loss.shared_prefix``.
+        reasons: List to which the function appends the reason for each layout that it leaves out.
     """
     if not setting:
         reasons.append("loss.shared_prefix is false")
@@ -98,18 +100,25 @@ def check_shared_prefix(
     layout: SharedLayout = "shared",
     from_logits: bool = False,
 ) -> str | None:
-    """Returns None if the log-probs of a few pairs agree in ``layout`` and in "separate", otherwise the reason.
+    """Returns None if a few pairs have the same log-probs in ``layout`` and in "separate", otherwise the reason.
 
-    The model runs three times in evaluation mode, without gradients. In the third run the responses attend to each
-    other, which measures the effect of a broken mask. During the runs, sliding windows are reduced below the length of
-    the sequences. Afterwards the model's state is restored. If the model is sharded, all ranks must call this function
-    together; the caller then combines their results.
+    The model runs three times in evaluation mode, without gradients: with separate rows, with ``layout``, and with
+    responses that attend to each other. The third run measures the effect of a broken mask. During the runs, sliding
+    windows are shortened, so that they take effect on short pairs, too. Afterwards, the model's state is restored.
 
-    ``model`` is as in ``forward``, ``pad_id`` and ``positions`` are as in ``collate``. At least one sample must be
-    given, with images if the run will have images. ``tolerance`` is the maximum root mean square difference of the
-    log-probs, in nats; None: 16 times the machine epsilon of the arithmetic, at least 1e-3. If a broken mask has a
-    smaller effect than twice ``tolerance``, the maximum is half of this effect, but at least a quarter of
-    ``tolerance``. With ``from_logits`` the model computes logits, as with the setting ``loss.from_logits``.
+    If the model is sharded, all ranks must call this function together, and the caller must combine their results.
+
+    Args:
+        model: Model; see ``forward``.
+        samples: At least one sample, with images if the run will have images.
+        pad_id: See ``collate``.
+        positions: See ``collate``.
+        device: Device of the batches; None: the device of the model's parameters.
+        tolerance: Maximum root mean square difference of the log-probs, in nats. None: 16 times the machine epsilon of
+            the arithmetic, at least 1e-3. If a broken mask has a small effect, the maximum is half this effect, but
+            at least ``tolerance / 4``.
+        layout: Layout to check.
+        from_logits: Whether the model computes logits; see ``loss.from_logits``.
 
     Raises:
         torch.OutOfMemoryError: If memory runs out.
@@ -154,7 +163,7 @@ def check_shared_prefix(
 
 
 def _with_two_prompts(samples: Sequence[Sample]) -> list[Sample]:
-    """Returns samples with at least two prompts, so that a packed row holds two."""
+    """Returns samples with at least two different prompts. If necessary, copies of a sample get another prompt key."""
     first, *others = samples
     if all(other.prompt_key == first.prompt_key for other in others):
         others = [dataclasses.replace(other, prompt_key=f"{first.prompt_key} again") for other in others or [first]]
@@ -162,9 +171,9 @@ def _with_two_prompts(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def label_logp_and_precision(model: nn.Module, batch: Batch, from_logits: bool = False) -> tuple[Tensor, float]:
-    """Returns the labels' log-probs as float64 on the CPU, and the machine epsilon of the arithmetic behind them.
+    """Returns the log-probs of the labels (float64 on the CPU), and the machine epsilon of their computation.
 
-    With ``from_logits``, the model computes logits; otherwise the log-probs follow from its hidden states.
+    With ``from_logits``, the model computes logits. Otherwise the log-probs are computed from its hidden states.
     """
     dtypes: list[torch.dtype] = []
 
@@ -203,7 +212,7 @@ def _rms(differences: Tensor) -> float:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module, window: int) -> Iterator[None]:
-    """Sets evaluation mode and limits sliding windows to ``window`` tokens; restores both on exit."""
+    """Sets evaluation mode and reduces sliding windows to at most ``window`` tokens. Restores both at the end."""
     training = [(module, module.training) for module in model.modules()]
     windows: dict[int, tuple[Any, int]] = {}
     for module in unwrap_model(model).modules():

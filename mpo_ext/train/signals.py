@@ -1,4 +1,4 @@
-"""Signal handling: the first SIGTERM or SIGINT ends a run on all ranks after the current step, with a checkpoint."""
+"""Handles signals: the first SIGTERM or SIGINT ends a run on all ranks after the current step, with a checkpoint."""
 
 import contextlib
 import multiprocessing.resource_tracker
@@ -16,15 +16,15 @@ _SAFE_PATH = "PYTHONSAFEPATH"  # environment variable of Python
 
 
 class InterruptedRunError(Exception):
-    """Raised when a signal ends the run while the reference log-probs are being computed."""
+    """Raised if a signal ends the run while the reference log-probs are computed."""
 
 
 class StopRequests:
-    """Collects requests to end a run. They come from signals to any rank, from ``on_step`` or from early stopping.
+    """Collects requests to end a run: signals to any rank, the result of ``on_step``, and early stopping.
 
     Attributes:
         received: Signal number (such as 15) that this rank has received, or None.
-        agreed: Signal number that ends the run on all ranks, or None.
+        agreed: Signal number that ends the run on all ranks, set by ``agree``; or None.
         is_over: Whether ``on_step`` or early stopping has requested the end of the run.
     """
 
@@ -35,7 +35,7 @@ class StopRequests:
         self.is_over = False
 
     def agree(self) -> bool:
-        """Exchanges the requests of all ranks, and returns whether a signal ends the run.
+        """Shares the requests of all ranks, and returns whether a signal to any rank ends the run.
 
         All ranks must call this method.
         """
@@ -50,9 +50,9 @@ class StopRequests:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Records a SIGTERM or SIGINT during the ``with`` block in ``received``.
+        """Stores the number of a SIGTERM or SIGINT in ``received`` during the ``with`` block.
 
-        After the first signal, a SIGINT raises ``KeyboardInterrupt``.
+        After the first signal, another SIGINT raises ``KeyboardInterrupt``.
         """
 
         def note(number: int, frame: object) -> None:
@@ -65,7 +65,7 @@ class StopRequests:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Handles SIGTERM and SIGINT by ``handler`` during the ``with`` block. Does nothing outside the main thread."""
+    """Installs ``handler`` for SIGTERM and SIGINT during the ``with`` block. Does nothing outside the main thread."""
     try:
         before = {number: signal.signal(number, handler) for number in _SIGNALS}
     except ValueError:  # only the main thread may set handlers
@@ -79,10 +79,10 @@ def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None
 
 @contextlib.contextmanager
 def blocked_in_new_workers() -> Iterator[None]:
-    """Blocks SIGTERM and SIGINT while the ``with`` block starts worker processes.
+    """Blocks SIGTERM and SIGINT during the ``with`` block, which starts worker processes.
 
-    In the workers, the signals stay blocked until ``init_worker`` unblocks them. From Python 3.11 on, the workers do
-    not import modules from the current folder, whose files may have the names of modules.
+    The workers inherit the blocked signals; ``init_worker`` unblocks them. The block also sets PYTHONSAFEPATH, so that
+    workers do not import modules from the current folder (Python 3.11 or later).
     """
     safe_path = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"
@@ -101,7 +101,7 @@ def blocked_in_new_workers() -> Iterator[None]:
 
 
 def init_worker(worker: int) -> None:
-    """Makes a data worker ignore SIGINT and the first SIGTERM, because the run itself ends its workers.
+    """Makes a data worker ignore SIGINT and the first SIGTERM, because the main process ends its workers.
 
     ``worker`` is the worker's number, which is not used.
     """

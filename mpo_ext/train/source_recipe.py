@@ -14,14 +14,14 @@ class SourceRecipe:
 
     Attributes:
         path: MMPR meta file; file of rows (.jsonl, .json, .csv or .parquet, also compressed); folder of parquet files
-            or of a Hugging Face dataset; or dataset of the Hugging Face hub, as ``hf://owner/name``, or
-            ``owner/name`` if no such path exists here.
+            or of a Hugging Face dataset; or dataset on the Hugging Face hub: ``hf://owner/name``, or ``owner/name`` if
+            no local path has this name.
         format: "mmpr", "pairs" (written by ``mpo-ext sample``), "trl", "sharegpt", "alpaca", "swift", "openai",
             "rlaif-v" or "hf" (folder that ``save_to_disk`` wrote); None detects the format.
         root: Folder against which relative image paths are resolved; None: the folder that contains ``path``.
         root_map: (old, new) path prefixes of images and annotations that have moved from ``old`` to ``new``.
         image_dir: Folder to which images are written if rows hold them as bytes; None: ``mpo_ext/images`` beside the
-            cache of the package datasets.
+            cache folder of the package ``datasets``.
         split: Name of the split to read, for a dataset that has several splits.
         revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
         config: Name of the configuration to read, for a dataset of the hub that has several configurations.

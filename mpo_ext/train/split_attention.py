@@ -1,9 +1,10 @@
 """Split attention: attention of sequence rows ``[prompt | response | response ...]`` without a mask of the row.
 
-Attention is split into causal calls of an attention function. A prompt and its first response are one call. Each
-further response is one call, of its queries over the keys of its prompt and of the response. A row may hold several
-prompts, each with its responses. The functions are registered in transformers' ``AttentionInterface`` under the names
-in ``NAMES``. Without the keyword argument ``row_segments``, they call the function of transformers.
+Attention is split into causal calls of an attention function. One call covers a prompt and its first response. Each
+further response has a call, with the queries of the response and the keys of its prompt and of the response. A row may
+hold several prompts, each with its responses. The functions of this module are registered in transformers'
+``AttentionInterface`` under the names in ``NAMES``. Without the keyword argument ``row_segments``, they call the
+original function of transformers.
 """
 
 import inspect
@@ -40,14 +41,15 @@ _NOT_IN_SDPA = ("softcap", "s_aux", "position_bias")
 
 
 class _Part(NamedTuple):
-    """Consecutive tokens of a row whose queries go into one causal call of attention, or the padding of a row.
+    """Consecutive tokens of a row that are the queries of one causal attention call, or the padding of the row.
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the part that starts with the prompt of these tokens; None if this part starts with it.
-        prompt_length: Number of tokens of the prompt in the other part; 0 if ``prompt`` is None.
-        is_padding: Whether the part is padding, which has no call.
-        blocks: Start and end (exclusive) of each image whose tokens attend to each other, as offsets in the part.
+        prompt: Index of the part that contains the prompt of these tokens; None if this part contains the prompt.
+        prompt_length: Number of tokens of the prompt in part ``prompt``; 0 if ``prompt`` is None.
+        is_padding: Whether the part is padding, for which attention is not computed.
+        blocks: Start and end (exclusive) of each image whose tokens attend to each other, as token indices in the
+            part.
     """
 
     size: int
@@ -58,16 +60,16 @@ class _Part(NamedTuple):
 
 
 class RowSegments:
-    """The parts of the sequence rows of a batch, for the attention functions.
+    """The sequence rows of a batch, divided into parts for attention calls.
 
-    For each of its prompts, a row has a part with the prompt and its first response, and a part for each further
-    response. The last part of a row is the padding.
+    Each prompt of a row forms a part together with its first response. Each further response is a part. The last part
+    of a row is its padding, which may be empty.
 
     Attributes:
         parts: The parts of all rows, in order.
         sizes: The number of tokens of each part; their sum is R * L.
-        cu_seqlens: Two tensors ``[C + 1]`` int32: the offsets of the queries and of the keys of the C calls.
-        longest: The largest number of queries of a call, and the largest number of keys.
+        cu_seqlens: Two tensors ``[C + 1]`` int32: the offsets of the queries and of the keys of the C attention calls.
+        longest: The largest number of queries in a call, and the largest number of keys in a call.
     """
 
     def __init__(
@@ -83,7 +85,8 @@ class RowSegments:
             lengths: ``Batch.segment_lengths`` of the R rows.
             length: Number of token positions of a row, L.
             device: Device of ``cu_seqlens``.
-            blocks: ``Batch.image_blocks`` if tokens of an image attend to each other in the model; otherwise empty.
+            blocks: ``Batch.image_blocks`` if the model lets the tokens of an image attend to each other; otherwise
+                empty.
         """
         self.parts: list[_Part] = []
         for row, prompts in enumerate(lengths):
@@ -103,41 +106,44 @@ class RowSegments:
 
 
 def token_blocks(token_types: Tensor) -> tuple[tuple[int, int], ...]:
-    """Returns the start and the end (exclusive) of each run of type 1 (image) in a prompt's ``token_type_ids``."""
+    """Returns the start and the end (exclusive) of each run of image tokens (type 1) in ``token_type_ids``."""
     edges = F.pad((token_types == 1).int(), (1, 1)).diff()  # 1 where a run begins, -1 after its last token
     starts, stops = ((edges == edge).nonzero().flatten().tolist() for edge in (1, -1))
     return tuple(zip(starts, stops, strict=True))
 
 
 def base_implementation(name: str | None) -> str | None:
-    """Returns the name of transformers' implementation behind a name in ``NAMES``; returns other names unchanged."""
+    """Returns the original attention implementation, such as "sdpa", for the name of a split implementation.
+
+    Any other name is returned unchanged.
+    """
     return _BASES.get(str(name), name)
 
 
 def is_split(name: str | None) -> bool:
-    """Returns whether an attention implementation is split attention, registered by ``split_decoder``."""
+    """Returns whether ``name`` is an attention implementation that ``split_decoder`` has registered."""
     return name in _BASES
 
 
 def join_decoder(config: Any) -> None:
-    """Undoes ``split_decoder``; ``config`` is the config that the layers of the decoder read."""
+    """Undoes ``split_decoder``. ``config`` is the config that the decoder's layers read."""
     name = getattr(config, "_attn_implementation", None)
     if is_split(name):
         config._attn_implementation = base_implementation(name)  # noqa: SLF001 - as in split_decoder
 
 
 def split_decoder(decoder: nn.Module, config: Any) -> str | None:
-    """Sets the attention implementation of a decoder to its split form.
+    """Switches the attention implementation of a decoder to split attention.
 
-    Calls without ``row_segments`` still run the implementation that the decoder had before. transformers does not save
-    the name of the split form with the model.
+    Split attention supports rows with several responses without a mask. Calls without ``row_segments`` still run the
+    previous implementation. The name of the split implementation is not saved with the model.
 
     Args:
         decoder: Decoder of a Hugging Face model.
         config: Config that the layers of the decoder read.
 
     Returns:
-        None, or the reason why the implementation cannot be split. The decoder is then unchanged.
+        None, or the reason why the decoder does not support split attention. The decoder is then unchanged.
     """
     base = base_implementation(getattr(config, "_attn_implementation", None))
     if base not in NAMES:
@@ -170,10 +176,7 @@ def split_decoder(decoder: nn.Module, config: Any) -> str | None:
 
 
 def _register_mask(name: str, base: str) -> None:
-    """Registers the mask function of the attention implementation ``base`` under ``name``.
-
-    Calls without ``row_segments`` therefore keep their masks.
-    """
+    """Registers the mask function of the attention implementation ``base`` for the implementation ``name``, too."""
     try:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     except ImportError:  # before transformers 4.53 models build their masks themselves
@@ -183,21 +186,21 @@ def _register_mask(name: str, base: str) -> None:
 
 
 def window_marker(rows: int, window: int | None, device: torch.device) -> Tensor:
-    """Returns an empty tensor that takes the place of a mask: ``[R, 1, 0, window]``; without window ``[R, 1, 0, 0]``.
+    """Returns an empty tensor to pass as a mask: ``[R, 1, 0, window]``, or ``[R, 1, 0, 0]`` without a window.
 
-    Models pass a 4-D mask unchanged to each layer, so the marker tells the layer its window. If an attention function
-    does not know the marker and uses it as a mask, the shape makes it fail instead of computing wrong results.
+    Models pass a 4-D mask unchanged to each layer. The marker thus tells split attention the size of the sliding
+    window. Any other attention function fails on this shape, so it cannot compute wrong results. ``rows`` is R.
     """
     return torch.empty(rows, 1, 0, window or 0, dtype=torch.bool, device=device)
 
 
 def is_marker(mask: Any) -> bool:
-    """Returns whether a mask is a result of ``window_marker``."""
+    """Returns whether a mask is a marker made by ``window_marker``."""
     return isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 0
 
 
 def _base_of(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Any]]]:
-    """Returns the name and the function of transformers' attention implementation that split attention calls."""
+    """Returns the name and the function of the original attention implementation of an attention module."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = _BASES[getattr(module.config, "_attn_implementation", "")]
@@ -212,18 +215,18 @@ _Attend = Callable[..., Tensor]
 
 
 class _Call(NamedTuple):
-    """The segments of a call of an attention function, and its sliding window."""
+    """The row segments and the sliding window of an attention call."""
 
     segments: RowSegments
     window: int | None
 
 
 def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _Call | None:
-    """Returns the row segments and the window of a call, or None for a call without ``row_segments``.
+    """Returns the row segments and the sliding window of an attention call; None for a call without segments.
 
-    ``module`` is the attention module, ``mask`` its mask or marker. ``kwargs`` are its keyword arguments, from which
-    ``row_segments`` and ``is_causal`` are removed. Raises if only one of marker and segments is there, or if the
-    module is not causal.
+    ``mask`` is the mask or the marker. ``kwargs`` are the keyword arguments of the call, from which ``row_segments``
+    and ``is_causal`` are removed. Raises an error if a marker comes without ``row_segments``, ``row_segments`` come
+    without a marker, or the attention module is not causal.
     """
     segments = kwargs.pop("row_segments", None)
     if not is_marker(mask) and segments is None:
@@ -240,7 +243,7 @@ def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _
 def _split_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Attention function for ``AttentionInterface``, with ``scaled_dot_product_attention``.
+    """Computes split attention with ``scaled_dot_product_attention``; a function for ``AttentionInterface``.
 
     ``query`` is ``[R, H, L, D]``; ``key`` and ``value`` are ``[R, G, L, D]`` with H a multiple of G. Returns the
     attention output ``[R, L, H, D]``, with zeros for padding, and None instead of attention weights.
@@ -271,9 +274,9 @@ def _split_sdpa(
 def _split_eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Attention function for ``AttentionInterface``, with the eager attention of the model's own code.
+    """Computes split attention with the model's own eager attention; a function for ``AttentionInterface``.
 
-    Arguments and result are those of ``_split_sdpa``. The model's code also applies sinks and soft caps.
+    Arguments and result are the same as in ``_split_sdpa``. Attention sinks and soft caps are also supported.
     """
     _, base = _base_of(module)
     call = _checked_call(module, attention_mask, kwargs)
@@ -292,7 +295,7 @@ def _split_eager(
 
 
 def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, attend: _Attend) -> Tensor:
-    """Returns the attention output ``[R, L, H, D]`` of rows with several responses; ``attend`` computes each part."""
+    """Computes the attention output ``[R, L, H, D]`` of sequence rows. Calls ``attend`` for each part of the rows."""
     rows, heads, length, _ = query.shape
     sizes = call.segments.sizes
     queries, keys, values = (_tokens(tensor).split(sizes) for tensor in (query, key, value))
@@ -316,16 +319,19 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 
 
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
-    """Returns whether ``joint_attention`` supports a call, and the call has responses that need it."""
+    """Returns whether ``joint_attention`` is used for a call.
+
+    It must support the call, and at least one part must attend to a prompt in another part.
+    """
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
     return is_plain and any(part.prompt is not None for part in parts) and can_join(query, value)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Returns the tensors in the dtype that autocast would give to attention.
+    """Converts the tensors to the dtype that autocast uses for attention; float64 tensors are not converted.
 
-    The conversion is explicit, because calls with a mask that is not a tensor bypass autocast.
+    Autocast does not convert the inputs of the kernels that torch calls for a ``causal_lower_right`` mask.
     """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -335,19 +341,19 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _has_aligned_kernels(query: Tensor, attend: _Attend) -> bool:
-    """Returns whether ``attend`` has a kernel that aligns causal attention to the last key, without a mask."""
+    """Returns whether ``attend`` supports a ``causal_lower_right`` mask, which needs no mask tensor."""
     return query.is_cuda and isinstance(attend, partial)  # a partial is SDPA; eager attention is a function
 
 
 def _tokens(tensor: Tensor) -> Tensor:
-    """Returns ``[R, H, L, D]`` as ``[R * L, H, D]``."""
+    """Joins rows and positions: ``[R, H, L, D]`` becomes ``[R * L, H, D]``."""
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: _Attend) -> Tensor:
-    """Returns causal attention ``[n, H, D]`` of n queries over m keys. The last n keys belong to the queries' tokens.
+    """Returns causal attention ``[n, H, D]`` of n queries over m keys. Query i and key m - n + i are the same token.
 
-    ``window`` is the number of tokens of the sliding window (None: no window); ``attend`` computes attention.
+    ``window`` is the number of tokens of the sliding window, or None. ``attend`` computes attention.
     """
     count, total = len(query), len(key)
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
@@ -379,10 +385,10 @@ def _with_blocks(
     window: int | None,
     attend: _Attend,
 ) -> Iterator[Tensor]:
-    """Yields consecutive pieces of attention ``[n, H, D]``, in which tokens of an image attend to each other.
+    """Yields the attention output ``[n, H, D]`` in pieces, with bidirectional attention inside each image.
 
-    ``out`` is the causal attention of the same queries. ``blocks`` are the images; in each of them, tokens also attend
-    to later tokens of the image.
+    ``out`` is the causal attention output of the same queries. It is replaced for the tokens of images. ``blocks`` are
+    the start and the end (exclusive) of each image.
     """
     edges = [0, *(edge for block in blocks for edge in block), len(out)]
     between = out.split([stop - start for start, stop in pairwise(edges)])[::2]
@@ -403,10 +409,11 @@ def _with_blocks(
 def _windows(
     count: int, total: int, window: int, device: torch.device, *, causal: bool = True
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yields, for each group of queries, the slice of queries, the slice of keys in their windows, and the mask.
+    """Divides the queries of sliding-window attention into groups, which limits the size of the masks.
 
-    ``count`` is the number of queries and ``total`` the number of keys. The last ``count`` keys belong to the queries.
-    If ``causal`` is False, queries also attend to later keys.
+    Yields for each group the slice of its queries, the slice of the keys that they see, and the mask. ``count`` is the
+    number of queries, ``total`` the number of keys and ``window`` the number of tokens of the window. Query i and key
+    ``total - count + i`` are the same token. If ``causal`` is False, queries also attend to all later keys.
     """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)
@@ -417,7 +424,7 @@ def _windows(
 
 
 class _WithBase:
-    """A view of an object with some attributes replaced by ``values``; here, of an attention module or its config."""
+    """A view of an object in which ``values`` replace some attributes."""
 
     def __init__(self, module: Any, **values: Any) -> None:
         self._module = module
@@ -431,10 +438,9 @@ class _WithBase:
 def _split_flash(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Attention function for ``AttentionInterface``, with one call of flash-attn for all parts of all rows.
+    """Computes split attention with a single flash-attn call for all parts; a function for ``AttentionInterface``.
 
-    Arguments and result are those of ``_split_sdpa``. The parts are packed sequences of unequal lengths. flash-attn
-    aligns causal attention to the last key.
+    Arguments and result are the same as in ``_split_sdpa``. The parts are packed as sequences of variable length.
     """
     name, base = _base_of(module)
     with_base = _WithBase(module, config=_WithBase(module.config, _attn_implementation=name))

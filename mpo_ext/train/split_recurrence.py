@@ -1,10 +1,10 @@
-"""Layers with states (recurrences, convolutions) in sequence rows ``[prompt | response | response ...]``.
+"""Recurrent and convolutional layers in sequence rows ``[prompt | response | response ...]``.
 
 Such a layer runs over the prompt first and keeps its final states: the recurrent state and the last inputs of the
 convolution. Then it runs over the responses, and each response starts from the states of its prompt. Gradients flow
-through the states. The layers read and write states by the methods of transformers' ``Cache``, which they get as an
-argument; this covers Gated DeltaNet, Mamba 2 and short convolutions. In calls without the keyword argument
-``row_segments``, the layers run as before.
+through the states. The module supports layers that read and write their states by the methods of transformers'
+``Cache``: Gated DeltaNet, Mamba 2 and short convolutions. In calls without the keyword argument ``row_segments``, the
+layers run as before.
 """
 
 import functools
@@ -31,9 +31,8 @@ _CHECKED_TOKENS = 24, 16  # numbers of tokens of the sequence in ``_check`` and 
 class _States:
     """Convolution and recurrent states of one layer for B sequences.
 
-    Stands in for transformers' ``Cache``: it has the methods that recurrent layers call. Unlike a ``Cache``, it keeps
-    the autograd graph of the states. Each attribute is a dict from ``state_idx`` (a layer may have several states) to
-    a tensor.
+    Layers get this object in place of transformers' ``Cache`` and call the same methods. It keeps the autograd graph
+    of the states. Each attribute is a dict from ``state_idx`` to a tensor, because a layer may have several states.
 
     Attributes:
         conv: Last inputs of a convolution with C channels and K taps, ``[B, C, K - 1]``.
@@ -46,7 +45,10 @@ class _States:
 
     @staticmethod
     def join(states: Sequence[tuple["_States", int]]) -> "_States":
-        """Returns the states of several sequences as one batch. Each sequence is given as (batch, index in it)."""
+        """Combines the states of several sequences into one batch. Each pair in ``states`` selects one sequence.
+
+        A pair consists of the states of a batch and the index of the sequence in this batch.
+        """
         joined = _States()
         first = states[0][0]
         joined.conv = {i: torch.cat([s.conv[i][row, None] for s, row in states]) for i in first.conv}
@@ -65,9 +67,9 @@ class _States:
     def update_conv_state(
         self, inputs: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int
     ) -> Tensor:
-        """Returns the inputs that were kept, followed by ``inputs``, ``[B, C, n]``.
+        """Returns the stored inputs of the convolution followed by ``inputs``, ``[B, C, n]``.
 
-        The last ``conv_kernel_size - 1`` of them are kept for the next call.
+        The last ``conv_kernel_size - 1`` inputs are stored for the next call.
         """
         if state_idx in self.conv:
             inputs = torch.cat([self.conv[state_idx].to(inputs.dtype), inputs], -1)
@@ -81,11 +83,12 @@ class _States:
 
 
 class _Piece(NamedTuple):
-    """Consecutive tokens of a row that are a prompt, a response, both, or padding.
+    """Consecutive tokens of a row that a layer processes as one sequence, or the padding of the row.
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the piece whose final states are the initial states of this piece; None for no initial states.
+        prompt: Index of the prompt's piece, whose final states are the initial states of this piece; None: no initial
+            states.
         keeps_states: Whether other pieces start from the final states of this piece.
         is_padding: Whether the layer skips these tokens.
     """
@@ -97,9 +100,9 @@ class _Piece(NamedTuple):
 
 
 def _pieces(segments: RowSegments) -> list[_Piece]:
-    """Returns the pieces of the rows.
+    """Divides the rows into pieces.
 
-    A part with a prompt and its first response is divided if other responses need the states of the prompt.
+    If a prompt has several responses, the prompt and its first response are separate pieces, otherwise one piece.
     """
     parts = segments.parts
     lengths = {part.prompt: part.prompt_length for part in parts if part.prompt is not None and part.prompt_length}
@@ -117,7 +120,10 @@ def _pieces(segments: RowSegments) -> list[_Piece]:
 
 
 def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
-    """Yields the keys of ``sizes`` in groups of similar size: at least ``shortest`` times the largest of the group."""
+    """Divides the keys of ``sizes`` into groups of keys with similar sizes.
+
+    In each group, the smallest size is at least ``shortest`` times the largest size.
+    """
     group: list[int] = []
     for number in sorted(sizes, key=lambda number: -sizes[number]):
         if group and sizes[number] < shortest * sizes[group[0]]:
@@ -129,7 +135,10 @@ def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
 
 
 class _SplitForward:
-    """The replacement of ``layer.forward``. ``cache_name`` is the argument through which ``layer`` gets its states."""
+    """Replaces ``layer.forward``, so that the layer also supports rows with several responses.
+
+    ``cache_name`` is the argument of ``layer.forward`` that takes the states.
+    """
 
     def __init__(self, layer: nn.Module, cache_name: str) -> None:
         self._layer = layer
@@ -142,13 +151,13 @@ class _SplitForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the layer's output, ``[R, L, D]`` for hidden states ``[R, L, D]``.
 
-        With ``row_segments``, the layer runs once for each group of prompts and of responses, and the output is zero
-        for padding.
+        With the keyword argument ``row_segments``, the layer runs over batches of prompts and then over batches of
+        responses. The output is then zero for padding.
 
         Raises:
-            RuntimeError: If the layer does not continue from the states of a prompt, or a marker in place of a mask
-                comes without ``row_segments``.
-            ValueError: If the layer also gets other tensors, or a cache, in a call with ``row_segments``.
+            RuntimeError: If the layer ignores the states of a prompt, or a marker (``window_marker``) comes without
+                ``row_segments``.
+            ValueError: If a call with ``row_segments`` has other tensor arguments or a cache.
         """
         segments, mask = kwargs.pop("row_segments", None), kwargs.get("attention_mask")
         kind = type(self._layer).__name__
@@ -169,7 +178,7 @@ class _SplitForward:
         return self._run(hidden.flatten(0, 1), pieces, options).unflatten(0, (rows, length))
 
     def _run(self, tokens: Tensor, pieces: Sequence[_Piece], options: dict[str, Any]) -> Tensor:
-        """Returns the layer's outputs ``[N, D]`` for hidden states ``tokens`` ``[N, D]``, divided into ``pieces``."""
+        """Runs the layer on all pieces of the hidden states ``tokens`` ``[N, D]``. Returns the outputs ``[N, D]``."""
         inputs = tokens.split([piece.size for piece in pieces])
         outputs: dict[int, Tensor] = {}
         finals: dict[int, tuple[_States, int]] = {}
@@ -193,9 +202,9 @@ class _SplitForward:
     def _call(
         self, group: Sequence[int], inputs: Sequence[Tensor], states: _States | None, options: dict[str, Any]
     ) -> dict[int, Tensor]:
-        """Runs the layer on a group of pieces as one batch, padded on the right. Returns the outputs by piece index.
+        """Runs the layer on a group of pieces as one batch, padded on the right. Returns the output by piece index.
 
-        ``states`` are the initial states; the layer replaces them by the final states. None: no states.
+        ``states`` holds the initial states, which the layer replaces by the final states. None: no states.
         """
         pieces = [inputs[number] for number in group]
         batch = pieces[0].unsqueeze(0) if len(pieces) == 1 else pad_sequence(pieces, batch_first=True)
@@ -205,11 +214,11 @@ class _SplitForward:
         return {number: out[row, : len(inputs[number])] for row, number in enumerate(group)}
 
     def _check(self, hidden: Tensor, options: dict[str, Any]) -> None:
-        """Raises ``RuntimeError`` if the layer gives other results for a sequence in two pieces than in one.
+        """Raises ``RuntimeError`` if the layer computes a sequence in two pieces differently than in one piece.
 
-        A kernel may ignore an initial state, or the gradient of a final state. The check compares the outputs of a
-        response, and the gradients that the response sends to its prompt. A difference is measured against the effect
-        of leaving the states out.
+        A kernel may ignore an initial state or the gradient of a final state. The check runs the layer on random
+        inputs. It compares the outputs of a response, and the gradients of the response with respect to its prompt.
+        The allowed difference is relative to the effect of omitting the states.
         """
         if self._is_checked or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return
@@ -255,10 +264,12 @@ class _SplitForward:
 
 @functools.cache
 def _cache_name(kind: type[nn.Module]) -> str | None:
-    """Returns the name of the argument through which layers of a class get states; None for a class without states.
+    """Returns the name of the argument through which layers of a class get their states.
+
+    The result is None for a class without states.
 
     Raises:
-        ValueError: If the class takes states in another way, or its recurrence takes no initial state.
+        ValueError: If the class does not take its states from a ``Cache``, or its recurrence takes no initial state.
     """
     try:
         code, names = inspect.getsource(kind.forward), inspect.signature(kind.forward).parameters
@@ -276,13 +287,13 @@ def _cache_name(kind: type[nn.Module]) -> str | None:
 
 
 def split_layers(decoder: nn.Module) -> str | None:
-    """Changes the layers with states of a decoder such that they run over rows with several responses.
+    """Makes the recurrent and convolutional layers of a decoder support rows with several responses.
 
-    The change is an instance attribute ``forward`` of each such layer, which is not saved with the model.
+    Each such layer gets an instance attribute ``forward``, which is not saved with the model.
 
     Returns:
-        None, also for a decoder without such layers, or the reason why a layer cannot be changed. In the second case,
-        all layers are unchanged.
+        None, or the reason why a layer is not supported. All layers are then unchanged. A decoder without such layers
+        also gives None.
     """
     try:
         names = [(layer, _cache_name(type(layer))) for layer in decoder.modules()]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Checks and starts the experiment trackers of accelerate."""
+"""Checks and starts the experiment trackers of a run through accelerate."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ _EXTRAS = ("tensorboard", "trackio", "wandb")  # extras of mpo_ext, with the nam
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises if accelerate does not know a tracker, or its package is missing. accelerate would ignore the tracker.
+    """Checks that accelerate knows each tracker and that its package is installed.
 
     Raises:
         ValueError: If accelerate does not know the name.
@@ -40,7 +40,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def start_trackers(recipe: Recipe, accelerator: Any) -> None:
-    """Starts the trackers that the recipe names, and logs all settings of the recipe to them."""
+    """Starts the trackers that the recipe names, and logs all settings of the recipe as their config."""
     if not recipe.output.trackers:
         return
     settings = flat_settings(plain_values(recipe.to_dict()))

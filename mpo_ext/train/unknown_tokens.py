@@ -1,4 +1,4 @@
-"""Finds text that a tokenizer does not know and encodes as ``<unk>``, so that the model cannot see it."""
+"""Finds text that a tokenizer cannot represent and encodes as its unknown token, such as ``<unk>``."""
 
 import contextlib
 import dataclasses
@@ -13,14 +13,14 @@ from mpo_ext.train.encode import conversation_of
 
 @dataclasses.dataclass(slots=True)
 class UnknownTokens:
-    """The unknown tokens in the prompts and responses of pairs. ``str`` gives a sentence for the user.
+    """Counts of unknown tokens in the prompts and responses of pairs. ``str`` returns a message for the user.
 
     Attributes:
         token: Text of the unknown token, such as ``<unk>``.
         pairs_read: Number of pairs whose texts were encoded.
         pairs: Number of pairs with an unknown token.
         tokens: Number of unknown tokens.
-        first: The first text that became an unknown token, with its field and its pair.
+        first: The first text that became an unknown token, with its field and the name of its pair.
     """
 
     token: str
@@ -37,10 +37,10 @@ class UnknownTokens:
 
 
 def find_unknown(chat: ChatEncoder, pairs: Iterable[tuple[Pair, str]]) -> UnknownTokens | None:
-    """Encodes the texts of pairs without opening images, and returns the unknown tokens; None if there are none.
+    """Tokenizes the texts of pairs, and returns the counts of unknown tokens; None if there are none.
 
     Args:
-        chat: The encoder whose tokenizer and chat template are used.
+        chat: Encoder with the tokenizer and the chat template. Images are not opened.
         pairs: Pairs, each with its name for the message.
     """
     if getattr(chat.tokenizer, "unk_token_id", None) is None:
@@ -60,7 +60,7 @@ def find_unknown(chat: ChatEncoder, pairs: Iterable[tuple[Pair, str]]) -> Unknow
 
 
 def _texts(chat: ChatEncoder, pair: Pair, name: str) -> Iterator[tuple[str, str]]:
-    """Yields the names and texts of the prompt and of both responses."""
+    """Yields ``(field, text)`` for the prompt, the chosen response and the rejected response."""
     prompt = pair.question
     if not pair.videos:  # some processors open the video to write its frames into the prompt
         with contextlib.suppress(ValueError):  # ``prove`` reports the pairs that do not fit the template
@@ -69,7 +69,7 @@ def _texts(chat: ChatEncoder, pair: Pair, name: str) -> Iterator[tuple[str, str]
 
 
 def _unknown_pieces(tokenizer: Any, text: str) -> list[str]:
-    """Returns the parts of a text that become unknown tokens; a slow tokenizer gives the words that contain them."""
+    """Returns the parts of a text that become unknown tokens. For a slow tokenizer, these are whole words."""
     unknown, token = tokenizer.unk_token_id, tokenizer.unk_token
     if unknown not in tokenizer.encode(text, add_special_tokens=False, verbose=False):
         return []

@@ -1,7 +1,7 @@
-"""DeepSpeed: parameters that ZeRO-3 has partitioned, engines for frozen models, and the settings that the loop needs.
+"""Support for DeepSpeed: parameters partitioned by ZeRO-3, engines for frozen models, and batch settings.
 
-ZeRO-3 leaves an empty tensor in place of a parameter; the attribute ``ds_shape`` has its shape. Without DeepSpeed, all
-functions treat parameters as whole.
+ZeRO-3 replaces a parameter by an empty tensor with the attribute ``ds_shape``. Without DeepSpeed, all functions treat
+parameters as ordinary tensors.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def is_partitioned(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_partitioning() -> Iterator[None]:
-    """Lets a single rank build or load a whole transformers model within the ``with`` block, also under ZeRO-3."""
+    """Disables ZeRO-3 of transformers during the ``with`` block, so that a single rank can load a whole model."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():
@@ -52,9 +52,9 @@ def without_partitioning() -> Iterator[None]:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Returns a deep copy of a model; the copy is partitioned as the model is. All ranks must call this function.
+    """Returns a deep copy of a model. If ZeRO-3 has partitioned the model, the copy is also partitioned.
 
-    Parameters are gathered one at a time.
+    All ranks must call this function. Partitioned parameters are gathered one at a time.
     """
     if not is_partitioned(model):
         return copy.deepcopy(model)
@@ -74,9 +74,9 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def full_state_dict(model: nn.Module, *, is_main: bool) -> dict[str, Tensor] | None:
-    """Returns the state dict of a model with whole tensors on the CPU on the main rank, and None on other ranks.
+    """Returns the unsharded state dict of a model, on the CPU. Ranks other than the main rank get None.
 
-    All ranks must call this function. Names of a tied parameter share one tensor.
+    All ranks must call this function. If a parameter is tied, its names share one tensor.
     """
     state = model.state_dict(keep_vars=True)
     whole: dict[int, Any] = {}
@@ -90,7 +90,10 @@ def full_state_dict(model: nn.Module, *, is_main: bool) -> dict[str, Tensor] | N
 
 
 def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
-    """Returns a separate engine for a frozen model, in the dtype of the policy's engine; ZeRO-3 also shards it."""
+    """Returns a DeepSpeed engine for a frozen model, with the dtype of the policy's engine.
+
+    Under ZeRO-3, the engine also shards the model.
+    """
     import deepspeed
 
     policy_config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -102,7 +105,7 @@ def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
 
 
 def set_sizes(recipe: Recipe, accelerator: Any) -> None:
-    """Sets the sizes that DeepSpeed otherwise takes from a data loader. The loop itself accumulates gradients."""
+    """Sets DeepSpeed's micro-batch size and gradient clipping from the recipe, and its accumulation steps to 1."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.optim.micro_batch_size

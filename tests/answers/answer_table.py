@@ -1,8 +1,8 @@
-"""Answers with their verdicts: options of the matcher, truth, answer, and whether it is right, wrong or unreadable.
+"""A table of answers with the verdict that a matcher must give to each.
 
-Each verdict follows from the meaning that the two texts have for a reader, not from the result of a matcher: RIGHT if
-the answer says the truth, WRONG if it surely says something else, and UNREADABLE if it says nothing, or may say the
-truth.
+Each entry has the options of the matcher, the correct answer ("truth"), a model's answer, and the verdict. The
+verdicts are those of a human reader. RIGHT: the answer has the meaning of the truth. WRONG: it certainly has another
+meaning. UNREADABLE: it states no answer, or it is unclear whether it agrees with the truth.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Answers that were made to take long: repeated parts of everything that the patterns of mpo_ext.answers look for."""
+"""Long answers that slow regular expressions down. They repeat parts that the patterns of mpo_ext.answers match."""
 
 import random
 
@@ -28,7 +28,7 @@ FOUND = (
 
 
 def hostile_answer(rng: random.Random) -> str:
-    """Returns a random answer of up to 100,000 characters."""
+    """Returns a random answer that repeats a few hostile parts, up to 100,000 characters long."""
     parts = rng.choices(PARTS, k=rng.randint(1, 4))
     if rng.random() < 0.3:
         rng.shuffle(parts)

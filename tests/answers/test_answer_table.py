@@ -1,4 +1,4 @@
-"""Every line of the table of answers, and an independent oracle for numbers."""
+"""Tests the matchers on the table of answers, and on numbers against an independent implementation."""
 
 import decimal
 import importlib.util
@@ -141,7 +141,7 @@ def test_number_words_are_read(value: int) -> None:
 
 
 def _in_words(value: int) -> str:
-    """Returns an integer in English words."""
+    """Returns an integer spelled out in English."""
     small = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
     names = f"{small} seventeen eighteen nineteen".split()
     names_of_tens = "_ _ twenty thirty forty fifty sixty seventy eighty ninety"

@@ -1,4 +1,7 @@
-"""No answer takes long. ``make audit`` tries 10,000 answers with 50 ms each; the default suits a busy machine."""
+"""Tests that extracting and matching hostile answers stays within a time limit.
+
+``make audit`` tries 10,000 answers with a limit of 50 ms each. The default limit is longer, for busy machines.
+"""
 
 import os
 import random
@@ -23,12 +26,15 @@ TRUTHS = ("7", "x . . .", "A", "a brown dog", "\\frac{1}{2}", "1,234.5 km")
 
 @pytest.fixture(autouse=True)
 def _without_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The helper process of the matcher "math" has its own limit of time."""
+    """Disables the helper process of the matcher "math", which has a separate time limit."""
     monkeypatch.setattr(MathProcess, "compare", lambda *arguments: "unfinished")
 
 
 def seconds_of(answer: str, truths: tuple[str, ...] = TRUTHS) -> dict[str, float]:
-    """Returns the CPU time of each style and matcher, for the slowest truth."""
+    """Returns the CPU seconds of each extraction style and each matcher on an answer.
+
+    A matcher's time is that of its slowest call.
+    """
     seconds = {}
 
     def measure(name: str, call: object, *arguments: object) -> object:

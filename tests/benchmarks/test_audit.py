@@ -1,4 +1,4 @@
-"""The audit counts what its checks report, and its table says what was run."""
+"""Tests that the audit counts the test cases of its checks, and that its table lists the checks that ran."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The blocks of README.md and docs/ are what the generator makes of results/."""
+"""Tests that the generated blocks of README.md and docs/ agree with results/."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def make_document(benchmark: str, points: list[dict[str, Any]], **rest: Any) -> 
 
 
 def make_documents() -> dict[str, Any]:
-    """Returns result files with made-up numbers."""
+    """Returns the contents of all result files, with made-up numbers."""
     loss = LossShape(tokens=8, vocab=1024, dtype="float32")
     few = LossShape(tokens=8, vocab=1024, dtype="float32", share=0.125)
     wide = LossShape(tokens=8, vocab=1024, hidden=256, dtype="float32")

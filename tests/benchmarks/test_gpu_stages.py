@@ -1,4 +1,4 @@
-"""The parts of benchmarks.gpu that need no GPU: result files, arithmetic, programs, tables. CI also runs --dry."""
+"""Tests the parts of benchmarks.gpu that need no GPU: result files, arithmetic, programs, tables."""
 
 import json
 import sys
@@ -66,7 +66,7 @@ def test_a_stage_that_takes_too_long_ends_with_the_programs_that_it_started(
 
 
 def _is_running(process: int) -> bool:
-    """Returns whether a process runs, after at most 10 seconds; a zombie does not run."""
+    """Waits up to 10 seconds for a process to end. Returns whether it still runs; a zombie counts as ended."""
     for _ in range(100):
         status = Path(f"/proc/{process}/stat")
         if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":

@@ -1,4 +1,7 @@
-"""tools/matrix.py and its table: cells that cannot run say why, and the results are kept cell by cell."""
+"""Tests tools/matrix.py, which tests pairs of Python and torch versions, and its table.
+
+A pair that cannot run gets a reason, and the result of each pair is saved.
+"""
 
 import json
 import subprocess

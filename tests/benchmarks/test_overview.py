@@ -1,4 +1,4 @@
-"""The pictures of README.md and docs/: the overview shows the figures of results/, and each main page has one."""
+"""Tests the pictures of README.md and docs/: the overview agrees with results/, and each main page has a picture."""
 
 import re
 from collections.abc import Iterator
@@ -33,7 +33,10 @@ Area = tuple[float, float, float, float]  # left, top, right and bottom
 
 
 def areas(svg: str) -> Iterator[tuple[str, Area]]:
-    """Yields the words and the area of each text of a picture in DejaVu Sans, which is wide; "" for a box."""
+    """Yields the text and the bounding box of each SVG text and rectangle; the text of a rectangle is "".
+
+    Widths are measured in DejaVu Sans, a wide font.
+    """
     image_font = pytest.importorskip("PIL.ImageFont")
     folder = Path(pytest.importorskip("matplotlib").get_data_path(), "fonts", "ttf")
     for element, attributes, words in re.findall(r"<(rect|text) ([^>]*?)/?>([^<]*)", svg):

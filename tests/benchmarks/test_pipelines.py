@@ -1,4 +1,4 @@
-"""The comparison of the pipelines counts pairs, tokens and time of every run, and the page shows its table."""
+"""Tests the comparison of pair pipelines: it counts the pairs, tokens and time of each run; docs/ shows its table."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import json

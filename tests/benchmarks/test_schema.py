@@ -1,4 +1,4 @@
-"""The format of the result files is checked."""
+"""Tests the validation of the result files' format."""
 
 from __future__ import annotations
 

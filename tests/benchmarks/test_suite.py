@@ -1,4 +1,4 @@
-"""The suite on tiny shapes: every provider is listed, the time limit holds, and rates are those of their programs."""
+"""Tests the benchmark suite on tiny shapes: a time or a reason for each provider, the time limit, and the rates."""
 
 from __future__ import annotations
 

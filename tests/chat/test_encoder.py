@@ -1,4 +1,4 @@
-"""Forms of chat templates and tokenizers that people use, with fixed examples."""
+"""Tests the chat encoder on common forms of chat templates and tokenizers."""
 
 # ruff: noqa: E402 - these packages come with an extra
 import datetime
@@ -20,7 +20,7 @@ QUESTION = Conversation(question="Why?")
 def encoder_of(
     template: str | None, *, tokens: tuple[str, ...] = (), added: tuple[str, ...] = (), **options: Any
 ) -> Any:
-    """Returns an encoder with ``tokens`` as special tokens and ``added`` as other added tokens."""
+    """Returns a chat encoder with ``tokens`` as special tokens and ``added`` as ordinary added tokens."""
     tokenizer = build_tokenizer([*SPECIAL[QWEN], *tokens], bos="<s>" if template and "bos_token" in template else None)
     tokenizer.add_tokens(list(added))
     tokenizer.chat_template = template
@@ -56,7 +56,7 @@ def test_a_template_that_ignores_the_generation_prompt(body: str, prompt: str, r
 
 @pytest.mark.parametrize("template", [QWEN, "\n{{ bos_token }}" + QWEN, "{{ bos_token }}" + QWEN, None])
 def test_special_tokens_of_the_tokenizer(template: str | None) -> None:
-    """The ids of a text model have no special tokens but those of the template; without a template, no end."""
+    """With a template, only the template writes special tokens. Without one, the tokenizer adds <s> and </s>."""
     chat = encoder_of(template)
     begin, end = chat.tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
     chat.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

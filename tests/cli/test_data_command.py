@@ -1,4 +1,4 @@
-"""The commands check, stats, convert and view."""
+"""Tests the commands ``mpo-ext data check``, ``stats``, ``convert`` and ``view``."""
 
 import io
 import json
@@ -251,7 +251,7 @@ def test_the_options_offer_every_format_and_kind() -> None:
 
 @pytest.fixture
 def rows_with_bytes(tmp_path: Path) -> Path:
-    """A dataset with an image as bytes."""
+    """Returns the folder of a saved dataset with one row, which stores its image as bytes."""
     datasets = pytest.importorskip("datasets")
     buffer = io.BytesIO()
     pytest.importorskip("PIL.Image").new("RGB", (8, 8)).save(buffer, "PNG")

@@ -1,7 +1,9 @@
-"""The facts of ``mpo-ext doctor`` for builds other than the one under test."""
+"""Tests what ``mpo-ext doctor`` reports for other builds of the compiled module."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +19,20 @@ def facts(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 
 
 def fake_build(monkeypatch: pytest.MonkeyPatch, **attributes: object) -> None:
-    """Replaces attributes of the compiled module."""
+    """Replaces attributes of the compiled module, to imitate another build."""
     compiled = native.compiled()
     module = SimpleNamespace(**{name: getattr(compiled, name) for name in dir(compiled)} | attributes)
     monkeypatch.setattr(native, "compiled", lambda: module)
+
+
+def test_a_reader_that_closes_the_pipe_gets_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "mpo_ext", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (1, "")
 
 
 @pytest.mark.parametrize(

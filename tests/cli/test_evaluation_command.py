@@ -1,4 +1,4 @@
-"""Tests of the command: its options reach the evaluation, and an error is a single line."""
+"""Tests the evaluation command: its options reach the evaluation, and an error is printed as a single line."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""A table of exit statuses: 2 if arguments, settings or paths must change, 1 if the work failed or found a defect."""
+"""Tests exit statuses: 2 if the user must change arguments, settings or paths; 1 for failed work or a found defect."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Enters a folder with a model, data and a recipe, without access to the hub."""
+    """Changes to a folder with a model, data and a recipe, and blocks access to the Hugging Face hub."""
     monkeypatch.chdir(written)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

@@ -1,4 +1,4 @@
-"""No command replaces one of its inputs, or a file that it has not written."""
+"""Tests that no command overwrites one of its inputs, or a file that it did not write."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ LINE = {"question": "Q", "chosen": "It is\nFinal answer: 7", "rejected": "r", "a
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """Returns a folder with files of a user, in which everything must stay as it is."""
+    """Returns a folder with a user's files, which no command may change."""
     folder = tmp_path / "own"
     folder.mkdir()
     for name in ("pairs.jsonl", "summary.json", "results.json", "log.jsonl", "page.html", "notes.txt"):

@@ -1,4 +1,4 @@
-"""``mpo-ext doctor MODEL`` and ``mpo-ext data check --model MODEL``, which need no weights."""
+"""Tests ``mpo-ext doctor MODEL`` and ``mpo-ext data check --model MODEL`` on models without weights."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import json
@@ -23,7 +23,10 @@ CHAT = QWEN.replace("IMAGE", "<image>")
 
 
 def ascii_tokenizer(unknown: str = "") -> Any:
-    """A tokenizer with a token per ASCII character that is not ``unknown``; every other character becomes <unk>."""
+    """Returns a tokenizer with a token for each printable ASCII character, except those in ``unknown``.
+
+    Every other character becomes <unk>.
+    """
     tokens = [*(letter for letter in string.printable if letter not in unknown), "<unk>", "<pad>", "</s>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -42,7 +45,15 @@ def save(
     stop: int | None = None,
     tokenizer: Any = None,
 ) -> Path:
-    """Saves a text model without weights; ``rows`` is the size of its embedding, ``stop`` its stop token."""
+    """Saves config and tokenizer of a text model without weights. Returns the folder.
+
+    Args:
+        folder: Where to save.
+        template: Chat template.
+        rows: Number of rows of the embedding; None: one more than the tokenizer has tokens.
+        stop: Id of the stop token; None: the id of <|im_end|>.
+        tokenizer: Tokenizer to save; None: a Qwen2 tokenizer.
+    """
     kind = "Qwen2" if tokenizer is None else "Granite"  # transformers rebuilds the tokenizers of Qwen2
     tokenizer = with_template(tokenizer or build_tokenizer(SPECIAL[QWEN]), template)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""``mpo-ext sample``: options reach the pipelines, and an error is printed as a single line."""
+"""Tests ``mpo-ext sample``: options reach the pipelines, and an error is printed as a single line."""
 
 import argparse
 import json

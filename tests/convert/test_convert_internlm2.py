@@ -1,4 +1,4 @@
-"""Converts a tiny InternVL2.5 whose language model is InternLM2, computed here as its authors' code computes it."""
+"""Tests the conversion of a tiny InternVL2.5 with InternLM2, against a reimplementation of its authors' model code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
 
 def write_tokenizer(folder: Path, *, dummy: bool = False, unused: int = 1, **changes: Any) -> Any:
-    """Writes the files of InternLM2's tokenizer; ``unused`` pieces keep their names. Returns the model."""
+    """Writes InternLM2 tokenizer files. Returns the SentencePiece model (a protobuf message).
+
+    Args:
+        folder: Where to write.
+        dummy: Whether the tokenizer adds a space before the text.
+        unused: Number of pieces [UNUSED_TOKEN_n] that the tokenizer config does not rename.
+        **changes: Entries of tokenizer_config.json to replace or add.
+    """
     from transformers.convert_slow_tokenizer import import_protobuf
 
     proto = import_protobuf().ModelProto()
@@ -60,7 +67,10 @@ def write_tokenizer(folder: Path, *, dummy: bool = False, unused: int = 1, **cha
 
 
 def spm_ids(proto: Any, text: str) -> list[int]:
-    """Encodes text as SentencePiece does: merges the pair with the best score, the first of equals."""
+    """Encodes text with SentencePiece's BPE: merges the adjacent pair with the best score until no pair is left.
+
+    Among equal scores, the leftmost pair is merged first.
+    """
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     text = (" " if proto.normalizer_spec.add_dummy_prefix else "") + text
@@ -89,7 +99,7 @@ def language() -> dict[str, Any]:
 
 
 def weights(*, bias: bool = False) -> dict[str, torch.Tensor]:
-    """Returns random weights by the names of ``modeling_internlm2.py``."""
+    """Returns random weights under the parameter names of ``modeling_internlm2.py``."""
     torch.manual_seed(3)
     size, shapes = WIDTH // HEADS, {"language_model.model.tok_embeddings.weight": (VOCAB, WIDTH)}
     for layer in range(LAYERS):
@@ -105,7 +115,7 @@ def weights(*, bias: bool = False) -> dict[str, torch.Tensor]:
 
 
 def internlm2_logits(values: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """Returns logits [T, vocabulary] of token ids [T], as ``modeling_internlm2.py`` computes them."""
+    """Computes logits [T, vocabulary] of token ids [T] with the equations of ``modeling_internlm2.py``."""
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         return torch.nn.functional.linear(x, values[f"{name}.weight"], values.get(f"{name}.bias"))
@@ -139,7 +149,10 @@ def internlm2_logits(values: dict[str, torch.Tensor], ids: torch.Tensor) -> torc
 
 
 def write_internlm2(folder: Path, values: dict[str, torch.Tensor], **changes: Any) -> Path:
-    """Writes a checkpoint with the vision tower and projector of another model, in one file of weights."""
+    """Writes a checkpoint with the weights ``values`` for the language model, and returns its folder.
+
+    The vision tower and the projector have random weights. ``changes`` are settings of the language model's config.
+    """
     source = write_original(folder, build("Qwen3"), "Qwen3", files=1, llm_config={**language(), **changes})
     others = load_file(source / "model.safetensors")
     others = {name: value for name, value in others.items() if not name.startswith("language_model.")}

@@ -1,4 +1,7 @@
-"""Converts tiny checkpoints in the format of InternVL's authors. Their names come from a second mapping below."""
+"""Tests the conversion of tiny checkpoints in the format of InternVL's authors.
+
+This file has a second mapping of the weight names, independent of the converter's.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def language_config(kind: str, *, tied: bool) -> dict[str, Any]:
 
 
 def vision_config(*, is_large: bool) -> dict[str, Any]:
-    """``is_large``: the variant of InternViT-6B."""
+    """Returns a vision config in the authors' format; ``is_large`` selects the variant of InternViT-6B."""
     return {
         "hidden_size": WIDTH, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": LAYERS,
         "num_channels": 3, "image_size": 56, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
@@ -63,7 +66,7 @@ def vision_config(*, is_large: bool) -> dict[str, Any]:
 
 
 def build(kind: str, *, tied: bool = False, is_large: bool = False) -> Any:
-    """Returns transformers' model with random weights, without a config from the code under test."""
+    """Returns a transformers InternVL model with random weights. Its config does not come from the converter."""
     vision = vision_config(is_large=is_large)
     config = transformers.InternVLConfig(
         text_config=getattr(transformers, f"{kind}Config")(**language_config(kind, tied=tied)).to_dict(),
@@ -85,7 +88,7 @@ def build(kind: str, *, tied: bool = False, is_large: bool = False) -> Any:
 
 
 def original_weights(model: Any) -> dict[str, torch.Tensor]:
-    """Returns the weights under the names of OpenGVLab's modeling_internvl_chat.py and modeling_intern_vit.py."""
+    """Returns the model's weights under the names of OpenGVLab's code (modeling_internvl_chat.py and its imports)."""
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     tower, out = "model.vision_tower.", {}
     out["vision_model.embeddings.class_embedding"] = state.pop(f"{tower}embeddings.cls_token")

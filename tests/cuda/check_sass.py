@@ -1,8 +1,9 @@
 """Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE ...]`` prints a table or fails.
 
-No innermost loop over logits or rows may spill: it may not access local memory. A kernel that is compiled for four
-blocks per multiprocessor has 64 registers, and may spill between its loops. In the code for sm_80 and sm_90 the main
-loop of token_logp must load, and those of logits_grad and exp_logits load and store, 128 bits at a time.
+Innermost loops over logits or rows must not spill registers, that is, access local memory. A kernel that is compiled
+for four blocks per multiprocessor has 64 registers, and may spill between its loops. In code for sm_80 and sm_90, the
+main loops must load 128 bits at a time. Those of logits_grad and exp_logits must also store 128 bits at a
+time, or 64 bits if the output has half the width of the logits.
 ``--json results/machine_code.json`` writes registers, spills and lengths of the main loops, for docs/performance.md.
 cuobjdump is taken from PATH or from the triton package.
 """
@@ -44,7 +45,7 @@ def find_cuobjdump() -> str | None:
 
 
 def _output(command: list[str], module: str) -> list[str]:
-    """Returns the lines that a program prints for each file of ``module``."""
+    """Runs a command on each file in ``module``, separated by ``os.pathsep``. Returns the lines that it prints."""
     lines = []
     for file in module.split(os.pathsep):
         lines += subprocess.run([*command, file], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -52,9 +53,9 @@ def _output(command: list[str], module: str) -> list[str]:
 
 
 def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, int]]:
-    """Maps (architecture, kernel) to the use of registers, stack, local and shared memory.
+    """Maps (architecture, kernel) to the kernel's use of registers, stack, local and shared memory.
 
-    ``module`` may be several files, separated by ``os.pathsep``, such as fatbins of the files in csrc/mpo/cuda.
+    ``module`` is one or several files, separated by ``os.pathsep``, such as the fatbins of csrc/mpo/cuda.
     """
     found: dict[tuple[str, str], dict[str, int]] = {}
     arch = kernel = ""
@@ -71,7 +72,7 @@ def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, in
 
 
 def disassembly(module: str, cuobjdump: str, arch: str) -> dict[str, list[tuple[int, str]]]:
-    """Maps each kernel to its instructions with their addresses."""
+    """Maps each kernel to its SASS instructions, a list of (address, text)."""
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
     kernel = ""
     for line in _output([cuobjdump, "-sass", "-arch", arch], module):
@@ -100,12 +101,12 @@ def main_loop(code: list[tuple[int, str]]) -> list[str]:
 
 
 def spills(body: list[str]) -> int:
-    """Returns the number of accesses to local memory."""
+    """Returns the number of instructions that access local memory, which holds spilled registers."""
     return sum(bool(re.match(r"(@\S+ )?(STL|LDL)\b", text)) for text in body)
 
 
 def name_of(kernel: str) -> str:
-    """Returns a readable name, such as ``token_logp bfloat16 stats pair``, for a mangled name."""
+    """Returns a readable kernel name, such as ``token_logp bfloat16 stats pair``, for a mangled name."""
     kind = next(
         kind for kind in ("token_logp", "logits_grad", "exp_logits", "pair_loss") if f"{kind}_kernel" in kernel
     )
@@ -120,7 +121,7 @@ def name_of(kernel: str) -> str:
 
 
 def problems(module: str, cuobjdump: str) -> list[str]:
-    """Returns the problems of the module."""
+    """Returns a message for each problem: missing kernels, spills in loops, main loops with narrow loads or stores."""
     found = []
     per_arch: dict[str, int] = defaultdict(int)
     for arch, _ in resources(module, cuobjdump):
@@ -139,7 +140,7 @@ def problems(module: str, cuobjdump: str) -> list[str]:
 
 
 def _narrow_accesses(name: str, arch: str, body: list[str]) -> list[str]:
-    """Returns the problem of a main loop that does not load and store vectors, in a list, or an empty list."""
+    """Returns a list with a message if the main loop has too few vector loads or stores; otherwise an empty list."""
     loads = sum(bool(re.search(r"\bLDG\.E\S*\.128", text)) for text in body)
     # Half of a vector of float32 logits.
     is_narrow = name.startswith("logits_grad float32 to") or name in ("exp_logits bfloat16", "exp_logits float16")
@@ -152,7 +153,7 @@ def _narrow_accesses(name: str, arch: str, body: list[str]) -> list[str]:
 
 
 def report(module: str, cuobjdump: str) -> str:
-    """Returns a table of the registers of each kernel by architecture."""
+    """Returns a table with the number of registers of each kernel on each architecture."""
     table = resources(module, cuobjdump)
     archs = sorted({arch for arch, _ in table}, key=lambda arch: int(arch[3:].rstrip("af")))
     names: dict[str, dict[str, int]] = defaultdict(dict)
@@ -164,7 +165,7 @@ def report(module: str, cuobjdump: str) -> str:
 
 
 def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, float]]:
-    """Maps each kernel to the instructions and exponentials per logit in its main loop, and its spills elsewhere."""
+    """Maps each kernel to its main loop's instructions and exponentials per logit, and to its number of spills."""
     found = {}
     for kernel, code in disassembly(module, cuobjdump, arch).items():
         name, body = name_of(kernel), main_loop(code)
@@ -178,7 +179,7 @@ def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, 
 
 
 def document(module: str, cuobjdump: str, command: str, compiler: str) -> dict[str, Any]:
-    """Returns the figures in the format that benchmarks/machine_code.py reads."""
+    """Returns the figures as a JSON document for benchmarks/machine_code.py."""
     registers: dict[str, dict[str, int]] = defaultdict(dict)
     built = set()
     for (arch, kernel), use in resources(module, cuobjdump).items():

@@ -1,8 +1,8 @@
-"""Runs the launches of the CUDA backend on the simulator ptxsim: the compiled PTX, without a GPU.
+"""Runs the CUDA backend without a GPU, by executing its compiled PTX on the simulator ptxsim.
 
-``SimulatedNative`` replaces ``mpo_ext._C``. It asks the real module to describe each launch (its shape, and the bytes
-of the kernel's argument), so it runs exactly what a GPU would run, on simulated buffers. Tests call it directly, with
-poisoned buffers and counters, or through ``mpo_ext.ops``.
+``SimulatedNative`` replaces ``mpo_ext._C``. It asks the real module for the shape and the argument bytes of each
+launch. So the simulator runs the same launches as a GPU would. Tests call it directly or through ``mpo_ext.ops``.
+Direct calls use poisoned buffers: it is an error to read a byte that was never written.
 """
 
 import contextlib
@@ -35,7 +35,10 @@ MULTIPROCESSORS = 2  # of the simulated GPU; a real GPU has about a hundred
 
 @functools.cache
 def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> str:
-    """Returns the PTX of a kernel file. ``edit`` replaces text in its source or in a header, to break it."""
+    """Returns the compiled PTX of a kernel file.
+
+    ``edit`` is (old, new): text to replace in the source or a header, which tests use to break the kernel.
+    """
     source = ROOT / "csrc" / "mpo" / "cuda" / f"{file}.cu"
     if edit is None:
         return _compile(source.read_text(), arch)
@@ -52,7 +55,7 @@ def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> 
 
 
 def _compile(text: str, arch: str) -> str:
-    """Compiles a source once for all test processes and runs; ``build/ptx`` keeps the PTX of these sources."""
+    """Compiles CUDA source to PTX. ``build/ptx`` caches the PTX for all test processes and later runs."""
     nvcc = ptxsim.find_nvcc()
     headers = [path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.*h"))]
     compiler = (nvcc, os.stat(nvcc).st_mtime_ns) if nvcc else None
@@ -74,15 +77,18 @@ def module(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) 
 
 
 def _mangled_pair(dtype: str, grad_dtype: str) -> str:
-    """Returns the start of the mangled template arguments <dtype, grad_dtype>; a type that is repeated is a number."""
+    """Returns the first two template arguments of a mangled kernel name: the dtypes of logits and gradient.
+
+    C++ mangling abbreviates a class type that is repeated.
+    """
     second = _MANGLED[grad_dtype] if dtype != grad_dtype else "f" if dtype == "float32" else "S"
     return _MANGLED[dtype] + second
 
 
 class SimulatedNative:
-    """Runs the functions of ``mpo_ext._C`` whose names end in ``_cuda`` on ptxsim.
+    """Replaces ``mpo_ext._C`` and runs its functions with the suffix ``_cuda`` on ptxsim.
 
-    ``options`` are passed to ``Kernel.launch``; ``reports`` collects its reports, with the names of the functions.
+    ``options`` are passed to ``Kernel.launch``. ``reports`` collects (function, report of the launch).
     """
 
     def __init__(self, arch: str = "sm_90", edit: tuple[str, str] | None = None, **options: Any) -> None:
@@ -100,7 +106,7 @@ class SimulatedNative:
         return {"has_cuda": True}.get(name) or getattr(self.real, name)
 
     def launch(self, name: str, arguments: dict[str, Any]) -> Any:
-        """Runs a launch whose addresses are those of ptxsim buffers."""
+        """Runs a kernel on ptxsim and returns its report; the addresses in ``arguments`` belong to ptxsim buffers."""
         launch = getattr(self.real, f"describe_{name}_cuda")(**arguments)
         kernel = {
             "token_logp": lambda: f"I{_MANGLED[arguments['dtype']]}Lb{int(arguments['stats'] != 0)}ELb0E",
@@ -117,7 +123,7 @@ class SimulatedNative:
         return report
 
     def launch_on_host_memory(self, name: str, **arguments: Any) -> None:
-        """Runs a launch of mpo_ext.ops, whose addresses are those of the host: copies all buffers in and out again."""
+        """Runs a kernel for mpo_ext.ops, which passes host addresses: copies all buffers to the simulator and back."""
         arguments.pop("stream")
         sizes = {key: size for key, size in _sizes(self.real, name, arguments).items() if arguments.get(key)}
         extents: dict[int, int] = {}  # the gradient may be the logits
@@ -141,7 +147,7 @@ class SimulatedNative:
 
 
 def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
-    """Returns the size in bytes of the buffer at each address among the arguments of a launch."""
+    """Maps each pointer argument of a launch to the size in bytes of its buffer."""
     rows = a["rows"]
     sizes = {"labels": 8 * rows, **dict.fromkeys(("logp", "row_max", "row_sum", "weight"), 4 * rows)}
     if name == "exp_logits":
@@ -181,9 +187,10 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
 
 
 class Rows:
-    """Rows of logits for a kernel: a poisoned buffer in which only the labelled rows are valid.
+    """Random logits for a kernel, in a buffer in which only rows with a valid label may be read.
 
-    Reading any other part is a fault: ignored rows, the gaps of a wide stride, the bytes before an unaligned start.
+    The remaining bytes are poisoned: rows with an ignored or invalid label, gaps between rows, bytes before the first
+    row.
     """
 
     def __init__(self, dtype: str, labels: list[int], vocab: int, stride: int, offset: int = 0, seed: int = 0) -> None:
@@ -213,13 +220,13 @@ class Rows:
         return slice(start, start + self.vocab * self.width)
 
     def write(self) -> None:
-        """Writes the labelled rows to the buffer."""
+        """Writes the rows with a valid label to the buffer, and marks them as readable."""
         for row in np.flatnonzero(self.is_scored):
             self.buffer.raw[self.place(row)] = self.values[row].view(torch.uint8).numpy()
             self.buffer.valid[self.place(row)] = 1
 
     def read(self, buffer: Any, row: int) -> np.ndarray:
-        """Returns the row of the same position in another buffer, as float64."""
+        """Returns a row of another buffer with the same layout, as float64."""
         data = torch.from_numpy(buffer.raw[self.place(row)].copy()).view(DTYPES[self.dtype])
         return data.double().numpy()
 
@@ -241,14 +248,14 @@ class Rows:
 
 
 def poisoned(nbytes: int) -> Any:
-    """Returns memory that has not been written."""
+    """Returns a buffer of uninitialized memory, which kernels must not read before they write it."""
     return ptxsim.Buffer(nbytes=nbytes, init=None)
 
 
 def run_token_logp(
     native: SimulatedNative, rows: Rows, stats: int = 0, multiprocessors: int = MULTIPROCESSORS
 ) -> dict[str, np.ndarray]:
-    """Launches token_logp and returns its outputs, which must have been written completely."""
+    """Launches token_logp and returns its outputs. Fails if a part of an output was not written."""
     shape = native.real.cuda_forward_shape(
         rows=rows.rows, vocab=rows.vocab, dtype=rows.dtype, pairs=0, multiprocessors=multiprocessors
     )
@@ -317,7 +324,7 @@ def run_forward(
     native: SimulatedNative, rows: Rows, pairs: Pairs, stats: int = 0, multiprocessors: int = MULTIPROCESSORS,
     **config: Any,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Launches the forward in one kernel and returns all its outputs."""
+    """Launches the fused forward kernel (log-probs and pair loss) and returns all its outputs."""
     shape = native.real.cuda_forward_shape(
         rows=rows.rows, vocab=rows.vocab, dtype=rows.dtype, pairs=pairs.pairs, multiprocessors=multiprocessors
     )
@@ -340,7 +347,7 @@ def run_forward(
 def run_pair_loss(
     native: SimulatedNative, logp: np.ndarray, labels: np.ndarray, pairs: Pairs, **config: Any
 ) -> dict[str, np.ndarray]:
-    """Launches pair_loss alone."""
+    """Launches the kernel pair_loss alone and returns its outputs."""
     scratch = poisoned(native.real.cuda_pair_loss_shape(pairs=pairs.pairs)["scratch_bytes"])
     inputs = ptxsim.Buffer(logp), ptxsim.Buffer(labels)
     native.launch(
@@ -365,7 +372,11 @@ def run_logits_grad(
     is_zeroed: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Any:
-    """Launches logits_grad and returns the buffer of the gradient, with the layout of the logits or of ``grad``."""
+    """Launches logits_grad and returns the buffer of the gradient.
+
+    The gradient has the dtype and layout of ``grad``, or those of the logits if ``grad`` is None. With ``is_zeroed``,
+    the kernel does not write rows with an ignored label.
+    """
     inputs = [ptxsim.Buffer(np.ascontiguousarray(rows_)) for rows_ in (row_max, row_sum, weight)]
     factor = None if scale is None else ptxsim.Buffer(scale)
     place = grad or rows
@@ -384,14 +395,14 @@ def run_logits_grad(
 
 
 def written(buffer: Any, dtype: Any) -> np.ndarray:
-    """Returns the contents of a poisoned buffer, which must have been written completely."""
+    """Returns the contents of a buffer. Fails if a part of it was not written."""
     assert buffer.valid[: buffer.nbytes].all(), "part of an output was not written"
     return buffer.array(dtype).copy()
 
 
 @contextlib.contextmanager
 def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
-    """Lets ``mpo_ext`` run tensors on the CPU with backend="cuda", on the simulator."""
+    """Makes ``mpo_ext`` run its CUDA backend on the simulator, with tensors on the CPU."""
     from mpo_ext.ops import backends, cuda
     from mpo_ext.ops import native as native_module
 
@@ -405,7 +416,7 @@ def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
 
 
 def exact_rows(rows: Rows) -> dict[str, np.ndarray]:
-    """Computes the definition in float64."""
+    """Computes log-probs, probabilities and statistics of each row in float64, from their definitions."""
     n = rows.rows
     found = {name: np.zeros(n) for name in ("logp", "entropy", "mean_logit", "top1", "sum_p_squared")}
     found["p"] = np.zeros((n, rows.vocab))

@@ -1,4 +1,4 @@
-"""The kernel exp_logits in the simulator: results, memory traffic, and that schedules leave the bits as they are."""
+"""Tests the kernel exp_logits in the simulator: results, memory traffic, and the same bits under every schedule."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def run(native: SimulatedNative, dtype: torch.dtype, vocab: int) -> bytes:
-    """Runs the second of three tiles after the first, and returns all outputs."""
+    """Runs exp_logits on the first two tiles of the vocabulary, and returns the bytes of all outputs."""
     logits, labels, edges = exp_logits_case(vocab)
     sums = torch.ones(len(labels), 37)
     reference, outputs = None, []

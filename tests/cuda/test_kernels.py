@@ -1,7 +1,7 @@
-"""The compiled CUDA kernels on the simulator, against the definition in float64.
+"""Tests the compiled CUDA kernels on the simulator against the definitions in float64.
 
-Buffers are poisoned: to read what nobody wrote or what lies outside of labelled rows is an error, and so is an output
-that is not written. MPO_PTXSIM_ALL=1 runs every combination; CI runs those that differ in kind.
+Buffers are poisoned. It is an error to read uninitialized memory or bytes outside labelled rows, and to leave a part
+of an output unwritten. MPO_PTXSIM_ALL=1 runs every combination of parameters; CI runs a selection.
 """
 
 import itertools
@@ -38,7 +38,7 @@ STAT_NAMES = ("entropy", "mean_logit", "top1", "sum_p_squared")
 
 
 def labels_for(vocab: int) -> list[int]:
-    """Returns labels of scored rows (first, last and middle tokens), ignored rows, and labels out of range."""
+    """Returns 10 labels: first, last and middle tokens, ignored labels (-100), and labels out of range."""
     return [-100, 0, vocab - 1, -100, vocab, vocab // 2, -1, -100, vocab // 3, -100]
 
 
@@ -63,7 +63,10 @@ def check_token_logp(rows: Rows, out: dict[str, np.ndarray], stats: int) -> None
 
 
 def check_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray, scale: float = 1.0) -> None:
-    """Checks each element within half a unit in the last place of its type, plus the error of float32 arithmetic."""
+    """Checks a gradient of logits. The allowed error is the rounding of its dtype and of float32 arithmetic.
+
+    ``place`` has the layout of the gradient. Ignored rows must be 0, and rows with an invalid label NaN.
+    """
     exact = exact_rows(rows)
     unit = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}[rows.dtype]
     smallest = {"float32": 0, "bfloat16": 0, "float16": 2.0**-25}[rows.dtype]
@@ -134,7 +137,7 @@ def test_a_gradient_may_be_narrower_than_its_logits(arch: str, dtype: str, grad_
 
 
 def check_narrow_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray) -> None:
-    """Checks a gradient that is rounded to the dtype of ``place``, for logits in that of ``rows``."""
+    """Checks a gradient in the dtype of ``place``, which is narrower than the dtype of the logits."""
     smallest = 2.0**-25 if place.dtype == "float16" else 0
     unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[place.dtype]
     exact = exact_rows(rows)
@@ -272,7 +275,10 @@ def exact_pair_loss(
     state: tuple[float, float],
     **c: object,
 ) -> dict[str, np.ndarray]:
-    """Computes the loss of B pairs from its definition."""
+    """Computes the loss of pairs and the other outputs of pair_loss in float64, from the definition.
+
+    ``state`` is (delta, number of updates) of the reward shift. ``c`` has the settings of the loss.
+    """
 
     def log_sigmoid(x: float) -> float:
         return -float(np.logaddexp(0, -x))
@@ -332,7 +338,7 @@ def exact_pair_loss(
 
 
 def pair_labels(lengths: list[int], vocab: int, seed: int = 0) -> tuple[list[int], np.ndarray]:
-    """Returns labels of packed sequences, the first half of each ignored, and the starts of the sequences."""
+    """Returns labels and offsets of packed sequences. The first half of each sequence is ignored."""
     random = np.random.default_rng(seed)
     labels: list[int] = []
     for length in lengths:

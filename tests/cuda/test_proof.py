@@ -1,4 +1,4 @@
-"""Properties that correct results do not prove: memory traffic, fences, and that tests detect broken kernels."""
+"""Tests properties that results do not show: memory traffic, fences, and that broken kernels fail the tests."""
 
 import re
 
@@ -29,7 +29,7 @@ def bytes_of(report: object, buffer: object) -> tuple[int, int]:
 
 
 def efficiency(report: object, kind: str, width: int) -> float:
-    """Returns the bytes that vector loads (or stores) of logits request over the bytes of the sectors they touch."""
+    """Returns requested bytes divided by the bytes of the touched sectors, for vector loads or stores of logits."""
     accesses = [
         a for a in report.accesses if a.space == "global" and a.kind == kind and f".v{width // 4}." in a.ins.text
     ]
@@ -94,11 +94,12 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
 
 
 def fence_problems(text: str) -> list[str]:
-    """Returns the increments of arrival counters that are not between two fences.
+    """Returns the increments of arrival counters in PTX text that are not between two fences.
 
-    A block stores its results (or passes the barrier after its threads' stores), fences, increments an arrival
-    counter, fences again, and only then reads the results of other blocks. So there must be a fence between the last
-    global store or barrier and the increment, and a fence between the increment and the next global load or barrier.
+    A block stores its results, and may wait at a barrier for its threads' stores. Then it executes a fence, increments
+    an arrival counter, executes a second fence, and reads the results of other blocks. So a fence must be between the
+    last global store or barrier and the increment. A second one must be between the increment and the next global load
+    or barrier.
     """
     publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")
     reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")
@@ -121,7 +122,7 @@ def fence_problems(text: str) -> list[str]:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_each_arrival_is_between_two_fences(arch: str) -> None:
-    """Reads the PTX, since a missing fence has no effect on the simulator's sequentially consistent memory."""
+    """Checks the PTX text, because the simulator's memory is sequentially consistent and hides a missing fence."""
     text = ptx("token_logp", arch)
     assert len(re.findall(r"\.entry", text)) == 12
     assert fence_problems(text) == []

@@ -1,4 +1,4 @@
-"""Checks of the machine code in the built module; see check_sass.py."""
+"""Tests the machine code in the built module with check_sass.py."""
 
 import gzip
 from pathlib import Path

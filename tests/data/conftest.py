@@ -1,4 +1,4 @@
-"""Fixtures of the files in ``mmpr_files``, and a cache for each test."""
+"""Fixtures: the files of ``mmpr_files``, and a separate cache folder for each test."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from mmpr_files import broken, images, mmpr, write_lines  # noqa: F401
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which converted files and images of datasets are stored."""
+    """Returns the cache folder of the test, which stores converted files and images of datasets."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
     try:

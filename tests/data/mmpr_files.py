@@ -1,4 +1,4 @@
-"""MMPR files for the tests of data and its commands: every variant of a published line, and every defect."""
+"""Fixtures with MMPR files: each published form of a line, and each kind of defect."""
 
 # ruff: noqa: RUF001 - Chinese has its own punctuation
 import json
@@ -102,7 +102,7 @@ def run_data(*arguments: str | os.PathLike[str]) -> int:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder with a.png and sub/b.jpg."""
+    """Returns a folder with the images a.png and sub/b.jpg."""
     root = tmp_path / "images"
     (root / "sub").mkdir(parents=True)
     Image.new("RGB", (40, 30), "red").save(root / "a.png")
@@ -112,7 +112,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mmpr(tmp_path: Path, images: Path) -> Path:
-    """The meta file of ``LINES``. The lines of the subset "text" have ASCII escapes."""
+    """Returns the meta file of the subsets in ``LINES``. The annotations of the subset "text" use ASCII escapes."""
     meta = {}
     for name, lines in LINES.items():
         file = tmp_path / f"{name.split()[0]}.jsonl"
@@ -125,7 +125,7 @@ def mmpr(tmp_path: Path, images: Path) -> Path:
 
 @pytest.fixture
 def write_lines(tmp_path: Path, images: Path) -> WriteLines:
-    """Writes an annotation file and its meta file, and returns the meta file."""
+    """Returns a function that writes an annotation file and its meta file, and returns the path of the meta file."""
 
     def write(name: str, lines: Iterable[dict[str, Any] | bytes]) -> Path:
         encoded = [encode(line) for line in lines]
@@ -140,6 +140,6 @@ def write_lines(tmp_path: Path, images: Path) -> WriteLines:
 
 @pytest.fixture
 def broken(write_lines: Any, images: Path) -> Path:
-    """A meta file: a good line, then a line with each defect."""
+    """Returns a meta file with one good line, followed by one line for each kind of defect."""
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:40])
     return write_lines("broken", [GOOD, *(line for _, line, _ in DEFECTS)])

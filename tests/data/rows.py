@@ -1,4 +1,4 @@
-"""Rows of other programs' formats, shared by tests."""
+"""Helpers and example rows in the formats of other programs."""
 
 import json
 from collections.abc import Sequence
@@ -41,6 +41,6 @@ def open_rows(folder: Path, rows: Sequence[dict[str, Any]], **options: Any) -> P
 
 
 def read_row(folder: Path, row: dict[str, Any], **options: Any) -> Pair | BadLine:
-    """Returns the pair of a row, with the paths of images as in the row, or the reason why the row is bad."""
+    """Returns the pair read from a row, with image paths as in the row, or a BadLine with the reason."""
     source = open_rows(folder, [row], **options)
     return next(pair for _, pair in source.pairs.scan())

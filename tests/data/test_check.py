@@ -1,4 +1,4 @@
-"""The check finds every defect."""
+"""Tests that ``mpo-ext data check`` finds every defect."""
 
 import json
 import os

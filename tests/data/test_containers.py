@@ -1,4 +1,4 @@
-"""Files that hold rows: compressed, arrays, CSV, other encodings; and files whose real form the error names."""
+"""Tests files of rows: compressed files, JSON arrays, CSV, other encodings, and files with a wrong suffix."""
 
 import bz2
 import csv
@@ -253,7 +253,7 @@ def test_a_wrong_meta_file_is_named_briefly(content: Any, tmp_path: Path) -> Non
 
 
 def test_a_cell_with_a_list_as_numpy_writes_it(tmp_path: Path, cache: Path) -> None:
-    """Python would join the two paths to one."""
+    """The CSV cell has numpy's text of a list, without commas. Parsed as Python, the list would have one string."""
     path = tmp_path / "a.csv"
     path.write_text("question,chosen,rejected,images\n<image> or <image>?,c,r,\"['a.png' 'b.png']\"\n")
     (_, pair), *_ = open_pairs(path).scan()

@@ -1,6 +1,7 @@
-"""Conversions between all formats, and writers that fail."""
+"""Tests conversions between all formats, and the errors of writers."""
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mpo_ext.images import ImageError
 
 
 def assert_same_mmpr(meta: Path, other: Path) -> None:
-    """Asserts that the lines are equal byte for byte, and the settings equal except ``annotation``."""
+    """Asserts that two MMPR datasets have equal lines, byte for byte, and equal settings except ``annotation``."""
     assert [subset.name for subset in read_meta(meta)] == [subset.name for subset in read_meta(other)]
     for one, two in zip(read_meta(meta), read_meta(other), strict=True):
         assert Path(one.annotation).read_bytes() == Path(two.annotation).read_bytes()
@@ -110,3 +111,13 @@ def test_lines_are_not_written_under_the_name_of_another_kind_of_file(
     with pytest.raises(ValueError, match="out must be the name of a JSON lines file"):
         convert(open_pairs(mmpr), tmp_path / name, format)
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("format", ["trl", "hf"])
+def test_without_a_kind_the_prompt_is_a_message(mmpr: Path, tmp_path: Path, format: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    out = tmp_path / ("out.jsonl" if format == "trl" else "out")
+    convert(open_pairs(str(mmpr)), out, format)
+    is_file = format == "trl"
+    row = json.loads(out.read_text().splitlines()[0]) if is_file else datasets.load_from_disk(str(out))[0]
+    assert [turn["role"] for turn in row["prompt"]] == ["user"]

@@ -1,4 +1,4 @@
-"""Tests that the fingerprint of a file of pairs tells whether and where its lines have changed."""
+"""Tests that the fingerprint of a file of pairs shows whether and where the lines have changed."""
 
 import dataclasses
 import json

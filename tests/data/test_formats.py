@@ -1,4 +1,4 @@
-"""Rows of other programs: LLaMA-Factory, ms-swift, OpenAI, RLAIF-V; detection of the format from the fields."""
+"""Tests rows of LLaMA-Factory, ms-swift, OpenAI and RLAIF-V, and the detection of the format from the fields."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Hostile files: every line gives a pair, or a counted bad line with a reason.
+"""Tests hostile files: every line gives a pair, or is counted as bad with a reason.
 
-MPO_FUZZ_CASES sets the number of examples; the examples are the same in every run.
+MPO_FUZZ_CASES sets the number of examples. Every run draws the same examples.
 """
 
 import json
@@ -57,7 +57,7 @@ GOOD = st.fixed_dictionaries({"question": TEXTS, "chosen": TEXTS, "rejected": TE
 
 @st.composite
 def lines(draw: st.DrawFn) -> bytes:
-    """Draws a line, from valid to random, without a newline."""
+    """Draws one line, from valid JSON to random bytes, without a newline."""
     values = draw(st.one_of(GOOD, st.fixed_dictionaries({}, optional=FIELDS), JSON))
     raw = json.dumps(values, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
     damage = draw(st.sampled_from(["none"] * 4 + ["cut", "byte", "huge", "random", "deep", "twice", "digits"]))

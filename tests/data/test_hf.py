@@ -1,4 +1,4 @@
-"""Hugging Face datasets."""
+"""Tests pairs read from Hugging Face datasets."""
 
 import subprocess
 import sys

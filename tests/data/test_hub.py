@@ -1,4 +1,4 @@
-"""Parquet files, saved datasets of other rows, and datasets of the Hugging Face hub."""
+"""Tests Parquet files, saved datasets, and datasets of the Hugging Face hub."""
 
 import datetime
 import subprocess
@@ -18,7 +18,7 @@ ORIGIN = {"ds_name": "d", "origin_dataset": "o", "origin_split": '{"model": "m"}
 
 
 def rlaif_v(images: Path, count: int = 2, first: int = 0) -> Any:
-    """A dataset with the columns of RLAIF-V."""
+    """Returns a dataset with the columns of RLAIF-V."""
     features = datasets.Features(
         {
             **dict.fromkeys(("question", "chosen", "rejected", *ORIGIN), datasets.Value("string")),
@@ -32,7 +32,7 @@ def rlaif_v(images: Path, count: int = 2, first: int = 0) -> Any:
 
 
 def hub_folder(folder: Path, images: Path) -> Path:
-    """A folder in the layout of the hub, with two splits."""
+    """Writes a folder in the layout of a dataset on the hub, with two splits."""
     (folder / "data").mkdir(parents=True)
     rlaif_v(images, 3).to_parquet(str(folder / "data/train-00000-of-00002.parquet"))
     rlaif_v(images, 2, 3).to_parquet(str(folder / "data/train-00001-of-00002.parquet"))
@@ -245,7 +245,7 @@ def test_which_paths_are_ids_of_the_hub(
 
 @pytest.fixture
 def hub(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Lets the package datasets find owner/name in a folder, and records the arguments of each call."""
+    """Makes ``datasets.load_dataset("owner/name")`` read a local folder. Returns a list of each call's options."""
     folder, load, calls = hub_folder(tmp_path / "hub/owner/name", images), datasets.load_dataset, []
 
     def load_dataset(path: str, **options: Any) -> Any:

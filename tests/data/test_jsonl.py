@@ -1,4 +1,4 @@
-"""Files of lines: reading, skipping and memory."""
+"""Tests JSONL files: reading, skipped lines and memory."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Marks of images in the notation of other programs: numbered marks are places, others refuse their line."""
+"""Tests image placeholders of other programs: ``<image 2>`` stands for image 2; unknown placeholders are rejected."""
 
 from pathlib import Path
 from typing import Any

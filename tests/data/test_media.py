@@ -1,4 +1,4 @@
-"""Images, video and audio that no reader uses: every command and the dry run refuse and count their lines."""
+"""Tests pairs with images, video or audio that no reader supports: every command rejects and counts such lines."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""MMPR files: lines return byte for byte, and bad meta files are rejected."""
+"""Tests MMPR files: reading and writing keeps every byte of a line, and bad meta files are rejected."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Folders that have moved."""
+"""Tests ``root_map``, which replaces the folders of paths in files that were moved."""
 
 import json
 from pathlib import Path

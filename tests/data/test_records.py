@@ -1,4 +1,4 @@
-"""The preference pair and its checks."""
+"""Tests the class Pair and its validation."""
 
 import dataclasses
 import json

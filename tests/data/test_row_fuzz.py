@@ -1,6 +1,6 @@
-"""Rows of other programs, valid and hostile: each gives a pair that survives conversion, or an error with a rule.
+"""Tests random rows of other programs: each gives a pair that conversion preserves, or an error that states the rule.
 
-MPO_FUZZ_CASES sets the number of examples; the examples are the same in every run.
+MPO_FUZZ_CASES sets the number of examples. Every run draws the same examples.
 """
 
 import json
@@ -50,7 +50,7 @@ GOOD_CONTENT = st.sampled_from(["q", "<image>\nq", "see <image>y"]) | st.lists(G
 
 
 def conversations(first: str, second: str, content: Any) -> Any:
-    """Draws messages of an odd number of turns that alternate."""
+    """Draws an odd number of messages, with the roles ``first`` and ``second`` in turn."""
     contents = st.lists(content, min_size=1, max_size=5).filter(lambda turns: len(turns) % 2 == 1)
     roles = (first, second)
     return contents.map(lambda turns: [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)])

@@ -1,4 +1,4 @@
-"""Opening a path: detection of the format."""
+"""Tests how a path is opened: the format is detected from the file."""
 
 import json
 import re

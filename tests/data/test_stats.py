@@ -1,4 +1,4 @@
-"""Statistics of pairs."""
+"""Tests the statistics of pairs."""
 
 import json
 import re

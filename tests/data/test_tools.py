@@ -1,4 +1,4 @@
-"""Calls of tools and their results: read from each format, shown, written and read again."""
+"""Tests tool calls and tool results: they are read from each format, shown, written, and read again."""
 
 import json
 from pathlib import Path

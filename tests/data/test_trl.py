@@ -1,4 +1,4 @@
-"""Rows of TRL's preference format."""
+"""Tests rows of TRL's preference format."""
 
 import base64
 import json

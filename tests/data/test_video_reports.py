@@ -1,4 +1,4 @@
-"""Videos and rejected images in ``data check``, ``view`` and ``stats``."""
+"""Tests ``data check``, ``view`` and ``stats`` on pairs with videos or with separate images of the rejected side."""
 
 import base64
 import io

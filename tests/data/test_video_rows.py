@@ -1,4 +1,7 @@
-"""Videos and rejected images of pairs in every format: read, written, and refused where a format cannot hold them."""
+"""Tests pairs with videos, or with separate images for the rejected response, in every format.
+
+They are read and written, and rejected if a format cannot hold them.
+"""
 
 import dataclasses
 import json

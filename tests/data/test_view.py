@@ -1,4 +1,4 @@
-"""The HTML page of pairs."""
+"""Tests the HTML page that shows pairs."""
 
 import html.parser
 import json
@@ -29,7 +29,7 @@ HOSTILE = [
 
 
 class Page(html.parser.HTMLParser):
-    """The elements of a page, and the text of its scripts."""
+    """Parses an HTML page into its start tags and the text of its scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

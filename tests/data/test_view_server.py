@@ -1,4 +1,4 @@
-"""The page of pairs as served on this machine, and the pairs that are picked on a page."""
+"""Tests the local server of the page of pairs, and saving the pairs that a user selects there."""
 
 import contextlib
 import io

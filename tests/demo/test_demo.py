@@ -233,7 +233,7 @@ def test_a_response_in_another_form_is_unparsable(text: str, form: str) -> None:
 
 
 def test_every_word_has_its_token(processor: DigitsProcessor, tasks: list[digits.Task]) -> None:
-    """Then a response can be cut between any two of its tokens and joined again."""
+    """Each word is one token, so a response can be split between any two tokens and joined again."""
     tokenizer = processor.tokenizer
     for task in tasks:
         for text in (task.question, task.response):
@@ -245,7 +245,7 @@ def test_every_word_has_its_token(processor: DigitsProcessor, tasks: list[digits
 
 
 def encode(processor: DigitsProcessor, task: digits.Task, folder: Path) -> Sample:
-    """Returns the sample that the trainer makes of a task."""
+    """Returns the training sample that the trainer's encoder makes of a task."""
     images: tuple[str, ...] = ()
     if task.picture is not None:
         images = (str(folder / "image.png"),)
@@ -299,7 +299,7 @@ def test_samples_have_no_special_tokens(processor: DigitsProcessor, model) -> No
 
 
 class Scripted(TransformersEngine):
-    """The demo's engine with scripted answers instead of a model. Some of them are wrong."""
+    """The demo's engine, with scripted answers (some of them wrong) in place of a model."""
 
     blind: ClassVar[list[Request]] = []
 
@@ -326,7 +326,7 @@ SCRIPTED = Settings(direct_questions=40, questions=40, samples=4, dropout_ntp_qu
 
 @pytest.fixture
 def made(processor: DigitsProcessor, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Returns the pairs of the scripted engine."""
+    """Returns the pairs that the demo makes with the scripted engine."""
     Scripted.truths, Scripted.blind = {}, []  # type: ignore[attr-defined]
     written = demo_pairs.write_items
 

@@ -1,4 +1,4 @@
-"""Reads the fenced blocks of a page and runs each in a process forked from server.py."""
+"""Parses the fenced code blocks of a documentation page, and runs each in a process forked by server.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CHECKED_WITH = re.compile(r"<!-- checked with: (?P<words>[^>]*\S) -->")
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block.
+    """A fenced code block of a documentation page.
 
     Attributes:
         page: Path of the page from the root of the repository.
@@ -51,7 +51,7 @@ class Block:
 
     @property
     def prelude(self) -> str:
-        """Returns the code that defines the names a page assumes; "" for none."""
+        """Returns code that defines the names that the page's examples assume; "" if there are none."""
         path = PRELUDES / f"{self.page.replace('/', '-').removesuffix('.md')}-{self.number}.py"
         return path.read_text() if self.language == "python" and path.exists() else ""
 
@@ -84,7 +84,10 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(text: str) -> Iterator[list[str] | str]:
-    """Yields the commands of a bash block: the words of a call of mpo-ext or python, otherwise a line for a shell."""
+    """Yields the commands of a bash block.
+
+    A call of mpo-ext or python is a list of its words. Any other line is a string for a shell.
+    """
     for line in text.replace("\\\n", " ").splitlines():
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -114,10 +117,10 @@ class Server:
         )  # fmt: skip
 
     def run(self, block: Block, folder: Path) -> str:
-        """Runs or writes a block in a folder. Returns what it printed.
+        """Runs a block in a folder, or writes it to a file if it has a title. Returns its output.
 
         Raises:
-            AssertionError: If it fails; the message ends with what it printed.
+            AssertionError: If the block fails; the message ends with the block's output.
         """
         if block.title is not None:
             path = folder / block.title

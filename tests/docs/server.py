@@ -1,4 +1,7 @@
-"""Runs programs in forks of itself, which has imported what takes them seconds: JSON in, an exit code out."""
+"""Runs programs in forked processes, which need not repeat slow imports.
+
+Reads requests as JSON lines, and answers each with the exit code of its program.
+"""
 
 import json
 import os

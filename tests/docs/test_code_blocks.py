@@ -1,4 +1,4 @@
-"""The code of the pages runs: each page in a fresh folder, its blocks in order."""
+"""Tests that the code on the documentation pages runs: each page in a fresh folder, its blocks in order."""
 
 from __future__ import annotations
 

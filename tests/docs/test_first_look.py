@@ -1,4 +1,4 @@
-"""The code in docs/how-to/loss-only.md detects the mistakes that the first loss cannot see."""
+"""Tests that the code in docs/how-to/loss-only.md detects mistakes that do not change the first loss value."""
 
 from __future__ import annotations
 

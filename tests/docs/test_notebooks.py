@@ -1,4 +1,4 @@
-"""The notebooks: their code parses, their links exist, and they hold no outputs. ``make notebook`` runs them."""
+"""Tests the notebooks: the code parses, the links exist, and no outputs are stored. ``make notebook`` runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The site builds, no link is dead, and the files that a forge or a package index reads are valid."""
+"""Tests that the site builds without dead links, and that files for GitHub and PyPI are valid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def links(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Returns the anchors of the headings as the site makes them; a repeated heading gets the suffix _1."""
+    """Returns the anchors that the site gives to the headings of a page; a repeated heading gets the suffix _1."""
     found: set[str] = set()
     for heading in _HEADING.findall(re.sub(r"^(`{3,}).*?^\1\s*$", "", text, flags=re.DOTALL | re.MULTILINE)):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", heading)
@@ -89,7 +89,7 @@ def test_every_documented_name_exists() -> None:
 
 
 def row_of(name: str) -> str:
-    """Returns the row of a documented name in the table of its page: name, first paragraph of the docstring, file."""
+    """Returns the table row of a documented function or class: name, first paragraph of its docstring, file."""
     import importlib
     import inspect
 
@@ -102,7 +102,7 @@ def row_of(name: str) -> str:
 
 @pytest.mark.parametrize("path", sorted((DOCS / "reference").glob("*.md")), ids=lambda path: path.stem)
 def test_every_documented_name_is_in_the_table_of_its_page(path: Path) -> None:
-    """A forge shows the lines with ``:::`` as they are, so a reader there needs the table."""
+    """GitHub does not render the lines with ``:::``, so the page must also list the names in a table."""
     text = path.read_text(encoding="utf-8")
     names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
     rows = [row_of(name) for name in names]
@@ -121,7 +121,7 @@ def test_every_public_name_is_documented() -> None:
 def commands(
     parser: argparse.ArgumentParser, before: str = "mpo-ext"
 ) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yields the commands without subcommands, with their parsers."""
+    """Yields each command that has no subcommands, with its parser."""
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not below:
         yield before, parser
@@ -131,7 +131,7 @@ def commands(
 
 
 def whole_parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
-    """Returns the parser of ``mpo-ext``, caught before it parses."""
+    """Returns the complete argument parser of ``mpo-ext``, intercepted before it parses arguments."""
     from mpo_ext.__main__ import main
 
     class CaughtError(Exception):

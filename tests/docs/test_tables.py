@@ -1,4 +1,4 @@
-"""Every table in the pages is a table for a parser of GitHub's Markdown."""
+"""Tests that a parser of GitHub's Markdown recognizes every table in the pages."""
 
 import re
 
@@ -10,7 +10,7 @@ PARSER = MarkdownIt("gfm-like", {"linkify": False})
 
 
 def broken_tables(text: str) -> list[int]:
-    """Returns the numbers of the lines that begin with a bar and belong to no parsed table or code block."""
+    """Returns the numbers of the lines that start with ``|`` but are in neither a table nor a code block."""
     covered: set[int] = set()
     for token in PARSER.parse(text):
         if token.type in ("table_open", "fence", "code_block") and token.map:

@@ -1,4 +1,4 @@
-"""An engine with scripted answers, and files of questions for it."""
+"""Engines with scripted answers, and a helper that writes files of questions."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,10 @@ from mpo_ext.generate.engine import Generation, Request
 
 
 class ScriptedEngine(StubEngine):
-    """Answers a question, found by its first line, with the text of the sample; "..." at its end means cut off."""
+    """Answers with prepared texts. ``answers`` maps the first line of a question to a text for each sample.
+
+    A text that ends in "..." counts as cut off at the length limit.
+    """
 
     def __init__(self, answers: Mapping[str, Sequence[str]], *, name: str = "scripted") -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class ScriptedEngine(StubEngine):
 
 
 class SeeingEngine(ScriptedEngine):
-    """Answers from ``answers`` if it sees an image, otherwise from ``blind``."""
+    """Answers from ``answers`` if the request has an image, otherwise from ``blind``."""
 
     def __init__(self, answers: dict[str, list[str]], blind: dict[str, list[str]]) -> None:
         super().__init__(answers)

@@ -1,4 +1,4 @@
-"""Tests of the files for other kits, and of the page of failures."""
+"""Tests the files for other evaluation toolkits, and the HTML page of failed questions."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""Tests of model names and folders, with tiny models that are really loaded."""
+"""Tests how a model name or folder is resolved, by loading tiny models."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Tests of complete evaluations with scripted engines: the numbers, kills, and bad input."""
+"""Tests complete evaluations with scripted engines: numbers, killed runs, and bad input."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def final(answer: object) -> str:
 
 
 def outputs(out: Path) -> dict[str, bytes]:
-    """Returns all files of an evaluation except its journals."""
+    """Returns the contents of all files of an evaluation, by name, without its journals."""
     paths = [path for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {str(path.relative_to(out)): path.read_bytes() for path in paths if "journals" not in path.parts}
 
@@ -224,7 +224,7 @@ def test_other_answers_under_a_name_are_refused(items: Path, tmp_path: Path) -> 
 
 
 def test_the_journal_has_only_settings_that_the_responses_depend_on(items: Path, tmp_path: Path) -> None:
-    """A change of these settings would refuse the journals of earlier versions."""
+    """Journals of earlier versions have only these settings. With more, an evaluation could not resume from them."""
     evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "out", config=COT)
     (journal,) = (tmp_path / "out").rglob("journal-*.jsonl")
     settings = read_header(journal)
@@ -360,7 +360,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_unreadable_answers_are_counted_and_are_not_right(tmp_path: Path) -> None:
-    """Two of four responses are unreadable: one has no answer, the other an answer that may be right."""
+    """Two of the four responses are unreadable: one has no answer, and the other's answer is ambiguous."""
     data = write_lines(tmp_path / "d.jsonl", [{"question": each, "answer_gt": "7"} for each in "abcd"])
     answers = {"a": [final("seven")], "b": [final("7 apples")], "c": [final(8)], "d": ["It is 7"]}
     config = EvaluationConfig(prompts=("cot",), matcher={"kind": "number"})

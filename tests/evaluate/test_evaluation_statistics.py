@@ -1,4 +1,4 @@
-"""Tests of errors and comparisons against values computed by hand."""
+"""Tests standard errors and comparisons of models against values computed by hand."""
 
 import math
 

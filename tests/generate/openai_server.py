@@ -1,4 +1,4 @@
-"""A stand-in for servers with OpenAI's HTTP interface: with other abilities for each test, and with faults."""
+"""A fake server with OpenAI's HTTP interface; each test chooses its capabilities and faults."""
 
 import dataclasses
 import http.server
@@ -18,25 +18,25 @@ EXTENSIONS = {
 
 @dataclasses.dataclass
 class Server:
-    """The answers of a server. The text of an answer depends on the prompt and the seed only.
+    """The configuration and the answers of a fake server. An answer's text depends only on the prompt and the seed.
 
     Attributes:
         tokenizer: The model's tokenizer, with a chat template.
-        takes_ids: Whether there are ``/completions`` for token ids.
+        takes_ids: Whether ``/completions`` accepts token ids.
         returns_ids: Whether answers have token ids.
-        takes_extensions: Whether fields beyond OpenAI's are taken; False: they are refused.
-        continues: Whether an open turn of the assistant is continued.
+        takes_extensions: Whether the server accepts request fields that OpenAI does not have.
+        continues: Whether the server continues an unfinished assistant message.
         applies_top_k: Whether ``top_k`` has an effect.
         seed_bits: Number of bits of the largest seed.
         limit: Name of the field for the maximum number of tokens.
-        image: Text of an image in the prompt.
-        template: Another chat template than the tokenizer's.
-        key: The key that requests must have; None: any.
-        fault: Takes the body of a request and returns None, a status with headers, or one of "cut", "half", "text"
-            and "empty".
-        finish: Reason to finish in place of the usual one.
+        image: Text that stands for an image in the prompt.
+        template: Chat template to use instead of the tokenizer's.
+        key: API key that requests must have; None: any.
+        fault: Function that maps a request body to a fault: None, a status with headers, or one of "cut", "half",
+            "text" and "empty".
+        finish: Finish reason to report instead of the actual one.
         message: Further fields of a chat message.
-        bodies: Bodies of all requests of the run that were answered, and their paths.
+        bodies: Path and body of each request that was answered.
     """
 
     tokenizer: Any
@@ -105,7 +105,7 @@ class Server:
 
 
 def parsed(turn: dict[str, Any]) -> dict[str, Any]:
-    """Returns a message with the arguments of its calls as objects, as vLLM's server passes them to the template."""
+    """Returns a message with the arguments of its tool calls parsed from JSON, like vLLM's server."""
     calls = [
         {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
         for call in turn.get("tool_calls", ())
@@ -121,7 +121,7 @@ def flat(content: Any, image: str) -> str:
 
 
 def response(prompt: str, seed: int) -> str:
-    """Returns a response: words and an answer that is right (7), wrong or missing."""
+    """Returns a random response: words, then the answer 7 (right), 8 or 9 (wrong), or no answer."""
     rng = random.Random(f"{prompt} {seed}")
     words = " ".join(rng.choice(["one", "two", "\u4e09", "four"]) for _ in range(rng.randrange(1, 9)))
     return words + rng.choice(["\nFinal answer: 7", "\nFinal answer: 8", "\nFinal answer: 9", ""])
@@ -129,7 +129,7 @@ def response(prompt: str, seed: int) -> str:
 
 @contextmanager
 def running(server: Server) -> Iterator[Server]:
-    """Runs a server on a free port of this machine in a ``with`` block."""
+    """Runs the server on a free local port for the duration of a ``with`` block."""
     lock = threading.Lock()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -193,7 +193,7 @@ def running(server: Server) -> Iterator[Server]:
         daemon_threads = True
 
         def handle_error(self, *arguments: object) -> None:
-            """Clients close connections, and this is not an error."""
+            """Ignores exceptions, because clients may close their connections."""
 
     listener = Threads(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{listener.server_port}/v1"

@@ -1,4 +1,7 @@
-"""A run on a local Ray cluster whose engines write their pids: ``python ray_driver.py ITEMS OUT PIDS DELAY_S``."""
+"""Runs a pipeline on a local Ray cluster: ``python ray_driver.py ITEMS OUT PIDS DELAY_S``.
+
+Each engine creates a file in the folder PIDS that is named after its process id.
+"""
 
 import functools
 import os
@@ -17,7 +20,7 @@ from mpo_ext.generate.engine import Generation, Request
 
 
 class RayStub(StubEngine):
-    """Raises, dies or waits at the questions that the arguments name."""
+    """A stub engine that raises at the question ``broken``, dies at ``deadly``, and waits at ``slow``."""
 
     def __init__(
         self,

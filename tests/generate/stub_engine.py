@@ -1,4 +1,4 @@
-"""An engine without a model: words drawn by the seed of the request."""
+"""An engine without a model, which draws random words with the seed of each request."""
 
 import random
 import time
@@ -10,7 +10,10 @@ from mpo_ext.generate.engine import Generation, Request
 
 
 class StubEngine:
-    """Every character is a token. Responses end with a right, a wrong or no answer, as the seed has it."""
+    """Draws random responses; the request's seed decides whether the answer is right, wrong or missing.
+
+    Every character is a token.
+    """
 
     name = "stub"
 
@@ -52,7 +55,7 @@ class StubEngine:
         return Generation(tuple(self.encode(text)), text, finish)
 
     def _judge(self, request: Request) -> Generation:
-        """Splits the answer of the prompt into words, asks about each, and takes a choice by the seed."""
+        """Imitates a judge: splits an answer into claims, turns claims into questions, or picks a choice at random."""
         rng = random.Random(request.seed)
         if request.choices:
             probs = tuple(rng.random() / len(request.choices) for _ in request.choices)

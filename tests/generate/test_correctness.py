@@ -1,4 +1,4 @@
-"""Correctness: which samples make pairs, and which questions give none."""
+"""Tests the pipeline Correctness: which samples become pairs, and which questions give no pair."""
 
 import collections
 import itertools
@@ -17,7 +17,7 @@ ITEM = Item(question="How many?", truths=("7",))
 
 
 def judged(texts: list[str], item: Item = ITEM, finish: dict[str, str] | None = None, **options: Any) -> ItemResult:
-    """Returns the result of an item with these texts as samples."""
+    """Returns the pipeline's result for an item, with the given texts as its samples."""
     pipeline = Correctness(CorrectnessConfig(samples=len(texts), **options))
     script = {
         key: Generation(tuple(map(ord, text)), text, (finish or {}).get(text, "stop"))
@@ -49,7 +49,7 @@ def test_right_samples_meet_wrong_and_unreadable_ones() -> None:
 
 
 def test_the_same_answer_is_never_on_both_sides() -> None:
-    """A truth with a tolerance: 7.4 is right and 7.5 wrong, though the two are as close as 7 and 7.4."""
+    """With a tolerance, 7.4 is right for the truth 7 and 7.5 is wrong, although 7.4 and 7.5 match each other."""
     options = {"matcher": {"kind": "number", "relative": 0.06}}
     outcome = judged([answered("7.4"), answered("7.5"), answered("12")], **options)
     assert pairs(outcome) == [(answered("7.4"), answered("12"))]
@@ -196,7 +196,7 @@ def test_a_template_is_in_the_prompt_and_in_the_pair() -> None:
 
 
 def test_only_surely_wrong_samples_are_rejected() -> None:
-    """10,000 samples in many forms: no right and no unreadable answer is rejected, and only right ones are chosen."""
+    """Checks 10,000 samples in many forms: only right answers are chosen, and only clearly wrong ones are rejected."""
     rng = random.Random(0)
     right = [
         "{}",
@@ -252,7 +252,7 @@ def test_only_surely_wrong_samples_are_rejected() -> None:
 
 
 def test_samples_of_older_journals_are_scored_again() -> None:
-    """Before, "7 apples" was stored as wrong beside the truth 7, and 2e-9 as right beside 1.2e-9."""
+    """Older versions stored wrong scores: "7 apples" as wrong for the truth 7, and 2e-9 as right for 1.2e-9."""
     pipeline = Correctness(CorrectnessConfig(samples=3, matcher={"kind": "number"}))
     old = [("7", True), ("7 apples", False), ("8", False)]
     records = [

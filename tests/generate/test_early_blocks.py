@@ -1,4 +1,4 @@
-"""Blocks that finish in any order end in the journal in the order of the input, also after a kill."""
+"""Tests that the journal keeps the input order although blocks finish in any order, also after a kill."""
 
 import random
 from pathlib import Path
@@ -14,7 +14,7 @@ SIZES = (3, 1, 4, 2, 2)
 
 
 def block_records() -> list[tuple[int, list[dict[str, Any]]]]:
-    """Returns the start and the records of each block."""
+    """Returns (index of the first record, records) of each block."""
     starts = [sum(SIZES[:number]) for number in range(len(SIZES))]
     return [
         (start, [{"key": f"k{start + place}", "text": "t" * place} for place in range(size)])
@@ -27,7 +27,7 @@ def open_files(folder: Path) -> tuple[Journal, Path]:
 
 
 def announce_all(early: EarlyBlocks, journal: Journal) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Announces the blocks that the journal lacks, and returns those that must be sampled."""
+    """Announces each block that the journal lacks. Returns those that the file of early blocks lacks too."""
     stored = list(journal.records())
     missing = []
     for start, records in block_records():

@@ -1,4 +1,4 @@
-"""Engines that take requests at any time are kept busy across blocks, and give what other engines give."""
+"""Tests engines that accept requests at any time: they stay busy across blocks, and the outputs stay the same."""
 
 import itertools
 import json
@@ -19,7 +19,10 @@ from mpo_ext.journal import read_records
 
 
 class StreamingStub(StubEngine):
-    """Ends running requests in a random order. Requests whose question holds a word are refused, or never end."""
+    """A stub engine that finishes running requests in a random order.
+
+    Questions that contain ``refused`` are refused. Questions that contain ``stuck`` never finish.
+    """
 
     def __init__(self, concurrency: int, *, refused: str = "?!", stuck: str = "?!") -> None:
         super().__init__()

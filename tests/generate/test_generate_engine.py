@@ -1,4 +1,4 @@
-"""Engines: the digits demo's InternVL behind TransformersEngine, and VLLMEngine on a module of its interface."""
+"""Tests TransformersEngine with the demo's InternVL, and VLLMEngine with a fake ``vllm`` module."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import dataclasses
@@ -42,7 +42,7 @@ def engine() -> TransformersEngine:
 
 
 def requests_of(count: int, *, seed: int = 0, **options: Any) -> list[Request]:
-    """Questions with and without an image, with prefixes of several lengths."""
+    """Returns requests with and without an image, and with prefixes of several lengths."""
     tasks = digits.sample_tasks(digits.load_digits()["train"], count, np.random.default_rng(seed))
     requests = []
     for number, task in enumerate(tasks):
@@ -86,7 +86,7 @@ def test_padding_on_the_left_changes_no_logits(engine: TransformersEngine) -> No
 
 
 def test_a_prefix_is_what_the_turn_begins_with(engine: TransformersEngine) -> None:
-    """A greedy response, cut anywhere and continued, comes out as it was."""
+    """Cutting a greedy response at any token and continuing it from there gives the same response."""
     (request,) = requests_of(2, sampling=dataclasses.replace(SAMPLING, temperature=0.0), prefix_ids=())[1:]
     (whole,) = engine.generate([request])
     for cut in range(1, len(whole.token_ids)):
@@ -176,7 +176,7 @@ def test_ranks_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def grids(tmp_path: Path) -> Path:
-    """Items about grids of digits."""
+    """Writes items about grids of digits, and returns their file."""
     import json
 
     lines = []
@@ -220,7 +220,7 @@ def test_a_killed_run_of_the_model_ends_with_the_same_bytes(
 
 
 class FakeVLLM(types.ModuleType):
-    """The part of vLLM's interface that the engine calls."""
+    """A fake ``vllm`` module with the functions that the engine calls."""
 
     def __init__(self) -> None:
         super().__init__("vllm")
@@ -236,7 +236,7 @@ class FakeVLLM(types.ModuleType):
                 self.options = options
 
         class Engine:
-            """Ends the latest request at each step. A prompt of more than 400 tokens is refused."""
+            """A fake vLLM engine: each step finishes the newest request, and prompts above 400 tokens are refused."""
 
             def __init__(self) -> None:
                 self.waiting: list[tuple[str, Any]] = []
@@ -266,7 +266,7 @@ class FakeVLLM(types.ModuleType):
                 self.waiting = [each for each in self.waiting if each[0] not in request_ids]
 
             class ValidationError(Exception):
-                """vLLM's error, which is not a ValueError."""
+                """Stands for vLLM's exception, which is not a subclass of ValueError."""
 
         class LLM:
             def __init__(self, model: str, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Items in the forms in which benchmarks are published: read with their images, options and answers, or refused."""
+"""Tests items in the formats of published benchmarks: images, options and answers are read, or the item is refused."""
 
 import base64
 import bz2

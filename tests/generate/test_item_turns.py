@@ -1,4 +1,4 @@
-"""Items with several turns, system prompts, a history and tools: what is read, refused, sampled and written."""
+"""Tests items with several turns, a system prompt, a history or tools: reading, refusal, sampling and output."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""Videos of items: read, sampled with and without them, and written into pairs."""
+"""Tests items with videos: they are read, sampled with and without the videos, and written into pairs."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def requests_of(videos: Sequence[Any], **options: Any) -> list[Request]:
 
 @pytest.mark.parametrize("family", video_models.BUILDERS)
 def test_the_engine_shows_videos_to_the_model(family: str, tmp_path: Path) -> None:
-    """Batches give the continuations of single requests; other frames give other logits."""
+    """A batch gives the same continuations as single requests, and different frames give different logits."""
     torch.manual_seed(0)
     model, processor = video_models.BUILDERS[family]()
     engine = TransformersEngine(model.eval(), processor, batch_size=4)

@@ -1,4 +1,4 @@
-"""The pipelines whose responses a model judges: RLAIF-V and the judge of whole responses."""
+"""Tests the pipelines with a model as judge: RLAIF-V, and the judge of whole responses."""
 
 import json
 import random
@@ -28,7 +28,7 @@ JUDGED: dict[str, Callable[[], Any]] = {
 
 
 class ScriptedEngine(StubEngine):
-    """Answers with the texts ``answers`` in turn, and lets ``judge`` answer the requests of the role "judge"."""
+    """Answers questions with the texts ``answers`` in turn, and requests to the judge with the function ``judge``."""
 
     def __init__(self, answers: Sequence[str], judge: Callable[[Request], str | tuple[float, ...]]) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class ScriptedEngine(StubEngine):
 
 
 def made(pipeline: Any, engine: StubEngine, item: Item | None = None) -> tuple[list[dict[str, Any]], Any, Any]:
-    """Returns the pairs, the result and the records of an item."""
+    """Returns (pairs, result, records) of an item."""
     item = item or Item(question="What is shown?")
     (records,) = pipeline.sample([item], engine)
     result = pipeline.make_pairs(item, json.loads(json.dumps(records)), "model")
@@ -50,7 +50,7 @@ def made(pipeline: Any, engine: StubEngine, item: Item | None = None) -> tuple[l
 
 
 def claims_judge(request: Request) -> str | tuple[float, ...]:
-    """Splits at commas, asks whether each claim is so, and rejects the claims with the word "bad"."""
+    """Acts as RLAIF-V's judge: splits answers at commas into claims, and rejects claims with the word "bad"."""
     if request.choices:
         return (0.2, 0.7) if "bad" in request.question else (0.9, 0.05)
     if "Statements:" in request.question:

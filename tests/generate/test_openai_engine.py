@@ -1,4 +1,4 @@
-"""OpenAIEngine against a server on this machine that answers, fails and breaks off as servers do."""
+"""Tests OpenAIEngine against a local fake server that answers, fails, and drops connections."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import argparse
@@ -69,7 +69,7 @@ def sample(engine: OpenAIEngine, source: Path, out: Path, pipeline: Any = None) 
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Returns the outputs and the records of the journal, without its header."""
+    """Returns the outputs of a run and the records of its journal, without the journal's header."""
     contents = {path.name: path.read_bytes() for path in out.glob("*.json*")}
     journal = "journal-00000-of-00001.jsonl"
     return contents | {journal: contents[journal].partition(b"\n")[2]}
@@ -100,7 +100,7 @@ def test_prompts_are_token_ids_with_the_prefix(server: Server) -> None:
 
 @pytest.mark.parametrize("pipeline", ["correctness", "dropout_ntp"])
 def test_the_forms_of_requests_give_the_same_pairs(server: Server, tmp_path: Path, pipeline: str) -> None:
-    """Token ids in and out; token ids in and texts out; and messages, whose last turn the server continues."""
+    """Compares three request forms: ids in and out; ids in and text out; chat messages that the server continues."""
     config = DropoutNTPConfig(samples=2, sampling=SAMPLING, matcher={"kind": "number"})
     made: Any = Correctness(CORRECTNESS) if pipeline == "correctness" else DropoutNTP(config)
     source, results = write_items(tmp_path, 12), []
@@ -136,7 +136,7 @@ TOOL_TEMPLATE = (
 
 @pytest.mark.parametrize("takes_ids", [True, False])
 def test_conversations_and_tools_reach_the_server_whole(server: Server, takes_ids: bool) -> None:
-    """The engine compares the ids of the server's prompt with those of the processor."""
+    """The engine checks that the server's prompt has the same token ids as the processor's prompt."""
     server.takes_ids, server.template = takes_ids, TOOL_TEMPLATE
     engine = engine_of(server, chat_options={"chat_template": TOOL_TEMPLATE})
     prefix = tuple(TOKENIZER.encode("As one sees", add_special_tokens=False))

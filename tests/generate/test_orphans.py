@@ -1,4 +1,4 @@
-"""Processes that a library started end with the process that used it, even after SIGKILL."""
+"""Tests that processes started by a library end together with their parent process, even after SIGKILL."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Tests that sampling refuses to resume with another processor, and keeps the date of its prompts."""
+"""Tests that a run does not resume with another processor, and that a resumed run keeps the date of its prompts."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import datetime

@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster: equal to runs without Ray, also after a worker or the driver was killed."""
+"""Tests runs on a Ray cluster: they equal runs without Ray, also after a worker or the driver was killed."""
 
 import json
 import os
@@ -27,7 +27,7 @@ WAIT_S = 60.0
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Starts a Ray cluster on this machine."""
+    """Starts a local Ray cluster."""
     ray = pytest.importorskip("ray", reason="ray is not installed: make ray-check")
     # The processes of the cluster get the environment of this process.
     paths = [str(Path(__file__).parent), *filter(None, sys.path)]
@@ -51,7 +51,7 @@ def items(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def plain(items: Path, tmp_path: Path) -> dict[str, bytes]:
-    """Returns the files of a run without Ray."""
+    """Returns the contents of the files of a run without Ray, by name."""
     runner.run(make_pipeline(), StubEngine(), items, tmp_path / "plain", stream=None, block_size=4)
     return files(tmp_path / "plain")
 
@@ -118,7 +118,7 @@ def test_a_killed_worker_and_a_killed_driver(items: Path, plain: dict[str, bytes
     command = [sys.executable, str(script), str(items), str(out), str(pids)]
 
     def processes() -> list[int]:
-        """Returns the pids of the actors, and of a child of each, from the oldest on."""
+        """Returns the process ids of the actors and of one child of each, oldest first."""
         return [int(path.name) for path in sorted(pids.iterdir(), key=lambda path: path.stat().st_mtime_ns)]
 
     driver = subprocess.Popen([*command, "0.5"], env=environment)

@@ -1,4 +1,4 @@
-"""Runs of both pipelines: killed and resumed, on several processes, over many items."""
+"""Tests runs of Correctness and DropoutNTP: killed and resumed, in several processes, and over many items."""
 
 import json
 import multiprocessing
@@ -51,7 +51,7 @@ def run(pipeline: Any, source: Path, out: Path, engine: StubEngine | None = None
 
 
 def run_until_killed(target: Callable[[], Any], after_s: float) -> bool:
-    """Runs it in a process that is killed after a while; says whether it was."""
+    """Calls ``target`` in a process, and kills it after ``after_s`` seconds. Returns False if it succeeded before."""
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
     process.join(after_s)
@@ -204,7 +204,7 @@ def test_lines_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    """A meta file of two subsets as MMPR's prompts are published: questions with an answer and no response."""
+    """Returns a meta file with two subsets in the form of MMPR's prompts: questions with an answer and no response."""
     Image = pytest.importorskip("PIL.Image")  # noqa: N806
     meta = {}
     for name in ("charts", "maps"):
@@ -220,7 +220,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_a_meta_file_of_prompts_is_a_source(prompts: Path, tmp_path: Path) -> None:
-    """Its subsets keep their names and roots, through unsolved questions and back into MMPR."""
+    """The subsets keep their names and image roots, also in the file of unsolved questions and in MMPR output."""
     correctness = Correctness(CorrectnessConfig(samples=4, pairs_per_question=1))
     summary = run(correctness, prompts, tmp_path / "out")
     assert summary.items == 8
@@ -359,7 +359,10 @@ def test_images_of_pairs_start_at_the_folder_of_their_file(
 
 
 def test_a_journal_from_before_gives_relative_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Journals name no images: an old one gives what a new one does. ``unsolved`` is an input and stays as it was."""
+    """The journal stores no image paths. A second run reads it and writes the same relative paths into the pairs.
+
+    ``unsolved.jsonl`` has the image paths of the input, because other runs use it as their input.
+    """
     Image = pytest.importorskip("PIL.Image")  # noqa: N806
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (4, 4)).save("a.png")

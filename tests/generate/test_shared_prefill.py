@@ -1,4 +1,4 @@
-"""The samples of a question share one prefill and get the tokens that they get in separate rows."""
+"""Tests that the samples of a question share one prefill, and get the same tokens as in separate rows."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import dataclasses
@@ -81,7 +81,7 @@ def make_engine(build: Callable[[], tuple[Any, Any]], **options: Any) -> Transfo
 def requests_of(
     counts: Sequence[int], *, images: int = 0, sampling: SamplingConfig = SAMPLING, prefix_ids: tuple[int, ...] = ()
 ) -> list[Request]:
-    """Returns ``counts[i]`` requests with the i-th of several questions of different lengths, interleaved."""
+    """Returns ``counts[i]`` requests for question i, interleaved. The questions have different lengths."""
     rng = np.random.default_rng(0)
     by_question = []
     for number, count in enumerate(counts):
@@ -105,7 +105,7 @@ def one_by_one(engine: TransformersEngine, requests: Sequence[Request]) -> list[
 
 
 class Calls:
-    """Counts the rows of a module's calls."""
+    """Records the shape of the first tensor argument in each call of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.shapes: list[torch.Size] = []
@@ -190,7 +190,7 @@ def test_a_single_sample_of_each_question_goes_through_the_loop_of_transformers(
 
 
 class StaticModel(transformers.Qwen2ForCausalLM):
-    """A model whose ``generate`` does something before that of transformers."""
+    """A model that overrides the method ``generate`` of transformers."""
 
     def generate(self, *args: Any, **options: Any) -> Any:
         return super().generate(*args, **options)

@@ -1,4 +1,4 @@
-"""Small batches and calls for the tests on a GPU."""
+"""A small batch and its loss, for the tests on a GPU."""
 
 from typing import Any
 
@@ -11,7 +11,10 @@ LogitsLabelsReference = tuple[Tensor, Tensor, Tensor]
 
 
 def small_batch(device: str, dtype: torch.dtype, vocab: int, tokens: int = 9) -> LogitsLabelsReference:
-    """Returns two pairs, partly ignored. With an odd ``vocab`` the rows do not start at multiples of 16 bytes."""
+    """Returns (logits, labels, ref_logp) of two pairs, with the first three labels of each sequence ignored.
+
+    With an odd ``vocab``, rows do not start at multiples of 16 bytes.
+    """
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.randn(4, tokens, vocab, generator=generator).to(dtype)
     labels = torch.randint(vocab, (4, tokens), generator=generator)

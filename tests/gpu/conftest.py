@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import their helpers by name."""
+"""Makes the helper modules in this folder importable by name."""
 
 import sys
 from pathlib import Path

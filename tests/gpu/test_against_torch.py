@@ -1,6 +1,6 @@
-"""Every kernel on small shapes against plain torch, on the CPU and, if there is one, on a GPU.
+"""Compares every kernel with plain torch on small shapes, on the CPU and on a GPU if there is one.
 
-``make gpu-check`` runs the cases of the GPU under compute-sanitizer too.
+``make gpu-check`` also runs the GPU cases under compute-sanitizer.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Split attention on a GPU: it keeps the flash kernel, and gives the loss and the gradients of the dense mask."""
+"""Tests split attention on a GPU: it uses the flash kernel, with the loss and gradients of the dense mask."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_loss_and_gradients_are_those_of_the_dense_mask(family: str, dtype: torc
 
 @pytest.mark.parametrize("family", HYBRID)
 def test_hybrid_layers_give_the_loss_of_separate_rows(family: str) -> None:
-    """Runs flash-linear-attention, mamba-ssm and causal-conv1d where they are installed, else plain torch."""
+    """Uses flash-linear-attention, mamba-ssm and causal-conv1d if they are installed, otherwise plain torch."""
     model = build(family, "sdpa", torch.bfloat16).cuda()
     assert use_split_attention(model) is None
     expected = loss_of(model, family, "separate")

@@ -1,6 +1,6 @@
-"""Properties that only hardware can show: bits, streams, devices, CUDA graphs and launches.
+"""Tests properties that need a GPU: deterministic bits, streams, devices, CUDA graphs and launches.
 
-That they run at all shows that the static CUDA runtime works beside that of torch.
+A pass also shows that the static CUDA runtime works beside torch's.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Packages without their own code, so that one module of a large package can be imported with few dependencies."""
+"""Imports one module of a large package without running the package's __init__ code and its many imports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from types import ModuleType
 
 
 def add_bare_packages(*names: str) -> None:
-    """Makes packages importable without running their code, the outermost first."""
+    """Registers empty packages, so that their modules can be imported without the packages' __init__ code.
+
+    ``names`` starts with the outermost package.
+    """
     spec = importlib.util.find_spec(names[0])
     assert spec is not None
     assert spec.submodule_search_locations is not None

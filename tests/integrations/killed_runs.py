@@ -1,4 +1,4 @@
-"""Runs training in a process that is killed, as by a power cut, in the middle of a step."""
+"""Runs training in a process that kills itself with SIGKILL in the middle of a step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def kill_in_step(step: int, module: str, *arguments: Any) -> None:
-    """Calls ``module.run_until_killed(*arguments)`` in a process that is killed before the end of a step.
+    """Calls ``module.run_until_killed(*arguments)`` in a process that is killed right before the update of ``step``.
 
-    The function trains with a subclass of transformers' Trainer. The arguments are passed as words.
+    The function must train with transformers' Trainer. The arguments are passed as strings.
     """
     words = [sys.executable, __file__, str(step), module, *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Runs LLaMA-Factory's DPO stage on tiny models, with its own loss or with that of mpo_ext."""
+"""Runs LLaMA-Factory's DPO stage on tiny models, with LLaMA-Factory's loss or with mpo_ext's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
 
 
 def write_data(folder: Path, pairs: Any) -> None:
-    """Writes pairs in ShareGPT form, with the file that names the data set."""
+    """Writes pairs in ShareGPT format, and the file that registers the data set."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, row in enumerate(pairs):
@@ -69,7 +69,11 @@ def run(
     shift: dict[str, Any] | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Trains, and returns the log's lines of the steps; ``kind`` is "own" or "mpo"."""
+    """Trains a model and returns the logged values of each step.
+
+    ``kind`` selects the loss: "own" is LLaMA-Factory's, and "mpo" is mpo_ext's.
+    ``shift`` has mpo_ext's settings of the reward shift.
+    """
     from llamafactory.train.tuner import run_exp
 
     write_data(out.parent / "data", pairs)

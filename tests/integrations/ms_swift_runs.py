@@ -1,4 +1,4 @@
-"""Runs ``swift rlhf --rlhf_type dpo`` on tiny models, with ms-swift's own loss or with that of mpo_ext."""
+"""Runs ``swift rlhf --rlhf_type dpo`` on tiny models, with ms-swift's loss or with mpo_ext's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def write_data(path: Path, pairs: Any) -> None:
-    """Writes pairs in ms-swift's form."""
+    """Writes pairs in ms-swift's format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, row in enumerate(pairs):
@@ -54,7 +54,11 @@ def patched(kind: str, **options: Any) -> Iterator[None]:
 def run(
     kind: str, model: Path, out: Path, pairs: Any, *arguments: Any, shift: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Trains, and returns the log's lines of the steps; ``kind`` is "own" or "mpo"."""
+    """Trains a model and returns the logged values of each step.
+
+    ``kind`` selects the loss: "own" is ms-swift's, and "mpo" is mpo_ext's.
+    ``shift`` has mpo_ext's settings of the reward shift.
+    """
     from swift.pipelines import rlhf_main
 
     write_data(out.parent / "pairs.jsonl", pairs)
@@ -65,7 +69,7 @@ def run(
 
 
 def words(model: Path, out: Path, *arguments: Any) -> list[str]:
-    """Returns the words of the command line of a run; ``arguments`` are names and values in turn."""
+    """Returns the command-line arguments of a run; ``arguments`` alternates option names and values."""
     values: dict[str, Any] = {
         "rlhf_type": "dpo", "model": model, "dataset": out.parent / "pairs.jsonl", "output_dir": out,
         "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "rpo_alpha": 0.0, "beta": 0.1,

@@ -1,4 +1,4 @@
-"""MPO in plain float64 torch on the batches of another trainer."""
+"""Computes MPO in plain float64 torch on the batches of another trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import transformers
 
 
 def pairs_of_batch(rows: Sequence[Sequence[Sequence[int]]]) -> list[plain.Pair]:
-    """Returns the pairs of a padded batch, ``[input_ids, attention_mask, labels]``, chosen rows first."""
+    """Returns the pairs of a padded batch.
+
+    ``rows`` is ``[input_ids, attention_mask, labels]``, with the chosen sequences before the rejected ones.
+    """
     found = []
     for ids, mask, labels in zip(*rows, strict=True):
         kept = [(token, label) for token, is_kept, label in zip(ids, mask, labels, strict=True) if is_kept]
@@ -30,7 +33,7 @@ def pairs_of_batch(rows: Sequence[Sequence[Sequence[int]]]) -> list[plain.Pair]:
 
 
 def train(model: Path, batches: Sequence[Any], **settings: Any) -> list[dict[str, float]]:
-    """Trains a saved model in float64, one batch a step, and returns the metrics of each step."""
+    """Trains a saved model in float64, with one step for each batch. Returns the metrics of each step."""
     policy = plain.widen(transformers.AutoModelForCausalLM.from_pretrained(model))
     steps = [[pairs_of_batch(batch)] for batch in batches]
     values: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Writes results/integrations.json, from which ``python -m benchmarks --render --docs`` writes tables in docs/."""
+"""Writes results/integrations.json, the source of tables in docs/ (``python -m benchmarks --render --docs``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ PATH = Path(__file__).resolve().parents[2] / "results" / "integrations.json"
 
 
 def save(kind: str, name: str, entry: Mapping[str, Any]) -> None:
-    """Puts an entry into the file; ``kind`` is "runs" or "tests". It replaces the entry of the same name."""
+    """Adds an entry to results/integrations.json, or replaces the entry with this name.
+
+    ``kind`` is "runs" or "tests".
+    """
     with PATH.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # make -j runs several trainers at once
         file.seek(0)

@@ -1,9 +1,10 @@
-"""Runs the blocks of a section of docs/how-to/other-trainers.md with this Python, as a new user would.
+"""Runs the code blocks of sections of docs/how-to/other-trainers.md with this Python, as a new user would.
 
     PYTHON tests/integrations/run_page.py SECTION...
 
-In an empty folder, the blocks of "A toy model" and then those of each section run as they stand there, also those
-that need another environment. Fails if a block fails, or if a section logs no terms of the loss.
+Runs the blocks of "A toy model" and then the blocks of each section in an empty folder, unchanged. Includes the
+blocks that tests/docs skips because they need another environment. Fails if a block fails, or if a section logs no
+terms of the loss.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PAGE = ROOT / "docs" / "how-to" / "other-trainers.md"
 
 
 def sections() -> dict[str, list[page.Block]]:
-    """Returns the blocks under each heading of the second level."""
+    """Returns the blocks under each second-level heading, by heading."""
     starts = [
         (number, line.removeprefix("## "))
         for number, line in enumerate(PAGE.read_text().splitlines(), start=1)
@@ -38,7 +39,7 @@ def sections() -> dict[str, list[page.Block]]:
 
 
 def run(block: page.Block, folder: Path) -> str:
-    """Writes a block with a title, or runs another. Returns what it printed."""
+    """Writes a block with a title to a file, or runs a block without a title. Returns its output."""
     if block.title is not None:
         path = folder / block.title
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Runs tests of other trainers with this Python, and notes versions and results for the documentation.
+"""Runs tests of other trainers with this Python, and saves versions and results for the documentation.
 
     PYTHON tests/integrations/run_tests.py NAME PACKAGE[,PACKAGE] [arguments of pytest]
 
-``NAME`` names the entry in results/integrations.json, and packages are those whose versions it holds.
+``NAME`` names the entry in results/integrations.json. The entry also has the version of each ``PACKAGE``.
 """
 
 from __future__ import annotations

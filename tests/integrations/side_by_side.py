@@ -1,10 +1,11 @@
-"""Times and memory of other trainers with their own loss and with that of mpo_ext, on a CPU, in turn.
+"""Compares time and memory of another trainer with its own loss and with mpo_ext's loss, on a CPU.
 
     python tests/integrations/side_by_side.py trl [--rounds 3] [--steps 4] [--length 4] [--pairs 2] [--save]
 
-Each run is a separate process with one thread; runs with either loss take turns. The model is a Qwen2 with two layers
-of width 256 and 151,936 tokens, the data are the same, and so are the losses: the reward shift is that of the trainer.
-Prints the medians of the seconds and of the CPU time of a step, without the first, and the peak memory of the process.
+Each run is a separate process with one thread, and runs with the two losses alternate. The model is a Qwen2 with two
+layers of width 256 and 151,936 tokens. Both runs use the same data and compute the same loss: mpo_ext uses the
+trainer's rule for the reward shift. Prints the median wall time and CPU time of a step (the first is not counted),
+and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -82,13 +83,13 @@ def run_llama_factory(kind: str, model: Path, options: argparse.Namespace) -> tu
 
 def run_ms_swift(kind: str, model: Path, options: argparse.Namespace) -> tuple[Any, list[float]]:
     import ms_swift_runs
-    import swift.rlhf_trainers  # noqa: F401  # replaces the list of callbacks
     import tiny_models
-    import transformers.trainer
+    from swift.callbacks import callbacks_map
 
     times = steps_recorder()
-    transformers.trainer.DEFAULT_CALLBACKS.append(times)
-    settings = ("per_device_train_batch_size", options.pairs, "max_steps", options.steps, "learning_rate", 1e-4)
+    callbacks_map["step_times"] = lambda args, trainer: times
+    settings: tuple[Any, ...] = ("per_device_train_batch_size", options.pairs, "max_steps", options.steps)
+    settings += ("learning_rate", 1e-4, "callbacks", "step_times")
     out = Path(tempfile.mkdtemp(dir=model)) / "out"
     pairs = tiny_models.pairs(length=options.length)
     log = ms_swift_runs.run(kind, model, out, pairs, *settings)
@@ -142,7 +143,7 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
-    """Prints the medians of all runs, and with ``--save`` puts them into results/integrations.json."""
+    """Prints the medians over all runs. With ``--save``, also writes them into results/integrations.json."""
     package = PACKAGES[options.trainer]
     version = importlib.metadata.version(package)
     print(f"{package} {version}, {options.rounds} runs of {options.steps} steps each")

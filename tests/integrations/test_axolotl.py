@@ -1,4 +1,4 @@
-"""axolotl's DPO trainer with its own loss and with that of mpo_ext. ``make integrations`` runs this file."""
+"""Tests axolotl's DPO trainer with its own loss and with mpo_ext's. ``make integrations`` runs this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A transformers Trainer with MPOLossMixin against MPO in plain float64 torch, and against itself."""
+"""Tests a transformers Trainer with MPOLossMixin against MPO in plain float64 torch; also kills and resumes it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mpo_ext.train.encode import Encoder, Sample
 
 
 class PairTrainer(MPOLossMixin, transformers.Trainer):
-    """The subclass that the page shows."""
+    """The subclass of Trainer in docs/how-to/other-trainers.md."""
 
 
 @pytest.fixture(scope="module")

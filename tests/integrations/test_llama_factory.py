@@ -1,4 +1,4 @@
-"""LLaMA-Factory's DPO stage with its own loss and with that of mpo_ext. ``make integrations`` runs this file."""
+"""Tests LLaMA-Factory's DPO stage with its own loss and with mpo_ext's. ``make integrations`` runs this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log-probs of OpenRLHF, verl and Unsloth by their function and by ours. ``make integrations`` runs this file."""
+"""Compares log-prob functions of OpenRLHF, verl and Unsloth with mpo_ext's. ``make integrations`` runs this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ms-swift's DPO with its own loss and with that of mpo_ext. ``make integrations`` runs this file."""
+"""Tests ms-swift's DPO with its own loss and with mpo_ext's. ``make integrations`` runs this file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pairs() -> Any:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Returns a list that gets the batches of the patched trainer."""
+    """Returns a list to which the patched trainer appends its batches."""
     found: list[Any] = []
     own = ms_swift._loss
 
@@ -64,7 +64,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def padding_free_with_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allows padding-free batches without flash attention, which needs a GPU. sdpa separates the sequences, too."""
+    """Allows padding-free batches with sdpa instead of flash attention, which needs a GPU."""
     monkeypatch.setattr(RLHFArguments, "_check_padding_free", lambda self: None)
 
 
@@ -185,7 +185,7 @@ def test_other_losses_stay_ms_swifts(
 
 
 def start(model: Path, out: Path, pairs: Any, plugin: str, *arguments: Any, ranks: int = 1) -> str:
-    """Runs the command line with a plugin, and returns what it printed."""
+    """Runs the command line of ms-swift with a plugin. Returns its output."""
     write_data(out.parent / "pairs.jsonl", pairs)
     path = out.with_name(f"{out.name}_plugin.py")
     path.write_text(plugin)

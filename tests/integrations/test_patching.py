@@ -1,4 +1,4 @@
-"""Patches of functions that other modules import by name, on a small package with the layout of OpenRLHF."""
+"""Tests patches of functions that other modules import by name, on a small package with the layout of OpenRLHF."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ USER = "from openrlhf.models.utils import log_probs_from_logits as used\n"
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Makes a package ``openrlhf`` 0.11.2 importable whose source mpo_ext knows, and yields its folder of models."""
+    """Makes a fake package ``openrlhf`` 0.11.2 importable, with source code that mpo_ext can patch.
+
+    Yields the package's folder of models.
+    """
     models = tmp_path / "openrlhf" / "models"
     models.mkdir(parents=True)
     for path, text in (

@@ -1,4 +1,4 @@
-"""MPOTrainer and the patch of TRL against TRL's own DPOTrainer and against MPO in plain float64 torch."""
+"""Tests MPOTrainer and the patch of TRL against TRL's DPOTrainer and against MPO in plain float64 torch."""
 
 from __future__ import annotations
 
@@ -106,6 +106,16 @@ def assert_same_run(ours: Any, theirs: Any, our_log: list[dict[str, Any]], their
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("reward_shift", "cumulativ"), ("reward_shift_update", "later"), ("reward_shift_per", "step"),
+     ("reward_shift_decay", 2.0), ("ntp_average", "word"), ("label_smoothing", 0.7)],
+)  # fmt: skip
+def test_a_wrong_setting_is_refused_by_its_name(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must .*{value}"):
+        arguments(MPOTrainingConfig, tmp_path, **{name: value})
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["text", "images"])
 def test_ten_steps_without_a_reward_shift_are_those_of_trl(
@@ -170,7 +180,7 @@ def test_a_patched_trainer_has_the_reward_shift_that_the_patch_asks_for(
 
 
 class Recorder:
-    """A collator that keeps the token ids of its batches."""
+    """A collator that records the token ids of its batches."""
 
     def __init__(self, collator: Any) -> None:
         self.collator, self.batches = collator, []

@@ -1,4 +1,4 @@
-"""Tiny models with random weights in folders, and pairs, for the tests of other trainers."""
+"""Saves tiny models with random weights, and makes pairs, for the tests of other trainers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def qwen_tokenizer() -> Any:
 
 
 def save_text_model(folder: Path, *, vocab: int = 320, hidden: int = 32, **settings: Any) -> Path:
-    """Saves a Qwen2 with two layers, and its tokenizer."""
+    """Saves a two-layer Qwen2 and its tokenizer. Returns the folder."""
     tokenizer = qwen_tokenizer()
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
@@ -40,7 +40,7 @@ def save_text_model(folder: Path, *, vocab: int = 320, hidden: int = 32, **setti
 
 
 def save_image_model(folder: Path, *, vision_feature_layer: int = -1) -> Path:
-    """Saves a LLaVA with two layers and four image tokens per image, and its processor."""
+    """Saves a two-layer LLaVA, which has four tokens per image, and its processor. Returns the folder."""
     template = tiny_processors.QWEN.replace("IMAGE", IMAGE_MARK)
     tokenizer = tiny_processors.with_template(
         tiny_processors.build_tokenizer(["<image>", *tiny_processors.SPECIAL[tiny_processors.QWEN]]), template
@@ -70,7 +70,7 @@ def save_image_model(folder: Path, *, vision_feature_layer: int = -1) -> Path:
 
 
 def pairs(count: int = 24, *, images: bool = False, length: int = 1) -> datasets.Dataset:
-    """Returns conversational pairs of TRL's preference format; ``length`` multiplies the responses."""
+    """Returns conversational pairs in TRL's preference format; ``length`` multiplies the length of the responses."""
     generator = np.random.default_rng(0)
     rows = []
     for _ in range(count):

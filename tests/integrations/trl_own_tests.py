@@ -1,10 +1,10 @@
-"""Runs TRL's own DPO tests, in place, with MPOTrainer in place of DPOTrainer.
+"""Runs TRL's own DPO tests with MPOTrainer in place of DPOTrainer.
 
     python tests/integrations/trl_own_tests.py TRL_CHECKOUT [--trainer DPOTrainer] [options of pytest]
 
-The tests load models and data sets of the Hugging Face hub. They get stand-ins from a folder: the data sets that TRL's
-own scripts make, and models of the same classes with random weights and a tokenizer with a token per byte. Models that
-are not in the lists below, such as those with a video processor, are not found.
+The tests load models and data sets from the Hugging Face hub. This script replaces them by local stand-ins. The
+data sets come from TRL's own scripts. The models have the same classes, with random weights and a byte tokenizer.
+Models that are not in the lists below, such as those with a video processor, are not found.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_datasets(checkout: Path, hub: Path) -> None:
-    """Runs TRL's scripts, and writes what they would push to the hub as parquet files."""
+    """Runs TRL's data set scripts. Writes the data sets to parquet files instead of pushing them to the hub."""
     import datasets
 
     def push(self: Any, repo_id: str, config_name: str) -> None:
@@ -107,7 +107,7 @@ def gemma3() -> tuple[Any, Any]:
 
 
 class Replacing:
-    """A plugin of pytest: TRL's tests import the other trainer."""
+    """A pytest plugin that replaces ``trl.DPOTrainer`` before TRL's tests are collected."""
 
     def __init__(self, trainer: Callable[[], Any], helpers: Path) -> None:
         self.trainer, self.helpers = trainer, helpers

@@ -1,4 +1,4 @@
-"""The model that the demo ships, questions about images of digits, and a recipe for rounds of MPO on them."""
+"""A model, questions and a recipe for rounds of MPO on images of digits."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from mpo_ext.demo.start import load_shipped, new_model, shipped_start
 
 
 def write_model(folder: Path) -> Path:
-    """Writes the trained start of the demo as a model folder, whose processor brings its Python code."""
+    """Saves the demo's pretrained model to a folder. The processor's Python code is saved with it."""
     settings = Settings()
     model, processor = new_model(settings)
     info = shipped_start(settings)
@@ -25,7 +25,7 @@ def write_model(folder: Path) -> Path:
 
 
 def write_questions(folder: Path, name: str, count: int, *, seed: int) -> Path:
-    """Writes step-by-step questions with their answers and images; their paths start at ``folder``."""
+    """Writes step-by-step questions with images and answers to a file. Image paths are relative to ``folder``."""
     split = digits.load_digits()["train"]
     tasks = reading.sample_tasks(split, count, np.random.default_rng(seed), "cot")
     write_items(folder, name, tasks)
@@ -33,7 +33,7 @@ def write_questions(folder: Path, name: str, count: int, *, seed: int) -> Path:
 
 
 def recipe(folder: Path, out: Path, **settings: Any) -> Path:
-    """Writes a recipe of two rounds with both pipelines beside ``out``, and returns its path."""
+    """Writes a recipe next to ``out``: two rounds with Correctness and DropoutNTP. Returns the recipe's path."""
     short = {"max_new_tokens": 40, "matcher": "number"}
     values = {
         "model": str(folder / "model"),

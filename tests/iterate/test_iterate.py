@@ -1,4 +1,4 @@
-"""Rounds of MPO on a tiny model, as a command: results, kills, interruptions, and failures of stages."""
+"""Tests the command for rounds of MPO on a tiny model: results, kills, interruptions, and failing stages."""
 
 import itertools
 import json
@@ -70,7 +70,7 @@ def write_recipe(folder: Path, cwd: Path, **settings: Any) -> str:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the folder of a run of two rounds without interruption."""
+    """Returns the folder of an uninterrupted run of two rounds."""
     cwd = tmp_path_factory.mktemp("whole")
     status, text = run(cwd, write_recipe(folder, cwd))
     assert status == 0, text
@@ -79,7 +79,7 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Returns the files of a run that must be the same in every run; the model cards without their times."""
+    """Returns the files that every run must reproduce, by name. Lines with times are removed from the model cards."""
     paths = [path for path in sorted(out.rglob("*")) if path.is_file()]
     files = {
         str(path.relative_to(out)): path.read_bytes()
@@ -94,7 +94,10 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def kill_when(cwd: Path, pattern: str, delay_s: float, *words: str) -> None:
-    """Starts the command, and kills it ``delay_s`` after a file of the pattern exists; fails if the command ends."""
+    """Starts the command with the arguments ``words``, and kills it after a file matching ``pattern`` appears.
+
+    The kill comes ``delay_s`` seconds later. Fails if the command ends before the file appears.
+    """
     process = start(cwd, *words)
     while not any(path.stat().st_size for path in cwd.glob(pattern)):
         assert process.poll() is None, f"{pattern}: {process.communicate()[0]}"
@@ -163,7 +166,10 @@ def test_the_page_shows_the_rounds_and_links_to_existing_files(whole: Path) -> N
 
 
 def test_a_run_that_is_killed_anywhere_gives_the_same_bytes(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """Kills the command in each stage, which ends the stage, too; with MPO_KILLS, also raises the number of rounds."""
+    """Kills the command in each stage; the stage's process must end too.
+
+    MPO_KILLS sets the random seed and adds a second round.
+    """
     name = write_recipe(folder, tmp_path)
     rng = random.Random(SEED)
     for rounds in ROUNDS:

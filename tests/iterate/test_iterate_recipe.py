@@ -1,4 +1,4 @@
-"""The recipe of rounds, the messages about wrong settings, and the commands of the stages."""
+"""Tests the recipe of rounds, the messages about wrong settings, and the commands of the stages."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def build(**settings: Any) -> IterateRecipe:
 
 
 def parse(stage: stages.RoundStage) -> argparse.Namespace:
-    """Returns the arguments as the stage's own command reads them."""
+    """Returns the arguments of a stage, parsed by the stage's command."""
     parser = argparse.ArgumentParser()
     subcommands = parser.add_subparsers(required=True)
     for module in (data, sample, evaluate):

@@ -1,4 +1,4 @@
-"""Four processes on this machine that run functions together (gloo), started once for all tests of a module."""
+"""Four local processes (gloo) that run a function together. The tests of a module share them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUPS: dict[str, dist.ProcessGroup] = {}
 
 
 class RankPool:
-    """Runs a function on all ranks at the same time."""
+    """Runs a function on all ranks in parallel."""
 
     def __init__(self, store: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -35,7 +35,7 @@ class RankPool:
             process.start()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Returns the results of ``function(rank, *args)`` of all ranks; an error of a rank fails the test."""
+        """Calls ``function(rank, *args)`` on all ranks. Returns the results; an error on any rank fails the test."""
         for pipe in self.pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""``check_batch`` finds planted mistakes, and says nothing on right batches."""
+"""Tests that ``check_batch`` finds planted mistakes and reports nothing for correct batches."""
 
 import itertools
 import random
@@ -25,7 +25,7 @@ VOCAB, PAD = 50, 0
 
 
 class Letters:
-    """A tokenizer that decodes."""
+    """A minimal tokenizer: it decodes each id to a letter."""
 
     pad_token_id = PAD
 
@@ -34,7 +34,7 @@ class Letters:
 
 
 def batch(seed: int, pairs: int = 3, *, confidence: float = 6.0, packed: bool = False) -> dict[str, Any]:
-    """Returns a right batch of a model that predicts most tokens, with padding, prompts and a near reference."""
+    """Returns a correct batch: the model predicts most tokens, and the reference is close to the policy."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     prompts = [[rng.randrange(1, VOCAB) for _ in range(rng.randint(2, 9))] for _ in range(pairs)]
     rows, masks = [], []

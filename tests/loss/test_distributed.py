@@ -1,4 +1,4 @@
-"""The reward shift over two ranks (gloo, two processes on this machine)."""
+"""Tests the reward shift over two ranks (two local processes with gloo)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ STEPS = 3
 
 
 def make_batch(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rank 1 has two pairs and rank 0 has one; in the last step rank 1 has no pair with two sides."""
+    """Returns (logits, labels, ref_logp) of a rank's batch: one pair on rank 0, two pairs on rank 1.
+
+    In the last step, the rejected responses of rank 1 have no labels, so rank 1 has no complete pair.
+    """
     generator = torch.Generator().manual_seed(10 * rank + step)
     sequences = 4 if rank else 2
     logits = 2 * torch.randn(sequences, 5, 31, generator=generator)
@@ -44,7 +47,7 @@ def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
 
 
 def rewards(rank: int, step: int) -> list[float]:
-    """Returns the rewards of the pairs with two sides in a step of a rank."""
+    """Returns the rewards of a rank's complete pairs in a step."""
     logits, labels, ref_logp = make_batch(rank, step)
     out = mpo_loss(logits, labels, ref_logp, backend="reference")
     has_both = (out.tokens.chunk(2)[0] > 0) & (out.tokens.chunk(2)[1] > 0)
@@ -52,7 +55,10 @@ def rewards(rank: int, step: int) -> list[float]:
 
 
 def expected(settings: dict[str, Any]) -> list[dict[str, float]]:
-    """Returns the definition in plain numbers: the authors' all-reduce of rank means, or NeMo-RL's global mean."""
+    """Returns the expected reward shift of each step: "used" by the loss, and "value" after the step.
+
+    Computes it in plain Python: the authors' mean of rank means, or NeMo-RL's mean over all ranks' rewards.
+    """
     value, log, means = 0.0, [], []
     for step in range(STEPS):
         before = value

@@ -1,4 +1,4 @@
-"""hidden_and_head on small models of transformers, bare and wrapped, gives the loss and gradients of the logits."""
+"""Tests hidden_and_head on small transformers models, bare and wrapped, against loss and gradients from the logits."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def build(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def batch_of(model: nn.Module, seed: int = 0) -> tuple[dict[str, Any], torch.Tensor]:
-    """Returns the inputs and labels of one pair, with an image in each sequence if the model takes images."""
+    """Returns the inputs and labels of one pair. Each sequence has an image if the model takes images."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 50, (2, TOKENS), generator=generator)
     labels = ids.masked_fill(torch.arange(TOKENS) < PROMPT, -100)
@@ -161,7 +161,7 @@ def loss_of(out: HiddenAndHead, labels: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the gradients by parameter name without the prefixes of wrappers, zeros for None, and clears them."""
+    """Returns the gradients by parameter name, without wrapper prefixes, and clears them. None becomes zeros."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -181,7 +181,7 @@ def assert_same_gradients(ours: dict[str, torch.Tensor], truth: dict[str, torch.
 
 
 def check_against_logits(model: nn.Module, tol: float = 1e-9, inner: nn.Module | None = None) -> HiddenAndHead:
-    """Compares logits, loss and gradients of hidden_and_head(model) with those of model(...).logits."""
+    """Compares logits, loss and gradients from hidden_and_head(model) with those from model(...).logits."""
     inputs, labels = batch_of(inner if inner is not None else model)
     logits = model(**inputs).logits
     truth = mpo_loss(logits, labels, REF_LOGP, backend="reference").loss
@@ -451,7 +451,7 @@ def distributed_worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the folder with the result of each case. The first failing case ends the run."""
+    """Runs all distributed cases and returns the folder of their results. The run ends at the first failing case."""
     folder = tmp_path_factory.mktemp("distributed")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
@@ -462,7 +462,7 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mean_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the gradients of both ranks' batches, computed from logits in one process."""
+    """Returns the mean of both ranks' gradients, computed from logits in one process."""
     for seed in range(2):
         inputs, labels = batch_of(model, seed)
         (mpo_loss(model(**inputs).logits, labels, REF_LOGP, backend="reference").loss / 2).backward()
@@ -470,7 +470,7 @@ def mean_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def train(model: nn.Module, inner: nn.Module, rank: int, steps: int) -> None:
-    """Runs AdamW steps on the rank's batches; the ranks must end with equal parameters."""
+    """Runs AdamW steps on the rank's batches, and checks that the ranks end with equal parameters."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for step in range(steps):
@@ -496,7 +496,7 @@ def ddp(rank: int, **settings: Any) -> None:
 
 
 def ddp_without_images(rank: int) -> None:
-    """Checks a vision tower without gradient, which DDP must detect from the outputs."""
+    """Checks DDP with ``find_unused_parameters`` on text batches, where the vision tower gets no gradient."""
     inner = build("internvl")
     model = nn.parallel.DistributedDataParallel(copy.deepcopy(inner), find_unused_parameters=True)
     for seed in range(2):
@@ -509,7 +509,7 @@ def ddp_without_images(rank: int) -> None:
 
 
 def fsdp2(rank: int, family: str) -> None:
-    """Shards each block separately, and the other modules, including the head, with the root."""
+    """Tests FSDP2 with each block sharded separately, and the remaining modules, including the head, in the root."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
@@ -547,7 +547,10 @@ def fsdp2_head_by_itself(rank: int, is_kept: bool) -> None:
 
 
 def fsdp2_in_forward(rank: int, family: str) -> None:
-    """Shards each linear layer by itself, also a head that is not tied, and frees every weight after its forward."""
+    """Tests FSDP2 with each linear layer sharded separately and its weight freed after each forward.
+
+    An untied head is sharded too.
+    """
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
@@ -632,7 +635,7 @@ def test_two_ranks_get_the_gradients_of_both(distributed: Path, case: str) -> No
 
 
 def after_head(model: nn.Module, change: Callable[[torch.Tensor], Any]) -> None:
-    """Makes the model change its logits."""
+    """Makes the model apply ``change`` to its logits."""
     forward = type(model).forward
 
     def changed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -645,7 +648,7 @@ def after_head(model: nn.Module, change: Callable[[torch.Tensor], Any]) -> None:
 
 @pytest.fixture
 def model() -> Iterator[nn.Module]:
-    """Yields a model; after each test its head must be unchanged and still compute logits."""
+    """Yields a model. After the test, checks that its head is unchanged and still computes logits."""
     model = build("qwen2")
     head = model.get_output_embeddings()
     yield model

@@ -1,4 +1,4 @@
-"""The repository that tools/hub_kernel.py writes for Hugging Face's ``kernels`` package."""
+"""Tests the repository that tools/hub_kernel.py writes for Hugging Face's package ``kernels``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mpo_ext.ops import native
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a file with the compiled module where a wheel has it."""
+    """Returns a zip file with the compiled module at its path in a wheel."""
     path = tmp_path_factory.mktemp("wheels") / "mpo_ext-0.whl"
     module = Path(str(native.compiled().__file__))
     with zipfile.ZipFile(path, "w") as archive:
@@ -49,7 +49,7 @@ def forget() -> Iterator[None]:
 
 
 def load(folder: Path) -> ModuleType:
-    """Imports a variant as ``kernels`` does."""
+    """Imports a build variant in the way that ``kernels`` imports it."""
     name = json.loads((folder / "metadata.json").read_text())["id"]
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     assert spec is not None
@@ -61,7 +61,7 @@ def load(folder: Path) -> ModuleType:
 
 
 def losses(library: Any) -> list[torch.Tensor]:
-    """Returns losses and gradients from logits and from hidden states."""
+    """Returns losses and gradients, computed from logits and from hidden states."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 6, 16, generator=generator).requires_grad_()
     weight = torch.randn(300, 16, generator=generator).requires_grad_()

@@ -1,4 +1,4 @@
-"""More than 2^31 logits. This is cheap, because the pages of ignored rows are never touched."""
+"""Tests more than 2^31 logits. Most rows are ignored, and the kernels never touch their memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compares the losses from hidden states with the oracle on logits that are computed in float64."""
+"""Compares the losses from hidden states with the oracle on float64 logits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ALL = ("hidden", "weight", "bias")
 
 @pytest.fixture(params=MODES)
 def mode(request: pytest.FixtureRequest) -> str:
-    """Returns a name of ``MODES``: the forward keeps nothing, the logits, or the gradient of a frozen head."""
+    """Returns a key of ``MODES``: the backward pass recomputes the logits, uses kept logits, or has a frozen head."""
     return request.param
 
 
@@ -58,7 +58,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
-    """Inputs of the linear losses, compared by identity, so that the results of each instance are computed once."""
+    """A test case of the linear losses. Instances compare by identity, so that cached results can be reused."""
 
     hidden: Tensor
     weight: Tensor
@@ -71,7 +71,7 @@ class Linear:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that can have a gradient."""
+        """The tensors that can require a gradient, by name."""
         named = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -82,7 +82,7 @@ class Linear:
 
     @functools.cached_property
     def eps(self) -> float:
-        """The machine epsilon of the required arithmetic."""
+        """The machine epsilon of the dtype in which the kernels must accumulate."""
         return accumulation_eps(torch.promote_types(self.hidden.dtype, self.weight.dtype))
 
     @property
@@ -92,12 +92,12 @@ class Linear:
 
     @functools.cached_property
     def exact_head(self) -> ExactHead:
-        """The exact logits."""
+        """The oracle's exact logits, with the data for exact gradients."""
         return head_exact(self.hidden, self.weight, self.bias, **self.head)
 
     @property
     def logit_noise(self) -> float:
-        """One rounding of the largest logit before its terms cancel: the error of correct arithmetic."""
+        """The unavoidable error of a logit: the machine epsilon times the largest sum of a logit's absolute terms."""
         return self.eps * float(self.exact_head.magnitude.max(initial=1.0))
 
 
@@ -114,7 +114,10 @@ def make_linear(
     seed: int = 0,
     **head: Any,
 ) -> Linear:
-    """Returns two pairs. Every third hidden state points at the row of its label, so that some labels are likely."""
+    """Returns a test case of two pairs.
+
+    Every third hidden state points in the direction of its label's weight row, which makes that label likely.
+    """
     generator = torch.Generator().manual_seed(1000 * seed + 10 * vocab + depth)
     lengths = [length - i % 3 for i in range(4)] if packed else [length] * 4
     rows = sum(lengths)
@@ -137,12 +140,12 @@ def make_linear(
 
 
 def leaves(case: Linear, wanted: tuple[str, ...], layout: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, Any]:
-    """Returns new tensors of a case; the wanted tensors require a gradient."""
+    """Returns new tensors of a case, by name. Those named in ``wanted`` require a gradient."""
     return {name: layout(tensor).requires_grad_(name in wanted) for name, tensor in case.tensors.items()}
 
 
 def gradients_of(value: Tensor, tensors: dict[str, Tensor], upstream: Tensor | None = None) -> dict[str, Tensor]:
-    """Returns the gradients by name, of the tensors that require a gradient."""
+    """Returns the gradients of ``value`` by name, for the tensors that require a gradient."""
     wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     gradients = torch.autograd.grad(value, list(wanted.values()), upstream)
     for gradient, tensor in zip(gradients, wanted.values(), strict=True):
@@ -152,12 +155,12 @@ def gradients_of(value: Tensor, tensors: dict[str, Tensor], upstream: Tensor | N
 
 
 def wanted_in(mode: str) -> tuple[str, ...]:
-    """Returns the names of the tensors whose gradients are computed."""
+    """Returns the names of the tensors that need a gradient in a mode."""
     return ("hidden",) if MODES[mode]["is_frozen"] else ALL
 
 
 def placed(backend: str, *tensors: Tensor | None) -> Any:
-    """Returns tensors on the device of a backend. Gradients flow back to the CPU. Kernels of a GPU have no float64."""
+    """Moves tensors to the device of a backend. Skips the test for float64 on GPU kernels."""
     device = device_of(backend)
     if device != "cpu" and backend != "reference" and any(x is not None and x.dtype == torch.float64 for x in tensors):
         pytest.skip("the kernels of a GPU take no float64")
@@ -166,7 +169,7 @@ def placed(backend: str, *tensors: Tensor | None) -> Any:
 
 
 def fetched(output: MPOOutput) -> MPOOutput:
-    """Returns an output on the CPU, where it is compared."""
+    """Returns an output with all its tensors on the CPU."""
     fields = {name: value.cpu() for name, value in output._asdict().items() if isinstance(value, Tensor)}
     return output._replace(**fields, stats={name: value.cpu() for name, value in output.stats.items()})
 
@@ -179,7 +182,7 @@ def run(
     layout: Callable[[Tensor], Tensor] = Tensor.clone,
     **options: Any,
 ) -> tuple[MPOOutput, dict[str, Tensor]]:
-    """Returns the output of linear_mpo_loss for a case, and the gradients of its loss."""
+    """Runs linear_mpo_loss on a case. Returns its output and the gradients of its loss."""
     tensors = leaves(case, wanted, layout)
     hidden, weight, bias = placed(backend, tensors["hidden"], tensors["weight"], tensors.get("bias"))
     ref_logp, cu_seqlens = placed(backend, case.ref_logp, case.cu_seqlens)
@@ -193,7 +196,7 @@ def run(
 def run_rows(
     case: Linear, backend: str, *, wanted: tuple[str, ...] = ALL, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the output of linear_token_logp for a case, and its gradients for a gradient of each row."""
+    """Runs linear_token_logp on a case. Returns the log-probs and the gradients for the case's upstream gradient."""
     tensors = leaves(case, wanted)
     hidden, weight, bias = placed(backend, tensors["hidden"], tensors["weight"], tensors.get("bias"))
     options = {"shift": False, **case.head, **options}
@@ -205,7 +208,7 @@ def run_rows(
 
 
 def yardstick(case: Linear, backend: str) -> Linear:
-    """Returns the inputs of eager torch: in float32, because the kernels do not round logits further."""
+    """Returns the inputs for eager torch: float32 for kernels, which do not round logits to a narrower dtype."""
     if backend == "reference" or case.eps < 1e-8:
         return case
     widened = {name: tensor.float() for name, tensor in case.tensors.items()}
@@ -213,15 +216,20 @@ def yardstick(case: Linear, backend: str) -> Linear:
 
 
 def eager_gradients(case: Linear, logits: Tensor, by_logits: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns gradients by the inputs of the product, from a gradient by the logits."""
+    """Returns the gradients of ``tensors``, by name, given the gradient of the logits."""
     return dict(zip(tensors, torch.autograd.grad(logits, list(tensors.values()), by_logits), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Gradients by hidden, weight and bias: exact, of eager torch, with positive terms, and those per row weight.
+    """Reference gradients of hidden, weight and bias, and sizes from which the allowed errors are computed.
 
-    ``certain`` has the gradients with positive terms if the probability of each label were 0.
+    Attributes:
+        exact: Gradients of the oracle.
+        eager: Gradients of eager torch.
+        size: For each entry of a gradient, the sum of its absolute terms.
+        share: Like ``size``, as if the upstream gradient of each used row were 1.
+        certain: Like ``size``, from the labels' logits alone, as if each label had probability 0.
     """
 
     exact: dict[str, Array]
@@ -232,7 +240,16 @@ class Judgement:
 
     @staticmethod
     def of(case: Linear, logits: Tensor, by_logits: Tensor, tensors: dict[str, Tensor], gradient: Array, share: Array):
-        """Builds them from eager logits and their gradient, and the exact gradient by logits, in all and per row."""
+        """Returns the reference gradients of a case.
+
+        Args:
+            case: The case.
+            logits: Logits of eager torch.
+            by_logits: Gradient of the logits in eager torch.
+            tensors: Inputs from which eager torch computed the logits.
+            gradient: Exact gradient of the logits.
+            share: onehot - softmax of the labelled rows.
+        """
         used = np.where((gradient != 0).any(-1, keepdims=True), share, 0)
         head = case.exact_head
         eager = dict(zip(tensors, torch.autograd.grad(logits, list(tensors.values()), by_logits), strict=True))
@@ -242,10 +259,11 @@ class Judgement:
         return Judgement(head.gradients(gradient), eager, head.sizes(gradient), head.sizes(used), certain)
 
     def judge(self, case: Linear, gradients: dict[str, Tensor], noise: float) -> None:
-        """Raises if an error is too large, for row weights with an error of ``noise``.
+        """Raises if a gradient's error is too large. ``noise`` is the possible error of a row's weight.
 
-        In float64, eager torch and the kernels round a label's probability before they subtract 1. If few rows have an
-        almost certain label, it is chance how much of the half unit in the last place eager torch loses.
+        In float64, eager torch and the kernels both round a label's probability before they subtract 1. With few rows
+        of almost certain labels, eager torch's error may be small by chance. Float64 gradients therefore get an extra
+        allowance.
         """
         rounding = case.eps / 2 if case.result_dtype == torch.float64 else 0.0
         for name, tensor in gradients.items():
@@ -261,9 +279,9 @@ class Judgement:
 
 
 def eager_logits(case: Linear, is_widened: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the logits of plain torch, and the leaves that they come from.
+    """Returns the logits of plain torch, and the input tensors that require a gradient.
 
-    Kernels are compared with the results for float32 inputs, because they do not round logits further.
+    ``is_widened`` converts the inputs to float32 first, because kernels do not round logits to a narrower dtype.
     """
     if is_widened and case.eps > torch.finfo(torch.float64).eps:
         case = dataclasses.replace(case, **{name: tensor.float() for name, tensor in case.tensors.items()})
@@ -273,7 +291,7 @@ def eager_logits(case: Linear, is_widened: bool) -> tuple[Tensor, dict[str, Tens
 
 @functools.lru_cache(maxsize=4)
 def judged(case: Linear, is_widened: bool, reward_shift: float) -> tuple[Any, dict[str, Any], Judgement]:
-    """Returns ``(exact, eager, gradients)`` of the whole loss."""
+    """Returns (exact result, eager result, reference gradients) of linear_mpo_loss."""
     exact = mpo_exact(case.exact_head.logits, case.labels, **case.pairing, reward_shift=reward_shift)
     logits, tensors = eager_logits(case, is_widened)
     eager = mpo_eager(logits.detach(), case.labels, **case.pairing, reward_shift=reward_shift)
@@ -283,7 +301,7 @@ def judged(case: Linear, is_widened: bool, reward_shift: float) -> tuple[Any, di
 
 @functools.lru_cache(maxsize=4)
 def judged_rows(case: Linear, is_widened: bool, shift: bool) -> tuple[Array, Tensor, Judgement]:
-    """Returns ``(exact, eager, gradients)`` of log-probs, for ``upstream_of`` the case."""
+    """Returns (exact log-probs, eager log-probs, reference gradients) for the case's upstream gradient."""
     exact, by_logits, share = token_logp_exact(case.exact_head.logits, case.labels, upstream_of(case), shift=shift)
     logits, tensors = eager_logits(case, is_widened)
     eager, eager_by_logits = token_logp_eager(logits.detach(), case.labels, upstream_of(case), shift=shift)
@@ -291,7 +309,7 @@ def judged_rows(case: Linear, is_widened: bool, shift: bool) -> tuple[Array, Ten
 
 
 def upstream_of(case: Linear) -> Tensor:
-    """Returns a gradient for the log-probs of a case."""
+    """Returns an upstream gradient for the log-probs of a case."""
     weight = torch.randn(case.labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return weight.to(case.result_dtype)
 
@@ -304,7 +322,7 @@ def assert_matches(
     reward_shift: float = 0.0,
     stats: tuple[str, ...] = (),
 ) -> None:
-    """Checks the whole output and the gradients."""
+    """Checks all fields of the output, and the gradients."""
     exact, eager, judgement = judged(case, output.backend != "reference", reward_shift)
     tokens = int(exact.tokens.max(initial=1))
     row = case.logit_noise
@@ -330,7 +348,7 @@ def assert_matches(
 def assert_rows_match(
     case: Linear, backend: str, logp: Tensor, gradients: dict[str, Tensor], *, shift: bool = False
 ) -> None:
-    """Checks log-probs and the gradients."""
+    """Checks the log-probs and the gradients."""
     exact, eager, judgement = judged_rows(case, backend != "reference", shift)
     assert logp.dtype == case.result_dtype
     assert_as_accurate(logp, eager, exact, noise=case.logit_noise, name="logp")
@@ -355,7 +373,10 @@ AXES: dict[str, list[Any]] = {
 
 
 def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Returns choices that contain every two values of every two axes; found greedily among random candidates."""
+    """Returns a pairwise test set: every two values of two different axes occur together in some choice.
+
+    Searches greedily among random candidates.
+    """
     chance = random.Random(seed)
     names = list(axes)
     missing = {
@@ -384,7 +405,7 @@ def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
 
 
 def id_of(choice: dict[str, Any]) -> str:
-    """`float32-V301-D5-0.2-...`."""
+    """Returns a test id such as `float32-V301-D5-0.2-...`."""
     head = ",".join(f"{name}={value}" for name, value in choice["head"].items()) or "plain"
     flags = [name for name in ("packed", "has_bias", "shift") if choice[name]]
     flags += {True: ["recompute"], False: ["keep"], None: []}[choice["recompute"]]
@@ -410,7 +431,7 @@ def _case_of(key: tuple[Any, ...], head: tuple[tuple[str, Any], ...]) -> Linear:
 
 
 def case_of(choice: dict[str, Any]) -> tuple[Linear, dict[str, Any]]:
-    """Returns the case of a choice, and the options of its run."""
+    """Returns the test case of a choice, and the options to run it with."""
     names = ("dtype", "vocab", "depth", "labelled", "packed", "has_bias", "shift")
     case = _case_of(tuple(choice[name] for name in names), tuple(choice["head"].items()))
     wanted = tuple(name for name in choice["wanted"] if name in case.tensors) or ("hidden",)
@@ -490,7 +511,10 @@ def test_backward_cuts_the_same_tiles_as_forward_where_they_are_kept(kernel: str
 
 
 def confident(dtype: torch.dtype, probability: float, *, vocab: int = 1003, depth: int = 65) -> Linear:
-    """Returns a batch whose labels have about this probability, up to the dtype of the hidden states."""
+    """Returns a batch in which each label has about the given probability.
+
+    Rounding of the hidden states to ``dtype`` changes it slightly.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(vocab, depth, generator=generator, dtype=torch.float64) / math.sqrt(depth)).to(dtype)
     labels = torch.randint(vocab, (6,), generator=generator)
@@ -526,7 +550,7 @@ def test_the_gradient_of_a_confident_label_does_not_cancel(
 
 
 def exact_gradient(case: Linear) -> dict[str, Array]:
-    """Returns gradients of log-probs, with the upstream gradient of the case."""
+    """Returns the exact gradients of the log-probs, for the case's upstream gradient."""
     return judged_rows(case, True, False)[2].exact
 
 
@@ -942,7 +966,7 @@ def test_an_empty_batch_gives_zeros() -> None:
 
 @pytest.fixture
 def filled_memory() -> Iterator[None]:
-    """Fills new memory: opcheck compares whole outputs, and memory before kept logits stays empty until backward."""
+    """Makes torch fill uninitialized memory, because opcheck compares whole outputs, including unused parts."""
     torch.use_deterministic_algorithms(True)  # which fills empty tensors
     yield
     torch.use_deterministic_algorithms(False)
@@ -1136,7 +1160,7 @@ def test_memory_stays_within_the_budget(dtype: torch.dtype, mode: str, monkeypat
 
 
 def good(**changes: Any) -> dict[str, Any]:
-    """Returns arguments of linear_mpo_loss for two pairs of four positions, with the given changes."""
+    """Returns valid arguments of linear_mpo_loss for two pairs of four positions, updated with ``changes``."""
     arguments: dict[str, Any] = {
         "hidden": torch.zeros(4, 4, 5),
         "weight": torch.zeros(7, 5),
@@ -1147,7 +1171,7 @@ def good(**changes: Any) -> dict[str, Any]:
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    """Calls torch.zeros."""
+    """Returns a tensor of zeros."""
     return torch.zeros(*shape, dtype=dtype, device=device)
 
 
@@ -1257,7 +1281,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.fixture
 def computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the operators fail, to detect checks that run after them."""
+    """Makes the operators raise, so that the test detects argument checks that run too late."""
 
     def called(*args: object, **options: object) -> None:
         raise AssertionError("something was computed before the check")

@@ -1,4 +1,4 @@
-"""mpo_loss against the oracle (every term, option and layout), and its behaviour in an autograd graph."""
+"""Tests mpo_loss against the oracle, with every term, option and layout, and its behaviour in an autograd graph."""
 
 import functools
 import math
@@ -27,12 +27,12 @@ VOCABS = [1, 2, 7, 1003, 32768, 92553, 151674]
 
 
 def name_of(value: object) -> str:
-    """Test ids: `float32`, `flat`, `1003`."""
+    """Returns a test id such as `float32`, `flat` or `1003`."""
     return str(value).removeprefix("torch.")
 
 
 def run(case: Case, backend: str, device: str = "cpu", layout: str = "contiguous", **overrides: Any) -> tuple:
-    """Returns ``(output, gradient)`` of the package for a case, both on the CPU."""
+    """Returns (output, gradient of the logits) of mpo_loss for a case, both on the CPU."""
     z = lay_out(case.logits.to(device), layout).requires_grad_()
     arguments = {
         "ref_logp": None if case.ref_logp is None else case.ref_logp.to(device),
@@ -49,12 +49,12 @@ def run(case: Case, backend: str, device: str = "cpu", layout: str = "contiguous
 
 
 def leaf(case: Case, device: str) -> Tensor:
-    """Returns a copy of the logits of a case, to differentiate; cases are shared."""
+    """Returns a copy of the case's logits that requires a gradient."""
     return case.logits.to(device, copy=True).requires_grad_()
 
 
 def on_cpu(output: MPOOutput) -> Any:
-    """Returns the fields of the output on the CPU, with the loss detached."""
+    """Returns an object with the fields of the output, detached and on the CPU."""
 
     class Fields:
         pass
@@ -71,13 +71,13 @@ def on_cpu(output: MPOOutput) -> Any:
 
 
 def by_sequence(rows: Tensor, case: Case) -> list[Tensor]:
-    """Returns views of the rows of each sequence."""
+    """Splits a tensor of rows into one view for each sequence."""
     return list(rows) if case.cu_seqlens is None else list(rows.tensor_split(case.cu_seqlens[1:-1].long()))
 
 
 @functools.lru_cache(maxsize=2)
 def judged(dtype: torch.dtype, vocab: int, kind: str, packed: bool, length: int, labelled: float = 0.5) -> tuple:
-    """Returns ``(case, exact, eager)``, computed once for all backends."""
+    """Returns (case, exact result, eager result), cached for all backends."""
     case = make_case(dtype, vocab, kind, length=length, packed=packed, labelled=labelled)
     return case, case.exact(0.25), case.eager(0.25)
 

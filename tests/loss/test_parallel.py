@@ -1,4 +1,4 @@
-"""The losses over ranks that share the vocabulary, the sequences, or both: equal to one process."""
+"""Tests the losses with the vocabulary, the sequences or both split over ranks, against one process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 
 
 class Split(NamedTuple):
-    """The part of this rank: its columns of the vocabulary, and its positions of each sequence."""
+    """The part of the inputs on this rank: a slice of the vocabulary, and positions of each sequence."""
 
     vocab: str | None
     sequence: str | None
@@ -54,7 +54,7 @@ class Split(NamedTuple):
         }
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Returns this rank's rows; padded sequences have equal parts."""
+        """Returns the rows of a tensor that belong to this rank."""
         if self.sequence is None:
             return tensor
         if self.cu_seqlens is not None:
@@ -66,7 +66,7 @@ class Split(NamedTuple):
 
 
 def cuts(rng: random.Random, size: int, parts: int, *, least: int) -> list[slice]:
-    """Returns consecutive slices of ``range(size)``, each with at least ``least`` elements."""
+    """Splits ``range(size)`` at random into consecutive slices of at least ``least`` elements."""
     free = size - least * parts
     inner = sorted(rng.randint(0, free) for _ in range(parts - 1))
     ends = [cut + least * (i + 1) for i, cut in enumerate([*inner, free])]
@@ -94,7 +94,7 @@ def make_split(rng: random.Random, layout: tuple[str | None, str | None], vocab:
 
 
 class Case(NamedTuple):
-    """Inputs of one process, and the options of a call."""
+    """A random test case: the complete inputs, the options of the call, and this rank's part."""
 
     function: str
     tensors: dict[str, Tensor | None]  # logits, or hidden, weight and bias; their reference; labels
@@ -169,7 +169,7 @@ FUNCTIONS = {f.__name__: f for f in (mpo_loss, linear_mpo_loss, token_logp, line
 
 
 def compute(case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns the results and the gradients of a call, by name."""
+    """Calls the case's function. Returns its results and gradients by name; gradients are named "d <input>"."""
     leaves = {name: tensors[name].detach().clone().requires_grad_() for name in case.wanted}
     out = FUNCTIONS[case.function](**{**tensors, **leaves}, **options)
     if isinstance(out, MPOOutput):
@@ -185,7 +185,7 @@ def compute(case: Case, tensors: dict[str, Tensor | None], options: dict[str, An
 
 
 def local(case: Case, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Returns this rank's part of the tensors of one process, or of their gradients."""
+    """Returns this rank's part of complete tensors or complete gradients, by name."""
     parts = dict(tensors)
     for name, tensor in tensors.items():
         if tensor is None:
@@ -201,9 +201,10 @@ def local(case: Case, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | N
 
 
 def error(name: str, ours: Tensor, truth: Tensor, *, may_have_more_nan: bool = False) -> float:
-    """Returns the largest error, relative to the largest value; for results other than gradients, at least to 1.
+    """Returns the largest absolute error, divided by the largest absolute value of ``truth``.
 
-    ``may_have_more_nan`` says whether ``ours`` may be NaN where ``truth`` is not.
+    Results other than gradients are divided by at least 1. ``may_have_more_nan`` allows NaN in ``ours`` where
+    ``truth`` is finite.
     """
     assert ours.shape == truth.shape, f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
     if may_have_more_nan:
@@ -221,7 +222,7 @@ BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8}
 
 
 def check_case(rank: int, seed: int) -> dict[str, float]:
-    """Compares a case over the ranks with one process. Returns the errors relative to their bounds."""
+    """Compares a random case on several ranks with one process. Returns each result's error divided by its bound."""
     case = make_case(seed)
     truth = compute(case, case.tensors, case.options)
     options = {**case.options, **case.split.groups}
@@ -267,7 +268,7 @@ def test_random_cases_equal_one_process(pool: RankPool) -> None:
 
 
 def same_bits(rank: int, seeds: range) -> list[dict[str, Tensor]]:
-    """Checks that two runs give the same bits. Returns the results that all ranks of the vocabulary share."""
+    """Checks that two runs give the same bits. Returns the results that must be equal on all ranks."""
     shared = []
     for seed in seeds:
         case = make_case(seed)
@@ -299,7 +300,10 @@ def pairs(seed: int, vocab: int = 24) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> list[float]:
-    """Two data-parallel ranks times two ranks that share the vocabulary or the sequences. Returns each delta."""
+    """Runs three steps on two data-parallel groups of two ranks, which split the vocabulary or the sequences.
+
+    Returns for each step: the delta that the loss used, the value after the step, and the count.
+    """
     shift = RewardShift(**settings)
     replica, part = divmod(rank, 2)
     log = []
@@ -322,7 +326,7 @@ def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> lis
 
 
 def expected_shift(settings: dict[str, Any]) -> list[float]:
-    """Returns the deltas of two data-parallel ranks, from one process."""
+    """Returns the expected list of ``reward_shift_run``, computed in one process."""
     log, value, means = [], 0.0, []
     for step in range(3):
         rewards = []
@@ -356,7 +360,7 @@ def test_the_reward_shift_counts_each_pair_once(pool: RankPool, settings: dict[s
 
 
 def raised(rank: int, fault: str, function: str) -> str:
-    """Returns the error of a call in which the arguments of one or of all ranks are wrong."""
+    """Returns the error message of a call with invalid arguments on rank 2, or on all ranks."""
     logits, labels, ref_logp = pairs(3)
     part = dist.get_rank(GROUPS["all"])
     logits = logits[..., 6 * part : 6 * part + 6].clone()
@@ -418,7 +422,7 @@ def test_sums_of_the_reference_must_be_the_same_on_all_ranks(pool: RankPool) -> 
 
 
 def fault_with_two_groups(rank: int, fault: str) -> tuple[str, float]:
-    """Returns the error and the loss of a call over both groups in which rank 2 is wrong."""
+    """Returns (error message, loss) of a call over both process groups, with invalid arguments on rank 2."""
     logits, labels, ref_logp = pairs(4)
     columns = slice(0, 10) if rank % 2 == 0 else slice(10, 24)
     rows = slice(0, 3) if rank < 2 else slice(3, 5)
@@ -506,7 +510,7 @@ def test_a_compiled_function_may_call_the_loss(pool: RankPool) -> None:
 
 
 def tp_plan(rank: int, style: str) -> dict[str, Any]:
-    """Compares a model whose layers are sharded by transformers or torch with the whole model, on two ranks."""
+    """Compares a model sharded over two ranks by transformers or torch (tensor parallelism) with the whole model."""
     if rank >= 2:
         return {}
     from torch.distributed.device_mesh import DeviceMesh

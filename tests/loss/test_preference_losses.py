@@ -1,4 +1,4 @@
-"""The preference losses against the formulas of their papers, against TRL, and for extreme inputs."""
+"""Tests the preference losses against the formulas of their papers, against TRL, and on extreme inputs."""
 
 import math
 from collections import defaultdict
@@ -25,7 +25,7 @@ Case = dict[str, Tensor]
 
 
 def make_pairs(seed: int = 0, pairs: int = 6, dtype: torch.dtype = torch.float64) -> Case:
-    """Returns realistic log-probs: -0.1 to -2 nats per token, of a policy that differs from its reference."""
+    """Returns realistic log-probs of a policy and its reference, with -0.1 to -2 nats per token under the policy."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -39,13 +39,13 @@ def make_pairs(seed: int = 0, pairs: int = 6, dtype: torch.dtype = torch.float64
 
 
 def compute(name: str, case: Case, beta: float = BETA, **settings: Any) -> Tensor:
-    """Returns the losses of the package, by default with the test settings of this loss."""
+    """Computes a loss with mpo_ext. ``settings`` override the label smoothing and delta used in the tests."""
     defaults = {"label_smoothing": SMOOTHING.get(name, 0.0), "delta": DELTA.get(name, 0.0)}
     return preference_loss(name, **case, beta=beta, **{**defaults, **settings})
 
 
 def with_gradient(case: Case) -> Case:
-    """Returns the same values; those of the policy are leaves."""
+    """Returns copies of the inputs, in which the policy's log-probs require a gradient."""
     return {name: value.clone().requires_grad_(name in LOGPS[:2]) for name, value in case.items()}
 
 
@@ -160,7 +160,10 @@ PER_PAIR: dict[str, Callable[[Row, Number, Number, Number], Number]] = {
 
 
 def aot(better: Sequence[Number], worse: Sequence[Number], beta: Number, e: Number) -> list[Number]:
-    """Compares by rank; each pair gets the loss of the rank of its first number."""
+    """Computes the AOT losses with label smoothing ``e``.
+
+    Each value of ``better`` is compared with the value of the same rank in ``worse``.
+    """
     losses = []
     for value in better:
         rank = sum(other < value for other in better)
@@ -169,7 +172,7 @@ def aot(better: Sequence[Number], worse: Sequence[Number], beta: Number, e: Numb
 
 
 def exact(name: str, rows: Sequence[Row], beta: float, label_smoothing: float, delta: float) -> list[Number]:
-    """Returns the losses of all pairs; 0 for a pair that lacks a side."""
+    """Returns the loss of each pair; 0 for a pair without chosen or without rejected tokens."""
     b, e, d = Decimal(beta), Decimal(label_smoothing), Decimal(delta)
     whole = [row for row in rows if row.n_chosen and row.n_rejected]
     if name == "aot":
@@ -193,7 +196,11 @@ def rows_of(case: Case) -> list[Row]:
 
 
 def exact_with_gradient(name: str, case: Case, beta: float = BETA, **settings: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns losses and the gradient of their sum: central differences over 2e-20, accurate to 1e-20."""
+    """Returns (losses, gradient of the chosen log-probs, gradient of the rejected log-probs).
+
+    The gradients are those of the sum of the losses. They are central differences with a step of 1e-20, accurate to
+    1e-20.
+    """
     values = {"label_smoothing": SMOOTHING.get(name, 0.0), "delta": DELTA.get(name, 0.0), **settings}
     with localcontext() as context:
         context.prec = 60
@@ -503,12 +510,12 @@ def trl_case() -> Case:
 
 
 def as_in_trl(name: str) -> dict[str, float]:
-    """Returns the settings that TRL supports: no label smoothing of "sigmoid", and no delta."""
+    """Returns settings that TRL supports: no delta, and no label smoothing for "sigmoid"."""
     return {"delta": 0.0, "label_smoothing": 0.0} if name == "sigmoid" else {"delta": 0.0}
 
 
 def trl_loss(name: str, case: Case, label_smoothing: float) -> float:
-    """Returns the mean loss by TRL's code: a method of its trainer, with a substitute for trainer and model."""
+    """Returns the mean loss computed by a method of TRL's trainer, with fake objects for the trainer and the model."""
     if name == "orpo":
         from trl.experimental.orpo import ORPOTrainer
 
@@ -552,7 +559,10 @@ def trl_loss(name: str, case: Case, label_smoothing: float) -> float:
 
 
 def trl_losses(name: str, case: Case) -> list[float]:
-    """Returns the losses in the form of TRL_OUTPUT: TRL returns means, so each pair is its own batch."""
+    """Returns TRL's loss of each pair, computed in batches of one pair.
+
+    If the loss is defined only on a whole batch, returns a list with its mean.
+    """
     label_smoothing = 0.0 if name == "sigmoid" else SMOOTHING.get(name, 0.0)
     if LOSSES[name].whole_batch:
         return [trl_loss(name, case, label_smoothing)]

@@ -1,6 +1,6 @@
-"""Random shapes, types, strides, packings, labels and options of mpo_loss against the oracle.
+"""Tests mpo_loss against the oracle on random shapes, dtypes, strides, packings, labels and options.
 
-MPO_PROPERTY_CASES sets the number of examples per backend; the examples are the same in every run.
+MPO_PROPERTY_CASES sets the number of examples per backend. Every run draws the same examples.
 """
 
 import os
@@ -33,7 +33,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def shifts(draw: st.DrawFn) -> dict[str, Any] | float | None:
-    """Draws a constant, or keyword arguments of RewardShift."""
+    """Draws a reward shift: None, a constant, or keyword arguments of RewardShift."""
     if draw(st.booleans()):
         return draw(st.sampled_from([None, 0.0, 0.6, -2]))
     mode = draw(st.sampled_from(["cumulative", "ema", "fixed"]))
@@ -45,7 +45,7 @@ def shifts(draw: st.DrawFn) -> dict[str, Any] | float | None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Draws inputs of mpo_loss: shapes, kinds, and a seed for the numbers."""
+    """Draws inputs of mpo_loss."""
     dtype = draw(st.sampled_from(DTYPES))
     pairs = draw(st.integers(1, 3))
     vocab = draw(st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 130, 257, 1003])))

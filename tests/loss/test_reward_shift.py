@@ -1,4 +1,4 @@
-"""RewardShift: the value that each call uses and leaves, by direct calls and through mpo_loss."""
+"""Tests RewardShift directly and through mpo_loss: the value used by each call, and the value after it."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def name_of(settings: dict[str, Any]) -> str:
-    """Test ids: `ema,0.75,after`."""
+    """Returns a test id such as `ema,0.75,after`."""
     return ",".join(str(value) for value in settings.values())
 
 
@@ -139,7 +139,7 @@ def test_a_hundred_updates_follow_the_book(settings: dict[str, Any]) -> None:
 
 
 def batches(count: int) -> list[Any]:
-    """Returns cases whose rewards differ."""
+    """Returns test cases with different rewards."""
     return [make_case(torch.float32, 19, pairs=1 + seed % 3, length=5, seed=seed) for seed in range(count)]
 
 

@@ -1,7 +1,7 @@
-"""mpo_loss against the MPO of four trainers, each computed here from its own description.
+"""Tests mpo_loss against the MPO of four trainers, each reimplemented here from its code or description.
 
-The functions below take log-probabilities from torch in float64 and follow each trainer's order of operations. They
-share nothing with the package and little with each other, so that a mistake does not affect all of them.
+The functions below use torch's log-probs in float64 and each trainer's order of operations. They use no code of the
+package and share little code with each other, so a mistake does not affect all of them.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ IGNORED = -100
 
 
 class RunningMoments:
-    """The running mean of TRL 0.9 to 0.28, without deviations: an update counts once per number in it."""
+    """The running mean of TRL 0.9 to 0.28: the mean of all numbers so far."""
 
     def __init__(self) -> None:
         self.mean = 0.0
@@ -32,7 +32,7 @@ class RunningMoments:
 
 
 class Batch:
-    """A micro-batch of a trainer: logits in float64, labels, and the sums of the reference model."""
+    """A micro-batch: logits in float64, labels, and the reference log-probs of the sequences."""
 
     def __init__(self, seed: int, pairs: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -47,7 +47,7 @@ class Batch:
         self.ref_logp = (self.sums() + drift).float().double()
 
     def token_logp(self, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(logp, mask)``, both ``[2B, T - 1]``."""
+        """Returns the label log-probs and the mask of labelled positions, both ``[2B, T - 1]``."""
         logits = self.logits if logits is None else logits
         targets = self.labels[:, 1:]
         mask = targets != IGNORED
@@ -55,7 +55,7 @@ class Batch:
         return logp.gather(2, targets.masked_fill(~mask, 0).unsqueeze(2)).squeeze(2) * mask, mask
 
     def sums(self, logits: Tensor | None = None) -> Tensor:
-        """``[2B]``."""
+        """Returns the log-prob of each sequence, ``[2B]``."""
         return self.token_logp(logits)[0].sum(1)
 
 
@@ -68,7 +68,7 @@ def run() -> list[Batch]:
 def assert_steps_match(
     run: list[Batch], expected: list[tuple[Tensor, Tensor]], backend: str, device: str, shift: Any, config: MPOConfig
 ) -> None:
-    """Runs the package through the same steps; compares loss and gradient in float64, or in float32 on a GPU."""
+    """Runs mpo_loss on the same batches and compares loss and gradient, in float64 (on a GPU in float32)."""
     dtype = torch.float64 if device == "cpu" else torch.float32
     tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-7}
     for batch, (loss, gradient) in zip(run, expected, strict=True):
@@ -84,7 +84,7 @@ def assert_steps_match(
 
 
 def with_gradient(loss_of: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns ``(loss, d loss / d logits)``."""
+    """Returns (loss, gradient of the logits) of a batch."""
     logits = batch.logits.clone().requires_grad_()
     loss = loss_of(logits)
     loss.backward()
@@ -93,7 +93,7 @@ def with_gradient(loss_of: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def test_the_authors(run: list[Batch], backend: str, device: str) -> None:
-    """Checks the training code released with InternVL 2.5 and 3: cumulative shift with the batch, token mean."""
+    """Compares with InternVL 2.5 and 3's training code: cumulative shift updated before its use, mean over tokens."""
     running = RunningMoments()
 
     def loss_of(batch: Batch, logits: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_the_authors(run: list[Batch], backend: str, device: str) -> None:
 
 
 def test_trl_since_0_29(run: list[Batch], backend: str, device: str) -> None:
-    """Checks TRL from 0.29 on: loss_type ["sigmoid", "bco_pair", "sft"] without a reward shift."""
+    """Compares with TRL since 0.29: loss_type ["sigmoid", "bco_pair", "sft"] without a reward shift."""
 
     def loss_of(batch: Batch, logits: Tensor) -> Tensor:
         logp, mask = batch.token_logp(logits)
@@ -138,7 +138,7 @@ def test_trl_since_0_29(run: list[Batch], backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_llama_factory(run: list[Batch], backend: str, device: str, label_smoothing: float) -> None:
-    """Checks LLaMA-Factory: (dpo + w * bco) / (1 + w), and pref_ftx times the mean of per-token means of answers."""
+    """Compares with LLaMA-Factory: (dpo + w * bco) / (1 + w), plus pref_ftx times the mean NTP loss per response."""
     pref_bco_weight, pref_ftx, beta = 0.25, 0.6, 0.2
     running = RunningMoments()
 
@@ -171,7 +171,7 @@ def test_llama_factory(run: list[Batch], backend: str, device: str, label_smooth
 
 
 def test_nemo_rl(run: list[Batch], backend: str, device: str) -> None:
-    """Checks NeMo-RL: an exponential moving average, updated once per optimizer step; the loss uses the old value."""
+    """Compares with NeMo-RL: a moving average, updated by each optimizer step after the loss has used it."""
     momentum, beta = 0.9, 0.05
     value = 0.3
 
@@ -204,7 +204,7 @@ def test_one_pair_makes_the_two_averages_equal(backend: str, device: str) -> Non
 
 
 def test_gradient_accumulation_with_a_fixed_shift_equals_one_large_batch(backend: str, device: str) -> None:
-    """Compares the mean of two micro-batches of one pair with a batch of two pairs; NTP averaged over responses."""
+    """Compares the mean of two one-pair micro-batches with a batch of two pairs, with NTP averaged over responses."""
     batch = Batch(seed=6, pairs=2)
     config = MPOConfig(ntp_average="sequence")
     logits, labels = batch.logits.float().to(device), batch.labels.to(device)

@@ -1,8 +1,8 @@
-"""Counts what ``linear_mpo_loss`` does on a GPU, without a GPU: ``python tests/ops/gpu_counts.py``.
+"""Counts the GPU work of ``linear_mpo_loss`` without a GPU: ``python tests/ops/gpu_counts.py``.
 
-The operators run on meta tensors, which have shapes but no memory, in the way they run on a GPU. Counted are kernels
-(launches), the bytes that kernels other than matrix products move, the passes over float32 tensors ``[n, D]``, and the
-peak memory.
+The operators take the GPU code path on meta tensors, which have shapes but no memory. Counts kernel launches,
+peak memory, and passes over float32 tensors ``[n, D]``. Also counts the bytes that kernels other than matrix products
+move.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _BY_INDEX = {"gather", "scatter_", "index", "index_put_"}
 
 @dataclasses.dataclass
 class Counts:
-    """Counts of a forward and a backward.
+    """Counts of one forward and backward pass.
 
     Attributes:
-        launches: Number of kernels on the GPU.
-        products: Number of these that are matrix products.
+        launches: Number of kernel launches.
+        products: Number of launches that are matrix products.
         moved: Bytes that the other kernels read and write.
         passes: Number of reads and writes of a float32 tensor ``[n, D]`` by all kernels.
         peak: Peak bytes of the tensors that the calls allocate.
@@ -56,7 +56,7 @@ class Counts:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operators on meta tensors while it is active. ``hidden`` is the shape ``[n, D]``."""
+    """Counts the operators that run on meta tensors inside a ``with`` block. ``hidden`` is the shape ``[n, D]``."""
 
     def __init__(self, hidden: tuple[int, int]) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Counter(TorchDispatchMode):
         return result
 
     def kernel(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
-        """Counts a kernel that reads and writes these tensors."""
+        """Counts a launch of a kernel that reads the tensors ``read`` and writes the tensors ``written``."""
         touched = [tensor for tensor in (*read, *written) if tensor.is_meta]
         self.counts.launches += 1
         self.counts.passes += sum(
@@ -112,13 +112,13 @@ class Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def recorded_kernels(counter: Counter, rows: int) -> Iterator[None]:
-    """Replaces the kernels, the properties of the GPU and the search for labels, all of which need a GPU."""
+    """Replaces the functions that need a GPU (kernels, device properties, search for labels) by counting stand-ins."""
 
     def score(z: Tensor, *rest: Any, **options: Any) -> None:
         counter.kernel("token_logp", [z], [])
 
     def write_exp_logits(z: Tensor, *rest: Any, is_last: bool) -> Tensor:
-        """Counts the rows whose reference rises in the last tile as all rows, and in the others as none."""
+        """Counts a launch of exp_logits. Assumes that it rescales all sums in the last tile, and none before."""
         sums = [rest[3]] if is_last else []
         counter.kernel("exp_logits", [z, *sums], [rest[5], *sums])
         return torch.empty_like(rest[1])
@@ -147,7 +147,11 @@ def count(
     mode: str, rows: int, hidden_size: int, vocab: int, dtype: torch.dtype = torch.bfloat16, *,
     positions: int | None = None, budget: int = H100_BUDGET, **head: float,
 ) -> Counts:  # fmt: skip
-    """Counts forward and backward with ``rows`` of ``positions`` labelled (None: all); ``mode`` is a key of MODES."""
+    """Counts a forward and backward pass with ``rows`` labelled positions.
+
+    ``mode`` is a key of MODES. ``positions`` is the number of all positions; None means ``rows``.
+    ``budget`` is the memory budget in bytes. ``head`` has logit_scale, softcap and temperature.
+    """
     counter = Counter((rows, hidden_size))
     scales = [head.get("logit_scale", 1.0), head.get("softcap", 0.0), head.get("temperature", 1.0)]
     options = linear.LinearOptions(-100, scales, budget, dtype, "cuda")
@@ -177,7 +181,7 @@ def count(
 
 
 def main() -> None:
-    """Prints a table of the counts of every mode."""
+    """Prints a table with the counts of every mode."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {"rows": 8192, "hidden-size": 4096, "vocab": 151_936, "budget-mib": H100_BUDGET >> 20}
     for name, default in sizes.items():

@@ -1,4 +1,4 @@
-"""The parts of the GPU paths that run without a GPU: choices, counters, captures, launches of the linear path."""
+"""Tests the parts of the GPU code that run without a GPU: backend choice, counters, graph capture, launches."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -137,7 +137,7 @@ def out_of_memory() -> None:
 
 
 def test_a_reward_shift_keeps_its_memory() -> None:
-    """A replayed CUDA graph reads and writes the memory of the capture."""
+    """The shift must keep its memory, because a replayed CUDA graph reads and writes the addresses of its capture."""
     logits, labels, ref_logp = torch.randn(2, 3, 7), torch.ones(2, 3, dtype=torch.int64), torch.tensor([-9.0, -4.0])
     for options in ({}, {"mode": "ema"}, {"per": "optimizer_step", "update": "after"}):
         shift = RewardShift(**options)
@@ -170,7 +170,7 @@ def test_hidden_states_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_packed_labels_are_shifted_without_index_fill() -> None:
-    """inductor of torch 2.11 cannot compile index_fill."""
+    """Avoids index_fill, which inductor of torch 2.11 cannot compile."""
     labels, offsets = torch.arange(12), torch.tensor([0, 3, 7, 12], dtype=torch.int32)
     for cu_seqlens in (offsets, offsets.long(), torch.tensor([0, 0, 7, 12])):
         expected = torch.tensor([*range(1, 12), -100]).index_fill(0, cu_seqlens[1:].long() - 1, -100)
@@ -222,7 +222,7 @@ def test_counters_lie_outside_of_torchs_allocator(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Pretends that there is a GPU of compute capability 9.0. Returns the error of its runtime, which a test sets."""
+    """Simulates a GPU of compute capability 9.0. Returns a list of one string: the CUDA error, which tests set."""
     error = [""]
     built = SimpleNamespace(
         has_cuda=True, cuda_archs="80 and PTX", cuda_compiler="nvcc 13", cuda_device_error=lambda: error[0]

@@ -1,4 +1,4 @@
-"""The CPU kernels touch no byte outside of their tensors: each tensor lies between two pages without access."""
+"""Tests that the CPU kernels access no byte outside their tensors, which lie next to inaccessible memory pages."""
 
 import ctypes
 import faulthandler
@@ -23,7 +23,7 @@ _PROT_NONE = 0
 
 
 def guarded(values: Tensor, *, at_end: bool) -> Tensor:
-    """Returns a copy that ends right before a page without access, or begins right after one."""
+    """Returns a copy that ends right before an inaccessible page, or begins right after one."""
     size = values.numel() * values.element_size()
     pages = -(-max(size, 1) // mmap.PAGESIZE)
     memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
@@ -68,7 +68,7 @@ def test_no_kernel_reads_or_writes_outside_of_its_tensors(
 
 
 def test_the_guard_is_there() -> None:
-    """A read past the end would end the process."""
+    """Checks that a read past the end of a guarded tensor kills the process."""
     child = os.fork()
     if child == 0:
         faulthandler.disable()

@@ -1,4 +1,4 @@
-"""The operators in PyTorch: schemas, fakes, torch.compile, and special cases of autograd."""
+"""Tests the operators as PyTorch custom operators: schemas, fake kernels, torch.compile, special autograd cases."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_opcheck_passes_for_every_operator(rows: tuple[Tensor, Tensor]) -> None:
 
 
 def operator_calls() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
-    """Returns a valid call of each operator; ``test_operators_refuse`` replaces an argument."""
+    """Returns a function and valid arguments for each operator, by name."""
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 9, VOCAB), torch.randint(VOCAB, (4, 9))
     logp, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 0, "cpu")

@@ -1,4 +1,4 @@
-"""The memory of a head's gradient is reused by the next step, and never shared by two living tensors."""
+"""Tests that the next step reuses the memory of a head's gradient, unless the gradient is still alive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators on a shard of the vocabulary, without processes: merged shards equal the whole."""
+"""Tests the operators on shards of the vocabulary in one process: merged shards equal the whole vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""token_logp against the oracle, on every backend and with every instruction set that can run here."""
+"""Tests token_logp against the oracle, on every backend and instruction set that this machine supports."""
 
 import functools
 import math
@@ -32,13 +32,13 @@ KINDS = [
 
 
 def name_of(value: object) -> str:
-    """Test ids: `float32`, `flat`, `1003`."""
+    """Returns a test id such as `float32`, `flat` or `1003`."""
     return str(value).removeprefix("torch.")
 
 
 @functools.lru_cache(maxsize=2)
 def judged(dtype: torch.dtype, vocab: int, kind: str, rows: int, labelled: float = 0.7) -> tuple:
-    """Returns ``(logits, labels, upstream gradient, exact, eager)``, computed once for all backends."""
+    """Returns (logits, labels, upstream gradient, exact result, eager result), cached for all backends."""
     generator = torch.Generator().manual_seed(vocab)
     labels = torch.randint(vocab, (rows,), generator=generator)
     labels[: min(2, rows)] = torch.tensor([0, vocab - 1])[: min(2, rows)]  # the first and the last column
@@ -51,7 +51,7 @@ def judged(dtype: torch.dtype, vocab: int, kind: str, rows: int, labelled: float
 
 
 def check(engine: str, device: str, layout: str, case: tuple) -> None:
-    """Checks the values and the gradient of a case in a layout."""
+    """Checks log-probs and gradient of a case with logits in the given memory layout."""
     logits, labels, weight, (exact, exact_gradient, share), (eager, eager_gradient) = case
     z = lay_out(logits.to(device), layout).requires_grad_()
     logp = token_logp(z, labels.to(device), backend=engine, shift=False)
@@ -192,7 +192,7 @@ def test_a_label_out_of_range_gives_nan_in_its_row_only(
 
 
 def masked_logits(dtype: torch.dtype, vocab: int) -> Tensor:
-    """Returns logits with most of the vocabulary banned, at every place where a vector may begin."""
+    """Returns logits of three rows with -inf for the first half, for all but the ends, and for every second entry."""
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
     logits[0, : vocab // 2] = -torch.inf
     logits[1, 1:-1] = -torch.inf

@@ -1,4 +1,4 @@
-"""Tests that a plan agrees with the trainer, and that its memory is close to the memory of real tensors."""
+"""Tests that a plan agrees with the trainer, and that its memory estimate is close to the size of real tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GIB = 1 << 30
 
 
 def write_model(folder: Path, family: str = "Qwen2", **settings: Any) -> Path:
-    """Writes a folder with a config and no weights."""
+    """Writes a model folder with a config and no weights."""
     if family == "internvl":
         config = families.internvl().config
     else:
@@ -59,7 +59,7 @@ def make(folder: Path, *overrides: str, family: str = "Qwen2", pairs: int = 50, 
 
 
 def real_model(recipe: Recipe) -> nn.Module:
-    """Returns the model with weights, as the trainer prepares it."""
+    """Returns the model of a recipe with weights, prepared like in the trainer."""
     config = transformers.AutoConfig.from_pretrained(recipe.model.path)
     kind = transformers.AutoModelForCausalLM
     if hasattr(config, "vision_config"):
@@ -322,7 +322,10 @@ def test_4_bit_weights(tmp_path: Path) -> None:
 
 
 def saved_bytes(model: nn.Module, positions: int, *, images: bool = False) -> int:
-    """Returns the bytes that autograd keeps, without parameters and logits; each storage is counted once."""
+    """Returns the bytes of the tensors that autograd saves, without parameters and logits.
+
+    A storage shared by several tensors is counted once.
+    """
     kept: dict[int, int] = {}
     skipped = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 

@@ -1,4 +1,4 @@
-"""Plans each recipe of a recent model with the sizes of its published config, on the meta device."""
+"""Plans the recipes of recent models on the meta device, with the sizes from their published configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the cost model: stages computed by hand, the counts of each method, and monotony in every size."""
+"""Tests the cost model: stages computed by hand, operation counts of each method, and growth with every size."""
 
 from __future__ import annotations
 
@@ -361,7 +361,7 @@ def test_the_model_needs_no_torch() -> None:
 
 
 def write_recipe(folder: Path) -> Path:
-    """Writes a recipe whose model has a config and no weights."""
+    """Writes a recipe and its model folder, which has a config and no weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen2Config(
         vocab_size=50000, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

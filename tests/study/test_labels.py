@@ -1,4 +1,4 @@
-"""Errors of responses about grids, and the labels of pairs."""
+"""Tests the error count of responses about digit grids, and the labels of pairs."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import pytest

@@ -1,4 +1,4 @@
-"""The judge of the RLAIF-V pairs: claims of a response, and verdicts by direct answers."""
+"""Tests the study's RLAIF-V judge: it splits a response into claims and checks each claim with a direct question."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import dataclasses
@@ -38,7 +38,7 @@ def test_the_claims_of_a_response_are_its_digits_and_its_answer() -> None:
 
 @dataclasses.dataclass
 class ScriptedEngine:
-    """Answers a step-by-step question alternately right and wrong, and a direct question by the truth."""
+    """Answers step-by-step questions alternately right and wrong, and direct questions with ``truth``."""
 
     truth: dict[str, str]
     name: str = "scripted"

@@ -18,9 +18,9 @@ Accuracies = Mapping[str, Mapping[int, float] | float]  # by row: by seed, or th
 
 
 def make_document(cot: Accuracies, seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **more: Accuracies) -> dict[str, Any]:
-    """Returns a result file in which only the rows of ``cot`` were measured, with accuracies in percent.
+    """Returns the contents of a study result file in which only the rows in ``cot`` were measured.
 
-    ``more`` has other quantities: "direct", "hallucinated" and "unparsable".
+    ``cot`` has accuracies in percent. ``more`` has other quantities: "direct", "hallucinated" and "unparsable".
     """
 
     def of(values: Accuracies, row: str, seed: int, default: float) -> float:
@@ -156,6 +156,6 @@ def test_the_table_of_starts_is_sorted_by_the_gap() -> None:
     ],
 )
 def test_the_pages_have_the_blocks(page: str, block: str) -> None:
-    """tests/benchmarks/test_documents.py checks that each block is current."""
+    """Checks that the pages contain the blocks; tests/benchmarks/test_documents.py checks that they are up to date."""
     text = (PAGES / page).read_text(encoding="utf-8")
     assert len(re.findall(rf"^<!-- results: {block} -->$", text, re.MULTILINE)) == 1

@@ -1,4 +1,4 @@
-"""The study: its rows, pairs, results and tables, and one complete run that is too short to learn anything."""
+"""Tests the study's rows, pairs, results and tables, and a complete run that is too short to learn anything."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import copy
@@ -42,7 +42,7 @@ def make_result(seed: int, row: str, cot: float, direct: float = 0.1, **more: An
 
 
 def make_document(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
-    """Returns a result file. All rows are alike, except those whose differences the tests below compute."""
+    """Returns the contents of a study result file. Rows have equal results unless the tests compare them."""
     results = []
     for seed in seeds:
         for row in (START, *perception.ROWS):
@@ -285,7 +285,10 @@ def test_a_run_that_is_listed_twice_is_rejected() -> None:
 
 
 def make_prior_document(gains: dict[int, float]) -> dict[str, Any]:
-    """Returns a result file of the task "language-prior" in which MPO is better than SFT by ``gains``, by seed."""
+    """Returns the contents of a result file of the task "language-prior".
+
+    ``gains`` maps a seed to MPO's advantage over SFT.
+    """
     task, results = language_prior.TASK, []
     for seed, gain in gains.items():
         for row in (*task.starts, *task.rows):
@@ -397,7 +400,10 @@ def test_verdicts_are_corrected_for_their_number() -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch):
-    """A study whose runs take no time: the list of the runs, and the set of the rows that fail."""
+    """Replaces the study's runs by instant ones.
+
+    Returns a list that collects (seed, row) of each run, and a set to which tests add rows that must fail.
+    """
     asked: list[tuple[int, str]] = []
     failing: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""The processes of the study: their tasks and their end."""
+"""Tests the worker processes of the study: how they get tasks and how they end."""
 
 import concurrent.futures
 import os

@@ -1,4 +1,4 @@
-"""Lets a model of transformers compute in float64 where its code converts to float32, such as in its norms."""
+"""Makes transformers models compute in float64 where their code converts to float32, such as in norms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class AllFloat64(TorchFunctionMode):
-    """Replaces float32 by float64 in all arguments of torch's functions."""
+    """Replaces the dtype float32 by float64 in the arguments of every torch function."""
 
     def __torch_function__(
         self,

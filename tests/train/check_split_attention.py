@@ -1,10 +1,10 @@
-"""Compares split attention with separate rows and with the dense mask, for many families: ``make check-attention``.
+"""Compares split attention with separate rows and with the dense mask, for many model families.
 
-For each family, loss and all gradients of the layouts "shared" (padded rows) and "packed" are compared with those of
-"separate" and "masked": for text, one image and several images, one to four pairs of a prompt beside pairs of other
-prompts, responses of unequal lengths, and sliding windows that are shorter and longer than a prompt. The table has the
-largest relative errors: of the loss, and of all gradients as one vector (the norm of the difference over the norm). In
-float64 the norms of the models compute in float64, too.
+Run with ``make check-attention``. For each family, compares loss and gradients of the layouts "shared" (padded rows)
+and "packed" with those of "separate" and "masked". A batch has one to four pairs with the same prompt, and two pairs
+with other prompts. A prompt has up to two images, and responses differ in length. Sliding windows are shorter or
+longer than a prompt. Prints the largest relative errors of the loss and of the gradients. All gradients together count
+as one vector. In float64 runs, the models' norms compute in float64 too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALL: dict[str, Family] = {**FAMILIES, **MORE}
 
 
 def pairs(family: str, count: int, images: int) -> list[Sample]:
-    """Returns pairs of unequal lengths: ``count`` of one prompt, and one each of two others."""
+    """Returns pairs of unequal lengths: ``count`` pairs of one prompt, and two pairs with other prompts."""
     same = [
         sample(family, seed, prompt=3, text=9, chosen=1 + 3 * seed % 7, rejected=6 - seed, images=images)
         for seed in range(count)
@@ -44,7 +44,7 @@ def result(model: nn.Module, samples: list[Sample], layout: str) -> tuple[torch.
 
 
 def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], float]:
-    """Returns the relative errors of loss and gradients, the larger of both, by pairs of layouts."""
+    """Maps (layout, reference layout) to the relative error of the loss or of the gradients, the larger of the two."""
     results = {layout: result(model, samples, layout) for layout in ("separate", "masked", "shared", "packed")}
     found = {}
     for truth in ("separate", "masked"):
@@ -59,7 +59,7 @@ def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], flo
 
 
 def check(name: str, dtype: torch.dtype) -> dict[tuple[str, str], float]:
-    """Returns the largest relative errors of a family over all batches."""
+    """Maps (layout, reference layout) to the largest relative error of a family over all batches."""
     model = build(name, "eager" if name.startswith(EAGER) else "sdpa", dtype)
     switch_off_dropout(model)
     if hasattr(model, "set_experts_implementation"):

@@ -1,4 +1,4 @@
-"""Small runs that are saved and resumed, in this process or on two ranks."""
+"""Saves and resumes small training runs, in this process or on two ranks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def with_adapters(base: nn.Module) -> nn.Module:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """Returns an optimizer with two groups, like that of a recipe with weight decay."""
+    """Returns an AdamW with two parameter groups: matrices with weight decay, vectors without."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     vectors = [parameter for parameter in trained if parameter.dim() <= 1]
@@ -53,7 +53,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(model: nn.Module, optimizer: Any, steps: int, *, rank: int | None = None) -> None:
-    """Trains on tokens drawn from all three generators, or on tokens that depend on the rank."""
+    """Trains on random tokens, seeded by ``rank``; if it is None, by the Python, numpy and torch generators."""
     for step in range(steps):
         if rank is None:
             torch.manual_seed(random.randrange(1 << 30) + int(np.random.randint(1 << 30)) + int(torch.randint(9, ())))
@@ -67,7 +67,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, *, rank: int | None = No
 
 
 def snapshot(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Returns unsharded copies of all that training changes, by plain names."""
+    """Returns unsharded copies of the parameters, the optimizer state and the parameter groups' settings, by name."""
     found = {}
     inner = getattr(optimizer, "optimizer", optimizer)
     names = {parameter: name.removeprefix("module.") for name, parameter in model.named_parameters()}
@@ -110,7 +110,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": data_parallel, "
 
 
 def save_by_two(accelerator: Any, folder: Path) -> None:
-    """Saves under each wrapper after two steps, copies the state, trains further, then resumes and compares."""
+    """Tests DDP and FSDP2 on two ranks: saves after two steps, trains on, resumes, and compares the states."""
     for name, wrap in WRAPPERS.items():
         model = wrap(tied())
         optimizer = optimizer_of(model)
@@ -136,7 +136,7 @@ def save_by_two(accelerator: Any, folder: Path) -> None:
 
 
 def load_by_two(accelerator: Any, folder: Path) -> None:
-    """Resumes the checkpoint of one process under each wrapper."""
+    """Resumes a one-process checkpoint on two ranks, under DDP and under FSDP2."""
     truth = torch.load(folder / "single.truth")
     for wrap in WRAPPERS.values():
         model = wrap(text_model("Qwen2", tie_word_embeddings=True))
@@ -149,7 +149,7 @@ def load_by_two(accelerator: Any, folder: Path) -> None:
 
 
 def adapters_by_two(accelerator: Any, folder: Path) -> None:
-    """Saves sharded adapters on a frozen base."""
+    """Saves a checkpoint of sharded LoRA adapters on a frozen base model."""
     model = shard(with_adapters(tied()))
     optimizer = optimizer_of(model)
     train(model, optimizer, 2, rank=accelerator.process_index)
@@ -160,7 +160,7 @@ def adapters_by_two(accelerator: Any, folder: Path) -> None:
 
 
 def export_by_two(accelerator: Any, folder: Path) -> None:
-    """Exports the model of each wrapper."""
+    """Exports a model under DDP, a model under FSDP2, and a sharded model with adapters."""
     for name, wrap in WRAPPERS.items():
         model = wrap(tied())
         with torch.no_grad():
@@ -175,7 +175,7 @@ def export_by_two(accelerator: Any, folder: Path) -> None:
 
 
 def one_rank_fails(accelerator: Any, folder: Path) -> None:
-    """Checks that both ranks raise an error of the second: before and while tensors are written, and in a load."""
+    """Checks that both ranks raise if rank 1 fails before or during the write of tensors, or in a load."""
     model = data_parallel(tied())
     optimizer = optimizer_of(model)
     store = Checkpoints(folder / "failing")
@@ -227,7 +227,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def run_all(folder: Path) -> None:
-    """Runs all cases on two ranks. A case that fails ends the run, with its error in a file."""
+    """Runs all cases on two ranks. The first failing case ends the run; its traceback is in a file."""
     server()
     ranks = mp.start_processes(worker, args=(str(folder),), nprocs=2, join=False, start_method="forkserver")
     end_s = time.monotonic() + LIMIT_S

@@ -1,4 +1,4 @@
-"""A tiny InternVL on digits and a file of pairs, for the tests of the trainer; a step takes milliseconds."""
+"""A tiny InternVL for images of digits, and a file of pairs. A training step takes milliseconds."""
 
 import copy
 import json
@@ -15,7 +15,15 @@ from mpo_ext.train.recipe import Recipe, load_recipe
 
 
 def write_pairs(folder: Path, count: int, *, seed: int = 0, text_only: int = 0, repeats: int = 1) -> Path:
-    """Writes right and wrong responses to questions about grids; every ``text_only``-th has no image."""
+    """Writes pairs about images of digit grids, with a wrong rejected response. Returns the file.
+
+    Args:
+        folder: Where to write.
+        count: Number of tasks.
+        seed: Seed of the tasks.
+        text_only: Every ``text_only``-th task has no image; 0: all have one.
+        repeats: Number of pairs for each task.
+    """
     rng = np.random.default_rng(seed)
     tasks = digits.sample_tasks(digits.load_digits()["train"], count, rng)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +49,7 @@ def write_pairs(folder: Path, count: int, *, seed: int = 0, text_only: int = 0, 
 
 
 def tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Returns the model and its processor."""
+    """Returns the tiny model with random weights, and its processor."""
     torch.manual_seed(seed)
     processor = build_processor()
     model = build_model(processor.tokenizer, hidden_size=32, layers=2)
@@ -49,7 +57,7 @@ def tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 
 def recipe(out: Path, pairs: Path, **overrides: Any) -> Recipe:
-    """Returns a recipe for a few steps of 8 pairs, with overrides such as ``optim__batch_size=4``."""
+    """Returns a recipe for a few steps of 8 pairs; ``overrides`` are settings such as ``optim__batch_size=4``."""
     settings = {
         "optim.batch_size": 8,
         "optim.micro_batch_size": 4,
@@ -65,5 +73,5 @@ def recipe(out: Path, pairs: Path, **overrides: Any) -> Recipe:
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
-    """Returns a copy of the parameters."""
+    """Returns copies of the parameters, by name."""
     return {name: copy.deepcopy(parameter.detach()) for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Small models of transformers with random weights, and samples for them with images in the form of processors."""
+"""Small transformers models with random weights, and samples with images in their processors' format."""
 
 from __future__ import annotations
 
@@ -164,7 +164,10 @@ Images = Callable[[int, torch.Generator], tuple[list[list[int]], dict[str, torch
 
 
 def tiles(tokens: int, *, axis: bool = False) -> Images:
-    """Returns images of 8 x 8 with ``tokens`` tokens each; those of Idefics have an axis of conversations first."""
+    """Returns a function that makes 8 x 8 images with ``tokens`` image tokens each.
+
+    ``axis`` adds a leading axis to the pixel values, which Idefics needs.
+    """
 
     def images(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
         pixels = torch.randn(count, 1, 8, 8, generator=generator)
@@ -174,7 +177,7 @@ def tiles(tokens: int, *, axis: bool = False) -> Images:
 
 
 def patches(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """Returns images of several sizes as patches of 4 x 4; 2 x 2 patches are a token, as in Qwen-VL."""
+    """Returns token ids and inputs of images of several sizes, with 2 x 2 patches per token, as in Qwen-VL."""
     grids = [[1, 2 * int(side), 4] for side in torch.randint(1, 4, (count,), generator=generator)]
     total = sum(t * h * w for t, h, w in grids)
     pixels = torch.randn(total, 16, generator=generator)
@@ -184,7 +187,7 @@ def patches(count: int, generator: torch.Generator) -> tuple[list[list[int]], di
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family of models: its builder, its images, and the name of its vision tower."""
+    """A model family: functions that build the model and its images, and the name of its vision tower."""
 
     model: Callable[[], nn.Module]
     images: Images | None = None
@@ -366,7 +369,18 @@ def sample(
     prompt: int | None = None,
     name: str = "",
 ) -> Sample:
-    """Returns a pair. The prompt depends on the seed ``prompt``, the responses on ``seed``."""
+    """Returns a random pair.
+
+    Args:
+        family: Name of the model family.
+        seed: Seed of the responses, and of the prompt if ``prompt`` is None.
+        text: Number of text tokens in the prompt.
+        chosen: Number of tokens in the chosen response.
+        rejected: Number of tokens in the rejected response.
+        images: Number of images in the prompt.
+        prompt: Seed of the prompt; pairs with the same value share a prompt.
+        name: Name of the pair in messages.
+    """
     generator = torch.Generator().manual_seed(1000 + (seed if prompt is None else prompt))
     family_of = ALL[family]
     ids = torch.randint(2, 50, (text,), generator=generator).tolist()
@@ -394,7 +408,7 @@ def sample(
 
 
 def samples_of(family: str) -> list[Sample]:
-    """Returns pairs of unequal lengths: two of one question with two images, one with one image, one without."""
+    """Returns four pairs of unequal lengths: two share a prompt with two images, one has an image, one has none."""
     some = 1 if ALL[family].images else 0
     return [
         sample(family, 1, prompt=9, text=8, chosen=6, rejected=3, images=2 * some),
@@ -405,7 +419,7 @@ def samples_of(family: str) -> list[Sample]:
 
 
 def image_rows(samples: Sequence[Sample]) -> int:
-    """Returns the number of images, tiles or patches of these samples."""
+    """Returns the number of rows of the samples' pixel values: images, tiles or patches."""
     return sum(
         value.shape[0] * (value.shape[1] if value.ndim == 5 else 1)
         for one in samples

@@ -1,4 +1,4 @@
-"""A stand-in for the package flash-attn, in plain torch: its functions for padded and for packed sequences."""
+"""A replacement for the package flash-attn in plain torch, for padded and for packed sequences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def attend(
     window: tuple[int, int],
     softcap: float,
 ) -> Tensor:
-    """Returns ``[n, H, D]``; like flash-attn 2.1 and later, causal attention is aligned to the last key."""
+    """Computes attention of one sequence. Returns ``[n, H, D]``.
+
+    If there are more keys than queries, the last query is aligned with the last key, as in flash-attn since 2.1.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -34,7 +37,7 @@ def attend(
 
 
 class FlashAttention:
-    """Installs the stand-in as ``flash_attn``, and records the calls for packed sequences."""
+    """Installs the replacement as ``flash_attn``, and records the calls for packed sequences."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from transformers import modeling_flash_attention_utils as utils

@@ -1,4 +1,4 @@
-"""Folders with tiny models of transformers and their processors, and files of pairs for them."""
+"""Writes folders with tiny transformers models and their processors, and files of pairs for them."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ _VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
 
 
 def write_qwen2(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
-    """Writes a text model whose attention has biases."""
+    """Writes a Qwen2 model, whose attention has biases. Returns the folder."""
     torch.manual_seed(seed)
     template = tiny_processors.QWEN
     tokenizer = tiny_processors.with_template(
@@ -38,7 +38,7 @@ def write_qwen2(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
 
 
 def write_llava(folder: Path) -> Path:
-    """Writes a LLaVA, whose class names layers to keep whole that this model lacks."""
+    """Writes a LLaVA. Its ``_no_split_modules`` names classes that the model does not contain."""
     torch.manual_seed(0)
     processor = tiny_processors.llava()
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
@@ -55,7 +55,7 @@ def write_llava(folder: Path) -> Path:
 
 
 def write_pairs(folder: Path, count: int, *, images: bool) -> Path:
-    """Writes pairs of different lengths; with ``images``, every third pair has no image."""
+    """Writes pairs of different lengths. With ``images``, two of three pairs have an image."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []

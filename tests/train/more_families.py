@@ -1,4 +1,4 @@
-"""More families of models, for ``check_split_attention.py``: too many for the tests of each change."""
+"""More model families for ``check_split_attention.py``, too many for the regular tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def llava_onevision() -> nn.Module:
 
 
 def onevision_images(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """Returns images of 8 x 8: a single one has a tile in addition, and a token that ends each row of the tile."""
+    """Returns token ids and inputs of 8 x 8 images in LLaVA-OneVision's format.
+
+    A single image gets ten image tokens, because it is also used as a tile; each of several images gets five.
+    """
     pixels = torch.randn(count, 2, 1, 8, 8, generator=generator)
     inputs = {"image_sizes": torch.full((count, 2), 8), "batch_num_images": torch.tensor([count])}
     return [[IMAGE] * (10 if count == 1 else 5)] * count, {"pixel_values": pixels, **inputs}

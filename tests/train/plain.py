@@ -1,8 +1,8 @@
-"""Mixed Preference Optimization in plain float64 PyTorch: the trainer must agree with it.
+"""A reference implementation of Mixed Preference Optimization in plain float64 PyTorch, to test the trainer.
 
-It does not use mpo_ext. One forward pass for each response, full logits, log_softmax; a whole step is one
-expression and one backward pass. Written from the paper (arXiv 2411.10442), the documentation of the recipe, and the
-authors' rule for the reward shift; AdamW, the clipping and the schedule are those of torch and transformers, by hand.
+It does not use mpo_ext. Each response gets a separate forward pass with full logits and log_softmax, and a step is one
+backward pass. It is written from the paper (arXiv 2411.10442), the recipe's documentation, and the authors' rule for
+the reward shift. AdamW, gradient clipping and the schedules reimplement those of torch and transformers.
 """
 
 import copy
@@ -25,7 +25,7 @@ PIXEL_MEAN, PIXEL_SPREAD = 0.3, 0.35
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All settings that a run depends on, with the names of the recipe."""
+    """All settings of a run, under the recipe's names."""
 
     beta: float = 0.1
     dpo_weight: float = 0.8
@@ -52,7 +52,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Token ids of a prompt and its two responses, and the image, ``[1, 3, 32, 32]`` float32, or None."""
+    """Token ids of a prompt and its two responses, and the image (``[1, 3, 32, 32]`` float32) or None."""
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
@@ -61,7 +61,7 @@ class Pair:
 
 
 def read_pairs(path: Path, vocabulary: Mapping[str, int]) -> list[Pair]:
-    """Reads lines of question, chosen, rejected and images; each word is a token, and responses may be equal."""
+    """Reads a file of pairs. Each word is a token; pairs with equal responses are kept."""
     pairs = []
     for line in path.read_text().splitlines():
         fields = json.loads(line)
@@ -75,7 +75,7 @@ def read_pairs(path: Path, vocabulary: Mapping[str, int]) -> list[Pair]:
 
 
 def read_pixels(path: Path) -> Tensor:
-    """Returns a grey image as input of the model: three channels, ``(value / 255 - mean) / spread`` in float32."""
+    """Returns a grey image as model input: three channels of ``(value / 255 - mean) / spread`` in float32."""
     with Image.open(path) as image:
         values = np.asarray(image.convert("RGB"))
     scaled = values.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
@@ -83,7 +83,7 @@ def read_pixels(path: Path) -> Tensor:
 
 
 class WideNorm(nn.Module):
-    """RMSNorm in the dtype of its input; that of transformers always rounds to float32."""
+    """RMSNorm in the dtype of its input; transformers' RMSNorm always rounds to float32."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -93,7 +93,7 @@ class WideNorm(nn.Module):
 
 
 def widen(model: nn.Module) -> nn.Module:
-    """Converts the model to float64 in place, its norms included."""
+    """Converts a model to float64 in place, including its norms."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.__class__ = WideNorm
@@ -101,7 +101,7 @@ def widen(model: nn.Module) -> nn.Module:
 
 
 class Lora(nn.Module):
-    """``W x + b + (alpha / r) B A x``; only A and B are trained."""
+    """A linear layer with LoRA: ``W x + b + (alpha / r) B A x``. Only A and B are trained."""
 
     def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
@@ -113,7 +113,10 @@ class Lora(nn.Module):
 
 
 def add_lora(model: nn.Module, adapters: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> nn.Module:
-    """Returns a frozen copy of the model with adapters ``(A [r, in], B [out, r])`` at the named layers."""
+    """Returns a frozen copy of the model with LoRA adapters.
+
+    ``adapters`` maps the names of layers to ``(A [r, in], B [out, r])``.
+    """
     model = copy.deepcopy(model).requires_grad_(False)
     for name, (a, b) in adapters.items():
         parent, _, last = name.rpartition(".")
@@ -123,7 +126,7 @@ def add_lora(model: nn.Module, adapters: Mapping[str, tuple[Tensor, Tensor]], sc
 
 
 def row_logp(model: nn.Module, pair: Pair, response: tuple[int, ...]) -> Tensor:
-    """Returns the log-probs of the whole vocabulary at each token of the response, ``[length, V]``."""
+    """Returns the log-probs of all tokens at each position of the response, ``[length, V]``."""
     ids = torch.tensor([[*pair.prompt, *response]])
     images = {} if pair.pixels is None else {"pixel_values": pair.pixels.double()}
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **images).logits[0]
@@ -131,12 +134,12 @@ def row_logp(model: nn.Module, pair: Pair, response: tuple[int, ...]) -> Tensor:
 
 
 def taken(rows: Tensor, response: tuple[int, ...]) -> Tensor:
-    """Returns the log-prob of each token of the response."""
+    """Returns the log-prob of each response token, given the log-probs of all tokens ``[length, V]``."""
     return rows[torch.arange(len(response)), torch.tensor(response)]
 
 
 class Delta:
-    """The reward shift."""
+    """The state of the reward shift."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -145,7 +148,7 @@ class Delta:
         self.waiting: list[float] = []  # rewards since the last optimizer step
 
     def of_micro_batch(self, rewards: list[float]) -> float:
-        """Adds the rewards of both sides of a micro-batch. Returns the value that the micro-batch uses."""
+        """Adds all rewards of a micro-batch. Returns the shift that its loss uses."""
         before = self.value
         if self.settings.shift_per == "optimizer_step":
             self.waiting += rewards
@@ -154,7 +157,7 @@ class Delta:
         return self.value if self.settings.shift_update == "before" else before
 
     def end_step(self) -> None:
-        """Adds the rewards collected during the optimizer step."""
+        """Updates the shift at the end of an optimizer step, with the rewards collected during the step."""
         if self.waiting:
             self._move(sum(self.waiting) / len(self.waiting))
             self.waiting = []
@@ -169,7 +172,10 @@ class Delta:
 
 
 def rate(settings: Settings, step: int, steps: int) -> float:
-    """Returns ``get_<schedule>_schedule_with_warmup`` of transformers at a step, from 0."""
+    """Returns the learning rate of a step, counted from 0.
+
+    The schedules are those of transformers' ``get_<schedule>_schedule_with_warmup``.
+    """
     warmup = math.ceil(settings.warmup_ratio * steps)
     if step < warmup:
         factor = step / max(1, warmup)
@@ -184,9 +190,9 @@ def rate(settings: Settings, step: int, steps: int) -> float:
 
 
 class AdamW:
-    """Decoupled weight decay (arXiv 1711.05101) on parameters with at least two axes.
+    """AdamW (arXiv 1711.05101) with weight decay on parameters with at least two axes.
 
-    As in torch, a parameter without a gradient does not change: the vision tower in a step without images.
+    A parameter without a gradient does not change, as in torch. The vision tower has none in a step without images.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], settings: Settings) -> None:
@@ -197,7 +203,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], learning_rate: float) -> None:
-        """Moves the parameters."""
+        """Updates the parameters with their gradients; None leaves a parameter unchanged."""
         beta1, beta2 = self.settings.betas
         for number, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             if gradient is None:
@@ -222,8 +228,8 @@ def train(
 
     Args:
         model: Model in float64; its parameters that require a gradient are trained.
-        reference: Another model in float64; None if the loss has no preference term.
-        steps: The micro-batches of each step, the pairs of each micro-batch.
+        reference: Reference model in float64; None if the loss has no preference term.
+        steps: For each step its micro-batches, each a list of pairs.
         settings: Settings of the run.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -259,7 +265,7 @@ def train(
 
 @dataclasses.dataclass
 class _Measured:
-    """A pair after its forward pass."""
+    """Loss terms and metrics of a pair after its forward pass."""
 
     dpo: Tensor
     bco: Tensor
@@ -279,7 +285,10 @@ def _micro_batch(
     delta: Delta,
     known: dict[tuple[Any, ...], float],
 ) -> list[_Measured]:
-    """Returns the terms of each pair of a micro-batch, with one delta for all."""
+    """Returns the loss terms of each pair of a micro-batch. All pairs use the same reward shift.
+
+    ``known`` caches the reference log-probs of responses.
+    """
     found = []
     for pair in pairs:
         responses = (pair.chosen, pair.rejected) if reference is not None else (pair.chosen,)
@@ -329,13 +338,13 @@ def _ntp(pairs: Sequence[_Measured], settings: Settings) -> Tensor:
 
 
 def _average(pairs: Sequence[_Measured], settings: Settings) -> Tensor:
-    """Returns ``w_p L_p + w_q L_q + w_g L_g`` of some pairs."""
+    """Returns the MPO loss of the pairs: ``w_p L_p + w_q L_q + w_g L_g`` (DPO, BCO and NTP terms)."""
     preference = [settings.dpo_weight * pair.dpo + settings.bco_weight * pair.bco for pair in pairs]
     return torch.stack(preference).mean() + settings.ntp_weight * _ntp(pairs, settings)
 
 
 def _line(pairs: Sequence[_Measured], settings: Settings, has_reference: bool) -> dict[str, float]:
-    """Returns the means over the pairs (or tokens) of a step, independent of its micro-batches."""
+    """Returns the metrics of a step: means over its pairs or tokens, and counts."""
     tokens = sum(sum(pair.tokens) for pair in pairs)
     line = {
         "ntp_loss": _ntp(pairs, settings).item(),

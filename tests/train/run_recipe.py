@@ -1,7 +1,7 @@
-"""Runs of a recipe in separate processes, as one or several ranks, killed or signalled at a chosen moment.
+"""Runs recipes in separate processes, with one or several ranks, which tests kill or signal at a chosen moment.
 
-Processes are forked from a server that has imported the trainer, so that a process costs no more than its steps.
-``write_text_run`` writes a small text model with its tokenizer, and pairs, for tests of the command line.
+The processes are forked from a server that has already imported the trainer, to save time. ``write_text_run`` writes a
+small text model with tokenizer and pairs, for tests of the command line.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _FSDP2 = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run of the tiny model of ``digits_run``.
+    """A training run of the tiny model of ``digits_run``, or of the model in a folder.
 
     Attributes:
         out: Folder of the run. Files beside it: ``.text`` (its output), ``.rank0`` ... (the result of each rank)
@@ -54,9 +54,9 @@ class Job:
         settings: Overrides of the recipe, as in ``digits_run.recipe``.
         hook: Called in each process with its rank, before the run.
         world_size: Number of processes.
-        sharded: Whether they shard the model (FSDP2) instead of copying it (DDP).
+        sharded: Whether the processes shard the model (FSDP2) instead of copying it (DDP).
         zero: Settings of DeepSpeed's ZeRO, such as its stage; None: no DeepSpeed.
-        model: Folder of the model; None: the tiny model of ``digits_run``, made by each process.
+        model: Folder of the model; None: each process makes the tiny model of ``digits_run``.
     """
 
     out: Path
@@ -74,9 +74,9 @@ class Job:
 
 @functools.lru_cache(None)
 def server() -> Any:
-    """Returns the context of processes forked from a server without threads that has imported the trainer.
+    """Returns a multiprocessing context that forks from a server process, which has imported the trainer.
 
-    A fork of the test process may wait forever for the locks of its threads.
+    The server has no threads. A fork of the test process could wait forever for a lock of one of its threads.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run_recipe_preload", "run_recipe"])
@@ -92,7 +92,7 @@ def server() -> Any:
 
 
 def start(job: Job) -> list[Any]:
-    """Starts the processes of a run."""
+    """Starts the processes of a run and returns them."""
     context = server()
     job.out.parent.mkdir(parents=True, exist_ok=True)
     for name in ("store", "begun"):
@@ -106,7 +106,7 @@ def start(job: Job) -> list[Any]:
 
 
 def finish(processes: Sequence[Any], limit_s: float = LIMIT_S) -> list[int]:
-    """Waits for processes and returns their exit codes. Processes over the limit are killed and fail the test."""
+    """Waits for processes and returns their exit codes. If one needs over ``limit_s`` seconds, kills all and fails."""
     end_s = time.monotonic() + limit_s
     for process in processes:
         process.join(max(end_s - time.monotonic(), 0.01))
@@ -119,31 +119,31 @@ def finish(processes: Sequence[Any], limit_s: float = LIMIT_S) -> list[int]:
 
 
 def run(job: Job, limit_s: float = LIMIT_S) -> list[int]:
-    """Runs to the end and returns the exit code of each process."""
+    """Runs a job to its end. Returns the exit code of each process."""
     return finish(start(job), limit_s)
 
 
 def text_of(job: Job) -> str:
-    """Returns the output of all runs into this folder."""
+    """Returns the printed output of all runs of this job."""
     path = job.beside("text")
     return path.read_text() if path.exists() else ""
 
 
 def log_of(job: Job) -> list[dict[str, Any]]:
-    """Returns the log without the values that depend on the clock and the machine."""
+    """Returns the log's lines, without values that depend on the clock or the machine."""
     lines = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
     return [{name: line[name] for name in line if name not in TIMING} for line in lines]
 
 
 def result_of(job: Job, rank: int = 0) -> dict[str, Any]:
-    """Returns the final parameters of a rank, by name, and its final state of the reward shift."""
+    """Returns the final parameters of a rank, by name, and the final state of its reward shift."""
     import torch
 
     return torch.load(job.beside(f"rank{rank}"))
 
 
 def _work(job: Job, rank: int) -> None:
-    """Runs the trainer in this process, and exits with its status."""
+    """Trains in this process, and exits with the trainer's status."""
     with open(job.beside("text"), "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -236,11 +236,13 @@ def _count_calls(owner: Any, name: str, before: Callable[[], None]) -> None:
 
 
 def die_at_event(number: int | None, events: Path, rank: int) -> None:
-    """Counts events of the run (forward passes, updates, changes on the disk) and kills it before one of them.
+    """Kills this process right before an event.
+
+    Events are policy losses, reference forwards, optimizer updates, log lines, and changes on disk.
 
     Args:
-        number: Number of the event, from 0; None kills nothing.
-        events: File for the number of all events.
+        number: Number of the event, from 0; None: kill nothing, but count all events.
+        events: File into which the count is written.
         rank: Rank of the process.
     """
     import torch
@@ -268,12 +270,12 @@ def die_at_event(number: int | None, events: Path, rank: int) -> None:
 
 
 def signal_at_forward(number: int, signals: Sequence[int], only: int | None, rank: int) -> None:
-    """Sends signals to the process itself in the number-th forward pass of the policy, from 0.
+    """Makes the process send signals to itself in a forward pass of the policy.
 
     Args:
-        number: Number of the pass.
+        number: Number of the forward pass, from 0.
         signals: Signals to send, in order.
-        only: Rank that sends them; None for all.
+        only: Rank that sends them; None for all ranks.
         rank: Rank of the process.
     """
     from mpo_ext.train import batch_loss
@@ -291,7 +293,7 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
 
 
 def count_reference_pairs(path: Path, rank: int) -> None:
-    """Writes a line into a file for each pair whose log-probs under the reference are computed."""
+    """Appends a line to a file for each pair whose reference log-probs are computed."""
     from mpo_ext.train import reference_file
 
     original = reference_file.sequence_logp
@@ -305,7 +307,7 @@ def count_reference_pairs(path: Path, rank: int) -> None:
 
 
 def all_of(hooks: Sequence[Callable[[int], None]], rank: int) -> None:
-    """Calls several hooks."""
+    """Calls each hook with the rank."""
     for hook in hooks:
         hook(rank)
 
@@ -314,7 +316,7 @@ def all_of(hooks: Sequence[Callable[[int], None]], rank: int) -> None:
 
 
 def write_text_run(folder: Path) -> Path:
-    """Writes a model, its tokenizer, pairs and a recipe. Returns the path of the recipe."""
+    """Writes a text model, its tokenizer, pairs and a recipe. Returns the path of the recipe."""
     import torch
     import transformers
 
@@ -346,9 +348,9 @@ def write_text_run(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def program(command: Sequence[str], text: Path) -> Iterator[Any]:
-    """Runs a program in a new session; its remaining processes are killed at the end.
+    """Runs a program in a new session for the duration of a ``with`` block, with its output in the file ``text``.
 
-    It gets SIGTERM first: a launcher ends its workers, which are in other sessions.
+    At the end, sends SIGTERM, so that a launcher ends its workers in other sessions, and then kills the session.
     """
     import subprocess
 

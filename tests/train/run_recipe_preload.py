@@ -1,4 +1,4 @@
-"""Imports of the server of ``run_recipe``, before it forks."""
+"""Modules that the server of ``run_recipe`` imports before it forks."""
 
 import accelerate.state
 import digits_run

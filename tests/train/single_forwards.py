@@ -1,4 +1,4 @@
-"""Single forwards of each response: the loss and the gradients that batches must have."""
+"""Computes loss and gradients with a separate forward for each response, as a reference for batches."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def plain_loss(model: nn.Module, samples: Sequence[Sample], with_rejected: bool = True) -> torch.Tensor:
-    """Returns the loss by the logits of a separate forward for each [prompt | response], with its images."""
+    """Returns the loss, computed from logits, with a separate forward for each response.
+
+    The input of a forward is the prompt with its images, followed by one response.
+    """
     logits, labels, lengths = [], [], [0]
     for side in ("chosen_ids", "rejected_ids"):
         for pair in samples:
@@ -76,7 +79,7 @@ def plain_loss(model: nn.Module, samples: Sequence[Sample], with_rejected: bool 
 
 
 def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the gradients by parameter name without the wrappers' prefix (zeros for None), and clears them."""
+    """Returns the gradients by parameter name, without wrapper prefixes, and clears them. None becomes zeros."""
     loss.backward()
     grads = {
         name.removeprefix("module."): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()

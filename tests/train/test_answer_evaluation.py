@@ -1,4 +1,4 @@
-"""Tests the evaluation by generation during training (``output.eval_generate``)."""
+"""Tests evaluation by generated answers during training (``output.eval_generate``)."""
 
 import dataclasses
 import json
@@ -32,13 +32,13 @@ TIMING = run_recipe.TIMING
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a file of twenty pairs: steps of 8, 8 and 4."""
+    """Returns a file of twenty pairs, which give steps of 8, 8 and 4 pairs."""
     return write_pairs(tmp_path_factory.mktemp("pairs"), 20, text_only=5)
 
 
 @pytest.fixture(scope="module")
 def items(pairs: Path) -> Path:
-    """Returns a file of nine questions about the images of the pairs; the tiny model answers some correctly."""
+    """Returns a file of nine questions about the images of the pairs. The tiny model answers some correctly."""
     lines = [json.loads(line) for line in pairs.read_text().splitlines()[:9]]
     path = pairs.with_name("items.jsonl")
     path.write_text(
@@ -63,7 +63,7 @@ def any_precision() -> Iterator[None]:
 
 
 def settings_of(items: Path, **settings: Any) -> dict[str, Any]:
-    """Returns the setting ``output.eval_generate`` for short answers, and other settings."""
+    """Returns overrides of a recipe: ``output.eval_generate`` with short answers, and ``settings``."""
     generation = {
         "path": str(items), "prompt": "none", "style": "direct", "max_new_tokens": 6, "image_root": str(items.parent),
         "batch_size": 4, "matcher": {"kind": "number"}, "every": 1, **settings,
@@ -210,7 +210,10 @@ def test_fsdp2_trains_the_same_with_and_without_it(tmp_path: Path, pairs: Path, 
 
 
 def refuse_inference_mode(rank: int) -> None:
-    """Parameters that FSDP2 first gathers in inference mode cannot train."""
+    """Makes ``generate`` fail in inference mode.
+
+    If FSDP2 gathered parameters there for the first time, they could not be trained later.
+    """
     generate = GenerationMixin.generate
 
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -354,7 +357,7 @@ def test_a_path_is_the_whole_section() -> None:
 
 
 class Caching(nn.Module):
-    """A module with attributes and a buffer that a forward pass replaces."""
+    """A module whose forward replaces attributes and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()

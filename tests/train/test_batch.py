@@ -1,4 +1,4 @@
-"""Batches: the rows of both layouts, and the samples that cannot be batched."""
+"""Tests how pairs become a batch: the rows of both layouts, and samples that cannot be batched."""
 
 from __future__ import annotations
 

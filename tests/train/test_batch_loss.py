@@ -1,4 +1,4 @@
-"""Tests the loss of a micro-batch with ``loss.preference``: other losses instead of the DPO term."""
+"""Tests the loss of a micro-batch when ``loss.preference`` replaces the DPO term by another loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(out: Path, pairs: Path, **overrides: Any) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Lines of the log and weights after three steps."""
+    """Trains three steps. Returns the log's lines and the final weights."""
     model, processor = digits_run.tiny()
     lines: list[dict[str, float]] = []
     common = {"loss__bco_weight": 0, "optim__max_steps": 3, "optim__epochs": 2, "optim__eps": 1e-4}
@@ -56,7 +56,7 @@ def assert_same(one: Any, other: Any, *names: str) -> None:
 def test_each_micro_batch_has_its_share_of_the_step(
     tmp_path: Path, settings: dict[str, Any], of_pairs: list[float], of_tokens: list[float]
 ) -> None:
-    """The shares have the number of ranks as a factor, because accelerate averages the gradients over the ranks."""
+    """The loss weights include the number of ranks as a factor, because accelerate averages gradients over ranks."""
     recipe = digits_run.recipe(tmp_path / "run", tmp_path / "pairs.jsonl", **settings)
     counts = [BatchCounts(2, 5, 2), BatchCounts(1, 9, 1), BatchCounts(2, 1, 1)]
     size = StepSize(BatchCounts(5, 15, 4), micro_steps=2, micro_batches=3)
@@ -147,7 +147,7 @@ def test_settings_that_do_not_go_together_are_named(values: dict[str, Any], mess
 
 
 def test_on_step_ends_a_run(tmp_path: Path, pairs: Path) -> None:
-    """The run ends as if the step were its last: with a checkpoint, a line in the log and the final model."""
+    """``on_step`` ends the run at step 3; the run still writes a checkpoint, a log line and the final model."""
     model, processor = digits_run.tiny()
     recipe = digits_run.recipe(tmp_path / "run", pairs, optim__epochs=5, output__log_every=100)
     seen: list[int] = []

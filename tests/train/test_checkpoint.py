@@ -1,4 +1,4 @@
-"""Tests that checkpoints restore bit for bit, on other numbers of ranks too, and are whole or absent after a kill."""
+"""Tests that checkpoints restore all bits, also on other numbers of ranks, and are complete or absent after a kill."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def accelerator() -> Any:
 
 
 class Small(nn.Module):
-    """A model with a persistent buffer, a buffer that is not persistent, and a layer that some inputs skip."""
+    """A model with a persistent buffer, a non-persistent buffer, and a layer that gets no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Small(nn.Module):
 
 
 def moved(model: nn.Module) -> torch.optim.Optimizer:
-    """Returns an optimizer after a step with only some of the layers."""
+    """Returns an optimizer after one step in which only the layer ``used`` had a gradient."""
     optimizer = optimizer_of(model)
     model.used(torch.ones(3, dtype=model.used.weight.dtype)).sum().backward()
     optimizer.step()
@@ -440,7 +440,10 @@ def test_leftovers_of_a_death_are_removed_or_finished(save: Callable[..., Path],
 
 
 def save_forever(folder: Path, first: int) -> None:
-    """Saves step after step, with the step in the parameters; every third save replaces the previous checkpoint."""
+    """Saves checkpoints in a loop, with the count of saves as parameter values.
+
+    Every third save replaces the previous checkpoint.
+    """
     accelerator = accelerate.Accelerator(cpu=True)
     store = Checkpoints(folder, keep_last=1)
     model = Small()
@@ -487,7 +490,7 @@ def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(
 
 
 def die_at(folder: Path, number: int, step: int) -> None:
-    """Saves, and kills the process right before a call that changes the disk, counted from 0."""
+    """Saves a checkpoint, and exits abruptly right before the call ``number`` (from 0) that changes the disk."""
     store = Checkpoints(folder, keep_last=1)
     model = Small()
     optimizer = moved(model)
@@ -744,7 +747,7 @@ def test_an_export_of_a_model_with_images_is_what_was_trained(accelerator: Any, 
 
 @pytest.fixture
 def adapted(tmp_path: Path) -> nn.Module:
-    """Returns a model that was loaded from a folder, with adapters."""
+    """Returns a model with adapters. Its base model was loaded from a folder."""
     tied().save_pretrained(tmp_path / "base")
     return with_adapters(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
 

@@ -1,4 +1,4 @@
-"""Every kind of damage to every file of a checkpoint is noticed, and a run resumes from the older checkpoint."""
+"""Tests that damage to any file of a checkpoint is detected, and that the run resumes from the older checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = ("manifest.json", "state.json", "trainer.pt", "rng-00000.pt", "tensors/.
 
 
 def flip(place: float) -> Callable[[Path, Path], None]:
-    """Returns a function that changes a bit of the byte at a relative place of a file."""
+    """Returns a function that flips a bit of a file, at the relative position ``place`` between 0 and 1."""
 
     def damage(file: Path, older: Path) -> None:
         content = bytearray(file.read_bytes())
@@ -141,7 +141,7 @@ def test_no_damage_is_silent(
 def check_one(
     store: Checkpoints, accelerator: Any, older: Path, newest: Path, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Asserts that a damaged checkpoint is refused before anything is changed, and that the older one is taken."""
+    """Asserts that loading a damaged checkpoint fails and changes nothing, and that "auto" resumes the older one."""
     other = nn.Linear(8, 8)
     before = [parameter.detach().clone() for parameter in other.parameters()]
     with pytest.raises(CheckpointError):

@@ -1,4 +1,4 @@
-"""Compares runs of two ranks under the real DeepSpeed with runs of one process, and resumes them.
+"""Compares DeepSpeed runs of two ranks with runs of one process, and resumes them.
 
 ``make deepspeed-check`` runs all combinations; CI runs a few of them.
 """
@@ -59,7 +59,7 @@ def job_of(folder: Path) -> Callable[..., Job]:
 
 @pytest.fixture(scope="module")
 def single(job_of: Callable[..., Job]) -> Callable[..., Job]:
-    """Returns a function that runs one process, once for each setting."""
+    """Returns a function that runs a job in one process. Runs with equal settings are cached."""
     jobs: dict[str, Job] = {}
 
     def single(model: str, **settings: Any) -> Job:
@@ -84,7 +84,7 @@ def questions(folder: Path) -> Path:
 
 
 def final(job: Job) -> dict[str, torch.Tensor]:
-    """Returns the tensors of the exported model."""
+    """Returns the tensors of the exported model, by name."""
     tensors: dict[str, torch.Tensor] = {}
     for path in (job.out / "final").rglob("*.safetensors"):
         tensors.update({f"{path.parent.name}/{name}": value for name, value in load_file(path).items()})
@@ -92,7 +92,7 @@ def final(job: Job) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(job: Job, expected: Job, atol: float = 1e-5) -> None:
-    """Compares all values of the log, the weights in memory and the exported weights."""
+    """Compares two runs: all values of the log, the weights in memory, and the exported weights."""
     lines, truth = log_of(job), log_of(expected)
     assert len(lines) == len(truth) == 6
     for line, other in zip(lines, truth, strict=True):
@@ -135,7 +135,7 @@ def check(
 def test_zero3_trains_an_image_model_as_one_process_does(
     job_of: Callable[..., Job], single: Callable[..., Job]
 ) -> None:
-    """The pairs include text, so a rank may have no image; the reference is a copy."""
+    """Some pairs have no image, so a rank may have a batch without images. The reference is a copy of the policy."""
     job = check(job_of, single, "llava", 3)
     assert "(shared prefix), checked on the first pairs" in text_of(job)
     assert "agree" in text_of(job)
@@ -185,7 +185,7 @@ _ASKED = [(2, {"model__lora": {"rank": 4, "dropout": 0.2}}), (3, {}), (1, {}), (
 def test_training_is_the_same_with_and_without_questions(
     stage: int, settings: dict[str, Any], job_of: Callable[..., Job], questions: Path
 ) -> None:
-    """``output.eval_generate`` leaves all bits of training as they are; the ranks share the questions."""
+    """Generating answers for ``output.eval_generate`` on all ranks leaves training unchanged, bit for bit."""
     name = f"asked-{stage}-{len(str(settings))}"
     generation = {"path": str(questions), "every": 2, "max_new_tokens": 5, "style": "direct", "prompt": "none",
                   "batch_size": 2, "matcher": {"kind": "number"}, "image_root": str(questions.parent)}  # fmt: skip
@@ -277,7 +277,7 @@ def test_gradient_checkpointing(stage: int, job_of: Callable[..., Job], single: 
 @only_in_all
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_policy_and_reference_agree_in_bfloat16(stage: int, job_of: Callable[..., Job]) -> None:
-    """DeepSpeed casts the weights of the policy; the reference must be cast likewise."""
+    """DeepSpeed casts the policy's weights to bfloat16, so the reference must be cast in the same way."""
     job = job_of(f"bf16-{stage}", "llava", stage, precision="bf16")
     assert run(job) == [0, 0], text_of(job)
     assert abs(log_of(job)[0]["chosen_reward"]) < 1e-6
@@ -287,7 +287,7 @@ def test_policy_and_reference_agree_in_bfloat16(stage: int, job_of: Callable[...
 @only_in_all
 @pytest.mark.parametrize("stage", [2, 3, "FSDP2"])
 def test_qlora(stage: Any, job_of: Callable[..., Job], single: Callable[..., Job]) -> None:
-    """The 4-bit weights of a sharded model are gathered and dequantized for the merged model."""
+    """Exporting the merged model gathers and dequantizes the sharded 4-bit weights."""
     pytest.importorskip("bitsandbytes", reason="needs the extra qlora, which dev installs")
     settings = {"model__lora": {"rank": 4, "quantization": "4bit"}, "output__save_merged": True}
     if stage != "FSDP2":

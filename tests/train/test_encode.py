@@ -1,4 +1,4 @@
-"""Samples: pairs encoded by the processors and chat templates of several model families."""
+"""Tests the encoding of pairs with the processors and chat templates of several model families."""
 
 # ruff: noqa: E402 - these packages come with an extra; the Chinese punctuation is meant
 import dataclasses
@@ -79,7 +79,7 @@ IMAGE_TOKENS = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Writes images of several sizes and kinds; returns their paths."""
+    """Writes images of several sizes and modes, and returns their paths."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for number, size in enumerate([(40, 50), (60, 30), (33, 90)]):
@@ -102,13 +102,13 @@ def dropped(encoder: Encoder, pair: Pair) -> str:
 
 
 def turns(*messages: tuple[str, Any], question: str = "the last", images: tuple[str, ...] = ()) -> Pair:
-    """Returns a pair whose prompt has several turns."""
+    """Returns a pair whose prompt has several turns; ``question`` is its last turn."""
     conversation = [{"role": role, "content": content} for role, content in messages]
     return Pair(question, "yes", "no", images, extra={"$source": {"messages": conversation}})
 
 
 def stub_engine(processor: Any) -> TransformersEngine:
-    """Returns an engine that renders prompts and generates nothing."""
+    """Returns an engine without a model, which can only render prompts."""
     model: Any = SimpleNamespace(
         config=SimpleNamespace(_name_or_path="stub"),
         generation_config=SimpleNamespace(eos_token_id=1),
@@ -195,7 +195,7 @@ def test_the_prompt_is_the_one_that_is_sampled_from(family: Any, count: int, ima
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_stand_where_the_question_has_them(family: Any, images: tuple[str, ...]) -> None:
-    """Three images, the last in grey, have their tokens and places, and their rows can be concatenated."""
+    """Each ``<image>`` becomes image tokens. Image inputs equal the concatenated inputs of the single images."""
     encoder = Encoder(family())
     got = sample(encoder, Pair("<image>\none <image>\ntwo <image>\nthree", "yes", "no", images[1:]))
     token = IMAGE_TOKENS[family.__name__]
@@ -226,7 +226,7 @@ def test_an_image_without_a_place_comes_first(family: Any, images: tuple[str, ..
 
 
 def test_nested_images_lie_as_the_model_flattens_them(images: tuple[str, ...]) -> None:
-    """Idefics3 computes the same features from ``[N, 1, ...]`` of two pairs as from ``[1, N, ...]`` of one pair."""
+    """Idefics3 gives equal features for N rows with one image, ``[N, 1, ...]``, and for one row with N images."""
     processor = idefics3()
     both = sample(Encoder(processor), Pair("?", "yes", "no", images[:2])).image_inputs
     assert both["pixel_values"].shape[1:] == (1, 3, 32, 32)
@@ -291,7 +291,7 @@ def test_faulty_images_are_named(family: Any, images: tuple[str, ...], tmp_path:
 
 
 def test_a_processor_that_loses_image_tokens_is_found_out(images: tuple[str, ...]) -> None:
-    """The processor truncates its output."""
+    """The test's processor truncates its output, which removes image tokens."""
     for family in (internvl, qwen, llava):
         processor = family()
         encoder, call = Encoder(processor), type(processor).__call__
@@ -473,7 +473,7 @@ def test_the_digest_changes_if_and_only_if_the_inputs_do(images: tuple[str, ...]
 
 
 def test_the_digest_tells_apart_where_one_response_ends() -> None:
-    """Moving tokens across a border or changing the dtype of a field changes the digest."""
+    """The digest changes if a token moves between prompt and responses, or if a field changes its dtype."""
     encoder = text_encoder()
     fields = {"prompt": [5, 6], "chosen": [7], "rejected": [8]}
     from mpo_ext.train.encode import _digest

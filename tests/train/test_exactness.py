@@ -1,8 +1,8 @@
 """Compares the trainer with the float64 script plain.py: loss, rewards, delta, gradient norms and final weights.
 
-In float32 they must agree to 1e-5 over 20 steps. In float64 they must agree to 1e-9, so that rounding cannot hide an
-error. MPO_EXACTNESS_ALL=1 combines all modes of the reward shift with all references and all ways to accumulate, in 20
-steps of float32; the default is a selection of these.
+In float32 the two must agree to 1e-5 over 20 steps. In float64 they must agree to 1e-9, so that rounding cannot hide
+an error. By default, a selection of settings is tested. MPO_EXACTNESS_ALL=1 tests all combinations of reward-shift
+mode, reference and gradient accumulation, over 20 steps in float32.
 """
 
 import dataclasses
@@ -130,18 +130,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A file of pairs.
+    """A file of pairs, and the pairs as the script reads them.
 
     Attributes:
         path: The file.
-        pairs: Its lines as the script reads them.
+        pairs: The pairs of the file, in order.
     """
 
     path: Path
     pairs: list[plain.Pair]
 
     def steps(self, steps: int, micro_batch_size: int, *, grouped: bool) -> list[list[list[plain.Pair]]]:
-        """Returns micro-batches in the trainer's order, without lines of equal responses; the order is not tested."""
+        """Returns the micro-batches of each step, in the order of the trainer's sampler.
+
+        Leaves out pairs with equal responses, which the trainer skips.
+        """
         mixture = Mixture([SourceRecipe(path=str(self.path))])
         groups = mixture.prompt_groups() if grouped else None
         sampler = StepSampler(mixture.epoch, batch_size=BATCH, groups=groups)
@@ -160,16 +163,16 @@ class Data:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Returns 10 pairs, half of them without an image, and a pair of equal responses, which is skipped.
+    """Returns 10 pairs, half of them without an image, and a pair with equal responses, which the trainer skips.
 
-    An epoch has a step of 8 and one of 3, so that steps and micro-batches differ in size.
+    An epoch has steps of 8 and of 3 lines, so steps and micro-batches differ in size.
     """
     return make_data(tmp_path_factory.mktemp("pairs"), 10, text_only=2)
 
 
 @pytest.fixture(scope="module")
 def grouped_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Returns several pairs for each prompt."""
+    """Returns a file with three pairs for each prompt."""
     return make_data(tmp_path_factory.mktemp("grouped"), 5, text_only=2, repeats=3)
 
 
@@ -182,7 +185,10 @@ def make_data(folder: Path, count: int, **options: int) -> Data:
 
 
 def adapters() -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns A and B of all linear layers of the language model. B is not 0: policy and reference differ."""
+    """Returns LoRA matrices (A, B) for all linear layers of the language model.
+
+    B is not 0, so policy and reference differ.
+    """
     model, _ = digits_run.tiny()
     generator = torch.Generator().manual_seed(1)
     return {
@@ -197,14 +203,14 @@ def adapters() -> dict[str, tuple[Tensor, Tensor]]:
 
 @dataclasses.dataclass
 class Run:
-    """The result of a run: the lines of the log, and the weights by the names of the script."""
+    """The log lines of a run, and its final weights under the script's names."""
 
     lines: list[dict[str, float]]
     weights: dict[str, Tensor]
 
 
 def run_script(data: Data, overrides: Mapping[str, Any], *, steps: int = STEPS) -> Run:
-    """Runs the script with the settings of a recipe with these overrides."""
+    """Runs the script plain.py with the settings that a recipe with these overrides has."""
     grouped = bool(overrides.get("data__group_prompts"))
     order = data.steps(steps, overrides.get("optim__micro_batch_size", 4), grouped=grouped)
     base = plain.widen(digits_run.tiny()[0])
@@ -261,7 +267,7 @@ def plain_name(name: str) -> str:
 
 
 def settings_of(overrides: Mapping[str, Any]) -> plain.Settings:
-    """Returns the settings of the script for the overrides of a recipe; others keep the default of each side."""
+    """Converts overrides of a recipe to settings of plain.py. Other settings keep plain.py's defaults."""
     names = {field.name for field in dataclasses.fields(plain.Settings)}
     values: dict[str, Any] = {}
     for name, value in {**OPTIM, **overrides}.items():
@@ -276,7 +282,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
 def assert_equal(run: Run, script: Run, tolerance: float) -> None:
-    """Compares every number of every step of the script, and every weight."""
+    """Checks every logged number of every step, and every weight, against the script's."""
     assert len(run.lines) == len(script.lines)
     off: dict[str, float] = {}
     for line, wanted in zip(run.lines, script.lines, strict=True):
@@ -316,7 +322,7 @@ def test_options(data: Data, grouped_data: Data, tmp_path: Path, name: str) -> N
 
 
 def test_script_reads_what_the_trainer_reads(data: Data, grouped_data: Data) -> None:
-    """Tokens and pixels of the script equal those of the encoder, to the last bit."""
+    """Checks that tokens and pixels of the script equal the encoder's, bit for bit."""
     _, processor = digits_run.tiny()
     encoder = Encoder(processor)
     kept = 0

@@ -1,4 +1,4 @@
-"""Tests the check of a run's first batch: it is silent on right batches and names what is wrong in others."""
+"""Tests the check of a run's first batch: it accepts correct batches, and names the mistake in wrong batches."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from mpo_ext.train.loop import Trainer
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a file of twenty pairs: steps of 8, 8 and 4."""
+    """Returns a file of twenty pairs, which give steps of 8, 8 and 4 pairs."""
     return write_pairs(tmp_path_factory.mktemp("pairs"), 20, text_only=4)
 
 
@@ -40,7 +40,7 @@ def no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prepared(out: Path, pairs: Path, **settings: Any) -> Trainer:
-    """Returns a trainer before its first step, with the loss of its batches as ``batch_loss``."""
+    """Returns a trainer that is ready for its first step; its ``batch_loss`` computes the loss of a batch."""
     model, processor = tiny() if "model__path" not in settings else (None, None)
     trainer = Trainer(recipe(out, pairs, **settings), model=model, processor=processor)
     trainer._prepare()
@@ -49,7 +49,7 @@ def prepared(out: Path, pairs: Path, **settings: Any) -> Trainer:
 
 
 def findings(trainer: Trainer, batch: Batch) -> list[str]:
-    """Returns the findings in a batch as the first of a run."""
+    """Returns the messages of the first-batch check for a batch."""
     check = FirstBatchCheck(trainer.recipe, trainer.processor)
     trainer.batch_loss.first_batch = check
     trainer.batch_loss(trainer.model, batch, trainer.recipe.loss.config, RewardShift())
@@ -175,7 +175,7 @@ def test_a_reference_of_other_tokens_is_found_unless_it_is_another_model(tmp_pat
 
 
 def without_labels(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Makes the encoder score no token of the first ``count`` pairs that it encodes."""
+    """Makes the encoder exclude all response tokens of its first ``count`` pairs from the loss."""
     from mpo_ext.train.encode import Encoder
 
     encode, seen = Encoder.encode, [0]

@@ -1,4 +1,4 @@
-"""The proof at the start of a run, and responses of several turns."""
+"""Tests the check of the first pairs at the start of a run, and pairs whose responses have several turns."""
 
 # ruff: noqa: E402 - these packages come with an extra
 import json

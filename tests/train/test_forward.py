@@ -1,4 +1,4 @@
-"""The forward of a batch: loss and gradients are those of single forwards, and nothing is computed twice."""
+"""Tests the forward of a batch: loss and gradients equal those of separate forwards, without repeated computation."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_positions_of_rotary_axes_run_no_vision_tower(monkeypatch: pytest.Monkey
 
 
 class LargeOutputs(TorchDispatchMode):
-    """Records the outputs of all operators that have the width of the vocabulary and a row for each position."""
+    """Records the operators that return a tensor as large as the logits of all positions."""
 
     def __init__(self, positions: int) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ FEATURES = torch.arange(6.0).view(3, 2)
 
 
 class Reader(nn.Module):
-    """Returns the features of 3 images in a form of some version of transformers; the forward reads them."""
+    """A model whose ``get_image_features`` returns features in one of the forms used by versions of transformers."""
 
     def __init__(self, form: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests that a run that resumes notices changed data, a changed processor and changed libraries."""
+"""Tests that a resuming run detects changed data, a changed processor and changed libraries."""
 
 import dataclasses
 import datetime
@@ -34,7 +34,7 @@ class FixedDate(datetime.date):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the model card, whose curves take longer than the run."""
+    """Disables the model card, because drawing its curves takes longer than the run."""
     monkeypatch.setattr(model_card, "write_card", lambda *args, **values: None)
 
 
@@ -58,7 +58,7 @@ def edit_lines(path: Path, edit: Edit) -> None:
 
 
 def refusal(out: Path, data: Path, **settings: Any) -> str:
-    """Returns the message with which a second step is refused."""
+    """Resumes a run after its first step; this must be refused. Returns the error message."""
     with pytest.raises(LinesError, match="data, processor and start model must be those of") as error:
         train(out, data, 2, **settings)
     assert "output.resume_changed_data=true accepts the changes" in str(error.value)
@@ -217,7 +217,7 @@ def state_of(out: Path) -> dict[str, Any]:
 
 
 def rewrite_state(out: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Edits the state of each checkpoint, as another version of mpo_ext would have written it."""
+    """Edits the state in each checkpoint, to imitate another version of mpo_ext."""
     for folder in (out / "checkpoints").glob("step-*"):
         state = json.loads((folder / "state.json").read_text())
         edit(state)
@@ -257,7 +257,7 @@ def with_template(text: str) -> Callable[[Any], Any]:
 
 
 def swap_two_words(processor: Any) -> None:
-    """Makes another tokenizer with a vocabulary of the same size."""
+    """Exchanges two words of the tokenizer, which keeps the size of its vocabulary."""
     values = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     vocabulary = values["model"]["vocab"]
     vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
@@ -395,7 +395,7 @@ def test_a_start_model_that_a_checkpoint_holds_may_change(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> type[FixedDate]:
-    """Sets the date of the trainer; the tests advance it."""
+    """Replaces the trainer's date by a fixed date, which tests can change."""
     module = dataclasses.make_dataclass("FakeDatetime", [])
     module.date = FixedDate
     monkeypatch.setattr(output, "datetime", module)

@@ -1,4 +1,4 @@
-"""Joint attention: results and gradients of attention under one dense mask, from calls without a mask."""
+"""Tests joint attention: results and gradients equal those of one dense mask, although no call uses a mask."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENS = 29
 
 
 def dense_mask(parts: list[TokenPart]) -> Tensor:
-    """Returns ``[T, T]``, True where the token of the row attends to the token of the column."""
+    """Returns a mask ``[T, T]``: True where the token of the row attends to the token of the column."""
     mask = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
     starts = [sum(part.size for part in parts[:i]) for i in range(len(parts))]
     for start, part in zip(starts, parts, strict=True):

@@ -1,4 +1,4 @@
-"""Runs the files of ``recipes/accelerate`` as they stand, with accelerate's launcher, on two ranks without a GPU."""
+"""Runs the unchanged files of ``recipes/accelerate`` with accelerate's launcher, on two ranks without a GPU."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_config_file_works_as_it_stands(recipe: Path, tmp_path: Path, name: st
 @pytest.mark.skipif(not ALL, reason="part of make deepspeed-check")
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_two_machines(recipe: Path, tmp_path: Path, launcher: str) -> None:
-    """Each machine runs the command of docs/how-to/cluster.md with its number; here both are this machine."""
+    """Runs the command of docs/how-to/cluster.md twice on this machine, once for each of two machine numbers."""
     port, processes = free_port(), []
     for number in range(2):
         if launcher == "accelerate":

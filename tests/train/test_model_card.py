@@ -1,4 +1,4 @@
-"""Tests model cards: their text and the picture of the curves."""
+"""Tests model cards: their text and the picture of the training curves."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_the_merged_model_is_mentioned_where_there_is_one(tmp_path: Path) -> Non
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Panel]:
-    """Returns the panels of the last picture, which is not drawn."""
+    """Returns a list that receives the panels of the card's picture. Nothing is drawn."""
     panels: list[Panel] = []
     monkeypatch.setattr(card, "save_panels", lambda path, title, given: panels.extend(given))
     return panels

@@ -1,4 +1,4 @@
-"""The optimizers of a recipe: what each updates, the rates of parts and schedules, and resuming."""
+"""Tests a recipe's optimizers: updates, learning rates of parts of the model, schedules, and resuming."""
 
 import types
 from pathlib import Path
@@ -34,14 +34,17 @@ def with_gradients(seed: int = 1) -> nn.Module:
 
 
 def steps(model: nn.Module, made: torch.optim.Optimizer, count: int = 3) -> dict[str, torch.Tensor]:
-    """Returns the parameters after some steps with the same gradients."""
+    """Runs ``count`` steps of the optimizer ``made`` with unchanged gradients. Returns the parameters by name."""
     for _ in range(count):
         made.step()
     return digits_run.weights(model)
 
 
 def one_by_one(model: nn.Module, make: Any) -> dict[str, torch.Tensor]:
-    """Returns the parameters after three steps, in which ``make(name, parameter)`` optimizes each by itself."""
+    """Runs three steps with a separate optimizer ``make(name, parameter)`` for each parameter.
+
+    Returns the parameters by name.
+    """
     for name, parameter in model.named_parameters():
         made = make(name, parameter)
         for _ in range(3):
@@ -307,7 +310,7 @@ def test_the_fused_update_of_a_cpu_is_that_of_adamw() -> None:
 
 
 def test_vectors_have_no_weight_decay_even_if_zero3_has_emptied_them() -> None:
-    """ZeRO-3 leaves an empty vector in place of each parameter."""
+    """ZeRO-3 replaces each parameter by an empty vector."""
     model, _ = digits_run.tiny()
     shapes = {}
     for parameter in model.parameters():

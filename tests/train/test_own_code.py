@@ -1,4 +1,4 @@
-"""Models that bring Python code: refused, unless the recipe trusts the code."""
+"""Tests models that bring Python code: they are rejected unless the recipe has ``trust_remote_code``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests the upload of the final model (``output.push_to_hub``): a stand-in of the hub, and the real client offline."""
+"""Tests the upload of the final model (``output.push_to_hub``), with a fake hub and with the real client offline."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from mpo_ext.train.recipe import OutputRecipe
 
 
 class Hub:
-    """A stand-in of ``HfApi`` that keeps repositories in memory."""
+    """A fake of ``huggingface_hub.HfApi`` that keeps repositories in memory."""
 
     def __init__(self) -> None:
         self.private: dict[str, bool] = {}
@@ -54,7 +54,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """Returns a hub that is online and has a token; a model card is an empty file."""
+    """Installs a fake hub with a token, and returns it. The model card is an empty file."""
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "HfApi", hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
@@ -118,7 +118,7 @@ def test_no_token_is_said_before_training(
 
 
 def use_hub_of_rank_0(error: Exception | None, uploads: Path, rank: int) -> None:
-    """Gives rank 0 a stand-in of the hub that writes its uploads into a file. Another rank that asks the hub ends."""
+    """Installs a fake hub on rank 0 that writes its uploads into a file. Other ranks exit if they use the hub."""
 
     class Recorded(Hub):
         def __call__(self) -> Hub:

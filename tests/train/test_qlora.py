@@ -1,4 +1,4 @@
-"""Tests QLoRA with bitsandbytes' own CPU kernels: the run equals LoRA on the dequantized weights."""
+"""Tests QLoRA with bitsandbytes' CPU kernels: a run equals LoRA on the dequantized weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cpu_that_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes bitsandbytes pack weights on any CPU as it does on those with AVX512-BF16."""
+    """Makes bitsandbytes pack weights as on a CPU with AVX512-BF16."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True, raising=False)
 
 
@@ -45,7 +45,7 @@ def no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dequantized(folder: Path, name: str) -> Path:
-    """Writes the model with the weights that bitsandbytes has stored, dequantized by transformers."""
+    """Saves a copy of a model in which the 4-bit weights of bitsandbytes are dequantized. Returns its folder."""
     path = folder / f"{name}-dequantized"
     model, processor = load_model(ModelRecipe(path=str(folder / name), lora=QLORA))
     base = model.unload().dequantize()

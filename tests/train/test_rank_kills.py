@@ -1,4 +1,4 @@
-"""Two ranks of which one is killed: the launcher ends the other, and the same command ends with the same bits."""
+"""Tests two ranks when one of them is killed: the launcher ends the other one, and a rerun gives the same bits."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SETTINGS = {
 
 
 def die_on_rank(victim: int, number: int | None, events: Path, rank: int) -> None:
-    """Kills the victim before its event of this number; None counts the events of the victim."""
+    """Kills rank ``victim`` right before its event ``number``. With None, only counts the events of that rank."""
     if rank == victim:
         die_at_event(number, events, rank)
 
 
 def end_like_a_launcher(processes: list[Any]) -> list[int]:
-    """Waits until all processes end, or until one has failed; then kills the others, as torchrun does."""
+    """Waits for all processes. If one fails, kills the others, as torchrun does. Returns the exit codes."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline and all(process.exitcode in (None, 0) for process in processes):
         if all(process.exitcode == 0 for process in processes):
@@ -77,7 +77,7 @@ def test_two_ranks_of_which_one_is_killed_end_with_the_same_bits(
 
 
 def assert_same(job: Job, whole: Job) -> None:
-    """Compares the parameters of both ranks, the final model, the log and the reward shift, bit for bit."""
+    """Checks that two runs agree bit for bit: parameters of both ranks, final model, log and reward shift."""
     for rank in range(2):
         ours, theirs = result_of(job, rank), result_of(whole, rank)
         assert [

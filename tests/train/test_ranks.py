@@ -1,4 +1,4 @@
-"""Compares two processes with one: the losses are equal, all ranks have one model, and all end if one rank ends."""
+"""Compares two ranks with one: equal losses, the same model on all ranks, and all ranks end if one ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHIFT = {"reward_shift__mode": "ema", "reward_shift__update": "after", "reward_
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder of eleven pairs: the last step of an epoch has one pair, so one of two ranks has none."""
+    """Returns a folder with eleven pairs. The last step of an epoch has one pair, so one of two ranks has none."""
     folder = tmp_path_factory.mktemp("ranks")
     digits_run.write_pairs(folder / "train", 11, text_only=3)
     digits_run.write_pairs(folder / "eval", 3, seed=1)
@@ -71,7 +71,7 @@ def test_two_ranks_learn_what_one_does(sharded: bool, job_of: Callable[..., Job]
 
 
 def test_fsdp2_finds_the_layers_of_a_model_that_names_missing_classes(folder: Path, tmp_path: Path) -> None:
-    """LLaVA's class names layers of CLIP's text model, which LLaVA does not have."""
+    """LLaVA's ``_no_split_modules`` names layers of CLIP's text model, which LLaVA does not contain."""
     model = model_folders.write_llava(tmp_path / "llava")
     pairs = model_folders.write_pairs(tmp_path / "pairs", 6, images=True)
     settings = {**_BASE, **_SHIFT, "optim__epochs": 1, "output__save_every": 0}
@@ -96,7 +96,7 @@ def test_what_two_ranks_began_one_ends(sharded: bool, job_of: Callable[..., Job]
 
 
 def test_a_cumulative_shift_counts_each_rank(job_of: Callable[..., Job]) -> None:
-    """It is the mean over ranks and micro-batches of their mean rewards, the latest included: the authors' rule."""
+    """By the authors' rule, the shift averages the mean rewards of all micro-batches so far, on all ranks."""
     settings = {
         "reward_shift__mode": "cumulative", "reward_shift__update": "before", "reward_shift__per": "micro_batch",
         "optim__batch_size": 4, "optim__max_steps": 3, "optim__warmup_ratio": 0, "data__eval": [],

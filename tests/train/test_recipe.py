@@ -1,4 +1,4 @@
-"""Recipes: the settings of a file, the messages about wrong settings, and the command that reads recipes."""
+"""Tests recipes: the settings of a file, the messages about wrong settings, and the training command."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SMALL = "model: {path: m}\ndata: {train: a.jsonl}\noutput: {dir: out}\n"
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Recipe]:
-    """Returns a function that loads a recipe from a text."""
+    """Returns a function that writes a text to a file and loads it as a recipe."""
 
     def load_text(text: str = SMALL, *overrides: str) -> Recipe:
         (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
@@ -428,7 +428,7 @@ def test_the_recipes_have_the_authors_hyperparameters() -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """Replaces the trainer; returns the recipes that it was called with."""
+    """Replaces the trainer. Returns a list that collects the recipes that it is called with."""
     calls: list[Recipe] = []
     monkeypatch.setattr("mpo_ext.train.preflight.check_needs", lambda recipe: None)  # no such data, no such model
     loop = types.ModuleType("mpo_ext.train.loop")
@@ -538,7 +538,7 @@ def test_the_package_and_its_extras_are_installed() -> None:
 
 
 def alias_bomb(levels: int) -> str:
-    """Returns YAML of a list that stands for more than 9 ** levels values."""
+    """Returns a short YAML text that expands to more than 9 ** levels values through its aliases."""
     parts = ["&a0 [x, x, x, x, x, x, x, x, x]"]
     parts += [f"&a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, levels)]
     return f"[{', '.join(parts)}]"

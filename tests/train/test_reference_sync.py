@@ -1,4 +1,4 @@
-"""Tests TR-DPO, a reference that follows the policy: against the plain script, through checkpoints, on two ranks."""
+"""Tests TR-DPO, whose reference follows the policy: against plain.py, through checkpoints, and on two ranks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
 
 @pytest.fixture(scope="module")
 def script_of(data: exactness.Data) -> Callable[[dict[str, Any]], exactness.Run]:
-    """Returns runs of the plain script, each computed once."""
+    """Returns a function that runs plain.py with overrides of a recipe. Results are cached."""
     kept: dict[str, exactness.Run] = {}
 
     def script_of(overrides: dict[str, Any]) -> exactness.Run:
@@ -120,7 +120,7 @@ def test_after_a_hard_update_rewards_are_0(
 
 
 def run_here(recipe: Recipe, lines: list[dict[str, float]]) -> Trainer:
-    """Trains in this process."""
+    """Trains in this process, and appends the metrics of each step to ``lines``. Returns the trainer."""
     model, processor = tiny()
     trainer = Trainer(recipe, model=model, processor=processor, on_step=lambda _, line: lines.append(dict(line)))
     assert trainer.run() == 0
@@ -131,7 +131,7 @@ def run_here(recipe: Recipe, lines: list[dict[str, float]]) -> Trainer:
 
 
 class Two(nn.Module):
-    """Two parameters and a buffer; ``get_output_embeddings`` marks it as a model without wrapper."""
+    """A model with two parameters and a buffer; ``get_output_embeddings`` marks it as an unwrapped model."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def test_a_hard_update_copies_and_buffers_stay() -> None:
 
 
 def test_weights_in_4_bits_stay() -> None:
-    """They are frozen, and packed in integers, which cannot be averaged."""
+    """4-bit weights stay as they are: they are frozen, and packed integers cannot be averaged."""
     reference, policy = Two(0, torch.float32), Two(1, torch.float32)
     for number, model in enumerate((reference, policy)):
         model.packed = nn.Parameter(torch.full((5,), 16 * number, dtype=torch.uint8), requires_grad=False)
@@ -209,7 +209,7 @@ def settings_of(**overrides: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(data: exactness.Data, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, list[dict[str, float]]]:
-    """Returns an uninterrupted run of six steps with a checkpoint after each."""
+    """Returns trainer and log lines of an uninterrupted run of six steps, with a checkpoint after each step."""
     lines: list[dict[str, float]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(card, "write_card", lambda *args, **values: None)
@@ -229,7 +229,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     data: exactness.Data,
     tmp_path: Path,
 ) -> None:
-    """Resumes from a checkpoint with a reference one step behind the policy, and from a checkpoint after a move."""
+    """Resumes from a checkpoint before, and from one right after, an update of the reference."""
     trainer, lines = whole
     resume = {"output__resume": str(checkpoint_of(trainer, step)), "output__save_every": 0}
     rest: list[dict[str, float]] = []

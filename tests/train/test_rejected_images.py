@@ -1,4 +1,4 @@
-"""Pairs whose rejected response has other images: a separate prompt in every layout, also in the trainer."""
+"""Tests pairs with separate images for the rejected response: two prompts in every layout, and in the trainer."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ from mpo_ext.train.shared_prefix import label_logp_and_precision
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes pairs about grids of digits; two of three have a picture of noise for the rejected response."""
+    """Returns a file of pairs about digit grids. In two of three, the rejected response has a noise image instead."""
     path = digits_run.write_pairs(tmp_path_factory.mktemp("pairs"), 9)
     rng = np.random.default_rng(1)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -49,7 +49,7 @@ def encoded(encoder: Encoder, pair: Pair) -> Sample:
 
 
 def logp(model: Any, samples: list[Sample], layout: Any) -> Tensor:
-    """Returns the summed log-probs of the chosen and of the rejected responses, ``[2B]``."""
+    """Returns the summed log-probs of all responses, chosen before rejected, ``[2B]``."""
     batch = collate(samples, layout, pad_id=0, positions=prompt_positions(model))
     with torch.no_grad():
         values = label_logp_and_precision(model, batch)[0]
@@ -58,7 +58,7 @@ def logp(model: Any, samples: list[Sample], layout: Any) -> Tensor:
 
 
 def test_each_side_sees_its_images(pairs: Path) -> None:
-    """Against two pairs without other images: one has the chosen side's images, one the rejected side's."""
+    """Compares with two ordinary pairs: one with the chosen response's images, one with the rejected response's."""
     model, processor = digits_run.tiny()
     model.eval()
     encoder = Encoder(processor)

@@ -1,4 +1,4 @@
-"""Tests that runs which are killed or signalled resume, and end with the bits of an uninterrupted run."""
+"""Tests that killed or signalled runs resume, and end with the same bits as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder of twelve pairs to train on (an epoch ends with a short step) and four to evaluate on."""
+    """Returns a folder with twelve pairs for training and four for evaluation. The last step of an epoch is short."""
     folder = tmp_path_factory.mktemp("resume")
     digits_run.write_pairs(folder / "train", 12, text_only=3)
     digits_run.write_pairs(folder / "eval", 4, seed=1)
@@ -112,7 +112,10 @@ def job_of(folder: Path) -> Callable[..., Job]:
 
 @pytest.fixture(scope="module")
 def whole(job_of: Callable[..., Job]) -> Callable[[str], Job]:
-    """Runs a job without interruption, once; its file ``.events`` has the number of events to kill it before."""
+    """Returns a function that runs a job without interruption, cached by name.
+
+    The job's file ``.events`` gets the number of events of the run.
+    """
 
     @functools.lru_cache(None)
     def whole(name: str) -> Job:
@@ -128,7 +131,7 @@ def whole(job_of: Callable[..., Job]) -> Callable[[str], Job]:
 
 
 def assert_same(job: Job, truth: Job) -> None:
-    """Exports bit for bit, logs, reward shifts."""
+    """Checks that two runs have the same exported weights, log, reward shift and checkpoints."""
     names = [path.name for path in sorted((truth.out / "final").glob("*.safetensors"))]
     assert names
     for name in names:
@@ -141,13 +144,16 @@ def assert_same(job: Job, truth: Job) -> None:
 
 
 def checkpoints(job: Job) -> dict[str, float | None]:
-    """Scores of those that are there, by name."""
+    """Maps the name of each checkpoint of a run to its score."""
     folders = [path for path in (job.out / "checkpoints").glob("step-*") if "." not in path.name]
     return {path.name: json.loads((path / "manifest.json").read_text())["score"] for path in folders}
 
 
 def kill_repeatedly(name: str, job_of: Callable[..., Job], truth: Job, kills: int) -> Counter[str]:
-    """Kills runs and lets them go on, by turns before an event and at a moment of the clock, until each has ended."""
+    """Kills and resumes runs, ``kills`` times in all, and checks that each run ends like ``truth``.
+
+    Some kills are right before a random event, others at a random time. Returns the number of kills of each kind.
+    """
     rng = random.Random(f"{name} {SEED}")
     events, seconds = int(truth.beside("events").read_text()), float(truth.beside("seconds").read_text())
     done: Counter[str] = Counter()
@@ -207,7 +213,7 @@ def test_a_kill_in_the_write_of_a_checkpoint(at: str, job_of: Callable[..., Job]
 
 
 def die_in_write(at: str, number: int, rank: int) -> None:
-    """Kills the process while it writes the number-th checkpoint, from 1."""
+    """Kills the process during the write of its checkpoint ``number``, from 1; ``at`` names the stage of the write."""
     from mpo_ext.train import checkpoint
 
     target, name = {
@@ -259,7 +265,7 @@ def test_a_kill_while_log_probs_are_computed_costs_the_current_batch(
 
 
 def die_in_precompute(number: int, rank: int) -> None:
-    """Kills the process between the computation of a batch, the number-th from 1, and its record."""
+    """Kills the process after it has computed its batch ``number`` (from 1), before the results are recorded."""
     from mpo_ext.train import reference_file as reference
 
     original = reference.Journal.append
@@ -297,7 +303,7 @@ def test_sigterm_ends_after_the_current_step_and_the_run_resumes(
 
 
 def assert_same_but_extra_checkpoints(job: Job, truth: Job) -> None:
-    """Compares two runs, except for the checkpoint that a signal has added."""
+    """Compares two runs. Ignores checkpoints that only one of them has, such as a checkpoint made by a signal."""
     ours, theirs = checkpoints(job), checkpoints(truth)
     assert max(ours) == max(theirs)
     assert all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())
@@ -327,7 +333,7 @@ def test_a_second_sigint_ends_at_once(job_of: Callable[..., Job], whole: Callabl
 
 
 def test_signals_and_kills_with_workers(job_of: Callable[..., Job], whole: Callable[[str], Job]) -> None:
-    """Signals reach the run and its data workers, as those of a cluster or a terminal do."""
+    """Sends the signal to the run and to its data workers, like a cluster or a terminal."""
     job = job_of("workers", "after", data__workers=1)
     hook = functools.partial(signal_group_at_forward, 1, signal.SIGTERM)  # each step has one micro-batch
     assert run(dataclasses.replace(job, hook=hook)) == [INTERRUPTED], text_of(job)
@@ -414,7 +420,7 @@ def test_a_finished_run_ends_as_it_did(job_of: Callable[..., Job], whole: Callab
 
 
 def test_the_clock_does_not_tell_whether_a_model_is_exported(tmp_path: Path) -> None:
-    """A clock that was set back or forward between two runs in a folder."""
+    """Two runs use one folder, and the clock is set back or forward between them."""
     folder, accelerator = tmp_path / "final", accelerate.Accelerator(cpu=True)
     folder.mkdir()
     (folder / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Tests the auxiliary loss of routers against transformers' ``load_balancing_loss_func``, for text and images."""
+"""Tests the auxiliary router loss against transformers' ``load_balancing_loss_func``, with text and with images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def qwen3_vl_moe() -> nn.Module:
 
 
 def internvl_moe() -> nn.Module:
-    """InternVL, whose forward has no ``output_router_logits``, with the language model of InternVL3.5-30B-A3B."""
+    """Returns an InternVL with a mixture-of-experts language model; its forward lacks ``output_router_logits``."""
     config = families.internvl().config.to_dict()
     config["text_config"] = {**TEXT, **MOE, "model_type": "qwen3_moe"}
     return transformers.InternVLForConditionalGeneration(transformers.InternVLConfig(**config))
@@ -75,7 +75,7 @@ def pairs(family: str) -> list[Sample]:
 
 
 def logits_of(model: nn.Module, one: Sample, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Returns the router logits of the model for a prompt with one response, without padding."""
+    """Returns the model's router logits for a prompt followed by a response."""
     tokens = torch.cat([one.prompt_ids, ids]).unsqueeze(0)
     inputs = dict(one.image_inputs)
     for name, values in one.token_inputs.items():
@@ -84,7 +84,10 @@ def logits_of(model: nn.Module, one: Sample, ids: torch.Tensor) -> tuple[torch.T
 
 
 def expected_loss(model: nn.Module, samples: Sequence[Sample], layout: RowLayout) -> torch.Tensor:
-    """Returns transformers' loss over the tokens of all rows; a shared prompt is taken from the chosen row."""
+    """Returns transformers' router loss over the tokens of all rows.
+
+    In a layout with a shared prompt, the prompt's tokens are counted once, from the chosen row.
+    """
     layers: list[list[torch.Tensor]] = [[] for _ in find_routers(model)]
     for one in samples:
         chosen, rejected = (logits_of(model, one, ids) for ids in (one.chosen_ids, one.rejected_ids))
@@ -142,7 +145,7 @@ def test_loss_and_gradients_are_those_of_transformers(
 
 
 def test_a_whole_loss_is_that_of_transformers() -> None:
-    """SFT on one response is transformers' own loss with ``output_router_logits=True`` and labels."""
+    """The loss of SFT on one response equals transformers' loss with labels and ``output_router_logits=True``."""
     model, one = build("moe", "split sdpa"), sample("moe", 5, text=6, chosen=9)
     tokens = torch.cat([one.prompt_ids, one.chosen_ids]).unsqueeze(0)
     labels = tokens.clone()
@@ -375,7 +378,7 @@ def test_a_run_logs_the_loss_and_trains_on_it(folder: Path, capsys: pytest.Captu
 
 
 def test_accumulation_has_the_gradient_of_one_micro_batch_up_to_the_use_of_experts(folder: Path) -> None:
-    """The other terms agree exactly; this loss is a product of two means, of which one is of the micro-batch."""
+    """The other loss terms agree exactly. The router loss differs slightly: it uses a micro-batch's expert load."""
     coef = {"loss__router_aux_loss_coef": 1.0, "reward_shift__mode": "fixed"}
     whole, parts = (run(folder, f"{size}", optim__micro_batch_size=size, **coef)[0] for size in (6, 1))
     assert parts["dpo_loss"] == pytest.approx(whole["dpo_loss"], rel=1e-5)
@@ -388,7 +391,7 @@ def test_accumulation_has_the_gradient_of_one_micro_batch_up_to_the_use_of_exper
 
 
 def test_two_ranks_train_as_one_does(folder: Path) -> None:
-    """In micro-batches of one pair the use of experts is the same; in each step a rank has one pair less."""
+    """With micro-batches of one pair, the experts' load is the same. In each step, one rank has one pair less."""
     settings = {
         "loss__router_aux_loss_coef": 1.0, "reward_shift__mode": "fixed", "optim__batch_size": 5,
         "optim__micro_batch_size": 1, "optim__max_steps": 2, "data__eval": [str(folder / "pairs" / "pairs.jsonl")],

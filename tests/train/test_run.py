@@ -1,4 +1,4 @@
-"""Tests all of a run besides its steps: the settings, the log, the counts, and the state with which it resumes."""
+"""Tests the parts of a run besides its steps: settings, log, counts, and the state that resuming needs."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from mpo_ext.train.split_attention import base_implementation
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a file of twenty pairs: steps of 8, 8 and 4."""
+    """Returns a file of twenty pairs, which give steps of 8, 8 and 4 pairs."""
     return write_pairs(tmp_path_factory.mktemp("pairs"), 20)
 
 
 @pytest.fixture(autouse=True)
 def cards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Returns the arguments of the model cards, which are not written: drawing curves takes longer than a run."""
+    """Replaces the model card, which is slow to draw. Returns a list that collects the arguments of each card."""
     written: list[Any] = []
     monkeypatch.setattr(model_card, "write_card", lambda folder, **values: written.append(values))
     return written
@@ -56,7 +56,7 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def any_precision() -> Iterator[None]:
-    """Lets a test change the precision, of which accelerate allows only one per process."""
+    """Resets accelerate's state before and after a test, because accelerate allows only one precision per process."""
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
@@ -68,7 +68,7 @@ def trainer_of(out: Path, pairs: Path, model: nn.Module | None = None, **setting
 
 
 def with_lines(pairs: Path, name: str, change: Callable[[list[dict[str, Any]]], None]) -> Path:
-    """Writes a copy of a file with changed lines beside it."""
+    """Writes a copy of a file of pairs next to the file, with lines edited by ``change``. Returns its path."""
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]
     change(lines)
     path = pairs.with_name(name)
@@ -397,9 +397,10 @@ def test_a_signal_while_log_probs_are_computed_ends_the_run_and_loses_none(
 
 
 def test_a_bad_pair_ends_a_run_with_known_log_probs_by_its_name(tmp_path: Path, pairs: Path) -> None:
-    data = with_lines(pairs, "broken.jsonl", lambda lines: lines[19].update(images=["gone.png"]))
+    data = with_lines(pairs, "broken.jsonl", lambda lines: lines[19].update(images=["damaged.png"]))
+    data.with_name("damaged.png").write_bytes(b"no image")
     trainer = trainer_of(tmp_path / "out", data, reference__kind="precomputed")
-    with pytest.raises(ValueError, match=r"broken\.jsonl:20.*gone\.png"):
+    with pytest.raises(ValueError, match=r"broken\.jsonl:20.*damaged\.png"):
         trainer.run()
     assert len((tmp_path / "out" / "reference.jsonl").read_text().splitlines()) == 1 + 19
 
@@ -532,7 +533,7 @@ def test_a_reference_model_from_a_path_is_checked_too(
 def test_a_run_from_logits_never_asks_for_the_head(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Models whose head ``hidden_and_head`` refuses are checked and trained from logits."""
+    """``hidden_and_head`` does not support the head of some models. The recipe's ``from_logits`` avoids it."""
 
     def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError("no head")
@@ -591,7 +592,10 @@ def test_a_step_whose_pairs_are_all_skipped_is_logged_and_saved(tmp_path: Path, 
 
 
 def poison(model: Any, calls: set[int], factor: float = math.nan) -> None:
-    """Makes the hidden states of some forwards in training NaN, or only their gradients if the factor is finite."""
+    """Makes the hidden states NaN in the training forwards ``calls``, counted from 1.
+
+    With a finite ``factor``, makes only their gradients infinite or NaN.
+    """
     count = 0
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -1059,7 +1063,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, pairs: Path) -> None
 def test_processes_that_accelerate_does_not_know_are_refused(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a GPU, accelerate gives each process of torchrun a world of one."""
+    """Without a GPU, accelerate sets the world size to 1 in each process of torchrun."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="processes must be the 2 that the launcher started, got 1 in accelerate"):
         trainer_of(tmp_path / "out", pairs)
@@ -1076,7 +1080,7 @@ def test_an_accelerate_that_frees_the_head_is_refused_with_fsdp2(
 
 
 def test_the_learning_rate_is_set_before_the_backward_pass(tmp_path: Path, pairs: Path) -> None:
-    """Within the backward pass, accelerate steps the optimizer of DeepSpeed."""
+    """With DeepSpeed, accelerate runs the optimizer step inside the backward pass."""
     trainer = trainer_of(tmp_path / "out", pairs, optim__warmup_ratio=0.5)
     rates: list[float] = []
     backward = trainer.accelerator.backward
@@ -1092,13 +1096,14 @@ def test_the_learning_rate_is_set_before_the_backward_pass(tmp_path: Path, pairs
 
 
 def test_a_bad_pair_saves_the_steps_before_and_may_be_skipped_by_the_resumed_run(tmp_path: Path, pairs: Path) -> None:
-    def remove_an_image(lines: list[dict[str, Any]]) -> None:
-        lines[3]["images"] = ["none.png"]
+    def damage_an_image(lines: list[dict[str, Any]]) -> None:
+        lines[3]["images"] = ["damaged.png"]
 
-    bad = with_lines(pairs, "bad.jsonl", remove_an_image)
+    bad = with_lines(pairs, "bad.jsonl", damage_an_image)
+    bad.with_name("damaged.png").write_bytes(b"no image")
     for seed in range(20):  # the bad pair must not be in the first step
         trainer = trainer_of(tmp_path / f"{seed}", bad, optim__seed=seed)
-        with pytest.raises(ValueError, match=r"bad.jsonl:4: .*none.png.*data.skip_bad=true leaves such pairs out"):
+        with pytest.raises(ValueError, match=r"bad.jsonl:4: .*damaged.png.*data.skip_bad=true leaves such pairs out"):
             trainer.run()
         if trainer.state.step > 0:
             break

@@ -1,4 +1,4 @@
-"""Samplers: which pairs a step takes, on which rank, and after a resume."""
+"""Tests the samplers: which pairs a step takes, on which rank, and after resuming."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def test_orders_differ_between_epochs_and_seeds() -> None:
 
 
 def test_a_step_depends_on_seed_and_number_alone() -> None:
-    """A run that resumes at any step, even in a later epoch, takes the pairs that the whole run took."""
+    """A run that resumes at any step, also in a later epoch, takes the same pairs as an uninterrupted run."""
     whole = StepSampler(numbers(23), batch_size=5, seed=7)
     steps = [whole.step(step).tolist() for step in range(15)]
     for step in (14, 3, 9, 0, 5):
@@ -75,7 +75,7 @@ def test_pairs_of_a_prompt_stand_next_to_each_other() -> None:
 
 
 def test_copies_of_a_pair_stand_in_groups_of_their_own() -> None:
-    """Three copies of 300 pairs, four per prompt: a step of 16 with a repeated pair would hold a group twice."""
+    """Samples three copies of 300 pairs, four per prompt. Each group of four has different pairs of one prompt."""
     times = np.repeat(np.arange(300), 3)
     groups = np.arange(300) // 4
     sampler = StepSampler(lambda epoch: times, batch_size=16, groups=groups)
@@ -101,7 +101,7 @@ def test_wrong_arguments_of_the_sampler() -> None:
 
 
 def test_a_sampler_orders_millions_of_pairs() -> None:
-    """Orders 2 million pairs with groups in numpy's time, not in Python's."""
+    """Orders 2 million grouped pairs, which would be too slow in a Python loop."""
     rng = np.random.default_rng(0)
     groups = rng.integers(0, 200_000, 2_000_000)
     sampler = StepSampler(numbers(2_000_000), batch_size=256, groups=groups)

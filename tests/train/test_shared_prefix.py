@@ -1,4 +1,4 @@
-"""The shared prefix: which models support it, and what the check of the first pairs detects."""
+"""Tests rows with a shared prompt: which models support them, and what the check of the first pairs detects."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_check_passes(family: str, attention: str, dtype: torch.dtype) -> No
 
 
 def test_with_from_logits_the_model_computes_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models whose head ``hidden_and_head`` refuses are trained from logits, and checked with them."""
+    """``hidden_and_head`` does not support the head of some models. They are checked and trained from logits."""
     model = build("llama", None)
     batch = batch_of(model, samples_of("llama"), "shared")
     expected, logp = (label_logp_and_precision(model, batch, from_logits)[0] for from_logits in (False, True))
@@ -162,7 +162,7 @@ def leaking(inner: nn.Module, segments: torch.Tensor) -> Any:
 
 
 def by_row(inner: nn.Module, segments: torch.Tensor) -> Any:
-    """Measures the distance of sliding attention by the position in the row."""
+    """Builds masks with a mistake: the distance in sliding attention is measured by the position in the row."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks, "sequence_positions", lambda s: torch.arange(s.shape[1]).expand_as(s))
         return MASKS(inner, segments)

@@ -1,4 +1,7 @@
-"""Split attention: loss and gradients of the dense mask and of separate rows, without a mask of the row."""
+"""Tests split attention: loss and gradients equal those of the dense mask and of separate rows.
+
+Split attention does not build a mask for the whole row.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ FLASH = [family for family in FAMILIES if family not in VISION or family in ("in
 
 
 def several_pairs(family: str, count: int) -> list[Sample]:
-    """Returns pairs of unequal lengths: ``count`` of one question, and one each of two others."""
+    """Returns pairs of unequal lengths: ``count`` pairs of one prompt, and two pairs with other prompts."""
     some = 1 if family in VISION else 0
     shared = [
         sample(family, seed, prompt=3, text=9, chosen=1 + 3 * seed % 7, rejected=6 - seed, images=2 * some)
@@ -135,7 +138,7 @@ def test_eager_attention_is_split_too(family: str, queries: int, monkeypatch: py
 
 
 class Operators(TorchDispatchMode):
-    """Records the names of operators, and all shapes of their outputs."""
+    """Records the names of the operators that run, and the shapes of their outputs."""
 
     def __init__(self) -> None:
         super().__init__()

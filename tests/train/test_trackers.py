@@ -21,7 +21,7 @@ from mpo_ext.train.trackers import check_trackers
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns a function that runs two steps with a tracker and an evaluation, and returns the lines of the log."""
+    """Returns a function that runs two steps and an evaluation with a tracker, and returns the log's lines."""
     monkeypatch.setattr(model_card, "write_card", lambda *args, **values: None)
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state(True)
@@ -66,7 +66,10 @@ def test_wandb_has_all_values_offline(run: Any, tmp_path: Path, monkeypatch: pyt
 
 
 def wandb_records(content: bytes) -> Iterator[bytes]:
-    """Yields the records of a wandb file, which has the format of LevelDB's log: parts in blocks of 32 KiB."""
+    """Yields the records of a wandb file, which has the format of LevelDB's log.
+
+    A record may have several parts, which lie in blocks of 32 KiB.
+    """
     block, place, whole = 1 << 15, 7, b""  # the file begins with 7 other bytes
     while place + 7 <= len(content):
         if block - place % block < 7:  # no room for the head of a part
@@ -81,7 +84,7 @@ def wandb_records(content: bytes) -> Iterator[bytes]:
 
 
 def read_wandb(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Returns the rows of the history and the settings of an offline run."""
+    """Returns the history rows and the settings from the file of an offline wandb run."""
     from wandb.proto import wandb_internal_pb2
 
     def values(items: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tests a run besides its arithmetic: adapters, frozen parts, other families, bad input, and the files it writes."""
+"""Tests a run besides its arithmetic: adapters, frozen parts, model families, bad input, and written files."""
 
 import json
 import math
@@ -274,9 +274,12 @@ def test_a_bad_pair_ends_the_run_by_name_or_is_counted(tmp_path: Path, pairs: Pa
     lines[3] = json.dumps(broken)
     data = pairs.with_name("broken.jsonl")
     data.write_text("\n".join(lines) + "\n")
-    advice = r"broken\.jsonl:4.*gone\.png.*data\.train={path: .*broken\.jsonl, root: \.}.*data\.skip_bad=true"
-    with pytest.raises(ValueError, match=advice):
+    line = r"broken\.jsonl:4: no such image: \S*gone\.png"
+    advice = r"1 of 20 images and videos do not exist: relative images start at .*{path: .*broken\.jsonl, root: \.}"
+    with pytest.raises(ValueError, match=rf"(?s){line}.*{advice}.*data\.skip_bad=true"):
         run(recipe(tmp_path / "stop", data))
+    assert not list((tmp_path / "stop").rglob("step-*"))
+    assert "loss" not in "".join(path.read_text() for path in (tmp_path / "stop").glob("log.jsonl"))
     run(recipe(tmp_path / "skip", data, data__skip_bad=True))
     text = capsys.readouterr().err
     assert re.search(r"skipped 1: .*broken\.jsonl:4", text)
@@ -314,7 +317,7 @@ def test_a_model_with_other_image_tokens_than_the_processor_is_an_error(tmp_path
 
 
 def poison(model: nn.Module, calls: set[int]) -> None:
-    """Makes the hidden states NaN in some forwards of training."""
+    """Makes the hidden states NaN in the training forwards ``calls``, counted from 1."""
     count = 0
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The video processors of transformers, which need torchvision: `make video-check` runs these tests.
+"""Tests with the video processors of transformers, which need torchvision: `make video-check` runs them.
 
-Without torchvision, the other tests use stand-ins; here, both give the same prompts and, for frames that need no
-resizing, the same pixels.
+Other tests replace these processors by stand-ins. Here both must give the same prompts, and the same pixels for frames
+that need no resizing.
 """
 
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_prompts_are_those_of_the_processor(family: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", ["Qwen2.5-VL", "Qwen3-VL"])
 def test_the_stand_in_gives_the_same_inputs(family: str, tmp_path: Path) -> None:
-    """With frames that need no resizing, pixels agree too."""
+    """The frames need no resizing, so the pixels agree too."""
     _, stand_in = video_models.BUILDERS[family]()
     paths = tuple(write_frames(tmp_path, 5, size=(56, 84)))
     pair = Pair("<video>\nWhat?", "It moves.", "No.", videos=(Video(frames=paths, fps=3.0),))

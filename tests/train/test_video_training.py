@@ -1,4 +1,4 @@
-"""Pairs with videos in training: their inputs, rows that share a prompt, and the trainer against separate rows."""
+"""Tests training on pairs with videos: inputs, rows with a shared prompt, and the trainer against separate rows."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def make_encoder(model: Any, processor: Any, **options: Any) -> Encoder:
 
 
 def write_clips(folder: Path, count: int) -> Path:
-    """Writes pairs about small clips of different lengths; some have an image too, some have only text."""
+    """Writes pairs about small clips of different lengths. Some also have an image, and some have only text."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -66,7 +66,7 @@ Run = tuple[Any, list[dict[str, float]], str]  # model, lines of the log, layout
 
 
 def trained_from(model: Any, processor: Any, path: Path, out: Path, **options: Any) -> Run:
-    """Trains one epoch on the pairs."""
+    """Trains one epoch on a file of pairs. Returns the model, the log lines and the row layout."""
     log: list[dict[str, float]] = []
     recipe = digits_run.recipe(out, path, optim__epochs=1, optim__batch_size=4, optim__micro_batch_size=2, **options)
     trainer = Trainer(
@@ -82,7 +82,7 @@ def trained(path: Path, out: Path, family: str, **options: Any) -> Run:
 
 @pytest.mark.parametrize("family", ["Qwen2.5-VL", "Qwen3-VL"])
 def test_an_epoch_equals_separate_rows(family: str, clips: Path, tmp_path: Path) -> None:
-    """20 pairs with real clips: each step's loss and rewards, and the final weights, agree to 1e-5."""
+    """Trains on 20 pairs with clips. Losses, rewards and final weights agree to 1e-5."""
     eps = {"optim__eps": 1e-4}  # with a smaller one, AdamW would turn rounding errors into steps
     shared, log, layout = trained(clips, tmp_path / "shared", family, **eps)
     separate, expected, other_layout = trained(clips, tmp_path / "separate", family, loss__shared_prefix=False, **eps)
@@ -104,7 +104,7 @@ def test_an_epoch_equals_separate_rows(family: str, clips: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_are_those_of_the_processor(family: str, clips: Path) -> None:
-    """The prompt and the whole conversation against ``apply_chat_template`` with the frames."""
+    """Compares the ids of the prompt and of the conversation with ``apply_chat_template`` on the frames."""
     model, processor = built(family)
     lines = [json.loads(line) for line in clips.read_text().splitlines()[:3]]
     pairs = [Pair.from_dict(line).map_paths(lambda path: str(clips.parent / path)) for line in lines]
@@ -123,7 +123,7 @@ def encode(encoder: Encoder, pair: Pair) -> Sample:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_frames_reach_the_model(family: str, tmp_path: Path) -> None:
-    """A list of frames and the file of these frames are one prompt; other frames give other pixels."""
+    """A video file and the list of its frames give the same prompt. Other frames give other pixels."""
     model, processor = built(family)
     encoder = make_encoder(model, processor)
     paths = write_frames(tmp_path / "frames", 4)
@@ -156,7 +156,7 @@ def test_the_frames_reach_the_model(family: str, tmp_path: Path) -> None:
 
 
 def test_pixels_are_those_of_the_frames(tmp_path: Path) -> None:
-    """The stand-in's patches, computed from the frames by hand."""
+    """Compares the stand-in's patches with patches computed by hand from the frames."""
     _, processor = built("Qwen2.5-VL")
     paths = []
     for number in range(3):

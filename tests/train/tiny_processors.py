@@ -59,7 +59,7 @@ PADDING = "!"  # a token of ordinary text, as Qwen's id 0 is
 
 
 def build_tokenizer(special: list[str], *, bos: str | None = None, **options: Any) -> PreTrainedTokenizerFast:
-    """Builds a tokenizer with a token per byte; the id of "!" is the id of the padding."""
+    """Builds a tokenizer with a token for each byte. Padding has the same id as "!"."""
     vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     assert vocabulary[PADDING] == 0
     vocabulary |= {token: len(vocabulary) + index for index, token in enumerate(["<s>", "</s>"])}
@@ -84,7 +84,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrain
 
 
 class TinyInternVLProcessor(InternVLProcessor):
-    """InternVL's processor without its video processor, which needs torchvision."""
+    """InternVL's processor without the video processor, which needs torchvision."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -101,7 +101,7 @@ class TinyInternVLProcessor(InternVLProcessor):
 
 
 class TinyQwenProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without its video processor, which needs torchvision."""
+    """Qwen2.5-VL's processor without the video processor, which needs torchvision."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)

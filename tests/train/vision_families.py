@@ -1,4 +1,4 @@
-"""Small vision models for the processors of ``tiny_processors``: families that the digits demo does not use."""
+"""Small vision models of more families, for the processors of ``tiny_processors``."""
 
 from typing import Any
 

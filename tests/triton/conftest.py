@@ -1,7 +1,7 @@
-"""Tests of the Triton kernels without a GPU: in Triton's interpreter, and compiled to PTX that a simulator runs.
+"""Tests the Triton kernels without a GPU: in Triton's interpreter, and compiled to PTX that a simulator runs.
 
-At its import, Triton is set to interpret or to compile. So `make test` runs pytest twice: with TRITON_INTERPRET=1 for
-the tests in interpreter/, and without it for the others.
+Triton chooses between interpreting and compiling when it is imported. So `make test` runs pytest twice: with
+TRITON_INTERPRET=1 for the tests in interpreter/, and without it for the others.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Runs the launches of the Triton kernels on CPU tensors: compiled to PTX, which a simulator executes."""
+"""Runs Triton kernels on CPU tensors: compiles them to PTX, which a simulator executes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ FILES = {
 
 
 def signature(kernel: Any, tensors: dict[str, Tensor], constexprs: dict[str, Any]) -> dict[str, str]:
-    """Returns the types of a kernel's arguments, as the JIT determines them; integers and floats are annotated."""
+    """Returns the type of each kernel argument, as Triton's JIT determines it.
+
+    Types of integers and floats come from the kernel's annotations.
+    """
     return {
         parameter.name: POINTERS[tensors[parameter.name].dtype]
         if parameter.name in tensors
@@ -38,7 +41,7 @@ def signature(kernel: Any, tensors: dict[str, Tensor], constexprs: dict[str, Any
 
 
 class Simulated:
-    """Replaces a kernel and runs its launches in the simulator."""
+    """Replaces a Triton kernel, and runs its launches in the simulator."""
 
     def __init__(self, kernel: Any, arch: int, options: dict[str, Any], reports: dict) -> None:
         self.kernel, self.arch, self.options, self.reports = kernel, arch, options, reports
@@ -87,7 +90,7 @@ def _named(buffers: dict, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Any
 
 @contextmanager
 def simulation(arch: int = 80, **options: Any) -> Iterator[dict[str, Any]]:
-    """Lets ``mpo_ext.kernels`` run in the simulator. Yields the latest report and buffers of each kernel."""
+    """Makes ``mpo_ext.kernels`` run in the simulator. Yields a dict: kernel name to (last report, buffers by name)."""
     import importlib
 
     reports: dict[str, Any] = {}

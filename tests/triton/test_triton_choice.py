@@ -1,4 +1,4 @@
-"""The choice of the Triton kernels, and the errors if they cannot run."""
+"""Tests when the backend "triton" is chosen, and the errors if it cannot run."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""The compiled Triton kernels: their PTX in a simulator, and properties of the code itself."""
+"""Tests the compiled Triton kernels: results of their PTX in a simulator, and properties of the code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TARGETS = {
 
 @pytest.fixture(autouse=True)
 def _on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the operators accept CPU tensors for this backend: the simulator replaces the GPU."""
+    """Makes the operators accept CPU tensors for the backend "triton", because the simulator replaces the GPU."""
     monkeypatch.setattr(backends, "triton_problem", lambda device: None)
 
 
@@ -163,7 +163,7 @@ def test_each_labelled_logit_is_read_once_and_written_once(dtype: torch.dtype, v
 
 
 def test_cuda_triton_and_cpu_kernels_agree_on_random_cases() -> None:
-    """Runs the same cases on all three, each within the accuracy bound, so two differ by at most twice the bound."""
+    """Runs the same cases with all three. Each is within the accuracy bound, so two differ by at most twice that."""
     random = np.random.default_rng(0)
     for _ in range(CASES):
         dtype = DTYPES[random.integers(3)]
@@ -198,7 +198,7 @@ def _bytes_read(report: tuple[Any, dict], argument: str) -> int:
 
 
 def _compile_all(target: GPUTarget, dtype: torch.dtype, vocab: int) -> dict[str, Any]:
-    """Compiles every kernel for a target with the options of its launcher, by recording the launches."""
+    """Compiles every kernel for a target with the operators' launch options. Returns the kernels by name."""
     compiled = {}
 
     class Recorder:
@@ -246,7 +246,7 @@ def _compile_all(target: GPUTarget, dtype: torch.dtype, vocab: int) -> dict[str,
 
 
 def _registers(kernel: Any) -> int:
-    """Returns the registers per thread of a compiled kernel; 0 without cuobjdump."""
+    """Returns the number of registers per thread of a compiled kernel; 0 if cuobjdump is missing."""
     cuobjdump = check_sass.find_cuobjdump()
     if cuobjdump is None:
         return 0
@@ -287,7 +287,7 @@ def test_compiled_code_has_wide_loads_and_no_spills(dtype: torch.dtype, target: 
 
 
 def test_training_does_not_recompile() -> None:
-    """Checks that 1,000 steps with changing lengths, labels and reward shift need one variant per memory alignment."""
+    """Checks that 1,000 steps with changing lengths, labels and reward shift compile one variant per alignment."""
     variants: dict[str, set] = {}
 
     class Recorder:
@@ -328,7 +328,7 @@ def test_training_does_not_recompile() -> None:
 
 
 def _specialisation(parameter: Any, value: Any) -> Any:
-    """Returns the properties of an argument that the JIT specialises on (triton.runtime.jit), or only its type."""
+    """Returns the properties of an argument for which Triton's JIT compiles a separate variant."""
     if isinstance(value, Tensor):
         return (value.dtype, value.data_ptr() % 16 == 0)
     assert parameter.annotation_type, f"{parameter.name} must be annotated, or the JIT specialises on its width"

@@ -1,4 +1,4 @@
-"""Skips the folder without vLLM; ``make vllm-check`` makes an environment that has it. Builds the models and items."""
+"""Fixtures for the tests with vLLM, which are skipped if vLLM is missing; ``make vllm-check`` installs it."""
 
 import importlib.util
 import json

@@ -24,19 +24,19 @@ LIMIT_S = 1800.0  # of a start or a run, which take a minute on a machine withou
 
 
 def start(*command: object, **environment: str) -> subprocess.Popen[bytes]:
-    """Starts Python with arguments, in a new session."""
+    """Starts Python with these command-line arguments in a new session. ``environment`` adds environment variables."""
     words = [sys.executable, *map(str, command)]
     return subprocess.Popen(words, env={**ENVIRONMENT, **environment}, start_new_session=True)
 
 
 def finish(process: subprocess.Popen[Any]) -> None:
-    """Waits until a process has ended, and requires that it has not failed."""
+    """Waits for a process and asserts that it succeeded."""
     assert process.wait(LIMIT_S) == 0, process.args
 
 
 @contextmanager
 def server(model: Path, *options: str) -> Iterator[str]:
-    """Runs vLLM's server for a model under the name "served" in a ``with`` block; yields its address."""
+    """Runs vLLM's server for the duration of a ``with`` block, with the model name "served". Yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,7 +63,7 @@ def server(model: Path, *options: str) -> Iterator[str]:
 
 
 def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
-    """Waits until a server answers."""
+    """Waits until a server responds. Fails if its process ends."""
     deadline_s = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline_s:
         assert process.poll() is None, "the server has ended"
@@ -77,7 +77,7 @@ def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Returns the pids of all processes that a process has started, directly or by others."""
+    """Returns the ids of all descendant processes of a process."""
     from mpo_ext.generate.orphans import children
 
     found: list[int] = []
@@ -89,7 +89,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Returns whether a process exists and has not ended (a zombie has)."""
+    """Returns whether a process is running. A zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

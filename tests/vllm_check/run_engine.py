@@ -1,6 +1,6 @@
-"""Runs an engine over requests and pipelines, in a separate process: vLLM can start only once in a process.
+"""Runs an engine on requests and pipelines in a separate process, because vLLM can start only once in a process.
 
-Usage: ``python run_engine.py ENGINE MODEL ITEMS OUT OPTIONS``, with "vllm" or "openai", and its options in JSON.
+Usage: ``python run_engine.py ENGINE MODEL ITEMS OUT OPTIONS``. ENGINE is "vllm" or "openai", and OPTIONS is JSON.
 """
 
 import json
@@ -31,7 +31,7 @@ N_ITEMS = 60  # number of items of the pipelines
 
 
 def requests_of(items: Path) -> list[Request]:
-    """Returns greedy requests with and without a prefix, the last of which is longer than the model's context."""
+    """Returns greedy requests with and without a prefix. The last one is longer than the model's context."""
     requests = []
     for number, line in enumerate(map(json.loads, items.read_text().splitlines())):
         images = tuple(str(items.parent / name) for name in line.get("images", ()))
@@ -43,7 +43,10 @@ def requests_of(items: Path) -> list[Request]:
 
 
 def conversations_of(items: Path) -> list[Request]:
-    """Returns greedy requests with a system prompt and several turns: images in two turns, or calls of tools."""
+    """Returns greedy requests with several turns, and some with a system prompt.
+
+    Requests from image items have images in two turns. Some requests from text items have tools and tool calls.
+    """
     system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "It is red."}
     tool = {"type": "function", "function": {"name": "age", "parameters": {"type": "object"}}}
     call = {"type": "function", "function": {"name": "age", "arguments": {"of": "Z\u00fcrich", "n": 2}}}
@@ -69,9 +72,10 @@ def conversations_of(items: Path) -> list[Request]:
 
 
 def run_all(engine: Engine, items: Path, out: Path) -> None:
-    """Runs the requests and the pipelines, and writes the continuations into ``generations.json`` and others in OUT.
+    """Runs the requests and the pipelines, and writes all results into the folder ``out``.
 
-    TransformersEngine has no limit of the context, and draws other tokens.
+    TransformersEngine skips the request that is too long, because it has no context limit. It also skips the pipeline
+    "drawn", because its random samples differ from vLLM's.
     """
     out.mkdir(parents=True, exist_ok=True)
     is_ours = isinstance(engine, TransformersEngine)
@@ -87,7 +91,7 @@ def run_all(engine: Engine, items: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Runs vLLM in this process, or asks a server."""
+    """Runs vLLM in this process, or sends the requests to a server."""
     name, model, items, out, options = sys.argv[1:]
     settings = json.loads(options)
     if name == "vllm":

@@ -1,7 +1,7 @@
-"""The real vLLM against TransformersEngine: text, images, adapters, suppressed tokens, kills and its server.
+"""Compares vLLM with TransformersEngine: text, images, adapters, suppressed tokens, kills, and vLLM's server.
 
-``make vllm-check`` runs these tests. They print the number of equal continuations, and both gaps between the two most
-probable tokens where continuations differ.
+``make vllm-check`` runs these tests. They print the number of equal continuations. Where continuations differ, they
+print the gap between the two most probable tokens in both engines.
 """
 
 import functools
@@ -35,7 +35,7 @@ def run_script(
 
 @pytest.fixture(scope="session")
 def expected(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs TransformersEngine once for "text" or "image" and returns the folder of results."""
+    """Returns a function that runs TransformersEngine on "text" or "image", once, and returns its results' folder."""
 
     @functools.cache
     def results(kind: str) -> Path:
@@ -48,7 +48,7 @@ def expected(folder: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def vllm_runs(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs vLLM for "text" or "image" once, and returns the folder of results."""
+    """Returns a function that runs vLLM on "text" or "image", once, and returns its results' folder."""
 
     @functools.cache
     def results(kind: str) -> Path:
@@ -68,7 +68,7 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 
 
 def gap_at(engine: TransformersEngine, request: Request, ids: Sequence[int]) -> float:
-    """Returns the gap between the largest two logits after a prompt, its prefix and some continuation."""
+    """Returns the difference of the two largest logits after the prompt, its prefix and the tokens ``ids``."""
     inputs = engine._inputs([Request(**{**vars_of(request), "prefix_ids": (*request.prefix_ids, *ids)})],
                             [engine.chat.prompt(request)])  # fmt: skip
     with torch.inference_mode():
@@ -84,7 +84,7 @@ def vars_of(request: Request) -> dict[str, Any]:
 def require_equal_or_tied(
     kind: str, engine: TransformersEngine, requests: Sequence[Request], ours: list[Any], theirs: list[Any]
 ) -> None:
-    """Requires that continuations are equal, except after a tie: rounding alone then decides between two tokens."""
+    """Asserts that continuations are equal up to a near tie, where rounding decides between two tokens."""
     differences = []
     for request, our, their in zip(requests, ours, theirs, strict=False):
         if our != their:
@@ -137,7 +137,7 @@ def test_the_counts_of_the_summaries_are_equal(
 def test_the_server_gives_what_the_engine_in_this_process_gives(
     folder: Path, vllm_runs: Callable[[str], Path], kind: str
 ) -> None:
-    """Greedy and drawn samples, with prefixes, images, and images with prefixes."""
+    """Compares greedy and drawn samples, with prefixes, with images, and with both."""
     out = folder / "server" / kind
     with processes.server(folder / kind) as url:
         run_script("openai", folder / kind, folder / f"{kind}.jsonl", out, base_url=url)
@@ -175,7 +175,7 @@ def test_suppressed_tokens_and_adapters(folder: Path) -> None:
 
 @pytest.fixture
 def command(folder: Path) -> list[object]:
-    """Returns the command whose output equals that of the pipeline "drawn", except for the folder."""
+    """Returns a command with the settings of the pipeline "drawn" in run_engine.py; "OUT" stands for the folder."""
     options = ["--engine", "vllm", "--dtype", "float32", "--samples", "8", "--temperature", "1", "--allow-truncated",
                "--max-new-tokens", "12", "--matcher", "exact", "--style", "regex:([a-z])"]  # fmt: skip
     for name, value in run_engine.VLLM.items():
@@ -233,9 +233,9 @@ def test_a_killed_command_leaves_no_process_and_resumes(
 
 
 def test_two_processes_of_a_model(folder: Path, vllm_runs: Callable[[str], Path]) -> None:
-    """Tensor parallelism: each process has half of each matrix, so sums are rounded otherwise.
+    """Tests tensor parallelism. Each process has half of each matrix, so sums are rounded differently.
 
-    vLLM binds its processes to NUMA nodes; with a single node, it must be told their cores.
+    vLLM binds its processes to NUMA nodes. On a machine with a single node, it needs an explicit list of cores.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:

@@ -33,7 +33,7 @@ SUPPRESSED = [101, 102, 103, 114]
 
 
 def keep_letters(head: torch.nn.Linear, tokenizer: Any) -> None:
-    """Lowers the logits of all tokens except ASCII characters and the end of a turn, so that responses are texts."""
+    """Sets the output weights of most tokens to 0, so that responses mainly have ASCII characters and end tokens."""
     tokens = tokenizer.convert_ids_to_tokens(range(head.out_features))
     ends = (tokenizer.eos_token, "<|im_end|>", "<end_of_utterance>")
     others = [
@@ -58,7 +58,7 @@ def write_text_model(folder: Path) -> None:
 
 
 def write_image_model(folder: Path) -> None:
-    """Writes an Idefics3, whose tokenizer adds a token before each text and whose template takes parts."""
+    """Writes an Idefics3: its tokenizer adds a token before each text, and its chat template takes lists of parts."""
     torch.manual_seed(0)
     processor = tiny_processors.idefics3()
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
@@ -77,7 +77,7 @@ def write_image_model(folder: Path) -> None:
 
 
 def write_suppressed(model: Path, folder: Path) -> None:
-    """Copies a model, and suppresses some frequent tokens of its responses."""
+    """Copies a model, with some frequent tokens suppressed by its generation config."""
     shutil.copytree(model, folder)
     path = folder / "generation_config.json"
     settings = {**json.loads(path.read_text()), "suppress_tokens": SUPPRESSED[:2]}
@@ -85,7 +85,7 @@ def write_suppressed(model: Path, folder: Path) -> None:
 
 
 def write_adapter(model: Path, folder: Path) -> None:
-    """Writes LoRA adapters for a model, with large weights."""
+    """Writes LoRA adapters with large weights for a model."""
     import peft
 
     torch.manual_seed(1)
@@ -97,7 +97,7 @@ def write_adapter(model: Path, folder: Path) -> None:
 
 
 def items_of(folder: Path, count: int, *, images: bool) -> list[dict[str, Any]]:
-    """Returns items with questions of several lengths; with ``images``, two of three have one or two images."""
+    """Returns items with questions of several lengths. With ``images``, two of three items have one or two images."""
     rng = np.random.default_rng(0)
     lines = []
     for number in range(count):

@@ -1,9 +1,7 @@
-"""Compares the ids of each family with those that TRL's DPOTrainer makes: a second oracle, run by hand.
+"""Compares each family's token ids with the ids of TRL's DPOTrainer. Run by hand with ``make zoo-trl``.
 
-    make zoo-trl
-
-TRL tokenizes the prompt and the whole conversation, as we do; its response begins where the two differ, and goes to
-the end of the conversation with the white space that the template writes there.
+TRL tokenizes the prompt and the whole conversation, like mpo_ext. TRL's response begins at the first token where the
+two differ. It ends with the conversation, so it includes white space that the template writes after the end token.
 """
 
 import collections
@@ -17,7 +15,7 @@ from zoo_oracle import conversation_of, messages_of
 
 
 def compare(name: str) -> collections.Counter[str]:
-    """Returns the number of cases in which the ids are equal, and in which they differ."""
+    """Compares a family's ids with TRL's. Returns the number of cases for each result, such as "equal"."""
     counts: collections.Counter[str] = collections.Counter()
     family, processor, encoder = load(name)
     for turns in prompts_of(family):

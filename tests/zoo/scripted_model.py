@@ -1,4 +1,4 @@
-"""A model of transformers whose next tokens are given, and a stand-in for vLLM that answers with them."""
+"""A transformers model that generates prescribed tokens, and a fake vLLM that does the same."""
 
 import types
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ class ScriptedConfig(PretrainedConfig):
 
 
 class ScriptedModel(PreTrainedModel, GenerationMixin):
-    """Writes the ids of a script after any prompt, one at each step: the logits are one-hot.
+    """Generates the ids of a script after any prompt, one at each step: its logits are one-hot.
 
     Attributes:
-        script: Ids to write; the last id is written again and again.
-        prompts: Token ids of the prompts.
-        scripts: Scripts of the following calls, which replace ``script``.
+        script: Ids to generate; the last id is repeated.
+        prompts: Token ids of the prompts seen.
+        scripts: Scripts for the next prompts; each replaces ``script``.
     """
 
     config_class = ScriptedConfig
@@ -37,7 +37,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
         return self.embedding
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """Accepts the inputs of every family; the images are ignored."""
+        """Accepts the inputs of every family; the model ignores images."""
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **inputs: Any) -> dict[str, Any]:
         return {"input_ids": input_ids}
@@ -55,7 +55,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
 
 
 class FakeVLLM(types.ModuleType):
-    """Stands in for vLLM: notes the prompts, and answers each with the ids of a script."""
+    """A fake ``vllm`` module that records the prompts, and answers each with the ids of a script."""
 
     def __init__(self, script: Sequence[int] = ()) -> None:
         super().__init__("vllm")

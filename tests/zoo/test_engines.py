@@ -1,4 +1,4 @@
-"""Sampling in each family: the prompts, the stop tokens and the sampled ids are those that training uses."""
+"""Tests sampling in each model family: prompts, stop tokens and sampled ids equal those of training."""
 
 import json
 import sys
@@ -89,7 +89,7 @@ def test_both_engines_get_the_images_of_training(name: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ENCODED)
 def test_the_end_of_the_turn_stops_both_engines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's generation_config names no end token at all."""
+    """The model's generation_config has no end token."""
     family, ours, theirs, fake = engines(name, monkeypatch)
     request = request_of(ours.processor)
     for response in responses_of(family):
@@ -106,7 +106,7 @@ def test_the_end_of_the_turn_stops_both_engines(name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ENCODED)
 def test_sampled_ids_become_the_trained_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DropoutNTP continues half of a response; the pair's rejected response has the ids of prefix and continuation."""
+    """In DropoutNTP, a rejected response has the ids of its prefix, followed by the sampled ids."""
     family, ours, _, _ = engines(name, monkeypatch)
     chosen = (*family.responses, "The cat sat on the mat. It is red.")[0]
     rejected = chosen.replace("red", "blue").replace("7", "8")

@@ -1,4 +1,4 @@
-"""Each family's ids are those of the tokenizer's or processor's own chat template, or the family is refused."""
+"""Tests that each family's ids equal those of the family's chat template, or that the encoder refuses the family."""
 
 import datetime
 import itertools
@@ -44,7 +44,7 @@ transformers.logging.set_verbosity_error()
 
 
 class _Clock(datetime.datetime):
-    """A clock that stands at the date of the families."""
+    """A clock that always shows the date used in the families' prompts."""
 
     @classmethod
     def now(cls, tz: datetime.tzinfo | None = None) -> "_Clock":
@@ -57,7 +57,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(name: str) -> tuple[Family, Any, ChatEncoder]:
-    """Returns a family, its processor and an encoder; they are built once."""
+    """Returns a family, its processor and an encoder; the last two are cached."""
     family = FAMILIES[name]
     if name not in LOADED:
         processor = family.build()
@@ -74,7 +74,7 @@ def responses_of(family: Family) -> tuple[str, ...]:
 
 
 def written(family: Family, response: str) -> str:
-    """Returns a response as the whole conversation writes it, with the block that the prompt opens."""
+    """Returns a response as written in the conversation, with the ``<think>`` that the prompt already opens."""
     return f"<think>{response}" if family.needs_thoughts and not response.startswith("<think>") else response
 
 
@@ -124,7 +124,7 @@ def test_the_text_of_sampled_ids_encodes_as_the_same_ids(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODED)
 def test_a_response_keeps_its_text(name: str) -> None:
-    """Without white space at its ends, which templates trim, a response comes back as it was."""
+    """Encoding and decoding a response gives the same text, if it has no white space at its ends."""
     family, processor, encoder = load(name)
     conversation = conversation_of(messages_of(processor, ONE_TURN))
     for response in responses_of(family):
@@ -227,7 +227,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def image_prompts(pictures: list[str]) -> Iterator[tuple[str, list[Any], list[Turn]]]:
-    """Yields the question or turns of a pair, its images, and the turns in the form of the templates."""
+    """Yields (question or turns of a pair, its images, the same turns with loaded images for the chat template)."""
     first, second = ([path, Image.open(path).convert("RGB")] for path in pictures)
     yield "<image>\nWhat is shown?", [first[0]], [("user", [first[1], "What is shown?"])]
     yield "What is shown?", [first[0]], [("user", [first[1], "What is shown?"])]
@@ -293,7 +293,7 @@ def assert_proved(encoder: Encoder, pair: Pair) -> None:
 
 
 def test_the_page_has_the_table_of_the_registry() -> None:
-    """``PYTHONPATH=.:tests/zoo python tests/zoo/zoo_families.py`` prints the table."""
+    """Checks docs/families.md; ``PYTHONPATH=.:tests/zoo python tests/zoo/zoo_families.py`` prints its table."""
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- families -->\n")[2].partition("<!-- /families -->")[0]
     assert shown == table()

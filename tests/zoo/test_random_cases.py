@@ -1,4 +1,4 @@
-"""Random templates, tokenizers and conversations: the ids are the template's own, or the encoder refuses."""
+"""Tests random templates, tokenizers and conversations: ids equal the template's, or the encoder refuses."""
 
 import collections
 import os
@@ -33,7 +33,7 @@ transformers.logging.set_verbosity_error()
 
 
 def encode(case: Case) -> str:
-    """Encodes a case and compares the ids with the template's; returns whether it was encoded or refused."""
+    """Encodes a case and checks that the ids equal the template's. Returns ENCODED or REFUSED."""
     processor: Any = case.tokenizer.build()
     template = case.template.jinja()
     messages = messages_of(processor, case.turns)
@@ -77,7 +77,7 @@ def encode(case: Case) -> str:
 
 
 def written(case: Case, processor: Any, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the assistant's message: a response to a prompt that ends with ``<think>`` closes this block."""
+    """Returns the assistant's message. Adds ``<think>`` if the prompt opens the block that the response closes."""
     (plain,) = messages_of(processor, [("assistant", case.response)])
     block = re.search(r"<think>\s*$", case.template.generation or "")
     continues = "</think>" in case.response and not case.response.lstrip().startswith("<think>")
@@ -114,7 +114,7 @@ def test_the_ids_are_the_template_s_or_the_encoder_refuses() -> None:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Any]]:
-    """Returns images of several shapes and their paths."""
+    """Returns (path, image) of images of several shapes."""
     folder = tmp_path_factory.mktemp("pictures")
     sizes = [(64, 48), (40, 70), (56, 56), (90, 30)]
     images = [Image.new("RGB", size, (50 * number, 99, 180)) for number, size in enumerate(sizes)]
@@ -145,7 +145,7 @@ def test_the_ids_with_images_are_those_of_the_processor(pictures: list[tuple[str
 
 
 def encode_images(case: ImageCase, pictures: list[tuple[str, Any]]) -> str:
-    """Encodes a case with images and compares the ids with the processor's."""
+    """Encodes a case with images and checks that the ids equal the processor's. Returns ENCODED or REFUSED."""
     _, processor, _ = load(case.family)
     used = [part for _, parts in case.turns for part in parts if isinstance(part, int)]
     turns = [

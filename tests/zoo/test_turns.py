@@ -1,4 +1,4 @@
-"""Items with several turns: sampling, evaluation and training give the ids of the family's own chat template."""
+"""Tests items with several turns: sampling, evaluation and training give the ids of the family's chat template."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ TURNS = [
 
 
 def prompts_of_item(item: Item, engine: TransformersEngine, answers: Sequence[list[int]]) -> tuple[list[Any], Pair]:
-    """Returns the prompts of the evaluation and of the correctness pipeline, and the pair of this pipeline."""
+    """Runs the evaluation and the correctness pipeline on an item. Returns all prompts, and the pipeline's pair."""
     model: Any = engine.model
     evaluation = Evaluation(EvaluationConfig(prompts=("none",), max_new_tokens=60), "none")
     pipeline = Correctness(CorrectnessConfig(samples=2, sampling=SAMPLING))

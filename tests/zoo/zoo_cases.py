@@ -1,4 +1,4 @@
-"""Random chat templates, tokenizers and conversations, for test_random_cases."""
+"""Draws random chat templates, tokenizers and conversations for test_random_cases.py."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ FRAGMENTS = (
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerForm:
-    """A tokenizer of the zoo, alone or in a processor."""
+    """The settings of a random tokenizer, which is used alone or in a processor."""
 
     kind: str
     scheme: tokenizers.Scheme = "first"
@@ -36,7 +36,7 @@ class TokenizerForm:
 
     @property
     def suffix(self) -> int:
-        """The number of tokens that a processor adds at the end."""
+        """The number of special tokens that the tokenizer adds at the end of a text."""
         return int(self.kind == "sentencepiece" and self.add_eos)
 
     @functools.cache  # noqa: B019 - as many forms as there are
@@ -69,16 +69,17 @@ class TokenizerForm:
 
 @dataclasses.dataclass(frozen=True)
 class TemplateForm:
-    """The text that a template writes: ``{role}`` is the role; ``{Role}`` has a capital.
+    """The parts of a random chat template. In texts, ``{role}`` is the role and ``{Role}`` the capitalized role.
 
     Attributes:
         begin: Jinja at the beginning.
-        header: Text before each content.
-        end: Jinja after each content.
-        generation: Text of the generation prompt; None: the header of the assistant.
-        ignores: "no", "header" (a user's turn ends with the assistant's header), or "yes" (nothing is written).
-        trim: Whether contents are trimmed.
-        thoughts: "text", "always" (a block before each last response), or "dropped".
+        header: Text before the content of each message.
+        end: Jinja after the content of each message.
+        generation: Text of the generation prompt; None: the assistant's header.
+        ignores: Whether the template ignores ``add_generation_prompt``. "no": it supports it. "yes": it never writes a
+            generation prompt. "header": it always writes the assistant's header after a user message.
+        trim: Whether the template trims contents.
+        thoughts: How thoughts are written: "text", unchanged; "always", as a block in the last response; or "dropped".
     """
 
     begin: str = ""
@@ -91,7 +92,7 @@ class TemplateForm:
 
     @property
     def adds_header(self) -> bool:
-        """Returns whether the encoder has to find the header that the template writes before a response."""
+        """Returns whether the encoder must add the assistant's header, because the generation prompt lacks it."""
         return self.ignores != "no" or self.generation == ""
 
     def jinja(self) -> str:
@@ -126,7 +127,7 @@ class TemplateForm:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A template, a tokenizer and a conversation with a response."""
+    """A random test case: a template, a tokenizer, and a conversation with a response."""
 
     tokenizer: TokenizerForm
     template: TemplateForm
@@ -223,7 +224,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @dataclasses.dataclass(frozen=True)
 class ImageCase:
-    """A family with images, and a conversation in which numbers are places of images."""
+    """A random test case with images: a family, and a conversation. A number in a turn is the index of an image."""
 
     family: str
     turns: tuple[tuple[str, tuple[str | int, ...]], ...]
@@ -236,7 +237,7 @@ plain_texts = st.lists(st.sampled_from(PLAIN), min_size=1, max_size=3).map("".jo
 
 @st.composite
 def image_cases(draw: st.DrawFn, families: Sequence[str], images: int) -> ImageCase:
-    """Draws a conversation with at least one of ``images`` images, in any places of the user's turns."""
+    """Draws a conversation with one or more of ``images`` images, at any places in the user's turns."""
     part = st.one_of(plain_texts, st.integers(0, images - 1))
     turns: list[tuple[str, tuple[str | int, ...]]] = []
     for _ in range(draw(st.integers(0, 1))):

@@ -1,6 +1,6 @@
-"""Families of models: for each a tokenizer or processor of the real class with the family's chat template.
+"""Model families: for each, a tokenizer or processor of the real class with the family's chat template.
 
-``FAMILIES`` is the registry of the tests and of the table in docs/families.md.
+The tests and the table in docs/families.md use the registry ``FAMILIES``.
 """
 
 import dataclasses
@@ -25,20 +25,20 @@ class Family:
     """A family of models.
 
     Attributes:
-        models: Models of the family, for the table.
+        models: Names of the models, for the table.
         build: Returns the tokenizer, or the processor of a multimodal family.
-        config: Class of the model's config, by which the table's column "rows" is found.
+        config: Class of the model's config, which determines the table's column "rows".
         end: The token that ends a response.
-        image: Whether the family has images that the tests run.
-        system: Whether the template takes a system's turn; otherwise the encoder refuses it.
-        responses: Responses besides those of ``test_families``, such as thoughts.
+        image: Whether the tests use images with this family.
+        system: Whether the template supports a system message; otherwise the encoder refuses it.
+        responses: Responses besides those of ``test_families``, such as responses with thoughts.
         needs_thoughts: Whether the family refuses responses without thoughts.
         thinking: How the family thinks, for the table.
         separate_rows: Reason why a pair's responses need separate rows; empty: one row holds the prompt and both.
         options: Options of the encoder.
         notices: A regular expression for each notice of the encoder.
-        refused: The responses or the images that are refused, each with a regular expression for the message.
-        rule: The rule beyond the template that holds for the family, for the table.
+        refused: Responses or images that the encoder refuses, each with a regular expression for the message.
+        rule: A rule of the family in addition to its template, for the table.
     """
 
     models: str
@@ -58,7 +58,7 @@ class Family:
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
-        """Variables for the template."""
+        """Additional variables for the chat template."""
         return dict(self.options.get("chat_template_kwargs", {}))
 
 
@@ -429,7 +429,7 @@ FAMILIES = {**TEXT_FAMILIES, **IMAGE_FAMILIES}
 
 
 def meta_model(family: Family) -> Any:
-    """Returns a model of the family's class without weights, with few layers."""
+    """Returns a model of the family's class with few layers on the meta device, without weights."""
     config = getattr(transformers, f"{family.config}Config")()
     for part in (config, *(getattr(config, name, None) for name in ("text_config", "vision_config"))):
         for name in ("num_hidden_layers", "depth"):

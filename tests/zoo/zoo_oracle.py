@@ -1,6 +1,6 @@
-"""The token ids that a model's own processor makes with ``apply_chat_template``, and the comparison with ours.
+"""Token ids from transformers' ``apply_chat_template``, and their comparison with the ids of mpo_ext.
 
-Nothing here uses the encoder's code: the ids come from transformers alone.
+The expected ids come from transformers alone, without the encoder's code.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ def is_processor(processor: Any) -> bool:
 
 
 def messages_of(processor: Any, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Returns messages in the form of the processor: a list of parts for a processor, a text for a tokenizer."""
+    """Returns chat messages. Contents are lists of parts for a processor, and texts for a tokenizer."""
     messages = []
     for role, content in turns:
         if not is_processor(processor):
@@ -35,7 +35,7 @@ def messages_of(processor: Any, turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def template_ids(
     processor: Any, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = False, **kwargs: Any
 ) -> list[int]:
-    """Returns the ids of ``apply_chat_template(..., tokenize=True)``, with expanded images."""
+    """Returns the ids of ``apply_chat_template(..., tokenize=True)``, with all image tokens of each image."""
     out = processor.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, add_generation_prompt=generation_prompt, **kwargs
     )
@@ -45,7 +45,7 @@ def template_ids(
 
 
 def conversation_of(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] = ()) -> Conversation:
-    """Returns the prompt as a conversation, without the images in its parts."""
+    """Returns the messages as a Conversation. Image parts become placeholders; the images are in a separate field."""
     bare = []
     for message in messages:
         content = message["content"]
@@ -67,18 +67,18 @@ def compare(
     suffix: int = 0,
     **kwargs: Any,
 ) -> None:
-    """Asserts that ids of ours are those of the template, up to the token that ends the turn.
+    """Asserts that the encoder's ids equal the template's, up to the token that ends the turn.
 
     Args:
         encoder: The encoder that made the ids.
         messages: The turns before the response.
         response: The assistant's message.
-        prompt_ids: Our ids of the prompt.
-        response_ids: Our ids of the response.
-        is_split: Whether the response was tokenized apart. Then the template's ids must merge prompt and response, and
-            the text is compared instead of the ids.
-        adds_header: Whether the template ignores ``add_generation_prompt``, so that our prompt may be longer.
-        suffix: Number of tokens that the tokenizer adds at the end of a text if a processor adds special tokens.
+        prompt_ids: The encoder's ids of the prompt.
+        response_ids: The encoder's ids of the response.
+        is_split: Whether the response was tokenized separately. Then the template's ids must not begin with the ids
+            of the prompt, and the texts are compared instead of the ids.
+        adds_header: Whether the template ignores ``add_generation_prompt``. Then the encoder's prompt may be longer.
+        suffix: Number of special tokens that the tokenizer adds at the end of a text; they are not compared.
         **kwargs: Options of ``apply_chat_template``.
     """
     processor, tokenizer = encoder.processor, encoder.tokenizer
@@ -126,7 +126,7 @@ def _text(processor: Any, messages: Sequence[Mapping[str, Any]], kwargs: Mapping
 
 
 def _adds_special_tokens(processor: Any, text: str) -> bool:
-    """Returns whether ``apply_chat_template`` lets a processor add special tokens to a text."""
+    """Returns whether ``apply_chat_template`` makes the tokenizer add special tokens to this text."""
     begin = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
     return is_processor(processor) and not (begin and text.startswith(begin))
 
@@ -134,7 +134,7 @@ def _adds_special_tokens(processor: Any, text: str) -> bool:
 def _without_white_end(
     processor: Any, messages: Sequence[Mapping[str, Any]], suffix: int, kwargs: Mapping[str, Any]
 ) -> Iterator[list[int]]:
-    """Yields the ids of the conversation without the last n characters, as long as they are white space."""
+    """Yields the token ids of the conversation, and again after removing each white-space character at its end."""
     text = _text(processor, messages, kwargs)
     tokenizer = getattr(processor, "tokenizer", processor)
     special = _adds_special_tokens(processor, text)

@@ -1,4 +1,4 @@
-"""Tiny processors of the real classes. Those with a video processor, which needs torchvision, leave it out."""
+"""Tiny processors of the real classes, without video processors, which need torchvision."""
 
 import re
 import types
@@ -33,7 +33,7 @@ PLACES = tuple(f"<row_{row + 1}_col_{column + 1}>" for row in range(4) for colum
 
 
 class _NoVideo:
-    """A processor with an image processor and a tokenizer only."""
+    """A mixin for processors that have only an image processor and a tokenizer."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -41,7 +41,7 @@ class _NoVideo:
 
 
 def without_video(base: type, **attributes: Any) -> Any:
-    """Returns a class that has the methods of a processor class, with given attributes instead of its constructor."""
+    """Returns a subclass of a processor class without a video processor. Its constructor sets ``attributes``."""
 
     def build(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -79,7 +79,7 @@ def _internvl(tokenizer: Any) -> Any:
 
 
 def internvl25() -> Any:
-    """InternVL2.5 of 2B and 8B: the tokenizer of InternLM2 without a prepended space."""
+    """Returns the processor of InternVL2.5-2B and 8B: InternLM2's tokenizer, which prepends no space."""
     special = ("<|im_start|>", "<|im_end|>", *INTERNVL_TOKENS)
     return _internvl(tokenizers.sentencepiece(*special, scheme="never", pad_token="</s>"))
 
@@ -89,7 +89,7 @@ def internvl3() -> Any:
 
 
 def internvl35() -> Any:
-    """InternVL3.5: the tokenizer of Qwen3, in which thinking is added tokens."""
+    """Returns the processor of InternVL3.5: Qwen3's tokenizer, with ``<think>`` and ``</think>`` as added tokens."""
     return _internvl(tokenizers.qwen(*INTERNVL_TOKENS, plain=("<think>", "</think>")))
 
 

@@ -1,4 +1,4 @@
-"""Chat templates that write the text of the families' published templates (without their tools)."""
+"""Chat templates that give the same text as the families' published templates. Few of them support tools."""
 
 ALTERNATE = (
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -8,7 +8,7 @@ GENERATION = "{%% if add_generation_prompt %%}{{ '%s' }}{%% endif %%}"
 
 
 def content(image: str = "", *, trim: bool = False, generation: bool = False) -> str:
-    """Returns the Jinja of a message's content, which is a text or a list of texts and images."""
+    """Returns Jinja code that writes a message's content: a text, or a list of texts and images."""
     text = "{{ p.text%s }}" % ("|trim" if trim else "")
     if generation:
         text = "{% generation %}" + text + "{% endgeneration %}"
@@ -18,7 +18,7 @@ def content(image: str = "", *, trim: bool = False, generation: bool = False) ->
 
 
 def images_first(image: str, text: str = "{{ p.text }}") -> str:
-    """Returns the Jinja of a content whose images come before its texts."""
+    """Returns Jinja code that writes a message's images before its texts."""
     return (
         "{% for p in m.content | selectattr('type', 'equalto', 'image') %}{{ '" + image + "' }}{% endfor %}"
         "{% for p in m.content | selectattr('type', 'equalto', 'text') %}" + text + "{% endfor %}"
@@ -26,7 +26,7 @@ def images_first(image: str, text: str = "{{ p.text }}") -> str:
 
 
 def chatml(image: str = "", *, begin: str = "", default_system: str | None = None) -> str:
-    """ChatML: SmolLM2, Qwen, InternLM2, InternVL."""
+    """Returns the ChatML template of SmolLM2, Qwen, InternLM2 and InternVL."""
     default = ""
     if default_system is not None:
         default = (
@@ -233,7 +233,7 @@ GRANITE = (
 
 
 def _tool_turns(content: str) -> str:
-    """Calls are JSON in <tool_call>, and results of consecutive tool turns stand in one turn of the user."""
+    """Returns Jinja code for messages with tools: calls become JSON in <tool_call>, results become user turns."""
     return (
         "{% for m in messages %}{% if m.role == 'tool' %}"
         "{% if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
@@ -251,7 +251,7 @@ def _tool_turns(content: str) -> str:
 
 
 def qwen_tools(image: str = "") -> str:
-    """A first turn of the system, with the signatures of the tools in <tools>; ``image`` is the text of an image."""
+    """Returns Qwen's template with tools, whose signatures are in the system message; ``image`` marks an image."""
     system = content(image).replace("m.content", "messages[0].content")
     return (
         "{{ '<|im_start|>system\\n' }}{% if messages[0].role == 'system' %}" + system + "{% else %}"

@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the real classes, trained on a few sentences, with the special tokens of a family of models."""
+"""Tiny tokenizers of the real classes with the families' special tokens, trained on a few sentences."""
 
 import functools
 import json
@@ -45,7 +45,7 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 @functools.cache
 def byte_level_bpe(size: int = 420) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Returns the vocabulary and the merges of a byte-level BPE."""
+    """Returns the vocabulary and the merges of a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _split(LLAMA3_PATTERN)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -55,7 +55,7 @@ def byte_level_bpe(size: int = 420) -> tuple[dict[str, int], list[tuple[str, str
 
 @functools.cache
 def metaspace_bpe(size: int = 520) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Returns the vocabulary and the merges of a BPE in the form of SentencePiece, with a token for each byte."""
+    """Returns the vocabulary and the merges of a SentencePiece-style BPE tokenizer, with a token for each byte."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Split("\n", behavior="isolated")]
@@ -79,7 +79,7 @@ def _special(tokens: tuple[str, ...], *, rstrip: bool = False, normalized: bool 
 
 
 def qwen(*special: str, plain: tuple[str, ...] = (), **options: Any) -> Any:
-    """Qwen2Tokenizer; ``plain`` are added tokens without the mark "special", such as ``<think>``."""
+    """Returns a Qwen2Tokenizer; ``plain`` are added tokens that are not special, such as ``<think>``."""
     vocabulary, merges = byte_level_bpe()
     options = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", **options}
     options.setdefault("additional_special_tokens", ["<|im_start|>", "<|im_end|>", *special])
@@ -89,7 +89,7 @@ def qwen(*special: str, plain: tuple[str, ...] = (), **options: Any) -> Any:
 
 
 def gpt2(*special: str, **options: Any) -> Any:
-    """GPT2Tokenizer, as SmolLM has it."""
+    """Returns a GPT2Tokenizer like SmolLM's."""
     vocabulary, merges = byte_level_bpe()
     options = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<|im_start|>", **options}
     options.setdefault("additional_special_tokens", ["<|im_start|>", "<|im_end|>", *special])
@@ -97,7 +97,7 @@ def gpt2(*special: str, **options: Any) -> Any:
 
 
 def llama3(*special: str, bos: str = "<|begin_of_text|>", eos: str = "<|eot_id|>", **options: Any) -> Any:
-    """PreTrainedTokenizerFast with Llama 3's pattern; its post-processor writes the begin token."""
+    """Returns a tokenizer with Llama 3's split pattern; its post-processor adds the begin token."""
     vocabulary, merges = byte_level_bpe()
     tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=list(merges), ignore_merges=True))
     tokenizer.pre_tokenizer = _split(LLAMA3_PATTERN)
@@ -122,17 +122,17 @@ def sentencepiece(
     rstrip: bool = False,
     **options: Any,
 ) -> Any:
-    """A tokenizer in the form of SentencePiece with byte fallback.
+    """Returns a SentencePiece-style tokenizer with byte fallback.
 
     Args:
         *special: Special tokens.
-        scheme: Where a space is prepended: "legacy" at each piece between special tokens by a normalizer, as in the
-            tokenizer.json of Llama 2 and Mistral v0.1; "always" at each piece and "first" at the beginning of the text
-            by Metaspace; "never".
-        add_bos: Whether encoding with special tokens writes the begin token.
-        add_eos: Whether it writes the end token.
-        rstrip: Whether the special tokens take the white space after them, as in Phi-3.
-        **options: Passed to the class.
+        scheme: Where a space is prepended. "legacy": at each piece between special tokens, by a normalizer, as in the
+            tokenizer.json of Llama 2 and Mistral v0.1. "always": at each piece, by Metaspace. "first": at the
+            beginning of the text, by Metaspace. "never": nowhere.
+        add_bos: Whether encoding with special tokens adds the begin token.
+        add_eos: Whether encoding with special tokens adds the end token.
+        rstrip: Whether special tokens absorb the white space after them, as in Phi-3.
+        **options: Passed to the tokenizer class.
     """
     vocabulary, merges = metaspace_bpe()
     vocabulary, merges = dict(vocabulary), list(merges)
@@ -176,7 +176,7 @@ def sentencepiece(
 
 
 def gemma(*special: str, **options: Any) -> Any:
-    """GemmaTokenizer: spaces become METASPACE, no space is prepended, and line breaks are not split."""
+    """Returns a GemmaTokenizer, which replaces spaces by METASPACE, prepends no space, and keeps line breaks."""
     vocabulary, merges = metaspace_bpe()
     names = {"<unk>": "<unk>", "<s>": "<bos>", "</s>": "<eos>"}
     vocabulary = {names.get(token, token): index for token, index in vocabulary.items()}

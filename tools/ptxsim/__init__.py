@@ -1,4 +1,4 @@
-"""Run compiled GPU kernels (PTX) on the CPU with numpy."""
+"""Runs compiled GPU kernels (PTX) on the CPU with numpy."""
 
 from .compile import CompiledTriton, CompileError, compile_cuda, compile_triton, find_nvcc
 from .control import DeviceTrap

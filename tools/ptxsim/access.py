@@ -1,4 +1,4 @@
-"""Lets the memory instructions of the machine reach the state spaces."""
+"""Memory access of the simulated machine: loads, stores, atomics and cp.async in each state space."""
 
 import numpy as np
 
@@ -9,10 +9,10 @@ from .report import source_of
 
 
 class MemoryAccess:
-    """Part of Machine: loads, stores, atomics and cp.async of one instruction, and the faults they raise."""
+    """A part of the class Machine: executes memory instructions and raises their faults."""
 
     def _counters(self, ins, kind):
-        """Function giving the instruction's counters in a space; None where nothing is counted."""
+        """Returns a function that maps a state space to the instruction's Access counters; None if not counted."""
         memo = {}
 
         def get(space):
@@ -26,7 +26,7 @@ class MemoryAccess:
         return get
 
     def _split(self, space, addr):
-        """Generic addresses -> [(space, positions or None, address in space)]."""
+        """Splits addresses by state space: returns [(space, positions or None for all, addresses in the space)]."""
         if space != "generic":
             return ((space, None, addr),)
         if int(addr.max()) < SHARED_BASE:
@@ -296,5 +296,5 @@ class MemoryAccess:
         self.report.note(self._where(ins), what, n)
 
     def all_present(self, s):
-        """True if s is every lane, so no source lane can be missing."""
+        """Returns whether the selection s has all lanes of its warps, so that no source lane is missing."""
         return isinstance(s, slice) and s.start & 31 == 0 and s.stop & 31 == 0

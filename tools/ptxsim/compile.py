@@ -1,4 +1,4 @@
-"""CUDA C++ or Triton source -> PTX, without a GPU."""
+"""Compiles CUDA C++ or Triton source to PTX, without a GPU."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ class CompileError(Exception):
 
 
 def find_nvcc():
-    """Returns the path of nvcc, on PATH or from the pip package nvidia-cuda-nvcc; None without either."""
+    """Returns the path of nvcc, from PATH or the pip package nvidia-cuda-nvcc; None if neither has it."""
     if path := shutil.which("nvcc"):
         return path
     package = importlib.util.find_spec("nvidia")
@@ -27,10 +27,12 @@ def find_nvcc():
 def compile_cuda(
     source, arch="sm_90", include_dirs=(), defines=(), std="c++17", entry=None, flags=(), lineinfo=True, nvcc=None
 ):
-    """PTX of a CUDA source (a path, or the text itself), by `nvcc -ptx`.
+    """Compiles CUDA source to PTX with `nvcc -ptx`. Returns the PTX.
 
-    defines: names, "NAME=value" strings, or a dict.  entry: check that the
-    PTX has a kernel of that name.  flags: more nvcc options.
+    source: a path, or the source text.
+    defines: names, "NAME=value" strings, or a dict.
+    entry: name of a kernel that the PTX must have.
+    flags: more nvcc options.
     """
     nvcc = nvcc or find_nvcc()
     if nvcc is None:
@@ -60,7 +62,10 @@ def compile_cuda(
 
 @dataclass
 class CompiledTriton:
-    """AOT-compiled Triton kernel; launch() passes the hidden scratch pointers as null."""
+    """A Triton kernel compiled to PTX.
+
+    launch() passes null for the scratch pointers that Triton appends to the parameters.
+    """
 
     ptx: str
     name: str
@@ -83,11 +88,15 @@ class CompiledTriton:
 
     @property
     def hidden_params(self):
-        """Parameters Triton appends (global and profile scratch pointers)."""
+        """The number of parameters that Triton appends (pointers to global and profile scratch memory)."""
         return len(self.kernel.fn.params) - len(self.arg_names)
 
     def launch(self, grid, args, **options):
-        """args: a sequence in signature order, or a dict by name; options as for Kernel.launch."""
+        """Runs the kernel in the simulator. Returns the report.
+
+        args: a sequence in the order of the signature, or a dict by name.
+        options: those of Kernel.launch.
+        """
         if isinstance(args, dict):
             args = [args[n] for n in self.arg_names]
         args = list(args)
@@ -110,13 +119,13 @@ class CompiledTriton:
 
 
 def compile_triton(jit_fn, signature, constexprs=None, arch=80, num_warps=4, num_stages=None, aligned=(), **options):
-    """Compile a @triton.jit function ahead of time.
+    """Compiles a @triton.jit function ahead of time. Returns a CompiledTriton.
 
     signature: {argument: "*bf16" | "i32" | "fp32" | ... | "constexpr"}; arguments
-    named in constexprs may be left out of it.  aligned: names of pointers and
-    integers known to be multiples of 16 (Triton vectorises on that, and the JIT
-    would find it out by itself).  arch: 80, 90, 100 ...; kernels with tl.dot
-    can only be simulated for 80 (mma.sync).
+    named in constexprs may be left out.
+    aligned: names of pointers and integers that are multiples of 16, which lets
+    Triton vectorise. The JIT would find this out by itself.
+    arch: 80, 90, 100 ... Kernels with tl.dot can only be simulated for 80 (mma.sync).
     """
     import triton
     from triton.backends.compiler import GPUTarget

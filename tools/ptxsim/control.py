@@ -1,7 +1,8 @@
 """Control flow: branches, calls, barriers, exit, printf and assert.
 
-A control instruction's function takes (s, pc) and returns the next pc of all
-of s, or None after it has updated the machine's per-lane state itself.
+The function of a control instruction takes (s, pc): the lanes that run it, and
+its pc. It returns the next pc of these lanes, or None if it has set the
+state of each lane itself.
 """
 
 import re
@@ -19,7 +20,7 @@ RUN, BAR, SYNC, DONE = 0, 1, 2, 3  # lane states
 
 
 class DeviceTrap(PTXError):
-    """trap, or a failed device assert."""
+    """Raised for the instruction trap, and for a failed device assert."""
 
 
 def _bra(m, ins):
@@ -80,7 +81,7 @@ def _brx(m, ins):
 
 
 def _bar(m, ins):
-    """bar.sync/arrive/red, barrier{.cta}.sync/arrive/red."""
+    """Builds the instructions bar.sync/arrive/red and barrier{.cta}.sync/arrive/red."""
     parts = [p for p in ins.parts[1:] if p not in ("aligned", "cta")]
     what = parts[0]
     if what not in ("sync", "arrive", "red"):
@@ -99,7 +100,7 @@ def _bar(m, ins):
         raise ValueError("barrier number")
 
     def result(flags, slot):
-        """Per-slot reduction of the participants' predicates."""
+        """Combines the predicates of the threads at a barrier, for each resident block (slot)."""
         yes = np.bincount(slot[flags], minlength=m.R)
         return yes if op_name == "popc" else yes > 0 if op_name == "or" else yes == np.bincount(slot, minlength=m.R)
 
@@ -138,7 +139,7 @@ def _bar(m, ins):
 
 
 def _call_parts(m, ins):
-    """(return operands, name, argument operands) of call (ret), name, (args)"""
+    """Splits the instruction call (ret), name, (args) into (return operands, name, argument operands)."""
     if any(isinstance(a, Reg) for a in ins.args):
         raise NotImplementedPTX(ins, "indirect call")
     at, name = next((i, a.name) for i, a in enumerate(ins.args) if isinstance(a, Sym))
@@ -147,7 +148,7 @@ def _call_parts(m, ins):
 
 
 def _link(m, callee, formal, caller, actual, back):
-    """Copy function for one argument (or result, if back)."""
+    """Returns a function that copies one argument into the callee, or (if back) one result to the caller."""
 
     def end(fn, x, typ):
         if isinstance(x, Sym) and (fn.name, x.name) in m.fparams:
@@ -224,7 +225,7 @@ _FORMAT = re.compile(r"%([-+ #0]*)(\*|\d+)?(?:\.(\*|\d+))?(hh|h|ll|l|z|j|t|L)?([
 
 
 def _printf_text(m, fmt, read, lane):
-    """Format one thread's printf; read(size) fetches the next argument's bytes."""
+    """Returns the text of one thread's printf; read(size) returns the next argument's bytes."""
 
     def sub(k):
         flags, width, prec, length, conv = k.groups()

@@ -1,9 +1,10 @@
 """The machine that runs a kernel.
 
-All threads of the resident blocks are lanes of numpy arrays; warp w owns
-lanes 32w..32w+31 (blocks are padded to whole warps).  Each lane has its own
-pc.  `lockstep` repeatedly runs all lanes that share the lowest pc; `random`
-does the same one warp at a time, for a random number of instructions.
+Each thread of a resident block is a lane, an element of numpy arrays. Warp w
+owns the lanes 32w..32w+31 (blocks are padded to whole warps). Each lane has a
+program counter (pc). The schedule `lockstep` repeatedly runs all lanes with the
+lowest pc. `random` does this for one random warp at a time, for a random
+number of instructions.
 """
 
 import random
@@ -38,11 +39,11 @@ PLAIN, WARP, BRANCH = 0, 1, 2  # kinds of instruction
 
 
 class DeadlockError(PTXError):
-    """No lane can run and not all have exited."""
+    """Raised if no lane can run although not all have exited."""
 
 
 class LaunchTimeout(PTXError):
-    """max_steps was used up."""
+    """Raised if a launch needs more than max_steps instructions."""
 
 
 class _Sink:
@@ -59,7 +60,7 @@ class _Not:
 
 
 class Machine(MemoryAccess):
-    """One launch."""
+    """The state and the execution of one kernel launch."""
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class Machine(MemoryAccess):
         return buf.base
 
     def _shared_layout(self, dynamic):
-        """Offsets of the shared variables in use; returns [(start, end, name)]."""
+        """Assigns offsets to the shared variables that the kernel uses. Returns [(start, end, name)]."""
         used = set()
         for ins in self.k.code:
             for a in ins.args:
@@ -283,7 +284,7 @@ class Machine(MemoryAccess):
         self.local_stride = (offset + 15) // 16 * 16
 
     def _private(self):
-        """Per-lane bytes: local memory, and the .param variables of calls."""
+        """Allocates the memory of each lane: local memory, and the .param variables of calls."""
         self.local = np.zeros(max(16, self.L * self.local_stride), np.uint8)
         self.fparams = {}
         for f in self.k.functions:
@@ -436,7 +437,7 @@ class Machine(MemoryAccess):
         return a.view(dt)[:: a.dtype.itemsize // size]
 
     def src(self, arg, typ):
-        """Array over all lanes holding an operand's value as typ."""
+        """Returns an array of an operand's values in all lanes, interpreted as the PTX type typ."""
         dt, packed = dtype_of(typ)
         if isinstance(arg, Reg):
             a = self._view(self.array(arg.name), typ, False)
@@ -486,7 +487,7 @@ class Machine(MemoryAccess):
         raise ValueError(f"destination {arg}")
 
     def symbol(self, sym):
-        """Address of a variable within its state space (global and const: absolute)."""
+        """Returns the address of a variable in its state space (an absolute address for global and const)."""
         n = sym.name
         if n in self.shared_at:
             return self.shared_at[n] + sym.offset
@@ -512,7 +513,7 @@ class Machine(MemoryAccess):
         return self.steps * 4 + 1
 
     def param_view(self, name, offset, dt):
-        """Per-lane view of a .param variable at a constant offset."""
+        """Returns the values of a .param variable in all lanes, read at an offset as dtype dt."""
         if (self.cur.name, name) in self.fparams:
             a = self.fparams[self.cur.name, name]
             return a[:, offset : offset + np.dtype(dt).itemsize].view(dt)[:, 0]
@@ -521,7 +522,7 @@ class Machine(MemoryAccess):
         return np.broadcast_to(raw[0], (self.L,))
 
     def address(self, mem, space):
-        """Function of s giving int64 addresses (within the space)."""
+        """Returns a function that maps a lane selection to the int64 addresses of a memory operand in its space."""
         base, off = mem.base, np.int64(mem.offset)
         if isinstance(base, (Sym, Imm)):
             v = self.symbol(base) if isinstance(base, Sym) else base.value
@@ -639,7 +640,7 @@ class Machine(MemoryAccess):
         return idx
 
     def _advance(self, lo, hi, budget):
-        """Run the lanes lo..hi until none can run or about `budget` instructions have run."""
+        """Runs the lanes lo..hi until none can run, or until about `budget` instructions have run."""
         fns, kind, stop = self.fns, self.kind, self.next_stop
         el, ew = self.exec_lanes, self.exec_warps
         starving = 0
@@ -727,10 +728,10 @@ class Machine(MemoryAccess):
                     break
 
     def _gather_warp(self, s, p):
-        """Lanes s arrive at the warp-synchronous instruction p.
+        """Registers that the lanes s have arrived at the warp-synchronous instruction at pc p.
 
-        Returns the lanes (a slice or index array) whose member mask is complete;
-        the others are left waiting.
+        Returns the lanes (a slice or index array) that may execute it, because all
+        lanes of their member mask have arrived. The others wait.
         """
         ln = self.lanes[s]
         w = ln >> 5
@@ -789,7 +790,11 @@ class Machine(MemoryAccess):
                 self.pc[at] = self.wpc[at]
 
     def _bar_arrive(self, s, ids, count):
-        """Count arrivals; ids: int or per-lane array; count: 0 (all) or per-lane array."""
+        """Counts arrivals of the lanes s at a barrier.
+
+        ids: barrier number, an int or an array with one per lane.
+        count: number of expected threads, 0 (all) or an array with one per lane.
+        """
         slot = self.slot[s]
         todo = [(int(ids), None)] if np.ndim(ids) == 0 else [(int(i), ids == i) for i in np.unique(ids)]
         for i, at in todo:

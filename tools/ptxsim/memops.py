@@ -1,4 +1,4 @@
-"""ld, st, atom, red, cp.async."""
+"""Builds the memory instructions ld, st, atom, red and cp.async."""
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def _st(b, ins):
 
 
 def _serial(view, ix, fn, b, c, need_old):
-    """Apply old -> fn(old, b, c) for each lane in order, honouring duplicates in ix."""
+    """Applies view[i] = fn(view[i], b, c) for each lane's index i in ix, in order, also for repeated indices."""
     n = ix.size
     order = np.argsort(ix, kind="stable")
     sx = ix[order]

@@ -1,4 +1,4 @@
-"""Device memory: buffers with guarded address ranges, traffic counters, races."""
+"""Device memory: buffers between guard ranges, traffic counters, and detection of races."""
 
 import bisect
 import ctypes
@@ -16,11 +16,11 @@ _UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class PTXError(Exception):
-    """Base of everything a simulated kernel can be stopped for."""
+    """Base class of the errors that stop a simulated kernel."""
 
 
 class MemoryFault(PTXError):
-    """Illegal access; the fields say who did it and where."""
+    """An illegal memory access; its fields name the thread, the instruction and the address."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class RaceError(PTXError):
 
 
 class _Bad(Exception):
-    """Raised by the memory code with the offending lane's position; the machine adds the rest."""
+    """A fault of one lane. The machine converts it to a MemoryFault, and adds the thread and the source line."""
 
     def __init__(self, kind, space, where, address, size, detail=""):
         self.kind, self.space, self.where = kind, space, where
@@ -61,7 +61,10 @@ _next = GLOBAL_BASE
 
 
 def _allocate(nbytes):
-    """A base address with room (and a guard) after it; addresses are reused only after wrapping round."""
+    """Returns a free base address, with a guard range after the buffer.
+
+    Addresses are reused only after the address range is used up.
+    """
     global _next
     span = (nbytes + 255) // 256 * 256 + GUARD
     base = _next
@@ -78,10 +81,10 @@ def _allocate(nbytes):
 class Buffer:
     """A device allocation.
 
-    ``Buffer(array)`` copies the array in; ``Buffer(nbytes=n)`` is zeroed;
-    ``Buffer(nbytes=n, init=None)`` is poisoned (every byte 0xFF and, with
-    ``check_poison=True`` at launch, reading a byte never written is a fault).
-    ``buffer + k`` is a device pointer k bytes in.
+    ``Buffer(array)`` copies the array. ``Buffer(nbytes=n)`` is zeroed.
+    ``Buffer(nbytes=n, init=None)`` is poisoned: every byte is 0xFF, and in launches
+    with ``check_poison=True`` it is a fault to read a byte that was never written.
+    ``buffer + k`` is a device pointer to byte k.
     """
 
     def __init__(self, array=None, *, nbytes=None, init=0, name=None, readonly=False):
@@ -122,7 +125,7 @@ class Buffer:
         return v
 
     def array(self, dtype=None, shape=None):
-        """The contents as a numpy view."""
+        """Returns the contents as a numpy view."""
         a = self.raw[: self.nbytes].view(dtype or self.dtype)
         if shape is not None:
             return a.reshape(shape)
@@ -136,7 +139,7 @@ class Buffer:
 
 
 class Pointer:
-    """A byte offset into a Buffer, usable as a kernel argument."""
+    """A pointer to a byte of a Buffer, usable as a kernel argument."""
 
     def __init__(self, buffer, offset):
         self.buffer, self.offset = buffer, offset
@@ -150,7 +153,7 @@ class Pointer:
 
 
 def host_view(arg):
-    """A flat uint8 view of a numpy array's or CPU torch tensor's memory (None if neither)."""
+    """Returns a flat uint8 view of the memory of a numpy array or CPU torch tensor; None for other arguments."""
     if isinstance(arg, np.ndarray):
         return arg
     if hasattr(arg, "data_ptr") and hasattr(arg, "is_contiguous"):  # torch, without importing it
@@ -167,7 +170,7 @@ def host_view(arg):
 
 
 class BufferStats:
-    """Traffic of one buffer during one launch."""
+    """Memory traffic of one buffer during a launch."""
 
     def __init__(self, buf):
         self.buffer = buf
@@ -186,7 +189,7 @@ class BufferStats:
 
     @property
     def read_passes(self):
-        """Returns how many times each byte was read on average."""
+        """The average number of times that each byte was read."""
         return self.bytes_read / max(1, self.nbytes)
 
     @property
@@ -195,7 +198,7 @@ class BufferStats:
 
     @property
     def unique_bytes_read(self):
-        """Bytes of the distinct 32-byte sectors read (traffic of a perfect cache)."""
+        """The bytes of the distinct 32-byte sectors that were read: the traffic with a perfect cache."""
         return min(int(self._rd.sum()) * 32, self.nbytes)
 
     @property
@@ -204,7 +207,7 @@ class BufferStats:
 
 
 class Access:
-    """Counters of one memory instruction."""
+    """Counters of one memory instruction in a launch."""
 
     def __init__(self, ins, space, kind):
         self.ins, self.space, self.kind = ins, space, kind
@@ -213,12 +216,12 @@ class Access:
 
     @property
     def efficiency(self):
-        """Requested bytes / bytes of the sectors touched (1.0 is fully coalesced)."""
+        """Requested bytes over the bytes of the touched sectors; 1.0 is fully coalesced."""
         return self.bytes / (32 * self.sectors) if self.sectors else 1.0
 
 
 def warps_in(s):
-    """Number of warps that lane selection s (slice or sorted index array) touches."""
+    """Returns the number of warps in the lane selection s (a slice or a sorted index array)."""
     if isinstance(s, slice):
         return (s.stop - 1 >> 5) - (s.start >> 5) + 1
     w = s >> 5
@@ -240,7 +243,7 @@ def _unique_pairs(group, val, shift):
 
 
 class GlobalMemory:
-    """All live buffers, seen as one sparse 64-bit space."""
+    """The global memory of a launch: all live buffers in one sparse 64-bit address space."""
 
     def __init__(self, check_poison=False, traffic=True):
         self.bufs = sorted(_live.values(), key=lambda b: b.base)
@@ -251,7 +254,10 @@ class GlobalMemory:
         self.stats = {}
 
     def locate(self, addr, size, write):
-        """Yield (buffer, positions or None, byte offsets), checking bounds and alignment."""
+        """Finds the buffers of addresses: returns (buffer, positions or None for all, byte offsets) for each.
+
+        Raises a fault for addresses that are misaligned, outside of buffers, or (if write) read-only.
+        """
         if size > 1:
             low = addr & (size - 1)
             if low.any():
@@ -282,7 +288,7 @@ class GlobalMemory:
         return out
 
     def near(self, a):
-        """Describes an address relative to the nearest buffer."""
+        """Describes an address relative to the nearest buffer, for an error message."""
         a = int(a)
         if not GLOBAL_BASE - GUARD < a < SHARED_BASE or not self.bufs:
             return ""
@@ -298,7 +304,12 @@ class GlobalMemory:
         return f"{d} bytes {text}"
 
     def count(self, access, pieces, lanes, size, kind):
-        """Traffic of one instruction; lanes: lane numbers of the accessing lanes."""
+        """Counts the traffic of one instruction.
+
+        access: counters of the instruction.
+        pieces: the accessed parts of buffers, from locate().
+        lanes: numbers of the accessing lanes.
+        """
         access.lanes += lanes.size
         access.bytes += lanes.size * size
         warp = lanes >> 5
@@ -323,7 +334,7 @@ class GlobalMemory:
                 st.atomics += off.size
 
     def load(self, addr, lanes, width, vec, access):
-        """-> list of vec arrays of unsigned ints `width` bytes wide."""
+        """Loads vec elements of width bytes for each address. Returns vec arrays of unsigned integers."""
         size = width * vec
         pieces = self.locate(addr, size, False)
         if self.traffic and access is not None:
@@ -372,7 +383,7 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """One byte array per resident block, all the same size, laid out back to back."""
+    """The shared memory of all resident blocks: one byte array with an equal part for each block."""
 
     def __init__(self, nslots, size, ranges, check_poison=False, check_races=False, banks=True):
         self.size = size
@@ -422,7 +433,7 @@ class SharedMemory:
             raise _Bad("read of uninitialised bytes", "shared", k, addr[k], size)
 
     def count(self, access, addr, lanes, size):
-        """Requests, bytes and bank conflicts (a warp is served in phases of 128 bytes)."""
+        """Counts requests, bytes and bank conflicts of one instruction. A warp is served in phases of 128 bytes."""
         access.lanes += lanes.size
         access.bytes += lanes.size * size
         warp = lanes >> 5
@@ -471,12 +482,11 @@ class SharedMemory:
 
 
 class RaceDetector:
-    """Shadow of shared memory: who last read and wrote each byte, in which barrier interval.
+    """Finds races in shared memory: records who last read and wrote each byte, and in which barrier interval.
 
-    Two warps touching the same byte in the same interval of their block, at
-    least one of them writing (atomics count as writes that only race with
-    plain accesses), is a race.  Accesses of one warp are never reported, nor
-    are two writes of the same value.
+    A race: two warps access the same byte between the same barriers of their
+    block, and at least one of them writes. Atomics count as writes, but two atomics
+    do not race. Two writes of the same value are not reported.
     """
 
     MANY = -2
@@ -493,10 +503,12 @@ class RaceDetector:
             self.warp[k][:] = -1
 
     def access(self, at, size, kind, epoch, warp, silent=None, lost=None):
-        """Record; return (position, other warp, its kind) of a race, or None.
+        """Records an access. Returns (position, other warp, kind of its access) of a race, or None.
 
-        at: byte positions of the lanes; kind: 'r', 'w' or 'a'.  For writes, per lane and
-        byte: silent, memory held that value already; lost, another lane's value won.
+        at: byte positions of the lanes.
+        kind: 'r' (read), 'w' (write) or 'a' (atomic).
+        silent: for writes, whether the memory already had the value, per lane and byte.
+        lost: for writes, whether another lane's value replaced it, per lane and byte.
         """
         a = (at[:, None] + np.arange(size)).reshape(-1)
         epoch, warp = np.repeat(epoch, size), np.repeat(warp, size)

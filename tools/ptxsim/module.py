@@ -1,4 +1,4 @@
-"""Loading: PTX text -> Module -> Kernel."""
+"""Loads PTX text into modules and kernels."""
 
 import re
 import struct
@@ -11,7 +11,7 @@ from .parser import Instr, Sym, parse, type_size
 
 
 class Module:
-    """PTX text, parsed, with its module-level variables allocated."""
+    """A parsed PTX module with its module-level variables in memory."""
 
     def __init__(self, ptx):
         self.parsed = parse(ptx)
@@ -61,7 +61,10 @@ class Module:
         return [f.name for f in self.parsed.functions.values() if f.entry]
 
     def kernel(self, name=None):
-        """The entry called name (exact, else the only one containing it); None: the only entry."""
+        """Returns a kernel of the module.
+
+        name: the kernel's name, or a part of exactly one kernel's name; None: the module's only kernel.
+        """
         names = self.entries
         hits = [n for n in names if name is None or n == name] or [n for n in names if name in n]
         if len(hits) != 1:
@@ -118,7 +121,7 @@ class Kernel:
         self.functions = order
 
     def callee(self, ins):
-        """The defined function a call names; None for externals and indirect calls."""
+        """Returns the function that a call instruction names; None for external functions and indirect calls."""
         for a in ins.args:
             if isinstance(a, Sym):
                 f = self.module.parsed.functions.get(a.name)
@@ -126,7 +129,7 @@ class Kernel:
         return None
 
     def target(self, fn, arg):
-        """Pc of a label operand."""
+        """Returns the pc of a label operand."""
         _, name, scopes = arg
         for sc in reversed(scopes):
             if ":" + name in sc:
@@ -134,7 +137,7 @@ class Kernel:
         return self.labels[fn.name, name]
 
     def unsupported(self):
-        """Instructions of this kernel that cannot be simulated (they only fail if reached)."""
+        """Returns the kernel's instructions that cannot be simulated. A launch fails only if it reaches one."""
         from .machine import Machine
 
         args = [b"\0" * v.nbytes if v.dims else 0 for v in self.fn.params]
@@ -158,9 +161,9 @@ class Kernel:
         max_steps=50_000_000,
         stdout=None,
     ):
-        """Run the kernel; numpy-array arguments are updated in place.
+        """Runs the kernel and returns the report. Numpy-array arguments are updated in place.
 
-        resident: how many blocks are in flight at once (default: a few thousand threads' worth).
+        resident: how many blocks run at once (default: blocks with a few thousand threads).
         check_poison: fault on reads of bytes never written (init=None buffers, shared memory).
         check_races: record shared-memory races in report.races; 'raise' stops at the first.
         traffic: count sectors and bank conflicts (turn off for speed).

@@ -1,4 +1,4 @@
-"""Exactly rounded float helpers that numpy lacks, vectorised."""
+"""Correctly rounded, vectorised float functions that numpy lacks."""
 
 from fractions import Fraction
 
@@ -13,7 +13,7 @@ def bf16_decode(raw):
 
 
 def bf16_encode(x, mode="rn"):
-    """float32 or float64 -> bf16 bits (uint16), correctly rounded."""
+    """Converts float32 or float64 to bf16 bits (uint16), correctly rounded."""
     if x.dtype == f64:
         x = to_f32_odd(x)
     u = x.view(np.uint32)
@@ -30,14 +30,14 @@ def bf16_encode(x, mode="rn"):
 
 
 def to_bf16(x):
-    """Numpy floats -> bf16 bit patterns (uint16), round to nearest even."""
+    """Converts numpy floats to bf16 bits (uint16), rounded to nearest even."""
     x = np.asarray(x)
     x = x.astype(f32) if x.dtype != f64 else x
     return bf16_encode(np.ascontiguousarray(x).reshape(-1)).reshape(x.shape)
 
 
 def from_bf16(raw):
-    """bf16 bit patterns (uint16) -> float32."""
+    """Converts bf16 bits (uint16) to float32."""
     return bf16_decode(np.ascontiguousarray(raw, np.uint16))
 
 
@@ -56,7 +56,7 @@ def to_f32_odd(x):
 
 
 def _odd_add(p, c):
-    """P + c in float64, rounded to odd."""
+    """Returns p + c in float64, rounded to odd."""
     s = p + c
     bb = s - p
     err = (p - (s - bb)) + (c - bb)
@@ -67,7 +67,7 @@ def _odd_add(p, c):
 
 
 def narrow(x, mode):
-    """float64 (exact or rounded to odd) -> float32 in a rounding mode."""
+    """Rounds float64 to float32 in a rounding mode; the input must be exact or rounded to odd."""
     r = x.astype(f32)
     if mode == "rn":
         return r
@@ -103,7 +103,7 @@ def fma32_mode(mode):
 
 
 def fma_small(a, b, c):
-    """Fma of float32 values that came from f16/bf16; float64 rounded to odd."""
+    """Returns a * b + c as float64 rounded to odd, for float32 inputs that were converted from f16 or bf16."""
     return _odd_add(a.astype(f64) * b.astype(f64), c.astype(f64))
 
 
@@ -159,7 +159,7 @@ def _two_sum(a, b):
 
 
 def fma64(a, b, c):
-    """Correctly rounded float64 fma (Boldo-Melquiond); extremes go through exact fractions."""
+    """Computes a correctly rounded float64 fma (Boldo-Melquiond). Extreme values use exact fractions."""
     a, b, c = np.broadcast_arrays(a, b, c)
     uh, ul = _two_prod(a, b)
     th, tl = _two_sum(c, ul)
@@ -181,7 +181,7 @@ def fma64(a, b, c):
 
 
 def flush(x):
-    """Denormals to zero, keeping the sign (float32)."""
+    """Replaces float32 denormals by zeros of the same sign."""
     d = np.abs(x) < f32(_TINY32)
     return np.where(d, np.copysign(f32(0), x), x) if d.any() else x
 
@@ -194,7 +194,7 @@ def saturate(x):
 
 
 class Fp8:
-    """e4m3fn / e5m2 by table."""
+    """Conversion to and from the float8 formats e4m3fn and e5m2, by table."""
 
     def __init__(self, ebits, bias, nan, top):
         mbits = 7 - ebits
@@ -212,7 +212,7 @@ class Fp8:
         return self.table[raw]
 
     def encode(self, x):
-        """Round to nearest even, saturating to the largest finite value."""
+        """Converts to float8, rounded to nearest even; overflow gives the largest finite value."""
         x = x.astype(f64)
         a = np.abs(x)
         k = np.searchsorted(self.mid, a, "left")

@@ -1,8 +1,9 @@
-"""Arithmetic, logic, comparison, conversion and data-movement instructions.
+"""Instructions for arithmetic, logic, comparison, conversion and data movement.
 
-Each builder takes (b, ins) -- b binds operands to arrays with one element per
-lane -- and returns a function of a lane selection s (slice or index array).
-Packed types (f16x2 ...) are arrays with a second axis of length 2.
+A builder takes (b, ins). b gives the array of an operand, with one element per
+lane. The builder returns a function that executes the instruction for a lane
+selection s (a slice or index array). Packed types (f16x2 ...) are arrays with a
+second axis of length 2.
 """
 
 import numpy as np
@@ -26,7 +27,7 @@ _PACKED = {
 
 
 class NotImplementedPTX(NotImplementedError):
-    """An instruction (or a form of it) that is not simulated."""
+    """Raised for an instruction, or a form of it, that the simulator does not support."""
 
     def __init__(self, ins, why=""):
         super().__init__(
@@ -36,7 +37,7 @@ class NotImplementedPTX(NotImplementedError):
 
 
 def dtype_of(t):
-    """(numpy dtype, is packed) of a PTX type; bf16 is kept as raw uint16."""
+    """Returns (numpy dtype, whether packed) of a PTX type. bf16 is stored as uint16 bits."""
     if t in _PACKED:
         return _PACKED[t], True
     if t == "pred":
@@ -60,7 +61,7 @@ def op(*names):
 
 
 def emit(D, fn, srcs):
-    """The closure D = fn(*srcs)."""
+    """Returns a function of a lane selection s that executes D[s] = fn(*(src[s] for each src))."""
     if len(srcs) == 1:
         (a,) = srcs
 
@@ -91,9 +92,9 @@ def simple(b, ins, typ, fn, dst_type=None, src_types=None, first=0):
 
 
 def float_fn(typ, fn, ins, exact64=None):
-    """Wrap a float32 function for typ with the .ftz/.sat/.relu modifiers.
+    """Converts a float32 function to a function on the type typ, with the instruction's .ftz/.sat/.relu modifiers.
 
-    exact64: version whose result is float64 rounded to odd, for f16/bf16.
+    exact64: a version of fn with results in float64 rounded to odd, used for f16 and bf16.
     """
     parts = ins.parts
     sat, ftz, relu = "sat" in parts, "ftz" in parts, "relu" in parts
@@ -137,7 +138,7 @@ def mode_of(ins):
 
 
 def _mixed(ins):
-    """add.f32.bf16 and the like: a function widening the narrow operands to float32."""
+    """Returns the conversion to float32 of the narrow operand of add.f32.bf16 etc.; None for other instructions."""
     wide, narrow = ins.parts[-2:]
     if wide == "f32" and narrow in ("f16", "bf16"):
         return nm.bf16_decode if narrow == "bf16" else lambda x: x.astype(f32)
@@ -219,7 +220,7 @@ def _mul_parts(ins):
 
 
 def _mul_int(how, typ):
-    """(function, destination type)"""
+    """Returns (function, destination type) of an integer multiplication; how is "lo", "hi" or "wide"."""
     if how == "lo":
         return np.multiply, typ
     n = int(typ[1:])
@@ -405,7 +406,10 @@ BUILD["min"] = BUILD["max"] = _minmax
 
 
 def _unary_float(fn64):
-    """rcp, ex2 ...: computed in float64, rounded once (more accurate than the hardware's .approx)."""
+    """Returns a builder for rcp, ex2 etc., computed in float64 and rounded once.
+
+    This is more accurate than the hardware's .approx.
+    """
 
     def build(b, ins):
         typ, mode = ins.parts[-1], mode_of(ins)
@@ -610,7 +614,7 @@ def _popc(b, ins):
 
 
 def _highbit(x):
-    """Index of the highest set bit, -1 for zero (unsigned input)."""
+    """Returns the index of the highest set bit of unsigned integers; -1 for zero."""
     x = x.astype(np.uint64)
     r = np.zeros(x.shape, np.int64)
     for k in (32, 16, 8, 4, 2, 1):
@@ -721,7 +725,7 @@ _LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 def _compare(cmp, typ, ftz):
-    """Comparison function on raw operands."""
+    """Returns a comparison function on raw register values."""
     if not is_float(typ):
         return _CMP[cmp]
     base = typ[:-2] if typ.endswith("x2") else typ
@@ -932,7 +936,7 @@ _INT_ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def _decode(t):
-    """Raw -> float64 (float32 for small formats is exact too)"""
+    """Returns a function that converts raw register values of type t to float64."""
     if t == "bf16":
         return lambda x: nm.bf16_decode(x).astype(f64)
     return lambda x: x.astype(f64)

@@ -1,8 +1,8 @@
-"""PTX text -> a small syntax tree.
+"""Parses PTX text into a small syntax tree.
 
-Only what execution needs is kept: module variables, functions, instructions
-and the source location of each instruction (from ``.loc``).  Debug sections
-are skipped.
+The tree has only the parts that execution needs: module variables, functions,
+instructions, and the source location of each instruction (from ``.loc``). Debug
+sections are skipped.
 """
 
 import re
@@ -34,7 +34,7 @@ class Imm:
     bits: int = 0  # 32 for 0f..., 64 for 0d..., 0 otherwise
 
     def as_int(self, nbits):
-        """The literal as an nbits-wide bit pattern."""
+        """Returns the bits of the literal as an integer of nbits bits."""
         if isinstance(self.value, float):
             raw = struct.pack("<f" if nbits == 32 else "<d", self.value)
             return int.from_bytes(raw, "little")
@@ -205,7 +205,7 @@ class _Parser:
         self.pos = m.end()
 
     def until(self, ch):
-        """Text up to (not including) ch, which is consumed; strings are honoured."""
+        """Returns the text before the next ch outside of strings, and moves past ch."""
         i, t = self.pos, self.text
         while i < len(t):
             if t[i] == '"':
@@ -219,7 +219,7 @@ class _Parser:
         self.fail(f"missing '{ch}'")
 
     def skip_block(self):
-        """self.pos is at '{': skip to the matching '}'."""
+        """Moves from a '{' at self.pos past the matching '}'."""
         depth = 0
         for m in re.compile(r'"(?:\\.|[^"\\])*"|[{}]').finditer(self.text, self.pos):
             if m.group() == "{":
@@ -287,7 +287,7 @@ class _Parser:
         return self.mod
 
     def variables(self, decl):
-        """Parse `.global .align 4 .b8 name[4] = {..}` (without the ';')."""
+        """Parses a variable declaration such as `.global .align 4 .b8 name[4] = {..}`, without the ';'."""
         line = self.line()
         init = None
         m = re.match(r"[^={]*=(.*)", decl, re.S)
@@ -475,7 +475,7 @@ class _Parser:
 
 
 class _Operands:
-    """Recursive-descent parser of an instruction's operand list."""
+    """A recursive-descent parser of an instruction's operands."""
 
     def __init__(self, text, lookup, fn):
         self.t, self.i, self.lookup, self.fn = text, 0, lookup, fn
@@ -550,7 +550,7 @@ class _Operands:
         return a
 
     def atom(self):
-        """Register / symbol / number, with an optional +constant."""
+        """Parses a register, symbol or number, with optional constants added to it."""
         a = self.primary()
         off = 0
         while self.peek() in ("+", "-") and self.peek():
@@ -608,5 +608,5 @@ class _Operands:
 
 
 def parse(text):
-    """Parse PTX text into a ParsedModule."""
+    """Parses PTX text. Returns a ParsedModule."""
     return _Parser(text).module()

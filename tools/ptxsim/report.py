@@ -1,4 +1,4 @@
-"""The report that a launch returns: counts, traffic, races, printf output."""
+"""The report of a launch: counts, traffic, races, printf output."""
 
 from collections import Counter, namedtuple
 
@@ -54,7 +54,7 @@ class Report:
         self._m = None
 
     def source_of(self, ins):
-        """(file, line) an instruction came from, or None."""
+        """Returns the (file, line) of an instruction's source, or None."""
         return source_of(self._files, ins)
 
     def _sum(self, space, kinds, field):
@@ -62,7 +62,7 @@ class Report:
 
     @property
     def instructions(self):
-        """Warp instructions issued."""
+        """The number of warp instructions that were issued."""
         return sum(self.opcodes.values())
 
     @property
@@ -83,7 +83,7 @@ class Report:
 
     @property
     def global_atomics(self):
-        """Thread-level atomic and reduction operations on global memory."""
+        """The number of atomic and reduction operations on global memory, counted per thread."""
         return self._sum("global", ("atomic",), "lanes")
 
     @property
@@ -100,7 +100,7 @@ class Report:
 
     @property
     def bank_conflicts(self):
-        """Extra shared-memory wavefronts caused by bank conflicts."""
+        """The number of additional shared-memory wavefronts due to bank conflicts."""
         return sum(a.wavefronts - a.ideal_wavefronts for a in self.accesses if a.space == "shared")
 
     @property
@@ -108,14 +108,14 @@ class Report:
         return max([a.max_ways for a in self.accesses if a.space == "shared"], default=0)
 
     def buffer(self, name):
-        """Statistics of a buffer, by name ('arg0' is the first argument) or Buffer."""
+        """Returns the statistics of a buffer, given as a Buffer or by name ('arg0' is the first argument)."""
         for b in self.buffers:
             if b.name == name or b.buffer is name:
                 return b
         raise KeyError(name)
 
     def summary(self, accesses=False):
-        """A small text table; accesses=True adds one line per memory instruction."""
+        """Returns a small text table. With accesses=True, it has a line for each memory instruction."""
         g = f"{self.kernel[:60]}  grid {self.grid} block {self.block}  ({self.seconds:.2f} s simulated)"
         out = [
             g,

@@ -1,4 +1,4 @@
-"""Help for tests that compile kernels."""
+"""Helpers for tests that compile kernels."""
 
 import os
 
@@ -14,7 +14,7 @@ NEEDS_NVCC = (
 
 
 def need_nvcc():
-    """Skips the test or the module if nvcc is missing; fails it where CI runs, which must not skip it unseen."""
+    """Skips the test or the module if nvcc is missing. In CI, fails it instead."""
     if find_nvcc() is not None:
         return
     if os.environ.get("CI", "").lower() in ("1", "true"):

@@ -1,7 +1,7 @@
 """Warp-level instructions: shuffles, votes, reductions, matrix loads and mma.
 
-These run only once every lane that the member mask names has arrived (the
-machine sees to that), so a builder may read other lanes' registers.
+The machine runs such an instruction only after every lane in the member mask
+has arrived. So the instruction may read registers of other lanes.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ SYNC = {}
 
 
 def sync(*names, mask=-1):
-    """Mark opcodes as warp-synchronous; mask: index of the member-mask operand, None: whole warp."""
+    """Marks opcodes as warp-synchronous; mask is the index of the member-mask operand, or None for the whole warp."""
     for n in names:
         SYNC[n] = mask
 
@@ -37,21 +37,21 @@ sync("ldmatrix", "stmatrix", "mma", "movmatrix", mask=None)
 
 
 def _dp(b, arg, typ):
-    """Destination and optional predicate destination"""
+    """Returns (destination, predicate destination) of an operand; without a predicate, the second is None."""
     if isinstance(arg, Pair):
         return b.dst(arg.first, typ), b.dst(arg.second, "pred")
     return b.dst(arg, typ), None
 
 
 def present(b, s):
-    """Boolean array over all lanes: takes part in this execution."""
+    """Returns a boolean array over all lanes, True for the lanes of the selection s."""
     p = np.zeros(b.L, bool)
     p[s] = True
     return p
 
 
 def ballot(b, s, flag):
-    """Per-warp 32-bit masks of lanes in s whose flag is set."""
+    """Returns a 32-bit mask for each warp, with the bits of the lanes in s for which flag is set."""
     p = np.zeros(b.L, bool)
     p[s] = flag
     return np.packbits(p.reshape(-1, 32), axis=1, bitorder="little").view("<u4")[:, 0].astype(np.uint32)
@@ -134,7 +134,7 @@ def _vote(b, ins):
 
 
 def _by_warp(b, s):
-    """(warp index, lanes matrix, membership) helpers: values spread into (warps, 32)."""
+    """Returns (lane numbers of s, warp numbers, position of each lane's warp among the warp numbers)."""
     ln = b.lanes[s]
     w = ln >> 5
     rows, inv = np.unique(w, return_inverse=True)
@@ -308,7 +308,7 @@ def _movmatrix(b, ins):
 
 
 def _fragment(shape_mk, per_reg, nreg, kind):
-    """(row, col) of every element of a fragment, indexed [register][element][lane]."""
+    """Returns (row, column) of each element of a matrix fragment, indexed [register][element][lane]."""
     lane = np.arange(32)
     g, t = lane >> 2, lane & 3
     row = np.empty((nreg, per_reg, 32), np.int64)

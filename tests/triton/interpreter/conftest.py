@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter round as GPUs do."""
+"""Makes Triton's interpreter round to bfloat16 like a GPU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Rounds float32 to the nearest bfloat16, as compiled code does; the interpreter truncates."""
+    """Makes the interpreter round float32 to the nearest bfloat16, like compiled code; by default it truncates."""
     cast = InterpreterBuilder.cast_impl
 
     def rounding_cast(self: Any, source: Any, dtype: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, through the public functions, against the float64 oracle."""
+"""Tests the Triton kernels in Triton's interpreter, through the public functions, against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(case: Case, layout: str = "contiguous", delta: float = 0.0, **options: Any) -> None:
-    """Checks a forward and a backward with the error bound of the CPU kernels."""
+    """Checks loss and gradient of a case, with the error bound of the CPU kernels."""
     logits = lay_out(case.logits, layout).requires_grad_()
     output = mpo_loss(
         logits,
@@ -148,7 +148,7 @@ def test_the_reward_shift_moves_as_on_the_cpu(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edges_agree_with_the_cpu_kernels(dtype: torch.dtype) -> None:
-    """Compares values and NaN for labels out of range, banned tokens, and rows with -inf, NaN and +inf."""
+    """Compares results, including NaN, for labels out of range, logits of -inf, and rows with NaN or +inf."""
     torch.manual_seed(0)
     logits = (4 * torch.randn(9, 1003)).to(dtype)
     labels = torch.randint(1003, (9,))

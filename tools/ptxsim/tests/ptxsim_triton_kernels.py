@@ -1,4 +1,4 @@
-"""Triton kernels for the tests (the JIT needs them in a file)."""
+"""Triton kernels for the tests, in a file because the JIT reads their source."""
 
 import triton
 import triton.language as tl

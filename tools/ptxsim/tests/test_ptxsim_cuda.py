@@ -1,4 +1,4 @@
-"""Kernels compiled by nvcc, against float64 numpy."""
+"""Compares kernels compiled by nvcc with float64 numpy."""
 
 import io
 import math
@@ -38,7 +38,7 @@ def test_odd_block_size_and_in_place(cuda, resident):
 
 
 class FakeTorch:
-    """The part of a tensor's interface that ptxsim uses."""
+    """A fake tensor with the attributes and methods that ptxsim uses."""
 
     device = type("Device", (), {"type": "cpu"})
 

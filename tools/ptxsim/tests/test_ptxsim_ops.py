@@ -1,4 +1,4 @@
-"""Single instructions in hand-written PTX against exact Python arithmetic."""
+"""Compares single instructions in hand-written PTX with exact Python arithmetic."""
 
 import math
 import random
@@ -31,7 +31,7 @@ NP = {
 
 
 def run(text, tin, tout, *cols):
-    """Text uses %a %b %c as inputs and %d as output; one thread per row."""
+    """Runs PTX instructions with inputs %a %b %c and output %d, in one thread for each row of cols."""
     n = len(cols[0])
     reg = {
         t: t if t[0] in "fb" and t not in ("f16", "bf16", "f16x2", "bf16x2") else f"b{8 * np.dtype(d).itemsize}"
@@ -68,7 +68,7 @@ def run(text, tin, tout, *cols):
 
 
 def ints(t, n=300, seed=0):
-    """Random values with many edge cases."""
+    """Returns random integers of type t, with many edge cases."""
     bits = 8 * np.dtype(NP[t]).itemsize
     r = random.Random(f"{t}{seed}")
     edge = [0, 1, 2, 3, 2 ** (bits - 1) - 1, 2 ** (bits - 1), 2**bits - 1, 31, 32, 33, 63, 64, 65]
@@ -256,7 +256,7 @@ FORMATS = {"f16": (11, -14, 15), "bf16": (8, -126, 127), "f32": (24, -126, 127),
 
 
 def round_to(v, fmt, mode="rn"):
-    """Fraction -> the representable Fraction (or +-inf) in a format, exactly."""
+    """Rounds a Fraction exactly to a value of a float format, in a rounding mode. Returns a Fraction or +-inf."""
     p, emin, emax = FORMATS[fmt]
     if v == 0:
         return Fraction(0)
@@ -283,7 +283,7 @@ def round_to(v, fmt, mode="rn"):
 
 
 def decode(raw, t):
-    """Array of raw values -> list of python floats."""
+    """Converts an array of raw values of type t to Python floats."""
     if t == "bf16":
         return [float(x) for x in ptxsim.from_bf16(np.asarray(raw, np.uint16))]
     if t == "f16":
@@ -292,7 +292,7 @@ def decode(raw, t):
 
 
 def floats(t, n=400, seed=0):
-    """Random raw values: random bits, small exponents, near-halfway patterns, denormals."""
+    """Returns raw float values of type t: random bits, small exponents, mantissas with few set bits, denormals."""
     r = random.Random(f"f{t}{seed}")
     bits, man = {"f16": (16, 10), "bf16": (16, 7), "f32": (32, 23), "f64": (64, 52)}[t]
     bias = {"f16": 15, "bf16": 127, "f32": 127, "f64": 1023}[t]

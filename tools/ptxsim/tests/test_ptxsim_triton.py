@@ -1,4 +1,4 @@
-"""Kernels compiled by Triton, against float64 numpy."""
+"""Compares kernels compiled by Triton with float64 numpy."""
 
 import numpy as np
 import ptxsim
