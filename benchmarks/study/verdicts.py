@@ -1,4 +1,4 @@
-"""The significance test by which the study decides whether a difference is "higher", "lower" or "cannot be told"."""
+"""The significance test by which the study decides whether a difference is "higher", "lower" or "not significant"."""
 
 import dataclasses
 import math
