@@ -88,7 +88,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Yields the name and the content of each generated block in ``text``.
+    """Yields the name and the content of each generated block (text between two markers) in ``text``.
 
     Raises:
         ValueError: If a begin marker has no end marker, or an end marker has no begin marker.
@@ -100,7 +100,7 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def render(name: str, documents: Documents) -> str:
-    """Generates and returns the content of the block ``name``.
+    """Generates and returns the text between the two markers of the block ``name``.
 
     Raises:
         ValueError: If the name is unknown, or a result file is missing.
@@ -115,7 +115,7 @@ def render(name: str, documents: Documents) -> str:
 
 
 def rewrite(text: str, documents: Documents, failed: list[str] | None = None) -> str:
-    """Returns the text of a page with the content of every block generated again.
+    """Returns the text of a page in which each block (the text between two markers) is generated again.
 
     Args:
         text: Text of the page.
@@ -142,7 +142,7 @@ def rewrite(text: str, documents: Documents, failed: list[str] | None = None) ->
 
 
 def write_pages(documents: Documents, root: Path = Path()) -> int:
-    """Generates the blocks of all pages again, and writes the pages.
+    """Generates the blocks (texts between two markers) of all pages again, and writes the pages.
 
     Returns 1 if a block could not be generated, else 0.
     """

@@ -25,7 +25,7 @@ WAYS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 
 
 def needed_memory(name: str, overrides: tuple[str, ...], ranks: int, folder: Path) -> tuple[int, int]:
-    """Returns the assumed number of tokens per pair, and the predicted peak bytes per rank, of the recipe ``name``.
+    """Returns, for a recipe, the assumed number of tokens per pair and the predicted peak bytes per rank.
 
     Args:
         name: Name of the recipe, without suffix.

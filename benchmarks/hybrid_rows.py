@@ -50,7 +50,10 @@ def build(vocab: int, hidden: int, layers: int) -> Any:
 
 
 def make_step(layout: Any, vocab: int, hidden: int, layers: int, prompt: int, response: int) -> Callable[[], float]:
-    """Returns a function that runs a training step on one random pair and returns the loss."""
+    """Returns a function that runs a training step on one random pair and returns the loss.
+
+    ``layout`` is "shared" (one row for the pair) or "separate" (one row for each response).
+    """
     model = build(vocab, hidden, layers)
     generator = torch.Generator().manual_seed(0)
     prompt_ids, chosen_ids, rejected_ids = (

@@ -37,9 +37,9 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 class HiddenBatch:
     """Random inputs of the loss from hidden states.
 
-    The hidden states are ``[2, B T, D]``, the head ``[V, D]``, ref_logp ``[2]``, and the labels ``[2, B T]``. Only the
-    last fraction ``share`` of each sequence has labels other than -100. B pairs of T tokens are stored as one pair of
-    B * T tokens, which does not change the matmuls.
+    The hidden states are ``[2, B T, D]``, the head ``[V, D]``, ref_logp ``[2]``, and the labels ``[2, B T]``, with
+    hidden size D and vocabulary size V. Only the last fraction ``share`` of each sequence has labels other than -100.
+    B pairs of T tokens are stored as one pair of B * T tokens, which does not change the matmuls.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:

@@ -85,7 +85,7 @@ def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[f
 
     Returns:
         For each step, its CPU seconds and the CPU seconds of each part of its log. Then the CPU seconds that the
-        statistics take in a step.
+        statistics entropy and top1 take in a step.
     """
     clock = LogClock()
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -112,7 +112,7 @@ def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[f
 
 
 def _statistics_seconds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Returns the CPU seconds that computing the statistics adds to a call of the loss with these arguments."""
+    """Returns the CPU seconds that the statistics, such as entropy, add to a call of the loss with these arguments."""
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in args]
 
     def seconds(stats: tuple[str, ...]) -> float:

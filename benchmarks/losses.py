@@ -62,7 +62,7 @@ class LossBenchmark:
     frozen: frozenset[str] = frozenset()
 
     def gradient_bytes(self, name: str, loss: LossShape) -> int:
-        """Returns the bytes of the gradients that a provider allocates."""
+        """Returns the bytes of the gradients that the implementation ``name`` allocates."""
         if name in self.overwriting:
             return 0
         if loss.hidden is None:
@@ -83,7 +83,7 @@ def usable(
     device: str = "cpu",
     most_seconds: float = math.inf,
 ) -> tuple[dict[str, Provider], dict[str, str]]:
-    """Tries each provider on a small shape, and returns the providers that can run on the shape ``loss``.
+    """Tries each provider (implementation of the loss) on a small shape. Returns those that can run on ``loss``.
 
     The time on ``loss`` is estimated from this trial, or measured. A provider of another library is not usable if this
     time exceeds ``most_seconds``.
@@ -140,9 +140,10 @@ def _elapsed(run: Provider, batch: Any) -> float:
 def runs_of(
     benchmark: LossBenchmark, cases: Mapping[str, Provider], loss: LossShape, *, device: str = "cpu"
 ) -> dict[str, Run]:
-    """Returns (prepare, run) functions by name, for each provider and for the programs that measure the floor.
+    """Returns (prepare, run) functions by name: for each implementation of the loss, and for its necessary work alone.
 
-    All run on the shape ``loss``. Before a run of a provider that overwrites the logits, ``prepare`` restores them.
+    All run on the shape ``loss``. If an implementation overwrites the logits, ``prepare`` restores them before the
+    run.
     """
     batch = benchmark.make_batch(loss, device)
     work = batch if loss.hidden is not None else benchmark.make_batch(loss, device)
@@ -156,7 +157,7 @@ def runs_of(
 
 
 def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Returns the floor of each provider in seconds, a lower bound of its time.
+    """Returns, in seconds, a lower bound of the time of each implementation: the time of the necessary work.
 
     ``timings`` are the measured times of the runs of ``runs_of``.
     """
@@ -165,7 +166,7 @@ def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[s
 
 
 def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape, device: str = "cpu") -> int:
-    """Returns the peak bytes that the provider ``run`` allocates in one run. Gradients count, inputs do not.
+    """Returns the peak bytes that the implementation ``run`` allocates in one run. Gradients count, inputs do not.
 
     Raises OSError or RuntimeError if the memory cannot be measured.
     """
@@ -179,7 +180,7 @@ def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape,
 def memory_target(
     begin: Callable[[], None], benchmark: LossBenchmark, name: str, loss: LossShape, threads: int
 ) -> None:
-    """Runs the provider ``name`` twice: once for its setup, then on the shape ``loss``.
+    """Runs the implementation ``name`` twice: once for its setup, then on the shape ``loss``.
 
     ``begin`` is called before the second run. ``peak_bytes`` calls this function in a fresh process.
     """
@@ -237,7 +238,7 @@ def command(benchmark: LossBenchmark, args: argparse.Namespace) -> None:
 
 
 def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, Any]:
-    """Times the providers in alternating runs, prints a table, and returns the results for the JSON file."""
+    """Times the implementations in alternating runs, prints a table, and returns the results for the JSON file."""
     cases, missing = usable(benchmark, args.cases, loss, device=args.device)
     timings = interleaved(runs_of(benchmark, cases, loss, device=args.device), args.runs, device=args.device)
     floors = floors_of(benchmark, cases, timings)
@@ -261,12 +262,12 @@ def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespa
 
 
 def memory_of_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, int | str]:
-    """Measures and prints the peak memory of each provider.
+    """Measures and prints the peak memory of each implementation of the loss.
 
     On a CPU, this is the resident memory of a fresh process; on a GPU, the allocated memory.
 
     Returns:
-        For each provider, the peak bytes beyond inputs and gradients, or the reason why they were not measured.
+        For each implementation, the peak bytes beyond inputs and gradients, or the reason why they were not measured.
     """
     trial = dataclasses.replace(loss, tokens=min(loss.tokens, 8), vocab=min(loss.vocab, 512))
     cases, missing = usable(benchmark, args.cases, trial, device=args.device)

@@ -24,7 +24,7 @@ INK, GREY, GREEN, RED, BLUE = "#1f2937", "#6b7280", "#15803d", "#b91c1c", "#1d4e
 def times(path: Path = ROOT / "results" / "logits.json") -> dict[str, float]:
     """Reads results/logits.json, and returns the median seconds of forward and backward, by label of ``PROVIDERS``.
 
-    The seconds are those of the points with the sweep "base" and the dtype float32.
+    Only measurements on the base shape in float32 are read.
     """
     points = json.loads(path.read_text())["points"]
     base = {

@@ -1,9 +1,9 @@
 """Compares training steps with padded rows and with a packed row: ``python -m benchmarks.packing``.
 
-Both cases are complete steps of mpo_ext's trainer with split attention, from pairs on the disk to the optimizer. A
-micro-batch has 8 pairs of text. The lengths of prompts and responses are uniformly distributed. With padded rows, each
-row has a prompt and its two responses. A packed row holds all prompts of the micro-batch with their responses, without
-padding.
+Both cases are complete steps of mpo_ext's trainer, from pairs on the disk to the optimizer. Attention runs in causal
+calls without a mask (split attention). A micro-batch has 8 pairs of text. The lengths of prompts and responses are
+uniformly distributed. With padded rows, each row has a prompt and its two responses. A packed row holds all prompts of
+the micro-batch with their responses, without padding.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ _FIELDS = {"environment", "settings", "results"}
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Runs each pipeline ``args.repeat`` times, in alternation, and returns the measurements by pipeline.
 
-    Each run samples with another seed. The fractions of right, equal and wrong labels are over the pairs of all runs.
+    Each run samples with another seed. The fractions of right, equal and wrong labels (``label_shares``)
+    are over the pairs of all runs.
     """
     import numpy as np
 

@@ -70,9 +70,9 @@ _SHARES = (1.0, 0.25, 0.1)
 
 
 def products_of(method: str) -> str:
-    """Returns the number and the rows of the matmuls with the output head, such as "3, labelled rows".
+    """Returns the number of matmuls with the output head, and their rows, such as "3, labelled rows".
 
-    ``method`` is a way to compute the loss from hidden states.
+    A row is the hidden state of one token. ``method`` is a way to compute the loss from hidden states.
     """
     counting = machines.Machine(name="counts", is_gpu=True, bandwidth=float("inf"), matmul_rates={"bfloat16": 1.0})
     flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.hidden_size  # at 1 FLOP/s, predicted seconds count FLOP

@@ -4,8 +4,8 @@ Three quantities are measured in alternating runs of one process. The results ar
 
 1. The speed of batches relative to single prompts. The model is the untrained InternVL of the digits demo. The
    prompts are questions about grids of digits.
-2. The time that a sampling run spends outside ``TransformersEngine.generate``, for example on filters, journals and
-   outputs. The model and the questions are the same.
+2. The time that a sampling run spends outside ``TransformersEngine.generate``, for example on filters and on
+   writing files. The model and the questions are the same.
 3. The speed of one shared prefill for the samples of a question, relative to a prefill for each sample. The model is
    an untrained InternVL with as many patches and image tokens as the released models. The question has images and
    random words.

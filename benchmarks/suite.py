@@ -34,7 +34,7 @@ class Group:
         sweep: Name of the size that is varied, such as "vocab"; "base" for the base shape.
         loss: The shape.
         providers: Names of the implementations.
-        runs: Number of counted rounds.
+        runs: Number of counted rounds; a round runs each implementation once.
         memory: Names of the implementations whose peak memory is also measured, each in a fresh process.
     """
 
@@ -110,7 +110,8 @@ def _around(base: LossShape, axes: Mapping[str, Sequence[Any]]) -> Iterator[tupl
 def logits_groups(*, quick: bool) -> list[Group]:
     """Returns the measurements of the loss from logits: on the base shape, and with varied sizes.
 
-    The labelled fraction, V, T, B and the dtype are varied. ``quick`` selects small shapes.
+    The labelled fraction, the vocabulary size, the numbers of tokens and pairs, and the dtype are varied. ``quick``
+    selects small shapes.
     """
     rivals = ("eager", "torch.compile", "TRL selective_log_softmax", "Liger cross entropy", "quack cross entropy")
     everyone = ("mpo_ext", "mpo_ext, reuse_logits", logits.STATISTICS, *rivals, "mpo_ext, cuda", "mpo_ext, triton")
@@ -146,8 +147,8 @@ def logits_groups(*, quick: bool) -> list[Group]:
 def linear_groups(*, quick: bool) -> list[Group]:
     """Returns the measurements of the loss from hidden states: on the base shape, and with varied sizes.
 
-    The labelled fraction, V, D, T and B are varied. With varied V, D, T and B, only mpo_ext is measured. ``quick``
-    selects small shapes.
+    The labelled fraction, the vocabulary size, the hidden size, and the numbers of tokens and pairs are varied. Only
+    mpo_ext is measured when a size other than the labelled fraction varies. ``quick`` selects small shapes.
     """
     # F.linear_cross_entropy takes seconds even on the small shapes of a quick run.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))
@@ -182,7 +183,7 @@ def linear_groups(*, quick: bool) -> list[Group]:
 def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, seconds_in_all: float) -> None:
     """Measures a group of implementations, and adds the measurements to ``results``.
 
-    After ``seconds_in_all``, no further round begins.
+    A round runs each implementation once. After ``seconds_in_all``, no further round begins.
     """
     loss = group.loss
     cases, missing = losses.usable(benchmark, group.providers, loss, most_seconds=_RUN_SECONDS)

@@ -9,8 +9,9 @@ The model is a small InternVL with a large vocabulary. A pair has four images of
 tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because TRL rejects a precomputed reference
 for images. A case that fails is listed with its error.
 
-``--attention`` compares kinds of attention, with a small vocabulary and a long prompt of text: one row with split
-attention, one row with a dense mask, and separate rows, in mpo_ext and in TRL.
+``--attention`` compares kinds of attention, with a small vocabulary and a long prompt of text: one row per pair
+with split attention (causal calls without a mask), one row per pair with a dense mask, and one row per response. TRL
+is measured too.
 """
 
 from __future__ import annotations

@@ -348,9 +348,9 @@ def mpo_exact(
 
 
 def _sum_noise(rows: ExactRows, eps: float) -> float:
-    """Returns the possible error of a sequence's log-prob sum: ``eps`` times the sum of the absolute terms.
+    """Returns the possible error of a sequence's log-prob sum: ``eps`` times the sum of the absolute log-probs.
 
-    Each term counts as at least 1, because the argument of its logarithm is rounded too.
+    Each log-prob counts as at least 1, because the argument of the logarithm is rounded too.
     """
     finite = np.abs(rows.logp[rows.labelled & np.isfinite(rows.logp)])
     return float(eps * np.maximum(finite, 1).sum())
@@ -365,11 +365,11 @@ def _noise(
     eps: float,
     o: dict[str, Any],
 ) -> dict[str, float]:
-    """Returns the unavoidable error of each result, by name, in absolute terms.
+    """Returns the unavoidable absolute error of each result, by name.
 
-    A reward is a small difference of two large sums. One rounding of a sum is a large relative error of the reward and
-    of all results computed from it. Eager torch's error may be small by chance, so it cannot serve as the bound. The
-    bounds use the derivatives of a loss term with respect to a reward: the first is at most 1, the second at most 1/4.
+    A reward is a small difference of two large sums. So one rounding of a sum causes a large relative error of the
+    reward, and of all results computed from it. Eager torch's error may be small by chance, so it cannot serve as the
+    bound. With respect to a reward, a loss term's first derivative is at most 1, and its second at most 1/4.
     """
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)
@@ -647,7 +647,7 @@ def assert_gradient_as_accurate(
         exact: ``[..., V]``.
         share: ``[..., V]``, onehot - softmax; only the label's entry is positive.
         factor: Allowed multiple of the error of eager torch.
-        noise: Unavoidable absolute error of a row's weight; it changes an entry in proportion to its share.
+        noise: Unavoidable absolute error of the upstream gradient of a row's log-prob.
         name: Name of the gradient in the failure message.
     """
     assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, expected {eager.dtype}"

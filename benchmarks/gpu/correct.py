@@ -1,4 +1,4 @@
-"""Stage "correct": compares every operator on every backend with float64, then runs the checks that require a GPU."""
+"""Stage "correct": compares all operators and backends with a float64 reference, and runs the checks for a GPU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _loss(batch: PairBatch, logits: Tensor, backend: str, **options: Any) -> MPO
 
 
 def _logits_problems(stage: GpuStage, dtype: torch.dtype, vocab: int) -> list[str]:
-    """Compares ``mpo_loss``, its gradient and statistics with float64, and returns the differences.
+    """Compares ``mpo_loss``, its gradient and statistics with a float64 reference, and returns the differences.
 
     The logits are contiguous, unaligned, or overwritten by their gradient (``reuse_logits``).
     """
@@ -107,8 +107,8 @@ def _logits_problems(stage: GpuStage, dtype: torch.dtype, vocab: int) -> list[st
 def _input_problems(stage: GpuStage, backend: str) -> list[str]:
     """Checks ``mpo_loss`` with unusual inputs, and returns the problems.
 
-    The inputs are packed sequences, reference logits, bad labels and offsets, -inf, very large logits, NaN in ignored
-    rows, and no labels.
+    The inputs are packed sequences, reference logits, invalid labels and offsets, -inf, very large logits, NaN in
+    ignored rows, and no labels.
     """
     wrong = []
     options: dict[str, Any] = {"shift": False, "backend": backend}
@@ -162,7 +162,7 @@ def _input_problems(stage: GpuStage, backend: str) -> list[str]:
 
 
 def _shift_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Compares the reward shift after three calls with float64, and returns the differences."""
+    """Compares the reward shift after three calls with a float64 reference, and returns the differences."""
     batch = PairBatch.random(stage.device, 2, 6, 1003, torch.bfloat16, 0.8)
     shifts = RewardShift(), RewardShift()
     for _ in range(3):
@@ -174,7 +174,7 @@ def _shift_problems(stage: GpuStage, backend: str) -> list[str]:
 def _linear_problems(
     stage: GpuStage, dtype: torch.dtype, vocab: int, head: dict[str, Any], has_bias: bool
 ) -> list[str]:
-    """Compares ``linear_mpo_loss`` and its gradients with float64, and returns the differences.
+    """Compares ``linear_mpo_loss`` and its gradients with a float64 reference, and returns the differences.
 
     The calls vary the options ``recompute`` and ``memory_budget``, a frozen head, and the device of the labels.
     """
@@ -240,7 +240,10 @@ def _large_problems(stage: GpuStage) -> list[str]:
 
 
 def _beyond_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Checks ``mpo_loss`` on more than 2^31 logits, and returns the problems. Only the last rows are labelled."""
+    """Checks ``mpo_loss`` on more than 2^31 logits, and returns the problems.
+
+    Only the last positions have labels.
+    """
     vocab, few = 151_936, 4
     tokens = 2**31 // (2 * vocab) + 9
     logits = torch.empty(2, tokens, vocab, dtype=torch.bfloat16, device=stage.device)

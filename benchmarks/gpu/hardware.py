@@ -31,7 +31,7 @@ def _batch(*size: Any, **options: Any) -> PairBatch:
 def bits(backend: str) -> list[str]:
     """Checks that repeated calls give bitwise equal results.
 
-    The shapes have rows that are split over thread blocks, few labelled rows, and narrow rows.
+    The shapes have rows of logits that are split over thread blocks, few rows with labels, and narrow rows.
     """
     wrong = []
     for vocab, tokens, share in ((151_674, 40, 1.0), (151_936, 300, 0.02), (9001, 7, 1.0)):

@@ -29,7 +29,7 @@ _RUNS, _BUDGET_RUNS = 7, 3
 
 
 def run(stage: GpuStage) -> None:
-    """Measures all implementations of the loss, and its matmuls alone, with 100 % and 10 % labelled rows.
+    """Measures all implementations of the loss, and its matmuls alone, with labels at 100 % and 10 % of the positions.
 
     Then measures several memory budgets of ``linear_mpo_loss``.
     """

@@ -134,7 +134,7 @@ def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor 
 def _measure_fixed(stage: GpuStage, rows: int) -> None:
     """Measures the fixed costs of a forward pass on small logits, and adds the results to the result file.
 
-    Calls ``mpo_loss`` and ``token_logp``, with few or all of the ``rows`` labelled.
+    Calls ``mpo_loss`` and ``token_logp`` on ``rows`` positions, of which few or all have labels.
     """
     loss = LossShape(tokens=rows // 2, vocab=1024)
     values = torch.zeros(2, rows // 2, 1024, device=stage.device, dtype=torch.bfloat16)

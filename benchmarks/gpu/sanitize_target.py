@@ -1,7 +1,8 @@
 """The small program that compute-sanitizer checks. It runs every kernel of mpo_ext, and few other kernels.
 
 Inputs and expected values are computed on the CPU, so that few kernels of torch are instrumented. The test cases have
-rows that are split over thread blocks, rows that are not aligned to 16 bytes, and rows that share a block.
+rows that are split over thread blocks, rows that are not aligned to 16 bytes, and rows that share a thread
+block.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def task_of(document: Mapping[str, Any]) -> StudyTask:
 
 
 def prefix_of(document: Mapping[str, Any]) -> str:
-    """Returns "study" or "prior": the prefix of the names of the generated blocks in docs/ that show a result file."""
+    """Returns "study" or "prior". Tables in docs/ made from ``document`` have names with this prefix."""
     return "study" if document.get("task", OLD_TASK) == OLD_TASK else "prior"
 
 
@@ -45,10 +45,11 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 
 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
-    """Returns the paired standard error of the accuracy difference of two rows, over the questions, in points.
+    """Returns the paired standard error, in percentage points, of the accuracy difference of two rows.
 
-    Only the column "cot" (step-by-step questions) and the first seed with results of both rows are used. Returns None
-    if there is no such seed, or if the file does not say which questions were answered correctly.
+    The error is taken over the questions. Only the column "cot" (step-by-step questions) and the first seed with
+    results of both rows are used. Returns None if there is no such seed, or if the file does not say which questions
+    were answered correctly.
     """
     answers: dict[str, dict[int, str | None]] = {row: {}, other: {}}
     for result in document["results"]:

@@ -101,7 +101,7 @@ def cost(document: Mapping[str, Any]) -> str:
 
 
 def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Returns the entries of the starting models for which the labels of the file of pairs ``name`` were checked."""
+    """Returns the starting models in ``document`` whose file of pairs ``name`` has checked labels."""
     return [start for start in document["starts"] if start.get("labels", {}).get(name)]
 
 

@@ -78,7 +78,10 @@ ROWS: dict[str, StudyRow] = {
 
 
 def _of_variants(names: list[str]) -> tuple[tuple[str, str], ...]:
-    """Returns (label, name) of table rows: for each variant in ``names``, its starting model, SFT and MPO."""
+    """Returns (label, name) of table rows: for each starting model, the model itself, SFT and MPO.
+
+    ``names`` are the suffixes of the starting models' names; "" is the starting model with the default settings.
+    """
     rows = []
     for name in names:
         suffix = f", {name}" if name else ""

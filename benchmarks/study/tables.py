@@ -100,7 +100,7 @@ def check(document: Mapping[str, Any], *, has_all: bool = True) -> None:
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the Markdown text of each block of the documentation pages, by name.
+    """Returns the Markdown text of each generated block (table or text) of the documentation pages, by name.
 
     Among the blocks are "PREFIX_setup", one block for each table, and "PREFIX_differences". ``prefix_of`` returns the
     prefix.

@@ -94,7 +94,8 @@ def evaluate_held_out(
     """Lets the model answer the held-out questions greedily, and returns accuracy and other measures by column.
 
     A column is a kind of questions, such as "cot" (step by step). For the task "language-prior", "cot" also has the
-    measures of ``measure_digits``, and ``right``: the result of ``encode_right``, the record of correct answers.
+    measures of ``measure_digits``, and ``right``: the result of ``encode_right``, which says which answers are
+    correct.
     """
     if not isinstance(settings, PriorSettings):
         tasks = adding_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)

@@ -135,8 +135,8 @@ def _open(args: argparse.Namespace) -> Any:
 def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[Any], None]]:
     """Opens the pairs. Returns the two results of ``_open_with_stored``, and a function ``warn``.
 
-    Call ``warn(skipped)`` after all pairs have been read. It prints the skipped lines and a warning about missing
-    images.
+    Call ``warn(skipped)`` after all pairs have been read. It prints a message about the skipped lines, and a warning
+    about missing images.
     """
     from mpo_ext.data.sources import MissingImages
 
@@ -154,7 +154,7 @@ def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[An
 def _open_with_stored(
     args: argparse.Namespace, on_pair: Callable[[Any], object] = lambda pair: None
 ) -> tuple[Any, Any]:
-    """Opens the pairs. Returns their source, and a ``StoredMedia`` that finds images extracted from the data.
+    """Opens the pairs. Returns a ``PairSource``, and a ``StoredMedia`` that finds images extracted from the data.
 
     ``on_pair`` is called with each pair that is read.
     """

@@ -82,11 +82,12 @@ def _open_questions(recipe: "Recipe") -> "QuestionFile | None":
 def print_data(recipe: "Recipe") -> bool:
     """Inspects the data of a recipe, and prints the format, the number of images and the defects of each source.
 
-    Defects are bad lines, pairs with ``<image>`` marks that do not match their images, and pairs with a missing image.
+    Defects are bad lines, pairs whose ``<image>`` placeholders do not match their images, and pairs with a missing
+    image.
 
     Returns:
-        Whether the trainer can use the data. It can if no defect is found. If ``data.skip_bad`` is set, it is enough
-        that ``data.train`` and ``data.eval`` (if given) each have a pair without defect.
+        Whether the trainer can use the data: True if there are no defects. With ``data.skip_bad``, one pair without
+        defect is enough, in each of ``data.train`` and ``data.eval`` (if given).
     """
     from mpo_ext.train.mixture import Mixture, SourceOverview, root_advice, stored_lines
 

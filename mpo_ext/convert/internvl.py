@@ -301,8 +301,8 @@ def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) 
 def _check_weights(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ``ValueError`` unless the converted weights have the names and shapes that the config requires.
 
-    For the experts of an MoE, only the number of matrices is checked, because their layout depends on the version of
-    transformers.
+    For the experts of an MoE, only the number of matrices is checked, because their names and shapes depend on
+    the version of transformers.
     """
     import torch
     from transformers import AutoModelForImageTextToText

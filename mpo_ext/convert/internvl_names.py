@@ -1,4 +1,4 @@
-"""Converts the names and the layout of InternVL weights from the authors' format to transformers' format."""
+"""Renames InternVL weights of the authors' format for transformers, and splits joint projections."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -107,7 +107,7 @@ class Task:
 
     @property
     def style(self) -> str:
-        """The form of the answer in a response: the argument ``style`` of ``extract_answer``."""
+        """The argument ``style`` of ``extract_answer``: the form in which a response states its answer."""
         return STYLES[self.form]
 
     @property

@@ -74,7 +74,7 @@ def make_pairs(
 
     Writes to ``folder``: the questions (``images`` and a ``.jsonl`` file for each sampling run), a folder for each
     sampling run, ``pairs.jsonl``, ``check.json`` and ``pairs.html``. The image paths in the files are relative to
-    ``folder``. An interrupted sampling run resumes from its journal.
+    ``folder``. An interrupted sampling run resumes.
 
     Args:
         model: The SFT model.
@@ -82,7 +82,8 @@ def make_pairs(
         settings: Settings of the demo.
         rng: Random generator that draws the questions.
         folder: Folder to write to.
-        name: Name of the model. Use another name for other weights, because a journal with the same name is resumed.
+        name: Name of the model. Use another name for other weights. Otherwise, the responses of an interrupted run
+            with the old weights are kept.
         stream: Output of the progress display; None disables the display.
 
     Raises:
@@ -179,7 +180,7 @@ def read_made(path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _with_subset(pair: Pair) -> Pair:
-    """Returns the pair with its field ``form`` as the name of its subset. Reports group pairs by subset."""
+    """Returns a copy of the pair whose subset is its form ("direct" or "cot"). Reports group pairs by subset."""
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 
 

@@ -1,9 +1,9 @@
 """The demo's task: reading the digits of a grid, by a model that has learned to guess a digit from its own text.
 
 A step-by-step response names the digits of all cells in order and then gives the answer. The SFT corpus of the demo
-has a *language prior*: in these responses, the next digit is often the previous digit + 1. The images of all other
-questions (preference pairs, evaluation) have uniform digits. So the SFT model hallucinates: it guesses the next digit
-from its own text instead of the image. A direct response is a single digit, so this error cannot occur.
+has a *language prior*: in these responses, the next digit is often the previous digit + 1. In all other questions
+(preference pairs, evaluation), the digits are drawn uniformly. So the SFT model hallucinates: it guesses the next
+digit from its own text instead of the image. A direct response is a single digit, so this error cannot occur.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class ReadingTask:
 
     @property
     def style(self) -> str:
-        """The form of the answer in a response: the argument ``style`` of ``extract_answer``."""
+        """The argument ``style`` of ``extract_answer``: the form in which a response states its answer."""
         return STYLES["final" if self.is_named else self.form]
 
     @property

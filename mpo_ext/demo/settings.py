@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """Settings that the demo and the study share.
+    """Settings that the demo shares with the study of the paper's ablations (``benchmarks.study``).
 
     Attributes:
         seed: Seed of weights, questions, sampled answers and the order of pairs; the split of the digits is fixed.
@@ -58,14 +58,15 @@ class Settings(RunSettings):
 
     Attributes:
         side: Number of rows and columns of a grid.
-        prior: Strength of the language prior in the step-by-step texts of the SFT, as in ``reading.sample_tasks``.
+        prior: Strength of the language prior. In the step-by-step texts of the SFT, it is the probability that a digit
+            is the previous digit + ``prior_step`` modulo 10. Otherwise the digit is drawn uniformly.
         prior_step: Difference of two digits that follow the language prior.
         sft_digits: Number of training digits in the SFT. The pairs use the other training digits.
         sft_steps: Number of steps of the SFT. Its learning rate falls to zero.
         sft_warmup: Fraction of the steps of the SFT in which the learning rate rises from zero.
         sft_named_share: Fraction of the SFT questions that state the digits and have no image, so that the model
             learns to answer from its own text.
-        sft_direct_share: Fraction that asks for a direct answer, among the SFT questions that do not state the digits.
+        sft_direct_share: Fraction of the other SFT questions that ask for a direct answer.
         sft_blind_share: Fraction of the step-by-step SFT questions from which the image is removed. From these
             questions, the model learns to continue a response without an image, as DropoutNTP requires.
         keep: Fraction of the tokens of a sampled response that DropoutNTP keeps.

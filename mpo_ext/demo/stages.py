@@ -1,4 +1,4 @@
-"""Runs the stages of the demo and stores their results, so that an interrupted demo resumes."""
+"""Runs the stages of the demo, such as the SFT, and stores their results, so that an interrupted demo resumes."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ _KEYS = "settings.json"
 
 
 class Stages:
-    """Runs stages, and stores the result of each stage in a file in ``folder/stages``.
+    """Runs stages of the demo, such as the SFT, and stores the result of each stage in a file in ``folder/stages``.
 
     Prints an explanation before each stage, a progress bar during it, and its duration after it. A stage that already
     has a file is not run again. Files made with other settings or another version of mpo_ext are deleted first. The

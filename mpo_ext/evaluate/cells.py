@@ -21,8 +21,9 @@ class EvaluationRun:
     """Settings of one process of an evaluation. They do not change the results.
 
     Attributes:
-        block_size: Maximum number of responses per block. A block of one question may have more. A killed process
-            loses the blocks that it is sampling: one block, or several with vLLM or an OpenAI server.
+        block_size: Maximum number of responses that are sampled and then saved together (a block). A block of a single
+            question may have more. A killed process loses the blocks that it is sampling: one block, or several with
+            vLLM or an OpenAI server.
         rank: Rank of this process. It asks the questions whose position modulo ``world_size`` equals the rank.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
@@ -66,7 +67,7 @@ class Cell:
         evaluation: Asks the questions with the cell's prompt and scores the responses.
         folder: Folder of the journals, the files to which sampled responses are appended.
         scores: Scores of the questions in the order of the file; empty until the journals are read.
-        details: For each reason why questions could not be asked, the details of the first such question.
+        details: For each reason why a question could not be asked, the details of the first question with this reason.
         offsets: Byte offset of each question's lines in the file of predictions; empty until the journals are read.
     """
 
@@ -89,7 +90,7 @@ class Cell:
         return self.evaluation.questions.with_image
 
     def ask(self, engine: Engine, run: EvaluationRun) -> None:
-        """Samples the responses that the journal of this process lacks, and appends them to the journal."""
+        """Samples the missing responses of this process, and appends them to its file of responses."""
         evaluation, source = self.evaluation, self.data.source
         ranks = {"rank": run.rank, "world_size": run.world_size}
         right, answered, skipped = 0.0, 0, 0
@@ -109,11 +110,11 @@ class Cell:
                 progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
 
     def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
-        """Reads the journals of all ``world_size`` processes.
+        """Reads the journals (files of sampled responses) of all ``world_size`` processes.
 
         Yields:
-            (item, problem, responses) of each question. ``problem`` is the reason why the question could not be
-            asked, or None.
+            (item, problem, responses) of each question. ``item`` is the question. ``problem`` is the reason why it
+            could not be asked, or None.
         """
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             for record in records:

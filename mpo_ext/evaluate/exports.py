@@ -25,9 +25,9 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
     """Writes VLMEvalKit's prediction tables ``vlmevalkit/MODEL/MODEL_TASK.tsv``, a file for each sample.
 
     The context manager yields a function that adds a question to the tables. The columns are index, question, the
-    options, all scalar fields of the item, answer, prediction (the whole response), extracted (the extracted answer)
-    and hit (1 if this answer is correct). VLMEvalKit does not have the last two columns. The index is the item's field
-    ``index`` if it exists, otherwise the item's position.
+    options, all scalar fields of the question, answer, prediction (the whole response), extracted (the extracted
+    answer) and hit (1 if this answer is correct). VLMEvalKit does not have the last two columns. The index is the
+    question's field ``index`` if it exists, otherwise the question's position in the file.
 
     Args:
         out: Folder of the evaluation.
@@ -56,7 +56,7 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
 
 
 def vlmevalkit_columns(items: Iterator[Item]) -> list[str]:
-    """Returns the names of the columns in VLMEvalKit's prediction table for these items."""
+    """Returns the names of the columns in VLMEvalKit's prediction table for these questions."""
     between: dict[str, None] = {}
     for number, item in enumerate(items):
         between.update(dict.fromkeys(_fields(number, item)))
@@ -107,7 +107,7 @@ def _text_of(binary: Any) -> Iterator[io.TextIOWrapper]:
 
 
 def _fields(number: int, item: Item) -> dict[str, Any]:
-    """Returns the values of an item by column name. ``number`` is the item's position.
+    """Returns the fields of a question by column name. ``number`` is the question's position.
 
     Non-scalar values are left out, except for the answer options.
     """

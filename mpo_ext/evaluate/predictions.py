@@ -27,15 +27,16 @@ def write_predictions(
     data_files: Mapping[str, str],
     world_size: int,
 ) -> None:
-    """Reads the journals of the cells, writes a line for each response, and fills in the scores of the cells.
+    """Reads the sampled responses, writes a line for each response, and sets the scores of ``cells``.
 
     Args:
-        cells: Cells of the evaluation; cells of the same model must be adjacent.
+        cells: Cells of the evaluation (combinations of model, file of questions and prompt). Cells of the same model
+            must be adjacent.
         out: Folder of the evaluation.
         exports: Evaluation toolkits to write files for, keys of ``EXPORTS``.
         model_files: The name of each model as it appears in file names.
         data_files: The name of each file of questions as it appears in file names.
-        world_size: Number of processes that wrote journals.
+        world_size: Number of processes that sampled responses.
 
     Raises:
         IncompleteRunError: If a process has not finished yet. The files of the models before the incomplete model have
@@ -72,7 +73,7 @@ def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator
 
     Args:
         path: Path of the predictions of a model.
-        cell: Cell of this model, with ``scores`` and ``offsets``.
+        cell: Combination of this model, a file of questions and a prompt, with ``scores`` and ``offsets`` set.
         indices: Positions of the questions in the file of questions.
     """
     with open(path, "rb") as file:

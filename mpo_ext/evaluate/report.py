@@ -50,7 +50,7 @@ def write_reports(
     A warning names a report that is not written because a package is missing.
 
     Args:
-        cells: Cells of the evaluation, with scores.
+        cells: Cells (combinations of model, file of questions and prompt), with scores.
         results: Content of ``results.json``.
         out: Folder of the evaluation.
         model_files: The name of each model as it appears in file names.
@@ -248,7 +248,8 @@ def _without_chance(svg: str) -> str:
 def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, str], limit: int, seed: int) -> None:
     """Writes ``failures.html``: the questions with a wrong answer, and the responses of all models and prompts.
 
-    The page also shows the responses without the image. A question is left out if only these are wrong.
+    The page also shows the responses without the image. A question is left out if only responses without the
+    image are wrong.
     """
     by_data: dict[str, list[Cell]] = {}
     for cell in cells:

@@ -34,7 +34,7 @@ def compute_results(
     """Returns the content of ``results.json``: settings, accuracies and comparisons, as JSON values.
 
     Args:
-        cells: Cells of the evaluation, with scores.
+        cells: Cells (combinations of model, file of questions and prompt), with scores.
         config: Settings of the evaluation.
         limit: Maximum number of questions per file; None: all.
         engines: Settings of the engine of each model, by the model's name.

@@ -60,7 +60,8 @@ def evaluate(
         exports: Evaluation toolkits, "vlmevalkit" or "lmms-eval". Predictions are also written in their formats.
         page_limit: Maximum number of questions on ``failures.html``; if there are more, they are drawn at random.
         make_engine: Function that creates an engine from the path of a whole model.
-        run: Block size, processes and progress display; None: the default ``EvaluationRun``.
+        run: Number of processes, progress display, and how often responses are saved; None: the default
+            ``EvaluationRun``.
 
     Returns:
         The content of ``results.json``; None if other processes have not finished yet.

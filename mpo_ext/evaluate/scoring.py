@@ -1,7 +1,7 @@
 """The settings of an evaluation, and the scores of responses.
 
-The journals hold only the responses. Answers are extracted and compared when the journals are read, so the same
-responses can be scored again with another answer style or matcher, without the model.
+Only responses are stored. Answers are extracted and compared when the responses are read. Therefore the same responses
+can be scored again with another answer style or matcher, without the model.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ class ScoredResponse:
         text: The whole response.
         answer: Extracted answer; None if the response has no answer.
         correct: Whether the answer is correct; False for an unreadable answer.
-        rule: Name of the matcher's rule that decided; None if there is no answer.
+        rule: Name of the rule by which the answers were compared; None if there is no answer.
         tokens: Number of generated tokens.
         finish: "stop", or "length" if ``max_new_tokens`` truncated the response.
         unreadable: Whether the response has no answer, or an answer that the matcher cannot judge.
@@ -168,7 +168,9 @@ class Evaluation:
         return settings if self.questions.with_image else {**settings, "with_image": False}
 
     def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[ScoredResponse]]:
-        """Scores the responses to a question. ``records`` are the question's records in a journal.
+        """Scores the responses to a question.
+
+        ``records`` are the stored responses: dicts with ``text``, or with the ``problem`` that prevented a response.
 
         Returns:
             The reason why the question could not be asked (or None), and the scored responses.

@@ -93,9 +93,9 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _wait_for_old_stages(self) -> Iterator[FileLock]:
-        """Locks ``stage.lock`` and yields the lock.
+        """Locks ``stage.lock`` and yields the lock, which every command inherits.
 
-        Every command inherits the lock. Waits while a command of an earlier, killed process still holds it.
+        First waits until all commands of an earlier, killed process have released the lock.
         """
         path, what = self.folder / "stage.lock", f"the stages of {self.folder}"
         lock = FileLock(path, what)

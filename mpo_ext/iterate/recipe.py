@@ -86,11 +86,11 @@ class QuestionsRecipe:
     """Settings of the questions for which a pipeline samples responses.
 
     Attributes:
-        path: File of items, as ``mpo-ext sample`` reads it, or a list with a file for each round.
-        image_root: Folder at which relative image paths start. A meta file (.json), which lists files of items, sets a
-            folder for each of them instead.
+        path: File of questions, as ``mpo-ext sample`` reads it, or a list with a file for each round.
+        image_root: Folder at which relative image paths start. A meta file (.json), which lists files of questions,
+            sets a folder for each of them instead.
         root_map: (old, new) path prefixes, for folders in a meta file that have moved.
-        limit: Maximum number of items, taken from the beginning of the file; None: all.
+        limit: Maximum number of questions, taken from the beginning of the file; None: all.
     """
 
     path: StringOrStrings
@@ -108,7 +108,9 @@ _Questions = Annotated[QuestionsRecipe, BeforeValidator(_to_questions)]
 
 @section
 class CorrectnessRecipe:
-    """Settings of the pipeline "correctness". Fields not listed here are options of ``mpo-ext sample correctness``.
+    """Settings of the pipeline "correctness", which pairs correct with wrong responses.
+
+    Fields not listed here are options of ``mpo-ext sample correctness``.
 
     Attributes:
         questions: Questions of this pipeline; None: ``sample.questions``.
@@ -152,11 +154,14 @@ class CorrectnessRecipe:
 
 @section
 class DropoutNTPRecipe:
-    """Settings of the pipeline "dropout-ntp". Fields not listed here are options of ``mpo-ext sample dropout-ntp``.
+    """Settings of the pipeline "dropout-ntp".
+
+    A rejected response is the beginning of the chosen response, continued by the model without the image. Fields not
+    listed here are options of ``mpo-ext sample dropout-ntp``.
 
     Attributes:
         questions: Questions of this pipeline; None: ``sample.questions``.
-        sample_chosen: Whether the round's model generates the chosen responses that items lack.
+        sample_chosen: Whether the round's model generates a chosen response for each question that has none.
         repeat_time: Average number of visits to each pair per epoch.
         max_pairs: Maximum number of pairs per epoch, drawn again in each epoch; None: no limit.
     """
@@ -205,7 +210,7 @@ class SampleRecipe:
     """Settings of the pipelines that make the pairs of a round. At least one pipeline must be set.
 
     Attributes:
-        questions: The questions: a path, a list with a path for each round, or a section.
+        questions: A file of questions, a list with a file for each round, or a section ``QuestionsRecipe``.
         correctness: Settings of the pipeline "correctness"; None disables it. ``{}`` takes the defaults.
         dropout_ntp: Settings of the pipeline "dropout-ntp"; None disables it. ``{}`` takes the defaults.
     """
@@ -243,8 +248,8 @@ class EngineRecipe:
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: Device of "transformers"; None: the GPU of the process, or the CPU.
         batch_size: Samples per batch of "transformers"; None: 16.
-        block_size: Responses per block. A killed process loses the blocks that it is sampling: one block, or several
-            with "vllm".
+        block_size: Number of responses that are sampled and then saved together (a block). A killed process loses the
+            blocks that it is sampling: one block, or several with "vllm".
         options: Arguments of ``from_pretrained`` or ``VLLMEngine``, such as ``{tensor_parallel_size: 2}``.
     """
 
@@ -303,9 +308,10 @@ class RoundEvaluationRecipe:
 
 @section
 class LaunchRecipe:
-    """Launch commands of the stages, as lists of words. ``-m MODULE`` and the arguments are appended.
+    """Launch commands for sampling, training and evaluation, as lists of words.
 
-    An empty list starts one process with the current Python.
+    ``-m MODULE`` and its arguments are appended to a command. An empty list starts one process with the current
+    Python.
 
     Attributes:
         sample: For the pipelines, such as ``[torchrun, --nproc-per-node, "4"]``.
@@ -334,8 +340,8 @@ class IterateRecipe:
             "first" is the model that the first round starts from.
         seed: Seed of the samples of the first round; each later round adds 1.
         engine: Settings of the engine that samples and evaluates.
-        launch: Launch commands of the stages, for several GPUs.
-        page_pairs: Maximum number of pairs on the page of a pipeline in a round; 0 writes no pages.
+        launch: Launch commands for sampling, training and evaluation on several GPUs.
+        page_pairs: Maximum number of pairs on the HTML page of a pipeline's pairs in a round; 0 writes no pages.
         keep_checkpoints: Whether the checkpoints of a round are kept after its training. Final models are always kept.
     """
 

@@ -27,11 +27,12 @@ _PAIRS_OF = {"reward_accuracy": "averaged_pairs", "eval_reward_accuracy": "eval_
 
 
 def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, Any]:
-    """Returns the content of ``rounds.json`` as JSON values. All stages of the rounds ``numbers`` must be done.
+    """Returns the content of ``rounds.json`` as JSON values. The rounds ``numbers`` must be finished.
 
     Each round has its ``model`` and its ``accuracy``, in the format of an evaluation's ``results.json``. A round after
-    round 0 also has its ``sources`` of pairs, its ``training`` metrics, and ``comparisons``. They compare the
-    round's model with the first model and with the model of the previous round, on the same questions.
+    round 0 also has its ``sources`` of pairs, its ``training`` metrics, and ``comparisons``. An entry of
+    ``comparisons`` compares the round's model with the first model, or with the model of the previous round, on the
+    same questions.
     """
     rounds: list[dict[str, Any]] = []
     shares: list[dict[tuple[str, str], dict[int, float]]] = []
@@ -94,7 +95,7 @@ def _compare(
 
 
 def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
-    """Returns the result of ``round_sources``, with the pairs per epoch and the counts in ``summary.json`` added."""
+    """Returns the sources of ``round_sources``. Adds the pairs per epoch and the counts in ``summary.json``."""
     rows = []
     for source in stages.round_sources(recipe, number):
         summary = read_json(recipe.round_folder(number) / source["pipeline"] / "summary.json")

@@ -1,4 +1,6 @@
-"""Runs the stages of all rounds in order, each stage once. The same call resumes an interrupted or killed run.
+"""Runs the stages (commands, such as sampling or training) of all rounds in order.
+
+Each stage runs once. The same call resumes an interrupted or killed run.
 
 When a stage has ended with status 0, a file ``STAGE.done`` is written. Stages without this file run with the same
 command as before. Every stage resumes from the files that it has written.
@@ -30,7 +32,7 @@ _FREE = ("rounds", "launch", "page_pairs", "keep_checkpoints", "engine.batch_siz
 
 
 def run_rounds(recipe: IterateRecipe, *, stream: TextIO | None = None) -> dict[str, Any]:
-    """Runs all stages that are not done, writes the results after each round, and returns them.
+    """Runs all stages (such as training) that are not done, writes the results after each round, and returns them.
 
     Args:
         recipe: Settings of the run. ``recipe.output`` may hold an interrupted run, or a finished run of fewer rounds.
@@ -81,7 +83,7 @@ def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
     """Checks the model, without its weights, and all files of questions.
 
     Returns:
-        For each file of questions, by path: the number of items and the hash of the file.
+        For each file of questions, by path: the number of questions and the hash of the file.
 
     Raises:
         OSError: If a file or the model is missing.

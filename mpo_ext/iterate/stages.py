@@ -26,7 +26,7 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RoundStage:
-    """A stage of a round.
+    """A stage of a round: a command, such as sampling or training.
 
     Attributes:
         round: Number of the round; 0 is the evaluation of the first model.
@@ -139,9 +139,10 @@ def chat_template_path(recipe: IterateRecipe) -> Path:
 
 
 def round_sources(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
-    """Returns the pair sources of a round: pipeline, path, number of pairs and ``repeat_time`` of each file.
+    """Returns the files of pairs of a round: pipeline, path, number of pairs and ``repeat_time`` of each file.
 
-    The numbers of pairs come from the pipelines' ``summary.json``. A file without pairs has the ``repeat_time`` 0.
+    ``repeat_time`` is the average number of visits to each pair per epoch; 0 for a file without pairs. The numbers of
+    pairs come from the pipelines' ``summary.json``.
     """
     sources = []
     for name, pipeline in recipe.sample.pipelines.items():

@@ -1,4 +1,4 @@
-"""Tests the comparison of pair pipelines: it counts the pairs, tokens and time of each run; docs/ shows its table."""
+"""Tests the comparison of the pipelines that make pairs: counts of pairs and tokens, times, and the table in docs/."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import json

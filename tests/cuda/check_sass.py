@@ -1,10 +1,10 @@
 """Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE ...]`` prints a table or fails.
 
-Innermost loops over logits or rows must not spill registers, that is, access local memory. A kernel that is compiled
-for four blocks per multiprocessor has 64 registers, and may spill between its loops. In code for sm_80 and sm_90, the
-main loops must load 128 bits at a time. Those of logits_grad and exp_logits must also store 128 bits at a
-time, or 64 bits if the output has half the width of the logits.
-``--json results/machine_code.json`` writes registers, spills and lengths of the main loops, for docs/performance.md.
+Innermost loops over logits or rows must not access local memory, which holds spilled registers. Other code may spill:
+kernels for four blocks per multiprocessor have only 64 registers per thread. In code for sm_80 and sm_90, the main
+loops must load 128 bits at a time. The main loops of logits_grad and exp_logits must also store 128 bits at a time. If
+the output has half the width of the logits, they must store 64 bits.
+``--json results/machine_code.json`` writes registers, spills and instructions per logit, for docs/performance.md.
 cuobjdump is taken from PATH or from the triton package.
 """
 
@@ -179,7 +179,7 @@ def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, 
 
 
 def document(module: str, cuobjdump: str, command: str, compiler: str) -> dict[str, Any]:
-    """Returns the figures as a JSON document for benchmarks/machine_code.py."""
+    """Returns registers, spills and main-loop instructions of all kernels, for benchmarks/machine_code.py."""
     registers: dict[str, dict[str, int]] = defaultdict(dict)
     built = set()
     for (arch, kernel), use in resources(module, cuobjdump).items():

@@ -1,8 +1,8 @@
 """Runs the CUDA backend without a GPU, by executing its compiled PTX on the simulator ptxsim.
 
-``SimulatedNative`` replaces ``mpo_ext._C``. It asks the real module for the shape and the argument bytes of each
-launch. So the simulator runs the same launches as a GPU would. Tests call it directly or through ``mpo_ext.ops``.
-Direct calls use poisoned buffers: it is an error to read a byte that was never written.
+``SimulatedNative`` replaces ``mpo_ext._C``. The real module computes the grid, the block and the argument bytes of
+each launch, so launches are the same as on a GPU. Tests call the class directly or through
+``mpo_ext.ops``. Direct calls use poisoned buffers: it is an error to read a byte that was never written.
 """
 
 import contextlib
@@ -255,7 +255,10 @@ def poisoned(nbytes: int) -> Any:
 def run_token_logp(
     native: SimulatedNative, rows: Rows, stats: int = 0, multiprocessors: int = MULTIPROCESSORS
 ) -> dict[str, np.ndarray]:
-    """Launches token_logp and returns its outputs. Fails if a part of an output was not written."""
+    """Launches token_logp and returns its outputs. Fails if a part of an output was not written.
+
+    ``stats`` is a bit mask: bit i requests ``mpo_ext.ops.checks.STATS[i]``.
+    """
     shape = native.real.cuda_forward_shape(
         rows=rows.rows, vocab=rows.vocab, dtype=rows.dtype, pairs=0, multiprocessors=multiprocessors
     )
@@ -324,7 +327,10 @@ def run_forward(
     native: SimulatedNative, rows: Rows, pairs: Pairs, stats: int = 0, multiprocessors: int = MULTIPROCESSORS,
     **config: Any,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Launches the fused forward kernel (log-probs and pair loss) and returns all its outputs."""
+    """Launches the fused forward kernel (log-probs and pair loss) and returns all its outputs.
+
+    ``stats`` is a bit mask: bit i requests ``mpo_ext.ops.checks.STATS[i]``.
+    """
     shape = native.real.cuda_forward_shape(
         rows=rows.rows, vocab=rows.vocab, dtype=rows.dtype, pairs=pairs.pairs, multiprocessors=multiprocessors
     )

@@ -1,6 +1,6 @@
 """Tests pairs with videos, or with separate images for the rejected response, in every format.
 
-They are read and written, and rejected if a format cannot hold them.
+Each format reads and writes such pairs, or rejects them if it cannot hold them.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Tests of the digits demo: its task, its pairs, and a complete run that is too short to learn anything."""
+"""Tests the digits demo: its task, its pairs, and a complete run that is too short to learn anything."""
 
 # ruff: noqa: E402 - without these packages, which an extra installs, all tests are skipped
 import argparse

@@ -224,7 +224,7 @@ def test_other_answers_under_a_name_are_refused(items: Path, tmp_path: Path) -> 
 
 
 def test_the_journal_has_only_settings_that_the_responses_depend_on(items: Path, tmp_path: Path) -> None:
-    """Journals of earlier versions have only these settings. With more, an evaluation could not resume from them."""
+    """An evaluation resumes from a journal of an earlier version only if both have exactly the same settings."""
     evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "out", config=COT)
     (journal,) = (tmp_path / "out").rglob("journal-*.jsonl")
     settings = read_header(journal)

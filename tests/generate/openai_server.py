@@ -32,8 +32,9 @@ class Server:
         image: Text that stands for an image in the prompt.
         template: Chat template to use instead of the tokenizer's.
         key: API key that requests must have; None: any.
-        fault: Function that maps a request body to a fault: None, a status with headers, or one of "cut", "half",
-            "text" and "empty".
+        fault: Function that maps a request body to a fault. None: no fault. (status, headers): an HTTP error. "cut":
+            the connection closes without an answer. "half": it closes after half of the answer. "text": the answer
+            is not JSON. "empty": the answer has no choices.
         finish: Finish reason to report instead of the actual one.
         message: Further fields of a chat message.
         bodies: Path and body of each request that was answered.

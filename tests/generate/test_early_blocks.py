@@ -27,7 +27,7 @@ def open_files(folder: Path) -> tuple[Journal, Path]:
 
 
 def announce_all(early: EarlyBlocks, journal: Journal) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Announces each block that the journal lacks. Returns those that the file of early blocks lacks too."""
+    """Registers each block that the journal lacks. Returns those that the file of early blocks lacks too."""
     stored = list(journal.records())
     missing = []
     for start, records in block_records():

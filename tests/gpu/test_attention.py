@@ -1,4 +1,4 @@
-"""Tests split attention on a GPU: it uses the flash kernel, with the loss and gradients of the dense mask."""
+"""Tests split attention on a GPU: it uses the flash kernel; loss and gradients equal those of a dense mask."""
 
 import pytest
 import torch

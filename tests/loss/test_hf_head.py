@@ -181,7 +181,10 @@ def assert_same_gradients(ours: dict[str, torch.Tensor], truth: dict[str, torch.
 
 
 def check_against_logits(model: nn.Module, tol: float = 1e-9, inner: nn.Module | None = None) -> HiddenAndHead:
-    """Compares logits, loss and gradients from hidden_and_head(model) with those from model(...).logits."""
+    """Compares logits, loss and gradients from hidden_and_head(model) with those from model(...).logits.
+
+    If ``model`` is a wrapper, ``inner`` is the model in it, for which the inputs are made.
+    """
     inputs, labels = batch_of(inner if inner is not None else model)
     logits = model(**inputs).logits
     truth = mpo_loss(logits, labels, REF_LOGP, backend="reference").loss
@@ -470,7 +473,10 @@ def mean_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def train(model: nn.Module, inner: nn.Module, rank: int, steps: int) -> None:
-    """Runs AdamW steps on the rank's batches, and checks that the ranks end with equal parameters."""
+    """Runs AdamW steps on the rank's batches, and checks that the ranks end with equal parameters.
+
+    The batches have inputs for ``inner``, a copy of the model without wrappers.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for step in range(steps):

@@ -49,7 +49,7 @@ ALL = ("hidden", "weight", "bias")
 
 @pytest.fixture(params=MODES)
 def mode(request: pytest.FixtureRequest) -> str:
-    """Returns a key of ``MODES``: the backward pass recomputes the logits, uses kept logits, or has a frozen head."""
+    """Returns a key of ``MODES``: logits are recomputed or stored for the backward pass, or the head is frozen."""
     return request.param
 
 
@@ -208,7 +208,10 @@ def run_rows(
 
 
 def yardstick(case: Linear, backend: str) -> Linear:
-    """Returns the inputs for eager torch: float32 for kernels, which do not round logits to a narrower dtype."""
+    """Returns the case to run in eager torch for comparison with a backend.
+
+    For kernels, half-precision inputs become float32, because kernels do not round logits to a narrower dtype.
+    """
     if backend == "reference" or case.eps < 1e-8:
         return case
     widened = {name: tensor.float() for name, tensor in case.tensors.items()}
@@ -222,14 +225,14 @@ def eager_gradients(case: Linear, logits: Tensor, by_logits: Tensor, tensors: di
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Reference gradients of hidden, weight and bias, and sizes from which the allowed errors are computed.
+    """Reference gradients of hidden, weight and bias, and magnitudes that determine the allowed errors.
 
     Attributes:
         exact: Gradients of the oracle.
         eager: Gradients of eager torch.
-        size: For each entry of a gradient, the sum of its absolute terms.
-        share: Like ``size``, as if the upstream gradient of each used row were 1.
-        certain: Like ``size``, from the labels' logits alone, as if each label had probability 0.
+        size: For each entry of a gradient, the sum of the absolute values of its terms.
+        share: Like ``size``, but with an upstream gradient of 1 for each row with a gradient.
+        certain: Like ``size``, but the logits' gradient is the upstream gradient at the label and 0 elsewhere.
     """
 
     exact: dict[str, Array]
@@ -259,7 +262,9 @@ class Judgement:
         return Judgement(head.gradients(gradient), eager, head.sizes(gradient), head.sizes(used), certain)
 
     def judge(self, case: Linear, gradients: dict[str, Tensor], noise: float) -> None:
-        """Raises if a gradient's error is too large. ``noise`` is the possible error of a row's weight.
+        """Raises if a gradient's error is too large.
+
+        ``noise`` is the possible error of the upstream gradient of a row's log-prob.
 
         In float64, eager torch and the kernels both round a label's probability before they subtract 1. With few rows
         of almost certain labels, eager torch's error may be small by chance. Float64 gradients therefore get an extra

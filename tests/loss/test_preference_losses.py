@@ -162,7 +162,8 @@ PER_PAIR: dict[str, Callable[[Row, Number, Number, Number], Number]] = {
 def aot(better: Sequence[Number], worse: Sequence[Number], beta: Number, e: Number) -> list[Number]:
     """Computes the AOT losses with label smoothing ``e``.
 
-    Each value of ``better`` is compared with the value of the same rank in ``worse``.
+    The lowest value of ``better`` is compared with the lowest of ``worse``, the second lowest with the second lowest,
+    and so on.
     """
     losses = []
     for value in better:
@@ -198,8 +199,7 @@ def rows_of(case: Case) -> list[Row]:
 def exact_with_gradient(name: str, case: Case, beta: float = BETA, **settings: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (losses, gradient of the chosen log-probs, gradient of the rejected log-probs).
 
-    The gradients are those of the sum of the losses. They are central differences with a step of 1e-20, accurate to
-    1e-20.
+    The gradients are those of the sum of the losses: central differences in decimal numbers of 60 digits.
     """
     values = {"label_smoothing": SMOOTHING.get(name, 0.0), "delta": DELTA.get(name, 0.0), **settings}
     with localcontext() as context:

@@ -18,9 +18,10 @@ Accuracies = Mapping[str, Mapping[int, float] | float]  # by row: by seed, or th
 
 
 def make_document(cot: Accuracies, seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **more: Accuracies) -> dict[str, Any]:
-    """Returns the contents of a study result file in which only the rows in ``cot`` were measured.
+    """Returns the contents of a study result file in which only the runs in ``cot`` were measured.
 
-    ``cot`` has accuracies in percent. ``more`` has other quantities: "direct", "hallucinated" and "unparsable".
+    ``cot`` maps the name of a run to its accuracy in percent, for all seeds or by seed. ``more`` has other percentages
+    in the same form: "direct", "hallucinated" and "unparsable".
     """
 
     def of(values: Accuracies, row: str, seed: int, default: float) -> float:

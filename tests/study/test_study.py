@@ -1,4 +1,4 @@
-"""Tests the study's rows, pairs, results and tables, and a complete run that is too short to learn anything."""
+"""Tests the study's runs, pairs, results and tables, and a complete run that is too short to learn anything."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import copy
@@ -42,7 +42,7 @@ def make_result(seed: int, row: str, cot: float, direct: float = 0.1, **more: An
 
 
 def make_document(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
-    """Returns the contents of a study result file. Rows have equal results unless the tests compare them."""
+    """Returns the contents of a study result file. Runs have equal results unless the tests compare them."""
     results = []
     for seed in seeds:
         for row in (START, *perception.ROWS):
@@ -402,7 +402,7 @@ def test_verdicts_are_corrected_for_their_number() -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch):
     """Replaces the study's runs by instant ones.
 
-    Returns a list that collects (seed, row) of each run, and a set to which tests add rows that must fail.
+    Returns a list that collects (seed, name) of each run, and a set to which tests add names of runs that must fail.
     """
     asked: list[tuple[int, str]] = []
     failing: set[str] = set()

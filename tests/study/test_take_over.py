@@ -1,4 +1,4 @@
-"""Tests a study that reuses runs of an earlier result file. A retrained start model must equal the measured one."""
+"""Tests a study that reuses runs of an earlier result file. A retrained starting model must score as before."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import copy
@@ -27,7 +27,7 @@ EVALUATION = {
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """Replaces the study's runs by instant ones. Returns a list that collects (seed, row) of each run."""
+    """Replaces the study's runs by instant ones. Returns a list that collects (seed, name) of each run."""
     runs_asked: list[tuple[int, str]] = []
 
     def task(folder: Path, settings: PriorSettings, row: str) -> dict[str, Any]:

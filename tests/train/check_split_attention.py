@@ -1,10 +1,12 @@
 """Compares split attention with separate rows and with the dense mask, for many model families.
 
-Run with ``make check-attention``. For each family, compares loss and gradients of the layouts "shared" (padded rows)
-and "packed" with those of "separate" and "masked". A batch has one to four pairs with the same prompt, and two pairs
-with other prompts. A prompt has up to two images, and responses differ in length. Sliding windows are shorter or
-longer than a prompt. Prints the largest relative errors of the loss and of the gradients. All gradients together count
-as one vector. In float64 runs, the models' norms compute in float64 too.
+Run with ``make check-attention``. For each family, compares loss and gradients in four layouts. "shared" (padded rows)
+and "packed" use split attention, "masked" uses a dense mask, and "separate" has a row for each response. Prints the
+largest relative error of loss and gradients. All gradients together count as one vector.
+
+A batch has one to four pairs with the same prompt, and two pairs with other prompts. A prompt has up to two images.
+Responses differ in length. Sliding windows are shorter or longer than a prompt. In float64 runs, the models' norms
+compute in float64 too.
 """
 
 from __future__ import annotations

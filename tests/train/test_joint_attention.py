@@ -1,4 +1,4 @@
-"""Tests joint attention: results and gradients equal those of one dense mask, although no call uses a mask."""
+"""Tests joint_attention.py: results and gradients equal those with a dense mask, although no call uses a mask."""
 
 from __future__ import annotations
 

@@ -391,7 +391,10 @@ def test_accumulation_has_the_gradient_of_one_micro_batch_up_to_the_use_of_exper
 
 
 def test_two_ranks_train_as_one_does(folder: Path) -> None:
-    """With micro-batches of one pair, the experts' load is the same. In each step, one rank has one pair less."""
+    """Uses micro-batches of one pair, so that each has the same expert load with one rank and with two.
+
+    A step has five pairs, so one of two ranks has one pair less.
+    """
     settings = {
         "loss__router_aux_loss_coef": 1.0, "reward_shift__mode": "fixed", "optim__batch_size": 5,
         "optim__micro_batch_size": 1, "optim__max_steps": 2, "data__eval": [str(folder / "pairs" / "pairs.jsonl")],

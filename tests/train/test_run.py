@@ -1,4 +1,4 @@
-"""Tests the parts of a run besides its steps: settings, log, counts, and the state that resuming needs."""
+"""Tests the parts of a run other than its steps: settings, log, counts, and the state that resuming needs."""
 
 from __future__ import annotations
 

@@ -75,7 +75,10 @@ def test_pairs_of_a_prompt_stand_next_to_each_other() -> None:
 
 
 def test_copies_of_a_pair_stand_in_groups_of_their_own() -> None:
-    """Samples three copies of 300 pairs, four per prompt. Each group of four has different pairs of one prompt."""
+    """Each group of four in the order has four different pairs of one prompt.
+
+    There are 300 pairs, four per prompt, and an epoch has each pair three times.
+    """
     times = np.repeat(np.arange(300), 3)
     groups = np.arange(300) // 4
     sampler = StepSampler(lambda epoch: times, batch_size=16, groups=groups)

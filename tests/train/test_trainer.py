@@ -1,4 +1,4 @@
-"""Tests a run besides its arithmetic: adapters, frozen parts, model families, bad input, and written files."""
+"""Tests training apart from its arithmetic: adapters, frozen parts, model families, bad input, and written files."""
 
 import json
 import math

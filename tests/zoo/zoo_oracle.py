@@ -77,7 +77,8 @@ def compare(
         response_ids: The encoder's ids of the response.
         is_split: Whether the response was tokenized separately. Then the template's ids must not begin with the ids
             of the prompt, and the texts are compared instead of the ids.
-        adds_header: Whether the template ignores ``add_generation_prompt``. Then the encoder's prompt may be longer.
+        adds_header: Whether the encoder adds the assistant's header, because the template's generation prompt lacks
+            it. Then the encoder's prompt may be longer than the template's.
         suffix: Number of special tokens that the tokenizer adds at the end of a text; they are not compared.
         **kwargs: Options of ``apply_chat_template``.
     """

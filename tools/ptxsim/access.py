@@ -12,7 +12,7 @@ class MemoryAccess:
     """A part of the class Machine: executes memory instructions and raises their faults."""
 
     def _counters(self, ins, kind):
-        """Returns a function that maps a state space to the instruction's Access counters; None if not counted."""
+        """Returns a function get(space): the instruction's Access counters, or None if the space is not counted."""
         memo = {}
 
         def get(space):
@@ -26,7 +26,7 @@ class MemoryAccess:
         return get
 
     def _split(self, space, addr):
-        """Splits addresses by state space: returns [(space, positions or None for all, addresses in the space)]."""
+        """Splits addresses by state space. Returns (space, positions, addresses) for each; positions None: all."""
         if space != "generic":
             return ((space, None, addr),)
         if int(addr.max()) < SHARED_BASE:

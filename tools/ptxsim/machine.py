@@ -728,7 +728,7 @@ class Machine(MemoryAccess):
                     break
 
     def _gather_warp(self, s, p):
-        """Registers that the lanes s have arrived at the warp-synchronous instruction at pc p.
+        """Records that the lanes s have arrived at the warp-synchronous instruction at pc p.
 
         Returns the lanes (a slice or index array) that may execute it, because all
         lanes of their member mask have arrived. The others wait.

@@ -254,7 +254,7 @@ class GlobalMemory:
         self.stats = {}
 
     def locate(self, addr, size, write):
-        """Finds the buffers of addresses: returns (buffer, positions or None for all, byte offsets) for each.
+        """Finds the buffers of addresses. Returns (buffer, positions, byte offsets) for each; positions None: all.
 
         Raises a fault for addresses that are misaligned, outside of buffers, or (if write) read-only.
         """
@@ -503,10 +503,11 @@ class RaceDetector:
             self.warp[k][:] = -1
 
     def access(self, at, size, kind, epoch, warp, silent=None, lost=None):
-        """Records an access. Returns (position, other warp, kind of its access) of a race, or None.
+        """Records an access. Returns a race as (position, other warp, kind of the other access), or None.
 
         at: byte positions of the lanes.
         kind: 'r' (read), 'w' (write) or 'a' (atomic).
+        epoch: number of the barrier interval, per lane.
         silent: for writes, whether the memory already had the value, per lane and byte.
         lost: for writes, whether another lane's value replaced it, per lane and byte.
         """

@@ -1,9 +1,9 @@
 """Instructions for arithmetic, logic, comparison, conversion and data movement.
 
-A builder takes (b, ins). b gives the array of an operand, with one element per
-lane. The builder returns a function that executes the instruction for a lane
-selection s (a slice or index array). Packed types (f16x2 ...) are arrays with a
-second axis of length 2.
+A builder takes the Machine b and the instruction ins. It returns a function that
+executes the instruction for a lane selection s (a slice or index array). An
+operand is an array with one element per lane. Packed types (f16x2 ...) are
+arrays with a second axis of length 2.
 """
 
 import numpy as np
@@ -138,7 +138,7 @@ def mode_of(ins):
 
 
 def _mixed(ins):
-    """Returns the conversion to float32 of the narrow operand of add.f32.bf16 etc.; None for other instructions."""
+    """Returns a function that converts the bf16 or f16 operand of e.g. add.f32.bf16 to float32; otherwise None."""
     wide, narrow = ins.parts[-2:]
     if wide == "f32" and narrow in ("f16", "bf16"):
         return nm.bf16_decode if narrow == "bf16" else lambda x: x.astype(f32)
