@@ -200,20 +200,42 @@ def load(path: Path) -> dict[str, Any]:
     return results
 
 
+#: Text of a check on the page, where it differs from the name.
+_TEXTS = {
+    "random calls of the loss against plain torch": "the loss with random arguments, compared with plain torch",
+    "kill -9: training": "training resumes after kill -9",
+    "kill -9: one of two ranks, DDP and FSDP2": "training resumes after kill -9 of one of two ranks (DDP, FSDP2)",
+    "kill -9: sampling": "sampling resumes after kill -9",
+    "kill -9: evaluation": "evaluation resumes after kill -9",
+    "kill -9: writing a checkpoint": "kill -9 while a checkpoint is written",
+    "damage to the files of a checkpoint": "damaged checkpoint files are noticed",
+    "calls of CPU kernels between guard pages": "CPU kernels access no memory outside their tensors (guard pages)",
+    "hostile answers, 50 ms of CPU time each": "hostile answers take at most 50 ms of CPU time",
+    "changed lines and rows for the readers of pairs": "pair files with random changes",
+    "wrong arguments of the raw operators": "raw operators refuse wrong arguments",
+    "labels out of range that no term uses": "a label out of range makes the loss NaN",
+    "files of a user, hostile input": "user files are kept; hostile input is refused",
+    "images of one pair file, checked and inspected": "a pair file with many images",
+    "records of one journal, written and read": "a journal with many records",
+    "address and undefined-behaviour sanitizers": "native tests under the address and undefined-behaviour sanitizers",
+    "thread sanitizer": "native tests under the thread sanitizer",
+}
+
+
 def table(documents: Documents) -> str:
     """Returns the table of docs/reliability.md: a row for each check with its result."""
     results: dict[str, Any] = documents["audit"]
     rows = []
     for check in CHECKS:
         if (figures := results.get(check.name)) is None:
-            rows.append([check.name, "not run", "", "", "", f"`{check.command(1)}`"])
+            rows.append([_TEXTS.get(check.name, check.name), "not run", "", "", "", f"`{check.command(1)}`"])
             continue
         result = f"{figures['failed']:,} failed"
         if figures["skipped"]:
             result += f", {figures['skipped']:,} skipped"
         rows.append(
             [
-                check.name,
+                _TEXTS.get(check.name, check.name),
                 f"{figures['cases']:,}",
                 result,
                 f"{figures['seconds']:,.0f}",
@@ -229,10 +251,14 @@ def table(documents: Documents) -> str:
 def _machine(results: dict[str, Any]) -> str:
     machines = sorted({f"{figures['cores']} cores of {figures['cpu']}" for figures in results.values()})
     loads = [figures["load"] for figures in results.values()]
-    scaled = [check.name for check in CHECKS if check.counts and results.get(check.name, {"scale": 1})["scale"] != 1]
-    text = f"Measured on {'; '.join(machines)}; load average {min(loads):g} to {max(loads):g} before the checks."
+    scaled = [
+        _TEXTS.get(check.name, check.name)
+        for check in CHECKS
+        if check.counts and results.get(check.name, {"scale": 1})["scale"] != 1
+    ]
+    text = f"Measured on {'; '.join(machines)}. The load average before a check was {min(loads):g} to {max(loads):g}."
     if scaled:
-        text += f" Fewer cases than `make audit` has ran in: {'; '.join(scaled)}."
+        text += f" These checks ran with fewer cases than in `make audit`: {'; '.join(scaled)}."
     return text
 
 

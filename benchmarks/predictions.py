@@ -24,7 +24,7 @@ def _gpu_table(loss: cost.LossShape, methods: Sequence[str]) -> str:
     for method in methods:
         costs = [cost.loss_cost(method, loss, machine) for machine in gpus]
         rows.append([provider_name(method), *(f"{1e3 * each.seconds:.1f}" for each in costs), _gib(costs[0].memory)])
-    return markdown_table(["ms, predicted", *machines.GPUS, "memory, predicted"], rows)
+    return markdown_table(["predicted time, ms", *machines.GPUS, "memory, predicted"], rows)
 
 
 _VOCABS = (151936, 248320, 262144)  # Qwen2.5, Qwen3.5, Gemma
@@ -41,7 +41,7 @@ def vocabularies(documents: Documents) -> str:
     header = [cell for vocab in _VOCABS for cell in (f"V = {vocab:,}", "memory")]
     return (
         f"Predicted for an H100, {_WIDE.rows:,} of {_WIDE.rows:,} rows labelled, D = {_WIDE.hidden}, bfloat16, from "
-        f"hidden states:\n\n{markdown_table(['predicted', *header], rows)}"
+        f"hidden states:\n\n{markdown_table(['method', *header], rows)}"
     )
 
 
@@ -52,7 +52,7 @@ def losses(documents: Documents) -> str:
         loss, wide = replace(_BIG, share=share), replace(_WIDE, share=share)
         parts.append(f"Predicted, {loss.labelled:,} of {loss.rows:,} rows labelled, V = {loss.vocab:,}, bfloat16, "
                      f"from logits:\n\n{_gpu_table(loss, list(cost.LOGITS))}\n"
-                     f"Predicted, the same from hidden states, D = {wide.hidden}:\n\n"
+                     f"Predicted from hidden states with D = {wide.hidden}, otherwise the same:\n\n"
                      f"{_gpu_table(wide, list(cost.LINEAR))}")  # fmt: skip
     return "\n".join(parts)
 
@@ -90,12 +90,16 @@ def paths(documents: Documents) -> str:
         costs = [cost.loss_cost(method, replace(_WIDE, share=share), machine) for share in _SHARES]
         times = [f"{1e3 * each.seconds:.1f} ms" for each in costs]
         rows.append([text, products_of(method), *times, *(_gib(each.memory) for each in (costs[0], costs[-1]))])
-    header = ["path", "products with the head", *(f"time, {share:.0%} labelled" for share in _SHARES)]
+    header = [
+        "input and function",
+        "matrix products with the head",
+        *(f"time, {share:.0%} labelled" for share in _SHARES),
+    ]
     header += [f"memory, {_SHARES[0]:.0%}", f"memory, {_SHARES[-1]:.0%}"]
     return (
-        f"Predicted for an H100, {_WIDE.rows:,} rows, D = {_WIDE.hidden}, V = {_WIDE.vocab:,}, bfloat16, from hidden "
-        f"states to the gradients of hidden states and head. Memory includes the gradients, and the logits if they "
-        f"exist.\n\n{markdown_table(header, rows)}"
+        f"Predicted for an H100, {_WIDE.rows:,} rows, D = {_WIDE.hidden}, V = {_WIDE.vocab:,}, bfloat16. The time "
+        f"includes the output head and the gradients of hidden states and head. Memory includes the gradients and "
+        f"stored logits.\n\n{markdown_table(header, rows)}"
     )
 
 
@@ -127,14 +131,19 @@ def step_times(documents: Documents) -> str:
     """Returns a table of the predicted time and memory of a training step, by trainer and by length of the pairs."""
     model, machine = _described_model(), machines.gpu("H100")
     frozen = _described_model(trainable_share=0.005, head_learns=False)
-    adapters = "mpo_ext, precomputed, adapters of 0.5 % of the weights, frozen head"
+    adapters = "mpo_ext, split attention, precomputed reference, LoRA (0.5 % of the weights)"
     cases = [
         ("mpo_ext, one row with split attention", model, False, "mpo_ext"),
         ("mpo_ext, one row with a dense mask", model, False, "mpo_ext, dense mask"),
         ("mpo_ext, separate rows", model, False, "mpo_ext, separate rows"),
         ("TRL's DPOTrainer", model, False, "TRL"),
         ("mpo_ext, split attention, precomputed reference", model, True, "mpo_ext"),
-        ("mpo_ext, split attention, precomputed, `recompute=False`", model, True, "mpo_ext, recompute=False"),
+        (
+            "mpo_ext, split attention, precomputed reference, `recompute=False`",
+            model,
+            True,
+            "mpo_ext, recompute=False",
+        ),
         (adapters, frozen, True, "mpo_ext"),
         ("mpo_ext, separate rows, from logits", model, False, "mpo_ext, separate rows, from logits"),
     ]
@@ -147,13 +156,13 @@ def step_times(documents: Documents) -> str:
             predicted = steps.step_cost(trainer, described, replace(shape, precomputed=is_ready), machine)
             cells += [f"{predicted.seconds:.2f} s", f"{predicted.memory / 2**30:.0f} GiB"]
         rows.append(cells)
-    header = ["a training step, predicted"]
+    header = ["trainer"]
     for shape in shapes:
         header += [f"prompt {shape.prompt:,}, responses {shape.response:,}", "memory"]
     return (
-        f"Predicted for one of {shapes[0].shards} H100s with sharded weights (communication not counted): a decoder "
-        f"of {model.parameters / 1e9:.1f} billion float32 parameters with bfloat16 compute, one pair, gradient "
-        f"checkpointing, no padding.\n\n{markdown_table(header, rows)}"
+        f"Predicted for one of {shapes[0].shards} H100s with sharded weights, without communication. The model is a "
+        f"decoder with {model.parameters / 1e9:.1f} billion float32 parameters. The compute dtype is bfloat16, with "
+        f"gradient checkpointing, one pair per GPU and no padding.\n\n{markdown_table(header, rows)}"
     )
 
 
@@ -177,8 +186,8 @@ def published(documents: Documents) -> str:
         ours = (cost.loss_cost(f"mpo_ext, recompute={value}", loss, machines.gpu(gpu)) for value in (True, False))
         sizes = [gpu, f"{count:,}", f"{hidden:,}", f"{vocab:,}", f"{milliseconds:g}"]
         rows.append([name, *sizes, *(f"{1e3 * each.seconds:.1f}" for each in ours), source])
-    header = ["published by others", "GPU", "rows", "D", "V", "ms, published", "ours, `recompute=True`, predicted"]
-    return markdown_table([*header, "ours, `recompute=False`, predicted", "source"], rows)
+    header = ["program", "GPU", "rows", "D", "V", "published, ms", "mpo_ext, `recompute=True`, predicted, ms"]
+    return markdown_table([*header, "mpo_ext, `recompute=False`, predicted, ms", "source"], rows)
 
 
 _LATENCY = 0.8e-6  # assumed latency of a GPU's memory, in seconds
@@ -203,8 +212,7 @@ def floors(documents: Documents) -> str:
         rows.append([name, bandwidth, *(f"{1e3 * s:.2f}" for s in (forward, backward, forward + backward))])
     header = ["GPU", "peak bandwidth", "forward, ms", "backward, ms", "both, ms"]
     return (
-        f"Floors (time of the memory traffic alone), predicted from the peak bandwidth: N = N' = {_ROWS:,}, "
-        f"V = {_BIG.vocab:,}, bfloat16, "
+        f"Predicted floors at the peak bandwidth, with N = N' = {_ROWS:,}, V = {_BIG.vocab:,}, bfloat16, "
         f"{2 * _ROWS * _BIG.vocab / 1e9:.2f} GB of logits.\n\n{markdown_table(header, rows)}"
     )
 
@@ -227,9 +235,9 @@ def issue(documents: Documents) -> str:
         rows.append([name, f"{sheet.clock / 1e9:.2f} GHz", *(f"{share:.0%}" for share in shares), in_flight])
     header = ["GPU", "clock", "forward: issue", "forward: exponentials", "forward with statistics: issue"]
     return (
-        f"Predicted time of each activity as a share of the floor (bfloat16, instruction counts of sm_90). The last "
-        f"column holds the bytes that a multiprocessor must have in flight for the peak bandwidth at a latency of "
-        f"{_LATENCY * 1e6:.1f} us.\n\n"
+        f'A percentage is a predicted time divided by the floor (bfloat16, instruction counts of sm_90). "Issue" is '
+        f'the time to issue the instructions. "In flight" is the number of bytes that a multiprocessor must have '
+        f"requested to reach the peak bandwidth, with a memory latency of {_LATENCY * 1e6:.1f} us.\n\n"
         f"{markdown_table([*header, 'backward: issue', 'in flight'], rows)}"
     )
 

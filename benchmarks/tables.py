@@ -174,7 +174,7 @@ def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
     if is_short:
         header = ["", *_DTYPES, *share, "memory, float32"]
     else:
-        header = ["", "float32", "20th to 80th percentile", "floor / time", "bfloat16", "floor / time", *share]
+        header = ["method", "float32", "20th to 80th percentile", "floor / time", "bfloat16", "floor / time", *share]
         header += [f"memory, {dtype}" for dtype in _DTYPES]
     rows = []
     for provider in dict.fromkeys(p["provider"] for p in base):
@@ -198,7 +198,7 @@ def full_table(name: str, documents: Documents) -> str:
     document = documents[name]
     return "\n".join([
         f"{_where(document)}\n",
-        f"{_shape(name, document)}. Medians of interleaved runs. {_MEMORY[name]}\n",
+        f"{_shape(name, document)}. Times are medians. {_MEMORY[name]}\n",
         _loss_rows(name, document, is_short=False),
         _missing(document),
     ])  # fmt: skip
@@ -226,11 +226,11 @@ def sweeps(name: str, documents: Documents) -> str:
     if rows:
         lines = [
             f"![{title}: measured time against the sizes]({PLOTS.name}/{name}-scaling.png)\n",
-            f"All shapes, forward + backward, from the same run ({_where_short(document)}):\n",
+            "The same run also measured other shapes (forward + backward):\n",
             markdown_table([*header, *map(provider_name, providers)], rows),
         ]
     late = sum(p["status"] != "measured" and "were over" in p["reason"] for p in document["points"])
-    lines += [f"{late} points were not measured, because the time limit of the run was reached."] if late else []
+    lines += [f"{late} times were not measured, because the run reached its time limit."] if late else []
     return "\n".join(lines)
 
 
@@ -265,12 +265,13 @@ def _step_shape(document: Document) -> str:
     )
 
 
-def _loss_gap(base: Sequence[Point], trl: Point | None) -> str:
+def _loss_gap(base: Sequence[Point], trl: Point | None, names: str) -> str:
+    """Returns a sentence with the largest difference of the losses; ``names`` says what is compared."""
     ours = [p for p in base if p is not trl]
     if trl is None or not ours:
         return ""
     gap = max(abs(a - b) for p in ours for a, b in zip(p["losses"], trl["losses"], strict=True))
-    return f"In every step, the losses of our trainer differ from those of TRL by at most {gap:.1e} (absolute)."
+    return f"In every step, {names} by at most {gap:.1e} (absolute)."
 
 
 def readme_step(documents: Documents) -> str:
@@ -279,7 +280,8 @@ def readme_step(documents: Documents) -> str:
     base, trl = _base_steps(document)
     rows = [[provider_name(p["provider"]), _time(p), _mib(p["peak_bytes"]), _faster(p, trl)] for p in base]
     table = markdown_table(["a training step", "time", "peak memory", ""], rows)
-    return f"{_step_shape(document)}; {_where_short(document)}:\n\n{table}\n{_loss_gap(base, trl)}"
+    gap = _loss_gap(base, trl, "the losses of our trainer differ from those of TRL")
+    return f"{_step_shape(document)}; {_where_short(document)}:\n\n{table}\n{gap}"
 
 
 def steps(documents: Documents) -> str:
@@ -292,12 +294,19 @@ def steps(documents: Documents) -> str:
         faster = _faster(point, trl) if point in base else ""
         memory = _mib(point["peak_bytes"])
         rows.append([provider_name(point["provider"]), tokens, _time(point), _spread(point), memory, faster])
-    header = ["", "image tokens", "step", "20th to 80th percentile", "peak memory", ""]
+    header = [
+        "trainer",
+        "image tokens",
+        "time of a step",
+        "20th to 80th percentile",
+        "peak memory",
+        "speed against TRL",
+    ]
     return "\n".join([
         f"{_where(document)}\n",
-        f"{_step_shape(document)}. Medians of the steps after the first.\n",
+        f"{_step_shape(document)}. Times are medians of all steps except the first.\n",
         markdown_table(header, rows),
-        _loss_gap(base, trl),
+        f"{_loss_gap(base, trl, 'the losses of mpo_ext and TRL differ')}\n",
         _missing(document),
     ])  # fmt: skip
 
@@ -331,7 +340,16 @@ def attention_steps(documents: Documents) -> str:
             f"{sizes.prompt:,}", str(sizes.layers), name, _time(point), *ratios, f"{speed['pairs_per_s']:.3f}",
             f"{speed['tokens_per_s']:,.0f}", _mib(point["peak_bytes"]),
         ])  # fmt: skip
-    header = ["prompt", "layers", "", "step", "of separate rows", "of dense mask", "of TRL", "pairs/s", "tokens/s"]
+    header = [
+        "prompt",
+        "layers",
+        "trainer",
+        "time of a step",
+        "time / separate rows",
+        "time / dense mask",
+        "time / TRL",
+    ]
+    header += ["pairs/s", "tokens/s"]
     parts = [f"{_where(document)}\n"]
     if rows:
         first = points[0]
@@ -342,14 +360,14 @@ def attention_steps(documents: Documents) -> str:
             for a, b in zip(point["losses"], trl["losses"], strict=True)
         ]
         parts.append(
-            f"A text model of the form of Qwen2, V = {first['vocab']:,}, hidden size {first['hidden']}, responses of "
-            f"{first['response']} tokens, one pair per step, float32. The tokens of a prompt count once for a pair. "
-            "Medians of the steps after the first.\n"
+            f"A text model with the architecture of Qwen2, V = {first['vocab']:,}, hidden size {first['hidden']}, "
+            f"responses of {first['response']} tokens, one pair per step, float32. Times are medians of all steps "
+            'except the first. "tokens/s" counts the tokens of a prompt once per pair.\n'
         )
         parts.append(markdown_table([*header, "peak memory"], rows))
         if gaps:
             parts.append(
-                f"In every step, the losses differ from those of TRL by at most {max(gaps):.1e} (absolute).\n"
+                f"In every step, the losses of mpo_ext and TRL differ by at most {max(gaps):.1e} (absolute).\n"
             )
     reasons = [
         f"- {point['id']}: {_plain(point['reason'])}"
@@ -366,13 +384,13 @@ def sampling(documents: Documents) -> str:
         beyond = "" if p.get("overhead_share") is None else f"{p['overhead_share']:.1%}"
         sizes = [str(p.get(name, "")) for name in ("prompts", "prompt_tokens", "images", "samples", "new_tokens")]
         rows.append([p["provider"], *sizes, _time(p), beyond])
-    header = ["", "prompts", "prompt tokens", "images", "samples", "new tokens", "time", "time beyond generation"]
+    header = ["method", "prompts", "prompt tokens", "images", "samples", "new tokens", "time", "overhead"]
     shared = next((p for p in _measured(document) if p.get("samples")), None)
-    model = "The model is that of the digits demo."
+    model = "The model is the model of the digits demo."
     if shared is not None:
         model = (
-            "The model is that of the digits demo; for the samples with images, an untrained InternVL with hidden "
-            f"size {shared['hidden']} and {shared['layers']} layers; all samples are decoded together."
+            "The first rows use the model of the digits demo. The rows with images use an untrained InternVL with "
+            f"hidden size {shared['hidden']} and {shared['layers']} layers, and decode all samples together."
         )
     return f"{_where(document)} {model}\n\n{markdown_table(header, rows)}{_missing(document)}"
 
@@ -392,16 +410,22 @@ def rates(documents: Documents) -> str:
             for d, rate in by_dtype.items()
         ),
         *(
-            [f"share of the matrix products' rate, smallest size {size}", f"{share:.0%}"]
+            [f"rate of matrix products with smallest dimension {size}, relative to large ones", f"{share:.0%}"]
             for size, share in machine.get("matmul_shares", {}).items()
         ),
-        ["our kernels in cache, forward and backward", f"{machine['kernel_rate'] / 1e9:.2f} G logits/s"],
-        ["torch's log_softmax in cache, forward and backward", f"{machine['softmax_rate'] / 1e9:.2f} G logits/s"],
-        ["page faults, small pages", f"{machine['fresh'] / 1e9:.2f} GB/s"],
-        ["page faults, huge pages", f"{machine['huge'] / 1e9:.1f} GB/s"],
-        ["fixed time, forward and backward", f"{machine['overhead'] * 1e3:.2f} ms"],
+        [
+            "kernels of mpo_ext on data in cache, forward and backward",
+            f"{machine['kernel_rate'] / 1e9:.2f} G logits/s",
+        ],
+        [
+            "torch's log_softmax on data in cache, forward and backward",
+            f"{machine['softmax_rate'] / 1e9:.2f} G logits/s",
+        ],
+        ["first access to new memory, small pages", f"{machine['fresh'] / 1e9:.2f} GB/s"],
+        ["first access to new memory, huge pages", f"{machine['huge'] / 1e9:.1f} GB/s"],
+        ["fixed time of a call, forward and backward", f"{machine['overhead'] * 1e3:.2f} ms"],
     ]
-    return f"{_where(documents['cost_model'])}\n\n{markdown_table(['medians over the whole run', 'rate'], rows)}"
+    return f"{_where(documents['cost_model'])}\n\n{markdown_table(['quantity, median over the run', 'rate'], rows)}"
 
 
 def _error_range(errors: Sequence[float]) -> str:
@@ -416,11 +440,12 @@ def cost_model(documents: Documents) -> str:
     rows = []
     for kind in check_model.summary(points):
         memory = "" if not kind["memory_points"] else f"{kind['memory_within']} of {kind['memory_points']}"
+        name = kind["kind"].replace("peers", "other programs")
         rows.append([
-            kind["kind"], str(kind["points"]), f"{kind['within']} of {kind['points']}", f"{kind['median_error']:.0%}",
+            name, str(kind["points"]), f"{kind['within']} of {kind['points']}", f"{kind['median_error']:.0%}",
             f"{kind['worst_error']:+.0%}", memory,
         ])  # fmt: skip
-    header = ["measured points", "number", f"time within {within:.0%}", "median error", "largest error"]
+    header = ["program, benchmark", "points", f"time within {within:.0%}", "median error", "largest error"]
     header.append(f"memory within {within:.0%}")
     missed: dict[tuple[str, str], list[float]] = {}
     for point in points:
@@ -429,14 +454,14 @@ def cost_model(documents: Documents) -> str:
             missed.setdefault(key, []).append(check_model.error(point))
     lines = [
         f"The predicted time is within {within:.0%} of the measured time for {sum(e <= within for e in errors)} of "
-        f"{len(points)} points, and for {sum(e <= within for e in ours)} of the {len(ours)} points of mpo_ext, whose "
-        f"median error is {check_model.middle(ours):.0%}. {_where(documents['cost_model'])}\n",
+        f"{len(points)} points. For mpo_ext alone, this holds for {sum(e <= within for e in ours)} of {len(ours)} "
+        f"points, and the median error is {check_model.middle(ours):.0%}. {_where(documents['cost_model'])}\n",
         markdown_table(header, rows),
         f"![Predicted against measured times]({PLOTS.name}/cost-model.png)\n",
     ]
     if missed:
         rows = [[*key, str(len(errors)), _error_range(errors)] for key, errors in sorted(missed.items())]
-        lines.append(f"Points whose predicted time misses the measured time by more than {within:.0%}:\n")
+        lines.append(f"These points have an error above {within:.0%}; the error is predicted / measured time - 1:\n")
         lines.append(markdown_table(["method", "benchmark", "points", "error"], rows))
     return "\n".join(lines)
 

@@ -45,11 +45,13 @@ class StudyTable:
         title: Title of the table.
         rows: (label, name) of each row. A name is a key of ``StudyTask.starts`` or of ``StudyTask.rows``.
         paper: The paper's numbers (arXiv 2411.10442v2), by name of the row.
+        is_on_page: Whether the documentation shows the table. A table whose rows another table shows is left out.
     """
 
     title: str
     rows: tuple[tuple[str, str], ...]
     paper: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_on_page: bool = True
 
 
 def weights(dpo: float, bco: float, ntp: float, **more: Any) -> dict[str, Any]:

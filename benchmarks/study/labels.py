@@ -20,10 +20,10 @@ PAPER = (571.2, 992.7)  # tokens per pair of DropoutNTP and of RLAIF-V in arXiv 
 DROPOUT_NTP = "DropoutNTP 0.5"
 #: Names of the columns by share of ``label_shares``.
 SHARES = {
-    "right": "label right",
-    "equal": "errors equal",
-    "wrong": "label wrong",
-    "chosen_right": "chosen without error",
+    "right": "chosen has fewer errors",
+    "equal": "both have as many errors",
+    "wrong": "chosen has more errors",
+    "chosen_right": "chosen has no errors",
 }
 
 
@@ -93,9 +93,10 @@ def cost(document: Mapping[str, Any]) -> str:
         for start in starts
     )
     return (
-        f"DropoutNTP needed {100 * ours / theirs:.0f} % of the tokens of RLAIF-V ({ours:.1f} of {theirs:.1f} tokens "
-        f"per pair), in the paper {100 * PAPER[0] / PAPER[1]:.1f} % ({PAPER[0]} of {PAPER[1]}). Responses have "
-        f"{length:.0f} tokens, and {100 * verdicts:.1f} % of RLAIF-V's tokens are verdicts.\n"
+        f"DropoutNTP generates {ours:.1f} tokens per pair, and RLAIF-V {theirs:.1f}. The ratio is "
+        f"{100 * ours / theirs:.0f} %. In the paper, the numbers are {PAPER[0]} and {PAPER[1]}, with a ratio of "
+        f"{100 * PAPER[0] / PAPER[1]:.1f} %. A response has {length:.0f} tokens on average. In RLAIF-V, the start "
+        f"judges each claim of a response; these judgements take {100 * verdicts:.1f} % of its tokens.\n"
     )
 
 

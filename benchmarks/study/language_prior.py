@@ -92,35 +92,37 @@ def _of_variants(names: list[str]) -> tuple[tuple[str, str], ...]:
 
 TABLES: dict[str, StudyTable] = {
     "main": StudyTable(
-        "SFT against MPO",
-        ((START, START), ("SFT continued", SFT), ("DPO", "DPO"), ("MPO", "MPO")),
+        "SFT, DPO and MPO",
+        ((START, START), (SFT, SFT), ("DPO", "DPO"), ("MPO", "MPO")),
         {START: "59.3 / 57.0", SFT: "63.9 / 67.8", "MPO": "77.2 / 79.2"},
     ),
     "losses": StudyTable(
         "Preference losses",
-        ((START, START), ("SFT continued", SFT),
+        ((START, START), (SFT, SFT),
          *((name, name) for loss in LOSSES for name in (loss, f"{loss} + SFT") if name in ROWS),
          ("MPO = DPO + BCO + SFT", "MPO")),
     ),
     "alone": StudyTable(
         "Preference losses without the next-token term",
-        (("SFT continued", SFT), *((name, name) for name in LOSSES)),
+        ((SFT, SFT), *((name, name) for name in LOSSES)),
+        is_on_page=False,
     ),
     "repair": StudyTable(
-        "What the next-token term adds",
+        "Preference losses with and without the next-token term",
         tuple((name, name) for loss in LOSSES if f"{loss} + SFT" in ROWS for name in (loss, f"{loss} + SFT")),
+        is_on_page=False,
     ),
     "kinds": StudyTable(
-        "Correctness against DropoutNTP",
+        "Correctness pairs and DropoutNTP pairs",
         tuple((name, name) for method in (SFT, "MPO") for name in
               (f"{method}, correctness", f"{method}, DropoutNTP 0.5", f"{method}, {HALF}")),
     ),
     "rlaif": StudyTable(
-        "DropoutNTP against RLAIF-V",
+        "DropoutNTP pairs and RLAIF-V pairs",
         tuple((name, name) for method in (SFT, "MPO") for name in
               (f"{method}, DropoutNTP 0.5", f"{method}, {RLAIF_V}")),
     ),
-    "keep": StudyTable("Keep ratio of DropoutNTP", tuple((name, f"MPO, {name}") for name in KEEPS)),
+    "keep": StudyTable("Kept fraction in DropoutNTP pairs", tuple((name, f"MPO, {name}") for name in KEEPS)),
     "scale": StudyTable(
         "Number of pairs",
         tuple((f"{method}, {name}", f"{method}, {name}" if name != "mixed" else method)
@@ -145,7 +147,7 @@ TABLES: dict[str, StudyTable] = {
          ("none, as TRL since 0.29", "MPO, delta 0")),
     ),
     "text": StudyTable(
-        "Text only",
+        "Text-only pairs",
         ((START, START), ("SFT on pairs with images", SFT), ("MPO on pairs with images", "MPO"),
          ("SFT on text-only pairs", f"text, {SFT}"), ("DPO on text-only pairs", "text, DPO"),
          ("MPO on text-only pairs", "text, MPO")),
@@ -156,7 +158,7 @@ TABLES: dict[str, StudyTable] = {
         _of_variants(["prior 0", "prior 0.5", "prior 0.75", "", "prior 0.95"]),
     ),
     "robust": StudyTable(
-        "Other priors, grids and widths",
+        "Other priors, grids and hidden sizes",
         _of_variants(list(OTHERS)),
     ),
 }  # fmt: skip

@@ -50,13 +50,13 @@ ROWS: dict[str, StudyRow] = {
 
 TABLES: dict[str, StudyTable] = {
     "main": StudyTable(
-        "SFT against MPO",
-        ((START, START), ("SFT continued", SFT), ("DPO", "DPO"), ("MPO", "MPO")),
+        "SFT, DPO and MPO",
+        ((START, START), (SFT, SFT), ("DPO", "DPO"), ("MPO", "MPO")),
         {START: "59.3 / 57.0", SFT: "63.9 / 67.8", "MPO": "77.2 / 79.2"},
     ),
     "losses": StudyTable(
         "Preference losses",
-        ((START, START), ("SFT continued", SFT),
+        ((START, START), (SFT, SFT),
          *((name, name) for loss in LOSSES for name in (loss, f"{loss} + SFT") if name in ROWS),
          ("MPO = DPO + BCO + SFT", "MPO")),
         {SFT: "65.7 / 68.5", "DPO": "75.8 / 72.7", "BCO": "78.1 / 78.4", "IPO": "72.8 / 73.1", "cDPO": "76.2 / 76.8",
@@ -65,9 +65,9 @@ TABLES: dict[str, StudyTable] = {
          "BCO + SFT": "77.4 / 78.4", "cDPO + SFT": "71.6 / 74.2", "robust DPO + SFT": "76.5 / 78.0",
          "AOT + SFT": "76.3 / 78.0", "MPO": "77.7 / 79.1"},
     ),
-    "keep": StudyTable("Keep ratio of DropoutNTP", tuple((name, f"MPO, {name}") for name in KEEPS)),
+    "keep": StudyTable("Kept fraction in DropoutNTP pairs", tuple((name, f"MPO, {name}") for name in KEEPS)),
     "kinds": StudyTable(
-        "Correctness against DropoutNTP",
+        "Correctness pairs and DropoutNTP pairs",
         (("SFT, correctness", "SFT, correctness"), ("SFT, DropoutNTP", "SFT, DropoutNTP 0.5"),
          ("MPO, correctness", "MPO, correctness"), ("MPO, DropoutNTP", "MPO, DropoutNTP 0.5"),
          ("MPO, half of each", "MPO, correctness and DropoutNTP")),
@@ -98,7 +98,7 @@ TABLES: dict[str, StudyTable] = {
          ("none, as TRL since 0.29", "MPO, delta 0")),
     ),
     "text": StudyTable(
-        "Text only",
+        "Text-only pairs",
         ((START, START), ("SFT on pairs with images", SFT), ("DPO on pairs with images", "DPO"),
          ("MPO on pairs with images", "MPO"), ("SFT on text-only pairs", "text, SFT"),
          ("DPO on text-only pairs", "text, DPO"), ("MPO on text-only pairs", "text, MPO")),

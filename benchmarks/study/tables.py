@@ -113,12 +113,12 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
     if task.paper:
         blocks |= {f"{prefix}_labels": labels.table(document), f"{prefix}_cost": labels.cost(document)}
         blocks[f"{prefix}_findings"] = sentences.findings(document)
-        blocks[f"{prefix}_reading"] = sentences.reading(document)
+        blocks[f"{prefix}_best_rates"] = sentences.best_rates(document)
     return {**blocks, f"{prefix}_differences": differences(document)}
 
 
 _HEADER = [
-    "", "direct", "CoT", TEXT, "CoT - start", "CoT - SFT", "direct - SFT", "unparsable", "CoT tokens", "seeds",
+    "row", "direct", "CoT", TEXT, "CoT - start", "CoT - SFT", "direct - SFT", "unparsable", "CoT tokens", "seeds",
 ]  # fmt: skip
 
 
@@ -172,9 +172,9 @@ def _differences(document: Mapping[str, Any]) -> str:
             continue
         is_noise = len(numbers) < 2 or abs(statistics.fmean(numbers)) < _NOISE * statistics.stdev(numbers)
         ends = [f"{number:+.1f}" for number in (min(numbers), max(numbers))]
-        name = {"cot": "CoT"}.get(column, column)
+        name = sentences.COLUMN_NAMES[column]
         rows.append([row, other, name, spread(numbers, signed=True), *ends, "no" if is_noise else "yes"])
-    header = ["row", "compared with", "column", "difference", "smallest", "largest", "beyond noise"]
+    header = ["row", "compared with", "column", "difference", "smallest", "largest", "significant"]
     return markdown_table(header, rows)
 
 
@@ -190,11 +190,21 @@ def _verdicts(document: Mapping[str, Any]) -> str:
             if questions is not None:
                 error = f" ± {questions:.1f} (questions)"
             p = "" if verdict.p is None else "<0.001" if verdict.p < 0.001 else f"{verdict.p:.3f}"
-            title, shown = task_of(document).tables[name].title, {"cot": "CoT"}.get(column, column)
+            title, shown = task_of(document).tables[name].title, sentences.COLUMN_NAMES[column]
             mean = f"{statistics.fmean(numbers):+.1f}{error}"
             paper = task_of(document).paper.get((row, other, column), "")
             rows.append([title, row, other, shown, mean, str(len(numbers)), p, verdict.text, paper])
-    header = ["table", "row", "compared with", "column", "difference", "seeds", "p, corrected", "verdict", "paper"]
+    header = [
+        "table",
+        "row",
+        "compared with",
+        "column",
+        "difference",
+        "seeds",
+        "corrected p value",
+        "verdict",
+        "paper",
+    ]
     return markdown_table(header, rows) if rows else "Not run yet.\n"
 
 
@@ -209,8 +219,8 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Mapping[str, Any
     for name in (
         "setup",
         "differences",
-        *(("labels", "cost", "findings", "reading") if TASKS[task].paper else ()),
-        *TASKS[task].tables,
+        *(("labels", "cost", "findings", "best_rates") if TASKS[task].paper else ()),
+        *(table for table, declared in TASKS[task].tables.items() if declared.is_on_page),
     )
 } | {
     "when_mpo_helps": (("study", "study_prior"), helps.table),
@@ -219,30 +229,30 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Mapping[str, Any
 
 
 def _setup(document: Mapping[str, Any]) -> str:
-    """Returns a text with the study's settings and machine, a table of the numbers of pairs, and the failed runs."""
+    """Returns a table of settings and machine, a table of the numbers of pairs, and the failed runs."""
     environment, settings = document["environment"], document["settings"]
-    count = settings["evaluation_tasks"]
-    task = task_of(document)
-    runs = sum(result["row"] not in task.starts and result["status"] == "measured" for result in document["results"])
-    seeds = len(document["seeds"])
+    count, task = settings["evaluation_tasks"], task_of(document)
     measured = [result for result in document["results"] if result["status"] == "measured"]
     commits = dict.fromkeys(result.get("commit", environment["commit"]) for result in measured) or [
         environment["commit"]
     ]
-    lines = [
-        f"{seeds} seed{'s' * (seeds > 1)}, {runs} runs of {settings['branch_steps']} steps of "
-        f"{settings['branch_batch']} pairs; {count:,} held-out questions per column, one standard error of a single "
-        f"number is at most {50 / math.sqrt(count):.1f} points; {document['seconds'] / 60:.0f} minutes of one core "
-        f"({environment['cores']} x {environment['cpu']}), torch {environment['versions']['torch']}, "
-        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}{' with changes' if environment['modified'] else ''}, "
-        f"{environment['started'][:10]}, `{environment['command']}`.",
-        "",
-    ]
-    rows = []
-    for start in document["starts"]:
-        pairs = start.get("pairs", {})
-        rows.append([str(start["seed"]), *(str(pairs.get(name, "")) for name in task.pair_files)])
-    lines.append(markdown_table(["pairs, seed", *task.pair_files], rows))
+    cpu = environment["cpu"].rsplit(" x ", 1)[0]
+    facts = [
+        ["training runs", str(sum(result["row"] not in task.starts for result in measured))],
+        ["steps of a run", f"{settings['branch_steps']}, with {settings['branch_batch']} pairs each"],
+        ["held-out CoT questions", f"{count:,}; standard error of a CoT accuracy: at most {50 / math.sqrt(count):.1f} "
+                                   "points"],
+        ["time", f"{document['seconds'] / 60:.0f} minutes of one core"],
+        ["machine", f"{cpu}, {environment['cores']} cores, torch {environment['versions']['torch']}"],
+        ["code", f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+                 f"{' with changes' if environment['modified'] else ''}, {environment['started'][:10]}"],
+        ["command", f"`{environment['command']}`"],
+    ]  # fmt: skip
+    lines = ["| fact | value |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in facts)]
+    starts = document["starts"]
+    rows = [[name, *(str(start.get("pairs", {}).get(name, "")) for start in starts)] for name in task.pair_files]
+    header = ["pairs", *(f"seed {start['seed']}" for start in starts)]
+    lines.append(f"Number of pairs:\n\n{markdown_table(header, rows)}")
     failed = [
         f"{result['row']} (seed {result['seed']}: {_plain(result['reason'])})"
         for result in document["results"]
@@ -251,8 +261,9 @@ def _setup(document: Mapping[str, Any]) -> str:
     lines.append(f"Failed: {'; '.join(failed)}." if failed else "No run failed.")
     not_run = sum(result.get("reason") == NOT_RUN for result in document["results"])
     if not_run:
-        lines.append(
-            f'Runs left out: {not_run}; the column "seeds" says how many a row has. Rows without a run are not shown.'
+        lines[-1] += (
+            f' {not_run} declared runs were not made. The column "seeds" has the number of runs of each row. The '
+            "tables leave out rows without a run."
         )
     return "\n".join(lines) + "\n"
 
@@ -269,7 +280,7 @@ def markdown(document: Mapping[str, Any]) -> str:
             "labels": "Labels of the pairs",
             "cost": "Tokens per pair",
             "findings": "Directions of the paper",
-            "reading": "Reading the tables",
+            "best_rates": "Best learning rates",
         }
     titles |= {name: table.title for name, table in task_of(document).tables.items()}
     blocks = tables(document)

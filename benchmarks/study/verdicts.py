@@ -1,4 +1,4 @@
-"""The significance test by which the study decides whether a difference is "higher", "lower" or "cannot be told"."""
+"""The significance test by which the study decides whether a difference is "higher", "lower" or "not significant"."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 LEVEL = 0.05
-CANNOT_TELL = "cannot be told"
+NOT_SIGNIFICANT = "not significant"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class DifferenceVerdict:
     Attributes:
         error: Standard error of the mean difference over the seeds; None for fewer than 2 seeds.
         p: Two-sided p value of a t test over the seeds, corrected by Holm's method; None for fewer than 2 seeds.
-        text: "higher", "lower" or "cannot be told".
+        text: "higher", "lower" or "not significant".
     """
 
     error: float | None
@@ -46,7 +46,7 @@ def verdicts(family: Sequence[Sequence[float]]) -> list[DifferenceVerdict]:
         is_certain = adjusted is not None and adjusted < LEVEL
         sign = "higher" if is_certain and statistics.fmean(values) > 0 else "lower"
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        result.append(DifferenceVerdict(error, adjusted, sign if is_certain else CANNOT_TELL))
+        result.append(DifferenceVerdict(error, adjusted, sign if is_certain else NOT_SIGNIFICANT))
     return result
 
 

@@ -59,6 +59,7 @@ def test_the_cost_is_compared_with_the_paper() -> None:
     rlaif_v = {"generated_tokens": 2000, "generated_tokens_by_stage": stages, "records": 100, "lines": {"pairs": 20}}
     sampling = {"RLAIF-V": rlaif_v, "DropoutNTP 0.5": {"generated_tokens": 500, "lines": {"pairs": 10}}}
     text = cost({"starts": [{"labels": {"RLAIF-V": shares}, "sampling": sampling}, {"labels": {}}]})
-    assert text.startswith("DropoutNTP needed 50 % of the tokens of RLAIF-V (50.0 of 100.0 tokens per pair), in")
-    assert "57.5 % (571.2 of 992.7). Responses have 15 tokens, and 25.0 % of RLAIF-V's tokens are verdicts." in text
+    assert text.startswith("DropoutNTP generates 50.0 tokens per pair, and RLAIF-V 100.0. The ratio is 50 %. In")
+    assert "571.2 and 992.7, with a ratio of 57.5 %. A response has 15 tokens on average." in text
+    assert "these judgements take 25.0 % of its tokens." in text
     assert cost({"starts": [{"labels": {}}]}) == "Not run yet.\n"

@@ -1,4 +1,4 @@
-"""Tests that the sentences of the study's page follow from its tables by the documented rule."""
+"""The summaries on the study's page follow from the tables by the written rule."""
 
 import re
 from collections.abc import Mapping
@@ -46,19 +46,20 @@ def make_document(cot: Accuracies, seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **m
     return {"task": "language-prior", "seeds": list(seeds), "results": results}
 
 
-def line_of(block: str, title: str) -> str:
-    (line,) = [line for line in block.splitlines() if line.startswith(f"- **{title}")]
-    return line
+def cells_of(table: str) -> list[list[str]]:
+    """Returns the cells of each line of the Markdown tables in a text."""
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 @pytest.mark.parametrize(
     ("verdict", "paper", "word"),
     [
-        ("higher", "higher", "appears"),
-        ("lower", "lower", "appears"),
-        ("lower", "higher", "does not appear"),
-        ("higher", "lower", "does not appear"),
-        ("cannot be told", "higher", "cannot be told"),
+        ("higher", "higher", "same"),
+        ("lower", "lower", "same"),
+        ("lower", "higher", "opposite"),
+        ("higher", "lower", "opposite"),
+        ("not significant", "higher", "not significant"),
     ],
 )
 def test_a_direction_of_the_paper_has_its_word(verdict: str, paper: str, word: str) -> None:
@@ -72,24 +73,36 @@ NOISY = {1: 3.0, 2: -9.0, 3: 8.0, 4: -2.0, 5: 4.0}
 @pytest.mark.parametrize(
     ("gains", "word", "shown"),
     [
-        (CLEAR, "appears", "+3.0 ± 0.1, 5 seeds"),
-        ({seed: -gain for seed, gain in CLEAR.items()}, "does not appear", "-3.0 ± 0.1, 5 seeds"),
-        (NOISY, "cannot be told", "+0.8 ± 2.9, 5 seeds"),
-        ({1: 3.0}, "one seed, no verdict", "+3.0, 1 seed"),
-        ({1: 3.0, 2: 3.2}, "cannot be told", "+3.1 ± 0.1, 2 seeds"),  # p is 0.02, three differences are tested
+        (CLEAR, "same", "+3.0 ± 0.1"),
+        ({seed: -gain for seed, gain in CLEAR.items()}, "opposite", "-3.0 ± 0.1"),
     ],
 )
-def test_findings_of_made_up_tables(gains: dict[int, float], word: str, shown: str) -> None:
+def test_a_significant_direction_of_the_paper_is_shown(gains: dict[int, float], word: str, shown: str) -> None:
+    document = make_document({SFT: 50.0, "MPO": {seed: 50 + gain for seed, gain in gains.items()}})
+    (row,) = [cells for cells in cells_of(sentences.findings(document)) if cells[:2] == ["MPO", SFT]]
+    assert row[2:4] == ["CoT", "higher"]
+    assert row[5:] == [word, shown, "5"]
+
+
+@pytest.mark.parametrize(
+    ("gains", "group"),
+    [
+        (NOISY, "not significant"),
+        ({1: 3.0, 2: 3.2}, "not significant"),  # p is 0.02, and two differences are tested
+        ({1: 3.0}, "one seed, no verdict"),
+    ],
+)
+def test_other_directions_of_the_paper_are_counted(gains: dict[int, float], group: str) -> None:
     document = make_document({START: 40.0, SFT: 50.0, "MPO": {seed: 50 + gain for seed, gain in gains.items()}})
-    assert f"MPO higher than SFT, step by step ({shown})" in line_of(sentences.findings(document), word)
-    assert "MPO higher than DPO, step by step;" in line_of(sentences.findings(document), "not run")
+    cells = cells_of(sentences.findings(document))
+    assert not [row for row in cells if row[:3] == ["MPO", SFT, "CoT"]]
+    assert [row for row in cells if row[0] == group]
 
 
-def test_a_direction_that_is_lower_in_the_paper_appears_if_it_is_lower() -> None:
+def test_a_direction_that_is_lower_in_the_paper_is_the_same_if_it_is_lower() -> None:
     worse = {seed: 50 - gain for seed, gain in CLEAR.items()}
-    findings = sentences.findings(make_document({SFT: 50.0, "SPPO": worse, "IPO": worse}))
-    assert "SPPO lower than SFT" in line_of(findings, "appears")
-    assert "IPO higher than SFT" in line_of(findings, "does not appear")
+    cells = cells_of(sentences.findings(make_document({SFT: 50.0, "SPPO": worse, "IPO": worse})))
+    assert [[row[0], row[5]] for row in cells if row[1] == SFT] == [["SPPO", "same"], ["IPO", "opposite"]]
 
 
 def test_the_correction_counts_the_rows_of_the_table() -> None:
@@ -97,26 +110,11 @@ def test_the_correction_counts_the_rows_of_the_table() -> None:
     gains = {1: 3.0, 2: 3.6, 3: 2.2}  # p is 0.02
     weights = [row for row, _, _ in TASK.differences["weights"]]
     alone = make_document({"MPO": 50.0, weights[0]: {seed: 50 - gains[seed] for seed in seeds}}, seeds)
-    assert f"*lower*: {weights[0]} (-2.9 ± 0.4, 3 seeds)" in line_of(sentences.reading(alone), "Weights")
+    assert [row[0] for row in cells_of(sentences.findings(alone)) if row[1] == "MPO"] == [weights[0]]
     noise = {1: 49.0, 2: 51.5, 3: 50.0}
     many = make_document({"MPO": 50.0, **dict.fromkeys(weights, noise),
                           weights[0]: {seed: 50 - gains[seed] for seed in seeds}}, seeds)  # fmt: skip
-    assert f"*cannot be told*: {weights[0]} (-2.9 ± 0.4, 3 seeds)" in line_of(sentences.reading(many), "Weights")
-
-
-def test_sentences_name_what_is_compared() -> None:
-    better = {seed: 50 + gain for seed, gain in CLEAR.items()}
-    reading = sentences.reading(make_document({
-        SFT: 50.0, "MPO": better, "SFT, width 64": 50.0, "MPO, width 64": better, "BCO": 50.0, "BCO + SFT": better,
-        "SFT, rate x 2": 50.0,
-    }))  # fmt: skip
-    assert "MPO, step by step: *higher* than SFT (+3.0 ± 0.1, 5 seeds); *not run* against DPO," in reading
-    robust = line_of(reading, "Other priors")
-    assert "MPO compared with SFT, step by step: *higher*: width 64 (+3.0 ± 0.1, 5 seeds); *not run*: desc" in robust
-    repair = line_of(reading, "What the next-token term adds")
-    assert "with the same loss alone, step by step: *higher*: BCO (+3.0 ± 0.1, 5 seeds); *not run*: DPO, IPO" in repair
-    rates = line_of(reading, "Learning rate")
-    assert "MPO, step by step: *higher* than SFT, rate x 2 (+3.0 ± 0.1, 5 seeds); *not run* against" in rates
+    assert ["not significant", "5"] in cells_of(sentences.findings(many))
 
 
 def test_the_best_rates_are_those_of_seeds_with_all_rates() -> None:
@@ -124,19 +122,16 @@ def test_the_best_rates_are_those_of_seeds_with_all_rates() -> None:
     cot["SFT, rate x 4"] = {1: 52.0, 2: 53.0, 3: 51.0}
     cot["MPO, rate x 0.5"] = {1: 55.0, 2: 56.1, 3: 54.2}
     cot["MPO"] = {1: 50.0, 2: 50.0, 3: 50.0, 4: 99.0}  # a seed without the other rates
-    reading = sentences.reading(make_document(cot, (1, 2, 3, 4), direct={"SFT, rate x 4": 44.0}))
-    assert line_of(reading, "Best rates") == (
-        "- **Best rates.** Over 3 seeds, SFT is best at x 4 (52.0 step by step, 44.0 directly); MPO is best at x 0.5 "
-        "(55.1 step by step, 50.0 directly). Each at its best rate, MPO minus SFT is +3.1 ± 0.1 points: *higher*."
-    )
+    text = sentences.best_rates(make_document(cot, (1, 2, 3, 4), direct={"SFT, rate x 4": 44.0}))
+    assert cells_of(text)[2:] == [["SFT", "x 4", "52.0", "44.0"], ["MPO", "x 0.5", "55.1", "50.0"]]
+    assert "minus the CoT accuracy of SFT is +3.1 ± 0.1 points (3 seeds): *higher*." in text
 
 
-def test_strengths_and_form() -> None:
+def test_rows_with_unparsable_answers_are_listed() -> None:
     cot = {START: 70.0, SFT: 71.0, "MPO": 75.0, "SFT start, prior 0": 80.0, "SFT, prior 0": 80.0, "MPO, prior 0": 79.5}
-    document = make_document(cot, (1, 2), direct={START: 78.0, "SFT start, prior 0": 79.0}, unparsable={SFT: 1.5})
-    reading = sentences.reading(document)
-    assert "prior 0: gap -1.0, gain -0.5 (2 seeds); prior 0.9: gap +8.0, gain +4.0 (2 seeds)." in reading
-    assert "more than 1 % of step-by-step answers unreadable: SFT (1.5 %, 2 seeds), of 6 rows." in reading
+    text = sentences.unparsable(make_document(cot, (1, 2), unparsable={SFT: 1.5}))
+    assert text.startswith("1 of 6 rows have more than 1 % unparsable step-by-step answers:")
+    assert cells_of(text)[2:] == [["SFT", "1.5", "2"]]
 
 
 def test_the_table_of_starts_is_sorted_by_the_gap() -> None:
@@ -156,7 +151,7 @@ def test_the_table_of_starts_is_sorted_by_the_gap() -> None:
     ("page", "block"),
     [
         ("study.md", "prior_findings"),
-        ("study.md", "prior_reading"),
+        ("study.md", "prior_best_rates"),
         ("when-mpo-helps.md", "when_mpo_helps"),
         ("when-mpo-helps.md", "when_form"),
     ],
