@@ -161,7 +161,7 @@ class DatasetPairs(PairSequence):
 
     Args:
         dataset: The dataset. Its images are not decoded.
-        name: Name of the dataset in locations.
+        name: Path or name of the dataset, by which ``locate`` and error messages name it.
         image_dir: Folder for storing images that rows hold as bytes; None: a row with such an image is bad.
         root_map: Path prefixes (old, new) of folders that have moved.
         parse: Function that converts a row to a pair; its argument ``save_image`` stores the bytes of an image.

@@ -39,10 +39,10 @@ class LineFile(PairSequence):
     Args:
         path: Path of the file.
         parse: Function that converts a line's JSON object and text to a pair. If it raises an error, the line is bad.
-        subset: Name for ``Location.subset``; None: the file's name without suffix.
+        subset: Name of the data set, which becomes ``Location.subset``; None: the file's name without suffix.
         root_map: Path prefixes (old, new) of folders that have moved.
         max_line_bytes: Maximum length of a line in bytes; a longer line is bad and is never loaded.
-        name: Path in locations and error messages; None: the path of the file.
+        name: Path by which ``locate`` and error messages name the file; None: ``path``.
         ignore: Names of fields that are removed, at any depth, before a line is parsed.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reads and writes the MMPR format: a meta file that lists subsets, and a file of JSON lines for each subset.
+"""Reads and writes the MMPR format: a meta file that lists data sets (subsets), and a JSON lines file for each.
 
 The meta file maps each subset's name to ``root`` (folder of its images), ``annotation`` (its .jsonl file), ``length``,
 ``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen``, ``rejected``, usually
@@ -41,7 +41,7 @@ _FILE_SETTINGS = ("annotation", "length")  # settings that a written copy of a s
 
 
 class MMPRSubset(NamedTuple):
-    """A subset that a meta file lists.
+    """A data set (subset) that an MMPR meta file lists.
 
     Attributes:
         name: Name of the subset.
@@ -61,7 +61,7 @@ class MMPRSubset(NamedTuple):
 
 
 def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[MMPRSubset]:
-    """Reads and checks a meta file, and returns its subsets.
+    """Reads and checks an MMPR meta file, and returns the data sets (subsets) that it lists.
 
     Args:
         path: Path of the meta file. Relative paths in the file are joined to its folder.
@@ -113,7 +113,7 @@ def _subset(name: str, entry: object, folder: Path, root_map: RootMap) -> MMPRSu
 
 
 class MMPRDataset(PairSequence):
-    """The pairs of all subsets of a meta file, each read on access.
+    """The pairs of all data sets (subsets) that an MMPR meta file lists, each read on access.
 
     Args:
         meta: Path of the meta file.
@@ -194,7 +194,7 @@ class MMPRDataset(PairSequence):
 
 
 def read_annotation(subset: MMPRSubset, **options: Any) -> LineFile:
-    """Opens the file of a subset. Each line is used once. ``options`` are further arguments of ``LineFile``."""
+    """Opens the JSON lines file of a subset. Each line occurs once. ``options`` are arguments of ``LineFile``."""
     return LineFile(subset.annotation, line_parser(subset), **{"subset": subset.name, **options})
 
 
@@ -405,10 +405,10 @@ def write_mmpr(
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",
 ) -> dict[str, int]:
-    """Writes a file of lines for each subset, and then ``folder/meta.json``, each atomically.
+    """Writes a JSON lines file for each data set (subset) of the pairs, and then the meta file, each atomically.
 
     Args:
-        folder: Folder to write.
+        folder: Folder to write. The meta file is ``meta.json`` in this folder.
         pairs: Pairs to write. Pairs that were read from MMPR keep their subset and its settings. All other pairs form
             one additional subset.
         root: Image folder of the additional subset; None: "/", and all its image paths must be absolute.

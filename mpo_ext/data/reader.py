@@ -18,7 +18,7 @@ class Location:
     """The place of a pair in the data.
 
     Attributes:
-        subset: Name of the subset, or of the file if the format has no subsets.
+        subset: Name of the pair's data set in an MMPR meta file; without a meta file, the name of the file.
         file: Path of the file.
         line: Number of the line, from 1.
     """
@@ -35,7 +35,7 @@ class BadLine(DefectError):  # noqa: N818 - it is also passed around as a findin
     """The error of a line that does not hold a valid pair.
 
     Attributes:
-        where: Subset, file and line.
+        where: Location of the line.
         kind: Kind of the defect, such as "huge line", "bad UTF-8", "bad JSON", "bad field" or "bad image path".
         reason: Description of the defect.
     """

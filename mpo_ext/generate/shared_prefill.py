@@ -18,9 +18,9 @@ class UnsharedError(Exception):
 
 
 def sharing_problem(model: Any) -> str | None:
-    """Returns the reason why a model cannot share a prefill between the samples of a prompt, or None if it may.
+    """Returns the reason why a model cannot share a prefill between the samples of a prompt, or None.
 
-    The prefill is the forward pass of the prompt. ``SharedPrefill`` may still find a problem after the prefill.
+    The prefill is the forward pass of the prompt. Even after None, ``SharedPrefill`` may raise ``UnsharedError``.
     """
     from transformers import GenerationMixin
 
