@@ -172,7 +172,7 @@ class MMPRDataset(PairSequence):
         return file, int(drawn[position]) if drawn is not None else position % len(file)
 
     def _subset_ends(self) -> list[int]:
-        """Returns the cumulative numbers of pairs: the index after the last pair of each subset.
+        """Returns the cumulative numbers of pairs: the index after the last pair of each data set (subset).
 
         The first call indexes the files, and draws the lines of subsets with a ``repeat_time`` below 1.
         """
@@ -194,12 +194,12 @@ class MMPRDataset(PairSequence):
 
 
 def read_annotation(subset: MMPRSubset, **options: Any) -> LineFile:
-    """Opens the JSON lines file of a subset. Each line occurs once. ``options`` are arguments of ``LineFile``."""
+    """Opens the JSON lines file of an MMPR data set. Each line occurs once. ``options`` are passed to ``LineFile``."""
     return LineFile(subset.annotation, line_parser(subset), **{"subset": subset.name, **options})
 
 
 def line_parser(subset: MMPRSubset) -> Callable[[dict[str, Any], str], Pair]:
-    """Returns the ``parse`` function of a subset's ``LineFile``, which converts a line to a pair."""
+    """Returns the function ``parse`` for ``LineFile``, which converts a line of an MMPR data set to a pair."""
     settings = {name: value for name, value in subset.settings.items() if name not in (*_FILE_SETTINGS, "root")}
     # The root lies beside the settings, because ``map_roots`` changes ``source["root"]``.
     source = {"format": "mmpr", "subset": subset.name, "root": subset.root}
@@ -457,7 +457,7 @@ def _has_subset(source: Mapping[str, Any]) -> bool:
 
 
 def _file_name(subset: str, taken: set[str]) -> str:
-    """Returns a file name for a subset that differs from the names in ``taken``, and adds it to ``taken``."""
+    """Returns a file name for a data set that differs from the names in ``taken``, and adds it to ``taken``."""
     plain = re.sub(r"[^\w.-]", "_", subset, flags=re.ASCII).lstrip(".")[:100] or "subset"
     for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         if (candidate := f"{plain}{suffix}.jsonl").lower() not in taken:

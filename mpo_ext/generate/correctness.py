@@ -133,7 +133,7 @@ class Correctness:
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields lists of requests, and receives the generations of each list.
 
-        Returns the same records as ``sample``.
+        Returns the same value as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         for item, records in zip(items, all_records, strict=True):

@@ -155,7 +155,7 @@ class DropoutNTP:
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields lists of requests, and receives the generations of each list.
 
-        Returns the same records as ``sample``.
+        Returns the same value as ``sample``.
         """
         rows = [self._load(item) for item in items]
         yield from self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None])
@@ -197,9 +197,10 @@ class DropoutNTP:
         ]
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes a pair from each usable continuation in the records of an item (one JSON object per continuation).
+        """Makes a pair from each usable continuation of an item.
 
-        The result also counts the skipped continuations by reason.
+        The result also counts the skipped continuations by reason. ``records`` are the continuations as JSON objects.
+        ``model`` is the name of the model.
         """
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         if sampled := records[0].get("chosen_tokens", 0):

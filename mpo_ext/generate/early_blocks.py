@@ -23,9 +23,9 @@ class _Place:
     """The state of a block, a group of items that are sampled together.
 
     Attributes:
-        start: Index of the block's first record among all records of the input.
-        n_stored: Number of the block's records that the journal already holds.
-        is_finished: Whether the file of waiting blocks holds all records of the block.
+        start: Index of the block's first sample among all samples of the run.
+        n_stored: Number of the block's samples that are already in the journal, the main file of the run's samples.
+        is_finished: Whether the second file, for waiting blocks, holds all samples of the block.
     """
 
     start: int
@@ -64,9 +64,9 @@ class EarlyBlocks:
         return self
 
     def _read_spans(self) -> None:
-        """Reads the file of waiting blocks (one block per line), and stores the byte offset and size of each line.
+        """Reads the file of waiting blocks, and stores the byte offset and the size of each line.
 
-        Leaves out blocks whose records are all in the journal.
+        A line holds the samples of a block. Lines whose samples are all in the journal, the main file, are left out.
         """
         n_stored = sum(1 for _ in self.journal.records())
         with open(self.path, "rb") as file:
@@ -96,12 +96,12 @@ class EarlyBlocks:
         """Registers the next block, a group of items that are sampled together, in the order of the input.
 
         Args:
-            start: Index of the block's first record among all records of the input.
-            keys: Keys that identify the block's records, in order.
-            stored: Records of the block that the journal already holds.
+            start: Index of the block's first sample among all samples of the run.
+            keys: Keys that identify the block's samples, in order.
+            stored: Samples of the block that the journal already holds, as JSON objects.
 
         Returns:
-            All records of the block if an earlier run stored them in the file of waiting blocks, otherwise None.
+            All samples of the block if an earlier run stored them in the file of waiting blocks, otherwise None.
         """
         place = _Place(start, len(stored))
         self._places.append(place)
@@ -116,7 +116,7 @@ class EarlyBlocks:
         return None
 
     def finish(self, start: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Writes all records of the block whose first record has the index ``start``.
+        """Writes the samples ``records`` of the block that was announced with the index ``start``.
 
         They go to the journal. If an earlier block is not finished, they go to the file of waiting blocks instead.
         """
@@ -130,7 +130,7 @@ class EarlyBlocks:
         next(place for place in self._places if place.start == start).is_finished = True
 
     def _move(self) -> None:
-        """Moves records from the file of waiting blocks to the journal, up to the first unfinished block."""
+        """Moves samples from the file of waiting blocks to the journal, up to the first unfinished block."""
         while self._places and self._places[0].is_finished:
             place = self._places.popleft()
             self.journal.append(self._read(place.start)[place.n_stored :])

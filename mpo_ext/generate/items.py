@@ -283,7 +283,7 @@ class ItemSource:
 
     Attributes:
         files: The files of items, in order.
-        digest: Hash of the contents of the files and their names in a meta file. It does not depend on their paths.
+        digest: Hash of the contents of the files and, with a meta file, of their names in it. Paths have no effect.
         count: Number of items in the run.
         system: System prompt for items without a system prompt; None: no system prompt.
     """

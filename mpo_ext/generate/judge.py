@@ -67,8 +67,8 @@ class JudgeConfig:
         max_shorter: As in ``RlaifVConfig``; with "pointwise" only.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
-        judge: Name of the judge model that is written into the pairs; None: the name of the model that answers. It
-            does not select the judge.
+        judge: Name of the judge model that is written into the pairs. It does not select the model. None: the name of
+            the model that answers.
         comparison_prompt: Prompt with ``{question}``, ``{first}`` and ``{second}``; the verdict is A or B.
         rating_prompt: Prompt with ``{question}``, ``{response}`` and ``{best}``; the verdict is a number.
     """
@@ -155,7 +155,7 @@ class Judge:
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields lists of requests, and receives the generations of each list.
 
-        Returns the same records as ``sample``.
+        Returns the same value as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         verdicts: list[_Verdict] = []
@@ -202,7 +202,7 @@ class Judge:
                 yield _Verdict(first, request, second["key"])
 
     def _judge(self, verdicts: Sequence[_Verdict]) -> Generator[list[Request], list[Generation], None]:
-        """Yields the requests of all verdicts, receives the generations, and stores the verdicts in the records."""
+        """Yields the requests of all verdicts, receives the generations, and adds each verdict to its response."""
         generations = yield [verdict.request for verdict in verdicts]
         for verdict, generation in zip(verdicts, generations, strict=True):
             record = verdict.record
@@ -230,7 +230,11 @@ class Judge:
         return float(match[1]) if match and 1 <= int(match[1]) <= self.config.best_rating else None
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the responses in the records of an item. The judge prefers the chosen response."""
+        """Makes pairs from the sampled responses to an item. The judge prefers the chosen response of each pair.
+
+        ``records`` are the responses with their verdicts, as JSON objects. ``model`` is the name of the model that
+        answered.
+        """
         result = ItemResult()
         for stage, field in (("responses", "tokens"), ("verdicts", "verdict_tokens")):
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)

@@ -23,7 +23,7 @@ class ItemResult:
     """The result of a pipeline for an item: its output lines, and the reasons for skipped samples.
 
     Attributes:
-        lines: Output lines, each as the name of the output file without ".jsonl" and the line's JSON object.
+        lines: Output lines, each as the output file's name without ".jsonl", and the JSON object to write.
         skipped: Number of skipped samples by reason. If the item as a whole is skipped, its reason counts once, too.
         is_skipped: Whether the item as a whole is skipped.
         notes: Remarks for the summary, each with the number of pairs or comparisons that it concerns.

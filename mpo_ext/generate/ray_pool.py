@@ -156,7 +156,7 @@ class RayPool:
         actor.n_calls += 1
 
     def _receive(self) -> list[tuple[Block, BlockResult]]:
-        """Waits until a call of an actor returns, and returns the blocks that it has finished, with their results."""
+        """Waits until a call of an actor returns, and returns the finished blocks of items with their results."""
         (ref,), _ = self._ray.wait(list(self._callers), num_returns=1)
         actor = self._callers.pop(ref)
         actor.n_calls -= 1
@@ -181,7 +181,10 @@ class RayPool:
             raise RuntimeError(f"all engines must have the same settings, got {first!r} and {second!r} for {name}")
 
     def _replace(self, actor: _Actor, error: Exception) -> None:
-        """Replaces a dead actor by a new one, and queues the dead actor's blocks again."""
+        """Replaces a dead actor by a new one, and queues the dead actor's blocks of items again.
+
+        A block that has lost too many actors is not queued, and makes the run fail.
+        """
         self._ray.kill(actor.handle)
         self._actors.remove(actor)
         self._callers = {ref: caller for ref, caller in self._callers.items() if caller is not actor}

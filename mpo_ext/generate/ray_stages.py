@@ -1,4 +1,4 @@
-"""Runs a pipeline on a Ray cluster. Each Ray actor holds an engine, and the driver writes the journal.
+"""Runs a pipeline on a Ray cluster. Each Ray actor holds an engine, and the driver stores the samples.
 
 The driver reads the items, sends each actor a few groups of items (blocks) at a time, and stores the samples of each
 block when it is finished. A run with Ray resumes like any other run and gives the same output files.

@@ -14,8 +14,8 @@ def is_degenerate(text: str) -> bool:
     """Returns whether a response repeats itself.
 
     This is the case if the response ends with the same passage at least 5 times in a row, and these repetitions have
-    at least 60 characters in total. It is also the case if the response has at least 60 6-grams of words (or
-    ideographs), and more than half of them are repetitions.
+    at least 60 characters in total. It is also the case if more than half of the sequences of 6 words (or ideographs)
+    in the response repeat an earlier sequence, and there are at least 60 sequences.
     """
     for period in range(1, min(_PERIODS, len(text) // _LEAST_REPEATS) + 1):
         needed = max(_LEAST_REPEATS * period, _LEAST_REPEATED_CHARS)

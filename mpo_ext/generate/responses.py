@@ -88,7 +88,7 @@ def pairs_by_score(
     Args:
         item: The question.
         responses: The responses, which must be distinct.
-        result: Result to which the numbers of pairs that violate ``min_gap`` or ``max_shorter`` are added (``notes``).
+        result: Result in whose ``notes`` the pairs that violate ``min_gap`` or ``max_shorter`` are counted.
         min_gap: Minimum difference between the two scores.
         max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response;
             1: no limit.

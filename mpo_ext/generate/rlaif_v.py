@@ -56,8 +56,8 @@ class RlaifVConfig:
             limit helps because a count of errors favours short responses. 1: no limit.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
-        judge: Name of the model that splits and checks responses, as written into the pairs; None: the name of the
-            model that answers. It does not select the model.
+        judge: Name of the model that splits and checks responses, as written into the pairs. It does not select the
+            model. None: the name of the model that answers.
         claims_prompt: Prompt with ``{question}`` and ``{answer}``.
         questions_prompt: Prompt with ``{claims}``, a list with one claim per line.
         verdict_prompt: Prompt with ``{question}``, a question about a claim.
@@ -168,7 +168,7 @@ class RlaifV:
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields lists of requests, and receives the generations of each list.
 
-        Returns the same records as ``sample``.
+        Returns the same value as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         drafts: list[_Draft] = []
@@ -285,9 +285,11 @@ class RlaifV:
         return Request(key=key, question=question, seed=seed, sampling=sampling, role="judge", **values)
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the responses in the records of an item.
+        """Makes pairs from the sampled responses to an item.
 
         The rejected response of a pair has at least ``min_gap`` more rejected claims than the chosen response.
+        ``records`` are the responses with the verdicts on their claims, as JSON objects. ``model`` is the name of the
+        model that answered.
         """
         result = ItemResult()
         for stage, field in _STAGES.items():

@@ -69,7 +69,9 @@ def run(
     stream: TextIO | None = None,
     **place: Any,
 ) -> Summary | None:
-    """Samples the responses that are missing in the folder of a run, and writes the output files when all exist.
+    """Samples the responses that the folder of the run does not hold yet, and writes the output files.
+
+    If several processes sample, the last process to finish writes the output files.
 
     Args:
         pipeline: The pipeline, such as ``DropoutNTP`` or ``Correctness``.
