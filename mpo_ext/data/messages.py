@@ -84,7 +84,7 @@ def _unbundled(value: object) -> object:
 def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
     """Converts a message to a turn.
 
-    If the whole message is a tool call, the turn also has ``is_call``, which the caller removes.
+    If the whole message is a tool call, the turn also has the key ``is_call``, which the caller removes.
     """
     refuse_tools(message, name, known={"tool_calls", "tool_call_id"})
     is_sharegpt = "from" in message and "role" not in message

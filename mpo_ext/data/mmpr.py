@@ -65,8 +65,8 @@ def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[M
 
     Args:
         path: Path of the meta file. Relative paths in the file are joined to its folder.
-        root_map: Path prefixes (old, new) of folders that have moved. They are replaced in ``root`` and
-            ``annotation``.
+        root_map: Tuples (old, new): the path of a folder that has moved, and its new path. Old paths are replaced in
+            ``root`` and ``annotation``.
 
     Raises:
         OSError: If the file cannot be read.
@@ -117,10 +117,10 @@ class MMPRDataset(PairSequence):
 
     Args:
         meta: Path of the meta file.
-        root_map: Path prefixes (old, new) of folders that have moved.
+        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
         repeat: Whether to apply ``repeat_time``; if False, each line is used once.
         seed: Seed for drawing the lines of subsets with a ``repeat_time`` below 1; equal seeds draw equal lines.
-        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
+        max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
         ignore: As in ``LineFile``.
 
     Attributes:
@@ -154,7 +154,7 @@ class MMPRDataset(PairSequence):
         return ends[-1] if ends else 0
 
     def read(self, index: int) -> Pair:
-        """Returns the pair at an index, or raises BadLine if the line is bad."""
+        """Returns the pair at an index, or raises BadLine if the line does not hold a valid pair."""
         file, line = self._find(index)
         return file.read(line)
 

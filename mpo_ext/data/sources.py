@@ -158,7 +158,7 @@ class StoredMedia:
         self._image_dir = source.image_dir
 
     def add(self, pair: Pair) -> None:
-        """Sets ``folder`` if a pair has a stored image or video."""
+        """Sets ``folder`` if a pair has an image or video that was stored in ``image_dir``."""
         if self._image_dir and not self.folder and any(map(self._is_stored, pair.media_paths)):
             self.folder = self._image_dir
 
@@ -191,12 +191,12 @@ def open_pairs(
         path: A file of rows (JSON lines, JSON array, CSV or parquet), an MMPR meta file (.json), which lists data
             sets, a folder of parquet files, a folder that ``save_to_disk`` wrote, or the id of a dataset of the
             Hugging Face hub (``hf://owner/name`` or ``owner/name``; see ``hub.hub_id``).
-        format: Format of the rows; None: it is detected from the fields. A later row in another format is bad.
+        format: Format of the rows; None: it is detected from the fields. A later row in another format raises BadLine.
         root: Folder to which relative image paths are joined; None: the folder of the file. A meta file itself names
             the image folders.
-        root_map: Pairs of path prefixes (old, new), for folders of images or data that have moved.
+        root_map: Tuples (old, new): the path of a folder of images or data that has moved, and its new path.
         image_dir: Folder for storing images that a row holds as bytes; None: ``images`` in ``cache_folder()``.
-        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
+        max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
         split: Name of the split of a dataset; None: the only split.
         revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
         config: Configuration of a dataset of the hub; None: the only or default configuration.

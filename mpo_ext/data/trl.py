@@ -276,8 +276,8 @@ def read_trl(
 
     Args:
         path: Path of the file.
-        root_map: Path prefixes (old, new) of folders that have moved.
-        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
+        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
+        max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
     """
     return LineFile(path, _parse_row, root_map=root_map, max_line_bytes=max_line_bytes)
 

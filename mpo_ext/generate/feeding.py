@@ -116,21 +116,21 @@ class Feeder:
 
     @property
     def n_blocks(self) -> int:
-        """Number of blocks that were added with ``add`` and not yet removed by ``take``."""
+        """Number of blocks (groups of items) that were added with ``add`` and not yet removed by ``take``."""
         return len(self._blocks)
 
     @property
     def is_full(self) -> bool:
-        """True if no further block should be added.
+        """True if no further block (group of items) should be added.
 
-        This is the case if enough requests are running, or if the blocks that were not yet removed have too many
-        requests, finished ones included.
+        This is the case if enough requests are running. It is also the case if the blocks that ``take`` has not yet
+        removed have too many requests, finished requests included.
         """
         kept = sum(block.n_requests for block in self._blocks)
         return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
 
     def add(self, tag: Any, steps: Steps) -> None:
-        """Adds a block, and submits the first requests that its generator ``steps`` yields.
+        """Adds a block (a group of items), and submits the first requests that its generator ``steps`` yields.
 
         ``tag`` is any object that identifies the block.
         """
@@ -138,7 +138,7 @@ class Feeder:
         self._advance(self._blocks[-1], None)
 
     def take(self, *, in_order: bool) -> list[tuple[Any, Records]]:
-        """Removes the complete blocks, and returns the tag and the result of each.
+        """Removes the complete blocks (groups of items), and returns the tag and the result of each.
 
         The result is the return value of the block's generator. With ``in_order``, a complete block is not removed
         before all earlier blocks are complete.
@@ -156,7 +156,7 @@ class Feeder:
     def collect(self) -> None:
         """Waits until at least one running request has ended, and stores the generations.
 
-        If all current requests of a block have ended, submits the block's next requests.
+        If all current requests of a block (a group of items) have ended, submits the block's next requests.
         """
         if not self._running:
             return
@@ -173,9 +173,9 @@ class Feeder:
         self._running.clear()
 
     def _advance(self, block: _Block, generations: list[Generation] | None) -> None:
-        """Sends generations to a block's generator, and submits the requests that the generator yields next.
+        """Sends generations to a block's generator ``steps``, and submits the requests that it yields next.
 
-        ``generations`` is None at the start of the block.
+        A block is a group of items. ``generations`` is None at its start.
         """
         self.active_tag = block.tag
         try:

@@ -341,8 +341,8 @@ def item_files(
         source: Path of JSON lines, a JSON array (.json), TSV, CSV or Parquet. Or path of an MMPR meta file, a JSON
             object that lists such files with their image folders.
         image_root: Folder to which relative image paths are joined. Must be empty for a meta file.
-        root_map: Pairs of path prefixes (old, new), for folders that have moved since the meta file was written. Must
-            be empty without a meta file.
+        root_map: Tuples (old, new): the path of a folder in the meta file that has moved, and its new path. Must be
+            empty without a meta file.
         system: System prompt for items without a system prompt; None: no system prompt.
 
     Raises:

@@ -140,7 +140,7 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether so many actors have died with a block that one more death makes the run fail.
+        """Returns whether so many actors have died with a block of items that one more death makes the run fail.
 
         Such a block is sent to an actor without other blocks. ``start`` is the block's ``Block.start``.
         """

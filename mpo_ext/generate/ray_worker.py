@@ -92,7 +92,7 @@ class RayWorker:
         return EngineReport(self.engine.name, self.engine.settings(), concurrency)
 
     def step(self, blocks: Sequence[Block]) -> list[BlockResult]:
-        """Starts the given blocks, waits until at least one block has finished, and returns the available results.
+        """Starts blocks of items, waits until at least one block has finished, and returns the available results.
 
         With a streaming engine, the results may be those of earlier calls, and a later call may return those of the
         given blocks. Other engines finish all given blocks.
@@ -122,7 +122,7 @@ class RayWorker:
             return BlockResult(block.start, [], f"{block}: {describe_error(error)}{self._culprit(block)}")
 
     def _culprit(self, block: Block) -> str:
-        """Finds the item that made a block fail, by sampling the items one by one.
+        """Finds the item that made a block of items fail, by sampling the items one by one.
 
         Returns a text that names the first item that fails alone. Returns "" if no item fails alone, or if the item
         next to it fails, too, because the cause is then not this item.
