@@ -47,9 +47,9 @@ class CheckReport:
     """The result of ``check_pairs``.
 
     Attributes:
-        counts: Number of findings, by subset and kind.
-        examples: The first findings of each kind.
-        stats: Statistics of the pairs, by subset.
+        counts: Number of defects of each kind, by data set (``Location.subset``).
+        examples: The first defects of each kind.
+        stats: Statistics of the pairs, by data set.
     """
 
     counts: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
@@ -62,11 +62,11 @@ class CheckReport:
         return not any(counts.total() for counts in self.counts.values())
 
     def totals(self) -> collections.Counter[str]:
-        """Returns the number of findings of each kind over all subsets."""
+        """Returns the number of defects of each kind in all data sets together."""
         return sum(self.counts.values(), collections.Counter())
 
     def add(self, finding: Finding, keep: int) -> None:
-        """Counts a finding, and stores it as an example until ``keep`` examples of its kind are stored."""
+        """Counts a defect. Stores it as an example unless ``keep`` defects of its kind are already stored."""
         self.counts.setdefault(finding.where.subset, collections.Counter())[finding.kind] += 1
         examples = self.examples.setdefault(finding.kind, [])
         if len(examples) < keep:

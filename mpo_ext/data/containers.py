@@ -81,8 +81,8 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
 
     Args:
         path: Path of a file that is not parquet.
-        is_meta_allowed: Whether a .json file that holds one object may be an MMPR meta file. False: the object is a
-            row.
+        is_meta_allowed: Whether a .json file that holds one object may be an MMPR meta file, which lists data sets.
+            False: the object is a row.
 
     Returns:
         ``path`` if the file is already JSON lines, or a path in the cache. None if the file is a meta file.
@@ -155,7 +155,7 @@ def _kind(name: str, text: str) -> str:
 
 
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
-    """Returns whether a .json file may be a meta file.
+    """Returns whether a .json file may be an MMPR meta file, which lists data sets.
 
     A file with a pair, or with several objects on separate lines, is not a meta file.
     """
@@ -181,7 +181,7 @@ def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, 
 def refuse_rows(path: str, values: dict[str, Any]) -> None:
     """Raises ValueError if the object ``values`` in a .json file is a pair or holds a list of rows.
 
-    Such an object cannot be the content of a meta file.
+    Such an object cannot be the content of an MMPR meta file, which lists data sets.
     """
     if not values or any(
         isinstance(value, dict) and {"root", "annotation"} & value.keys() for value in values.values()

@@ -35,8 +35,8 @@ def convert(
 ) -> tuple[int, Skipped]:
     """Writes the pairs of a source in another format. The output appears only when it is complete.
 
-    In "pairs" and "trl", a relative image path becomes relative to the folder of ``out`` if this folder is the
-    source's root or contains the image. All other image paths in these formats are absolute.
+    In "pairs" and "trl", a relative image path becomes relative to the folder of ``out`` if this folder is
+    ``source.root`` or contains the image. All other image paths in these formats are absolute.
 
     Args:
         source: Pairs to write.
@@ -47,7 +47,7 @@ def convert(
             image. False: the first such line or pair raises BadLine, and nothing is written. Only "pairs" and the
             conversational kind can hold pairs with several turns.
         root: For "mmpr": image folder of pairs that were not read from MMPR; see ``write_mmpr``.
-        name: For "mmpr": name of the subset of pairs that were not read from MMPR.
+        name: For "mmpr": name of the data set that holds the pairs that were not read from MMPR.
 
     Returns:
         The number of pairs written, and the skipped lines.

@@ -40,7 +40,7 @@ class HashedFile:
 
 
 def files_of(source: PairSource) -> list[list[HashedFile]]:
-    """Returns the data files of a source as one list per subset. A source without a meta file has one subset."""
+    """Returns the data files of a source: one list for each data set of an MMPR meta file, otherwise a single list."""
     if isinstance(source.pairs, MMPRDataset):
         return [[HashedFile(file.path, len(file))] for file in source.pairs.files]
     if isinstance(source.pairs, LineFile):
@@ -65,8 +65,9 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
 
     Returns:
         A dict with the file's ``path``, ``size`` in bytes and ``mtime_ns``, its ``name`` in messages to the user, and
-        ``digest``, a hash of the content. A file of lines also has ``lines`` (their number), ``block`` (the number of
-        lines in a block) and ``blocks`` (the first bytes of the hash of each block, in Base64).
+        ``digest``, a hash of the content. For a file of lines, consecutive lines are also hashed in groups of equal
+        size: ``lines`` is the number of lines, ``block`` is the number of lines in a group, and ``blocks`` holds the
+        first bytes of each group's hash, in Base64.
 
     Raises:
         OSError: If the file cannot be read.
@@ -131,7 +132,7 @@ def _hash_bytes(path: str) -> str:
 
 
 def _hash_blocks(path: str, block: int, limit: int | None = None) -> tuple[int, list[bytes]]:
-    """Hashes blocks of ``block`` lines, and returns the number of lines and the hashes.
+    """Hashes every ``block`` consecutive lines of a file, and returns the number of lines and the hashes.
 
     Reads at most ``limit`` lines; None: all lines.
     """

@@ -142,7 +142,7 @@ def detect_columns(row: Mapping[str, Any], name: str) -> Format:
 def _undecided(row: Mapping[str, Any], where: str) -> Format:
     """Returns "mmpr" for a row that has ``question``, ``chosen`` and ``rejected``, but no field that shows the format.
 
-    ``where`` is the place of the row in the error message.
+    ``where`` names the row in the error message.
 
     Raises:
         ValueError: If one of these fields is missing.

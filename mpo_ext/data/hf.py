@@ -161,9 +161,9 @@ class DatasetPairs(PairSequence):
 
     Args:
         dataset: The dataset. Its images are not decoded.
-        name: Name of the dataset in locations.
-        image_dir: Folder for storing images that rows hold as bytes; None: a row with such an image is bad.
-        root_map: Path prefixes (old, new) of folders that have moved.
+        name: Path or name of the dataset, by which ``locate`` and error messages name it.
+        image_dir: Folder for storing images that rows hold as bytes; None: reading such a row raises BadLine.
+        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
         parse: Function that converts a row to a pair; its argument ``save_image`` stores the bytes of an image.
         ignore: Names of columns and nested fields that are removed before a row is parsed.
 

@@ -38,11 +38,11 @@ class LineFile(PairSequence):
 
     Args:
         path: Path of the file.
-        parse: Function that converts a line's JSON object and text to a pair. If it raises an error, the line is bad.
-        subset: Name for ``Location.subset``; None: the file's name without suffix.
-        root_map: Path prefixes (old, new) of folders that have moved.
-        max_line_bytes: Maximum length of a line in bytes; a longer line is bad and is never loaded.
-        name: Path in locations and error messages; None: the path of the file.
+        parse: Function that converts a line's JSON object and text to a pair. Its errors are raised as BadLine.
+        subset: Name of the data set, which becomes ``Location.subset``; None: the file's name without suffix.
+        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
+        max_line_bytes: Maximum length of a line in bytes. A longer line is not loaded: reading it raises BadLine.
+        name: Path by which ``locate`` and error messages name the file; None: ``path``.
         ignore: Names of fields that are removed, at any depth, before a line is parsed.
 
     Raises:
@@ -219,8 +219,8 @@ def read_pairs(
 
     Args:
         path: Path of the file.
-        root_map: Path prefixes (old, new) of folders that have moved.
-        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
+        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
+        max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
     """
     return LineFile(path, parse_pair, root_map=root_map, max_line_bytes=max_line_bytes)
 

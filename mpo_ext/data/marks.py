@@ -1,6 +1,6 @@
-"""Checks the image marks in prompts. Numbered marks such as ``<image 1>`` become ``<image>``.
+"""Checks the image placeholders in prompts. Numbered placeholders such as ``<image 1>`` become ``<image>``.
 
-Image marks of other programs, such as ``<|image_pad|>``, are errors. HTML such as ``<img src="a.png">`` is text.
+Placeholders of other programs, such as ``<|image_pad|>``, are errors. HTML such as ``<img src="a.png">`` is text.
 """
 
 import dataclasses
@@ -28,14 +28,16 @@ _MARKS = re.compile(
 
 
 def check_marks(pair: Pair) -> Pair:
-    """Checks the image marks in a prompt, and returns the pair with ``<image>`` in place of numbered marks.
+    """Checks the image placeholders in a prompt, and replaces numbered placeholders by ``<image>``.
 
-    A numbered mark such as ``<image 2>`` (also ``<image_2>``, ``<image2>``, ``<|image_2|>``) is the place of the
-    second image. The images of the returned pair are in the order of the marks. Responses are not changed.
+    A numbered placeholder such as ``<image 2>`` (also ``<image_2>``, ``<image2>``, ``<|image_2|>``) stands for the
+    second image. The images of the returned pair are in the order of the numbered placeholders. Responses are not
+    changed.
 
     Raises:
-        FieldError: If a pair without images has an image mark; if a pair with images has another program's mark; or if
-            numbered marks do not name each image once, or occur together with ``<image>``.
+        FieldError: If the pair has no images, and the prompt has a numbered placeholder or one of another program. If
+            the pair has images, and the prompt has a placeholder of another program. If the numbered placeholders do
+            not name each image once, or occur together with ``<image>``.
     """
     texts = [text for text in _texts(pair) if "<" in text or "[" in text]  # every mark has one of these characters
     if not texts:
@@ -99,7 +101,7 @@ def _mapped(message: Any, change: Callable[[str], str]) -> Any:
 
 
 def _texts(pair: Pair) -> list[str]:
-    """Returns the texts of the prompt. Each message with image blocks adds the text ``<image>``."""
+    """Returns the texts of the prompt. Each message with image parts adds the text ``<image>``."""
     messages = pair.source.get(PROMPT_TURNS)
     if not isinstance(messages, list):
         return [pair.question]

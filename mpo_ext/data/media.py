@@ -73,7 +73,7 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
         pair: The pair that a reader made from the row.
 
     Returns:
-        The pair, with ``<image>`` in place of numbered marks such as ``<image 1>``; see ``marks.check_marks``.
+        The pair, with numbered placeholders such as ``<image 1>`` replaced by ``<image>``; see ``marks.check_marks``.
 
     Raises:
         FieldError: If an unused field may hold an image, video or audio. If the prompt has ``<audio>``, or a
@@ -247,9 +247,9 @@ def _prompt_texts(pair: Pair) -> list[str]:
 
 
 def count_places(pair: Pair, kind: str = "image") -> int:
-    """Returns the number of places for images (or, with ``kind="video"``, for videos) in the prompt of a pair.
+    """Returns how often images (or, with ``kind="video"``, videos) occur in the prompt of a pair.
 
-    A place is a placeholder in a text, such as ``<image>``, or a message part of the type ``kind``.
+    Counts the placeholders ``<image>`` (or ``<video>``) in texts, and the message parts of the type ``kind``.
     """
     mark = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}[kind]
     messages = pair.source.get(PROMPT_TURNS)

@@ -1,6 +1,6 @@
 """Reads the messages and images of a row in any format, and builds a pair from them.
 
-A turn is ``{"role": ..., "content": ...}``. Its content is text, with ``<image>`` and ``<video>`` at the places of
+A turn is ``{"role": ..., "content": ...}``. Its content is text, with placeholders ``<image>`` and ``<video>`` for
 images and videos. A turn of the assistant may also have ``tool_calls``. A turn with the role "tool" holds the result
 of a tool call.
 """
@@ -84,7 +84,7 @@ def _unbundled(value: object) -> object:
 def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
     """Converts a message to a turn.
 
-    If the whole message is a tool call, the turn also has ``is_call``, which the caller removes.
+    If the whole message is a tool call, the turn also has the key ``is_call``, which the caller removes.
     """
     refuse_tools(message, name, known={"tool_calls", "tool_call_id"})
     is_sharegpt = "from" in message and "role" not in message
@@ -114,7 +114,7 @@ def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
 def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
     """Raises FieldError if one of the fields ``names`` is not empty.
 
-    These fields change the prompt in other formats, but the reader of this row's format does not use them.
+    These fields change the prompt in other formats. The reader of this row's format would ignore them.
     """
     for name in names:
         # In chat_template_kwargs, false counts as a value: {"enable_thinking": false} changes the prompt.
@@ -295,12 +295,12 @@ def pair_of_turns(
         prompt: Turns before the response, as in ``check_prompt_turns``.
         chosen: Turns of the chosen response.
         rejected: Turns of the rejected response.
-        images: Image paths in the order of their places.
+        images: Image paths in the order of their placeholders in the prompt.
         tools: The functions that the assistant may call, from ``read_tools``.
         answer_gt: As in ``Pair``.
         provenance: As in ``Pair``.
         extra: As in ``Pair``.
-        videos: Videos in the order of their places.
+        videos: Videos in the order of their placeholders in the prompt.
         rejected_images: As in ``Pair``.
 
     Raises:

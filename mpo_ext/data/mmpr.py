@@ -1,4 +1,4 @@
-"""Reads and writes the MMPR format: a meta file that lists subsets, and a file of JSON lines for each subset.
+"""Reads and writes the MMPR format: a meta file that lists data sets (subsets), and a JSON lines file for each.
 
 The meta file maps each subset's name to ``root`` (folder of its images), ``annotation`` (its .jsonl file), ``length``,
 ``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen``, ``rejected``, usually
@@ -41,7 +41,7 @@ _FILE_SETTINGS = ("annotation", "length")  # settings that a written copy of a s
 
 
 class MMPRSubset(NamedTuple):
-    """A subset that a meta file lists.
+    """A data set (subset) that an MMPR meta file lists.
 
     Attributes:
         name: Name of the subset.
@@ -61,12 +61,12 @@ class MMPRSubset(NamedTuple):
 
 
 def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[MMPRSubset]:
-    """Reads and checks a meta file, and returns its subsets.
+    """Reads and checks an MMPR meta file, and returns the data sets (subsets) that it lists.
 
     Args:
         path: Path of the meta file. Relative paths in the file are joined to its folder.
-        root_map: Path prefixes (old, new) of folders that have moved. They are replaced in ``root`` and
-            ``annotation``.
+        root_map: Tuples (old, new): the path of a folder that has moved, and its new path. Old paths are replaced in
+            ``root`` and ``annotation``.
 
     Raises:
         OSError: If the file cannot be read.
@@ -113,14 +113,14 @@ def _subset(name: str, entry: object, folder: Path, root_map: RootMap) -> MMPRSu
 
 
 class MMPRDataset(PairSequence):
-    """The pairs of all subsets of a meta file, each read on access.
+    """The pairs of all data sets (subsets) that an MMPR meta file lists, each read on access.
 
     Args:
         meta: Path of the meta file.
-        root_map: Path prefixes (old, new) of folders that have moved.
+        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
         repeat: Whether to apply ``repeat_time``; if False, each line is used once.
         seed: Seed for drawing the lines of subsets with a ``repeat_time`` below 1; equal seeds draw equal lines.
-        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
+        max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
         ignore: As in ``LineFile``.
 
     Attributes:
@@ -154,7 +154,7 @@ class MMPRDataset(PairSequence):
         return ends[-1] if ends else 0
 
     def read(self, index: int) -> Pair:
-        """Returns the pair at an index, or raises BadLine if the line is bad."""
+        """Returns the pair at an index, or raises BadLine if the line does not hold a valid pair."""
         file, line = self._find(index)
         return file.read(line)
 
@@ -172,7 +172,7 @@ class MMPRDataset(PairSequence):
         return file, int(drawn[position]) if drawn is not None else position % len(file)
 
     def _subset_ends(self) -> list[int]:
-        """Returns the cumulative numbers of pairs: the index after the last pair of each subset.
+        """Returns the cumulative numbers of pairs: the index after the last pair of each data set (subset).
 
         The first call indexes the files, and draws the lines of subsets with a ``repeat_time`` below 1.
         """
@@ -194,12 +194,12 @@ class MMPRDataset(PairSequence):
 
 
 def read_annotation(subset: MMPRSubset, **options: Any) -> LineFile:
-    """Opens the file of a subset. Each line is used once. ``options`` are further arguments of ``LineFile``."""
+    """Opens the JSON lines file of an MMPR data set. Each line occurs once. ``options`` are passed to ``LineFile``."""
     return LineFile(subset.annotation, line_parser(subset), **{"subset": subset.name, **options})
 
 
 def line_parser(subset: MMPRSubset) -> Callable[[dict[str, Any], str], Pair]:
-    """Returns the ``parse`` function of a subset's ``LineFile``, which converts a line to a pair."""
+    """Returns the function ``parse`` for ``LineFile``, which converts a line of an MMPR data set to a pair."""
     settings = {name: value for name, value in subset.settings.items() if name not in (*_FILE_SETTINGS, "root")}
     # The root lies beside the settings, because ``map_roots`` changes ``source["root"]``.
     source = {"format": "mmpr", "subset": subset.name, "root": subset.root}
@@ -405,10 +405,10 @@ def write_mmpr(
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",
 ) -> dict[str, int]:
-    """Writes a file of lines for each subset, and then ``folder/meta.json``, each atomically.
+    """Writes a JSON lines file for each data set (subset) of the pairs, and then the meta file, each atomically.
 
     Args:
-        folder: Folder to write.
+        folder: Folder to write. The meta file is ``meta.json`` in this folder.
         pairs: Pairs to write. Pairs that were read from MMPR keep their subset and its settings. All other pairs form
             one additional subset.
         root: Image folder of the additional subset; None: "/", and all its image paths must be absolute.
@@ -457,7 +457,7 @@ def _has_subset(source: Mapping[str, Any]) -> bool:
 
 
 def _file_name(subset: str, taken: set[str]) -> str:
-    """Returns a file name for a subset that differs from the names in ``taken``, and adds it to ``taken``."""
+    """Returns a file name for a data set that differs from the names in ``taken``, and adds it to ``taken``."""
     plain = re.sub(r"[^\w.-]", "_", subset, flags=re.ASCII).lstrip(".")[:100] or "subset"
     for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         if (candidate := f"{plain}{suffix}.jsonl").lower() not in taken:

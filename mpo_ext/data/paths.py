@@ -37,7 +37,7 @@ def map_root(path: str, root_map: RootMap) -> str:
 
 
 def map_roots(pair: Pair, root_map: RootMap) -> Pair:
-    """Applies ``map_root`` to the media paths of a pair and to the recorded image root of its subset."""
+    """Applies ``map_root`` to a pair's media paths, and to the image folder that its ``extra["$source"]`` names."""
     if not root_map:
         return pair
     extra, root = pair.extra, pair.source.get("root")

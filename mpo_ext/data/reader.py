@@ -18,7 +18,7 @@ class Location:
     """The place of a pair in the data.
 
     Attributes:
-        subset: Name of the subset, or of the file if the format has no subsets.
+        subset: Name of the pair's data set in an MMPR meta file; without a meta file, the name of the file.
         file: Path of the file.
         line: Number of the line, from 1.
     """
@@ -35,7 +35,7 @@ class BadLine(DefectError):  # noqa: N818 - it is also passed around as a findin
     """The error of a line that does not hold a valid pair.
 
     Attributes:
-        where: Subset, file and line.
+        where: Location of the line.
         kind: Kind of the defect, such as "huge line", "bad UTF-8", "bad JSON", "bad field" or "bad image path".
         reason: Description of the defect.
     """
@@ -77,7 +77,7 @@ def raise_bad_line(where: Location) -> Iterator[None]:
 
 
 class Skipped:
-    """Counts skipped bad lines by kind, with examples.
+    """Counts skipped bad lines (lines without a valid pair) by kind of defect, with examples.
 
     Args:
         keep: Maximum number of examples of each kind.
@@ -113,7 +113,8 @@ class Skipped:
 class PairSequence(Sequence[Pair]):
     """A sequence of pairs that are read on access.
 
-    ``pairs[i]`` reads a pair, and raises BadLine if its line is bad. ``scan`` yields pairs and bad lines.
+    ``pairs[i]`` reads a pair, and raises BadLine if the line does not hold a valid pair. ``scan`` yields this error
+    instead of raising it.
     """
 
     def __len__(self) -> int:
@@ -128,7 +129,7 @@ class PairSequence(Sequence[Pair]):
         return map(self.read, range(len(self)))
 
     def read(self, index: int) -> Pair:
-        """Returns the pair at an index, or raises BadLine if the line is bad."""
+        """Returns the pair at an index, or raises BadLine if the line does not hold a valid pair."""
         raise NotImplementedError
 
     def locate(self, index: int) -> Location:
@@ -136,7 +137,7 @@ class PairSequence(Sequence[Pair]):
         raise NotImplementedError
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the location of each line with its pair, or with a BadLine if the line is bad."""
+        """Yields the location of each line with its pair, or with a BadLine if the line does not hold a valid pair."""
         for index in range(len(self)):
             where = self.locate(index)
             try:

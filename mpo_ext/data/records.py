@@ -34,13 +34,14 @@ class Pair:
         provenance: Origin of the pair as any JSON object: pipeline, model, sampling settings, seed, verdicts.
             ``mpo-ext data view`` reads ``pipeline`` and ``cut``, the number of characters of ``chosen`` that
             DropoutNTP kept; ``cut`` may also be ``{"characters": 17, "tokens": 4}``.
-        extra: Unknown fields of the source. The key ``"$source"`` holds the values that a lossless conversion back to
-            the source's format needs, such as the subset, its settings and the form of ``image``. For a prompt or
-            response of several turns, it also holds all turns ``{"role": ..., "content": ...}``: those of the prompt
-            in ``messages``, and those of the responses in ``chosen_messages`` and ``rejected_messages``. Then
-            ``question`` is the last user turn, and ``chosen`` and ``rejected`` are the joined contents of the turns.
-            An assistant's turn may have ``tool_calls``, and a turn with the role "tool" holds a result. ``tools``
-            describes the functions that the assistant may call (``mpo_ext.chat.Conversation``).
+        extra: Unknown fields of the source. The key ``"$source"`` holds a dict with the values that a lossless
+            conversion back to the source's format needs, such as the name and the settings of an MMPR data set. For a
+            prompt or response of several turns, this dict also holds all turns ``{"role": ..., "content": ...}``:
+            those of the prompt in ``messages``, and those of the responses in ``chosen_messages`` and
+            ``rejected_messages``. Then ``question`` is the last user turn, and ``chosen`` and ``rejected`` are the
+            joined contents of the turns. An assistant's turn may have ``tool_calls``, and a turn with the role "tool"
+            holds a result. ``tools`` in this dict describes the functions that the assistant may call
+            (``mpo_ext.chat.Conversation``).
         videos: Videos, in order. ``question`` and the turns have ``<video>`` at the place of each video. If a prompt
             with one video has no ``<video>``, the video comes first, after an image without a placeholder.
         rejected_images: Paths of other images for the rejected response, one for each of ``images``, as in mDPO;

@@ -32,7 +32,7 @@ def row_images(row: Mapping[str, Any], save_image: SaveImage | None) -> list[str
 
     Args:
         row: Fields of the row.
-        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
+        save_image: Function that stores the bytes of an image and returns the path. None: such bytes raise FieldError.
 
     Raises:
         FieldError: If a value is not an image, or both fields have images and these differ.
@@ -64,7 +64,7 @@ def row_videos(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Vid
 
     Args:
         row: Fields of the row.
-        save_image: Function that stores the bytes of a video and returns the path; None: bytes raise FieldError.
+        save_image: Function that stores the bytes of a video and returns the path. None: such bytes raise FieldError.
 
     Raises:
         FieldError: If a value is not a video, or both fields have videos and these differ.
@@ -97,7 +97,10 @@ def read_video(name: str, value: object, save_image: SaveImage | None) -> Video:
 
 
 def row_rejected_images(row: Mapping[str, Any], save_image: SaveImage | None) -> tuple[str, ...]:
-    """Returns the paths of the images in the field ``rejected_images`` of a row (ms-swift); () if it is empty."""
+    """Returns the image paths in the field ``rejected_images`` of a row; an empty tuple if the field is empty.
+
+    ms-swift stores other images for the rejected response in this field.
+    """
     value = row.get("rejected_images")
     images = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
     return tuple(image_path("rejected_images", image, save_image) for image in images)
@@ -124,14 +127,14 @@ def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
 
 
 class Images:
-    """Collects the images and videos of a row in the order of their places in the prompt.
+    """Collects the images and videos of a row in the order in which they occur in the prompt.
 
-    A place is a message part, or a placeholder such as ``<image>`` in a text. A place that does not name a path gets
-    the next path from the row's fields.
+    In the prompt, an image is a message part or a placeholder ``<image>``. A placeholder, or a part that does not name
+    a path, gets the next path from the row's fields. The same holds for videos.
 
     Args:
         columns: Paths from the row's fields ``image`` and ``images``.
-        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
+        save_image: Function that stores the bytes of an image and returns the path. None: such bytes raise FieldError.
         videos: Videos from the row's fields ``video`` and ``videos``.
     """
 
@@ -202,9 +205,10 @@ class Images:
         self._placed_videos.append(read_video(name, value, self._save_image))
 
     def videos(self, name: str) -> tuple[Video, ...]:
-        """Returns all videos in the order of their places in the prompt. Without places, returns the row's videos.
+        """Returns all videos in the order of the video parts and ``<video>`` placeholders in the prompt.
 
-        Raises FieldError if only some of the videos have a place. ``name`` is the name of the field in error messages.
+        If the prompt has neither, returns the videos of the row's fields. Raises FieldError if only some of the videos
+        have a part or placeholder. ``name`` is the name of the field in error messages.
         """
         count = len(self._placed_videos) + len(self._waiting_videos)
         if self._waiting_videos and self._n_video_places:
@@ -213,13 +217,14 @@ class Images:
 
     @property
     def count(self) -> int:
-        """Number of images, including those without a place in the prompt."""
+        """Number of images, including those without a message part or placeholder in the prompt."""
         return len(self._placed) + len(self._waiting)
 
     def paths(self, name: str) -> tuple[str, ...]:
-        """Returns all image paths in the order of their places in the prompt. Without places, returns the row's paths.
+        """Returns all image paths in the order of the image parts and ``<image>`` placeholders in the prompt.
 
-        Raises FieldError if only some of the images have a place. ``name`` is the name of the field in error messages.
+        If the prompt has neither, returns the paths of the row's fields. Raises FieldError if only some of the images
+        have a part or placeholder. ``name`` is the name of the field in error messages.
         """
         if self._waiting and self._n_places:
             raise FieldError(f"{name} must have no or {self.count} places for its images, got {self._n_places}")

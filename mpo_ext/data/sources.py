@@ -29,9 +29,9 @@ class PairSource:
     Attributes:
         path: Path that was opened, or ``hf://owner/name``.
         format: Format of the rows; "hf" for all rows of a folder that ``save_to_disk`` wrote.
-        pairs: The pairs, with each line once.
+        pairs: The pairs. Each line occurs once, whatever ``repeat_time`` its MMPR data set has.
         root: Folder to which relative image paths are joined.
-        subsets: Subsets of a meta file, by name; empty for the other formats.
+        subsets: Data sets that an MMPR meta file lists, by name; empty without a meta file.
         on_pair: Function that is called with each pair, after its image paths are made absolute; None: no call.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
         image_dir: Folder for the images and videos that rows hold as bytes; "" if the format cannot hold bytes.
@@ -71,7 +71,7 @@ class PairSource:
     def scan_for(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Location, Pair | BadLine]]:
         """Yields the same as ``scan``, but with image paths for writing the pairs to a file in ``folder``.
 
-        An image path that is relative in the source becomes relative to ``folder`` if ``folder`` is the root or
+        An image path that is relative in the source becomes relative to ``folder`` if ``folder`` is ``root`` or
         contains the image. All other image paths are absolute.
         """
         folder = os.path.realpath(folder)
@@ -158,7 +158,7 @@ class StoredMedia:
         self._image_dir = source.image_dir
 
     def add(self, pair: Pair) -> None:
-        """Sets ``folder`` if a pair has a stored image or video."""
+        """Sets ``folder`` if a pair has an image or video that was stored in ``image_dir``."""
         if self._image_dir and not self.folder and any(map(self._is_stored, pair.media_paths)):
             self.folder = self._image_dir
 
@@ -188,15 +188,15 @@ def open_pairs(
     """Opens preference pairs in any supported format. The returned source reads each pair on access.
 
     Args:
-        path: Path of a meta file (.json); of a file of rows (JSON lines, JSON array, CSV or parquet); of a folder of
-            parquet files or of a Hugging Face dataset; or the id of a dataset of the Hugging Face hub
-            (``hf://owner/name`` or ``owner/name``; see ``hub.hub_id``).
-        format: Format of the rows; None: it is detected from the fields. A later row in another format is bad.
-        root: Folder to which relative image paths are joined; None: the folder of the file. A meta file names its own
-            roots.
-        root_map: Path prefixes (old, new) of folders of images or annotations that have moved.
+        path: A file of rows (JSON lines, JSON array, CSV or parquet), an MMPR meta file (.json), which lists data
+            sets, a folder of parquet files, a folder that ``save_to_disk`` wrote, or the id of a dataset of the
+            Hugging Face hub (``hf://owner/name`` or ``owner/name``; see ``hub.hub_id``).
+        format: Format of the rows; None: it is detected from the fields. A later row in another format raises BadLine.
+        root: Folder to which relative image paths are joined; None: the folder of the file. A meta file itself names
+            the image folders.
+        root_map: Tuples (old, new): the path of a folder of images or data that has moved, and its new path.
         image_dir: Folder for storing images that a row holds as bytes; None: ``images`` in ``cache_folder()``.
-        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
+        max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
         split: Name of the split of a dataset; None: the only split.
         revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
         config: Configuration of a dataset of the hub; None: the only or default configuration.
@@ -253,7 +253,7 @@ class _ReadOptions:
 
 
 def _open_file(name: str, format: Format | None, folder: str, options: _ReadOptions) -> PairSource:
-    """Opens a meta file or another file of rows.
+    """Opens an MMPR meta file, which lists data sets, or a file of rows.
 
     Args:
         name: Path of the file.

@@ -1,4 +1,4 @@
-"""Counts and lengths of preference pairs, by subset."""
+"""Counts and lengths of preference pairs, by data set."""
 
 import dataclasses
 import os
@@ -52,7 +52,7 @@ class LengthStats:
 
 @dataclasses.dataclass(slots=True)
 class SubsetStats:
-    """Statistics of the pairs in a subset.
+    """Statistics of the pairs in a data set.
 
     Attributes:
         pairs: Number of good pairs.
@@ -133,7 +133,10 @@ def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[s
 def collect_stats(
     source: PairSource, length: Callable[[str], int] = count_words, skipped: Skipped | None = None
 ) -> dict[str, SubsetStats]:
-    """Reads every pair of a source, and returns the statistics by subset.
+    """Reads every pair of a source, and returns the statistics by data set.
+
+    The data sets are those of an MMPR meta file. Pairs that do not come from such a data set count under the name of
+    their file.
 
     Args:
         source: The pairs.

@@ -43,7 +43,7 @@ def from_swift(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -
 
     Args:
         row: Fields of the row.
-        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
+        save_image: Function that stores the bytes of an image and returns the path. None: such bytes raise FieldError.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.

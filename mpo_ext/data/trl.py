@@ -50,11 +50,11 @@ def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True
     Args:
         pair: Pair to convert.
         kind: "standard": the prompt is the question. "conversational": the prompt consists of the turns of the pair,
-            or of a user message with the question. Each ``<image>``, with a line break after it, becomes an image
-            block. If the number of ``<image>`` differs from the number of images, all image blocks come before the
-            unchanged text.
+            or of a user message with the question. Each ``<image>``, with a line break after it, becomes the part
+            ``{"type": "image"}`` of a message. If the number of ``<image>`` differs from the number of images, all
+            image parts come before the unchanged text.
         has_images: Whether any row of the file or dataset has images; must be the same for all rows. True: the row has
-            the column ``images``, and the content of prompt messages is a list of blocks, which image models expect.
+            the column ``images``, and the content of prompt messages is a list of parts, which image models expect.
             False: the row has no column ``images``, and the content is text.
 
     Raises:
@@ -114,7 +114,7 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
 
     Args:
         row: Row with a text or messages as prompt. Columns that ``to_trl`` does not write go into ``extra``.
-        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
+        save_image: Function that stores the bytes of an image and returns the path. None: such bytes raise FieldError.
 
     Raises:
         FieldError: If a column is missing or invalid. The message names the column, the rule and the value.
@@ -249,7 +249,7 @@ def _plain(content: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _join_blocks(content: Iterable[Mapping[str, Any]]) -> str:
-    """Joins text and image blocks to a text. Each image block becomes ``<image>`` and a line break."""
+    """Joins the text and image parts of a message to a text. Each image part becomes ``<image>`` and a line break."""
     return "".join(IMAGE_PLACEHOLDER + "\n" if block["type"] == "image" else block["text"] for block in content)
 
 
@@ -276,8 +276,8 @@ def read_trl(
 
     Args:
         path: Path of the file.
-        root_map: Path prefixes (old, new) of folders that have moved.
-        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
+        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
+        max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
     """
     return LineFile(path, _parse_row, root_map=root_map, max_line_bytes=max_line_bytes)
 

@@ -52,7 +52,7 @@ def write_view(
         The number of pairs on the page, and the bad lines.
 
     Raises:
-        ValueError: If a number is out of its range, or ``path`` is an input.
+        ValueError: If a number is out of range, or ``path`` is a file of the source.
         ImportError: If jinja2 or PIL is not installed.
         OSError: If the page cannot be written.
     """

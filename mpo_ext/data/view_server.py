@@ -134,7 +134,7 @@ class PairServer(http.server.ThreadingHTTPServer):
             count: Maximum number of matches. A search that takes too long returns fewer.
             query: Text to find in the question, a response, the answer, the pipeline or the location of a pair; case
                 is ignored. "" matches all lines, also bad lines.
-            subset: Name of the subset; "" for all.
+            subset: Name of the data set (``Location.subset``) to search; "" for all.
             only_picked: Whether only picked pairs match.
         """
         indices = self.source.indices

@@ -1,6 +1,6 @@
 """The correctness pipeline, which pairs right samples with wrong samples. ``mpo_ext.generate.runner`` runs it.
 
-A hash of the seed and the responses selects among the possible pairs, so the order of items and samples has no effect.
+A hash of the seed and the responses selects among the possible pairs. The order of the input has no effect.
 """
 
 import collections
@@ -32,8 +32,8 @@ class CorrectnessConfig:
         samples: Number of responses per question.
         sampling: Settings for drawing tokens.
         seed: Seed of all draws and choices.
-        template: Name of the prompt template (``mpo_ext.generate.prompts``), which also shows the ``options`` of an
-            item; None: the prompt is the question with its options. Pairs hold the rendered prompt.
+        template: Name of the prompt template (``mpo_ext.generate.prompts``); None: the prompt is the question,
+            followed by its options. The written pairs have the complete prompt as their question.
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template, or
             "final_answer" without a template.
         matcher: Kind and options of the matcher that compares an answer with the truth.
@@ -81,7 +81,7 @@ class ScoredSample:
         answer: The extracted answer; None if the response has no answer.
         correct: True for a right answer, False for a wrong answer, None for a missing or unreadable answer.
         rule: Name of the comparison that decided, as in ``Verdict``; None without an answer.
-        record: The journal's record of the response.
+        record: The response as stored in the journal, the file of a run's samples.
     """
 
     text: str
@@ -94,7 +94,8 @@ class ScoredSample:
 class Correctness:
     """The pipeline that pairs right samples with wrong samples; ``mpo_ext.generate.runner.run`` runs it.
 
-    A sample whose answer the matcher cannot read is in no pair, because its answer may be right. The outputs are:
+    A sample whose answer the matcher cannot read is in no pair, because its answer may be right. The output files,
+    ``<name>.jsonl``, are:
 
     - ``pairs``: right samples against wrong samples.
     - ``format_pairs``: right samples against responses without an answer in the form that ``style`` requires.
@@ -116,7 +117,7 @@ class Correctness:
         self._sampling = dataclasses.asdict(self.config.sampling)
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that determine the records and the outputs, as JSON values."""
+        """Returns the settings that determine the samples and the output files, as JSON values."""
         return dataclasses.asdict(self.config)
 
     def keys(self, item: Item) -> list[str]:
@@ -125,14 +126,14 @@ class Correctness:
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
         """Samples and scores responses to the items, and returns a list of records for each item.
 
-        Records of an unusable item hold the reason.
+        A record is a JSON object with a response and its score. Records of an unusable item hold the reason instead.
         """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields lists of requests, and receives the generations of each list.
 
-        Returns the same records as ``sample``.
+        Returns the same value as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         for item, records in zip(items, all_records, strict=True):

@@ -81,7 +81,7 @@ class _Row:
     Attributes:
         item: The item.
         problem: Reason why the item cannot be used, or None.
-        details: Further record fields that explain the problem.
+        details: Fields that explain the problem and are stored with it.
         media: Opened images and videos; empty if the model does not see them.
         chosen: The chosen response, from the item or sampled; None before it is sampled.
         sampled_tokens: Number of tokens in a sampled chosen response; None for a response from the item.
@@ -100,7 +100,7 @@ class _Row:
 class DropoutNTP:
     """The DropoutNTP pipeline: a model continues truncated chosen responses, by default without seeing the images.
 
-    A continued response becomes the rejected response of a pair. The only output is ``pairs``.
+    A continued response becomes the rejected response of a pair. The only output file is ``pairs.jsonl``.
     ``mpo_ext.generate.runner.run`` runs the pipeline.
     """
 
@@ -115,7 +115,7 @@ class DropoutNTP:
         self._scorer = AnswerScorer(self.config.matcher, style=self.config.style) if self.config.matcher else None
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that determine the records and the outputs, as JSON values."""
+        """Returns the settings that determine the samples and the output files, as JSON values."""
         settings = dataclasses.asdict(self.config)
         if not self.config.allow_wrong_chosen:  # older journals lack this setting
             del settings["allow_wrong_chosen"]
@@ -148,14 +148,14 @@ class DropoutNTP:
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
         """Truncates the chosen responses, continues them with the engine, and returns a list of records for each item.
 
-        Records of an unusable item hold the reason.
+        A record is a JSON object with a continuation. Records of an unusable item hold the reason instead.
         """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields lists of requests, and receives the generations of each list.
 
-        Returns the same records as ``sample``.
+        Returns the same value as ``sample``.
         """
         rows = [self._load(item) for item in items]
         yield from self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None])
@@ -199,7 +199,8 @@ class DropoutNTP:
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
         """Makes a pair from each usable continuation of an item.
 
-        The result also counts the skipped continuations by reason.
+        The result also counts the skipped continuations by reason. ``records`` are the continuations as JSON objects.
+        ``model`` is the name of the model.
         """
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         if sampled := records[0].get("chosen_tokens", 0):
@@ -300,7 +301,10 @@ class DropoutNTP:
             row.sampled_tokens = generation.n_tokens
 
     def _record(self, row: _Row, key: str, generation: Generation | None, engine: Engine) -> dict[str, Any]:
-        """Returns the journal record of a continuation; ``generation`` is None if the item cannot be used."""
+        """Returns a continuation as a record, the JSON object that is stored.
+
+        ``key`` identifies the record. ``generation`` is None if the item cannot be used.
+        """
         record: dict[str, Any] = {"key": key}
         if row.sampled_tokens is not None:
             record |= {"chosen": row.chosen, "chosen_tokens": row.sampled_tokens}
@@ -323,7 +327,7 @@ class DropoutNTP:
     def _skip_reason(self, chosen: str, record: Mapping[str, Any], scored: Mapping[str, Any]) -> str | None:
         """Returns the reason to skip a continuation, or None if it can become a rejected response.
 
-        ``scored`` is the result of ``_stored_score``.
+        ``record`` holds the continuation, and ``scored`` its answer and score from ``_stored_score``.
         """
         if record["finish"] == "length" and not self.config.allow_truncated:
             return "continuation cut off at max_new_tokens"
@@ -342,7 +346,7 @@ class DropoutNTP:
         return None
 
     def _score(self, item: Item, text: str) -> dict[str, Any]:
-        """Extracts and checks the answer in ``text``, and returns the score as record fields.
+        """Extracts the answer in ``text``, compares it with the true answers, and returns a dict with the result.
 
         The dict is empty if the item has no true answer or the pipeline has no matcher.
         """
@@ -351,7 +355,7 @@ class DropoutNTP:
         return self._scorer.score_fields(text, item)
 
     def _stored_score(self, item: Item, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the answer and its score from a record; empty without a true answer or a matcher."""
+        """Returns the answer of a stored continuation and its score; empty without a true answer or a matcher."""
         if not item.truths or self._scorer is None:
             return {}
         return self._scorer.stored_fields(record, item)

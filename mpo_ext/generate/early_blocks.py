@@ -1,7 +1,8 @@
-"""Lets blocks of records finish in any order, although a journal stores them in the order of the input.
+"""Stores the samples of a run in the order of the input, although they may be generated in any order.
 
-A block that finishes early waits in a second file, the file of early blocks, until all earlier blocks are in the
-journal. Because the block is on disk, a killed run does not lose it.
+A block is a group of items (questions) that are sampled together. The journal is the file that stores the samples as
+records, one JSON object per line. If a block finishes before an earlier block, its records wait in a second file.
+After a killed run, the next run reads them from this file.
 """
 
 import collections
@@ -19,12 +20,12 @@ _COMPACT_BYTES = 16 << 20  # a larger second file is emptied as soon as it holds
 
 @dataclasses.dataclass(slots=True)
 class _Place:
-    """The state of a block of records.
+    """The state of a block, a group of items that are sampled together.
 
     Attributes:
-        start: Index of the block's first record among all records of the input.
-        n_stored: Number of the block's records that the journal already holds.
-        is_finished: Whether the file of early blocks holds the complete block.
+        start: Index of the block's first sample among all samples of the run.
+        n_stored: Number of the block's samples that are already in the journal, the main file of the run's samples.
+        is_finished: Whether the second file, for waiting blocks, holds all samples of the block.
     """
 
     start: int
@@ -33,16 +34,17 @@ class _Place:
 
 
 class EarlyBlocks:
-    """Writes blocks of records to a journal in the order of the input. Blocks may finish in any order.
+    """Writes sampled records to a journal in the order of the input, although they may arrive in any order.
 
-    A block that finishes early waits in the file of early blocks, ``early-RANK-of-WORLD.jsonl``. A later run reads the
-    file, so its blocks need not be sampled again. The file is deleted at the end if no block waits in it.
+    A record is the JSON object of a sample. A block is a group of items that are sampled together. If a block finishes
+    before an earlier block, its records wait in a second file, ``early-RANK-of-WORLD.jsonl``. A later run reads this
+    file instead of sampling the block again. The file is deleted at the end if no block waits in it.
 
     Use an instance as a context manager inside the context of the journal. Call ``announce`` for each block, in the
-    order of the input, and ``finish`` for each block that is complete.
+    order of the input, and ``finish`` when the block is complete.
 
     Args:
-        journal: The opened journal.
+        journal: The opened journal, a file with one record per line.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -62,9 +64,9 @@ class EarlyBlocks:
         return self
 
     def _read_spans(self) -> None:
-        """Reads the file of early blocks, and stores the offset and the size of each block's line.
+        """Reads the file of waiting blocks, and stores the byte offset and the size of each line.
 
-        Leaves out blocks that the journal already holds completely.
+        A line holds the samples of a block. Lines whose samples are all in the journal, the main file, are left out.
         """
         n_stored = sum(1 for _ in self.journal.records())
         with open(self.path, "rb") as file:
@@ -91,15 +93,15 @@ class EarlyBlocks:
     def announce(
         self, start: int, keys: Sequence[str], stored: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]] | None:
-        """Registers the next block, in the order of the input.
+        """Registers the next block, a group of items that are sampled together, in the order of the input.
 
         Args:
-            start: Index of the block's first record among all records of the input.
-            keys: Keys of all records of the block.
-            stored: Records of the block that the journal already holds.
+            start: Index of the block's first sample among all samples of the run.
+            keys: Keys that identify the block's samples, in order.
+            stored: Samples of the block that the journal already holds, as JSON objects.
 
         Returns:
-            All records of the block if an earlier run has stored them in the file of early blocks, otherwise None.
+            All samples of the block if an earlier run stored them in the file of waiting blocks, otherwise None.
         """
         place = _Place(start, len(stored))
         self._places.append(place)
@@ -114,9 +116,9 @@ class EarlyBlocks:
         return None
 
     def finish(self, start: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Writes all records of the block that begins at ``start``.
+        """Writes the samples ``records`` of the block that was announced with the index ``start``.
 
-        The block goes to the journal or, if an earlier block is not finished, to the file of early blocks.
+        They go to the journal. If an earlier block is not finished, they go to the file of waiting blocks instead.
         """
         if self._places[0].start == start:
             self.journal.append(records[self._places.popleft().n_stored :])
@@ -128,7 +130,7 @@ class EarlyBlocks:
         next(place for place in self._places if place.start == start).is_finished = True
 
     def _move(self) -> None:
-        """Moves blocks from the file of early blocks to the journal, up to the first unfinished block."""
+        """Moves samples from the file of waiting blocks to the journal, up to the first unfinished block."""
         while self._places and self._places[0].is_finished:
             place = self._places.popleft()
             self.journal.append(self._read(place.start)[place.n_stored :])

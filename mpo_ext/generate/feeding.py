@@ -1,6 +1,6 @@
 """Runs the requests of several blocks, one block after the other or, if the engine can, at the same time.
 
-A block is a group of items that a pipeline samples together.
+A block is a group of items (questions) that a pipeline samples together.
 """
 
 import collections
@@ -41,7 +41,7 @@ class StreamingEngine(Engine, Protocol):
 
 
 def run_steps(steps: Steps, engine: Engine) -> Records:
-    """Runs a generator of requests with an engine until it returns, and returns its records.
+    """Runs the requests that a generator yields, and returns the generator's return value, a list for each item.
 
     Passes each list of requests to ``engine.generate``, and sends the generations back to ``steps``.
     """
@@ -55,14 +55,17 @@ def run_steps(steps: Steps, engine: Engine) -> Records:
 
 
 def run_blocks(blocks: Iterator[tuple[Tag, Steps]], engine: Engine) -> Iterator[tuple[Tag, Records]]:
-    """Runs blocks of requests with an engine, and yields the tag and the records of each block, in order.
+    """Samples blocks, which are groups of items, with an engine, and yields the results in the order of the blocks.
 
     A ``StreamingEngine`` runs the requests of several blocks at the same time. Other engines run one block after the
     other.
 
     Args:
-        blocks: The tag and the request generator of each block. The tag may be any object.
+        blocks: For each block, any object that identifies it (the tag), and a generator of its requests.
         engine: The engine.
+
+    Yields:
+        The tag of each block, and the return value of its generator.
     """
     if hasattr(engine, "submit"):
         with contextlib.closing(Feeder(cast(StreamingEngine, engine))) as feeder:
@@ -81,10 +84,10 @@ def run_blocks(blocks: Iterator[tuple[Tag, Steps]], engine: Engine) -> Iterator[
 
 
 class _Block:
-    """A block that has begun.
+    """The state of a block, a group of items whose requests have been started.
 
     Attributes:
-        tag: Tag of the block, as in ``run_blocks``.
+        tag: Object that identifies the block.
         steps: Generator that yields the block's requests.
         generations: Generations of the current list of requests; None for each running request.
         records: Return value of ``steps``; None until it returns.
@@ -99,10 +102,10 @@ class _Block:
 
 
 class Feeder:
-    """Runs several blocks at the same time on a streaming engine.
+    """Samples several blocks, which are groups of items, at the same time on a streaming engine.
 
     Attributes:
-        active_tag: Tag of the block that caused an error; None if the engine caused the error.
+        active_tag: After an error, the tag of the block that caused it; None if the engine caused it.
     """
 
     def __init__(self, engine: StreamingEngine) -> None:
@@ -113,27 +116,32 @@ class Feeder:
 
     @property
     def n_blocks(self) -> int:
-        """Number of blocks that have been added and not yet taken."""
+        """Number of blocks (groups of items) that were added with ``add`` and not yet removed by ``take``."""
         return len(self._blocks)
 
     @property
     def is_full(self) -> bool:
-        """True if no further block should be added.
+        """True if no further block (group of items) should be added.
 
-        This is the case if enough requests are running, or if the blocks in the feeder have too many requests.
+        This is the case if enough requests are running. It is also the case if the blocks that ``take`` has not yet
+        removed have too many requests, finished requests included.
         """
         kept = sum(block.n_requests for block in self._blocks)
         return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
 
     def add(self, tag: Any, steps: Steps) -> None:
-        """Adds a block and submits its first requests."""
+        """Adds a block (a group of items), and submits the first requests that its generator ``steps`` yields.
+
+        ``tag`` is any object that identifies the block.
+        """
         self._blocks.append(_Block(tag, steps))
         self._advance(self._blocks[-1], None)
 
     def take(self, *, in_order: bool) -> list[tuple[Any, Records]]:
-        """Removes the complete blocks, and returns the tag and the records of each of them.
+        """Removes the complete blocks (groups of items), and returns the tag and the result of each.
 
-        With ``in_order``, leaves a complete block in place until all earlier blocks are complete.
+        The result is the return value of the block's generator. With ``in_order``, a complete block is not removed
+        before all earlier blocks are complete.
         """
         complete: list[_Block] = []
         rest: collections.deque[_Block] = collections.deque()
@@ -148,7 +156,7 @@ class Feeder:
     def collect(self) -> None:
         """Waits until at least one running request has ended, and stores the generations.
 
-        If all current requests of a block have ended, submits the block's next requests.
+        If all current requests of a block (a group of items) have ended, submits the block's next requests.
         """
         if not self._running:
             return
@@ -165,9 +173,9 @@ class Feeder:
         self._running.clear()
 
     def _advance(self, block: _Block, generations: list[Generation] | None) -> None:
-        """Sends generations to a block's generator, and submits the requests that it yields next.
+        """Sends generations to a block's generator ``steps``, and submits the requests that it yields next.
 
-        ``generations`` is None at the start of the block.
+        A block is a group of items. ``generations`` is None at its start.
         """
         self.active_tag = block.tag
         try:

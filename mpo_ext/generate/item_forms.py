@@ -2,11 +2,11 @@
 
 Besides MMPR's format, these are:
 
-- MMMU: ``options`` as the text of a Python list, ``image_1`` to ``image_7``, and marks such as ``<image 1>``.
+- MMMU: ``options`` as the text of a Python list, ``image_1`` to ``image_7``, and placeholders such as ``<image 1>``.
 - MathVista: ``choices`` and ``decoded_image``.
 - M3CoT and ScienceQA: ``choices``, ``context`` or ``hint``, and the index of an option as the answer.
 - AI2D: the index of an option as the answer, written as text.
-- MathVision: marks such as ``<image1>``.
+- MathVision: placeholders such as ``<image1>``.
 - ChartQA: ``query``, ``label`` and ``imgname``.
 - POPE: ``text`` and ``label``.
 - MMBench: columns ``A``, ``B``, ..., and an image in base64.
@@ -267,10 +267,10 @@ def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
 def _place_numbered(
     turns: list[Turn], options: list[str] | dict[str, str] | None, images: Mapping[int, Any]
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
-    """Replaces marks such as ``<image 1>`` by ``<image>``, and sorts the images into the order of the marks.
+    """Replaces placeholders such as ``<image 1>`` by ``<image>``, and sorts the images in this order.
 
-    Images without a mark come first. If only some images have a mark, the first user turn gets an ``<image>`` for each
-    image without a mark.
+    Images without a placeholder come first. If only some images have a placeholder, the first user turn gets an
+    ``<image>`` for each other image.
 
     Returns:
         The turns, the options and the sorted images.

@@ -43,9 +43,10 @@ class ItemTurns:
 
 
 def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
-    """Removes the fields of a conversation, such as ``messages``, from ``rest``, and returns those that are not empty.
+    """Removes the conversation fields, such as ``messages``, from an item's fields ``rest``, and returns them.
 
-    If ``rest`` is a written preference pair, its turns and tools are taken from ``extra``.
+    Empty fields are left out. If ``rest`` is a preference pair that this package wrote, its turns and tools are taken
+    from ``extra``.
 
     Raises:
         FormError: If the item has several fields with messages. If the chosen response of a pair has several turns or

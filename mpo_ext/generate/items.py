@@ -45,8 +45,9 @@ class Item:
         truths: True answers, each of which counts as right.
         extra: Other fields of the input line. ``options`` is a list of texts, or a dict from letter to text.
         image_root: Folder to which relative image paths are joined.
-        subset: Name of the item's subset in a meta file; None without a meta file. Pairs from an item with a subset
-            record the subset and ``image_root``, and have absolute image paths.
+        subset: Name of the item's data set in an MMPR meta file (a JSON file that lists data sets); None without a
+            meta file. If set, pairs from this item store ``subset`` and ``image_root``, and their image paths are
+            absolute.
         problem: Reason why the item cannot be used, or None.
         detail: Further explanation of ``problem``, or None.
     """
@@ -66,7 +67,7 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """Image paths for pairs made from this item: absolute if the item has a subset, otherwise as in the input."""
+        """Image paths for pairs made from this item: absolute if ``subset`` is set, otherwise as in the input."""
         if self.subset is None:
             return self.images
         return self.image_sources
@@ -83,7 +84,7 @@ class Item:
 
     @property
     def pair_videos(self) -> tuple[Video, ...]:
-        """Videos for pairs made from this item, with absolute paths if the item has a subset."""
+        """Videos for pairs made from this item: absolute paths if ``subset`` is set, otherwise as in the input."""
         return self.videos if self.subset is None else self.video_sources
 
     @property
@@ -120,7 +121,7 @@ class Item:
     def pair_extra(self) -> dict[str, Any]:
         """Extra fields for pairs made from this item.
 
-        These are ``extra`` and, if the item has a subset, the name of the subset and ``image_root``.
+        These are ``extra`` and, if ``subset`` is set, ``subset`` and ``image_root``.
         """
         if self.subset is None:
             return dict(self.extra)
@@ -179,7 +180,8 @@ class Item:
                 ``answer_gt`` or ``answer``, ``options``, ``system``, ``history`` and ``tools``. ``item_forms`` lists
                 further accepted formats. All other fields except ``rejected`` become ``extra``.
             image_root: Folder to which relative image paths are joined.
-            subset: Name of the subset, whose images must be inside ``image_root``; None without a meta file.
+            subset: Name of the data set in an MMPR meta file; None without a meta file. If set, the images must be
+                inside ``image_root``.
             system: System prompt for an item without a system prompt; None: no system prompt.
         """
         if not isinstance(values, Mapping) or is_nested_deeply(values):
@@ -265,7 +267,7 @@ class ItemFile:
     Attributes:
         path: Path of the file.
         image_root: Folder to which relative image paths are joined.
-        subset: Name of the file in a meta file; None without a meta file.
+        subset: Name of the file in an MMPR meta file, a JSON file that lists data sets; None without a meta file.
         system: System prompt for items without a system prompt; None: no system prompt.
     """
 
@@ -281,7 +283,7 @@ class ItemSource:
 
     Attributes:
         files: The files of items, in order.
-        digest: Hash of the files' contents and subset names. It does not depend on their paths.
+        digest: Hash of the contents of the files and, with a meta file, of their names in it. Paths have no effect.
         count: Number of items in the run.
         system: System prompt for items without a system prompt; None: no system prompt.
     """
@@ -292,7 +294,7 @@ class ItemSource:
     system: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Returns the digest and the system prompt, with which a run's journals identify the input."""
+        """Returns the digest and the system prompt, by which a resumed run checks that its input is the same."""
         return {"blake2b": self.digest, **({} if self.system is None else {"system": self.system})}
 
     def items(self) -> Iterator[Item]:
@@ -336,10 +338,11 @@ def item_files(
     """Returns the item files of a source: the source itself, or the files that an MMPR meta file lists.
 
     Args:
-        source: Path of JSON lines, a JSON array (.json), TSV, CSV or Parquet, or of a meta file (.json).
-        image_root: Folder to which relative image paths are joined. Must be empty for a meta file, which names a
-            root for each file.
-        root_map: Path prefixes (old, new) that replace moved folders in a meta file.
+        source: Path of JSON lines, a JSON array (.json), TSV, CSV or Parquet. Or path of an MMPR meta file, a JSON
+            object that lists such files with their image folders.
+        image_root: Folder to which relative image paths are joined. Must be empty for a meta file.
+        root_map: Tuples (old, new): the path of a folder in the meta file that has moved, and its new path. Must be
+            empty without a meta file.
         system: System prompt for items without a system prompt; None: no system prompt.
 
     Raises:
@@ -363,7 +366,7 @@ def item_files(
 
 
 def _is_meta(source: str | Path) -> bool:
-    """Returns whether a file is a meta file: a .json file that does not hold a JSON array.
+    """Returns whether a file is an MMPR meta file, which lists data sets: a .json file without a JSON array.
 
     Raises ValueError for a meta file that is not in UTF-8.
     """
@@ -402,10 +405,10 @@ def _is_path(image: object) -> bool:
 
 
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """Returns the subset name and the image root that a pipeline recorded in a line.
+    """Returns the data set's name and the image folder from ``source``, the field ``"$source"`` of an input line.
 
-    Returns (None, ``image_root``) if the line records no subset, or if an image is not an absolute path inside the
-    recorded root.
+    Returns (None, ``image_root``) if ``source`` does not have both, or if an image is outside this folder or has a
+    relative path.
     """
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):

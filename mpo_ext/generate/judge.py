@@ -62,12 +62,13 @@ class JudgeConfig:
         judging: Settings for drawing the tokens of a verdict, for engines that measure no probabilities.
         best_rating: The best rating, from 2 to 9; the worst rating is 1. If the engine measures probabilities, the
             score of a response is the mean of the ratings, weighted with their probabilities.
-        min_gap: Minimum difference of the scores of the two responses of a pair; with "pointwise" only.
+        min_gap: Minimum difference between the scores of a pair's two responses; with "pointwise" only.
         pairs_per_question: Maximum number of pairs or, with "pairwise", of comparisons per question; 0: no limit.
         max_shorter: As in ``RlaifVConfig``; with "pointwise" only.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
-        judge: Name of the judge model, for the provenance; None: the model that answers is also the judge.
+        judge: Name of the judge model that is written into the pairs. It does not select the model. None: the name of
+            the model that answers.
         comparison_prompt: Prompt with ``{question}``, ``{first}`` and ``{second}``; the verdict is A or B.
         rating_prompt: Prompt with ``{question}``, ``{response}`` and ``{best}``; the verdict is a number.
     """
@@ -109,9 +110,9 @@ class _Verdict:
     """A request for a verdict of the judge.
 
     Attributes:
-        record: Journal record of the judged response, to which the verdict is added.
+        record: JSON object of the judged response, to which the verdict is added.
         request: The request.
-        opponent: Key of the response that is compared with the judged response; None for a rating.
+        opponent: Key of the other response in a comparison; None for a rating.
     """
 
     record: dict[str, Any]
@@ -122,7 +123,7 @@ class _Verdict:
 class Judge:
     """The pipeline in which a judge model rates or compares the responses to a question.
 
-    The only output is ``pairs``.
+    The only output file is ``pairs.jsonl``.
     """
 
     name = "judge"
@@ -138,20 +139,23 @@ class Judge:
         self._ratings = tuple((str(rating),) for rating in range(1, self.config.best_rating + 1))
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that determine the records and the outputs, as JSON values."""
+        """Returns the settings that determine the samples and the output files, as JSON values."""
         return dataclasses.asdict(self.config)
 
     def keys(self, item: Item) -> list[str]:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples responses to the items, asks the judge about them, and returns a list of records for each item."""
+        """Samples responses to the items, asks the judge about them, and returns a list of records for each item.
+
+        A record is a JSON object with a response and its verdicts.
+        """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields lists of requests, and receives the generations of each list.
 
-        Returns the same records as ``sample``.
+        Returns the same value as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         verdicts: list[_Verdict] = []
@@ -177,7 +181,7 @@ class Judge:
     ) -> Generator[_Verdict, None, None]:
         """Yields a request for each verdict that the judge must give about the responses to an item.
 
-        ``records`` holds the journal records of distinct responses.
+        ``records`` are the JSON objects of distinct responses.
         """
         question = quoted(item.prompt_text)
         if self.config.mode == "pointwise":
@@ -198,7 +202,7 @@ class Judge:
                 yield _Verdict(first, request, second["key"])
 
     def _judge(self, verdicts: Sequence[_Verdict]) -> Generator[list[Request], list[Generation], None]:
-        """Yields the requests of all verdicts, receives the generations, and stores the verdicts in the records."""
+        """Yields the requests of all verdicts, receives the generations, and adds each verdict to its response."""
         generations = yield [verdict.request for verdict in verdicts]
         for verdict, generation in zip(verdicts, generations, strict=True):
             record = verdict.record
@@ -226,7 +230,11 @@ class Judge:
         return float(match[1]) if match and 1 <= int(match[1]) <= self.config.best_rating else None
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the responses to an item. The judge prefers the chosen response of each pair."""
+        """Makes pairs from the sampled responses to an item. The judge prefers the chosen response of each pair.
+
+        ``records`` are the responses with their verdicts, as JSON objects. ``model`` is the name of the model that
+        answered.
+        """
         result = ItemResult()
         for stage, field in (("responses", "tokens"), ("verdicts", "verdict_tokens")):
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)
@@ -280,7 +288,7 @@ class Judge:
     ) -> list[tuple[RatedResponse, RatedResponse]]:
         """Returns the (chosen, rejected) pairs for which the judge prefers the same response in both orders.
 
-        Adds the numbers of unreadable and order-dependent verdicts to ``result.notes``.
+        Counts unreadable verdicts and order-dependent preferences in ``result.notes``.
         """
         by_key = {response.record["key"]: response for response in responses}
         shares = {

@@ -27,7 +27,7 @@ class OpenAIEngine:
 
     Short requests at the start find out what the server supports (``features``). If the server accepts token ids, a
     prompt without images goes to ``/v1/completions`` as token ids. All other prompts go to ``/v1/chat/completions`` as
-    messages, with images as ``data:`` URLs. There, a prefix is sent as an open turn of the assistant
+    messages, with images as ``data:`` URLs. There, the prefix of a response is an unfinished turn of the assistant
     (``continue_final_message``). If the server returns the token ids of its prompts, they must match those of the
     model's processor. A request that the server cannot answer correctly is refused.
 
@@ -52,7 +52,7 @@ class OpenAIEngine:
         ChatError: If the chat template cannot be used.
         ImportError: If the package openai is missing.
         ServerError: If the server does not answer, does not know the model, or refuses the key.
-        ValueError: If an argument is out of range, or the server accepts none of the forms of requests.
+        ValueError: If an argument is out of range, or the server refuses all test requests.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
 
     Raises:
         ServerError: If the server does not answer, does not know the model, or refuses the key.
-        ValueError: If the server accepts none of the forms of requests.
+        ValueError: If the server refuses all test requests.
     """
     prober = _Prober(client, model, extra_body)
     completion = None
@@ -90,7 +90,7 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Form:
-    """A form of requests that servers may accept; ``ServerFeatures`` describes the attributes."""
+    """A variant of the optional request fields, which differ between servers. Attributes: see ``ServerFeatures``."""
 
     extensions: bool
     seed_bits: int
@@ -107,7 +107,7 @@ _FORMS = [
 
 
 class _Prober:
-    """Sends test requests in several forms, and keeps the first form that the server accepts."""
+    """Sends test requests with several variants of the optional fields, and keeps the first accepted variant."""
 
     def __init__(self, client: OpenAIClient, model: str, extra_body: Mapping[str, Any]) -> None:
         self.client = client
@@ -120,9 +120,9 @@ class _Prober:
         return self.forms[0]
 
     def find_form(self, path: str, body: Mapping[str, Any]) -> Reply | None:
-        """Tries a request in each form until the server accepts it, and keeps this form.
+        """Sends a request with each variant of the optional fields until the server accepts it, and keeps the variant.
 
-        Returns the answer, or None if the server refuses all forms.
+        Returns the answer, or None if the server refuses all variants.
         """
         for form in self.forms:
             reply = self.ask(path, body, form)
@@ -134,9 +134,10 @@ class _Prober:
     def ask(
         self, path: str, body: Mapping[str, Any], form: _Form, *, max_new_tokens: int = 1, **changes: Any
     ) -> Reply | None:
-        """Sends a request in a form. Returns the answer, or None if the server refuses the request or lacks the path.
+        """Sends a request with the optional fields of ``form``.
 
-        ``changes`` are further fields, which replace those of ``body``.
+        Returns the answer, or None if the server refuses the request or lacks the path. ``changes`` are further
+        fields, which replace those of ``body``.
         """
         fields = {**self.base, **(EXTENSIONS if form.extensions else {}), form.limit: max_new_tokens}
         fields |= {"seed": 2**form.seed_bits - 1, **body, **changes}

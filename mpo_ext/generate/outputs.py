@@ -23,13 +23,14 @@ class ItemResult:
     """The result of a pipeline for an item: its output lines, and the reasons for skipped samples.
 
     Attributes:
-        lines: The name of the output and the content of each line.
-        skipped: Number of skips by reason. Both skipped samples and a skipped item count.
+        lines: Output lines, each as the output file's name without ".jsonl", and the JSON object to write.
+        skipped: Number of skipped samples by reason. If the item as a whole is skipped, its reason counts once, too.
         is_skipped: Whether the item as a whole is skipped.
-        notes: Remarks for the summary, each with the number of lines that it concerns.
+        notes: Remarks for the summary, each with the number of pairs or comparisons that it concerns.
         tokens: Number of generated tokens.
-        stage_tokens: Number of generated tokens by stage, for pipelines that have several stages.
-        details: Detail of a skip, such as the path of an image, by reason.
+        stage_tokens: Number of generated tokens by step of the pipeline, such as "responses" and "verdicts"; empty for
+            a pipeline with one step.
+        details: An example for each reason in ``skipped``, such as the path of an image; reasons may lack an example.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -47,7 +48,10 @@ class ItemResult:
         return self
 
     def skip_problem(self, records: Sequence[Mapping[str, Any]]) -> bool:
-        """Marks the item as skipped if one of its records has a problem, and returns whether this is the case."""
+        """Marks the item as skipped if one of its records has the field ``problem``, and returns whether it did so.
+
+        A record is the JSON object of a sample.
+        """
         record = next((record for record in records if "problem" in record), None)
         if record is None:
             return False
@@ -58,7 +62,7 @@ class ItemResult:
 
 
 def problem_detail(record: Mapping[str, Any]) -> str | None:
-    """Returns the detail of a record's problem, such as the path of an image or the engine's refusal, or None."""
+    """Returns details of the problem that a sample's JSON object states, such as the path of an image, or None."""
     return record.get("detail") or record.get("refusal")
 
 
@@ -70,14 +74,15 @@ class Summary:
         items: Number of items.
         records: Number of samples.
         generated_tokens: Number of generated tokens in all samples.
-        lines: Number of lines by output.
+        lines: Number of lines in each output file, by the file's name without ".jsonl".
         chosen_chars: Number of characters in the chosen responses of all pairs.
         rejected_chars: Number of characters in the rejected responses of all pairs.
         skipped: Number of skipped items and samples by reason.
         skipped_items: Number of items skipped as a whole.
-        notes: Remarks, each with the number of pairs that it concerns.
-        stage_tokens: Number of generated tokens by stage; empty for a pipeline with one stage.
-        examples: First detail of a skip, by reason; reasons without details are missing.
+        notes: Remarks, each with the number of pairs or comparisons that it concerns.
+        stage_tokens: Number of generated tokens by step of the pipeline, such as "responses" and "verdicts"; empty for
+            a pipeline with one step.
+        examples: The first example for each reason in ``skipped``; reasons may lack an example.
     """
 
     items: int = 0
@@ -99,7 +104,7 @@ class Summary:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs in all outputs."""
+        """Number of pairs in all output files."""
         return sum(count for name, count in self.lines.items() if name != "unsolved")
 
     def add(self, result: ItemResult, records: int) -> None:
@@ -166,7 +171,7 @@ class PairOutputs:
     paths are relative to ``out``.
 
     Args:
-        names: Names of the outputs.
+        names: Names of the output files without ".jsonl".
         out: Folder of the run.
 
     Attributes:

@@ -17,18 +17,18 @@ _MAX_KNOWN_VERDICTS = 1 << 16
 
 
 def refusal_fields(refusal: str) -> dict[str, str]:
-    """Returns the record fields that store the refusal of a request by the engine."""
+    """Returns the fields that are stored instead of a response if the engine refused the request."""
     return {"problem": "prompt refused by the engine", "refusal": refusal}
 
 
 def item_fields(item: Item) -> dict[str, str]:
-    """Returns the record fields that store the problem of an item."""
+    """Returns the fields that are stored instead of a response if an item has a ``problem``."""
     detail = {} if item.detail is None else {"detail": item.detail}
     return {"problem": str(item.problem), **detail}
 
 
 def media_fields(error: Exception) -> dict[str, str]:
-    """Returns the record fields that store an error of loading an image or a video."""
+    """Returns the fields that are stored instead of a response if an image or a video cannot be loaded."""
     hint = ": relative paths start at image_root (--image-root)" if isinstance(error, FileNotFoundError) else ""
     return {"problem": media_problem(error), "detail": f"{error}{hint}"}
 
@@ -115,14 +115,17 @@ class QuestionSampler:
         return None
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples responses to the questions, and returns a list of records for each item."""
+        """Samples responses to the questions, and returns a list of records for each item.
+
+        A record is a JSON object with a response, or with the reason why the item cannot be used.
+        """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields a list of requests, and receives their generations.
 
-        Returns a list of records for each item. A record has ``key``, ``text``, ``finish`` and ``tokens`` or, if the
-        item cannot be used, ``key`` and ``problem``.
+        Returns a list of records (JSON objects) for each item. A record has ``key``, ``text``, ``finish`` and
+        ``tokens`` or, if the item cannot be used, ``key`` and ``problem``.
         """
         problems: dict[int, dict[str, str]] = {}
         requests: list[Request] = []
@@ -188,7 +191,7 @@ class AnswerScorer:
         self._verdicts: dict[tuple[tuple[str, ...], Any, str], Verdict] = {}
 
     def matcher_for(self, item: Item) -> Matcher:
-        """Returns the matcher for an item, which knows the item's options if there are any."""
+        """Returns the function that compares answers. If it matches choices, it knows the item's options."""
         return self.matcher if item.options is None else self.matcher.with_options(dict(item.options))
 
     def score(self, text: str, item: Item) -> tuple[str | None, Verdict | None]:
@@ -209,7 +212,7 @@ class AnswerScorer:
         return answer, verdict
 
     def score_fields(self, text: str, item: Item) -> dict[str, Any]:
-        """Extracts and checks the answer in a response, and returns the result as fields for the journal.
+        """Extracts the answer in a response, compares it with the true answers, and returns a dict with the result.
 
         ``correct`` is True or False, or None if there is no answer or the matcher cannot read it.
         """
@@ -220,9 +223,9 @@ class AnswerScorer:
         return {**fields, "verdicts": VERDICT_VERSION}
 
     def stored_fields(self, record: Mapping[str, Any], item: Item) -> dict[str, Any]:
-        """Returns the answer and its verdict from a journal record, as in ``score_fields``.
+        """Returns the answer and its score, as in ``score_fields``, from the stored JSON object of a response.
 
-        If the record was written with another ``VERDICT_VERSION``, the response is scored again.
+        If the object was written with another ``VERDICT_VERSION``, the response is scored again.
         """
         if record.get("verdicts") == VERDICT_VERSION:
             return {name: record[name] for name in ("answer", "correct", "score", "rule") if name in record}

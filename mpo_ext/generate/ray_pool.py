@@ -1,4 +1,4 @@
-"""The driver of a Ray run: sends blocks of items to actors, receives their records and replaces dead actors."""
+"""The driver of a Ray run: sends groups of items (blocks) to actors, receives the samples, replaces dead actors."""
 
 import dataclasses
 import math
@@ -15,12 +15,12 @@ _STOP_S = 30.0
 
 
 class BlockError(RuntimeError):
-    """Raised if a block of items cannot be sampled. The message names the items and the reason."""
+    """Raised if responses to a group of items cannot be sampled. The message names the items and the reason."""
 
 
 @dataclasses.dataclass(eq=False)
 class _Actor:
-    """A Ray actor and the blocks that it samples.
+    """A Ray actor and the groups of items (blocks) that it samples.
 
     Attributes:
         handle: Ray's handle of the actor.
@@ -43,7 +43,7 @@ class RayPool:
         arguments: Arguments of ``RayWorker``.
         engines: Number of actors.
         gpus: Number of GPUs of each actor.
-        block_size: Number of samples in a block.
+        block_size: Number of samples in a block, the group of items that an actor samples together.
         stream: Output for remarks to the user, or None.
     """
 
@@ -80,7 +80,9 @@ class RayPool:
         return self._report.name, self._report.settings
 
     def run(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, list[dict[str, Any]]]]:
-        """Runs blocks on the actors, and yields each block with its records in the order in which the blocks finish.
+        """Samples blocks of items on the actors, and yields each block with its records in the order of completion.
+
+        A record is the JSON object of a sample.
 
         Raises:
             BlockError: If a block cannot be sampled. Blocks that have begun are finished and yielded first.
@@ -109,7 +111,7 @@ class RayPool:
             self._ray.kill(actor.handle)
 
     def _fill(self, actor: _Actor, blocks: Iterator[Block]) -> None:
-        """Sends an actor further blocks until it has enough to do."""
+        """Sends an actor further blocks of items until it has enough to do."""
         if actor.report is None:
             return
         concurrency = actor.report.concurrency
@@ -138,9 +140,9 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether one more death of an actor would make a block fail.
+        """Returns whether so many actors have died with a block of items that one more death makes the run fail.
 
-        Such a block runs alone on an actor. ``start`` is the block's ``Block.start``.
+        Such a block is sent to an actor without other blocks. ``start`` is the block's ``Block.start``.
         """
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 
@@ -154,7 +156,7 @@ class RayPool:
         actor.n_calls += 1
 
     def _receive(self) -> list[tuple[Block, BlockResult]]:
-        """Waits until a call of an actor returns, and returns the blocks that it has finished, with their results."""
+        """Waits until a call of an actor returns, and returns the finished blocks of items with their results."""
         (ref,), _ = self._ray.wait(list(self._callers), num_returns=1)
         actor = self._callers.pop(ref)
         actor.n_calls -= 1
@@ -179,7 +181,10 @@ class RayPool:
             raise RuntimeError(f"all engines must have the same settings, got {first!r} and {second!r} for {name}")
 
     def _replace(self, actor: _Actor, error: Exception) -> None:
-        """Replaces a dead actor by a new one, and queues the dead actor's blocks again."""
+        """Replaces a dead actor by a new one, and queues the dead actor's blocks of items again.
+
+        A block that has lost too many actors is not queued, and makes the run fail.
+        """
         self._ray.kill(actor.handle)
         self._actors.remove(actor)
         self._callers = {ref: caller for ref, caller in self._callers.items() if caller is not actor}

@@ -1,7 +1,7 @@
-"""Runs a pipeline on a Ray cluster. Each Ray actor holds an engine, and the driver writes the journal.
+"""Runs a pipeline on a Ray cluster. Each Ray actor holds an engine, and the driver stores the samples.
 
-The driver reads the items, sends each actor a few blocks at a time, and stores each block when it is finished. A run
-with Ray resumes like any other run and gives the same outputs.
+The driver reads the items, sends each actor a few groups of items (blocks) at a time, and stores the samples of each
+block when it is finished. A run with Ray resumes like any other run and gives the same output files.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ def run(
 ) -> Summary:
     """Runs a pipeline like ``runner.run``, but with engines on a Ray cluster, and returns the summary of the run.
 
-    Only this process, the driver, reads ``source`` and writes to ``out``. If an engine dies, a new engine runs its
-    blocks. The actors end when the driver ends or is killed.
+    Only this process, the driver, reads ``source`` and writes to ``out``. If an engine dies, a new engine repeats its
+    unfinished requests. The actors end when the driver ends or is killed.
 
     Args:
         pipeline: As in ``runner.run``.
@@ -58,7 +58,7 @@ def run(
         **place: As in ``runner.run``; ``image_root`` must be the same folder on every machine.
 
     Raises:
-        BlockError: If a block of items cannot be sampled. Blocks that have begun are stored first.
+        BlockError: If responses to a group of items cannot be sampled. Groups that have begun are stored first.
         ImportError: If ray is missing.
         RuntimeError: If an engine cannot be created, or two engines have different settings.
         SettingsMismatchError: If the folder holds a run with other settings or another input.
@@ -90,7 +90,7 @@ def run(
 def _sample(
     pool: RayPool, pipeline: PairPipeline, items: ItemSource, out: Path, block_size: int, stream: TextIO | None
 ) -> str:
-    """Samples the records that are missing in the journal of ``out``, and returns the name of the model."""
+    """Samples the responses that are missing in the folder ``out``, and returns the name of the model."""
     name, settings = pool.start()
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(open_journal(pipeline, settings, items, out))

@@ -1,4 +1,4 @@
-"""The Ray actor of a run. It holds an engine and samples blocks of items."""
+"""The Ray actor of a run. It holds an engine and samples responses to groups of items (blocks)."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ _SHOWN = 80  # maximum number of characters of a question in a message
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Block:
-    """A block of items that an actor samples together.
+    """A group of items that an actor samples together.
 
     Attributes:
-        start: Index of the block's first record among all records of the input. It identifies the block.
+        start: Index of the block's first sample among all samples of the run. It identifies the block.
         first_item: Index of the block's first item in the input.
         items: The items.
-        keys: Keys of all records of the block.
+        keys: Keys that identify the block's samples, in order.
     """
 
     start: int
@@ -42,11 +42,11 @@ class Block:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockResult:
-    """The result of sampling a block.
+    """The result of sampling a ``Block``.
 
     Attributes:
         start: The block's ``start``.
-        records: Records of each item; empty after an error.
+        records: A list of samples (JSON objects) for each item; empty after an error.
         error: The message of an error, or None.
     """
 
@@ -71,7 +71,7 @@ class EngineReport:
 
 
 class RayWorker:
-    """Samples blocks of items with one engine. A streaming engine runs several blocks at the same time.
+    """Samples groups of items (blocks) with one engine. A streaming engine runs several blocks at the same time.
 
     Args:
         pipeline: The pipeline.
@@ -92,10 +92,10 @@ class RayWorker:
         return EngineReport(self.engine.name, self.engine.settings(), concurrency)
 
     def step(self, blocks: Sequence[Block]) -> list[BlockResult]:
-        """Begins the given blocks, waits until at least one block has finished, and returns the available results.
+        """Starts blocks of items, waits until at least one block has finished, and returns the available results.
 
-        A streaming engine may return blocks from earlier calls, and finish the given blocks in a later call. Other
-        engines finish all given blocks.
+        With a streaming engine, the results may be those of earlier calls, and a later call may return those of the
+        given blocks. Other engines finish all given blocks.
         """
         if self._feeder is None:
             return [self._run(block) for block in blocks]
@@ -122,10 +122,10 @@ class RayWorker:
             return BlockResult(block.start, [], f"{block}: {describe_error(error)}{self._culprit(block)}")
 
     def _culprit(self, block: Block) -> str:
-        """Finds the item that made a block fail, by sampling the items one by one.
+        """Finds the item that made a block of items fail, by sampling the items one by one.
 
-        Returns a text that names the item, or "" if no item fails alone. Also returns "" if a neighbour of the item
-        fails, because the cause is then not this item.
+        Returns a text that names the first item that fails alone. Returns "" if no item fails alone, or if the item
+        next to it fails, too, because the cause is then not this item.
         """
         if len(block.items) < 2:
             return ""

@@ -13,8 +13,9 @@ _UNIT = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\S")
 def is_degenerate(text: str) -> bool:
     """Returns whether a response repeats itself.
 
-    A response repeats itself if it ends with the same passage at least 5 times in a row (at least 60 characters in
-    total), or if it has at least 60 sequences of 6 words (or ideographs), of which more than half are repetitions.
+    This is the case if the response ends with the same passage at least 5 times in a row, and these repetitions have
+    at least 60 characters in total. It is also the case if more than half of the sequences of 6 words (or ideographs)
+    in the response repeat an earlier sequence, and there are at least 60 sequences.
     """
     for period in range(1, min(_PERIODS, len(text) // _LEAST_REPEATS) + 1):
         needed = max(_LEAST_REPEATS * period, _LEAST_REPEATED_CHARS)

@@ -27,7 +27,7 @@ class RatedResponse:
     Attributes:
         text: The response.
         score: The score.
-        record: The journal's record of the response.
+        record: The response as stored in the journal, the file of a run's samples.
     """
 
     text: str
@@ -36,7 +36,10 @@ class RatedResponse:
 
 
 def skip_reason(record: Mapping[str, Any], *, allow_truncated: bool, allow_degenerate: bool) -> str | None:
-    """Returns the reason to skip a sampled response, or None if it can be used. ``record`` is its journal record."""
+    """Returns the reason to skip a sampled response, or None if it can be used.
+
+    ``record`` is the JSON object in which the response is stored.
+    """
     if record["finish"] == "length" and not allow_truncated:
         return "sample cut off at max_new_tokens"
     if not record["text"].strip():
@@ -85,8 +88,8 @@ def pairs_by_score(
     Args:
         item: The question.
         responses: The responses, which must be distinct.
-        result: Its ``notes`` count the possible pairs that do not meet ``min_gap`` or ``max_shorter``.
-        min_gap: Minimum difference of the two scores.
+        result: Result in whose ``notes`` the pairs that violate ``min_gap`` or ``max_shorter`` are counted.
+        min_gap: Minimum difference between the two scores.
         max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response;
             1: no limit.
         limit: Maximum number of pairs; 0: no limit.

@@ -49,14 +49,15 @@ class RlaifVConfig:
             claim.
         questions: "model": a model turns the claims of a response into questions, as in the paper; "statement": the
             question is whether the claim is correct.
-        rewriting: Settings for drawing the tokens of claims and questions.
-        min_gap: Minimum difference of the numbers of rejected claims of the two responses of a pair.
+        rewriting: Settings for drawing tokens when a model lists claims or writes questions.
+        min_gap: The rejected response must have at least this many more rejected claims than the chosen response.
         pairs_per_question: Maximum number of pairs per question; 0: no limit.
         max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response. A
             limit helps because a count of errors favours short responses. 1: no limit.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
-        judge: Name of the model that splits and checks responses, for the provenance; None: the model that answers.
+        judge: Name of the model that splits and checks responses, as written into the pairs. It does not select the
+            model. None: the name of the model that answers.
         claims_prompt: Prompt with ``{question}`` and ``{answer}``.
         questions_prompt: Prompt with ``{claims}``, a list with one claim per line.
         verdict_prompt: Prompt with ``{question}``, a question about a claim.
@@ -100,7 +101,7 @@ class _Draft:
 
     Attributes:
         item: The item of the response.
-        record: Journal record of the response, to which the claims and the verdicts are added.
+        record: JSON object of the response, to which the claims and the verdicts are added.
         claims: The claims of the response.
         questions: The question about each claim.
     """
@@ -116,7 +117,8 @@ class _Draft:
     def is_whole(self, generation: Generation, name: str) -> bool:
         """Returns whether a generated list of claims or questions can be used.
 
-        If the list is refused or cut off, stores the failure in the record. ``name`` is "claims" or "questions".
+        If the engine refused the request or cut the list off, stores this in ``record``. ``name`` is "claims" or
+        "questions".
         """
         if generation.refusal is not None:
             self.record["refusal"] = generation.refusal
@@ -131,7 +133,9 @@ class _Draft:
 
 
 class RlaifV:
-    """The RLAIF-V pipeline, which checks the claims of each response one by one. The only output is ``pairs``.
+    """The RLAIF-V pipeline, which checks the claims of each response one by one.
+
+    The only output file is ``pairs.jsonl``.
 
     Equal responses to a question are checked once. Equal questions about an item are asked once.
     """
@@ -148,20 +152,23 @@ class RlaifV:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that determine the records and the outputs, as JSON values."""
+        """Returns the settings that determine the samples and the output files, as JSON values."""
         return dataclasses.asdict(self.config)
 
     def keys(self, item: Item) -> list[str]:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples responses to the items and checks their claims, and returns a list of records for each item."""
+        """Samples responses to the items, checks their claims, and returns a list of records for each item.
+
+        A record is a JSON object with a response, its claims and the verdicts on them.
+        """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields lists of requests, and receives the generations of each list.
 
-        Returns the same records as ``sample``.
+        Returns the same value as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         drafts: list[_Draft] = []
@@ -278,9 +285,11 @@ class RlaifV:
         return Request(key=key, question=question, seed=seed, sampling=sampling, role="judge", **values)
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the responses to an item.
+        """Makes pairs from the sampled responses to an item.
 
-        The responses of a pair differ by at least ``min_gap`` in their numbers of rejected claims.
+        The rejected response of a pair has at least ``min_gap`` more rejected claims than the chosen response.
+        ``records`` are the responses with the verdicts on their claims, as JSON objects. ``model`` is the name of the
+        model that answered.
         """
         result = ItemResult()
         for stage, field in _STAGES.items():

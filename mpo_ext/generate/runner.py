@@ -1,8 +1,10 @@
-"""Runs a pipeline over a file of items. A killed run loses at most the blocks of samples that are being generated.
+"""Runs a pipeline over a file of items (questions), and writes the output files.
 
-Each process of a run stores its samples in a journal (``mpo_ext.generate.sampler``). The process that completes the
-last journal converts all journals to the outputs, in the order of the input. The conversion draws no random numbers,
-so the outputs depend only on the journals.
+The engine gets the items in groups. A killed run loses at most the samples of unfinished groups.
+
+Each process of a run stores its samples in a file, its journal (``mpo_ext.generate.sampler``). The process that
+completes the last journal writes the output files from all journals, in the order of the input. This step draws no
+random numbers, so the output files depend only on the journals.
 """
 
 import contextlib
@@ -33,7 +35,7 @@ _CHECKED_ITEMS = 100
 
 
 class PairPipeline(Pipeline, Protocol):
-    """A pipeline that makes pairs: ``steps`` samples records with an engine, ``make_pairs`` makes pairs from records.
+    """A pipeline that makes pairs: ``steps`` samples with an engine, ``make_pairs`` makes pairs from the samples.
 
     Attributes:
         needs_truths: Whether the items must have a true answer.
@@ -43,12 +45,13 @@ class PairPipeline(Pipeline, Protocol):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs; each output is a JSONL file."""
+        """Names of the output files, without ".jsonl"."""
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Returns the output lines for an item, made from its records without drawing random numbers.
+        """Returns the output lines for an item, made from its samples without drawing random numbers.
 
-        ``model`` is the name of the model in the provenance of the pairs.
+        ``records`` are the stored samples as JSON objects. ``model`` is the model's name that is written into the
+        pairs.
         """
 
 
@@ -66,7 +69,9 @@ def run(
     stream: TextIO | None = None,
     **place: Any,
 ) -> Summary | None:
-    """Samples the records that are missing in the folder of the run, and writes the outputs when all records exist.
+    """Samples the responses that the folder of the run does not hold yet, and writes the output files.
+
+    If several processes sample, the last process to finish writes the output files.
 
     Args:
         pipeline: The pipeline, such as ``DropoutNTP`` or ``Correctness``.
@@ -74,11 +79,11 @@ def run(
         source: File of items, or an MMPR meta file (.json) that lists such files; see ``item_files``.
         out: Folder of the run.
         block_size: Number of samples to request at a time. All samples of an item are requested together, even if they
-            exceed this number. A killed run loses the samples of its unfinished blocks.
+            exceed this number. A killed run loses the samples that were requested together with unfinished ones.
         limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
         rank: Rank of this process. It takes the items at the positions ``rank``, ``rank + world_size``, and so on.
         world_size: Number of processes, which need not run at the same time.
-        fsync_s: Seconds between two syncs of the journal to disk.
+        fsync_s: Seconds between two syncs to disk of the file of samples (journal).
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
         **place: Arguments ``image_root``, ``root_map`` and ``system`` of ``item_files``.
 
@@ -88,7 +93,7 @@ def run(
     Raises:
         SettingsMismatchError: If the folder holds a run with other settings or another input.
         LockedError: If another process already handles the items of this rank.
-        ValueError: If an argument is out of range, or the journal does not fit the input.
+        ValueError: If an argument is out of range, or the stored samples belong to other items.
     """
     check_integer("block_size", block_size, least=1)
     if limit is not None:
@@ -117,7 +122,7 @@ def run(
 
 
 def _check_outputs(pipeline: PairPipeline, source: str | Path, files: Sequence[ItemFile], out: Path) -> None:
-    """Raises an error if an output would replace an input, or an existing file that no run has written."""
+    """Raises an error if an output file would replace an input, or an existing file that no run has written."""
     outputs = [out / f"{name}.jsonl" for name in pipeline.outputs] + [out / "summary.json"]
     inputs = [source, *(item_file.path for item_file in files)]
     check_outputs("out", outputs, inputs=inputs, is_ours=holds_run(out))
@@ -126,17 +131,17 @@ def _check_outputs(pipeline: PairPipeline, source: str | Path, files: Sequence[I
 def write_outputs(
     pipeline: PairPipeline, source: ItemSource, out: Path, *, world_size: int = 1, model: str = ""
 ) -> Summary | None:
-    """Converts complete journals to the outputs: a file ``<name>.jsonl`` for each output, and ``summary.json``.
+    """Writes the output files ``<name>.jsonl`` and ``summary.json`` from the stored samples of a complete run.
 
     Args:
         pipeline: The pipeline.
         source: The items.
         out: Folder of the run.
-        world_size: Number of journals.
-        model: Name of the model in the provenance of the pairs.
+        world_size: Number of processes that have sampled. Each has stored its samples in one file.
+        model: Name of the model that is written into the pairs.
 
     Returns:
-        The summary of the run. None if a record is missing; then no file is written.
+        The summary of the run. None if a sample is missing; then no file is written.
     """
     with contextlib.suppress(IncompleteRunError):
         samples = read_samples(pipeline, source, out, world_size=world_size)

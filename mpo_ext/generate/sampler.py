@@ -1,10 +1,12 @@
-"""Samples records for items, stores the records in journals and reads them back, for pipelines and the evaluation.
+"""Samples responses to items (questions), stores them and reads them back, for pipelines and the evaluation.
 
-Each process of a run handles every item whose position modulo the number of processes is its rank. It appends the
-records to a separate journal (``mpo_ext.journal``) in input order. Memory does not grow with the number of items.
+Each process of a run handles every item whose position modulo the number of processes is its rank. It appends each
+sample as a record (a JSON object) to a separate file, its journal (``mpo_ext.journal``), in the order of the input.
+Memory does not grow with the number of items.
 
-The engine gets the items in blocks, which depend only on the input and the block size. If a killed run has stored a
-part of a block, the next run samples the whole block again, with the same results, and appends the missing records.
+The engine gets the items in groups, the blocks, which depend only on the input and the block size. If a killed run has
+stored a part of a block, the next run samples the whole block again, with the same results, and appends the missing
+records.
 """
 
 import contextlib
@@ -24,29 +26,30 @@ from mpo_ext.journal import Journal, read_header, read_records
 
 
 class Pipeline(Protocol):
-    """The interface of a pipeline that samples records.
+    """The interface of a pipeline that samples responses to items.
 
     Attributes:
-        name: Name of the pipeline, which is stored in its journals.
+        name: Name of the pipeline, which is stored with the samples.
     """
 
     name: str
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that determine the records, as JSON values."""
+        """Returns the settings that determine the samples, as JSON values."""
 
     def keys(self, item: Item) -> list[str]:
-        """Returns the keys that identify the records of an item, in order."""
+        """Returns the keys that identify the samples of an item, in order."""
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields lists of requests for a block of items, and receives their generations.
+        """Yields lists of requests for the items, and receives their generations.
 
-        Returns a list of records for each item, with one record for each of its ``keys``.
+        Returns a list of records for each item. A record is the JSON object of a sample, one for each of the ``keys``
+        of the item.
         """
 
 
 class IncompleteRunError(Exception):
-    """Raised if the journals do not hold all records, because another process of the run has not finished."""
+    """Raised if samples are missing, because another process of the run has not finished."""
 
 
 def journal_path(out: Path, rank: int, world_size: int) -> Path:
@@ -54,7 +57,10 @@ def journal_path(out: Path, rank: int, world_size: int) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Returns whether a folder holds files of a run: ``outputs.lock``, or a journal at any depth."""
+    """Returns whether a folder holds files of a run.
+
+    These are ``outputs.lock`` in the folder, or a file of samples (journal) in the folder or its subfolders.
+    """
     if (folder / "outputs.lock").is_file():
         return True
     for path in folder.rglob("journal-*-of-*.jsonl"):
@@ -65,7 +71,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_world_size(out: Path, world_size: int) -> None:
-    """Raises ValueError if the folder holds journals of a run with a different number of processes."""
+    """Raises ValueError if the folder holds samples of a run with a different number of processes."""
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         begun = int(path.stem.rpartition("-")[2])
         if begun != world_size:
@@ -73,7 +79,10 @@ def check_world_size(out: Path, world_size: int) -> None:
 
 
 def stored_date(out: Path) -> str | None:
-    """Returns the date, in ISO format, that the journals in a folder store for the chat template, or None."""
+    """Returns the date, in ISO format, that the chat template wrote into the prompts of a stored run, or None.
+
+    ``out`` is the folder of the run.
+    """
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         engine = (read_header(path) or {}).get("engine", {})
         for settings in (engine, engine.get("judge", {})):
@@ -83,9 +92,10 @@ def stored_date(out: Path) -> str | None:
 
 
 def keep_date(engine: Engine, folders: Iterable[Path]) -> None:
-    """Sets the date in an engine's chat template to the first date that journals in ``folders`` store.
+    """Sets the date that an engine's chat template writes to the date of an earlier run.
 
-    This keeps the prompts of a resumed run unchanged. The engine is unchanged if the journals store no date.
+    This keeps the prompts of a resumed run unchanged. The first of ``folders`` with a stored date decides. Without a
+    stored date, the engine is unchanged.
     """
     set_date(engine, next(filter(None, map(stored_date, folders)), None))
 
@@ -107,12 +117,12 @@ def open_journal(
     world_size: int = 1,
     fsync_s: float = 5.0,
 ) -> Journal:
-    """Returns the journal of a process, to be used as a context manager.
+    """Returns the file in which a process stores its samples (its journal), to be used as a context manager.
 
     Args:
-        pipeline: The pipeline that samples the records.
-        engine_settings: Result of the engine's ``settings()``. "processor" is ignored for journals of earlier versions
-            of mpo_ext, which do not store it.
+        pipeline: The pipeline that samples.
+        engine_settings: Result of the engine's ``settings()``. Its "processor" is left out if an existing journal was
+            written by an earlier version of mpo_ext, which did not store it.
         source: The items.
         out: Folder of the run.
         rank: Rank of the process.
@@ -150,12 +160,13 @@ def sample_items(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """Yields each item of this process with its records. Missing records are sampled and appended to the journal.
+    """Yields each item of this process with its records, the JSON objects of its samples.
 
-    ``block_size``, ``rank`` and ``world_size`` have the same meaning as in ``runner.run``.
+    Records that ``journal`` does not hold are sampled and appended to it. ``block_size``, ``rank`` and ``world_size``
+    have the same meaning as in ``runner.run``.
 
     Raises:
-        ValueError: If the journal does not fit the input.
+        ValueError: If the journal holds records of other items.
     """
     items = itertools.islice(source.items(), rank, None, world_size)
     stored = stored_blocks(blocks(items, pipeline, block_size), pipeline, journal)
@@ -172,11 +183,13 @@ def sample_items(
 def read_samples(
     pipeline: Pipeline, source: ItemSource, out: Path, *, world_size: int = 1
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """Returns an iterator over all items with their records from the journals, in the order of the input.
+    """Returns an iterator over all items with their stored records, in the order of the input.
+
+    The records are the JSON objects of the samples. Each process has stored its records in one file, its journal.
 
     Raises:
         IncompleteRunError: If a journal is missing (raised at once) or lacks a record (raised during iteration).
-        ValueError: If a journal does not fit the input (raised during iteration).
+        ValueError: If a journal holds records of other items (raised during iteration).
     """
     paths = [journal_path(out, rank, world_size) for rank in range(world_size)]
     if not all(path.exists() and read_header(path) is not None for path in paths):
@@ -196,7 +209,10 @@ def read_samples(
 
 
 def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterator[list[Item]]:
-    """Splits items into blocks with about ``block_size`` samples each. A block has at least one item."""
+    """Splits items into lists, for each of which the pipeline draws about ``block_size`` samples.
+
+    Each list has at least one item.
+    """
     check_integer("block_size", block_size, least=1)
     size = max(1, block_size // max(1, len(pipeline.keys(Item()))))
     items = iter(items)
@@ -206,12 +222,12 @@ def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterat
 
 @dataclasses.dataclass(slots=True)
 class StoredBlock:
-    """A block of items, and the records of the block that a journal already holds.
+    """A group of items that are sampled together, and those of their samples that are already stored.
 
     Attributes:
         items: The items.
-        keys: Keys of the records of each item.
-        records: The block's records that the journal holds, in order.
+        keys: Keys that identify the samples of each item.
+        records: The stored samples as JSON objects, in order.
     """
 
     items: list[Item]
@@ -226,11 +242,11 @@ class StoredBlock:
         return _no_steps() if self.is_complete else pipeline.steps(self.items, engine)
 
     def add(self, journal: Journal, sampled: list[dict[str, Any]], pipeline: str) -> None:
-        """Appends the records that the journal lacks.
+        """Appends the samples that the journal lacks, to the journal and to ``records``.
 
         Args:
-            journal: The journal.
-            sampled: All records of the block.
+            journal: The file of stored samples.
+            sampled: All samples of the items, as JSON objects.
             pipeline: Name of the pipeline, for an error message.
         """
         check_records(sampled, list(itertools.chain.from_iterable(self.keys)), pipeline)
@@ -240,7 +256,7 @@ class StoredBlock:
 
 
 def check_records(sampled: Sequence[Mapping[str, Any]], keys: Sequence[str], pipeline: str) -> None:
-    """Raises RuntimeError if the keys of the sampled records are not ``keys``.
+    """Raises RuntimeError if the field ``key`` of the samples does not have the values ``keys``, in order.
 
     ``pipeline`` is the name of the pipeline in the error message.
     """
@@ -254,7 +270,7 @@ def _no_steps() -> Steps:
 
 
 def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[StoredBlock]:
-    """Yields each block of items with the records of the block that the journal already holds."""
+    """Yields each list of items, together with those of their samples that the journal already holds."""
     stored = journal.records()
     for items in item_blocks:
         keys = [pipeline.keys(item) for item in items]
@@ -263,7 +279,7 @@ def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal
 
 
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the next record for each key, and stops when the records end.
+    """Yields the next of ``records`` (stored samples as JSON objects) for each key, and stops when they end.
 
     Raises ValueError if a record has a different key. ``path`` is the file in the error message.
     """

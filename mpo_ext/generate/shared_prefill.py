@@ -18,9 +18,9 @@ class UnsharedError(Exception):
 
 
 def sharing_problem(model: Any) -> str | None:
-    """Returns the reason why a model cannot share a prefill between the samples of a prompt, or None if it may.
+    """Returns the reason why a model cannot share a prefill between the samples of a prompt, or None.
 
-    The prefill is the forward pass of the prompt. ``SharedPrefill`` may still find a problem after the prefill.
+    The prefill is the forward pass of the prompt. Even after None, ``SharedPrefill`` may raise ``UnsharedError``.
     """
     from transformers import GenerationMixin
 
@@ -40,7 +40,7 @@ class SharedPrefill:
 
     The inputs of ``generate`` hold each prompt once. The prompts run in one forward pass (the prefill). Then the cache
     and the inputs are copied for the samples. Apart from rounding, the samples have the same tokens as without
-    sharing. When half of the samples in a batch have ended, they are removed from the batch.
+    sharing. When half of the samples in a batch have ended, the ended samples are removed from the batch.
 
     Args:
         prompts: Index of each sample's prompt in the inputs.

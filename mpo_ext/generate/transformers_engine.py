@@ -51,7 +51,7 @@ class TransformersEngine:
         model: The model, which is put into evaluation mode.
         processor: Processor of the model, or the tokenizer of a text model. Without a chat template, a prompt is the
             question and a newline.
-        name: Name of the model in the records; None: the name in the model's config.
+        name: Name of the model, which is stored with each pair; None: the name in the model's config.
         batch_size: Maximum number of samples per batch. Prompts of similar lengths are batched together.
         **chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
 
@@ -349,15 +349,15 @@ def _batches(
 ) -> Iterator[list[list[int]]]:
     """Groups requests into batches.
 
-    A batch is a list of questions. A question is the list of the indices of all requests with the same prompt. In a
-    batch, the requests have equal settings, equal numbers of images, videos of equal shapes and similar lengths. A
-    batch has at most ``batch_size`` requests, unless it has only one question.
+    A batch is a list of groups. A group is a list of the indices of all requests with the same prompt. In a batch, the
+    requests have equal settings, equal numbers of images, videos of equal shapes and similar lengths. A batch has at
+    most ``batch_size`` requests, unless it has only one group.
 
     Args:
         requests: The requests.
         prompts: Prompt of each request.
         batch_size: Maximum number of requests in a batch.
-        shares_prefill: Whether requests with the same prompt form one question. False: each request is a question.
+        shares_prefill: Whether requests with the same prompt form one group. False: each request is a group.
         adds_special: Function that returns whether special tokens are added to a prompt text.
     """
     groups: dict[Any, dict[Any, list[int]]] = {}

@@ -192,8 +192,8 @@ def _first_probs(completion: Any) -> dict[int, float]:
 def devices_of_rank(count: int) -> str | None:
     """Returns the value of ``CUDA_VISIBLE_DEVICES`` that gives this process ``count`` GPUs of this machine.
 
-    Otherwise, vLLM would start the engines of all processes on the first GPUs. Returns None if the variable must not
-    change: without a launcher, without GPUs, or if exactly ``count`` GPUs are visible.
+    Without this value, vLLM would start the engines of all processes on the first GPUs. Returns None if the variable
+    must not change: without a launcher, without GPUs, or if exactly ``count`` GPUs are visible.
 
     Raises:
         ValueError: If this machine has too few GPUs for its processes.
