@@ -49,7 +49,7 @@ def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
 
 
 def findings(document: Document) -> str:
-    """Returns a table of the significant differences with a direction in the paper, and counts the other ones."""
+    """Returns a table of the significant differences that the paper reports, too, and counts the other differences."""
     task = figures.task_of(document)
     rows: dict[str, list[list[str]]] = {SAME: [], OPPOSITE: []}
     counts = dict.fromkeys((NOT_SIGNIFICANT, ONE_SEED, NOT_RUN), 0)

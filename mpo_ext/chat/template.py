@@ -1,4 +1,4 @@
-"""Finds a model's chat template, fixes its date, renders messages, and finds the text around a response."""
+"""Finds a model's chat template, renders messages with it, and finds the text that it writes around a response."""
 
 import dataclasses
 import datetime

@@ -62,7 +62,7 @@ _LISTS = ("image", "images", "messages", "conversations", "conversation", "rejec
 def cache_folder() -> Path:
     """Returns the cache folder of mpo_ext, which holds converted files and stored images.
 
-    It lies beside the cache of the package datasets.
+    Its parent folder also holds the cache of Hugging Face datasets.
     """
     if datasets_cache := os.environ.get("HF_DATASETS_CACHE"):
         return Path(datasets_cache).absolute().parent / "mpo_ext"

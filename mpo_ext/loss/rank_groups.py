@@ -116,8 +116,8 @@ class RankGroups:
 
         ``state``, ``[..., ROW_STATE]``, is this rank's result of ``token_logp_shard`` or ``linear_token_logp_shard``.
         ``logp`` is differentiable with respect to ``state``. The ranks exchange the states, the labels, and the
-        tensors in ``same``. The labels and these tensors must be equal on all ranks. If they differ, logp is NaN.
-        On a CPU, the method raises ValueError instead, unless the call uses both process groups.
+        tensors in ``same``. The labels and these tensors must be equal on all ranks. If they differ, logp is NaN, or
+        the method raises ValueError (on a CPU, without sequence parallelism).
         """
         assert self.vocab is not None
         parts = list(range(ROW_STATE)) if stats else [0, 1, ROW_STATE - 1]

@@ -1,4 +1,4 @@
-"""Tests sampling in each model family: prompts, stop tokens and sampled ids equal those of training."""
+"""Tests that each model family samples with the prompts and stop tokens with which it is trained."""
 
 import json
 import sys
