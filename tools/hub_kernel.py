@@ -109,7 +109,10 @@ def convert(path: str, text: str, kernel_id: str, *, pure_python: bool) -> str:
 
 
 def write_variant(folder: Path, modules: dict[str, bytes], facts: dict[str, Any], version: int) -> None:
-    """Writes a build variant: its Python modules, the compiled ``modules`` (may be empty), and ``metadata.json``."""
+    """Writes a build variant: its Python modules, the compiled ``modules`` (may be empty), and ``metadata.json``.
+
+    ``facts`` is the description of the backend from ``backend_of``.
+    """
     texts = sources()
     unique = hashlib.sha256(json.dumps([texts, facts, sorted(modules)]).encode())
     for name in sorted(modules):

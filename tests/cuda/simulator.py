@@ -294,7 +294,7 @@ CONFIG = {
 
 
 class Pairs:
-    """Inputs and poisoned outputs of a pair loss."""
+    """Inputs of the kernel pair_loss, and uninitialized buffers for its outputs."""
 
     def __init__(
         self,

@@ -231,7 +231,7 @@ class Judgement:
         exact: Gradients of the oracle.
         eager: Gradients of eager torch.
         size: For each entry of a gradient, the sum of the absolute values of its terms.
-        share: Like ``size``, but with an upstream gradient of 1 for each row with a gradient.
+        share: Like ``size``, but with 1 in place of each upstream gradient other than 0.
         certain: Like ``size``, but the logits' gradient is the upstream gradient at the label and 0 elsewhere.
     """
 
@@ -378,9 +378,10 @@ AXES: dict[str, list[Any]] = {
 
 
 def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Returns a pairwise test set: every two values of two different axes occur together in some choice.
+    """Returns combinations of values, one value for each axis.
 
-    Searches greedily among random candidates.
+    Every two values of different axes occur together in at least one combination (pairwise testing). Searches greedily
+    among random candidates.
     """
     chance = random.Random(seed)
     names = list(axes)
@@ -410,7 +411,7 @@ def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
 
 
 def id_of(choice: dict[str, Any]) -> str:
-    """Returns a test id such as `float32-V301-D5-0.2-...`."""
+    """Returns a test id such as `float32-V301-D5-0.2-...` for a combination of values."""
     head = ",".join(f"{name}={value}" for name, value in choice["head"].items()) or "plain"
     flags = [name for name in ("packed", "has_bias", "shift") if choice[name]]
     flags += {True: ["recompute"], False: ["keep"], None: []}[choice["recompute"]]
@@ -436,7 +437,7 @@ def _case_of(key: tuple[Any, ...], head: tuple[tuple[str, Any], ...]) -> Linear:
 
 
 def case_of(choice: dict[str, Any]) -> tuple[Linear, dict[str, Any]]:
-    """Returns the test case of a choice, and the options to run it with."""
+    """Returns the test case for a combination of values, and the options to run it with."""
     names = ("dtype", "vocab", "depth", "labelled", "packed", "has_bias", "shift")
     case = _case_of(tuple(choice[name] for name in names), tuple(choice["head"].items()))
     wanted = tuple(name for name in choice["wanted"] if name in case.tensors) or ("hidden",)

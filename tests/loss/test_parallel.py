@@ -423,7 +423,10 @@ def test_sums_of_the_reference_must_be_the_same_on_all_ranks(pool: RankPool) -> 
 
 
 def fault_with_two_groups(rank: int, fault: str) -> tuple[str, float]:
-    """Returns (error message, loss) of a call over both process groups, with invalid arguments on rank 2."""
+    """Returns (error message, loss) of a call with a vocabulary group and a sequence group.
+
+    The arguments on rank 2 are invalid: ``fault`` names the mistake.
+    """
     logits, labels, ref_logp = pairs(4)
     columns = slice(0, 10) if rank % 2 == 0 else slice(10, 24)
     rows = slice(0, 3) if rank < 2 else slice(3, 5)

@@ -1,8 +1,9 @@
 """Compares split attention with separate rows and with the dense mask, for many model families.
 
-Run with ``make check-attention``. For each family, compares loss and gradients in four layouts. "shared" (padded rows)
-and "packed" use split attention, "masked" uses a dense mask, and "separate" has a row for each response. Prints the
-largest relative error of loss and gradients. All gradients together count as one vector.
+Split attention handles a row with several responses to one prompt, without building a mask. Run with
+``make check-attention``. For each family, compares loss and gradients in four layouts. "shared" (padded rows) and
+"packed" (one row without padding) use split attention, "masked" uses a dense mask, and "separate" has a row for each
+response. Prints the largest relative error of loss and gradients. All gradients together count as one vector.
 
 A batch has one to four pairs with the same prompt, and two pairs with other prompts. A prompt has up to two images.
 Responses differ in length. Sliding windows are shorter or longer than a prompt. In float64 runs, the models' norms

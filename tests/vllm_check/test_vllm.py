@@ -35,7 +35,10 @@ def run_script(
 
 @pytest.fixture(scope="session")
 def expected(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs TransformersEngine on "text" or "image", once, and returns its results' folder."""
+    """Returns a function that runs TransformersEngine on the model "text" or "image" and returns the results' folder.
+
+    Results are cached.
+    """
 
     @functools.cache
     def results(kind: str) -> Path:
@@ -48,7 +51,10 @@ def expected(folder: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def vllm_runs(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs vLLM on "text" or "image", once, and returns its results' folder."""
+    """Returns a function that runs vLLM on the model "text" or "image" and returns the results' folder.
+
+    Results are cached.
+    """
 
     @functools.cache
     def results(kind: str) -> Path:
