@@ -189,8 +189,7 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
 class Rows:
     """Random logits for a kernel, in a buffer in which only rows with a valid label may be read.
 
-    The remaining bytes are poisoned: rows with an ignored or invalid label, gaps between rows, bytes before the first
-    row.
+    A read of any other byte is an error: rows with an ignored or invalid label, gaps between rows, bytes before row 0.
     """
 
     def __init__(self, dtype: str, labels: list[int], vocab: int, stride: int, offset: int = 0, seed: int = 0) -> None:

@@ -302,8 +302,8 @@ def pairs(seed: int, vocab: int = 24) -> tuple[Tensor, Tensor, Tensor]:
 def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> list[float]:
     """Runs three steps on two data-parallel groups of two ranks, which split the vocabulary or the sequences.
 
-    Returns a flat list with three numbers per step: the delta that the loss used, the value after the step, and the
-    count.
+    Returns a flat list with three numbers per step: the delta that the loss used, the value after the step, and
+    "count" in the state of the shift.
     """
     shift = RewardShift(**settings)
     replica, part = divmod(rank, 2)

@@ -47,7 +47,10 @@ def result(model: nn.Module, samples: list[Sample], layout: str) -> tuple[torch.
 
 
 def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], float]:
-    """Maps (layout, reference layout) to the relative error of the loss or of the gradients, the larger of the two."""
+    """Maps (layout, reference layout), such as ("packed", "separate"), to the larger error of loss and gradients.
+
+    Errors are relative to the loss and to the norm of the gradients.
+    """
     results = {layout: result(model, samples, layout) for layout in ("separate", "masked", "shared", "packed")}
     found = {}
     for truth in ("separate", "masked"):
@@ -62,7 +65,7 @@ def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], flo
 
 
 def check(name: str, dtype: torch.dtype) -> dict[tuple[str, str], float]:
-    """Maps (layout, reference layout) to the largest relative error of a family over all batches."""
+    """Maps (layout, reference layout), such as ("packed", "separate"), to a family's largest relative error."""
     model = build(name, "eager" if name.startswith(EAGER) else "sdpa", dtype)
     switch_off_dropout(model)
     if hasattr(model, "set_experts_implementation"):

@@ -1,4 +1,4 @@
-"""Tests pairs with separate images for the rejected response: two prompts in every layout, and in the trainer."""
+"""Tests pairs with separate images for the rejected response: each response has its own prompt in a batch."""
 
 import dataclasses
 import itertools
