@@ -2,7 +2,7 @@
 
 ``SimulatedNative`` replaces ``mpo_ext._C``. The real module computes the grid, the block and the argument bytes of
 each launch, so launches are the same as on a GPU. Tests call the class directly or through
-``mpo_ext.ops``. Direct calls use poisoned buffers: it is an error to read a byte that was never written.
+``mpo_ext.ops``. In direct calls, it is an error to read a byte that was never written.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Tests the compiled CUDA kernels on the simulator against the definitions in float64.
 
-Buffers are poisoned. It is an error to read uninitialized memory or bytes outside labelled rows, and to leave a part
-of an output unwritten. MPO_PTXSIM_ALL=1 runs every combination of parameters; CI runs a selection.
+It is an error to read uninitialized memory or bytes outside labelled rows, and to leave a part of an output unwritten.
+MPO_PTXSIM_ALL=1 runs every combination of parameters; CI runs a selection.
 """
 
 import itertools

@@ -17,7 +17,7 @@ SIZES = (3, 1, 4, 2, 2)
 
 
 def block_records() -> list[tuple[int, list[dict[str, Any]]]]:
-    """Returns (index of its first record, its records) for each block. A record is a line of the journal."""
+    """Returns (index of the first record, records) for each block of questions. A record is a line of the journal."""
     starts = [sum(SIZES[:number]) for number in range(len(SIZES))]
     return [
         (start, [{"key": f"k{start + place}", "text": "t" * place} for place in range(size)])
@@ -30,9 +30,10 @@ def open_files(folder: Path) -> tuple[Journal, Path]:
 
 
 def announce_all(early: EarlyBlocks, journal: Journal) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Announces each block of records that the journal does not have completely.
+    """Announces each block of questions whose records are not all in the journal.
 
-    Returns the blocks for which the second file, which stores blocks that finished early, has no records either.
+    Returns the blocks whose records are not in the second file either. It holds blocks that finished before an earlier
+    block.
     """
     stored = list(journal.records())
     missing = []
