@@ -77,7 +77,7 @@ or the CUDA kernels of a variant for CUDA. On a CPU, torch-universal runs plain 
 
 
 def sources() -> dict[str, str]:
-    """Returns the source texts of the loss, by the path of each module in the folder of a variant."""
+    """Returns the source code of the loss, by the path of the module in a build variant."""
     return {
         Path(folder, path.name).as_posix(): path.read_text(encoding="utf-8")
         for folder, source, pattern in SOURCES

@@ -196,7 +196,10 @@ def run(
 def run_rows(
     case: Linear, backend: str, *, wanted: tuple[str, ...] = ALL, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Runs linear_token_logp on a case. Returns the log-probs and the gradients for the case's upstream gradient."""
+    """Runs linear_token_logp on a case. Returns the log-probs, and the gradients by name.
+
+    The upstream gradient is ``upstream_of(case)``.
+    """
     tensors = leaves(case, wanted)
     hidden, weight, bias = placed(backend, tensors["hidden"], tensors["weight"], tensors.get("bias"))
     options = {"shift": False, **case.head, **options}
@@ -246,7 +249,7 @@ class Judgement:
         """Returns the reference gradients of a case.
 
         Args:
-            case: The case.
+            case: Test case with the inputs.
             logits: Logits of eager torch.
             by_logits: Gradient of the logits in eager torch.
             tensors: Inputs from which eager torch computed the logits.
@@ -306,7 +309,10 @@ def judged(case: Linear, is_widened: bool, reward_shift: float) -> tuple[Any, di
 
 @functools.lru_cache(maxsize=4)
 def judged_rows(case: Linear, is_widened: bool, shift: bool) -> tuple[Array, Tensor, Judgement]:
-    """Returns (exact log-probs, eager log-probs, reference gradients) for the case's upstream gradient."""
+    """Returns (exact log-probs, eager log-probs, reference gradients) of a case.
+
+    The upstream gradient is ``upstream_of(case)``.
+    """
     exact, by_logits, share = token_logp_exact(case.exact_head.logits, case.labels, upstream_of(case), shift=shift)
     logits, tensors = eager_logits(case, is_widened)
     eager, eager_by_logits = token_logp_eager(logits.detach(), case.labels, upstream_of(case), shift=shift)
@@ -556,7 +562,7 @@ def test_the_gradient_of_a_confident_label_does_not_cancel(
 
 
 def exact_gradient(case: Linear) -> dict[str, Array]:
-    """Returns the exact gradients of the log-probs, for the case's upstream gradient."""
+    """Returns the exact gradients of the log-probs. The upstream gradient is ``upstream_of(case)``."""
     return judged_rows(case, True, False)[2].exact
 
 

@@ -38,7 +38,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 
 
 class Split(NamedTuple):
-    """The part of the inputs on this rank: a slice of the vocabulary, and positions of each sequence."""
+    """This rank's part of the inputs: a slice of the vocabulary, and some positions in each sequence."""
 
     vocab: str | None
     sequence: str | None
@@ -302,8 +302,8 @@ def pairs(seed: int, vocab: int = 24) -> tuple[Tensor, Tensor, Tensor]:
 def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> list[float]:
     """Runs three steps on two data-parallel groups of two ranks, which split the vocabulary or the sequences.
 
-    Returns a flat list with three numbers per step: the delta that the loss used, the value after the step, and
-    "count" in the state of the shift.
+    Returns a flat list with three numbers per step: the delta that the loss used, and then the ``value`` and the
+    ``count`` in the shift's state after the step.
     """
     shift = RewardShift(**settings)
     replica, part = divmod(rank, 2)

@@ -1,4 +1,4 @@
-"""Tests mixtures of data sources: their lines, the samples of an epoch, and the inspection of each source."""
+"""Tests mixtures of data sources: their lines, which samples an epoch has, and ``Mixture.inspect``."""
 
 import json
 import pickle
