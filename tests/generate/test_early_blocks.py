@@ -32,8 +32,8 @@ def open_files(folder: Path) -> tuple[Journal, Path]:
 def announce_all(early: EarlyBlocks, journal: Journal) -> list[tuple[int, list[dict[str, Any]]]]:
     """Announces each block of questions whose records are not all in the journal.
 
-    Returns the blocks whose records are not in the second file either. It holds blocks that finished before an earlier
-    block.
+    A second file holds blocks that finished before an earlier block. Returns the blocks whose records are in neither
+    file.
     """
     stored = list(journal.records())
     missing = []

@@ -76,7 +76,7 @@ class Job:
 def server() -> Any:
     """Returns a multiprocessing context that forks from a server process, which has imported the trainer.
 
-    The server has no threads. The test process has some, and a fork of it could wait forever for a lock that one holds.
+    The server has no threads. A fork of the test process could wait forever for a lock that another thread holds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run_recipe_preload", "run_recipe"])
