@@ -302,9 +302,9 @@ def pairs(seed: int, vocab: int = 24) -> tuple[Tensor, Tensor, Tensor]:
 def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> list[float]:
     """Runs three steps on two data-parallel groups of two ranks.
 
-    The ranks of a group split the sequences if ``sequence`` is True, otherwise the vocabulary. Returns a
-    flat list with three numbers per step: the delta that the loss used, and then the ``value`` and the ``count`` in the
-    shift's state after the step.
+    The ranks of a group split the sequences if ``sequence`` is True, otherwise the vocabulary. Returns
+    three numbers per step, in a flat list: the delta that the loss used, and then the ``value`` and the ``count`` in
+    the shift's state after the step.
     """
     shift = RewardShift(**settings)
     replica, part = divmod(rank, 2)
