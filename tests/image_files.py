@@ -83,7 +83,13 @@ def tiff(bits: int, photometric: int, data: bytes, *, order: str = "<", sample_f
 
 
 def icc(space: bytes, tags: dict[bytes, bytes], connection: bytes = b"XYZ ") -> bytes:
-    """Returns an ICC color profile of version 2."""
+    """Returns an ICC color profile of version 2.
+
+    Args:
+        space: Color space of the image, such as b"CMYK".
+        tags: Content of the tags, by signature.
+        connection: Profile connection space.
+    """
     tags = {b"wtpt": xyz(0.9642, 1.0, 0.8249), b"cprt": b"text\0\0\0\0none\0", **tags}
     body, directory = b"", struct.pack(">I", len(tags))
     for name, value in tags.items():

@@ -637,9 +637,9 @@ def assert_gradient_as_accurate(
 ) -> None:
     """Checks a gradient of logits: the entries of the labels, and separately the many small entries.
 
-    In half precision, one unit in the last place of a label's entry exceeds the sum of all other entries of a large
-    vocabulary. So the relative error of the other entries is checked too. The limit is ``factor`` times eager torch's
-    largest relative error, plus two roundings: of the entry, and of the exponent in its softmax.
+    In half precision, one unit in the last place of a label's entry exceeds the sum of all other entries, if the
+    vocabulary is large. So the relative error of the other entries is checked too. The limit is ``factor`` times
+    eager torch's largest relative error, plus two roundings: of the entry, and of the exponent in its softmax.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.

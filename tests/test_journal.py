@@ -1,4 +1,7 @@
-"""Tests the journal: records survive a kill, invalid journals are rejected, and only one process may write."""
+"""Tests journals, the append-only files in which runs store their results.
+
+Records survive a kill, invalid files are rejected, and only one process may write.
+"""
 
 import json
 import os

@@ -89,7 +89,7 @@ def images(content: bytes) -> None:
 def journals(content: bytes) -> None:
     """Checks that a journal accepts a new record and keeps its old ones, or is refused.
 
-    A refused file may lose only an incomplete last line.
+    A journal is an append-only file of results. A refused file may lose only an incomplete last line.
     """
     path = _FOLDER / "journal.jsonl"
     path.write_bytes(content)

@@ -3,10 +3,10 @@
     python tools/hub_kernel.py build/hub
     python tools/hub_kernel.py build/hub --wheels dist/*.whl
 
-The variant torch-universal has the Triton kernels and the loss in plain torch. Wheels of this project, one for each
-version of Python, add a variant with their compiled modules. This variant is for CUDA if the modules have CUDA
-kernels, otherwise for the CPU. It works with all versions of torch (torch-stable-abi), because the modules do not use
-its ABI.
+The repository has a folder for each build variant, of which ``kernels`` loads the best for a machine. The variant
+torch-universal has the Triton kernels and the loss in plain torch. Wheels of this project, one for each version of
+Python, add a variant with their compiled modules. This variant is for CUDA if the modules have CUDA kernels, otherwise
+for the CPU. It works with all versions of torch (torch-stable-abi), because the modules do not use torch's ABI.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ or the CUDA kernels of a variant for CUDA. On a CPU, torch-universal runs plain 
 
 
 def sources() -> dict[str, str]:
-    """Returns the source texts of the loss, by the path that each module gets in a variant."""
+    """Returns the source code of the loss, by the path of the module in a build variant."""
     return {
         Path(folder, path.name).as_posix(): path.read_text(encoding="utf-8")
         for folder, source, pattern in SOURCES
@@ -86,7 +86,7 @@ def sources() -> dict[str, str]:
 
 
 def convert(path: str, text: str, kernel_id: str, *, pure_python: bool) -> str:
-    """Converts a module of the source tree to a module of a variant, and returns its text.
+    """Converts a module of mpo_ext to a module of a build variant, and returns its text.
 
     Imports become relative, and operators get the namespace ``kernel_id``, because one process may load several
     versions of the kernel.
@@ -109,7 +109,10 @@ def convert(path: str, text: str, kernel_id: str, *, pure_python: bool) -> str:
 
 
 def write_variant(folder: Path, modules: dict[str, bytes], facts: dict[str, Any], version: int) -> None:
-    """Writes a build variant: its Python modules, the compiled ``modules`` (may be empty), and ``metadata.json``."""
+    """Writes a build variant: its Python modules, the compiled ``modules`` (may be empty), and ``metadata.json``.
+
+    ``facts`` is the description of the backend from ``backend_of``.
+    """
     texts = sources()
     unique = hashlib.sha256(json.dumps([texts, facts, sorted(modules)]).encode())
     for name in sorted(modules):
@@ -174,7 +177,7 @@ def load(modules: dict[str, bytes]) -> ModuleType:
 
 
 def backend_of(module: ModuleType) -> tuple[str, dict[str, Any]]:
-    """Returns the backend for the name of a variant ("cpu", "cu130"), and its description for the metadata."""
+    """Returns (backend in the name of a variant, such as "cpu" or "cu130", its description for the metadata)."""
     if not module.has_cuda:
         return "cpu", {"type": "cpu"}
     version = re.search(r"(\d+)\.(\d+)", module.cuda_compiler)

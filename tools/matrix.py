@@ -1,8 +1,8 @@
 """Builds, imports and tests mpo_ext with several versions of Python and torch: ``python tools/matrix.py``.
 
-Each cell (a pair of versions) gets a fresh environment in build/matrix. It installs torch and the test tools, builds
-the native module without CUDA, and runs the tests of the operators. The environment is deleted afterwards. The results
-are written to results/matrix.json after every cell. ``python -m benchmarks.gpu --docs`` writes them into
+Each pair of versions gets a fresh environment in build/matrix. It installs torch and the test tools, builds the native
+module without CUDA, and runs the tests of the operators. The environment is deleted afterwards. The results are
+written to results/matrix.json after each pair. ``python -m benchmarks.gpu --docs`` writes them into
 docs/reliability.md.
 """
 
@@ -46,7 +46,10 @@ def find_python(version: str) -> str | None:
 
 
 def run_cell(python: str, torch: str, tests: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Builds and tests one cell. Returns its status ("passed", "failed", "not run") and a reason or test counts."""
+    """Builds and tests one pair of versions.
+
+    Returns its status ("passed", "failed", "not run") and a reason or test counts.
+    """
     cell: dict[str, Any] = {"python": python, "torch": torch, "date": datetime.date.today().isoformat()}
     interpreter = find_python(python)
     if interpreter is None:
@@ -62,7 +65,7 @@ def run_cell(python: str, torch: str, tests: Sequence[str], folder: Path) -> dic
 
 
 def _steps(interpreter: str, torch: str, tests: Sequence[str], folder: Path, cell: dict[str, Any]) -> str:
-    """Installs, builds and tests in a cell's environment. Returns the reason of a failure, or pytest's last line."""
+    """Builds and tests in a new environment. Returns the reason of a failure, or pytest's last line."""
     binaries, source = folder / "environment" / "bin", folder / "source"
     python = str(binaries / "python")
     _copy_tree(source)
@@ -107,7 +110,7 @@ def _copy_tree(target: Path) -> None:
 
 
 def main() -> int:
-    """Runs the cells chosen on the command line. Returns 1 if a cell failed, otherwise 0."""
+    """Tests the pairs of versions chosen on the command line. Returns 1 if a pair failed, otherwise 0."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--cells", nargs="*", metavar="PYTHON:TORCH", help='such as "3.12:2.11" (default: all)')
     parser.add_argument("--tests", nargs="+", default=list(TESTS), help="test files and folders")

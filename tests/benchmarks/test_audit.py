@@ -1,4 +1,4 @@
-"""Tests that the audit counts the test cases of its checks, and that its table lists the checks that ran."""
+"""Tests benchmarks/audit.py: it counts the test cases of each check, and its table lists the checks that ran."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that the generated blocks of README.md and docs/ agree with results/."""
+"""Tests that the generated sections of README.md and docs/ agree with results/."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_a_stage_that_takes_too_long_ends_with_the_programs_that_it_started(
 
 
 def _is_running(process: int) -> bool:
-    """Waits up to 10 seconds for a process to end. Returns whether it still runs; a zombie counts as ended."""
+    """Returns whether a process still runs after a wait of up to 10 seconds. A zombie counts as ended."""
     for _ in range(100):
         status = Path(f"/proc/{process}/stat")
         if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":

@@ -1,4 +1,7 @@
-"""Tests the benchmark suite on tiny shapes: a time or a reason for each provider, the time limit, and the rates."""
+"""Tests the benchmark suite on tiny shapes.
+
+Each implementation gets a time, or a reason why it has none. Also tests the time limit and the rates.
+"""
 
 from __future__ import annotations
 

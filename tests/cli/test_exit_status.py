@@ -47,7 +47,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Changes to a folder with a model, data and a recipe, and blocks access to the Hugging Face hub."""
+    """Changes the current folder to one with a model, data and a recipe. Blocks access to the Hugging Face hub."""
     monkeypatch.chdir(written)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

@@ -66,7 +66,10 @@ def vision_config(*, is_large: bool) -> dict[str, Any]:
 
 
 def build(kind: str, *, tied: bool = False, is_large: bool = False) -> Any:
-    """Returns a transformers InternVL model with random weights. Its config does not come from the converter."""
+    """Returns a transformers InternVL model with random weights. Its config does not come from the converter.
+
+    ``kind`` is the family of the language model, such as "Qwen2".
+    """
     vision = vision_config(is_large=is_large)
     config = transformers.InternVLConfig(
         text_config=getattr(transformers, f"{kind}Config")(**language_config(kind, tied=tied)).to_dict(),

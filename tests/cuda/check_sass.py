@@ -1,9 +1,9 @@
 """Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE ...]`` prints a table or fails.
 
-Innermost loops over logits or rows must not access local memory, which holds spilled registers. Other code may spill:
-kernels for four blocks per multiprocessor have only 64 registers per thread. In code for sm_80 and sm_90, the main
-loops must load 128 bits at a time. The main loops of logits_grad and exp_logits must also store 128 bits at a time. If
-the output has half the width of the logits, they must store 64 bits.
+Innermost loops over logits or rows must not access local memory, which holds spilled registers. Other code may spill,
+because kernels that run four thread blocks per multiprocessor have only 64 registers per thread. In code for sm_80 and
+sm_90, the main loops must load 128 bits at a time. The main loops of logits_grad and exp_logits must also store 128
+bits at a time. If the output has half the width of the logits, they must store 64 bits.
 ``--json results/machine_code.json`` writes registers, spills and instructions per logit, for docs/performance.md.
 cuobjdump is taken from PATH or from the triton package.
 """

@@ -2,7 +2,7 @@
 
 ``SimulatedNative`` replaces ``mpo_ext._C``. The real module computes the grid, the block and the argument bytes of
 each launch, so launches are the same as on a GPU. Tests call the class directly or through
-``mpo_ext.ops``. Direct calls use poisoned buffers: it is an error to read a byte that was never written.
+``mpo_ext.ops``. In direct calls, it is an error to read a byte that was never written.
 """
 
 import contextlib
@@ -189,8 +189,7 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
 class Rows:
     """Random logits for a kernel, in a buffer in which only rows with a valid label may be read.
 
-    The remaining bytes are poisoned: rows with an ignored or invalid label, gaps between rows, bytes before the first
-    row.
+    A read of any other byte is an error: rows with an ignored or invalid label, gaps between rows, bytes before row 0.
     """
 
     def __init__(self, dtype: str, labels: list[int], vocab: int, stride: int, offset: int = 0, seed: int = 0) -> None:
@@ -294,7 +293,7 @@ CONFIG = {
 
 
 class Pairs:
-    """Inputs and poisoned outputs of a pair loss."""
+    """Inputs of the kernel pair_loss, and uninitialized buffers for its outputs."""
 
     def __init__(
         self,

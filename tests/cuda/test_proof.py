@@ -96,10 +96,10 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
 def fence_problems(text: str) -> list[str]:
     """Returns the increments of arrival counters in PTX text that are not between two fences.
 
-    A block stores its results, and may wait at a barrier for its threads' stores. Then it executes a fence, increments
-    an arrival counter, executes a second fence, and reads the results of other blocks. So a fence must be between the
-    last global store or barrier and the increment. A second one must be between the increment and the next global load
-    or barrier.
+    A thread block stores its results, and may wait at a barrier for its threads' stores. Then it executes a fence,
+    increments an arrival counter, executes a second fence, and reads the results of other blocks. So a fence must be
+    between the last global store or barrier and the increment. A second one must be between the increment and the next
+    global load or barrier.
     """
     publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")
     reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")

@@ -112,7 +112,10 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mmpr(tmp_path: Path, images: Path) -> Path:
-    """Returns the meta file of the subsets in ``LINES``. The annotations of the subset "text" use ASCII escapes."""
+    """Returns the path of an MMPR meta file, which lists the data files made from ``LINES``.
+
+    The file "text" writes non-ASCII characters as ASCII escapes.
+    """
     meta = {}
     for name, lines in LINES.items():
         file = tmp_path / f"{name.split()[0]}.jsonl"
@@ -125,7 +128,10 @@ def mmpr(tmp_path: Path, images: Path) -> Path:
 
 @pytest.fixture
 def write_lines(tmp_path: Path, images: Path) -> WriteLines:
-    """Returns a function that writes an annotation file and its meta file, and returns the path of the meta file."""
+    """Returns a function that writes a data file and an MMPR meta file that lists it.
+
+    The function returns the path of the meta file.
+    """
 
     def write(name: str, lines: Iterable[dict[str, Any] | bytes]) -> Path:
         encoded = [encode(line) for line in lines]
@@ -140,6 +146,6 @@ def write_lines(tmp_path: Path, images: Path) -> WriteLines:
 
 @pytest.fixture
 def broken(write_lines: Any, images: Path) -> Path:
-    """Returns a meta file with one good line, followed by one line for each kind of defect."""
+    """Returns the meta file of a data file with one good line, then one line for each kind of defect."""
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:40])
     return write_lines("broken", [GOOD, *(line for _, line, _ in DEFECTS)])

@@ -1,4 +1,4 @@
-"""Tests files of rows: compressed files, JSON arrays, CSV, other encodings, and files with a wrong suffix."""
+"""Tests data files: compressed files, JSON arrays, CSV, other encodings, and files with a wrong suffix."""
 
 import bz2
 import csv
@@ -253,7 +253,10 @@ def test_a_wrong_meta_file_is_named_briefly(content: Any, tmp_path: Path) -> Non
 
 
 def test_a_cell_with_a_list_as_numpy_writes_it(tmp_path: Path, cache: Path) -> None:
-    """The CSV cell has numpy's text of a list, without commas. Parsed as Python, the list would have one string."""
+    """The CSV cell has a list as numpy prints it, without commas: ``['a.png' 'b.png']``.
+
+    Python would join the two strings into one.
+    """
     path = tmp_path / "a.csv"
     path.write_text("question,chosen,rejected,images\n<image> or <image>?,c,r,\"['a.png' 'b.png']\"\n")
     (_, pair), *_ = open_pairs(path).scan()

@@ -57,7 +57,7 @@ GOOD = st.fixed_dictionaries({"question": TEXTS, "chosen": TEXTS, "rejected": TE
 
 @st.composite
 def lines(draw: st.DrawFn) -> bytes:
-    """Draws one line, from valid JSON to random bytes, without a newline."""
+    """Draws one line without a newline: valid JSON, damaged JSON, or random bytes."""
     values = draw(st.one_of(GOOD, st.fixed_dictionaries({}, optional=FIELDS), JSON))
     raw = json.dumps(values, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
     damage = draw(st.sampled_from(["none"] * 4 + ["cut", "byte", "huge", "random", "deep", "twice", "digits"]))

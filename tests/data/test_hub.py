@@ -18,7 +18,7 @@ ORIGIN = {"ds_name": "d", "origin_dataset": "o", "origin_split": '{"model": "m"}
 
 
 def rlaif_v(images: Path, count: int = 2, first: int = 0) -> Any:
-    """Returns a dataset with the columns of RLAIF-V."""
+    """Returns a dataset with the columns of RLAIF-V: ``count`` rows, numbered from ``first``."""
     features = datasets.Features(
         {
             **dict.fromkeys(("question", "chosen", "rejected", *ORIGIN), datasets.Value("string")),

@@ -57,7 +57,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Returns all fenced blocks of a page."""
+    """Returns all fenced code blocks of a page."""
     text = page.read_text(encoding="utf-8")
     found: list[Block] = []
     for match in _FENCE.finditer(text):
@@ -97,7 +97,7 @@ def commands(text: str) -> Iterator[list[str] | str]:
 
 
 class Server:
-    """Runs blocks, each in a separate process."""
+    """Runs code blocks, each in a separate process."""
 
     def __init__(self) -> None:
         environment = {

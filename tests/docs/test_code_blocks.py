@@ -1,4 +1,7 @@
-"""Tests that the code on the documentation pages runs: each page in a fresh folder, its blocks in order."""
+"""Tests that the code on the documentation pages runs.
+
+The code blocks of a page run in order, in a fresh folder.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,10 @@ def final(answer: object) -> str:
 
 
 def outputs(out: Path) -> dict[str, bytes]:
-    """Returns the contents of all files of an evaluation, by name, without its journals."""
+    """Returns the contents of an evaluation's result files, by name.
+
+    Leaves out the journals, which store the sampled responses.
+    """
     paths = [path for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {str(path.relative_to(out)): path.read_bytes() for path in paths if "journals" not in path.parts}
 
@@ -224,7 +227,10 @@ def test_other_answers_under_a_name_are_refused(items: Path, tmp_path: Path) -> 
 
 
 def test_the_journal_has_only_settings_that_the_responses_depend_on(items: Path, tmp_path: Path) -> None:
-    """An evaluation resumes from a journal of an earlier version only if both have exactly the same settings."""
+    """Checks which settings the journal, the file of sampled responses, has in its header.
+
+    An evaluation resumes from a journal of an earlier version only if the settings in its header are unchanged.
+    """
     evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "out", config=COT)
     (journal,) = (tmp_path / "out").rglob("journal-*.jsonl")
     settings = read_header(journal)

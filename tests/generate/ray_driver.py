@@ -1,6 +1,7 @@
-"""Runs a pipeline on a local Ray cluster: ``python ray_driver.py ITEMS OUT PIDS DELAY_S``.
+"""Runs a pipeline on a local Ray cluster: ``python ray_driver.py QUESTIONS OUT PIDS DELAY_S``.
 
-Each engine creates a file in the folder PIDS that is named after its process id.
+Each engine creates a file in the folder PIDS that is named after its process id. DELAY_S is the time in seconds that
+an engine waits for each request.
 """
 
 import functools

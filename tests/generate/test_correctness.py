@@ -17,7 +17,7 @@ ITEM = Item(question="How many?", truths=("7",))
 
 
 def judged(texts: list[str], item: Item = ITEM, finish: dict[str, str] | None = None, **options: Any) -> ItemResult:
-    """Returns the pipeline's result for an item, with the given texts as its samples."""
+    """Returns the pipeline's result for a question to which the model gives the responses ``texts``."""
     pipeline = Correctness(CorrectnessConfig(samples=len(texts), **options))
     script = {
         key: Generation(tuple(map(ord, text)), text, (finish or {}).get(text, "stop"))
@@ -252,7 +252,10 @@ def test_only_surely_wrong_samples_are_rejected() -> None:
 
 
 def test_samples_of_older_journals_are_scored_again() -> None:
-    """Older versions stored wrong scores: "7 apples" as wrong for the truth 7, and 2e-9 as right for 1.2e-9."""
+    """Scores that older versions stored are computed again, because some were wrong.
+
+    For the truth 7, "7 apples" was stored as wrong. For the truth 1.2e-9, 2e-9 was stored as right.
+    """
     pipeline = Correctness(CorrectnessConfig(samples=3, matcher={"kind": "number"}))
     old = [("7", True), ("7 apples", False), ("8", False)]
     records = [

@@ -1,4 +1,7 @@
-"""Tests that the journal keeps the input order although blocks finish in any order, also after a kill."""
+"""Tests that the journal, the file of sampled responses, keeps the order of the questions, also after a kill.
+
+Questions are sampled in blocks, which may finish in any order.
+"""
 
 import random
 from pathlib import Path
@@ -14,7 +17,7 @@ SIZES = (3, 1, 4, 2, 2)
 
 
 def block_records() -> list[tuple[int, list[dict[str, Any]]]]:
-    """Returns (index of the first record, records) of each block."""
+    """Returns (index of the first record, records) for each block of questions. A record is a line of the journal."""
     starts = [sum(SIZES[:number]) for number in range(len(SIZES))]
     return [
         (start, [{"key": f"k{start + place}", "text": "t" * place} for place in range(size)])
@@ -27,7 +30,11 @@ def open_files(folder: Path) -> tuple[Journal, Path]:
 
 
 def announce_all(early: EarlyBlocks, journal: Journal) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Registers each block that the journal lacks. Returns those that the file of early blocks lacks too."""
+    """Announces each block of questions whose records are not all in the journal.
+
+    A second file holds blocks that finished before an earlier block. Returns the blocks whose records are in neither
+    file.
+    """
     stored = list(journal.records())
     missing = []
     for start, records in block_records():

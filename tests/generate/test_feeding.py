@@ -1,4 +1,7 @@
-"""Tests engines that accept requests at any time: they stay busy across blocks, and the outputs stay the same."""
+"""Tests engines that accept requests at any time.
+
+Later questions start before slow ones finish, and the outputs stay the same.
+"""
 
 import itertools
 import json

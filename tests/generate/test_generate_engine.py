@@ -176,7 +176,7 @@ def test_ranks_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def grids(tmp_path: Path) -> Path:
-    """Writes items about grids of digits, and returns their file."""
+    """Writes questions about grids of digits to a file, and returns its folder."""
     import json
 
     lines = []

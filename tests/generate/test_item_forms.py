@@ -1,4 +1,7 @@
-"""Tests items in the formats of published benchmarks: images, options and answers are read, or the item is refused."""
+"""Tests questions in the formats of published benchmarks.
+
+Images, options and answers are read, or the question is refused.
+"""
 
 import base64
 import bz2

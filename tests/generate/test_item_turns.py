@@ -1,4 +1,4 @@
-"""Tests items with several turns, a system prompt, a history or tools: reading, refusal, sampling and output."""
+"""Tests questions with several turns, a system prompt, a history or tools: reading, refusal, sampling, output."""
 
 import base64
 import dataclasses

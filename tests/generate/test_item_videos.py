@@ -1,4 +1,4 @@
-"""Tests items with videos: they are read, sampled with and without the videos, and written into pairs."""
+"""Tests questions with videos: they are read, sampled with and without the videos, and written into pairs."""
 
 import json
 import os

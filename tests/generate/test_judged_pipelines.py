@@ -42,7 +42,10 @@ class ScriptedEngine(StubEngine):
 
 
 def made(pipeline: Any, engine: StubEngine, item: Item | None = None) -> tuple[list[dict[str, Any]], Any, Any]:
-    """Runs a pipeline on an item. Returns (pairs, result of ``make_pairs``, records of ``sample``)."""
+    """Runs a pipeline on a question. Returns (pairs, result of ``make_pairs``, records of ``sample``).
+
+    A record describes one sampled response.
+    """
     item = item or Item(question="What is shown?")
     (records,) = pipeline.sample([item], engine)
     result = pipeline.make_pairs(item, json.loads(json.dumps(records)), "model")

@@ -69,7 +69,10 @@ def sample(engine: OpenAIEngine, source: Path, out: Path, pipeline: Any = None) 
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Returns the outputs of a run and the records of its journal, without the journal's header."""
+    """Returns the output files of a run, by name.
+
+    Leaves out the first line of the journal (the file of sampled responses), which has the settings.
+    """
     contents = {path.name: path.read_bytes() for path in out.glob("*.json*")}
     journal = "journal-00000-of-00001.jsonl"
     return contents | {journal: contents[journal].partition(b"\n")[2]}

@@ -1,4 +1,7 @@
-"""Tests that a run does not resume with another processor, and that a resumed run keeps the date of its prompts."""
+"""Tests that a run does not resume with another processor.
+
+Also tests that prompts of a resumed run have the date on which the run first started.
+"""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import datetime

@@ -1,4 +1,4 @@
-"""Tests runs of Correctness and DropoutNTP: killed and resumed, in several processes, and over many items."""
+"""Tests runs of Correctness and DropoutNTP: killed and resumed, in several processes, and on many questions."""
 
 import json
 import multiprocessing
@@ -204,7 +204,7 @@ def test_lines_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    """Returns a meta file with two subsets in the form of MMPR's prompts: questions with an answer and no response."""
+    """Returns an MMPR meta file that lists two data files with questions and answers, without responses."""
     Image = pytest.importorskip("PIL.Image")  # noqa: N806
     meta = {}
     for name in ("charts", "maps"):
@@ -220,7 +220,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_a_meta_file_of_prompts_is_a_source(prompts: Path, tmp_path: Path) -> None:
-    """The subsets keep their names and image roots, also in the file of unsolved questions and in MMPR output."""
+    """Each pair keeps the name and the image folder of its data file, also a pair made from an unsolved question."""
     correctness = Correctness(CorrectnessConfig(samples=4, pairs_per_question=1))
     summary = run(correctness, prompts, tmp_path / "out")
     assert summary.items == 8
@@ -359,7 +359,7 @@ def test_images_of_pairs_start_at_the_folder_of_their_file(
 
 
 def test_a_journal_from_before_gives_relative_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal stores no image paths. A second run reads it and writes the same relative paths into the pairs.
+    """A second run reads the stored responses of the first, and writes the same relative image paths into the pairs.
 
     ``unsolved.jsonl`` has the image paths of the input, because other runs use it as their input.
     """

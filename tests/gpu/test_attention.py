@@ -1,4 +1,7 @@
-"""Tests split attention on a GPU: it uses the flash kernel; loss and gradients equal those of a dense mask."""
+"""Tests split attention on a GPU: it uses the flash kernel; loss and gradients equal those of a dense mask.
+
+Split attention handles a row with several responses to one prompt, without building a mask.
+"""
 
 import pytest
 import torch

@@ -34,7 +34,7 @@ USER = "from openrlhf.models.utils import log_probs_from_logits as used\n"
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Makes a fake package ``openrlhf`` 0.11.2 importable, with source code that mpo_ext can patch.
 
-    Yields the package's folder of models.
+    Yields the folder ``openrlhf/models``.
     """
     models = tmp_path / "openrlhf" / "models"
     models.mkdir(parents=True)

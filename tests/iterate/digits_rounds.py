@@ -1,4 +1,7 @@
-"""A model, questions and a recipe for rounds of MPO on images of digits."""
+"""A model, questions and a recipe for rounds of MPO on images of digits.
+
+A round samples pairs, trains and evaluates.
+"""
 
 import json
 from pathlib import Path
@@ -33,7 +36,10 @@ def write_questions(folder: Path, name: str, count: int, *, seed: int) -> Path:
 
 
 def recipe(folder: Path, out: Path, **settings: Any) -> Path:
-    """Writes a recipe next to ``out``: two rounds with Correctness and DropoutNTP. Returns the recipe's path."""
+    """Writes a recipe for two rounds next to ``out``, and returns its path.
+
+    A round samples pairs with the pipelines Correctness and DropoutNTP, trains, and evaluates.
+    """
     short = {"max_new_tokens": 40, "matcher": "number"}
     values = {
         "model": str(folder / "model"),

@@ -1,4 +1,7 @@
-"""Tests the command for rounds of MPO on a tiny model: results, kills, interruptions, and failing stages."""
+"""Tests the command for rounds of MPO on a tiny model: results, kills, interruptions, and failing steps.
+
+A round samples pairs, trains and evaluates, each in a separate process.
+"""
 
 import itertools
 import json
@@ -166,7 +169,7 @@ def test_the_page_shows_the_rounds_and_links_to_existing_files(whole: Path) -> N
 
 
 def test_a_run_that_is_killed_anywhere_gives_the_same_bytes(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """Kills the command in each stage; the stage's process must end too.
+    """Kills the command while it samples, trains or evaluates; the process that it started must end too.
 
     MPO_KILLS sets the random seed and adds a second round.
     """

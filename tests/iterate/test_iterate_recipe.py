@@ -1,4 +1,4 @@
-"""Tests the recipe of rounds, the messages about wrong settings, and the commands of the stages."""
+"""Tests the recipe of rounds, the messages about wrong settings, and the commands that a round runs."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def build(**settings: Any) -> IterateRecipe:
 
 
 def parse(stage: stages.RoundStage) -> argparse.Namespace:
-    """Returns the arguments of a stage, parsed by the stage's command."""
+    """Returns the arguments of a stage (sampling, evaluation ...) of a round, parsed by the command that it runs."""
     parser = argparse.ArgumentParser()
     subcommands = parser.add_subparsers(required=True)
     for module in (data, sample, evaluate):

@@ -515,7 +515,7 @@ def ddp_without_images(rank: int) -> None:
 
 
 def fsdp2(rank: int, family: str) -> None:
-    """Tests FSDP2 with each block sharded separately, and the remaining modules, including the head, in the root."""
+    """Tests FSDP2 with each decoder layer sharded separately, and all other modules, with the head, in the root."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))

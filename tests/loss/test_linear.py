@@ -196,7 +196,10 @@ def run(
 def run_rows(
     case: Linear, backend: str, *, wanted: tuple[str, ...] = ALL, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Runs linear_token_logp on a case. Returns the log-probs and the gradients for the case's upstream gradient."""
+    """Runs linear_token_logp on a case. Returns the log-probs, and the gradients by name.
+
+    The upstream gradient is ``upstream_of(case)``.
+    """
     tensors = leaves(case, wanted)
     hidden, weight, bias = placed(backend, tensors["hidden"], tensors["weight"], tensors.get("bias"))
     options = {"shift": False, **case.head, **options}
@@ -231,7 +234,7 @@ class Judgement:
         exact: Gradients of the oracle.
         eager: Gradients of eager torch.
         size: For each entry of a gradient, the sum of the absolute values of its terms.
-        share: Like ``size``, but with an upstream gradient of 1 for each row with a gradient.
+        share: Like ``size``, but with 1 in place of each upstream gradient other than 0.
         certain: Like ``size``, but the logits' gradient is the upstream gradient at the label and 0 elsewhere.
     """
 
@@ -246,7 +249,7 @@ class Judgement:
         """Returns the reference gradients of a case.
 
         Args:
-            case: The case.
+            case: Test case with the inputs.
             logits: Logits of eager torch.
             by_logits: Gradient of the logits in eager torch.
             tensors: Inputs from which eager torch computed the logits.
@@ -306,7 +309,10 @@ def judged(case: Linear, is_widened: bool, reward_shift: float) -> tuple[Any, di
 
 @functools.lru_cache(maxsize=4)
 def judged_rows(case: Linear, is_widened: bool, shift: bool) -> tuple[Array, Tensor, Judgement]:
-    """Returns (exact log-probs, eager log-probs, reference gradients) for the case's upstream gradient."""
+    """Returns (exact log-probs, eager log-probs, reference gradients) of a case.
+
+    The upstream gradient is ``upstream_of(case)``.
+    """
     exact, by_logits, share = token_logp_exact(case.exact_head.logits, case.labels, upstream_of(case), shift=shift)
     logits, tensors = eager_logits(case, is_widened)
     eager, eager_by_logits = token_logp_eager(logits.detach(), case.labels, upstream_of(case), shift=shift)
@@ -378,9 +384,10 @@ AXES: dict[str, list[Any]] = {
 
 
 def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Returns a pairwise test set: every two values of two different axes occur together in some choice.
+    """Returns combinations of values, one value for each axis.
 
-    Searches greedily among random candidates.
+    Every two values of different axes occur together in at least one combination (pairwise testing). Searches greedily
+    among random candidates.
     """
     chance = random.Random(seed)
     names = list(axes)
@@ -410,7 +417,7 @@ def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
 
 
 def id_of(choice: dict[str, Any]) -> str:
-    """Returns a test id such as `float32-V301-D5-0.2-...`."""
+    """Returns a test id such as `float32-V301-D5-0.2-...` for a combination of values."""
     head = ",".join(f"{name}={value}" for name, value in choice["head"].items()) or "plain"
     flags = [name for name in ("packed", "has_bias", "shift") if choice[name]]
     flags += {True: ["recompute"], False: ["keep"], None: []}[choice["recompute"]]
@@ -436,7 +443,7 @@ def _case_of(key: tuple[Any, ...], head: tuple[tuple[str, Any], ...]) -> Linear:
 
 
 def case_of(choice: dict[str, Any]) -> tuple[Linear, dict[str, Any]]:
-    """Returns the test case of a choice, and the options to run it with."""
+    """Returns the test case for a combination of values, and the options to run it with."""
     names = ("dtype", "vocab", "depth", "labelled", "packed", "has_bias", "shift")
     case = _case_of(tuple(choice[name] for name in names), tuple(choice["head"].items()))
     wanted = tuple(name for name in choice["wanted"] if name in case.tensors) or ("hidden",)
@@ -555,7 +562,7 @@ def test_the_gradient_of_a_confident_label_does_not_cancel(
 
 
 def exact_gradient(case: Linear) -> dict[str, Array]:
-    """Returns the exact gradients of the log-probs, for the case's upstream gradient."""
+    """Returns the exact gradients of the log-probs. The upstream gradient is ``upstream_of(case)``."""
     return judged_rows(case, True, False)[2].exact
 
 

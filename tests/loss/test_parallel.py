@@ -38,7 +38,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 
 
 class Split(NamedTuple):
-    """The part of the inputs on this rank: a slice of the vocabulary, and positions of each sequence."""
+    """This rank's part of the inputs: a slice of the vocabulary, and some positions in each sequence."""
 
     vocab: str | None
     sequence: str | None
@@ -300,10 +300,11 @@ def pairs(seed: int, vocab: int = 24) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> list[float]:
-    """Runs three steps on two data-parallel groups of two ranks, which split the vocabulary or the sequences.
+    """Runs three steps on two data-parallel groups of two ranks.
 
-    Returns a flat list with three numbers per step: the delta that the loss used, the value after the step, and the
-    count.
+    The ranks of a group split the sequences if ``sequence`` is True, otherwise the vocabulary. Returns
+    three numbers per step, in a flat list: the delta that the loss used, and then the ``value`` and the ``count`` in
+    the shift's state after the step.
     """
     shift = RewardShift(**settings)
     replica, part = divmod(rank, 2)
@@ -423,7 +424,10 @@ def test_sums_of_the_reference_must_be_the_same_on_all_ranks(pool: RankPool) -> 
 
 
 def fault_with_two_groups(rank: int, fault: str) -> tuple[str, float]:
-    """Returns (error message, loss) of a call over both process groups, with invalid arguments on rank 2."""
+    """Returns (error message, loss) of a call with a vocabulary group and a sequence group.
+
+    The arguments on rank 2 are invalid: ``fault`` names the mistake.
+    """
     logits, labels, ref_logp = pairs(4)
     columns = slice(0, 10) if rank % 2 == 0 else slice(10, 24)
     rows = slice(0, 3) if rank < 2 else slice(3, 5)

@@ -199,7 +199,7 @@ def rows_of(case: Case) -> list[Row]:
 def exact_with_gradient(name: str, case: Case, beta: float = BETA, **settings: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (losses, gradient of the chosen log-probs, gradient of the rejected log-probs).
 
-    The gradients are those of the sum of the losses: central differences in decimal numbers of 60 digits.
+    The gradients belong to the summed loss. They are central differences, computed with 60 decimal digits.
     """
     values = {"label_smoothing": SMOOTHING.get(name, 0.0), "delta": DELTA.get(name, 0.0), **settings}
     with localcontext() as context:

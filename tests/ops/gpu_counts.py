@@ -1,8 +1,8 @@
 """Counts the GPU work of ``linear_mpo_loss`` without a GPU: ``python tests/ops/gpu_counts.py``.
 
-The operators take the GPU code path on meta tensors, which have shapes but no memory. Counts kernel launches,
-peak memory, and passes over float32 tensors ``[n, D]``. Also counts the bytes that kernels other than matrix products
-move.
+The operators take the GPU code path on meta tensors, which have shapes but no memory. Counts kernel launches, peak
+memory, and the bytes that kernels other than matrix products move. Also counts how often a float32 tensor ``[n, D]``
+is read or written: n is the number of labelled positions, D the hidden size.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ class Counts:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operators that run on meta tensors inside a ``with`` block. ``hidden`` is the shape ``[n, D]``."""
+    """Counts the operators that run on meta tensors inside a ``with`` block.
+
+    ``hidden`` is the shape of the labelled hidden states, ``[n, D]``.
+    """
 
     def __init__(self, hidden: tuple[int, int]) -> None:
         super().__init__()

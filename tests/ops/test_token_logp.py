@@ -192,7 +192,7 @@ def test_a_label_out_of_range_gives_nan_in_its_row_only(
 
 
 def masked_logits(dtype: torch.dtype, vocab: int) -> Tensor:
-    """Returns logits of three rows with -inf for the first half, for all but the ends, and for every second entry."""
+    """Returns three rows of logits: the first half is -inf, all but the ends are -inf, every second entry is -inf."""
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
     logits[0, : vocab // 2] = -torch.inf
     logits[1, 1:-1] = -torch.inf

@@ -1,4 +1,4 @@
-"""Tests that a plan agrees with the trainer, and that its memory estimate is close to the size of real tensors."""
+"""Tests that ``mpo-ext plan`` agrees with the trainer, and estimates memory close to the size of real tensors."""
 
 from __future__ import annotations
 

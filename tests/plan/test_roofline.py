@@ -1,4 +1,4 @@
-"""Tests the cost model: stages computed by hand, operation counts of each method, and growth with every size."""
+"""Tests the cost model: times computed by hand, operation counts of each method, and growth with every size."""
 
 from __future__ import annotations
 

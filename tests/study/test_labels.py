@@ -1,4 +1,4 @@
-"""Tests the error count of responses about digit grids, and the labels of pairs."""
+"""Tests the count of errors in responses about digit grids, and the check of a pair's labels (chosen, rejected)."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import pytest

@@ -157,6 +157,6 @@ def test_the_table_of_starts_is_sorted_by_the_gap() -> None:
     ],
 )
 def test_the_pages_have_the_blocks(page: str, block: str) -> None:
-    """Checks that the pages contain the blocks; tests/benchmarks/test_documents.py checks that they are up to date."""
+    """Checks that each page has the marker of its generated section; other tests check the section's text."""
     text = (PAGES / page).read_text(encoding="utf-8")
     assert len(re.findall(rf"^<!-- results: {block} -->$", text, re.MULTILINE)) == 1

@@ -1,8 +1,9 @@
 """Compares split attention with separate rows and with the dense mask, for many model families.
 
-Run with ``make check-attention``. For each family, compares loss and gradients in four layouts. "shared" (padded rows)
-and "packed" use split attention, "masked" uses a dense mask, and "separate" has a row for each response. Prints the
-largest relative error of loss and gradients. All gradients together count as one vector.
+Split attention handles a row with several responses to one prompt, without building a mask. Run with
+``make check-attention``. For each family, compares loss and gradients in four layouts. "shared" (padded rows) and
+"packed" (one row without padding) use split attention, "masked" uses a dense mask, and "separate" has a row for each
+response. Prints the largest relative error of loss and gradients. All gradients together count as one vector.
 
 A batch has one to four pairs with the same prompt, and two pairs with other prompts. A prompt has up to two images.
 Responses differ in length. Sliding windows are shorter or longer than a prompt. In float64 runs, the models' norms
@@ -46,7 +47,10 @@ def result(model: nn.Module, samples: list[Sample], layout: str) -> tuple[torch.
 
 
 def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], float]:
-    """Maps (layout, reference layout) to the relative error of the loss or of the gradients, the larger of the two."""
+    """Maps (layout, reference layout), such as ("packed", "separate"), to the larger error of loss and gradients.
+
+    Errors are relative to the loss and to the norm of the gradients.
+    """
     results = {layout: result(model, samples, layout) for layout in ("separate", "masked", "shared", "packed")}
     found = {}
     for truth in ("separate", "masked"):
@@ -61,7 +65,7 @@ def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], flo
 
 
 def check(name: str, dtype: torch.dtype) -> dict[tuple[str, str], float]:
-    """Maps (layout, reference layout) to the largest relative error of a family over all batches."""
+    """Maps (layout, reference layout), such as ("packed", "separate"), to a family's largest relative error."""
     model = build(name, "eager" if name.startswith(EAGER) else "sdpa", dtype)
     switch_off_dropout(model)
     if hasattr(model, "set_experts_implementation"):

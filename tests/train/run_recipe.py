@@ -45,7 +45,7 @@ _FSDP2 = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training run of the tiny model of ``digits_run``, or of the model in a folder.
+    """A training run with the tiny model from ``digits_run``, or with a model in a folder.
 
     Attributes:
         out: Folder of the run. Files beside it: ``.text`` (its output), ``.rank0`` ... (the result of each rank)
@@ -76,7 +76,7 @@ class Job:
 def server() -> Any:
     """Returns a multiprocessing context that forks from a server process, which has imported the trainer.
 
-    The server has no threads. A fork of the test process could wait forever for a lock of one of its threads.
+    The server has no threads. A fork of the test process could wait forever for a lock that another thread holds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run_recipe_preload", "run_recipe"])

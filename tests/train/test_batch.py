@@ -1,4 +1,7 @@
-"""Tests how pairs become a batch: the rows of both layouts, and samples that cannot be batched."""
+"""Tests how pairs become a batch, and samples that cannot be batched.
+
+A row of a batch holds one response, or several responses with their shared prompts.
+"""
 
 from __future__ import annotations
 

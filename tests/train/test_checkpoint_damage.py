@@ -141,7 +141,10 @@ def test_no_damage_is_silent(
 def check_one(
     store: Checkpoints, accelerator: Any, older: Path, newest: Path, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Asserts that loading a damaged checkpoint fails and changes nothing, and that "auto" resumes the older one."""
+    """Asserts that loading a damaged checkpoint fails and changes nothing.
+
+    Also asserts that ``resume="auto"`` takes the older checkpoint.
+    """
     other = nn.Linear(8, 8)
     before = [parameter.detach().clone() for parameter in other.parameters()]
     with pytest.raises(CheckpointError):

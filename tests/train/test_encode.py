@@ -473,7 +473,7 @@ def test_the_digest_changes_if_and_only_if_the_inputs_do(images: tuple[str, ...]
 
 
 def test_the_digest_tells_apart_where_one_response_ends() -> None:
-    """The digest changes if a token moves between prompt and responses, or if a field changes its dtype."""
+    """A sample's digest changes if a token moves between prompt and responses, or if a field changes its dtype."""
     encoder = text_encoder()
     fields = {"prompt": [5, 6], "chosen": [7], "rejected": [8]}
     from mpo_ext.train.encode import _digest

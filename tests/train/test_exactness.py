@@ -165,7 +165,7 @@ class Data:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     """Returns 10 pairs, half of them without an image, and a pair with equal responses, which the trainer skips.
 
-    An epoch has steps of 8 and of 3 lines, so steps and micro-batches differ in size.
+    With 8 lines per step, the second step of an epoch has 3, so steps and micro-batches differ in size.
     """
     return make_data(tmp_path_factory.mktemp("pairs"), 10, text_only=2)
 
@@ -203,7 +203,7 @@ def adapters() -> dict[str, tuple[Tensor, Tensor]]:
 
 @dataclasses.dataclass
 class Run:
-    """The log lines of a run, and its final weights under the script's names."""
+    """The log lines of a run, and its final weights under the parameter names of plain.py."""
 
     lines: list[dict[str, float]]
     weights: dict[str, Tensor]

@@ -1,4 +1,7 @@
-"""Tests joint_attention.py: results and gradients equal those with a dense mask, although no call uses a mask."""
+"""Tests joint_attention.py: CPU attention for several responses to one prompt in a row, without a mask.
+
+Results and gradients equal those with a dense mask.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests mixtures of data sources: their lines, the samples of an epoch, and the inspection of the sources."""
+"""Tests mixtures of data sources: their lines, which samples an epoch has, and ``Mixture.inspect``."""
 
 import json
 import pickle
@@ -23,7 +23,10 @@ def pairs_file(path: Path, count: int, name: str = "q") -> SourceRecipe:
 
 
 def meta_file(folder: Path, subsets: dict[str, tuple[int, float]]) -> SourceRecipe:
-    """Writes an MMPR meta file. ``subsets`` maps a name to (number of lines, repeat_time)."""
+    """Writes an MMPR meta file, which lists data files.
+
+    ``subsets`` maps the name of a data file to (number of lines, how often an epoch uses each line).
+    """
     entries = {}
     for name, (count, repeat) in subsets.items():
         lines = [

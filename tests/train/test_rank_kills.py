@@ -29,7 +29,10 @@ SETTINGS = {
 
 
 def die_on_rank(victim: int, number: int | None, events: Path, rank: int) -> None:
-    """Kills rank ``victim`` right before its event ``number``. With None, only counts the events of that rank."""
+    """Kills rank ``victim`` right before its event ``number``; ``die_at_event`` lists the events.
+
+    If ``number`` is None, only counts the events.
+    """
     if rank == victim:
         die_at_event(number, events, rank)
 

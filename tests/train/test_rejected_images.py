@@ -1,4 +1,4 @@
-"""Tests pairs with separate images for the rejected response: two prompts in every layout, and in the trainer."""
+"""Tests pairs with separate images for the rejected response: each response has its own prompt in a batch."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ from mpo_ext.train.shared_prefix import label_logp_and_precision
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a file of pairs about digit grids. In two of three, the rejected response has a noise image instead."""
+    """Returns a file of pairs about digit grids. In two of three pairs, the rejected response has another image."""
     path = digits_run.write_pairs(tmp_path_factory.mktemp("pairs"), 9)
     rng = np.random.default_rng(1)
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -114,7 +114,7 @@ def job_of(folder: Path) -> Callable[..., Job]:
 def whole(job_of: Callable[..., Job]) -> Callable[[str], Job]:
     """Returns a function that runs a job without interruption, cached by name.
 
-    The job's file ``.events`` gets the number of events of the run.
+    The run writes the number of its events (see ``die_at_event``) into the job's file ``.events``.
     """
 
     @functools.lru_cache(None)
@@ -265,7 +265,7 @@ def test_a_kill_while_log_probs_are_computed_costs_the_current_batch(
 
 
 def die_in_precompute(number: int, rank: int) -> None:
-    """Kills the process after it has computed its batch ``number`` (from 1), before the results are recorded."""
+    """Kills the process right before it saves the reference log-probs of batch ``number``, counted from 1."""
     from mpo_ext.train import reference_file as reference
 
     original = reference.Journal.append

@@ -75,7 +75,7 @@ def test_pairs_of_a_prompt_stand_next_to_each_other() -> None:
 
 
 def test_copies_of_a_pair_stand_in_groups_of_their_own() -> None:
-    """Each group of four in the order has four different pairs of one prompt.
+    """Every four consecutive pairs are different pairs of one prompt.
 
     There are 300 pairs, four per prompt, and an epoch has each pair three times.
     """

@@ -1,6 +1,6 @@
 """Tests split attention: loss and gradients equal those of the dense mask and of separate rows.
 
-Split attention does not build a mask for the whole row.
+Split attention handles a row with several responses to one prompt, without building a mask.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ if importlib.util.find_spec("vllm") is None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with the models ``text``, ``image``, ``suppressed`` and ``adapter``, and files of items."""
+    """Returns a folder with the models ``text``, ``image``, ``suppressed`` and ``adapter``, and files of questions."""
     import vllm_models
 
     folder = tmp_path_factory.mktemp("vllm")

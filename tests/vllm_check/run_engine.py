@@ -45,7 +45,7 @@ def requests_of(items: Path) -> list[Request]:
 def conversations_of(items: Path) -> list[Request]:
     """Returns greedy requests with several turns, and some with a system prompt.
 
-    Requests from image items have images in two turns. Some requests from text items have tools and tool calls.
+    Requests about images have images in two turns. Some text requests have tools and tool calls.
     """
     system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "It is red."}
     tool = {"type": "function", "function": {"name": "age", "parameters": {"type": "object"}}}

@@ -35,7 +35,10 @@ def run_script(
 
 @pytest.fixture(scope="session")
 def expected(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs TransformersEngine on "text" or "image", once, and returns its results' folder."""
+    """Returns a function that runs TransformersEngine on the model "text" or "image" and returns the results' folder.
+
+    Results are cached.
+    """
 
     @functools.cache
     def results(kind: str) -> Path:
@@ -48,7 +51,10 @@ def expected(folder: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def vllm_runs(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs vLLM on "text" or "image", once, and returns its results' folder."""
+    """Returns a function that runs vLLM on the model "text" or "image" and returns the results' folder.
+
+    Results are cached.
+    """
 
     @functools.cache
     def results(kind: str) -> Path:
@@ -175,7 +181,10 @@ def test_suppressed_tokens_and_adapters(folder: Path) -> None:
 
 @pytest.fixture
 def command(folder: Path) -> list[object]:
-    """Returns a command with the settings of "drawn" in run_engine.py. Tests replace "OUT" by the output folder."""
+    """Returns a command that samples like the pipeline "drawn" of run_engine.py.
+
+    Tests replace "OUT" by the output folder.
+    """
     options = ["--engine", "vllm", "--dtype", "float32", "--samples", "8", "--temperature", "1", "--allow-truncated",
                "--max-new-tokens", "12", "--matcher", "exact", "--style", "regex:([a-z])"]  # fmt: skip
     for name, value in run_engine.VLLM.items():

@@ -1,4 +1,4 @@
-"""Small untrained models that vLLM can run on a CPU, and items for them."""
+"""Small untrained models that vLLM can run on a CPU, and questions for them."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ def write_adapter(model: Path, folder: Path) -> None:
 
 
 def items_of(folder: Path, count: int, *, images: bool) -> list[dict[str, Any]]:
-    """Returns items with questions of several lengths. With ``images``, two of three items have one or two images."""
+    """Returns questions of several lengths. With ``images``, two of three questions have one or two images."""
     rng = np.random.default_rng(0)
     lines = []
     for number in range(count):

@@ -227,7 +227,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def image_prompts(pictures: list[str]) -> Iterator[tuple[str, list[Any], list[Turn]]]:
-    """Yields (question or turns of a pair, its images, the same turns with loaded images for the chat template)."""
+    """Yields (question or turns of a pair, image paths, the same turns with loaded images for the chat template)."""
     first, second = ([path, Image.open(path).convert("RGB")] for path in pictures)
     yield "<image>\nWhat is shown?", [first[0]], [("user", [first[1], "What is shown?"])]
     yield "What is shown?", [first[0]], [("user", [first[1], "What is shown?"])]
@@ -293,7 +293,7 @@ def assert_proved(encoder: Encoder, pair: Pair) -> None:
 
 
 def test_the_page_has_the_table_of_the_registry() -> None:
-    """Checks docs/families.md; ``PYTHONPATH=.:tests/zoo python tests/zoo/zoo_families.py`` prints its table."""
+    """Checks the table in docs/families.md. ``PYTHONPATH=.:tests/zoo python tests/zoo/zoo_families.py`` prints it."""
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- families -->\n")[2].partition("<!-- /families -->")[0]
     assert shown == table()

@@ -1,4 +1,4 @@
-"""Tests items with several turns: sampling, evaluation and training give the ids of the family's chat template."""
+"""Tests questions with several turns: sampling, evaluation and training give the ids of the chat template."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ TURNS = [
 
 
 def prompts_of_item(item: Item, engine: TransformersEngine, answers: Sequence[list[int]]) -> tuple[list[Any], Pair]:
-    """Runs the evaluation and the correctness pipeline on an item. Returns all prompts, and the pipeline's pair."""
+    """Runs the evaluation and the correctness pipeline on a question. Returns all prompts, and the pipeline's pair."""
     model: Any = engine.model
     evaluation = Evaluation(EvaluationConfig(prompts=("none",), max_new_tokens=60), "none")
     pipeline = Correctness(CorrectnessConfig(samples=2, sampling=SAMPLING))

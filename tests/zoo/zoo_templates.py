@@ -8,7 +8,13 @@ GENERATION = "{%% if add_generation_prompt %%}{{ '%s' }}{%% endif %%}"
 
 
 def content(image: str = "", *, trim: bool = False, generation: bool = False) -> str:
-    """Returns Jinja code that writes a message's content: a text, or a list of texts and images."""
+    """Returns Jinja code that writes a message's content: a text, or a list of texts and images.
+
+    Args:
+        image: Text that stands for an image.
+        trim: Whether texts are trimmed.
+        generation: Whether texts in lists lie in a ``{% generation %}`` block.
+    """
     text = "{{ p.text%s }}" % ("|trim" if trim else "")
     if generation:
         text = "{% generation %}" + text + "{% endgeneration %}"

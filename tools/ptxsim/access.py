@@ -12,7 +12,10 @@ class MemoryAccess:
     """A part of the class Machine: executes memory instructions and raises their faults."""
 
     def _counters(self, ins, kind):
-        """Returns a function get(space): the instruction's Access counters, or None if the space is not counted."""
+        """Returns a function get(space) that returns the Access counters of an instruction.
+
+        get returns None if the space is not counted. kind: "load", "store" or "atomic".
+        """
         memo = {}
 
         def get(space):
@@ -26,7 +29,10 @@ class MemoryAccess:
         return get
 
     def _split(self, space, addr):
-        """Splits addresses by state space. Returns (space, positions, addresses) for each; positions None: all."""
+        """Splits an array of addresses by state space.
+
+        Returns (space, positions in the array, addresses) for each space; positions None: all.
+        """
         if space != "generic":
             return ((space, None, addr),)
         if int(addr.max()) < SHARED_BASE:

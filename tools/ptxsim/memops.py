@@ -106,7 +106,10 @@ def _st(b, ins):
 
 
 def _serial(view, ix, fn, b, c, need_old):
-    """Applies view[i] = fn(view[i], b, c) for each lane's index i in ix, in order, also for repeated indices."""
+    """Executes an atomic operation lane by lane: view[i] = fn(view[i], b, c) for each lane's index i in ix.
+
+    Returns the old values. Lanes with the same index run one after the other.
+    """
     n = ix.size
     order = np.argsort(ix, kind="stable")
     sx = ix[order]

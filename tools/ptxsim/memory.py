@@ -254,8 +254,9 @@ class GlobalMemory:
         self.stats = {}
 
     def locate(self, addr, size, write):
-        """Finds the buffers of addresses. Returns (buffer, positions, byte offsets) for each; positions None: all.
+        """Finds the buffers that contain an array of addresses.
 
+        Returns (buffer, positions in the array, byte offsets in the buffer) for each; positions None: all.
         Raises a fault for addresses that are misaligned, outside of buffers, or (if write) read-only.
         """
         if size > 1:
@@ -309,6 +310,8 @@ class GlobalMemory:
         access: counters of the instruction.
         pieces: the accessed parts of buffers, from locate().
         lanes: numbers of the accessing lanes.
+        size: bytes per lane.
+        kind: "load", "store" or "atomic".
         """
         access.lanes += lanes.size
         access.bytes += lanes.size * size

@@ -308,7 +308,10 @@ def _movmatrix(b, ins):
 
 
 def _fragment(shape_mk, per_reg, nreg, kind):
-    """Returns (row, column) of each element of a matrix fragment, indexed [register][element][lane]."""
+    """Returns (row, column) of each element of a matrix fragment, indexed [register][element][lane].
+
+    kind: the operand of mma, "a", "b" or "c". nreg: registers per lane. per_reg: elements per register.
+    """
     lane = np.arange(32)
     g, t = lane >> 2, lane & 3
     row = np.empty((nreg, per_reg, 32), np.int64)
