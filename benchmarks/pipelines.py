@@ -115,17 +115,17 @@ def table(documents: Documents) -> str:
                 *(f"{100 * figures[share]:.1f}" for share in ("right", "equal", "wrong", "chosen_right")),
             ]
         )  # fmt: skip
-    header = ["pipeline", "pairs", "tokens per pair", "and claims", "pairs per CPU second"]
+    header = ["pipeline", "pairs", "tokens per pair", "tokens per pair, with claims", "pairs per CPU second"]
     text = markdown_table([*header, *(f"{name}, %" for name in labels.SHARES.values())], rows)
     generated, written = (100 * tokens[DROPOUT_NTP][at] / tokens[RLAIF_V][at] for at in (0, 1))
     loads = [environment["load_before"][0], environment["load_after"][0]]
     return (
         f"{text}\n{settings['questions']} questions, {settings['samples']} responses per question, "
-        f"{settings['repeat']} runs of each pipeline in turn. Measured on {environment['threads']} thread of "
+        f"{settings['repeat']} runs of each pipeline. Measured on {environment['threads']} thread of "
         f"{environment['cpu']} ({environment['cores']} cores), load average {min(loads):.1f} to {max(loads):.1f}, "
         f"commit {environment['commit']}, {environment['started'][:10]}: `{environment['command']}`.\n\n"
-        f"DropoutNTP needed {generated:.0f} % of the generated tokens of RLAIF-V, and {written:.0f} % if claims and "
-        f"questions count; in the paper {100 * labels.PAPER[0] / labels.PAPER[1]:.1f} %.\n"
+        f"DropoutNTP generated {generated:.0f} % of the tokens per pair of RLAIF-V ({written:.0f} % with claims). In "
+        f"the MPO paper, the ratio is {100 * labels.PAPER[0] / labels.PAPER[1]:.1f} %.\n"
     )
 
 
