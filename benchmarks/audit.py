@@ -249,14 +249,15 @@ def table(documents: Documents) -> str:
 
 
 def _machine(results: dict[str, Any]) -> str:
-    machines = sorted({f"{figures['cores']} cores of {figures['cpu']}" for figures in results.values()})
+    machines = sorted({f"{run['cpu'].rsplit(' x ', 1)[0]} ({run['cores']} cores)" for run in results.values()})
     loads = [figures["load"] for figures in results.values()]
     scaled = [
         _TEXTS.get(check.name, check.name)
         for check in CHECKS
         if check.counts and results.get(check.name, {"scale": 1})["scale"] != 1
     ]
-    text = f"Measured on {'; '.join(machines)}. The load average before a check was {min(loads):g} to {max(loads):g}."
+    text = f"Measured on {'; '.join(machines)}. "
+    text += f"The load average before a check was {min(loads):g} to {max(loads):g}."
     if scaled:
         text += f" These checks ran with fewer cases than in `make audit`: {'; '.join(scaled)}."
     return text

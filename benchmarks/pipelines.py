@@ -122,8 +122,9 @@ def table(documents: Documents) -> str:
     return (
         f"{text}\n{settings['questions']} questions, {settings['samples']} responses per question, "
         f"{settings['repeat']} runs of each pipeline. Measured on {environment['threads']} thread of "
-        f"{environment['cpu']} ({environment['cores']} cores), load average {min(loads):.1f} to {max(loads):.1f}, "
-        f"commit {environment['commit']}, {environment['started'][:10]}: `{environment['command']}`.\n\n"
+        f"{environment['cpu'].rsplit(' x ', 1)[0]} ({environment['cores']} cores), load average {min(loads):.1f} to "
+        f"{max(loads):.1f}, commit {environment['commit']}, {environment['started'][:10]}: "
+        f"`{environment['command']}`.\n\n"
         f"DropoutNTP generated {generated:.0f} % of the tokens per pair of RLAIF-V ({written:.0f} % with claims). In "
         f"the MPO paper, the ratio is {100 * labels.PAPER[0] / labels.PAPER[1]:.1f} %.\n"
     )
