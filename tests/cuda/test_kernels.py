@@ -425,5 +425,5 @@ def test_the_order_of_blocks_and_warps_does_not_change_a_bit(vocab: int, length:
 
     expected = run()
     for seed in range(20):
-        races = "raise" if ALL else False
+        races = "raise" if ALL and seed == 0 else False  # looking for races takes many times longer
         assert run(schedule="random", seed=seed, check_races=races) == expected, f"seed {seed}"
