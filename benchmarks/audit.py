@@ -244,12 +244,13 @@ def table(documents: Documents) -> str:
             ]
         )
     return (
-        markdown_table(["check", "cases", "result", "seconds", "commit", "command"], rows) + f"\n{_machine(results)}"
+        markdown_table(["check", "cases", "result", "seconds", "commit, date", "command"], rows)
+        + f"\n{_machine(results)}"
     )
 
 
 def _machine(results: dict[str, Any]) -> str:
-    machines = sorted({f"{run['cpu'].rsplit(' x ', 1)[0]} ({run['cores']} cores)" for run in results.values()})
+    machines = sorted({f"{run['cores']} cores of {run['cpu'].rsplit(' x ', 1)[0]}" for run in results.values()})
     loads = [figures["load"] for figures in results.values()]
     scaled = [
         _TEXTS.get(check.name, check.name)

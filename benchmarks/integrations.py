@@ -46,15 +46,18 @@ def runs(documents: Documents) -> str:
         own, mpo = run["own"], run["mpo"]
         rows.append([
             f"{_TITLES[name.partition(' ')[0]]} {run['version']}",
-            f"{own['seconds']:.1f} s, {mpo['seconds']:.1f} s",
-            f"{own['seconds'] / mpo['seconds']:.1f} times",
-            f"{own['cpu_seconds'] / mpo['cpu_seconds']:.1f} times",
-            f"{own['peak_mib']:,.0f} MiB, {mpo['peak_mib']:,.0f} MiB",
+            f"{own['seconds']:.1f} s",
+            f"{mpo['seconds']:.1f} s",
+            f"{own['seconds'] / mpo['seconds']:.1f}",
+            f"{own['cpu_seconds'] / mpo['cpu_seconds']:.1f}",
+            f"{own['peak_mib']:,.0f} MiB",
+            f"{mpo['peak_mib']:,.0f} MiB",
             f"{mpo['peak_mib'] / own['peak_mib']:.2f}",
-            f"`{run['command']}`",
         ])  # fmt: skip
-    header = ["trainer", "a step, before and after", "faster", "less CPU time", "peak memory", "ratio", "command"]
-    return markdown_table(header, rows)
+    header = ["trainer", "time before", "time after", "time before / after", "CPU time before / after"]
+    header += ["memory before", "memory after", "memory after / before"]
+    commands = dict.fromkeys(f"- `{run['command']}`" for run in documents["integrations"]["runs"].values())
+    return f"{markdown_table(header, rows)}\nCommands:\n\n" + "\n".join(commands)
 
 
 def tests(documents: Documents) -> str:

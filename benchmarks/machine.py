@@ -21,7 +21,7 @@ from mpo_ext.plan.machines import Machine
 
 _WORDS = 32 << 20  # float32 values: four times the last-level cache of a common server
 _FRESH_BYTES = 128 << 20  # the allocator may reuse a smaller block that was freed just before
-_ROWS, _HIDDEN, _COLUMNS = 256, 896, 8192  # sizes of the matrix products
+ROWS, _HIDDEN, _COLUMNS = 256, 896, 8192  # sizes of the matrix products; the smallest is ROWS
 _SHORTEST = (32, 1024)  # numbers of rows of further matrix products
 _ATTENTION = (1, 4, 2048, 64)  # pairs, heads, tokens and head size of the attention kernels
 _CACHED = (2, 16, 65536)  # logits that stay in a last-level cache
@@ -68,8 +68,8 @@ def programs() -> dict[str, Run]:
     }
     for dtype in DTYPES:
         kind = getattr(torch, dtype)
-        rows, weight = torch.randn(_ROWS, _HIDDEN).to(kind), torch.randn(_COLUMNS, _HIDDEN).to(kind)
-        product = torch.empty(_ROWS, _COLUMNS, dtype=kind)
+        rows, weight = torch.randn(ROWS, _HIDDEN).to(kind), torch.randn(_COLUMNS, _HIDDEN).to(kind)
+        product = torch.empty(ROWS, _COLUMNS, dtype=kind)
         runs[f"product {dtype}"] = functools.partial(torch.mm, rows, weight.T, out=product)
     for size in _SHORTEST:
         rows, weight = torch.randn(size, max(size, _HIDDEN)), torch.randn(_COLUMNS, max(size, _HIDDEN))
@@ -104,13 +104,13 @@ def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Mac
             raise ValueError(f"seconds must have 'machine: {key}', got {', '.join(seconds) or 'nothing'}")
     median = {key.removeprefix("machine: "): statistics.median(values) for key, values in seconds.items()}
     size = 4 * _WORDS
-    flop = 2 * _ROWS * _HIDDEN * _COLUMNS
+    flop = 2 * ROWS * _HIDDEN * _COLUMNS
 
     def beyond(fresh: str, used: str) -> float:
         return max(median[fresh] - median[used], 1e-9)
 
     of_256 = flop / median["product float32"]
-    shares = {_ROWS: 1.0}
+    shares = {ROWS: 1.0}
     for shortest in _SHORTEST:
         if f"product of {shortest}" in median:
             work = 2 * shortest * max(shortest, _HIDDEN) * _COLUMNS

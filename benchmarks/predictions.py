@@ -24,7 +24,7 @@ def _gpu_table(loss: cost.LossShape, methods: Sequence[str]) -> str:
     for method in methods:
         costs = [cost.loss_cost(method, loss, machine) for machine in gpus]
         rows.append([provider_name(method), *(f"{1e3 * each.seconds:.1f}" for each in costs), _gib(costs[0].memory)])
-    return markdown_table(["predicted time, ms", *machines.GPUS, "memory, predicted"], rows)
+    return markdown_table(["predicted time, ms", *machines.GPUS, f"memory, {next(iter(machines.GPUS))}"], rows)
 
 
 _VOCABS = (151936, 248320, 262144)  # Qwen2.5, Qwen3.5, Gemma
@@ -61,7 +61,7 @@ def losses(documents: Documents) -> str:
 _PATHS = {
     "mpo_ext, from logits": "logits, `mpo_loss`",
     "mpo_ext, from logits, reuse_logits": "logits, `mpo_loss(reuse_logits=True)`",
-    "mpo_ext": "`linear_mpo_loss`, which recomputes on a GPU",
+    "mpo_ext": "`linear_mpo_loss`, default on a GPU (`recompute=True`)",
     "mpo_ext, recompute=False": "`linear_mpo_loss(recompute=False)`",
     "mpo_ext, frozen head": "`linear_mpo_loss`, frozen head",
     "eager": "logits, eager torch",
@@ -160,9 +160,10 @@ def step_times(documents: Documents) -> str:
     for shape in shapes:
         header += [f"prompt {shape.prompt:,}, responses {shape.response:,}", "memory"]
     return (
-        f"Predicted for one of {shapes[0].shards} H100s with sharded weights, without communication. The model is a "
-        f"decoder with {model.parameters / 1e9:.1f} billion float32 parameters. The compute dtype is bfloat16, with "
-        f"gradient checkpointing, one pair per GPU and no padding.\n\n{markdown_table(header, rows)}"
+        f"Predicted for one of {shapes[0].shards} H100s. The weights are sharded over the GPUs; the time of "
+        f"communication is not included. The model is a decoder with {model.parameters / 1e9:.1f} billion float32 "
+        f"parameters. The compute dtype is bfloat16, with gradient checkpointing, one pair per GPU and no padding.\n\n"
+        f"{markdown_table(header, rows)}"
     )
 
 
@@ -236,8 +237,8 @@ def issue(documents: Documents) -> str:
     header = ["GPU", "clock", "forward: issue", "forward: exponentials", "forward with statistics: issue"]
     return (
         f'A percentage is a predicted time divided by the floor (bfloat16, instruction counts of sm_90). "Issue" is '
-        f'the time to issue the instructions. "In flight" is the number of bytes that a multiprocessor must have '
-        f"requested to reach the peak bandwidth, with a memory latency of {_LATENCY * 1e6:.1f} us.\n\n"
+        f'the time to issue the instructions. "In flight" is the number of requested bytes that a multiprocessor must '
+        f"wait for at any time to reach the peak bandwidth, with a memory latency of {_LATENCY * 1e6:.1f} us.\n\n"
         f"{markdown_table([*header, 'backward: issue', 'in flight'], rows)}"
     )
 

@@ -20,7 +20,7 @@ _DTYPES = ("float32", "bfloat16")
 #: Table labels of the providers whose label differs from the name.
 _NAMES = {
     "mpo_ext, reuse_logits": "mpo_ext, `reuse_logits=True`",
-    "mpo_ext, all statistics": "mpo_ext, `stats`: entropy, mean_logit, top1, sum_p_squared",
+    "mpo_ext, all statistics": 'mpo_ext, `stats=("entropy", "mean_logit", "top1")`',
     "mpo_ext, recompute=False": "mpo_ext, `recompute=False`",
     "mpo_ext, recompute=True": "mpo_ext, `recompute=True`",
     "mpo_ext, memory_budget of 512 KiB": "mpo_ext, `memory_budget=2**19`",
@@ -62,14 +62,14 @@ def _cpu(document: Document) -> str:
     return f"{threads} of {environment['cpu'].rsplit(' x ', 1)[0]} ({environment['cores']} cores){time}"
 
 
-def _where(document: Document) -> str:
+def where(document: Document) -> str:
     """Returns a sentence with the machine, versions, date, load and command of a benchmark run."""
     environment = document["environment"]
     load = max(environment["load_before"][0], environment["load_after"][0])
     return (
         f"Measured on {_cpu(document)}, torch {environment['versions']['torch']}, commit {environment['commit']}"
-        f"{' with changes' if environment['modified'] else ''}, {environment['started'][:10]}, load average at most "
-        f"{load:.1f}: `{environment['command']}`."
+        f"{' with uncommitted changes' if environment['modified'] else ''}, {environment['started'][:10]}, load "
+        f"average at most {load:.1f}: `{environment['command']}`."
     )
 
 
@@ -139,14 +139,21 @@ def _of_floor(point: Point | None) -> str:
     return "" if point is None or point.get("share_of_floor") is None else f"{point['share_of_floor']:.0%}"
 
 
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table without the columns that have no value."""
+    used = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    return markdown_table([header[column] for column in used], [[row[column] for column in used] for row in rows])
+
+
 # ------------------------------------------------------------------------------------------- logits and hidden states
 
 _FLOORS = {
-    "logits": "only the memory traffic, in torch: read, then read and write",
+    "logits": "only reading the logits twice and writing them once, in torch",
     "linear": "only the three matrix products, in torch",
 }
 _MEMORY = {
-    "logits": "Memory is the peak in addition to the logits; it includes their gradient.",
+    "logits": "Memory is the peak in addition to the logits. It includes the gradient of the logits, which overwrites "
+    "them with `reuse_logits=True`.",
     "linear": "Memory is the peak in addition to hidden states, head and their gradients.",
 }
 _AXES = {"vocab": "V", "tokens": "T", "share": "labelled", "pairs": "B", "hidden": "D", "dtype": "float16"}
@@ -172,12 +179,14 @@ def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
     at_few = [p for p in swept if p["share"] == few]
     share = [] if few is None else [f"float32, {few:.0%} labelled"]
     if is_short:
-        header = ["", *_DTYPES, *share, "memory, float32"]
+        header = ["method", *_DTYPES, *share, "memory, float32"]
     else:
         header = ["method", "float32", "20th to 80th percentile", "floor / time", "bfloat16", "floor / time", *share]
         header += [f"memory, {dtype}" for dtype in _DTYPES]
     rows = []
     for provider in dict.fromkeys(p["provider"] for p in base):
+        if is_short and provider == "mpo_ext, all statistics":
+            continue
         wide, half = (_find(base, provider=provider, dtype=dtype) for dtype in _DTYPES)
         cells = [_time(wide), _time(half)]
         if not is_short:
@@ -190,14 +199,14 @@ def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
     at_few = [p for p in at_few if p["dtype"] == "float32"]
     floor += [] if few is None else [_seconds(max((p["floor_s"] for p in at_few), default=None))]
     rows.append([_FLOORS[name], *floor, *([""] if is_short else ["", ""])])
-    return markdown_table(header, rows)
+    return _table(header, rows)
 
 
 def full_table(name: str, documents: Documents) -> str:
     """Returns the table with all columns of the benchmark "logits" or "linear"."""
     document = documents[name]
     return "\n".join([
-        f"{_where(document)}\n",
+        f"{where(document)}\n",
         f"{_shape(name, document)}. Times are medians. {_MEMORY[name]}\n",
         _loss_rows(name, document, is_short=False),
         _missing(document),
@@ -230,7 +239,7 @@ def sweeps(name: str, documents: Documents) -> str:
             markdown_table([*header, *map(provider_name, providers)], rows),
         ]
     late = sum(p["status"] != "measured" and "were over" in p["reason"] for p in document["points"])
-    lines += [f"{late} times were not measured, because the run reached its time limit."] if late else []
+    lines += [f"The run reached its time limit before {late} further measurements."] if late else []
     return "\n".join(lines)
 
 
@@ -279,7 +288,7 @@ def readme_step(documents: Documents) -> str:
     document = documents["train_step"]
     base, trl = _base_steps(document)
     rows = [[provider_name(p["provider"]), _time(p), _mib(p["peak_bytes"]), _faster(p, trl)] for p in base]
-    table = markdown_table(["a training step", "time", "peak memory", ""], rows)
+    table = markdown_table(["trainer", "time of a step", "peak memory", "speed against TRL"], rows)
     gap = _loss_gap(base, trl, "the losses of our trainer differ from those of TRL")
     return f"{_step_shape(document)}; {_where_short(document)}:\n\n{table}\n{gap}"
 
@@ -303,7 +312,7 @@ def steps(documents: Documents) -> str:
         "speed against TRL",
     ]
     return "\n".join([
-        f"{_where(document)}\n",
+        f"{where(document)}\n",
         f"{_step_shape(document)}. Times are medians of all steps except the first.\n",
         markdown_table(header, rows),
         f"{_loss_gap(base, trl, 'the losses of mpo_ext and TRL differ')}\n",
@@ -350,7 +359,7 @@ def attention_steps(documents: Documents) -> str:
         "time / TRL",
     ]
     header += ["pairs/s", "tokens/s"]
-    parts = [f"{_where(document)}\n"]
+    parts = [f"{where(document)}\n"]
     if rows:
         first = points[0]
         gaps = [
@@ -392,101 +401,4 @@ def sampling(documents: Documents) -> str:
             "The first rows use the model of the digits demo. The rows with images use an untrained InternVL with "
             f"hidden size {shared['hidden']} and {shared['layers']} layers, and decode all samples together."
         )
-    return f"{_where(document)} {model}\n\n{markdown_table(header, rows)}{_missing(document)}"
-
-
-# ------------------------------------------------------------------------------------- the cost model and the kernels
-
-
-def rates(documents: Documents) -> str:
-    """Returns a table of the measured speed of the machine, such as its memory bandwidth."""
-    machine = documents["cost_model"]["settings"]["rates"]
-    rows = [
-        ["bandwidth", f"{machine['bandwidth'] / 1e9:.1f} GB/s"],
-        *([f"matrix products, {d}", f"{rate / 1e9:.0f} GFLOP/s"] for d, rate in machine["matmul_rates"].items()),
-        *(
-            [f"attention, {kind}, {d}", f"{rate / 1e9:.0f} GFLOP/s"]
-            for kind, by_dtype in machine.get("attention_rates", {}).items()
-            for d, rate in by_dtype.items()
-        ),
-        *(
-            [f"rate of matrix products with smallest dimension {size}, relative to large ones", f"{share:.0%}"]
-            for size, share in machine.get("matmul_shares", {}).items()
-        ),
-        [
-            "kernels of mpo_ext on data in cache, forward and backward",
-            f"{machine['kernel_rate'] / 1e9:.2f} G logits/s",
-        ],
-        [
-            "torch's log_softmax on data in cache, forward and backward",
-            f"{machine['softmax_rate'] / 1e9:.2f} G logits/s",
-        ],
-        ["first access to new memory, small pages", f"{machine['fresh'] / 1e9:.2f} GB/s"],
-        ["first access to new memory, huge pages", f"{machine['huge'] / 1e9:.1f} GB/s"],
-        ["fixed time of a call, forward and backward", f"{machine['overhead'] * 1e3:.2f} ms"],
-    ]
-    return f"{_where(documents['cost_model'])}\n\n{markdown_table(['quantity, median over the run', 'rate'], rows)}"
-
-
-def _error_range(errors: Sequence[float]) -> str:
-    return " to ".join(dict.fromkeys(f"{error:+.0%}" for error in (min(errors), max(errors))))
-
-
-def cost_model(documents: Documents) -> str:
-    """Returns a table of the cost model's errors by kind of measurement, and a table of methods with large errors."""
-    points = documents["cost_model"]["points"]
-    within, errors = check_model.WITHIN, [abs(check_model.error(p)) for p in points]
-    ours = [abs(check_model.error(p)) for p in points if check_model.is_ours(p["provider"])]
-    rows = []
-    for kind in check_model.summary(points):
-        memory = "" if not kind["memory_points"] else f"{kind['memory_within']} of {kind['memory_points']}"
-        name = kind["kind"].replace("peers", "other programs")
-        rows.append([
-            name, str(kind["points"]), f"{kind['within']} of {kind['points']}", f"{kind['median_error']:.0%}",
-            f"{kind['worst_error']:+.0%}", memory,
-        ])  # fmt: skip
-    header = ["program, benchmark", "points", f"time within {within:.0%}", "median error", "largest error"]
-    header.append(f"memory within {within:.0%}")
-    missed: dict[tuple[str, str], list[float]] = {}
-    for point in points:
-        if abs(check_model.error(point)) > within:
-            key = provider_name(point["provider"]), point["benchmark"].replace("_", " ")
-            missed.setdefault(key, []).append(check_model.error(point))
-    lines = [
-        f"The predicted time is within {within:.0%} of the measured time for {sum(e <= within for e in errors)} of "
-        f"{len(points)} points. For mpo_ext alone, this holds for {sum(e <= within for e in ours)} of {len(ours)} "
-        f"points, and the median error is {check_model.middle(ours):.0%}. {_where(documents['cost_model'])}\n",
-        markdown_table(header, rows),
-        f"![Predicted against measured times]({PLOTS.name}/cost-model.png)\n",
-    ]
-    if missed:
-        rows = [[*key, str(len(errors)), _error_range(errors)] for key, errors in sorted(missed.items())]
-        lines.append(f"These points have an error above {within:.0%}; the error is predicted / measured time - 1:\n")
-        lines.append(markdown_table(["method", "benchmark", "points", "error"], rows))
-    return "\n".join(lines)
-
-
-def _counted(documents: Documents) -> str:
-    code = documents["machine_code"]
-    return f"Counted in the code of {code['compiler']}, {code['date']}, by `{code['command']}`"
-
-
-def instruction_counts(documents: Documents) -> str:
-    """Returns a table of the instructions per logit in the main loop of each CUDA kernel."""
-    archs = documents["machine_code"]["instructions"]
-    rows = []
-    for kernel in ("token_logp", "token_logp stats", "logits_grad"):
-        base, _, stats = kernel.partition(" ")
-        for dtype in ("bfloat16", "float32"):
-            name = " ".join(filter(None, (base, dtype, stats)))
-            text = f"{base}{' with statistics' if stats else ''}, {dtype}"
-            rows.append([text, *(f"{counts[name]['per_logit']:.1f}" for counts in archs.values())])
-    return f"{_counted(documents)}:\n\n{markdown_table(['instructions per logit', *archs], rows)}"
-
-
-def registers(documents: Documents) -> str:
-    """Returns a table of the registers per thread of each CUDA kernel."""
-    table = documents["machine_code"]["registers"]
-    archs = list(next(iter(table.values())))
-    rows = [[name, *(str(used[arch]) for arch in archs)] for name, used in table.items() if " float16" not in name]
-    return f"{_counted(documents)}:\n\n{markdown_table(['registers per thread', *archs], rows)}"
+    return f"{where(document)} {model}\n\n{markdown_table(header, rows)}{_missing(document)}"

@@ -53,7 +53,15 @@ def _table(document: Mapping[str, Any], title: str) -> str:
         predicted = "" if point["predicted_s"] is None else f"{1e3 * point['predicted_s']:.1f}"
         times = [f"{1e3 * point['median_s']:.3f}", f"{low:.3f} to {high:.3f}"]
         rows.append([point["sweep"], provider_name(point["provider"]), *times, share, predicted, memory])
-    header = ["", "", "ms, median", "20th to 80th percentile", "floor / time", "ms, predicted", "peak memory"]
+    header = [
+        "case",
+        "method",
+        "ms, median",
+        "20th to 80th percentile",
+        "floor / time",
+        "ms, predicted",
+        "peak memory",
+    ]
     plain = str.maketrans("|<>`", "/   ")  # characters that have a meaning in Markdown
     missing = [
         f"- {point['sweep']}, {provider_name(point['provider'])}: {point['reason'].translate(plain)}"
