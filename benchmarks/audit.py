@@ -257,7 +257,8 @@ def _machine(results: dict[str, Any]) -> str:
         for check in CHECKS
         if check.counts and results.get(check.name, {"scale": 1})["scale"] != 1
     ]
-    text = f"Measured on {'; '.join(machines)}. The load average before a check was {min(loads):g} to {max(loads):g}."
+    text = f"Measured on {'; '.join(machines)}. "
+    text += f"The load average before a check was {min(loads):g} to {max(loads):g}."
     if scaled:
         text += f" These checks ran with fewer cases than in `make audit`: {'; '.join(scaled)}."
     return text

@@ -62,7 +62,7 @@ def gpus(documents: Documents) -> str:
     sizes = f"{', '.join(map(str, GPU_SIZES[:-1]))} and {GPU_SIZES[-1]} GB"
     return (
         f"{markdown_table(header, rows)}\n"
-        f"Predicted, for GPUs of {sizes}, of which {USABLE_SHARE:.0%} are assumed to be usable. The tokens are those "
-        "of a prompt and one response; every pair is assumed to be that long. LoRA: rank 16, with bfloat16 weights. "
-        "The other rows are the recipes as they are."
+        "The column 'tokens' is the length of a prompt and one response; every pair is assumed to have this length. "
+        "'LoRA' is the recipe with adapters of rank 16 and bfloat16 weights; the other rows are unchanged recipes. "
+        f"The considered GPUs have {sizes}, of which {USABLE_SHARE:.0%} are assumed to be usable."
     )

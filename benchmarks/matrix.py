@@ -49,7 +49,7 @@ def table(documents: Mapping[str, Any]) -> str:
     reasons = {f"- torch {cell['torch']}, Python {cell['python']}: {cell['reason']}" for cell in others}
     text = f"`{document['command']}` on a CPU:\n\n"
     text += markdown_table(["torch", *(f"Python {python}" for python in pythons)], rows)
-    return text + ("\n\n" + "\n".join(sorted(reasons)) if reasons else "")
+    return text + ("\nCombinations that did not pass:\n\n" + "\n".join(sorted(reasons)) if reasons else "")
 
 
 def _cell(cell: Mapping[str, Any] | None) -> str:

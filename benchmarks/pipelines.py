@@ -121,12 +121,12 @@ def table(documents: Documents) -> str:
     loads = [environment["load_before"][0], environment["load_after"][0]]
     return (
         f"{text}\n{settings['questions']} questions, {settings['samples']} responses per question, "
-        f"{settings['repeat']} runs of each pipeline in turn. Measured on {environment['threads']} thread of "
+        f"{settings['repeat']} runs of each pipeline. Measured on {environment['threads']} thread of "
         f"{environment['cpu'].rsplit(' x ', 1)[0]} ({environment['cores']} cores), load average {min(loads):.1f} to "
         f"{max(loads):.1f}, commit {environment['commit']}, {environment['started'][:10]}: "
         f"`{environment['command']}`.\n\n"
-        f"DropoutNTP needed {generated:.0f} % of the generated tokens of RLAIF-V, and {written:.0f} % if claims and "
-        f"questions count; in the paper {100 * labels.PAPER[0] / labels.PAPER[1]:.1f} %.\n"
+        f"DropoutNTP generated {generated:.0f} % of the tokens per pair of RLAIF-V ({written:.0f} % with claims). In "
+        f"the MPO paper, the ratio is {100 * labels.PAPER[0] / labels.PAPER[1]:.1f} %.\n"
     )
 
 

@@ -21,7 +21,7 @@ DROPOUT_NTP = "DropoutNTP 0.5"
 #: Names of the columns by share of ``label_shares``.
 SHARES = {
     "right": "chosen has fewer errors",
-    "equal": "both have as many errors",
+    "equal": "both have equally many errors",
     "wrong": "chosen has more errors",
     "chosen_right": "chosen has no errors",
 }
@@ -96,7 +96,7 @@ def cost(document: Mapping[str, Any]) -> str:
         f"DropoutNTP generates {ours:.1f} tokens per pair, and RLAIF-V {theirs:.1f}. The ratio is "
         f"{100 * ours / theirs:.0f} %. In the paper, the numbers are {PAPER[0]} and {PAPER[1]}, with a ratio of "
         f"{100 * PAPER[0] / PAPER[1]:.1f} %. A response has {length:.0f} tokens on average. In RLAIF-V, the start "
-        f"judges each claim of a response; these judgements take {100 * verdicts:.1f} % of its tokens.\n"
+        f"model judges each claim of a response; these judgements take {100 * verdicts:.1f} % of its tokens.\n"
     )
 
 

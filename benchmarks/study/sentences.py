@@ -106,7 +106,7 @@ def best_rates(document: Document) -> str:
     table = markdown_table(["row", "best learning rate", "CoT", "direct"], parts)
     return (
         f"{table}\nWith these learning rates, the CoT accuracy of MPO minus the CoT accuracy of SFT is "
-        f"{statistics.fmean(gains):+.1f}{error} points ({count}): *{word}*.\n"
+        f"{statistics.fmean(gains):+.1f}{error} points ({count}). The verdict is *{word}*.\n"
     )
 
 

@@ -18,8 +18,8 @@ FORM_NAMES = {"direct": "direct", "cot": "step by step"}
 #: Differences in the table: method, method to compare with.
 DIFFERENCES = (("MPO", "SFT"), ("MPO", "DPO"), ("MPO", START), ("SFT", START))
 _COLUMNS = (
-    ("direct", "direct", "accuracy"), ("unparsable", "direct", "unparsable"),
-    ("step by step", "cot", "accuracy"), ("unparsable", "cot", "unparsable"),
+        ("direct", "direct", "accuracy"), ("direct, unparsable", "direct", "unparsable"),
+    ("step by step", "cot", "accuracy"), ("step by step, unparsable", "cot", "unparsable"),
     ("made up", "cot", "hallucinated"), ("follow the prior", "cot", "follow_prior"),
     ("digits right", "cot", "digits_right"),
 )  # fmt: skip

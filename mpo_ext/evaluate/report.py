@@ -26,9 +26,7 @@ _WITHOUT_IMAGE = (
     "questions whose readable answer is equal with and without the image; for several samples, the most frequent "
     "answer. Difference: accuracy with the image less accuracy without it, in points.\n"
 )
-_MOST_FREQUENT = (
-    "This share is a lower bound of chance: a model that always gives this answer is right as often without an image."
-)
+_MOST_FREQUENT = "A model that always gives this answer is right as often, without an image."
 _TEMPLATE = "failures_view.html.j2"
 _THUMBNAIL = 320
 _IMAGE_BUDGET = 64 << 20
@@ -88,7 +86,7 @@ def markdown_report(results: Mapping[str, Any]) -> str:
         if samples > 1:
             line += [_percent(row["majority"]), *(_percent(each) for each in row["pass_at"].values())]
         lines.append(line)
-    texts += ["## Beside the accuracy\n", _UNREADABLE, _markdown(header, lines)]
+    texts += ["## Other numbers\n", _UNREADABLE, _markdown(header, lines)]
     if "without_image" in results:
         texts += ["## Without the image\n", _WITHOUT_IMAGE, without_image_table(results)]
     if skipped := _skipped(rows):

@@ -69,7 +69,7 @@ def run(
     stream: TextIO | None = None,
     **place: Any,
 ) -> Summary | None:
-    """Samples the responses that the folder of the run does not hold yet, and writes the output files.
+    """Samples the responses that are not yet in the output folder, and writes the output files.
 
     If several processes sample, the last process to finish writes the output files.
 

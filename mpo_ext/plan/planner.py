@@ -24,7 +24,7 @@ _FEW_STEPS = 30  # the margin shows no trend in fewer steps
 
 
 def plan(recipe: Recipe, *, world: int = 1) -> Plan:
-    """Returns the plan of a training run with ``world`` processes. Weights and images are not read.
+    """Returns the predicted steps and memory of a training run with ``world`` processes. Reads no weights or images.
 
     Raises:
         OSError: If the model's config or a file of pairs cannot be read.

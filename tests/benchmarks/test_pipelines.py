@@ -51,7 +51,7 @@ def test_the_table_divides_by_the_pairs_and_compares_with_the_paper(tmp_path: Pa
             if line.startswith("|")}  # fmt: skip
     assert rows["`correctness`"][:4] == ["40", "15.0", "15.0", "17.5"]
     assert rows["`rlaif-v`"][:4] == ["10", "60.0", "150.0", "5.0"]
-    assert "50 % of the generated tokens of RLAIF-V, and 20 %" in text
+    assert "50 % of the tokens per pair of RLAIF-V (20 % with claims)" in text
     assert "57.5 %" in text
 
     file = tmp_path / "pipelines.json"

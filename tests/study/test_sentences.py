@@ -124,7 +124,7 @@ def test_the_best_rates_are_those_of_seeds_with_all_rates() -> None:
     cot["MPO"] = {1: 50.0, 2: 50.0, 3: 50.0, 4: 99.0}  # a seed without the other rates
     text = sentences.best_rates(make_document(cot, (1, 2, 3, 4), direct={"SFT, rate x 4": 44.0}))
     assert cells_of(text)[2:] == [["SFT", "x 4", "52.0", "44.0"], ["MPO", "x 0.5", "55.1", "50.0"]]
-    assert "minus the CoT accuracy of SFT is +3.1 ± 0.1 points (3 seeds): *higher*." in text
+    assert "minus the CoT accuracy of SFT is +3.1 ± 0.1 points (3 seeds). The verdict is *higher*." in text
 
 
 def test_rows_with_unparsable_answers_are_listed() -> None:
