@@ -1,4 +1,4 @@
-"""Tests tools/matrix.py, which tests pairs of Python and torch versions, and its table.
+"""Tests tools/matrix.py, which tests pairs of Python and torch versions, and the table of its results.
 
 A pair that cannot run gets a reason, and the result of each pair is saved.
 """

@@ -49,7 +49,7 @@ def test_right_samples_meet_wrong_and_unreadable_ones() -> None:
 
 
 def test_the_same_answer_is_never_on_both_sides() -> None:
-    """With a tolerance, 7.4 is right for the truth 7 and 7.5 is wrong, although 7.4 and 7.5 match each other."""
+    """Tests that 7.4 and 7.5 make no pair: for the truth 7 only 7.4 is right, but the two count as the same answer."""
     options = {"matcher": {"kind": "number", "relative": 0.06}}
     outcome = judged([answered("7.4"), answered("7.5"), answered("12")], **options)
     assert pairs(outcome) == [(answered("7.4"), answered("12"))]
