@@ -72,10 +72,9 @@ check-attention: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/python tests/train/check_split_attention.py
 
 # Compares other trainers with their own loss and with ours: tests, the blocks of docs/how-to/other-trainers.md as they stand,
-# and times and memory; writes results/integrations.json and the tables of that page. LLaMA-Factory and ms-swift need older
-# versions of transformers, so each has its own environment in build/, with torch. TRL's tests are in `make test`, too. Of
-# axolotl, OpenRLHF, verl and Unsloth, only the modules with the replaced functions are imported, in the environment of this
-# project.
+# and times and memory; writes results/integrations.json and the tables of that page. LLaMA-Factory, ms-swift and axolotl need
+# older versions of transformers, so each has its own environment in build/, with torch. TRL's tests are in `make test`, too.
+# Of OpenRLHF, verl and Unsloth, only the modules with the replaced functions are imported, in the environment of this project.
 # A part of them: make integrations-ms-swift. make -j4 integrations runs four parts at once.
 TRAINERS := tests/integrations
 RUN_TESTS := $(TRAINERS)/run_tests.py
@@ -107,8 +106,9 @@ integrations-log-probs: $(VENV)/.dev $(VENV)/.native build/log-probs/.installed
 	UNSLOTH_COMPILE_LOCATION=build/unsloth-cache PYTHONPATH=build/unsloth $(BIN)/python $(RUN_TESTS) unsloth unsloth \
 	  $(TRAINERS)/test_log_probs.py
 
-integrations-axolotl: $(VENV)/.dev $(VENV)/.native build/log-probs/.installed
-	PYTHONPATH=build/axolotl $(BIN)/python $(RUN_TESTS) axolotl axolotl,trl $(TRAINERS)/test_axolotl.py
+integrations-axolotl: $(VENV)/.native build/axolotl/.installed
+	build/axolotl/bin/python $(RUN_TESTS) axolotl axolotl,trl,transformers $(TRAINERS)/test_axolotl.py
+	build/axolotl/bin/python $(TRAINERS)/run_page.py axolotl
 
 integrations-llama-factory: $(VENV)/.native build/llama-factory/.installed
 	build/llama-factory/bin/python $(RUN_TESTS) llama-factory llamafactory,trl,transformers $(TRAINERS)/test_llama_factory.py
@@ -127,13 +127,12 @@ build/log-probs/.installed: $(VENV)/.dev
 	  'tensordict==0.10.0' cloudpickle orjson pyvers
 	$(BIN)/pip install --quiet --no-deps --target build/unsloth 'unsloth==2026.10.9' 'unsloth_zoo==2026.10.9' \
 	  'trl==1.15.*' requests charset_normalizer urllib3 certifi
-	$(BIN)/pip install --quiet --no-deps --target build/axolotl 'axolotl==0.19.0' 'trl==1.9.0' addict colorama requests \
-	  charset_normalizer urllib3 certifi
 	$(BIN)/pip install --quiet --no-deps --target build/trl 'trl==1.14.*'  # the newest that computes logits
 	touch $@
 
 build/llama-factory/.installed: TRAINER = llamafactory==0.9.5
 build/ms-swift/.installed: TRAINER = ms-swift==4.6.0
+build/axolotl/.installed: TRAINER = axolotl==0.19.0
 build/%/.installed: $(VENV)/.native pyproject.toml constraints.txt
 	$(PYTHON) -m venv build/$*
 	build/$*/bin/pip install --quiet --constraint constraints.txt torch

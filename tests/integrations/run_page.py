@@ -47,6 +47,7 @@ def run(block: page.Block, folder: Path) -> str:
         return ""
     environment = {
         **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     command = {"python": [sys.executable, "-c"], "bash": ["bash", "-ec"]}[block.language]

@@ -31,7 +31,7 @@ def main(name: str, packages: str, *arguments: str) -> int:
             sys.executable, "-m", "pytest", "-o", paths, "--confcutdir", str(HERE), "-p", "no:cacheprovider",
             "-W", "ignore", "--show-capture", "stderr", "--junitxml", str(report), *arguments,
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
         code = subprocess.run(command, env=environment, check=False).returncode
         if code:
             return code

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import killed_runs
 import pytest
 import tiny_models
-from bare_packages import add_bare_packages
 
 import mpo_ext
 
@@ -28,12 +28,6 @@ def trainer_type() -> Any:
 
 
 def load_trainer_type() -> Any:
-    # The code of these packages needs GPUs and more packages than the trainer.
-    trainers = ("axolotl.core", "axolotl.core.trainers", "axolotl.core.trainers.dpo")
-    add_bare_packages("axolotl", *trainers, "axolotl.utils.data")
-    tokens = ModuleType("axolotl.utils.data.utils")
-    tokens.remove_double_bos_token = None  # type: ignore[attr-defined]  # the tokenizer here has no BOS token
-    sys.modules.setdefault(tokens.__name__, tokens)
     return importlib.import_module("axolotl.core.trainers.dpo.trainer").AxolotlDPOTrainer
 
 
@@ -51,7 +45,11 @@ def train(
     args = config_type(**{**values, **settings})
     trainer = trainer_type(str(model), args=args, train_dataset=tiny_models.pairs())
     trainer.train(resume_from_checkpoint=resume)
-    return [line for line in trainer.state.log_history if "loss" in line]
+    return loss_lines(trainer.state.log_history)
+
+
+def loss_lines(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in log if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +67,56 @@ def test_ten_steps_are_those_of_axolotl_and_the_patch_is_undone(
         ours = train(trainer_type, model, tmp_path)
     finally:
         mpo_ext.unpatch("axolotl")
-    assert len(ours) == len(theirs) == 10
+    assert len(ours) == 10
+    check_same_steps(ours, theirs)
+    assert (dict(vars(trl.DPOTrainer)), dict(vars(trainer_type))) == before
+
+
+def check_same_steps(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logps/rejected"):
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-5, abs=1e-5)
     assert "loss/dpo" in ours[0]
     assert "loss/dpo" not in theirs[0]
-    assert (dict(vars(trl.DPOTrainer)), dict(vars(trainer_type))) == before
+
+
+PLUGIN = """
+import mpo_ext
+
+mpo_ext.patch("axolotl")
+from axolotl.integrations.base import BasePlugin
+
+
+class MPOPlugin(BasePlugin):
+    pass
+"""
+
+
+def train_with_command(model: Path, folder: Path, **settings: Any) -> list[dict[str, Any]]:
+    folder.mkdir()
+    tiny_models.pairs().to_json(folder / "pairs.jsonl")
+    Path(folder, "mpo_plugin.py").write_text(PLUGIN)
+    data = {"path": "pairs.jsonl", "type": "chat_template.default", "field_messages": "prompt"}
+    values: dict[str, Any] = {
+        "base_model": str(model), "datasets": [data], "rl": "dpo", "dpo_loss_type": ["sigmoid", "bco_pair", "sft"],
+        "dpo_loss_weights": [0.8, 0.2, 1.0], "sequence_len": 512, "micro_batch_size": 2, "max_steps": 4,
+        "learning_rate": 1e-3, "logging_steps": 1, "output_dir": "out", "bf16": False, "seed": 0,
+    }  # fmt: skip
+    Path(folder, "axolotl.yaml").write_text(json.dumps({**values, **settings}))
+    commands = Path(sys.executable).parent
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
+    command = [commands / "axolotl", "train", "axolotl.yaml"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((folder / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    return loss_lines(state["log_history"])
+
+
+@pytest.mark.usefixtures("trainer_type")
+def test_the_command_has_the_losses_of_axolotl(model: Path, tmp_path: Path) -> None:
+    theirs = train_with_command(model, tmp_path / "theirs")
+    ours = train_with_command(model, tmp_path / "ours", plugins=["mpo_plugin.MPOPlugin"])
+    assert len(ours) == 4
+    check_same_steps(ours, theirs)
 
 
 SAVED: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
