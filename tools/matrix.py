@@ -76,7 +76,7 @@ def _steps(interpreter: str, torch: str, tests: Sequence[str], folder: Path, cel
         "configure": ["cmake", "-G", "Ninja", "-S", ".", "-B", str(folder / "build"), *extension],
         "build": ["cmake", "--build", str(folder / "build")],
         "import": [python, "-c", _IMPORT],
-        "tests": [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        "tests": [python, "-m", "pytest", "-p", "no:cacheprovider", *tests],
     }
     paths = os.pathsep.join([str(binaries), os.environ.get("PATH", "")])
     env = {**os.environ, "PATH": paths, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
