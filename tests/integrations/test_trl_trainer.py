@@ -13,6 +13,7 @@ import killed_runs
 import peft
 import plain
 import pytest
+import safetensors.torch
 import tiny_models
 import torch
 import torch.multiprocessing as mp
@@ -250,6 +251,37 @@ def test_a_killed_run_resumes_as_the_uninterrupted_run(models: dict[str, Path], 
     assert len(resumed_log) == 6, "the log holds the lines before the checkpoint, too"
     for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", [MPOTrainer, trl.DPOTrainer], ids=["MPOTrainer", "patch"])
+def test_a_resumed_run_has_the_trained_weights_of_an_image_model(
+    kind: type, models: dict[str, Path], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    if kind is trl.DPOTrainer:
+        mpo_ext.patch("trl", reward_shift={"mode": "cumulative"})
+    try:
+        whole = make(kind, models, "images", tmp_path, **settings)
+        log = train(whole)
+        resumed = make(kind, models, "images", tmp_path, **settings)
+        assert train(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))[-1]["loss"] == log[-1]["loss"]
+    finally:
+        if kind is trl.DPOTrainer:
+            mpo_ext.unpatch("trl")
+    for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_checkpoint_with_other_weights_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(make(MPOTrainer, models, "text", tmp_path, **settings))
+    file = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["other.weight"] = weights.pop("model.norm.weight")
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"must have the weights of the model, got .*checkpoint-1 with 2 weights"):
+        trainer = make(MPOTrainer, models, "text", tmp_path, **settings)
+        train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_checkpoint_without_a_reward_shift_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
