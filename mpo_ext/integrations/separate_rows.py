@@ -140,7 +140,8 @@ def _token_rows(head: HiddenAndHead, labels: Tensor) -> Tensor:
 def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings | None]) -> list[Replacement]:
     """Returns replacements for the methods of a Trainer class that save and load checkpoints.
 
-    The new methods also save and restore the reward shift, and restore weights that ``save_pretrained`` renames. ``settings`` is a result of ``settings_function``.
+    The new methods also save and restore the reward shift, and restore weights that ``save_pretrained`` renames.
+    ``settings`` is a result of ``settings_function``.
     """
     own_save: Any = vars(owner).get("_save_checkpoint")
     own_load: Any = vars(owner).get("_load_optimizer_and_scheduler")
