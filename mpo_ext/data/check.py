@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from mpo_ext.checks import check_choice, check_integer
 from mpo_ext.data.media import place_problem
 from mpo_ext.data.reader import BadLine, Location
@@ -137,8 +138,9 @@ def check_pairs(
 
 def _defects(pair: Pair, checker: "_MediaChecker") -> Iterator[tuple[str, str]]:
     for name in ("question", "chosen", "rejected"):
-        if not getattr(pair, name).strip():
-            yield f"empty {name}", f"{name} must hold text, got {getattr(pair, name)!r}"
+        text = getattr(pair, name)
+        if not text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip():
+            yield f"empty {name}", f"{name} must hold text, got {text!r}"
     if pair.has_equal_responses and pair.chosen.strip():
         yield "equal responses", f"chosen and rejected must differ, got {pair.chosen[:60]!r} twice"
     if (problem := place_problem(pair)) is not None:

@@ -50,9 +50,9 @@ def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True
     Args:
         pair: Pair to convert.
         kind: "standard": the prompt is the question. "conversational": the prompt consists of the turns of the pair,
-            or of a user message with the question. Each ``<image>``, with a line break after it, becomes the part
-            ``{"type": "image"}`` of a message. If the number of ``<image>`` differs from the number of images, all
-            image parts come before the unchanged text.
+            or of a user message with the question. Each ``<image>`` becomes the part ``{"type": "image"}`` of a
+            message; a line break after ``<image>`` is removed. If the number of ``<image>`` differs from the number
+            of images, all image parts come before the unchanged text.
         has_images: Whether any row of the file or dataset has images; must be the same for all rows. True: the row has
             the column ``images``, and the content of prompt messages is a list of parts, which image models expect.
             False: the row has no column ``images``, and the content is text.

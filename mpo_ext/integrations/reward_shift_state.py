@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from mpo_ext.files import write_json
+from mpo_ext.integrations.checkpoint_weights import renamed_weights_loaded
 from mpo_ext.loss.reward_shift import RewardShift
 
 STATE_FILE = "reward_shift.json"
@@ -26,13 +27,21 @@ class RewardShiftStep(TrainerCallback):
 
 
 class RewardShiftCheckpoints:
-    """Mixin for subclasses of Trainer that saves the attribute ``reward_shift`` in checkpoints and restores it."""
+    """Mixin for subclasses of Trainer: checkpoints save and restore the attribute ``reward_shift``.
+
+    It also restores weights that ``save_pretrained`` renames, which Trainer itself does not.
+    """
 
     reward_shift: RewardShift
+    model: Any
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         save_reward_shift(self, self.reward_shift, trial)
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with renamed_weights_loaded(self, self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]

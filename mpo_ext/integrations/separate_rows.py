@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpo_ext.integrations.checkpoint_weights import renamed_weights_loaded
 from mpo_ext.integrations.patching import Replacement
 from mpo_ext.integrations.reward_shift_state import (
     RewardShiftStep,
@@ -139,10 +140,12 @@ def _token_rows(head: HiddenAndHead, labels: Tensor) -> Tensor:
 def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings | None]) -> list[Replacement]:
     """Returns replacements for the methods of a Trainer class that save and load checkpoints.
 
-    The new methods also save and restore the reward shift. ``settings`` is a result of ``settings_function``.
+    The new methods also save and restore the reward shift, and restore weights that ``save_pretrained`` renames.
+    ``settings`` is a result of ``settings_function``.
     """
     own_save: Any = vars(owner).get("_save_checkpoint")
     own_load: Any = vars(owner).get("_load_optimizer_and_scheduler")
+    own_load_weights: Any = vars(owner).get("_load_from_checkpoint")
 
     def save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
         if (mpo := settings(self)) is not None:
@@ -160,7 +163,15 @@ def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings |
         if checkpoint is not None and (mpo := settings(self)) is not None:
             load_reward_shift(mpo.reward_shift, checkpoint)
 
+    def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with renamed_weights_loaded(self, self.model if model is None else model, resume_from_checkpoint):
+            if own_load_weights is None:
+                super(owner, self)._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                own_load_weights(self, resume_from_checkpoint, model)
+
     return [
         Replacement(owner, "_save_checkpoint", save_checkpoint),
+        Replacement(owner, "_load_from_checkpoint", load_from_checkpoint),
         Replacement(owner, "_load_optimizer_and_scheduler", load_optimizer_and_scheduler),
     ]

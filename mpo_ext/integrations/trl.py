@@ -6,7 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class MPOTrainingConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if reason := _other_terms(self.loss_type):  # before DPOConfig compares the number of weights
+        if reason := _other_terms(self):  # before DPOConfig compares the number of weights
             raise ValueError(f"{reason}; otherwise use trl.DPOTrainer and trl.DPOConfig")
         super().__post_init__()
         _settings_of(self)
@@ -140,6 +141,12 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = MPOTrainingConfig(f"{name.split('/')[-1]}-MPO")
         config, options = _settings_of(args)
+        if not isinstance(args, MPOTrainingConfig) and set(_terms_of(args)) != set(_TERMS):
+            warnings.warn(
+                f"MPOTrainer computes the terms of loss_type alone, got {_terms_of(args)} in a "
+                f"{type(args).__name__}: MPOTrainingConfig has the three terms of MPO as default",
+                stacklevel=2,
+            )
         self.reward_shift = reward_shift or _reward_shift_of(args)
         self.mpo = LossSettings(config, self.reward_shift, options)
         precompute = _has_images(kwargs.get("train_dataset", rest[1] if len(rest) > 1 else None))
@@ -345,9 +352,12 @@ def _config_of(args: DPOConfig, **settings: Any) -> MPOConfig:
     return MPOConfig(beta=args.beta, **weights, **settings)
 
 
-def _other_terms(loss_type: str | Sequence[str]) -> str | None:
-    names = [loss_type] if isinstance(loss_type, str) else loss_type
-    other = [name for name in names if name not in _TERMS]
+def _terms_of(args: DPOConfig) -> list[str]:
+    return [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+
+
+def _other_terms(args: DPOConfig) -> str | None:
+    other = [name for name in _terms_of(args) if name not in _TERMS]
     return f"loss_type must be among {', '.join(_TERMS)}, got {', '.join(other)}" if other else None
 
 
@@ -356,7 +366,7 @@ def _other_loss(args: DPOConfig) -> str | None:
 
     The reason names the setting that does not fit, and its value.
     """
-    if reason := _other_terms(args.loss_type):
+    if reason := _other_terms(args):
         return reason
     if args.use_liger_kernel:
         return (

@@ -104,7 +104,7 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
 def value_in_forward(
     model: nn.Module, compute: Callable[[HiddenAndHead], Tensor], /, **inputs: Any
 ) -> tuple[Tensor, Any]:
-    """Runs the model, and computes a value in the forward pass of its output head, instead of the logits.
+    """Runs the model, and returns a value, such as a loss, that ``compute`` computes in place of the logits.
 
     During the head's forward, every wrapper holds the head's whole weight. This function therefore also works where
     ``hidden_and_head`` raises: under FSDP2 with a root that is resharded after forward, and under ZeRO-3. The

@@ -97,7 +97,7 @@ def preference_loss(
     label_smoothing: float = 0.0,
     delta: float | Tensor = 0.0,
 ) -> Tensor:
-    """Returns the preference loss of each pair. The paper of each loss minimises the mean over pairs.
+    """Returns the preference loss ``name`` of each pair. Training minimises the mean over pairs.
 
     If a response has no label, the loss and the gradient of its pair are 0. The pair then has no effect on other
     pairs. (In ``mpo_loss``, the DPO and BCO of such a pair are constants, also with gradient 0.) If a log-prob is NaN,

@@ -12,12 +12,13 @@ from torch import Tensor
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, EncodedResponse
 from mpo_ext.chat.media import expanded, media_arguments
 from mpo_ext.checks import DefectError, check_integer
-from mpo_ext.data.records import Pair
+from mpo_ext.data.records import CHOSEN_TURNS, Pair
 from mpo_ext.images import describe_source, load_image
 from mpo_ext.videos import Video, describe_video, load_video
 
 TOO_LONG = "longer than max_length"
 NO_ROOM = "prompt leaves no room for a response"
+EMPTY = "chosen is empty"
 EQUAL = "chosen and rejected are equal"
 EQUAL_CUT = "chosen and rejected are equal once cut"
 BAD_PAIR = "bad pair"
@@ -180,6 +181,8 @@ class Encoder:
                 or a response does not fit the chat template or contains an image token.
             TypeError: If the processor returns values that cannot be batched.
         """
+        if not pair.chosen.strip() and CHOSEN_TURNS not in pair.source:
+            return SkippedPair(name, EMPTY, "it would teach the model to end its turn at once")
         conversation = conversation_of(pair, name)
         for kind, media in (("images", pair.images), ("videos", pair.videos)):
             if media and not self.chat.is_multimodal:

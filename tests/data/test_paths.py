@@ -1,4 +1,4 @@
-"""Tests ``root_map``, which replaces the folders of paths in files that were moved."""
+"""Tests ``root_map``, which replaces the first folders of the image paths that a file of pairs contains."""
 
 import json
 from pathlib import Path

@@ -38,15 +38,15 @@ def test_check_finds_bad_videos(tmp_path: Path, capsys: pytest.CaptureFixture[st
     frames = ["frames/000.png", "frames/001.png"]
     path = write_rows(
         tmp_path,
-        {"videos": ["good.mp4", frames], "question": "<video><video>"},
+        {"videos": ["good.mp4", frames], "question": "<video><video>q"},
         {"videos": ["none.mp4"]},
         {"videos": ["text.mp4"]},
         {"videos": ["pipe.mp4"]},
         {"videos": ["https://example.org/a.mp4"]},
         {"videos": [["frames/000.png", "frames/002.png"]]},
         {"videos": [["frames/000.png", "small.png"]]},
-        {"videos": ["good.mp4"], "question": "<video> <video>"},
-        {"images": ["small.png"], "rejected_images": ["none.png"], "question": "<image>"},
+        {"videos": ["good.mp4"], "question": "<video> <video> q"},
+        {"images": ["small.png"], "rejected_images": ["none.png"], "question": "<image>q"},
     )
     expected = {
         "missing video": 1, "broken video": 3, "missing frame of a video": 1, "video is a URL": 1, "placeholders": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import killed_runs
 import peft
 import plain
 import pytest
+import safetensors.torch
 import tiny_models
 import torch
 import torch.multiprocessing as mp
@@ -114,6 +116,15 @@ def assert_same_run(ours: Any, theirs: Any, our_log: list[dict[str, Any]], their
 def test_a_wrong_setting_is_refused_by_its_name(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{name} must .*{value}"):
         arguments(MPOTrainingConfig, tmp_path, **{name: value})
+
+
+def test_a_config_of_trl_without_the_three_terms_gives_a_warning(models: dict[str, Path], tmp_path: Path) -> None:
+    options = {"train_dataset": tiny_models.pairs(), "processing_class": None}
+    with pytest.warns(UserWarning, match=r"terms of loss_type alone, got \['sigmoid'\] in a DPOConfig: MPOTraining"):
+        MPOTrainer(str(models["text"]), args=trl.DPOConfig(str(tmp_path), report_to="none", use_cpu=True), **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="MPOTrainer computes")
+        MPOTrainer(str(models["text"]), args=arguments(trl.DPOConfig, tmp_path), **options)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -252,6 +263,37 @@ def test_a_killed_run_resumes_as_the_uninterrupted_run(models: dict[str, Path], 
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("kind", [MPOTrainer, trl.DPOTrainer], ids=["MPOTrainer", "patch"])
+def test_a_resumed_run_has_the_trained_weights_of_an_image_model(
+    kind: type, models: dict[str, Path], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    if kind is trl.DPOTrainer:
+        mpo_ext.patch("trl", reward_shift={"mode": "cumulative"})
+    try:
+        whole = make(kind, models, "images", tmp_path, **settings)
+        log = train(whole)
+        resumed = make(kind, models, "images", tmp_path, **settings)
+        assert train(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))[-1]["loss"] == log[-1]["loss"]
+    finally:
+        if kind is trl.DPOTrainer:
+            mpo_ext.unpatch("trl")
+    for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_checkpoint_with_other_weights_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(make(MPOTrainer, models, "text", tmp_path, **settings))
+    file = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["other.weight"] = weights.pop("model.norm.weight")
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    trainer = make(MPOTrainer, models, "text", tmp_path, **settings)
+    with pytest.raises(ValueError, match=r"must have the weights of the model, got .*checkpoint-1 with 2 weights"):
+        train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_checkpoint_without_a_reward_shift_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     train(make(trl.DPOTrainer, models, "text", tmp_path, **settings))
@@ -309,7 +351,7 @@ def test_an_evaluation_logs_the_terms_and_leaves_the_reward_shift(models: dict[s
         ({"ld_alpha": 0.5}, "ld_alpha must be None, got 0.5"),
         ({"loss_type": ["sigmoid"], "loss_weights": None, "f_divergence_type": "js_divergence"}, "f_divergence_type"),
         ({"use_weighting": True}, "use_weighting must be False"),
-        ({"reward_shift": "mean"}, "mode must be"),
+        ({"reward_shift": "mean"}, "reward_shift must be"),
     ],
 )
 def test_other_losses_are_refused(

@@ -49,6 +49,7 @@ from mpo_ext.generate.engine import Request
 from mpo_ext.generate.transformers_engine import TransformersEngine
 from mpo_ext.train.encode import (
     BAD_PAIR,
+    EMPTY,
     EQUAL,
     EQUAL_CUT,
     NO_ROOM,
@@ -128,9 +129,9 @@ TAILS = {ZEPHYR: " "}
 @pytest.mark.parametrize("response", ["a plain answer", "答案是“二”。\n因此", "", " led by a space\n"])
 def test_a_response_is_what_the_template_writes_and_the_end_of_the_turn(template: str, response: str) -> None:
     encoder = text_encoder(template)
-    got = sample(encoder, Pair("为什么?", response, response + "x"))
+    got = sample(encoder, Pair("为什么?", response + "x", response))
     assert got.chosen_ids.dtype == got.rejected_ids.dtype == got.prompt_ids.dtype == torch.int64
-    for ids, text in ((got.chosen_ids, response), (got.rejected_ids, response + "x")):
+    for ids, text in ((got.chosen_ids, response + "x"), (got.rejected_ids, response)):
         written = LEADS.get(template, "") + text + TAILS.get(template, "")
         assert encoder.tokenizer.decode(ids) == written + ENDS[template]
         assert ids[-1] == encoder.end_id
@@ -427,6 +428,12 @@ def test_truncation_never_cuts_images(family: Any, images: tuple[str, ...]) -> N
     assert len(got.chosen_ids) == len(got.rejected_ids) == room
     for length in (2, len(whole.prompt_ids) // 2, len(whole.prompt_ids)):
         assert dropped(Encoder(family(), max_length=length, too_long="truncate"), pair) == NO_ROOM
+
+
+@pytest.mark.parametrize("chosen", ["", " \n"])
+def test_an_empty_chosen_response_is_dropped_but_not_an_empty_rejected_one(chosen: str) -> None:
+    assert dropped(text_encoder(), Pair("Why?", chosen, "because")) == EMPTY
+    assert len(sample(text_encoder(), Pair("Why?", "because", "")).rejected_ids) == 1
 
 
 def test_equal_responses_are_dropped() -> None:

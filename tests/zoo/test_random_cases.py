@@ -77,7 +77,7 @@ def encode(case: Case) -> str:
 
 
 def written(case: Case, processor: Any, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the assistant's message. Adds ``<think>`` if the prompt opens the block that the response closes."""
+    """Returns the assistant's message. If the prompt ends with ``<think>``, the message may begin with it instead."""
     (plain,) = messages_of(processor, [("assistant", case.response)])
     block = re.search(r"<think>\s*$", case.template.generation or "")
     continues = "</think>" in case.response and not case.response.lstrip().startswith("<think>")

@@ -1,0 +1,58 @@
+"""Loads the weights of a checkpoint whose names differ from those of the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@contextlib.contextmanager
+def renamed_weights_loaded(trainer: Any, model: nn.Module, checkpoint: str) -> Iterator[None]:
+    """Completes ``Trainer._load_from_checkpoint``, which runs inside the ``with`` block.
+
+    ``save_pretrained`` may rename weights, as for LLaVA and InternVL. ``Trainer`` then finds none of them in the
+    checkpoint, warns, and trains the weights that the model had before. This context instead loads such a checkpoint
+    with ``from_pretrained``, which knows the names. That needs memory for a second model on the CPU.
+
+    Args:
+        trainer: Trainer that loads the checkpoint.
+        model: Model of the trainer, without wrappers.
+        checkpoint: Folder of the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint does not hold all weights of the model.
+    """
+    unknown: list[str] = []
+    warn = trainer._issue_warnings_after_load
+
+    def note(result: Any) -> None:
+        unknown.extend(result.unexpected_keys)
+        if not unknown:
+            warn(result)
+
+    trainer._issue_warnings_after_load = note
+    try:
+        yield
+    finally:
+        del trainer._issue_warnings_after_load
+    if unknown:
+        _load_renamed(model, checkpoint, unknown)
+
+
+def _load_renamed(model: nn.Module, checkpoint: str, unknown: list[str]) -> None:
+    """Loads the weights with ``from_pretrained``; ``unknown`` are the names that the model lacks."""
+    wrong = unknown
+    if isinstance(model, PreTrainedModel):
+        dtype = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
+        loaded, report = type(model).from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
+        wrong = [str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]]
+    if wrong:
+        raise ValueError(
+            f"resume_from_checkpoint must have the weights of the model, got {checkpoint} with {len(wrong):,} weights "
+            f"of other names, such as {wrong[0]}"
+        )
+    model.load_state_dict(loaded.state_dict())
