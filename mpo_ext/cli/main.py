@@ -3,6 +3,7 @@
 import argparse
 
 import mpo_ext
+from mpo_ext.checks import did_you_mean
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,5 +17,19 @@ def main(argv: list[str] | None = None) -> int:
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     for module in (doctor, data, convert_model, sample, train, plan, evaluate, iterate, demo):
         module.add_parser(subcommands)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        option = next((word for word in unknown if word.startswith("--")), "")
+        advice = did_you_mean(option[2:].partition("=")[0], _options(parser)) if option else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
     return args.run(args)
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """Returns the names of the long options of a parser and of its subcommands, without dashes."""
+    options: set[str] = set()
+    for action in parser._actions:  # noqa: SLF001  # argparse has no public list
+        options |= {option[2:] for option in action.option_strings if option.startswith("--")}
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            options |= {option for child in action.choices.values() for option in _options(child)}
+    return options

@@ -208,6 +208,8 @@ def check_prompt_turns(prompt: Sequence[Turn], n_images: int, n_videos: int = 0)
     the tool calls. The last turn is the user's or a tool result. A prompt of several turns has either no placeholders
     or one for each of the ``n_images`` images and ``n_videos`` videos.
     """
+    if not prompt:
+        raise FieldError("prompt must be text or messages, got none")
     rest = prompt[1:] if prompt and prompt[0]["role"] in ("system", "developer") else prompt
     if not is_sequence(rest, first={"user", "assistant"}, last={"user", "tool"}):
         raise FieldError(

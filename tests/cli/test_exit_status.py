@@ -255,3 +255,18 @@ def test_a_fresh_process_checks_a_local_model_and_names_the_model_of_a_run(tmp_p
     assert f"got {tmp_path}/run, of a run whose model is {tmp_path}/run/final" in run.stderr
     run = subprocess.run([*command, f"model.path={tmp_path}/run/final"], capture_output=True, text=True, check=False)
     assert (run.returncode, "Traceback" in run.stderr) == (2, False), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "ending"),
+    [
+        ("train r.yaml --dryrun", "--dryrun; did you mean 'dry-run'?"),
+        ("data check --form trl p", "--form p; did you mean 'from'?"),
+        ("data check p --nonsense", "--nonsense"),
+        ("data check p q", "q"),
+    ],
+)
+def test_an_unknown_option_gets_the_nearest_one(words: str, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {ending}\n")

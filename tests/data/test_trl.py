@@ -321,3 +321,10 @@ def test_text_pairs_have_no_column_of_images(tmp_path: Path, images: Path) -> No
         assert next(iter(open_pairs(tmp_path / f"{kind}.jsonl").pairs)) == Pair("q", "c", "r")
     with pytest.raises(ValueError, match="has_images must be True for a pair with images"):
         to_trl(Pair("q", "c", "r", ("a.png",)), has_images=False)
+
+
+@pytest.mark.parametrize("prompt", [None, [], ...])
+def test_a_row_without_a_prompt_is_refused_as_such(prompt: Any) -> None:
+    turns = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    with pytest.raises(FieldError, match="^prompt must be text or messages, got none$"):
+        from_trl(turns if prompt is ... else {"prompt": prompt, **turns})
