@@ -326,5 +326,5 @@ def test_text_pairs_have_no_column_of_images(tmp_path: Path, images: Path) -> No
 @pytest.mark.parametrize("prompt", [None, [], ...])
 def test_a_row_without_a_prompt_is_refused_as_such(prompt: Any) -> None:
     turns = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
-    with pytest.raises(FieldError, match="^prompt must be text or messages, got none$"):
+    with pytest.raises(FieldError, match=r"^prompt must be text or messages, got none$"):
         from_trl(turns if prompt is ... else {"prompt": prompt, **turns})
