@@ -55,7 +55,7 @@ def test_check_and_stats_name_the_format_and_count_pairs_with_images(
     lines = [
         pair,
         {**pair, "images": ["a.png"]},
-        {**pair, "images": ["a.png", "sub/b.jpg"], "question": "<image>" * 2},
+        {**pair, "images": ["a.png", "sub/b.jpg"], "question": "<image>" * 2 + "q"},
     ]
     (images / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for command in ("check", "stats"):
@@ -82,7 +82,7 @@ def test_convert_stops_at_a_bad_line_or_skips_it(
     assert not out.exists()
     assert run_data("convert", broken, out, "--to", "pairs", "--skip-bad") == 0
     captured = capsys.readouterr()
-    assert captured.out == f"wrote 12 pairs to {out}\n"
+    assert captured.out == f"wrote 13 pairs to {out}\n"
     assert "skipped 7: bad field" in captured.err
     assert run_data("convert", broken, out, "--to", "pairs", "--skip-bad") == 2
     assert "out must not exist without --force" in capsys.readouterr().err

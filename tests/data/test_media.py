@@ -357,8 +357,8 @@ def test_a_format_that_cannot_hold_turns_refuses_the_line(tmp_path: Path, images
     source = open_rows(images, rows)
     for name, format in (("a", "mmpr"), ("b.jsonl", "trl"), ("c", "hf")):
         with pytest.raises(BadLine, match=r"rows.jsonl:2: several turns: .* got several in messages"):
-            convert(source, tmp_path / name, format)  # type: ignore[arg-type]
-        count, skipped = convert(source, tmp_path / name, format, skip_bad=True)  # type: ignore[arg-type]
+            convert(source, tmp_path / name, format, kind="standard")  # type: ignore[arg-type]
+        count, skipped = convert(source, tmp_path / name, format, kind="standard", skip_bad=True)  # type: ignore[arg-type]
         assert (count, skipped.counts) == (1, {"several turns": 3})
 
 

@@ -32,6 +32,11 @@ OTHER = "<think>\nNo.\n</think>\n\nSomething else."  # the rejected response
 transformers.logging.set_verbosity_error()
 
 
+def responses_of(case: Any) -> tuple[str, str]:
+    """Returns the chosen and the rejected response. An empty response of the case is the rejected one."""
+    return (case.response, OTHER) if case.response.strip() else (OTHER, case.response)
+
+
 def encode(case: Case) -> str:
     """Encodes a case and checks that the ids equal the template's. Returns ENCODED or REFUSED."""
     processor: Any = case.tokenizer.build()
@@ -39,7 +44,8 @@ def encode(case: Case) -> str:
     messages = messages_of(processor, case.turns)
     response = written(case, processor, messages)
     conversation = conversation_of(messages)
-    pair = Pair("", case.response, OTHER, extra={"$source": {"messages": list(conversation.messages)}})
+    chosen, rejected = responses_of(case)
+    pair = Pair("", chosen, rejected, extra={"$source": {"messages": list(conversation.messages)}})
     try:
         trainer = Encoder(processor, chat_template=template)
         sample = trainer.encode(pair, "pairs.jsonl:1")
@@ -48,7 +54,7 @@ def encode(case: Case) -> str:
     assert isinstance(sample, Sample)
     encoder = trainer.chat
     encoded = encoder.response(conversation, case.response)
-    assert sample.chosen_ids.tolist() == encoded.ids
+    assert (sample.chosen_ids if chosen == case.response else sample.rejected_ids).tolist() == encoded.ids
     suffix = case.tokenizer.suffix if case.tokenizer.in_processor else 0
     compare(
         encoder,
@@ -155,13 +161,15 @@ def encode_images(case: ImageCase, pictures: list[tuple[str, Any]]) -> str:
     (response,) = messages_of(processor, [("assistant", case.response)])
     source = {"messages": list(conversation_of(messages).messages)}
     paths = tuple(pictures[number][0] for number in used)
-    pair = Pair("", case.response, OTHER, paths, extra={"$source": source})
+    chosen, rejected = responses_of(case)
+    pair = Pair("", chosen, rejected, paths, extra={"$source": source})
     trainer = Encoder(processor)
     try:
         sample = trainer.encode(pair, "pairs.jsonl:1")
     except BadPairError:
         return REFUSED
     assert isinstance(sample, Sample)
-    compare(trainer.chat, messages, response, sample.prompt_ids.tolist(), sample.chosen_ids.tolist())
+    ids = sample.chosen_ids if chosen == case.response else sample.rejected_ids
+    compare(trainer.chat, messages, response, sample.prompt_ids.tolist(), ids.tolist())
     assert prove(trainer, [(pair, "pairs.jsonl:1")]).problems == ()
     return ENCODED
