@@ -1,27 +1,33 @@
 """The command line: ``mpo-ext SUBCOMMAND`` or ``python -m mpo_ext SUBCOMMAND``."""
 
 import argparse
+import re
+from typing import NoReturn
 
 import mpo_ext
 from mpo_ext.checks import did_you_mean
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and the message, which also names the nearest option for an unknown one, and exits."""
+        if unknown := re.match(r"unrecognized arguments:.*?--([\w-]+)", message):
+            message += did_you_mean(unknown[1], _options(self))
+        super().error(message)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     from mpo_ext.cli import convert_model, data, demo, doctor, evaluate, iterate, plan, sample, train
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mpo-ext", description="Mixed Preference Optimization of multimodal and text language models."
     )
     parser.add_argument("--version", action="version", version=f"mpo-ext {mpo_ext.__version__}")
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     for module in (doctor, data, convert_model, sample, train, plan, evaluate, iterate, demo):
         module.add_parser(subcommands)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        option = next((word for word in unknown if word.startswith("--")), "")
-        advice = did_you_mean(option[2:].partition("=")[0], _options(parser)) if option else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+    args = parser.parse_args(argv)
     return args.run(args)
 
 

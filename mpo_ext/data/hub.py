@@ -100,14 +100,32 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
     datasets = require_datasets()
     try:
         if os.path.isdir(path):
-            loaded: Any = datasets.load_dataset(path, name=config)
+            ignored = _ignored_files(datasets.load_dataset_builder(path, name=config), path)
+            loaded: Any = None if ignored else datasets.load_dataset(path, name=config)
         else:
             loaded = datasets.load_dataset("parquet", data_files={"train": [os.path.abspath(path)]})
             split = None if split == "train" else split
     except Exception as error:  # datasets and pyarrow raise many types
         cause = error.__cause__ or error
         raise ValueError(f"path must hold parquet files, got {path}: {_one_line(cause)}") from error
+    if os.path.isdir(path) and ignored:
+        raise ValueError(
+            f"path must be a folder in which the name of each parquet file has a split, such as train or test, or no "
+            f"name has one; got {path}, of which {', '.join(ignored[:3])} would be left out: rename the files"
+        )
     return pick_split(path, loaded, split)
+
+
+def _ignored_files(builder: Any, path: str) -> list[str]:
+    """Returns the parquet files of a folder that belong to no split of its builder, relative to the folder.
+
+    A folder with a README, which may list the files itself, gives [].
+    """
+    if os.path.exists(os.path.join(path, "README.md")):
+        return []
+    used = {os.path.realpath(str(file)) for files in builder.config.data_files.values() for file in files}
+    found = [file for file in Path(path).rglob("*.parquet") if not file.name.startswith(".")]
+    return sorted(str(file.relative_to(path)) for file in found if os.path.realpath(file) not in used)
 
 
 def pick_split(path: str, loaded: Any, split: str | None) -> "datasets.Dataset":

@@ -27,6 +27,11 @@ _MARKS = re.compile(
 )
 
 
+def has_mark(text: str) -> bool:
+    """Returns whether a text has ``<image>`` or a numbered placeholder such as ``<image 1>``."""
+    return IMAGE_PLACEHOLDER in text or NUMBERED_MARK.search(text) is not None
+
+
 def check_marks(pair: Pair) -> Pair:
     """Checks the image placeholders in a prompt, and replaces numbered placeholders by ``<image>``.
 

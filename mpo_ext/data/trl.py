@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_choice, shorten, type_and_value
 from mpo_ext.data.jsonl import LineFile, parse_object, write_lines
+from mpo_ext.data.marks import has_mark
 from mpo_ext.data.messages import (
     Turn,
     is_conversation,
@@ -130,6 +131,8 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
     columns = row_images(row, save_image) if paths is None else _list("image_paths", paths)
     columns_of_videos = row_videos(row, save_image)
     images = Images(columns, save_image, columns_of_videos)
+    if isinstance(prompt, str) and len(columns) > 1 and not has_mark(prompt):
+        prompt = IMAGE_PLACEHOLDER * len(columns) + prompt  # TRL puts the images before the text, too
     turns = _prompt_turns(prompt, images, row.get("question"))
     extra = {**_json("extra", row.get("extra")), **{name: row[name] for name in row if name not in _COLUMNS}}
     # ``to_trl`` writes ``question`` only beside a prompt of messages; beside a text, it is an unknown column.

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mpo_ext.checks import LinesError
+from mpo_ext.data.media import place_problem
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.train.batch import Batch, RowLayout, collate
@@ -211,6 +212,8 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         pair, name = self.mixture.read(index)
         if isinstance(pair, BadLine):
             return pair
+        if (problem := place_problem(pair)) is not None:
+            return BadPairError(f"{name}: {problem}")
         try:
             return self.encoder.encode(pair, name)
         except BadPairError as error:

@@ -29,7 +29,7 @@ from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib, speed
 from mpo_ext.train.optimizer import clip_gradients, set_learning_rates
 from mpo_ext.train.output import RunOutput
 from mpo_ext.train.pair_counts import PairCounts
-from mpo_ext.train.progress import first_step_lines
+from mpo_ext.train.progress import busy_cpu_line, first_step_lines
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import (
@@ -176,6 +176,8 @@ class Trainer:
         self.output.check_first_pairs(self.data)
         if layout := choose_layout(self.model, self.data, self.reference_model):
             say(layout)
+        if advice := busy_cpu_line(self.accelerator.device):
+            say(advice)
 
     def make_reference(self) -> Reference | None:
         """Returns the source of the reference log-probs, or None if the loss needs no reference.

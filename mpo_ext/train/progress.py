@@ -2,9 +2,12 @@
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
+
+import torch
 
 from mpo_ext.train.batch import Batch
 from mpo_ext.train.recipe import Recipe
@@ -13,6 +16,20 @@ _PRINT_EVERY_S = 30.0
 _RATE = "learning_rate"
 _SHOWN = {"loss": ("loss", ".4f"), "accuracy": ("reward_accuracy", ".2f"), "margin": ("reward_margin", ".3f")}
 _FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
+
+
+def busy_cpu_line(device: torch.device) -> str | None:
+    """Returns advice if the run uses several threads of a CPU that other programs keep busy; otherwise None."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg"):
+        return None
+    load = os.getloadavg()[0]
+    if load < 0.75 * (os.cpu_count() or 1):
+        return None
+    return (
+        f"other programs use this machine (load average {load:.1f}): OMP_NUM_THREADS=1 may be several times faster "
+        f"than the {threads} threads of this run"
+    )
 
 
 class Console:

@@ -72,6 +72,18 @@ def test_a_folder_of_shards_is_one_table(images: Path, tmp_path: Path, cache: Pa
     check_rlaif_v(open_pairs(tmp_path / "shards"), images, cache, 4)
 
 
+@pytest.mark.parametrize("names", [("batch1", "batch2_train"), ("part-0", "part-1-test")])
+def test_files_of_a_folder_that_no_split_takes_are_refused(
+    names: tuple[str, str], images: Path, tmp_path: Path, cache: Path
+) -> None:
+    for name in names:
+        rlaif_v(images, 2).to_parquet(str(tmp_path / f"{name}.parquet"))
+    with pytest.raises(ValueError, match=rf"of which {names[0]}.parquet would be left out"):
+        open_pairs(tmp_path)
+    (tmp_path / f"{names[1]}.parquet").rename(tmp_path / "other.parquet")
+    assert len(open_pairs(tmp_path).pairs) == 4
+
+
 def test_a_folder_with_several_splits_must_be_given_one(images: Path, tmp_path: Path, cache: Path) -> None:
     folder = hub_folder(tmp_path / "repository", images)
     with pytest.raises(ValueError, match=r"split must be one of train, test for .*repository, got None"):

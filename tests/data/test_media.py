@@ -318,7 +318,8 @@ def test_the_dry_run_counts_wrong_places(images: Path, capsys: pytest.CaptureFix
     from mpo_ext.train.recipe import load_recipe
 
     row = {**TEXT["trl"], "image": "a.png"}
-    rows = [row, {**row, "prompt": "<image> or <image>?"}, {**TEXT["trl"], "images": ["a.png", "sub/b.jpg"]}]
+    two = {**TEXT["trl"], "images": ["a.png", "sub/b.jpg"]}
+    rows = [row, {**row, "prompt": "<image> or <image>?"}, {**two, "prompt": "one <image>"}, two]
     path = open_rows(images, rows).path
     (images / "r.yaml").write_text(f"model: {{path: m}}\ndata: {{train: {path}}}\noutput: {{dir: out}}\n")
     recipe = load_recipe(images / "r.yaml", [])

@@ -15,6 +15,7 @@ from mpo_ext.data import (
     open_pairs,
 )
 from mpo_ext.data.convert import convert
+from mpo_ext.data.media import place_problem
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.trl import from_trl, read_trl, to_trl
 
@@ -328,3 +329,17 @@ def test_a_row_without_a_prompt_is_refused_as_such(prompt: Any) -> None:
     turns = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
     with pytest.raises(FieldError, match=r"^prompt must be text or messages, got none$"):
         from_trl(turns if prompt is ... else {"prompt": prompt, **turns})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question"),
+    [
+        ("q", "<image><image>q"),
+        ("a <image> b <image>", "a <image> b <image>"),
+        ("<image 2> <image 1>", "<image> <image>"),
+    ],
+)
+def test_a_text_with_several_images_and_no_mark_has_them_in_front(prompt: str, question: str, images: Path) -> None:
+    pair = read_row(images, {"prompt": prompt, "chosen": "c", "rejected": "r", "images": ["a.png", "sub/b.jpg"]})
+    assert pair.question == question
+    assert place_problem(pair) is None

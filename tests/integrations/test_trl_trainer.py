@@ -118,6 +118,11 @@ def test_a_wrong_setting_is_refused_by_its_name(name: str, value: Any, tmp_path:
         arguments(MPOTrainingConfig, tmp_path, **{name: value})
 
 
+def test_the_reward_shift_of_a_patch_is_a_mapping() -> None:
+    with pytest.raises(TypeError, match=r"^reward_shift must be a mapping of the settings of RewardShift, got 'ema'"):
+        mpo_ext.patch("trl", reward_shift="ema")
+
+
 def test_a_config_of_trl_without_the_three_terms_gives_a_warning(models: dict[str, Path], tmp_path: Path) -> None:
     options = {"train_dataset": tiny_models.pairs(), "processing_class": None}
     with pytest.warns(UserWarning, match=r"terms of loss_type alone, got \['sigmoid'\] in a DPOConfig: MPOTraining"):

@@ -219,7 +219,7 @@ def test_other_settings_or_questions_are_refused(
     error = capsys.readouterr().err
     assert "settings must be the settings that out/settings.json was begun with" in error
     assert "recipe.train.optim.learning_rate: 0.0001 in the file, 0.001 now" in error
-    assert main(["iterate", name, "launch.train=[python]", "page_pairs=3", "engine.batch_size=2"]) == 0
+    assert main(["iterate", name, f"launch.train=[{sys.executable}]", "page_pairs=3", "engine.batch_size=2"]) == 0
     shutil.copytree(folder, tmp_path / "copy")
     with open(tmp_path / "copy" / "train.jsonl", "a") as file:
         file.write((folder / "test.jsonl").read_text().splitlines()[0])

@@ -34,7 +34,7 @@ from mpo_ext.train.loop import Trainer
 from mpo_ext.train.metrics import Log, Totals, means
 from mpo_ext.train.model import freeze_parts, load_model, prepare_model, switch_off_dropout
 from mpo_ext.train.pair_counts import PairCounts
-from mpo_ext.train.progress import Console
+from mpo_ext.train.progress import Console, busy_cpu_line
 from mpo_ext.train.recipe import ModelRecipe
 from mpo_ext.train.reference_file import reference_settings
 from mpo_ext.train.split_attention import base_implementation
@@ -403,6 +403,21 @@ def test_a_bad_pair_ends_a_run_with_known_log_probs_by_its_name(tmp_path: Path, 
     with pytest.raises(ValueError, match=r"broken\.jsonl:20.*damaged\.png"):
         trainer.run()
     assert len((tmp_path / "out" / "reference.jsonl").read_text().splitlines()) == 1 + 19
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "load", "shown"),
+    [("cpu", 4, 3.9, True), ("cpu", 1, 3.9, False), ("cpu", 4, 1.0, False), ("cuda", 4, 3.9, False)],
+)
+def test_a_busy_cpu_is_said(
+    device: str, threads: int, load: float, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    line = busy_cpu_line(torch.device(device))
+    assert (line is not None) == shown
+    assert line is None or "OMP_NUM_THREADS=1 may be several times faster than the 4 threads" in line
 
 
 # The first step.
