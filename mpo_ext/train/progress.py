@@ -19,7 +19,7 @@ _FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 
 
 def busy_cpu_line(device: torch.device) -> str | None:
-    """Returns advice if the run uses several threads of a CPU that other programs keep busy; otherwise None."""
+    """Returns advice if the run uses several threads of a CPU that seems to be busy; otherwise None."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg"):
         return None
@@ -27,8 +27,8 @@ def busy_cpu_line(device: torch.device) -> str | None:
     if load < 0.75 * (os.cpu_count() or 1):
         return None
     return (
-        f"other programs use this machine (load average {load:.1f}): OMP_NUM_THREADS=1 may be several times faster "
-        f"than the {threads} threads of this run"
+        f"the load average of this machine is {load:.1f}: if other programs run, OMP_NUM_THREADS=1 may be several times "
+        f"faster than the {threads} threads of this run"
     )
 
 

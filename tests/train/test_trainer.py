@@ -287,6 +287,20 @@ def test_a_bad_pair_ends_the_run_by_name_or_is_counted(tmp_path: Path, pairs: Pa
     assert re.search(r"broken\.jsonl: format pairs \(detected\); 20 of 20 pairs with images\n", text)
 
 
+def test_a_pair_with_wrong_places_for_its_images_ends_the_run_or_is_counted(
+    tmp_path: Path, pairs: Path, capsys: Any
+) -> None:
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    lines[3]["images"] = lines[3]["images"] * 2
+    lines[3]["question"] = lines[3]["question"].replace("<image>", "")
+    data = pairs.with_name("places.jsonl")
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"places\.jsonl:4: question must hold <image> 2 times for 2 images, got 0"):
+        run(recipe(tmp_path / "stop", data))
+    run(recipe(tmp_path / "skip", data, data__skip_bad=True))
+    assert re.search(r"skipped 1: .*places\.jsonl:4", capsys.readouterr().err)
+
+
 def test_a_run_with_most_pairs_skipped_says_so_loudly(tmp_path: Path, pairs: Path, capsys: Any) -> None:
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]
     for line in lines[:11]:
