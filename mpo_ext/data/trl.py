@@ -131,8 +131,6 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
     columns = row_images(row, save_image) if paths is None else _list("image_paths", paths)
     columns_of_videos = row_videos(row, save_image)
     images = Images(columns, save_image, columns_of_videos)
-    if isinstance(prompt, str) and len(columns) > 1 and not has_mark(prompt):
-        prompt = IMAGE_PLACEHOLDER * len(columns) + prompt  # TRL puts the images before the text, too
     turns = _prompt_turns(prompt, images, row.get("question"))
     extra = {**_json("extra", row.get("extra")), **{name: row[name] for name in row if name not in _COLUMNS}}
     # ``to_trl`` writes ``question`` only beside a prompt of messages; beside a text, it is an unknown column.
@@ -198,7 +196,7 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
             with it.
     """
     if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
+        return _placed([{"role": "user", "content": prompt}], images.count)
     if prompt != [] and not is_conversation(prompt):
         raise FieldError(f"prompt must be text or a list of messages, got {shorten(prompt)}")
     turns = read_turns("prompt", prompt, images)
@@ -208,7 +206,16 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
         # Otherwise the prompt was edited after ``to_trl`` wrote it, and takes precedence over the original question.
         if blocks in (question, _blocks(question, images.count)):
             return [{**turns[0], "content": question}]
-    return turns
+    return _placed(turns, images.count)
+
+
+def _placed(turns: list[Turn], count: int) -> list[Turn]:
+    """Puts placeholders for several images before the first user turn if no turn has any, as TRL does."""
+    first = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if count < 2 or first is None or any(has_mark(turn["content"]) for turn in turns):
+        return turns
+    marked = {**turns[first], "content": IMAGE_PLACEHOLDER * count + turns[first]["content"]}
+    return [*turns[:first], marked, *turns[first + 1 :]]
 
 
 def _is_same_prompt(original: object, prompt: object) -> bool:

@@ -27,8 +27,8 @@ def busy_cpu_line(device: torch.device) -> str | None:
     if load < 0.75 * (os.cpu_count() or 1):
         return None
     return (
-        f"the load average of this machine is {load:.1f}: if other programs run, OMP_NUM_THREADS=1 may be several times "
-        f"faster than the {threads} threads of this run"
+        f"the load average of this machine is {load:.1f}: if other programs run, OMP_NUM_THREADS=1 may be several "
+        f"times faster than the {threads} threads of this run"
     )
 
 

@@ -343,3 +343,16 @@ def test_a_text_with_several_images_and_no_mark_has_them_in_front(prompt: str, q
     pair = read_row(images, {"prompt": prompt, "chosen": "c", "rejected": "r", "images": ["a.png", "sub/b.jpg"]})
     assert pair.question == question
     assert place_problem(pair) is None
+
+
+def test_messages_without_marks_have_several_images_in_front_of_the_first_user_turn(images: Path) -> None:
+    prompt = [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("r")]
+    row = {
+        "prompt": prompt,
+        "chosen": [assistant("c")],
+        "rejected": [assistant("d")],
+        "images": ["a.png", "sub/b.jpg"],
+    }
+    pair = read_row(images, row)
+    assert [turn["content"] for turn in pair.source["messages"]] == ["s", "<image><image>q", "a", "r"]
+    assert place_problem(pair) is None
