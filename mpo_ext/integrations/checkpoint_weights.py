@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 @contextlib.contextmanager
 def renamed_weights_loaded(trainer: Any, model: nn.Module, checkpoint: str) -> Iterator[None]:
-    """Completes ``Trainer._load_from_checkpoint``, which runs inside the ``with`` block.
+    """Completes ``_load_from_checkpoint`` or ``_load_best_model`` of Trainer, which runs inside the ``with`` block.
 
     ``save_pretrained`` may rename weights, as for LLaVA and InternVL. ``Trainer`` then finds none of them in the
     checkpoint, warns, and trains the weights that the model had before. This context instead loads such a checkpoint
@@ -52,7 +52,7 @@ def _load_renamed(model: nn.Module, checkpoint: str, unknown: list[str]) -> None
         wrong = [str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]]
     if wrong:
         raise ValueError(
-            f"resume_from_checkpoint must have the weights of the model, got {checkpoint} with {len(wrong):,} weights "
+            f"the checkpoint must have the weights of the model, got {checkpoint} with {len(wrong):,} weights "
             f"of other names, such as {wrong[0]}"
         )
     model.load_state_dict(loaded.state_dict())

@@ -34,6 +34,7 @@ class RewardShiftCheckpoints:
 
     reward_shift: RewardShift
     model: Any
+    state: Any
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         save_reward_shift(self, self.reward_shift, trial)
@@ -42,6 +43,10 @@ class RewardShiftCheckpoints:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with renamed_weights_loaded(self, self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        with renamed_weights_loaded(self, self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]

@@ -143,35 +143,40 @@ def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings |
     The new methods also save and restore the reward shift, and restore weights that ``save_pretrained`` renames.
     ``settings`` is a result of ``settings_function``.
     """
-    own_save: Any = vars(owner).get("_save_checkpoint")
-    own_load: Any = vars(owner).get("_load_optimizer_and_scheduler")
-    own_load_weights: Any = vars(owner).get("_load_from_checkpoint")
+
+    def inherited(name: str) -> Callable[..., Any]:
+        """Returns the method ``name`` that ``owner`` has before the replacement, its own or that of a base class."""
+        own: Any = vars(owner).get(name)
+
+        def call(self: Any, *arguments: Any) -> Any:
+            return getattr(super(owner, self), name)(*arguments) if own is None else own(self, *arguments)
+
+        return call
+
+    own_save, own_load_state = inherited("_save_checkpoint"), inherited("_load_optimizer_and_scheduler")
+    own_load_weights, own_load_best = inherited("_load_from_checkpoint"), inherited("_load_best_model")
 
     def save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
         if (mpo := settings(self)) is not None:
             save_reward_shift(self, mpo.reward_shift, trial)
-        if own_save is None:
-            super(owner, self)._save_checkpoint(model, trial)
-        else:
-            own_save(self, model, trial)
+        own_save(self, model, trial)
 
     def load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        if own_load is None:
-            super(owner, self)._load_optimizer_and_scheduler(checkpoint)
-        else:
-            own_load(self, checkpoint)
+        own_load_state(self, checkpoint)
         if checkpoint is not None and (mpo := settings(self)) is not None:
             load_reward_shift(mpo.reward_shift, checkpoint)
 
     def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with renamed_weights_loaded(self, self.model if model is None else model, resume_from_checkpoint):
-            if own_load_weights is None:
-                super(owner, self)._load_from_checkpoint(resume_from_checkpoint, model)
-            else:
-                own_load_weights(self, resume_from_checkpoint, model)
+            own_load_weights(self, resume_from_checkpoint, model)
+
+    def load_best_model(self: Any) -> None:
+        with renamed_weights_loaded(self, self.model, self.state.best_model_checkpoint):
+            own_load_best(self)
 
     return [
         Replacement(owner, "_save_checkpoint", save_checkpoint),
         Replacement(owner, "_load_from_checkpoint", load_from_checkpoint),
+        Replacement(owner, "_load_best_model", load_best_model),
         Replacement(owner, "_load_optimizer_and_scheduler", load_optimizer_and_scheduler),
     ]

@@ -287,6 +287,26 @@ def test_a_resumed_run_has_the_trained_weights_of_an_image_model(
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("kind", [MPOTrainer, trl.DPOTrainer], ids=["MPOTrainer", "patch"])
+def test_the_best_weights_of_an_image_model_are_loaded_at_the_end(
+    kind: type, models: dict[str, Path], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    if kind is trl.DPOTrainer:
+        mpo_ext.patch("trl")
+    try:
+        trainer = make(kind, models, "images", tmp_path, **settings)
+        train(trainer)
+        trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+        trainer._load_best_model()  # which Trainer calls for load_best_model_at_end
+    finally:
+        if kind is trl.DPOTrainer:
+            mpo_ext.unpatch("trl")
+    best = type(trainer.model).from_pretrained(tmp_path / "checkpoint-1")
+    for one, two in zip(trainer.model.parameters(), best.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_a_checkpoint_with_other_weights_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     train(make(MPOTrainer, models, "text", tmp_path, **settings))
