@@ -95,7 +95,7 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("out", type=Path, help="folder for mmpr and hf, file for pairs and trl")
     parser.add_argument("--to", choices=_WRITABLE, required=True, help="format to write")
     text = "for trl and hf: messages, to which TRL applies the chat template, or texts (default: conversational)"
-    parser.add_argument("--kind", choices=_KINDS, help=text)
+    parser.add_argument("--kind", choices=_KINDS, default="conversational", help=text)
     parser.add_argument("--out-root", type=Path, help="for mmpr: image folder of pairs that were not read from MMPR")
     parser.add_argument("--name", default="pairs", help="for mmpr: name of the subset of these pairs (default: pairs)")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines instead of stopping")
@@ -268,7 +268,7 @@ def _convert(args: argparse.Namespace) -> int:
             source,
             args.out,
             args.to,
-            kind=args.kind or "conversational",
+            kind=args.kind,
             skip_bad=args.skip_bad,
             root=args.out_root,
             name=args.name,

@@ -98,17 +98,22 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
         ValueError: If the files cannot be read as one table, or have several splits and ``split`` names none of them.
     """
     datasets = require_datasets()
+    loaded: Any = None
+    ignored: list[str] = []
     try:
         if os.path.isdir(path):
-            ignored = _ignored_files(datasets.load_dataset_builder(path, name=config), path)
-            loaded: Any = None if ignored else datasets.load_dataset(path, name=config)
+            builder = datasets.load_dataset_builder(path, name=config)
+            ignored = _ignored_files(builder, path)
+            if not ignored:
+                builder.download_and_prepare()
+                loaded = builder.as_dataset()
         else:
             loaded = datasets.load_dataset("parquet", data_files={"train": [os.path.abspath(path)]})
             split = None if split == "train" else split
     except Exception as error:  # datasets and pyarrow raise many types
         cause = error.__cause__ or error
         raise ValueError(f"path must hold parquet files, got {path}: {_one_line(cause)}") from error
-    if os.path.isdir(path) and ignored:
+    if ignored:
         raise ValueError(
             f"path must be a folder in which the name of each parquet file has a split, such as train or test, or no "
             f"name has one; got {path}, of which {', '.join(ignored[:3])} would be left out: rename the files"

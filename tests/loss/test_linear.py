@@ -212,17 +212,6 @@ def run_rows(
 # Comparisons.
 
 
-def yardstick(case: Linear, backend: str) -> Linear:
-    """Returns the case to run in eager torch for comparison with a backend.
-
-    For kernels, half-precision inputs become float32, because kernels do not round logits to a narrower dtype.
-    """
-    if backend == "reference" or case.eps < 1e-8:
-        return case
-    widened = {name: tensor.float() for name, tensor in case.tensors.items()}
-    return dataclasses.replace(case, **widened)
-
-
 def eager_gradients(case: Linear, logits: Tensor, by_logits: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the gradients of ``tensors``, by name, given the gradient of the logits."""
     return dict(zip(tensors, torch.autograd.grad(logits, list(tensors.values()), by_logits), strict=True))
