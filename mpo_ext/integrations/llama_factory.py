@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mpo_ext.integrations.metrics import loss_metrics
 from mpo_ext.integrations.patching import Replacement
-from mpo_ext.integrations.reward_shift_state import make_reward_shift
 from mpo_ext.integrations.separate_rows import (
     LossSettings,
     checkpoint_replacements,
@@ -32,7 +31,6 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
     "sigmoid". LLaMA-Factory computes all other losses.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else reward_shift
-    make_reward_shift(shift_settings)  # raises if a setting is wrong
     settings = settings_function(_other_loss, _config_of, shift_settings)
     own_reference = CustomDPOTrainer.compute_reference_log_probs
     own_loss = CustomDPOTrainer.get_batch_loss_metrics

@@ -413,7 +413,6 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
     and "sft". TRL computes all other losses.
     """
     shift_settings = {"mode": "fixed"} if reward_shift is None else reward_shift
-    make_reward_shift(shift_settings)  # raises if a setting is wrong
     settings_of_dpo = settings_function(_other_loss_of, lambda trainer: _config_of(trainer.args), shift_settings)
     own = {name: getattr(DPOTrainer, name) for name in ("_compute_loss", "compute_ref_log_probs")}
 
