@@ -124,7 +124,7 @@ def test_csv_cells_are_texts_lists_and_messages(tmp_path: Path) -> None:
     )
     assert pairs_of(open_pairs(path)) == [
         Pair("line 1\nline 2", "007", "NA", extra={"score": "1e3"}),
-        Pair("q", "c", "r", ("a.png", "b.png"), extra={"score": ""}),
+        Pair("<image><image>q", "c", "r", ("a.png", "b.png"), extra={"score": ""}),
         Pair("q", '{"answer": 4}', "[1]", ("a.png",), extra={"score": "x" * 200_000}),
     ]
     assert csv.field_size_limit() == 131072
