@@ -99,6 +99,8 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("--out-root", type=Path, help="for mmpr: image folder of pairs that were not read from MMPR")
     parser.add_argument("--name", default="pairs", help="for mmpr: name of the subset of these pairs (default: pairs)")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines instead of stopping")
+    text = "leave out and count all lines with a finding of 'data check', such as missing images and duplicates"
+    parser.add_argument("--skip-findings", action="store_true", help=text)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
@@ -216,6 +218,9 @@ def _check(args: argparse.Namespace) -> int:
         for kind, findings in report.examples.items():
             for finding in findings:
                 console.print(f"{finding.where}: {kind}: {_printable(finding.message)}", markup=False, highlight=False)
+            if (rest := report.totals()[kind] - len(findings)) > 0:
+                console.print(f"and {rest:,} more of {kind!r} (--examples shows more)", markup=False, highlight=False)
+        console.print("mpo-ext data convert --skip-findings leaves these lines out", markup=False, highlight=False)
     values = report.to_dict()
     is_valid = report.is_clean
     if args.model is not None:
@@ -263,6 +268,8 @@ def _convert(args: argparse.Namespace) -> int:
     if (written := written_paths(args.out, args.to)) and not args.force:
         raise FileExistsError(f"out must not exist without --force, got {written[0]}")
     source, stored, warn = _open_with_warning(args)
+    if args.skip_findings:
+        source = _without_findings(source)
     try:
         count, skipped = convert(
             source,
@@ -286,6 +293,26 @@ def _convert(args: argparse.Namespace) -> int:
         _say_stored(stored)
     warn(skipped)
     return 0
+
+
+def _without_findings(source: Any) -> Any:
+    """Returns a ``PairSource`` without the lines with findings of ``check_pairs``, and prints their number."""
+    import dataclasses
+
+    import numpy as np
+
+    from mpo_ext.data.check import check_pairs
+
+    report = check_pairs(dataclasses.replace(source, on_pair=None), keep=1)
+    indices = np.asarray(source.indices, np.int64)[report.is_sound]
+    left_out = len(report.is_sound) - len(indices)
+    print(f"left out {left_out:,} of {len(report.is_sound):,} lines", file=sys.stderr)
+    for kind, count in report.totals().most_common():
+        (finding,) = report.examples[kind]
+        print(_printable(f"{kind}: {count:,}, for example {finding.where}: {finding.message}"), file=sys.stderr)
+    if not len(indices):
+        raise ValueError(f"--skip-findings must leave a line of {source.path}, got findings in all {left_out:,}")
+    return dataclasses.replace(source, selected=indices)
 
 
 @command("data view", extra="data", failure=2)

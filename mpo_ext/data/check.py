@@ -51,11 +51,13 @@ class CheckReport:
         counts: Number of defects of each kind, by data set (``Location.subset``).
         examples: The first defects of each kind.
         stats: Statistics of the pairs, by data set.
+        is_sound: Whether each line of ``PairSource.indices`` has no defect, ``[n]`` bool.
     """
 
     counts: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[Finding]] = dataclasses.field(default_factory=dict)
     stats: dict[str, SubsetStats] = dataclasses.field(default_factory=dict)
+    is_sound: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, bool))
 
     @property
     def is_clean(self) -> bool:
@@ -115,19 +117,25 @@ def check_pairs(
     report = CheckReport(stats={name: SubsetStats() for name in source.subsets})
     checker = _MediaChecker(images)
     duplicates = _Duplicates()
-    for where, pair in source.scan():
+    is_pair, is_sound = (np.ones(len(source.indices), dtype=bool) for _ in range(2))
+    for number, (where, pair) in enumerate(source.scan()):
         stats = report.stats.setdefault(where.subset, SubsetStats())
         if isinstance(pair, BadLine):
             stats.skipped += 1
+            is_pair[number] = is_sound[number] = False
             report.add(Finding(pair.kind, where, pair.reason), keep)
         else:
             stats.add(pair, length)
             duplicates.add(pair, where)
             for kind, message in _defects(pair, checker):
+                is_sound[number] = False
                 report.add(Finding(kind, where, message), keep)
         on_line()
-    for where, first in duplicates.find():
+    numbers = np.flatnonzero(is_pair)
+    for index, where, first in duplicates.find():
+        is_sound[numbers[index]] = False
         report.add(Finding("duplicate", where, f"the same images, question and responses as {first}"), keep)
+    report.is_sound = is_sound
     for name, subset in source.subsets.items():
         lines = report.stats[name].pairs + report.stats[name].skipped
         if subset.length is not None and subset.length != lines and source.selected is None:
@@ -213,8 +221,11 @@ class _Duplicates:
         self._lines.append(where.line)
         self._files.append(self._places.setdefault((where.subset, where.file), len(self._places)))
 
-    def find(self) -> Iterator[tuple[Location, Location]]:
-        """Yields the location of each repeated pair and of its first occurrence, in the order of the source."""
+    def find(self) -> Iterator[tuple[int, Location, Location]]:
+        """Yields each repeated pair in the order of ``add``.
+
+        Yields (index, location, location of the first occurrence); the first pair that was added has index 0.
+        """
         keys = np.array(self._keys, np.uint64)
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
@@ -227,4 +238,4 @@ class _Duplicates:
             return Location(subset, file, self._lines[index])
 
         for index, first in sorted(zip(order[repeats].tolist(), order[starts].tolist(), strict=True)):
-            yield locate(index), locate(first)
+            yield index, locate(index), locate(first)

@@ -91,6 +91,30 @@ def test_convert_stops_at_a_bad_line_or_skips_it(
     assert "out must not replace an input" in capsys.readouterr().err
 
 
+def test_convert_leaves_out_what_check_finds(
+    write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {**GOOD, "question": "<image>\nanother?"}
+    lines = [{**GOOD, "image": "none.png"}, GOOD, b"{\n", other, GOOD, {**other, "rejected": other["chosen"]}, other]
+    meta, out = write_lines("mixed", lines), tmp_path / "out.jsonl"
+    assert run_data("check", meta, "--examples", "1") == 1
+    text = capsys.readouterr().out
+    assert "and 1 more of 'duplicate' (--examples shows more)\n" in text
+    assert "mpo-ext data convert --skip-findings leaves these lines out\n" in text
+    assert run_data("convert", meta, out, "--to", "pairs", "--skip-findings") == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"wrote 2 pairs to {out}\n"
+    assert captured.err.startswith("left out 5 of 7 lines\nduplicate: 2, for example ")
+    assert "equal responses: 1, for example " in captured.err
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == [
+        GOOD["question"], other["question"],
+    ]  # fmt: skip
+    assert run_data("check", out) == 0
+    bad = write_lines("bad", [b"{\n"])
+    assert run_data("convert", bad, tmp_path / "none.jsonl", "--to", "pairs", "--skip-findings") == 2
+    assert "--skip-findings must leave a line of " in capsys.readouterr().err
+
+
 def test_a_dataset_with_a_missing_image_is_not_written(
     write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
