@@ -137,6 +137,8 @@ class ChatEncoder:
             self.form, notice = find_form(self._renderer)
             if notice:
                 self._say(notice)
+        else:
+            self._say("the processor has none: a prompt is the question and a line break, without roles")
         self.end_id, self.ends_in_tail = find_end(self.form, self.tokenizer)
         if self.chat_template is not None and not self.ends_in_tail:
             self._say(f"the chat template writes no end of turn: {self.tokenizer.eos_token!r} ends each response")
@@ -270,10 +272,7 @@ class ChatEncoder:
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
-        """Encodes a short conversation, and adds notices about unusual results.
-
-        The notices tell that the tokenizer merges prompt and response, or that the prompt has the BOS token twice.
-        """
+        """Adds notices if the tokenizer merges prompt and response, or if a prompt has the BOS token twice."""
         if self.form.opened:
             return
         conversation = Conversation(question="question")

@@ -58,6 +58,7 @@ def test_a_template_that_ignores_the_generation_prompt(body: str, prompt: str, r
 def test_special_tokens_of_the_tokenizer(template: str | None) -> None:
     """With a template, only the template writes special tokens. Without one, the tokenizer adds <s> and </s>."""
     chat = encoder_of(template)
+    assert any(notice.startswith("the processor has none: ") for notice in chat.notices) == (template is None)
     begin, end = chat.tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
     chat.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         "<s> $0 </s>", None, [("<s>", begin), ("</s>", end)]
