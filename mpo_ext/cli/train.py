@@ -68,6 +68,7 @@ def run_train(args: argparse.Namespace) -> int:
     is_valid = print_data(recipe)
     if questions is not None:
         print(f"  {questions.path}: {questions.source.count:,} lines of questions for output.eval_generate")
+    print(f"\nOutput\n  {_position(recipe, planned.steps)}")
     return 0 if is_valid else 1
 
 
@@ -77,6 +78,21 @@ def _open_questions(recipe: "Recipe") -> "QuestionFile | None":
     from mpo_ext.train.answer_evaluation import open_eval_questions  # needs the extra "generate"
 
     return open_eval_questions(recipe.output.eval_generate)
+
+
+def _position(recipe: "Recipe", steps: int) -> str:
+    """Returns a line that tells whether the run would be new, resume or already be finished after ``steps`` steps."""
+    from pathlib import Path
+
+    from mpo_ext.train.checkpoint import Checkpoints
+
+    folder = Path(recipe.output.dir)
+    step = Checkpoints(folder / "checkpoints").resume_step(recipe.output.resume)
+    if step is None:
+        return f"{folder}: a new run of {steps} steps"
+    if step >= steps:
+        return f"{folder}: already finished (step {step} of {steps}), so the run would train nothing"
+    return f"{folder}: the run would resume after step {step} of {steps}"
 
 
 def print_data(recipe: "Recipe") -> bool:

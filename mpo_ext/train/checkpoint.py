@@ -205,20 +205,40 @@ class Checkpoints:
                 )
             return None
         if resume == "never":
-            latest = self.latest()
-            if latest is not None:
-                raise FileExistsError(
-                    'resume must be "auto" or a checkpoint if the folder has a checkpoint, got "never" with '
-                    f"{latest}; or choose another output.dir"
-                )
+            self.check_unused()
             return None
         try:
             self._check_contents(accelerator, Manifest.read(Path(resume)), Path(resume))
         except CheckpointError as error:
-            raise ValueError(
-                f'resume must be "auto", "never" or the path of a checkpoint, got {resume!r}: {error}'
-            ) from error
+            raise _bad_resume(resume, error) from error
         return Path(resume)
+
+    def resume_step(self, resume: str) -> int | None:
+        """Returns the step after which ``resolve`` lets a run resume, or None for a new run. Reads only manifests.
+
+        Raises:
+            FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
+            ValueError: If ``resume`` is a path without a checkpoint.
+        """
+        if resume == "never":
+            self.check_unused()
+            return None
+        if resume == "auto":
+            latest = self.latest()
+            return None if latest is None else Manifest.read(latest).step
+        try:
+            return Manifest.read(Path(resume)).step
+        except CheckpointError as error:
+            raise _bad_resume(resume, error) from error
+
+    def check_unused(self) -> None:
+        """Raises ``FileExistsError`` if the folder has a checkpoint, for a run that must not resume."""
+        latest = self.latest()
+        if latest is not None:
+            raise FileExistsError(
+                'resume must be "auto" or a checkpoint if the folder has a checkpoint, got "never" with '
+                f"{latest}; or choose another output.dir"
+            )
 
     def _check_contents(self, accelerator: Any, manifest: Manifest, path: Path) -> None:
         """Raises ``CheckpointError`` if a file of a checkpoint differs from its recorded digest.
@@ -291,6 +311,10 @@ class Checkpoints:
                 delete_folder(path)
             except OSError as error:
                 _LOG.warning("the old checkpoint %s could not be deleted: %s", path, error)
+
+
+def _bad_resume(resume: str, error: CheckpointError) -> ValueError:
+    return ValueError(f'resume must be "auto", "never" or the path of a checkpoint, got {resume!r}: {error}')
 
 
 def _check_arguments(step: int, state: dict[str, Any], score: float | None) -> None:

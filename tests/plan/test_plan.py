@@ -25,6 +25,7 @@ from mpo_ext.plan import machines, roofline
 from mpo_ext.plan.memory import Memory, MemoryEstimate
 from mpo_ext.plan.planner import plan
 from mpo_ext.plan.report import Plan, format_bytes
+from mpo_ext.train.checkpoint_files import Manifest
 from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.model import prepare_model
 from mpo_ext.train.recipe import Recipe, load_recipe
@@ -443,6 +444,7 @@ def test_the_command_prints_the_plan_and_trains_nothing(
         assert text.startswith(f"{plan(recipe, world=2)}\n")
     assert "a.jsonl: format pairs (detected); 50 of 50 pairs with images\n    1 different images: all exist" in text
     assert "not checked: whether images can be opened (mpo-ext data check does that), lengths in tokens\n" in text
+    assert f"Output\n  {tmp_path / 'out'}: a new run of 7 steps\n" in text
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
@@ -450,6 +452,24 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     monkeypatch.setenv("RANK", "1")
     assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("step", "told"), [(3, "the run would resume after step 3 of 7"), (7, "already finished (step 7 of 7)")]
+)
+def test_a_dry_run_tells_where_the_run_stands(
+    step: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path)
+    (tmp_path / "no_such_image.png").touch()
+    folder = tmp_path / "out" / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    Manifest(number=1, step=step, world_size=1, score=None, files={}, deepspeed=False, digests={}).write(folder)
+    run = ["train", str(tmp_path / "r.yaml"), "--dry-run"]
+    assert main(run) == 0
+    assert f"Output\n  {tmp_path / 'out'}: {told}" in capsys.readouterr().out
+    assert main([*run, "output.resume=never"]) == 2
+    assert '"auto" or a checkpoint if the folder has a checkpoint, got "never"' in capsys.readouterr().err
 
 
 def test_a_dry_run_finds_images_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
