@@ -142,6 +142,8 @@ class Trainer:
             else:
                 has_changed = self.output.resume(checkpoint, self.model, self.optimizer, self._moving_reference())
                 position = f"step {state.step} of {self.data.total_steps}"
+                if state.step > self.data.total_steps:
+                    say(f"the recipe asks for {self.data.total_steps} steps, but the model has {state.step}")
                 is_done = state.step >= self.data.total_steps or state.has_stalled()
                 if is_done and not has_changed and self.output.is_finished(checkpoint):
                     say(f"already finished ({position}): the model is in {self.output.final}")

@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mpo_ext.train.export import export_model, is_exported, mark_exported, with_
 from mpo_ext.train.hub import HubUpload
 from mpo_ext.train.inputs import InputChanges, collect_inputs, compare_inputs, stored_date
 from mpo_ext.train.metrics import Log
+from mpo_ext.train.pair_counts import in_epochs
 from mpo_ext.train.progress import Console
 from mpo_ext.train.proof import Proof, prove
 from mpo_ext.train.ranks import gather
@@ -260,12 +261,13 @@ class RunOutput:
         export_model(self.accelerator, model, processor, self.final, merged=self.recipe.output.save_merged)
         mark_exported(self.accelerator, self.final, self.checkpoints.latest() if self.is_main else None)
         counts = self.state.pair_counts_of_all_ranks()
-        for text in counts.lines():
+        epochs = _epochs(self.log.read())
+        for text in counts.lines(epochs):
             self.console.say(text)
         if counts.n_skipped > counts.kept:
             self.console.say(
-                f"WARNING: MOST PAIRS WERE SKIPPED, {counts.n_skipped:,} of {counts.n_skipped + counts.kept:,}: "
-                "the model has learned from the few others"
+                f"WARNING: MOST PAIRS WERE SKIPPED, {counts.n_skipped:,} of {counts.n_skipped + counts.kept:,}"
+                f"{in_epochs(epochs)}: the model has learned from the few others"
             )
         self._write_card()
         self.console.say(f"the model is in {self.final}, the log in {self.log.path}")
@@ -284,8 +286,13 @@ class RunOutput:
         lines = self.log.read()
         last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
         evaluation = self.state.current_evaluation() or {}
-        summary = {**last, **evaluation, "dropped": dict(counts.skipped)}
+        summary = {**last, **evaluation, f"skipped{in_epochs(_epochs(lines))}": dict(counts.skipped)}
         model_card.write_card(self.final, recipe=self.recipe, curves=lines, summary=summary)
+
+
+def _epochs(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the number of epochs that were trained, from the lines of the log; 1 if the log does not tell."""
+    return next((line["epoch"] for line in reversed(lines) if "epoch" in line), 1)
 
 
 def _changes_evaluation(setting: str) -> bool:

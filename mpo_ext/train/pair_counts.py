@@ -53,14 +53,18 @@ class PairCounts:
         """Number of skipped pairs, summed over all reasons."""
         return self.skipped.total()
 
-    def lines(self) -> Iterator[str]:
-        """Yields lines of text with the counts and the examples."""
+    def lines(self, epochs: float = 1) -> Iterator[str]:
+        """Yields lines of text with the counts and the examples. A pair counts once in each of the ``epochs``."""
+        during = in_epochs(epochs)
         if self.cut:
-            yield f"cut the responses of {self.cut:,} pairs"
+            yield f"cut the responses of {self.cut:,} pairs{during}"
         if self.split:
-            yield f"tokenized the responses of {self.split:,} pairs apart: the tokenizer merges prompt and response"
+            yield (
+                f"tokenized the responses of {self.split:,} pairs apart{during}: the tokenizer merges prompt and "
+                "response"
+            )
         for reason, count in self.skipped.most_common():
-            yield f"skipped {count:,}: {reason}, for example {self.examples[reason]}"
+            yield f"skipped {count:,}{during}: {reason}, for example {self.examples[reason]}"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts and the examples as JSON values, for a checkpoint."""
@@ -76,3 +80,8 @@ class PairCounts:
         self.kept, self.cut, self.split = state["kept"], state["cut"], state.get("split", 0)
         self.skipped = collections.Counter(state["dropped"])
         self.examples = dict(state["examples"])
+
+
+def in_epochs(epochs: float) -> str:
+    """Returns the end of a message about a count in more than one epoch, such as " in 3 epochs", otherwise ""."""
+    return f" in {epochs:.3g} epochs" if epochs > 1 else ""

@@ -565,6 +565,7 @@ def test_the_tally_counts_by_reason(images: tuple[str, ...]) -> None:
     lines = list(tally.lines())
     assert lines[0] == "cut the responses of 1 pairs"
     assert lines[1] == "skipped 2: bad JSON, for example f:5: bad JSON: nothing"
+    assert list(tally.lines(2))[1] == "skipped 2 in 2 epochs: bad JSON, for example f:5: bad JSON: nothing"
     assert any(
         line.startswith(f"skipped 1: {NO_ROOM}, for example f:2: ") and "max_length is 60" in line for line in lines
     )

@@ -417,6 +417,9 @@ def test_a_finished_run_ends_as_it_did(job_of: Callable[..., Job], whole: Callab
         if number == 1:
             assert inodes[0] == inodes[1]  # it stands as it stood
             shutil.move(final, job.out / "gone")
+    shorter = job_of("finished", "copy", optim__max_steps=STEPS - 1)
+    assert run(shorter) == [0], text_of(shorter)
+    assert f"the recipe asks for {STEPS - 1} steps, but the model has {STEPS}" in text_of(shorter)
 
 
 def test_the_clock_does_not_tell_whether_a_model_is_exported(tmp_path: Path) -> None:

@@ -714,7 +714,7 @@ def test_trackers_get_settings_steps_and_evaluations(
     (values,) = cards
     last, evaluation = log(trainer.recipe)[-2:]
     assert values["summary"].items() >= {"loss": last["loss"], "eval_loss": evaluation["eval_loss"]}.items()
-    assert values["summary"]["dropped"] == {"chosen and rejected are equal": 1}
+    assert values["summary"]["skipped"] == {"chosen and rejected are equal": 1}
     assert "skipped 1: chosen and rejected are equal" in capsys.readouterr().err
     assert trainer.state.pair_counts.kept == 19
     assert sum(trainer.eval_pair_counts.skipped.values()) == 1
