@@ -220,7 +220,8 @@ def _check(args: argparse.Namespace) -> int:
                 console.print(f"{finding.where}: {kind}: {_printable(finding.message)}", markup=False, highlight=False)
             if (rest := report.totals()[kind] - len(findings)) > 0:
                 console.print(f"and {rest:,} more of {kind!r} (--examples shows more)", markup=False, highlight=False)
-        console.print("mpo-ext data convert --skip-findings leaves these lines out", markup=False, highlight=False)
+        if not report.is_sound.all():  # a wrong length in a meta file belongs to no line
+            console.print("mpo-ext data convert --skip-findings leaves these lines out", markup=False, highlight=False)
     values = report.to_dict()
     is_valid = report.is_clean
     if args.model is not None:

@@ -111,6 +111,11 @@ def test_convert_leaves_out_what_check_finds(
     ]  # fmt: skip
     assert run_data("check", out) == 0
     bad = write_lines("bad", [b"{\n"])
+    wrong = write_lines("wrong", [GOOD])
+    wrong.write_text(wrong.read_text().replace('"length": 1', '"length": 9'))
+    assert run_data("check", wrong) == 1
+    assert "wrong length" in (text := capsys.readouterr().out)
+    assert "--skip-findings" not in text
     assert run_data("convert", bad, tmp_path / "none.jsonl", "--to", "pairs", "--skip-findings") == 2
     assert "--skip-findings must leave a line of " in capsys.readouterr().err
 
