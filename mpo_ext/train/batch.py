@@ -379,7 +379,7 @@ def _fill_rows(plan: _RowPlan, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _label_rows(responses: Sequence[_PlacedResponse], length: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Returns ``Batch.index``, ``Batch.labels`` and the number of labels of each response. ``length`` is L."""
+    """Returns ``Batch.index``, ``Batch.labels`` and the number of labels per response. ``length`` is that of a row."""
     index, labels = [], []
     for response in responses:
         places = torch.arange(len(response.ids) or 1) + response.start - 1

@@ -109,9 +109,9 @@ class BatchLoss:
 def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, world_size: int) -> MPOConfig | None:
     """Returns the loss settings for a micro-batch, with scaled weights of the loss terms.
 
-    The factor is ``world_size`` times the micro-batch's fraction of the step, such as its fraction of the step's
-    pairs. The setting ``loss.average_over`` defines the fraction. ``world_size`` is a factor because accelerate
-    averages gradients over the ranks.
+    Each weight is multiplied by ``world_size`` and by the micro-batch's fraction of the step. The setting
+    ``loss.average_over`` defines this fraction, such as the fraction of the step's pairs. ``world_size`` is needed
+    because accelerate averages gradients over the ranks.
 
     Args:
         recipe: The recipe of the run.

@@ -302,7 +302,7 @@ def _load_optimizer(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
 ) -> None:
-    """Loads the saved parameter groups and the saved state into the optimizer, without changing dtypes."""
+    """Loads the saved parameter groups and the saved state into the optimizer. The state keeps its saved dtypes."""
     numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
     state: dict[int, dict[str, Any]] = {}
     for full_name, value in (*tensors.items(), *values.items()):

@@ -273,7 +273,7 @@ class RunData:
         return self._load(self.steps(), range(first, self.total_steps))
 
     def load_evaluation(self) -> Iterator[StepSlice]:
-        """Yields this rank's part of the evaluation pairs, in steps of as many pairs as a training step."""
+        """Yields this rank's part of the evaluation pairs, step by step. A step has as many pairs as in training."""
         assert self.eval_mixture is not None
         sampler = StepSampler(self.eval_mixture.epoch, batch_size=self.recipe.optim.batch_size)
         return self._load(self._dataset(self.eval_mixture, sampler), range(sampler.steps_per_epoch))
@@ -289,9 +289,9 @@ class RunData:
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields ``size.micro_steps`` micro-batches with their sizes: the same number on all ranks.
+        """Yields the micro-batches of ``step_slice`` with their sizes, then dummy batches with None.
 
-        After the micro-batches of ``step_slice``, dummy batches make up the number. Their sizes are None.
+        Their total number is ``size.micro_steps``, which is the same on all ranks.
         """
         yield from zip(step_slice.batches, step_slice.counts, strict=True)
         for _ in range(size.micro_steps - len(step_slice.batches)):

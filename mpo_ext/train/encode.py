@@ -182,8 +182,9 @@ class Encoder:
             name: File and line number of the pair, for messages.
 
         Raises:
-            BadPairError: If an image or video cannot be read, the prompt does not fit its media or the chat template,
-                or a response does not fit the chat template or contains an image token.
+            BadPairError: If an image or video cannot be read, the prompt does not have the tokens for its media, or
+                the prompt or a response does not fit the chat template. Also if a response contains an image, video or
+                audio token.
             TypeError: If the processor returns values that cannot be batched.
         """
         if not pair.chosen.strip() and CHOSEN_TURNS not in pair.source:

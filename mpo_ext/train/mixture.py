@@ -70,7 +70,8 @@ class SourceOverview:
         with_rejected_images: Number of read pairs with other images for the rejected response.
         images: Number of different image and video files in the read pairs.
         missing: Number of different image and video files that do not exist.
-        pairs_missing: Number of read pairs with at least one missing file, without the pairs counted in ``misplaced``.
+        pairs_missing: Number of read pairs with at least one missing file. Pairs counted in ``misplaced`` are left
+            out.
         stored_in: Folder to which images were written if the source holds them as bytes; "" if no read pair has
             such an image.
         examples: Messages for the first bad lines and missing images.
