@@ -98,7 +98,7 @@ class AnswerEvaluation:
         return answer_metrics([score for score, _ in whole])
 
     def _ask(self) -> Iterator[tuple[QuestionScore, dict[str, Any]]]:
-        """Asks this rank's questions. Yields the score of each question, and its JSON object for the answers file."""
+        """Asks this rank's questions. Yields each question's score and its line of the answers file, as a dict."""
         accelerator, evaluation = self._accelerator, self._evaluation
         rank, world_size = (0, 1) if self._in_step else (accelerator.process_index, accelerator.num_processes)
         ours = itertools.islice(self.questions.source.items(), rank, None, world_size)
@@ -143,9 +143,10 @@ def open_eval_questions(settings: GenerationRecipe) -> QuestionFile:
 
 
 def shards_parameters(accelerator: Any, path: str) -> bool:
-    """Returns whether each rank holds only a part of the parameters (FSDP2, ZeRO-3).
+    """Returns whether each rank holds only a part of the parameters, as with FSDP2 and ZeRO-3.
 
-    With such a model, all ranks must run the same forward passes. ``path`` is the file of questions, for the message.
+    With such a model, all ranks must run the same forward passes. ``path`` is the file of questions, for the error
+    message.
 
     Raises:
         ValueError: If the model is sharded in another way (such as FSDP 1), which does not support generation.
@@ -164,10 +165,11 @@ def shards_parameters(accelerator: Any, path: str) -> bool:
 
 
 def answer_metrics(scores: Sequence[QuestionScore]) -> dict[str, float]:
-    """Returns the metrics of an evaluation by generation from the scores of its questions.
+    """Returns the metrics of an evaluation by generation, such as ``answer_accuracy``, by name.
 
-    ``answer_accuracy`` is NaN if no question could be asked. ``answer_standard_error`` is left out if fewer than two
-    questions could be asked.
+    ``scores`` has a score for each question. A question that could not be asked counts only in ``questions_refused``.
+    ``answer_accuracy`` is NaN if no question could be asked. ``answer_standard_error`` needs at least two questions
+    that could be asked; otherwise it is left out.
     """
     answered = [score for score in scores if score.problem is None]
     accuracy, error = mean_and_error([score.accuracy for score in answered])

@@ -1,6 +1,6 @@
-"""Batches of pairs. ``collate`` combines encoded pairs (samples) into the sequence rows that go through the model.
+"""Combines encoded pairs (samples) into batches of sequence rows.
 
-A sequence row is a sequence of tokens, one row of ``input_ids``.
+A sequence row is a row of ``input_ids``, such as ``[prompt | chosen | rejected]``.
 """
 
 import dataclasses
@@ -26,18 +26,17 @@ class Batch:
 
     Attributes:
         layout: Arrangement of prompts and responses in the sequence rows.
-            "separate": ``[prompt | response]``, starting with the rows of the chosen responses. Images are stored once
-            for both rows of a pair.
-            "shared": ``[prompt | chosen | rejected | chosen | rejected ...]`` with all pairs of the same prompt.
-            A rejected response with other images than the chosen response has a separate row with its prompt.
+            "separate": a row ``[prompt | response]`` for each response. The rows of the chosen responses come first.
+            "shared": a row ``[prompt | chosen | rejected | chosen | rejected ...]`` for each prompt, with all of its
+            pairs. If a rejected response has other images, it is in another row, after the prompt with these images.
             "packed": the rows of "shared", joined to a single row without padding. Needs ``use_split_attention``.
-            "masked": the rows of "shared" with a dense attention mask. "shared" itself uses such a mask only if the
+            "masked": the rows of "shared", always with a dense attention mask. "shared" has such a mask only if the
             model does not support split attention.
         inputs: Keyword arguments of the model, without attention masks: ``input_ids`` ``[R, L]`` (R sequence rows of L
             tokens), ``position_ids`` if the layout needs them, other inputs per token, ``pixel_values`` ...
         segments: ``[R, L]`` int32: 0 for a prompt, 1, 2, ... for the responses to this prompt, -1 for padding.
-        index: ``[N]`` int64: for each label, the token position whose output predicts this label, as an index into the
-            flattened rows ``[R * L]``.
+        index: ``[N]`` int64: the output of the model at token position ``index[i]`` of the flattened rows ``[R * L]``
+            predicts ``labels[i]``.
         labels: ``[N]`` int64, the tokens of the B chosen responses, followed by the tokens of the B rejected
             responses; -100 for the tokens of user turns. An empty response has one label, -100, because the loss
             functions need at least one token position per sequence.
@@ -47,12 +46,13 @@ class Batch:
         digests: ``Sample.digest`` of each pair.
         copies: 2 if each image in ``inputs`` belongs to two rows, one for each response of a pair (layout "separate");
             otherwise 1.
-        segment_lengths: A tuple per row, which holds a tuple per prompt in this row. The tuple of a prompt holds its
-            number of tokens, followed by the number of tokens of each non-empty response. It is ``()`` for an empty
-            prompt. Only in the layout "packed" does a row have several prompts.
-        image_blocks: Like ``segment_lengths``, but the tuple of a prompt holds the start and the end (exclusive) of
-            each run of image tokens, as token indices in the prompt. Image tokens have type 1 in ``token_type_ids``.
-            Empty if no prompt in the batch has this input.
+        segment_lengths: For each row, a tuple with an entry for each prompt: the number of tokens of the prompt, then
+            of each non-empty response. For example, ``((10, 4, 6),)`` is a row with a prompt of 10 tokens and two
+            responses. The entry of an empty prompt is ``()``. Only a row of the layout "packed" can have several
+            prompts.
+        image_blocks: Like ``segment_lengths``, but the entry of a prompt holds ``(start, end)`` for each run of image
+            tokens (type 1 in ``token_type_ids``), as token indices in the prompt; ``end`` is exclusive. ``()`` if no
+            prompt in the batch has ``token_type_ids``.
     """
 
     layout: RowLayout
@@ -69,9 +69,10 @@ class Batch:
     image_blocks: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
 
     def with_merged_responses(self) -> "Batch":
-        """Returns a copy of the batch in which the responses to a prompt attend to each other.
+        """Returns a copy of the batch that treats all responses to a prompt as a single response.
 
-        ``check_shared_prefix`` uses the copy to measure the effect of a broken mask.
+        A response then attends to the responses before it. ``check_shared_prefix`` uses the copy to measure the effect
+        of a broken mask.
         """
         lengths = tuple(
             tuple((prompt[0], sum(prompt[1:])) if len(prompt) > 1 else prompt for prompt in row)
@@ -82,7 +83,7 @@ class Batch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Returns the batch with all tensors on a device, except for ``labels``, which stay on the CPU.
 
-        With labels on the CPU, ``linear_mpo_loss`` need not wait for the GPU. ``mpo_loss`` needs
+        Labels on the CPU let ``linear_mpo_loss`` run without waiting for the GPU. For ``mpo_loss``, pass
         ``labels.to(logits.device)``.
         """
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), skip="labels")
@@ -125,7 +126,7 @@ class Batch:
 
     @property
     def routed_tokens(self) -> int:
-        """Number of tokens that count in the auxiliary loss of mixture-of-experts routers; see ``is_routed``."""
+        """Number of tokens in the auxiliary loss of mixture-of-experts routers; see ``is_routed``."""
         return sum(sum(lengths) for row in self.segment_lengths for lengths in row if len(lengths) > 1)
 
     def is_routed(self) -> Tensor:
@@ -190,13 +191,13 @@ class _PlacedResponse(NamedTuple):
 
 
 class _RowPlan(NamedTuple):
-    """Assigns the prompts and responses of a batch to places in sequence rows.
+    """The positions of all prompts and responses of a batch in the sequence rows.
 
     Attributes:
         prompts: The prompts, ordered by row and by position in the row. If ``copies`` is 2, the second half of the
             list repeats the prompts of the first half in other rows.
         responses: The B chosen responses, followed by the B rejected responses.
-        copies: Number of times that each prompt occurs in ``prompts``.
+        copies: The value of ``Batch.copies``.
     """
 
     prompts: list[_PlacedPrompt]
@@ -205,7 +206,7 @@ class _RowPlan(NamedTuple):
 
     @property
     def owners(self) -> list[Sample]:
-        """The samples whose prompts are in ``prompts``. A prompt that occurs twice (``copies``) counts once."""
+        """The samples of ``prompts``, without the repeated second half if ``copies`` is 2."""
         return [prompt.sample for prompt in self.prompts[: len(self.prompts) // self.copies]]
 
     @property
@@ -227,7 +228,7 @@ class _RowPlan(NamedTuple):
         return self.by_row([tuple(size for _, size in sorted(segments.items()) if size) for segments in sizes])
 
     def by_row(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """Groups ``values``, one for each prompt, by sequence row. Returns one tuple for each row."""
+        """Groups ``values`` by sequence row: a tuple per row, with the value of each prompt in the row."""
         rows: list[list[Any]] = [[] for _ in self.ends]
         for prompt, value in zip(self.prompts, values, strict=True):
             rows[prompt.row].append(value)
@@ -254,11 +255,10 @@ def collate(
         pad_id: Token id that fills shorter rows on the right. Attention never reads it, but the model must be able to
             embed it, and it must not be the id of an image token.
         with_rejected: Whether rejected responses are included; False: they are treated as empty.
-        positions: Function that returns the position ids of a sample's prompt, made by ``prompt_positions(model)``.
-            None: prompt tokens are numbered from 0.
-        blank: A sample with images. If the batch has no images, the prompt of this sample is added without labels. A
-            model that is sharded over ranks needs this, because all ranks must run its vision tower. None: no prompt
-            is added.
+        positions: Function from a sample to the position ids of its prompt; see ``prompt_positions``. None: prompt
+            tokens are numbered from 0.
+        blank: A sample with images, whose prompt is added without labels if the batch has no images. Models that are
+            sharded over ranks need it, because all ranks must run the vision tower. None: no prompt is added.
 
     Raises:
         TypeError: If token ids are not int64.
@@ -314,7 +314,7 @@ def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor
 
 
 def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
-    """Returns a plan with a row for each response (chosen first) and for the prompt of each sample in ``blanks``."""
+    """Returns the plan of the layout "separate". Prompts of ``blanks`` get rows without a response."""
     owners = [*samples, *blanks]
     copies = 2 if with_rejected else 1
     rows_of = owners * copies
@@ -331,7 +331,7 @@ def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejecte
 
 
 def _plan_shared(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
-    """Returns a plan with a row for each prompt and its responses, and for the prompt of each sample in ``blanks``."""
+    """Returns the plan of the layout "shared". Prompts of ``blanks`` get rows without a response."""
     prompts: dict[str, _PlacedPrompt] = {}
     ends: list[int] = []
     segment_counts: list[int] = []
@@ -379,7 +379,7 @@ def _fill_rows(plan: _RowPlan, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _label_rows(responses: Sequence[_PlacedResponse], length: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Returns ``Batch.index``, ``Batch.labels`` and the label count per response, for rows of ``length`` tokens."""
+    """Returns ``Batch.index``, ``Batch.labels`` and the number of labels per response. ``length`` is that of a row."""
     index, labels = [], []
     for response in responses:
         places = torch.arange(len(response.ids) or 1) + response.start - 1
@@ -418,8 +418,8 @@ def _check_same_prompt(first: Sample, second: Sample) -> None:
 def _positions(values: Sequence[Tensor], plan: _RowPlan, rows: int, length: int) -> Tensor:
     """Returns the position ids of all rows, ``[A, R, L]`` int64. A is 1, or larger for multimodal RoPE.
 
-    For each sample in ``plan.owners``, ``values`` holds the position ids ``[A, P]`` of its prompt. The positions of a
-    response start at the largest position of its prompt plus 1.
+    ``values[i]`` holds the position ids ``[A, P]`` of the prompt of ``plan.owners[i]``. A response starts at the
+    position after the largest position of its prompt.
     """
     positions = torch.zeros(values[0].shape[0], rows, length, dtype=torch.int64)
     firsts = []

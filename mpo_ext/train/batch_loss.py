@@ -36,7 +36,7 @@ class BatchLoss:
         routers: Auxiliary loss of the policy's mixture-of-experts routers; None: no such loss.
 
     Attributes:
-        first_batch: Check to run on each micro-batch; None: no check. The trainer sets it for the first step only.
+        first_batch: Check that runs on each micro-batch; None: no check. The trainer sets it during the first step.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class BatchLoss:
         Args:
             model: Policy.
             batch: Micro-batch of B pairs.
-            config: Weights of the loss terms for this micro-batch.
+            config: Settings of the loss, with the weights of its terms for this micro-batch.
             reward_shift: Reward shift of the BCO term. In training mode, the loss updates it.
-            router_weight: Weight of the auxiliary router loss for this micro-batch. If the weight is positive, the
-                returned loss includes this term. ``stats["router_aux_loss"]`` is then the unweighted term, and
-                ``stats["routed_tokens"]`` the number of tokens over which it is averaged.
+            router_weight: Weight of the auxiliary router loss for this micro-batch. If it is positive, the returned
+                loss includes the router loss, and ``stats`` has two more entries. ``router_aux_loss`` is the router
+                loss without this weight. ``routed_tokens`` is the number of tokens over which it is averaged.
         """
         batch = batch.to(self.accelerator.device)
         if self.reference is not None:
@@ -109,9 +109,9 @@ class BatchLoss:
 def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, world_size: int) -> MPOConfig | None:
     """Returns the loss settings for a micro-batch, with scaled weights of the loss terms.
 
-    Each weight is multiplied by the micro-batch's fraction of the step, such as its fraction of the step's pairs. The
-    setting ``loss.average_over`` defines the fraction. Each weight is also multiplied by ``world_size``, because
-    accelerate averages gradients over the ranks.
+    Each weight is multiplied by ``world_size`` and by the micro-batch's fraction of the step. The setting
+    ``loss.average_over`` defines this fraction, such as the fraction of the step's pairs. ``world_size`` is needed
+    because accelerate averages gradients over the ranks.
 
     Args:
         recipe: The recipe of the run.
@@ -146,9 +146,9 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
 def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size: StepSize, world_size: int) -> float:
     """Returns the weight of the auxiliary router loss for a micro-batch.
 
-    The weight is ``coef * world_size`` times the micro-batch's fraction of the step. ``average_over="step"``
-    measures the fraction in tokens that count in the router loss. ``average_over="micro_batch"`` uses the same
-    fraction as for the DPO and BCO terms; see ``weighted_config``.
+    The weight is ``coef * world_size`` times the micro-batch's fraction of the step. With ``loss.average_over``
+    "step", this is its fraction of the tokens in the router loss. With "micro_batch", it is the fraction of the DPO
+    and BCO terms in ``weighted_config``.
 
     Args:
         recipe: The recipe of the run.
@@ -173,7 +173,8 @@ def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, cou
 
     Args:
         out: Output of the loss for a micro-batch.
-        used: Settings with which ``out`` was computed. Their ``ntp_average`` may differ from that of ``recipe``.
+        used: Settings of this loss, from ``weighted_config``. They may average over responses where the recipe says
+            tokens.
         recipe: Loss settings of the recipe.
         counts: Sizes of the micro-batch.
     """
@@ -240,9 +241,9 @@ def _micro_batch_setting(recipe: Recipe) -> str:
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, recipe: Recipe, step: int) -> Iterator[None]:
-    """Adds the sizes of ``batch`` and advice to the message of an out-of-memory error raised in the ``with`` block.
+    """Adds the sizes of ``batch`` and advice to out-of-memory errors in the ``with`` block.
 
-    ``step`` is the number of the step in the message, counted from 1.
+    The error is raised again as ``RuntimeError``. Its message names ``step``, counted from 1.
     """
     try:
         yield

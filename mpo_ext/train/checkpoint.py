@@ -80,7 +80,7 @@ class Checkpoints:
             step: Number of optimizer steps done; names the folder.
             model: Model as ``accelerator.prepare`` returned it.
             optimizer: Optimizer as ``accelerator.prepare`` returned it. If parameters are sharded, each tensor of its
-                state must be a scalar or have the shape of its parameter, as AdamW's have.
+                state must be a scalar or have the shape of the parameter, as with AdamW.
             state: JSON values; those of the main rank are written.
             score: Finite evaluation score at this step; None: no score.
             reference: Reference model if training updates it, so that the checkpoint must store it; otherwise None.
@@ -123,8 +123,8 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """Restores a checkpoint in place, bit for bit, and returns its ``state``. All ranks must call this method.
 
-        If the number of ranks differs from that of the save, random states are not restored, and a warning is logged.
-        A checkpoint of DeepSpeed needs the same number of ranks.
+        Random states are restored only if the number of ranks is the same as at the save; otherwise a warning is
+        logged. A checkpoint of DeepSpeed can only be loaded with the same number of ranks.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
@@ -134,9 +134,9 @@ class Checkpoints:
             reference: Reference model; None if the checkpoint was saved without a reference model.
 
         Raises:
-            CheckpointError: If a file of the checkpoint has changed since the save, the checkpoint belongs to another
-                model, optimizer or precision, or reading fails. After a failed read, the run may be partly restored.
-                After the other errors, the run is unchanged.
+            CheckpointError: If a file has changed since the save, or the checkpoint belongs to another model,
+                optimizer or precision. The run stays unchanged. If reading the tensors fails instead, the run may be
+                partly restored.
         """
         path = Path(path)
         with together(accelerator):
@@ -177,7 +177,8 @@ class Checkpoints:
     def resolve(self, accelerator: Any, resume: str) -> Path | None:
         """Returns the checkpoint that ``OutputRecipe.resume`` selects, or None for a new run.
 
-        All ranks must call this method. It reads the files of the checkpoint and compares them with their digests.
+        All ranks must call this method. It checks the files of the checkpoint against the SHA-256 values in its
+        manifest.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
@@ -186,7 +187,7 @@ class Checkpoints:
 
         Raises:
             FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
-            CheckpointError: If ``resume`` is "auto", the folder has checkpoints, and all of them are damaged.
+            CheckpointError: If ``resume`` is "auto" and all checkpoints in the folder are damaged.
             ValueError: If ``resume`` is a path without an intact checkpoint.
         """
         if resume == "auto":
@@ -214,7 +215,9 @@ class Checkpoints:
         return Path(resume)
 
     def resume_step(self, resume: str) -> int | None:
-        """Returns the step after which ``resolve`` lets a run resume, or None for a new run. Reads only manifests.
+        """Returns the step number of the checkpoint that ``resolve`` would select, or None for a new run.
+
+        This method reads only manifests, so it does not notice files with damaged contents.
 
         Raises:
             FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
@@ -278,8 +281,7 @@ class Checkpoints:
     ) -> None:
         """Writes the manifest into the folder ``partial`` and renames the folder to ``path``.
 
-        The manifest lists the files, so the checkpoint is then complete. ``digests`` holds the results of
-        ``file_digests`` on the ranks.
+        ``digests`` holds the result of ``file_digests`` on each rank.
         """
         number = max((manifest.number for manifest, _ in self._complete()), default=0) + 1
         world_size, files = accelerator.num_processes, file_sizes(partial)

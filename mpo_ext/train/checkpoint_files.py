@@ -1,7 +1,7 @@
 """Atomic writing of folders by all ranks, for checkpoints and the exported model.
 
-A folder is written under a temporary name (``.tmp-``). When all of its files are on disk, it is renamed to its final
-name. If a folder with the final name exists, it is first renamed (``.replaced-``), and deleted in the end.
+A folder is written as ``NAME.tmp-...``. It is renamed to its final name ``NAME`` when all of its files are on disk. An
+existing folder ``NAME`` is first renamed to ``NAME.replaced-...``, and deleted at the end.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Manifest:
     """Describes a checkpoint and lists its files. A folder without a manifest is not a checkpoint.
 
     Attributes:
-        number: Number of the checkpoint in the order of writing; the newest has the highest.
+        number: Running number of the checkpoint; the newest checkpoint has the highest number.
         step: Number of optimizer steps done before the save.
         world_size: Number of ranks that wrote the checkpoint.
         score: Evaluation score at this step, or None.
@@ -115,7 +115,7 @@ def _digest_of(values: Any) -> str:
 
 
 def file_digests(accelerator: Any, folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Returns the SHA-256 of this rank's part of the files, by name. The files are divided among the ranks."""
+    """Returns the SHA-256 of the files that this rank hashes, by name. Together, the ranks hash all of ``names``."""
     return {
         name: _file_digest(folder / name) for name in names[accelerator.process_index :: accelerator.num_processes]
     }
@@ -181,8 +181,8 @@ def _beside(path: Path, kind: str, token: str) -> Path:
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
     """Deletes the temporary folders that a killed process left in ``folder``.
 
-    If the process was killed while it replaced a folder, the old folder gets its name back. ``names`` is a pattern of
-    final names; temporary folders with other final names are kept.
+    ``names`` is a pattern for the final names of these folders, such as ``step-00000200``. If ``move_into_place`` was
+    killed between its two renames, ``NAME.replaced-...`` is renamed back to ``NAME``.
     """
     for path in list(folder.iterdir()):
         leftover = LEFTOVER.fullmatch(path.name)
@@ -211,7 +211,10 @@ def move_into_place(partial: Path, path: Path) -> None:
 
 
 def delete_folder(path: Path) -> None:
-    """Renames a folder to a temporary name and then deletes it, so that no half-deleted folder has the old name."""
+    """Renames a folder to a temporary name and then deletes it.
+
+    If the process is killed, the temporary name shows that the folder is incomplete.
+    """
     doomed = _beside(path, "deleted", secrets.token_hex(6))
     os.rename(path, doomed)
     shutil.rmtree(doomed)
@@ -220,7 +223,7 @@ def delete_folder(path: Path) -> None:
 def to_bytes(value: Any) -> bytes:
     """Returns the bytes that ``torch.save`` writes for a value.
 
-    ``torch.save`` to a file hides the ``OSError`` of a full disk, so callers write these bytes to the file themselves.
+    Callers write these bytes to a file themselves, because ``torch.save`` would hide the ``OSError`` of a full disk.
     """
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -235,7 +238,7 @@ def free_mib(folder: Path) -> int:
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Returns a text that lists the first few names in sorted order and counts the other names."""
+    """Returns the first five names in sorted order as text, such as "a, b, c, d, e and 2 more"."""
     ordered = sorted(names)
     more = f" and {len(ordered) - _LISTED_NAMES} more" if len(ordered) > _LISTED_NAMES else ""
     return ", ".join(ordered[:_LISTED_NAMES]) + more

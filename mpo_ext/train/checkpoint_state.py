@@ -3,8 +3,8 @@
 Tensors are stored by name in the format of torch.distributed.checkpoint. The format is the same for one process, DDP
 and FSDP2, so a run may resume with another number of ranks.
 
-This module does not use ``torch.distributed.checkpoint.state_dict``. Its functions step an optimizer that has no state
-yet, and require optimizer state for every parameter.
+This module does not use ``torch.distributed.checkpoint.state_dict``. The functions there call ``step`` of an optimizer
+without state, and fail if a parameter has no optimizer state.
 """
 
 import contextlib
@@ -66,10 +66,11 @@ def save_state(
 
 
 class StateReader:
-    """Compares a checkpoint with the model and optimizer of a run, and restores them from the checkpoint.
+    """Restores the model and the optimizer of a run from a checkpoint.
 
-    All ranks must call each method. ``manifest`` is the manifest of ``folder``. ``Checkpoints.load`` describes the
-    other arguments and the errors.
+    The constructor raises ``CheckpointError`` if the checkpoint does not fit them. All ranks must call each method.
+    ``folder`` is the folder of the checkpoint, and ``manifest`` its manifest. ``Checkpoints.load`` describes the other
+    arguments.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class StateReader:
 
 
 class _TensorWriter(dcp.FileSystemWriter):
-    """Writes tensors like ``dcp.FileSystemWriter``, but raises ``OSError`` on a full disk, not ``RuntimeError``."""
+    """A ``dcp.FileSystemWriter`` that raises ``OSError`` on a full disk, where the base class raises RuntimeError."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
@@ -156,7 +157,7 @@ def unwrapped(accelerator: Any, model: nn.Module) -> Any:
 
 
 def _model_tensors(accelerator: Any, model: nn.Module, reference: nn.Module | None) -> dict[str, Tensor]:
-    """Returns the tensors of the model and the reference model that a checkpoint stores, by name.
+    """Returns the tensors that a checkpoint stores, by name (``model.NAME``, ``reference.NAME``).
 
     The tensors share memory with the models, so loading a checkpoint into them changes the models.
     """
@@ -257,9 +258,10 @@ def _optimizer_values(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 
 
 def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns uninitialized tensors for the saved optimizer state, by name, sharded like ``parameters``.
+    """Returns uninitialized tensors, by name, into which the saved optimizer state can be loaded.
 
-    ``saved`` is the metadata of the saved tensors.
+    ``saved`` is the metadata of the saved tensors. A tensor with the shape of its parameter is sharded like the
+    parameter.
     """
     tensors: dict[str, Tensor] = {}
     for full_name, entry in saved.items():
@@ -277,9 +279,9 @@ def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapp
 def _matched_groups(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Returns the saved parameter groups ``groups`` in the order of the optimizer's groups.
+    """Returns ``groups``, the saved parameter groups, in the order of the optimizer's groups.
 
-    Raises ``CheckpointError`` if the parameters of the saved groups and of the optimizer's groups differ.
+    Raises ``CheckpointError`` if the groups of the optimizer hold other parameters.
     """
     names_now = _names_in_groups(optimizer, parameters)
     by_names = {frozenset(group["params"]): group for group in groups}
@@ -300,7 +302,7 @@ def _load_optimizer(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
 ) -> None:
-    """Replaces the settings of the parameter groups and the whole state of the optimizer by saved values."""
+    """Loads the saved parameter groups and the saved state into the optimizer. The state keeps its saved dtypes."""
     numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
     state: dict[int, dict[str, Any]] = {}
     for full_name, value in (*tensors.items(), *values.items()):

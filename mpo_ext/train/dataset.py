@@ -30,7 +30,7 @@ NO_PAIR = ""  # digest of a dummy sample
 
 
 class BatchCounts(NamedTuple):
-    """Numbers of pairs, tokens and responses in a micro-batch or a step, used as divisors of loss sums."""
+    """Numbers of pairs, tokens and responses in a micro-batch or a step, over which losses are averaged."""
 
     pairs: int = 0
     chosen_tokens: int = 0
@@ -38,9 +38,9 @@ class BatchCounts(NamedTuple):
     routed_tokens: int = 0  # Batch.routed_tokens
 
     def ntp_parts(self, ntp_average: str) -> int:
-        """Returns the number of chosen tokens ("token") or chosen responses ("sequence").
+        """Returns the number of tokens or responses over which the next-token loss is averaged.
 
-        The sum of the next-token losses is divided by this number.
+        ``ntp_average`` "token" counts the tokens of the chosen responses, "sequence" counts the chosen responses.
         """
         return self.chosen_tokens if ntp_average == "token" else self.chosen_responses
 
@@ -77,8 +77,8 @@ class StepSize(NamedTuple):
 
     Attributes:
         counts: Sums over all micro-batches of all ranks.
-        micro_steps: Number of micro-batches on the rank that has the most.
-        micro_batches: Number of micro-batches on all ranks.
+        micro_steps: Number of micro-batches on the rank with the most micro-batches.
+        micro_batches: Number of micro-batches on all ranks together.
     """
 
     counts: BatchCounts
@@ -89,7 +89,7 @@ class StepSize(NamedTuple):
 def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
     """Returns the size of a step over all ranks. ``step_slice`` is this rank's part of the step.
 
-    All ranks must call this function. If the part of any rank has an error, all ranks raise ``ValueError``.
+    All ranks must call this function. If ``step_slice.error`` is set on any rank, all ranks raise ``ValueError``.
     """
     ranks = gather(accelerator, (step_slice.error, _sum_counts(step_slice.counts), len(step_slice.batches)))
     if errors := [error for error, _, _ in ranks if error is not None]:
@@ -100,10 +100,7 @@ def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collator:
-    """Combines samples into a batch by calling ``collate``. The fields are the other arguments of ``collate``.
-
-    Instances can be pickled, for DataLoader workers.
-    """
+    """A picklable ``collate`` for DataLoader workers. The fields are the options of ``collate``."""
 
     layout: RowLayout
     pad_id: int
@@ -207,7 +204,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
     def encode(self, index: int) -> Sample | SkippedPair | BadLine | BadPairError:
         """Reads and encodes the pair on line ``index`` of ``mixture``.
 
-        Returns a sample, or an object with the reason why there is no sample.
+        If the pair cannot be used, returns an object with the reason instead of a sample.
         """
         pair, name = self.mixture.read(index)
         if isinstance(pair, BadLine):
@@ -221,9 +218,9 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
 
 
 def _all_lines(lines: int, epoch: int) -> np.ndarray:
-    """Returns the line indices from 0 to ``lines - 1``.
+    """Returns an epoch that visits each line once: the indices from 0 to ``lines - 1``.
 
-    ``StepSampler`` calls the function with the number of an epoch; the result is the same for all epochs.
+    ``StepSampler`` passes the argument ``epoch``, which has no effect.
     """
     return np.arange(lines)
 
@@ -237,7 +234,7 @@ class RunData:
         sampler: Assigns the training pairs to steps and ranks.
         total_steps: Number of steps of the run.
         eval_mixture: Evaluation pairs, or None.
-        dummy: Sample from which ``dummy_batch`` makes its batch; None before the call of ``set_dummy``.
+        dummy: Sample for ``dummy_batch``, or None before ``set_dummy`` is called.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any, encoder: Encoder, collator: Collator) -> None:
@@ -276,7 +273,7 @@ class RunData:
         return self._load(self.steps(), range(first, self.total_steps))
 
     def load_evaluation(self) -> Iterator[StepSlice]:
-        """Yields this rank's part of the evaluation pairs, in steps of as many pairs as a training step."""
+        """Yields this rank's part of the evaluation pairs, step by step. A step has as many pairs as in training."""
         assert self.eval_mixture is not None
         sampler = StepSampler(self.eval_mixture.epoch, batch_size=self.recipe.optim.batch_size)
         return self._load(self._dataset(self.eval_mixture, sampler), range(sampler.steps_per_epoch))
@@ -292,9 +289,9 @@ class RunData:
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields ``size.micro_steps`` micro-batches with their sizes, the same number on all ranks.
+        """Yields the micro-batches of ``step_slice`` with their sizes, then dummy batches with None.
 
-        The micro-batches of ``step_slice`` come first. Dummy batches follow, with None instead of their sizes.
+        Their total number is ``size.micro_steps``, which is the same on all ranks.
         """
         yield from zip(step_slice.batches, step_slice.counts, strict=True)
         for _ in range(size.micro_steps - len(step_slice.batches)):

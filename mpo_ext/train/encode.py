@@ -29,7 +29,10 @@ _PER_IMAGE = ("image_", "pixel_", "num_", "batch_", "video_", "second_")
 
 
 class BadPairError(DefectError):
-    """Raised for a pair that cannot be encoded. The message names the pair, the rule and the value."""
+    """Raised for a pair that cannot be encoded.
+
+    The message names the pair, the rule and the value, as in "a.jsonl:3: images must be none for a text model, got 2".
+    """
 
 
 class MissingImageError(BadPairError):
@@ -53,9 +56,9 @@ class Sample:
         digest: Hash of the model's inputs: all token ids, ``token_inputs`` and ``image_inputs``.
         is_cut: Whether a response was cut and lacks the token that ends the turn.
         is_split: Whether a response was tokenized separately from the prompt; see ``mpo_ext.chat.ChatEncoder``.
-        chosen_targets: ``[C]`` bool, False for the user's turns in a chosen response of several turns; None: all
-            tokens are targets.
-        rejected_targets: ``[R]`` bool, defined like ``chosen_targets`` for the rejected response.
+        chosen_targets: ``[C]`` bool, whether the loss scores each token of ``chosen_ids``. False for the user's turns
+            in a response of several turns. None: all tokens are scored.
+        rejected_targets: ``[R]`` bool or None, the same for ``rejected_ids``.
         rejected_prompt: The prompt with the images of the rejected response, as a sample with empty responses. None:
             both responses have the same images.
     """
@@ -77,7 +80,7 @@ class Sample:
 
     @property
     def n_chosen_targets(self) -> int:
-        """Number of tokens of the chosen response that are targets."""
+        """Number of tokens in ``chosen_ids`` that the loss scores."""
         return len(self.chosen_ids) if self.chosen_targets is None else int(self.chosen_targets.sum())
 
 
@@ -87,8 +90,8 @@ class SkippedPair:
 
     Attributes:
         name: File and line number of the pair.
-        reason: Text of the reason, one of the constants of this module, such as ``TOO_LONG``.
-        detail: Text with the numbers of tokens, for messages.
+        reason: Why the pair is skipped: a constant of this module, such as ``TOO_LONG``.
+        detail: Explanation for messages, such as the numbers of tokens.
     """
 
     name: str
@@ -117,14 +120,16 @@ class Encoder:
     with the token that ends the turn. Text that the template writes after this token, such as the line break after
     ``<|im_end|>``, is not a training target.
 
-    A prompt of several turns is in ``pair.source["messages"]``, which replaces ``question``; see
-    ``mpo_ext.chat.Conversation``. ``pair.source["tools"]`` describes the functions that may be called. A response of
-    several turns is in ``pair.source["chosen_messages"]`` or ``["rejected_messages"]``, which replaces ``chosen`` or
-    ``rejected``. In such a response, only the assistant's turns are targets.
+    These entries of ``pair.source`` are optional:
 
-    Some processors (Idefics3, SmolVLM) return images with an additional batch axis, ``[1, N, ...]``. The encoder
-    changes their shape to ``[N, 1, ...]``, so that batches can concatenate the first axis; the models flatten both
-    axes. Models with cross-attention to images (Mllama) are not supported.
+    - ``messages``: a prompt of several turns, instead of ``question``; see ``mpo_ext.chat.Conversation``.
+    - ``tools``: descriptions of the functions that the model may call.
+    - ``chosen_messages``, ``rejected_messages``: responses of several turns, instead of ``chosen`` and ``rejected``.
+      The loss scores only the assistant's turns.
+
+    Some processors (Idefics3, SmolVLM) return N images as ``[1, N, ...]``. The encoder swaps these two axes, so that
+    batches can concatenate the first axis. Models accept this order, because they flatten both axes. Models with
+    cross-attention to images (Mllama) are not supported.
 
     A processor without a video processor gets the frames of videos as images; see ``mpo_ext.chat.media.with_frames``.
 
@@ -132,8 +137,8 @@ class Encoder:
         processor: The model's processor, or the tokenizer of a text model.
         max_length: Maximum number of tokens of a prompt plus its longer response; None: no limit.
         too_long: "drop" skips longer pairs; "truncate" cuts the ends of the responses, never the prompt.
-        image_token_id: Id of the token that represents (a part of) an image in the prompt, from the model's config;
-            None: the id is read from the tokenizer or, if the tokenizer has none, from the processor.
+        image_token_id: Id of the token that stands for an image in the prompt, from the model's config. None: the id
+            of the tokenizer or, if the tokenizer has none, of the processor.
         **chat_options: Options of ``ChatEncoder``, such as ``chat_template``, ``date`` and ``stop_ids``.
     """
 
@@ -177,8 +182,9 @@ class Encoder:
             name: File and line number of the pair, for messages.
 
         Raises:
-            BadPairError: If an image or video cannot be read, the prompt does not fit its media or the chat template,
-                or a response does not fit the chat template or contains an image token.
+            BadPairError: If an image or video cannot be read, the prompt does not have the tokens for its media, or
+                the prompt or a response does not fit the chat template. Also if a response contains an image, video or
+                audio token.
             TypeError: If the processor returns values that cannot be batched.
         """
         if not pair.chosen.strip() and CHOSEN_TURNS not in pair.source:
@@ -372,7 +378,7 @@ def conversation_of(pair: Pair, name: str) -> Conversation:
 
 
 def _targets(response: EncodedResponse, room: int) -> Tensor | None:
-    """Returns which of the first ``room`` tokens of a response are targets (bool); None if all tokens are targets."""
+    """Returns whether the loss scores each of the first ``room`` tokens (bool); None: it scores all tokens."""
     return None if all(response.is_target) else torch.tensor(response.is_target[:room])
 
 
@@ -391,8 +397,7 @@ def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
 def _open(load: Callable[[Any], Any], source: Any, place: str, name: str) -> Any:
     """Returns ``load(source)``, an image or a video. Raises ``BadPairError`` if the file cannot be read.
 
-    The error message names the image or video by ``place``, such as ``images[0]``, and the pair by ``name``, its file
-    and line number.
+    The error message contains ``place``, such as ``images[0]``, and ``name``, the file and line number of the pair.
     """
     try:
         return load(source)

@@ -50,7 +50,7 @@ def evaluate(
 def open_answers(
     recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, *, date: datetime.date
 ) -> "AnswerEvaluation | None":
-    """Returns the evaluation that generates answers during a run, or None if the recipe has none.
+    """Returns the evaluation by generated answers, or None if ``output.eval_generate`` is None.
 
     The arguments are those of ``AnswerEvaluation``.
     """
@@ -73,8 +73,8 @@ def evaluate_if_due(
     """Runs the evaluations that are due after the current step. All ranks must call this function.
 
     Args:
-        state: State of the run, in which the results are recorded. An evaluation whose result for this step is already
-            recorded does not run again.
+        state: State of the run, which stores the results. If it has a result for the current step already, as in a
+            resumed run, this evaluation is not repeated.
         output: Output of the run, which reports the results.
         data: Data of the run.
         evaluate_pairs: Function that returns the metrics on the evaluation pairs.

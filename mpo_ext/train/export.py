@@ -49,10 +49,12 @@ def with_chat_settings(processor: Any, settings: ModelRecipe) -> Any:
 def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Path, *, merged: bool = False) -> None:
     """Writes the model in Hugging Face format for ``from_pretrained``. All ranks must call this function.
 
-    With LoRA, the export contains the adapters. With ``merged``, it also contains the merged model, in
-    ``folder/merged``. To merge, the main rank loads the base model again, in the dtype of training, and replaces
-    quantized weights by their dequantized values. This needs memory for one more model. A base model without a name or
-    path is copied in memory instead; if it is sharded or quantized, it cannot be merged.
+    With LoRA, the export contains the adapters. With ``merged``, ``folder/merged`` also contains the merged model. To
+    merge, the main rank loads the base model again, in the dtype of training. This needs memory for a second model.
+    Quantized weights are replaced by their dequantized values.
+
+    A base model without a name or path cannot be loaded again, so it is copied in memory. A sharded or quantized model
+    cannot be merged in this way.
 
     Args:
         accelerator: accelerate's ``Accelerator``.
@@ -107,11 +109,10 @@ def mark_exported(accelerator: Any, folder: Path, checkpoint: Path | None) -> No
 
 
 def is_exported(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
-    """Returns whether ``folder`` holds an export of the model of ``checkpoint``, as seen by all ranks.
+    """Returns whether ``folder`` holds an export of the model of ``checkpoint``. All ranks get the same result.
 
-    All ranks must call this function. It compares the record of ``mark_exported`` with the checkpoint. Earlier
-    versions of mpo_ext wrote no record. Without a record, the result is True if the export is not older than the
-    checkpoint.
+    All ranks must call this function. It compares the record of ``mark_exported`` with the checkpoint. Exports of
+    earlier versions of mpo_ext have no record; for them, the result is True if they are not older than the checkpoint.
     """
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
     try:
@@ -194,7 +195,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _check_only_adapters(inner: Any) -> None:
-    """Raises ``CheckpointError`` if peft would not export one of the trainable parameters."""
+    """Raises ``CheckpointError`` if a parameter was trained that peft does not export."""
     config = inner.peft_config[inner.active_adapter]
     lost = {
         name

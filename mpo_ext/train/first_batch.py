@@ -21,9 +21,9 @@ _IGNORE_INDEX = MPOConfig().ignore_index
 class FirstBatchCheck:
     """Checks the micro-batches of the first step for mistakes in the labels and the log-probs.
 
-    In each micro-batch, labels must be valid indices of the output head. In the first micro-batch, the labels are also
-    compared with the input tokens. If the reference is the starting state of the policy, the log-probs of policy and
-    reference are compared, too.
+    In every micro-batch, labels must be valid indices of the output head. In the first micro-batch of a preference
+    loss, labels are also compared with the input tokens. If the reference has the same weights as the policy at the
+    start, their log-probs are compared, too.
 
     Attributes:
         findings: Probable mistakes that this rank has found.
@@ -95,7 +95,8 @@ def batch_sequences(batch: Batch, vocab: int, logits_at: Callable[[Tensor], Tens
     """Yields the B chosen and then the B rejected sequences ``[prompt | response]`` of a batch.
 
     In a yielded sequence, position t predicts label t (``shift=False``). ``vocab`` is the number of logits per
-    position. ``logits_at`` is a function from indices in ``batch.labels`` to the logits that predict these labels.
+    position. ``logits_at`` takes n indices into ``batch.labels`` and returns the logits ``[n, vocab]`` that predict
+    these labels.
     """
     tokens, segments = batch.inputs["input_ids"].flatten().cpu(), batch.segments.flatten().tolist()
     index, bounds = batch.index.cpu(), batch.cu_seqlens.tolist()

@@ -89,7 +89,8 @@ def _label_rows(values: Tensor, batch: Batch) -> Tensor:
 def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
     """Yields the model's keyword arguments for a batch. ``inner`` is the model without wrappers.
 
-    Inside the ``with`` block, the model encodes each image once, even if the image belongs to two sequence rows.
+    Inside the ``with`` block, the model encodes each image once, even if the image belongs to two sequence rows. If
+    this is not possible for the model, a warning is issued.
     """
     inputs: dict[str, Any] = dict(batch.inputs)
     has_grid = any(name in inputs for name in GRIDS)
@@ -152,7 +153,7 @@ def _attention_inputs(inner: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def _encoders(inner: nn.Module, name: str) -> list[nn.Module]:
-    """Returns the modules of ``inner`` that have a method ``name`` and call it in their forward."""
+    """Returns the modules of ``inner`` whose forward calls their method ``name``."""
     return [
         module
         for module in inner.modules()
@@ -166,11 +167,12 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 
 
 def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[str]) -> Callable[..., Any]:
-    """Returns a wrapper that calls ``encode`` once and returns its image features twice, one copy after the other.
+    """Returns a wrapper of ``encode`` that returns the image features twice, one copy after the other.
 
-    ``encode`` is a method of ``owner``, such as ``get_image_features``. A wrapper that another wrapper calls returns
-    the features only once. In Qwen3-VL, for example, ``get_video_features`` calls ``get_image_features``. All wrappers
-    of a model share the list ``running``, which is not empty while a wrapper runs.
+    ``encode`` is a method of ``owner``, such as ``get_image_features``. If the wrapper of one method calls the wrapper
+    of another method, only the outer wrapper repeats the features. For example, ``get_video_features`` of Qwen3-VL
+    calls ``get_image_features``. All wrappers of a model share the list ``running``, which is empty while no wrapper
+    runs.
     """
 
     def encode_once(*args: Any, **kwargs: Any) -> Any:

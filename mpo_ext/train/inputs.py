@@ -38,8 +38,8 @@ class InputChanges:
     """Messages about the inputs that have changed between a checkpoint and the run that resumes from it.
 
     Attributes:
-        refused: Changes that affect training: other training data, another encoding of the same data, or other values
-            of weights that checkpoints do not store. The run resumes only if the user accepts these changes.
+        refused: Changes that affect training: other training data, another encoding of the same data, or other frozen
+            or reference weights. The run resumes only if the user accepts these changes.
         allowed: Changes that do not affect training, such as other library versions that encode pairs in the same way.
         evaluation: Changes of the evaluation data. They do not prevent the run from resuming.
     """
@@ -78,10 +78,10 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
 
     Args:
         data: Data and encoder of the run.
-        known: Inputs that a checkpoint stores, or None. Files that have not changed since (same path, size and
-            modification time) are not read again.
-        fixed_weights: Hashes of weights that checkpoints do not store. A key is the setting that names the
-            model, such as ``model.path``.
+        known: Inputs that a checkpoint stores, or None. Files with the same path, size and modification time as in the
+            checkpoint are not read again.
+        fixed_weights: Hashes of weights that checkpoints do not store, by the setting that names the model, such as
+            ``model.path``.
 
     Raises:
         CheckpointError: If a rank cannot read a file.
@@ -124,7 +124,7 @@ def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> InputChang
 
 
 def stored_date(inputs: Mapping[str, Any] | None) -> datetime.date | None:
-    """Returns the date that the chat template used, from the inputs in a checkpoint; None if ``inputs`` is None."""
+    """Returns the date that a checkpoint's ``inputs`` record for the chat template; None if ``inputs`` is None."""
     return None if inputs is None else datetime.date.fromisoformat(inputs["date"])
 
 
@@ -164,9 +164,9 @@ def _size(image: str) -> int | None:
 
 
 def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message for each change of the data between a checkpoint and the run that resumes from it.
+    """Yields a message for each difference between the data of a checkpoint and the data of the run.
 
-    ``old`` and ``new`` describe the subsets of the data in the checkpoint and in the run.
+    ``old`` (checkpoint) and ``new`` (run) hold the descriptions of all data subsets.
     """
     names = [[subset["name"] for subset in subsets] for subsets in (old, new)]
     if len(old) != len(new):
@@ -193,10 +193,10 @@ def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
 
 
 def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a message if image files have changed in size since a checkpoint, or no longer exist.
+    """Yields a message if image files of a data subset have another size than at the checkpoint, or no longer exist.
 
-    ``old`` and ``new`` describe a subset of the data in the checkpoint and in the run. Images that were missing before
-    are not compared.
+    ``old`` describes the subset in the checkpoint, ``new`` in the run. Images that were missing at the checkpoint are
+    left out.
     """
     pairs = zip(old["images"], new["images"], strict=False)
     changed = [(path, before, after) for (_, before), (path, after) in pairs if before is not None and before != after]
@@ -209,9 +209,10 @@ def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[
 
 
 def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
-    """Returns hashes of the first pairs of the run, and of the first pair with images or videos.
+    """Returns hashes of the first 8 pairs of the run, as a dict for each pair.
 
-    For each pair, these are hashes of its texts, its image files, its token ids, and all of its encoded inputs.
+    If none of these pairs has images or videos, the first pair with images or videos is added. A dict has separate
+    hashes for the texts, the image files, the token ids, and all encoded inputs.
     """
     encoded: list[dict[str, Any]] = []
     has_images = False
@@ -269,8 +270,8 @@ def _hash_tokens(sample: Sample) -> str:
 def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: InputChanges) -> None:
     """Adds to ``changes`` the differences in the processor, the library versions and the encoded first pairs.
 
-    A new library version may serialize the same processor in another form. Such a difference does not count as a
-    change of the encoding if the first pairs are encoded as before.
+    A new library version may write the same processor in another form. This difference is allowed if the first pairs
+    are encoded as before.
     """
     parts = changed_parts(old["processor"], new["processor"])
     versions = list(changed_parts(old["versions"], new["versions"]).values())

@@ -1,14 +1,14 @@
 """Attention on a CPU for rows with several responses to a prompt, without a mask tensor.
 
-The tokens of a second response attend to the prompt and to earlier tokens of the same response. A single causal call
-of SDPA's flash kernel on the CPU cannot compute this, because the kernel aligns the first query to the first key. This
-module makes two kinds of calls instead. In a causal call, each response attends to itself. In a non-causal call, all
-responses attend to their prompt.
+In a row ``[prompt | chosen | rejected]``, a rejected token attends to the prompt and to earlier rejected tokens, but
+not to the chosen response. A single causal call of SDPA's flash kernel on the CPU cannot compute this: its first query
+attends only to the first key. So this module makes two kinds of calls. In a causal call, a response attends to itself.
+In a non-causal call, the responses attend to their prompt.
 
-Both calls return lse, the log-sum-exp of the scores of each query. The log-sum-exp over all keys is
-``joint = logaddexp(lse_1, lse_2)``, and the output is the sum of both results with the weights ``exp(lse_i - joint)``.
-In backward, each kernel call takes the output and the log-sum-exp over all keys, which gives the exact gradients
-(FlashAttention-2, arXiv 2307.08691, section 3.1).
+Each call returns its output and lse, the log-sum-exp of each query's scores. With ``joint = logaddexp(lse_1, lse_2)``,
+the attention output is the sum of both outputs with the weights ``exp(lse_i - joint)``. In backward, each kernel call
+takes this sum and ``joint``, not its output and its lse. This gives the exact gradients (FlashAttention-2, arXiv
+2307.08691, section 3.1).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TokenPart(NamedTuple):
 
     Attributes:
         size: Number of tokens.
-        prompt: Index, in the list of parts, of the part that starts with the prompt; None if the tokens attend to no
+        prompt: Index of the part that starts with this prompt, in the list of parts; None if the tokens attend to no
             other part.
         prompt_length: Number of tokens of the prompt.
         is_padding: Whether the tokens attend to nothing.
@@ -41,10 +41,9 @@ class JointCalls(NamedTuple):
     """The token ranges of all kernel calls. The stop of a range is exclusive.
 
     Attributes:
-        own: ``(start, stop)`` for each causal call: the range of its tokens, which are both queries and keys. The
-            ranges do not overlap.
-        shared: ``(start, stop, key start, key stop)`` for each non-causal call: the range of its queries and the
-            range of its keys.
+        own: ``(start, stop)`` of the tokens of each causal call, which are both queries and keys. The ranges do not
+            overlap.
+        shared: ``(start, stop, key start, key stop)`` of each non-causal call: first its queries, then its keys.
     """
 
     own: tuple[tuple[int, int], ...]

@@ -59,9 +59,10 @@ def train(
         recipe: Recipe of the run.
         model: Model to train in place; None: load ``recipe.model.path``.
         processor: Processor or tokenizer of ``model``; None if ``model`` is None.
-        on_step: Function that the main process calls after each step, with the step number (from 1) and the log line
-            of the step. If all pairs of the step were skipped, ``pairs`` is 0 in the line and the loss is missing. If
-            the function returns True, the run ends as if this step were the last. None: no call.
+        on_step: Function that the main process calls after each step as ``on_step(step, line)``. ``step`` is counted
+            from 1, and ``line`` is the log line of the step. If all pairs of the step were skipped, ``line["pairs"]``
+            is 0 and the loss is missing. If the function returns True, the run ends as if this step were the last.
+            None: no call.
 
     Returns:
         The exit status: 0 if the run finished; ``INTERRUPTED`` if SIGTERM or SIGINT ended the run. The progress of an
@@ -262,7 +263,7 @@ class Trainer:
     ) -> tuple[Totals, list[tuple[tuple[str, ...], Tensor]]]:
         """Runs forward and backward of each micro-batch.
 
-        Returns the sums of the metrics, and the pair names and the loss of each micro-batch.
+        Returns the sums of the metrics, and a list of ``(pair names, loss)``, one for each micro-batch.
         """
         recipe, accelerator = self.recipe, self.accelerator
         totals = Totals(accelerator.device)
@@ -302,10 +303,10 @@ class Trainer:
     def _handle_nonfinite(
         self, losses: list[tuple[tuple[str, ...], Tensor]], grad_norm: float, shift_before: RewardShift
     ) -> None:
-        """Skips a step with a non-finite loss or gradient, or raises ``FloatingPointError``.
+        """Skips a step with a non-finite loss or gradient if ``output.on_nonfinite`` is "skip".
 
-        ``output.on_nonfinite`` selects the reaction. ``losses`` holds the pair names and the loss of each micro-batch.
-        The reward shift is reset to ``shift_before``, its value before the step.
+        Otherwise, raises ``FloatingPointError``. ``losses`` holds the pair names and the loss of each micro-batch. The
+        reward shift is reset to ``shift_before``, its value before the step.
         """
         state = self.state
         state.reward_shift = shift_before

@@ -40,8 +40,8 @@ _COMBINED = {
 def sequence_positions(segments: Tensor) -> Tensor:
     """Returns the position of each token in its sequence ``[prompt | response]``, ``[R, L]`` int64.
 
-    ``segments`` is ``Batch.segments``: 0 for a prompt, 1, 2, ... for its responses, -1 for padding. The position of
-    padding is 0.
+    ``segments`` is ``Batch.segments``; each row must have a single prompt. For example, a row with a prompt of two
+    tokens, two responses and padding, ``[0, 0, 1, 1, 2, -1]``, has the positions ``[0, 1, 2, 3, 2, 0]``.
     """
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     is_first = torch.ones_like(segments, dtype=torch.bool)
@@ -104,8 +104,8 @@ class MaskPlan(NamedTuple):
     """The attention masks that a model needs.
 
     Attributes:
-        kinds: Kinds of layers that need a mask, by their names in transformers' configs, such as "full_attention".
-            With split attention, recurrent and convolutional layers are included, too.
+        kinds: Kinds of layers that need a mask, by their names in transformers' configs, such as "full_attention". If
+            ``is_split`` is True, recurrent and convolutional layers are included.
         window: Number of tokens of the sliding window, or None.
         implementation: Name of the attention implementation in transformers.
         is_split: Whether ``use_split_attention`` has changed the model.
@@ -208,12 +208,16 @@ def forward_source(kind: type) -> str:
 def attention_masks(
     inner: nn.Module, segments: Tensor, token_types: Tensor | None = None
 ) -> Tensor | dict[str, Tensor]:
-    """Returns the attention masks ``[R, 1, L, L]`` of sequence rows with several responses.
+    """Returns the attention masks ``[R, 1, L, L]`` of sequence rows with several responses to a prompt.
 
-    The result is one mask or, if the model has several kinds of layers, a dict from kind to mask. ``segments`` is
-    ``Batch.segments``. A token attends to the tokens of its prompt and of the same response, up to itself. With
-    ``token_types`` (the input ``token_type_ids``), the tokens of an image (a run of type 1) also attend to later
-    tokens of the same image. A padding token attends to itself, because a softmax over an empty set is NaN.
+    The result is one mask or, if the model has several kinds of layers, a dict from kind to mask.
+
+    - A token attends to its prompt and its response, up to itself.
+    - If ``token_types`` is given (the model input ``token_type_ids``), the tokens of an image also attend to later
+      tokens of the same image. An image is a run of tokens of type 1.
+    - A padding token attends to itself, because a softmax over an empty set is NaN.
+
+    ``segments`` is ``Batch.segments``.
     """
     plan = plan_or_raise(inner)
     if plan.implementation not in _IMPLEMENTATIONS:
@@ -256,8 +260,9 @@ def _by_kind(masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
 def use_split_attention(model: nn.Module) -> str | None:
     """Changes a model so that it can run over rows with several responses without a mask.
 
-    In such rows, attention is computed by causal calls, one or more for each response. Recurrent and convolutional
-    layers start each response from the states at the end of its prompt. All other rows go through the model as before.
+    In such rows, each response has one or more causal attention calls. Recurrent and convolutional layers start each
+    response from their states at the end of the prompt. All other rows go through the model as before.
+
     The model may be wrapped. The name of its attention implementation becomes one of ``split_attention.NAMES``;
     ``save_pretrained`` does not save this name.
 

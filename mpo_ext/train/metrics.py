@@ -40,7 +40,7 @@ class Totals:
             out: Output of the loss for the micro-batch.
             ntp_parts: Number of tokens or responses over which ``out.ntp_loss`` is averaged; see
                 ``BatchCounts.ntp_parts``.
-            tokens: Number of token positions of the micro-batch, without padding.
+            tokens: Number of tokens of the micro-batch, without padding.
         """
         pairs = len(out.chosen_reward)
         lengths = out.tokens.view(2, -1)
@@ -61,7 +61,7 @@ class Totals:
         self.reward_shift = out.reward_shift
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
-        """Returns the sums over all ranks by metric name, on the CPU. All ranks must call this method."""
+        """Returns each sum over all ranks by its name, as a float. All ranks must call this method."""
         sums = accelerator.reduce(self.sums, reduction="sum") if accelerator.num_processes > 1 else self.sums
         return dict(zip(_SUMS, sums.tolist(), strict=True))
 
@@ -71,12 +71,18 @@ def means(
 ) -> dict[str, float]:
     """Returns the metrics of a step or an evaluation from the sums of ``Totals.reduce``.
 
-    Most metrics are means over pairs. ``reward_accuracy`` is the fraction of pairs whose chosen reward is strictly
-    higher than the rejected reward, as in TRL. It has no meaning while the policy equals the reference, because all
-    rewards are then 0 except for rounding. The next-token loss is a mean over chosen tokens or chosen responses
-    (``ntp_average``). ``entropy`` and ``top1`` (whether the label has the largest logit) are means over labelled
-    tokens. ``weights`` are the weights of the DPO, BCO and next-token terms in the loss, and ``router_coef`` is the
-    weight of the auxiliary router loss.
+    Most metrics are means over pairs. The others are:
+
+    - ``ntp_loss``: next-token loss, a mean over chosen tokens or chosen responses (``ntp_average``).
+    - ``router_aux_loss``: a mean over the tokens of ``Batch.is_routed``.
+    - ``entropy`` and ``top1``: means over labelled tokens. ``top1`` is the fraction of labels with the largest logit.
+    - ``pairs``, ``chosen_tokens`` and ``rejected_tokens``: sums.
+
+    ``reward_accuracy`` is the fraction of pairs whose chosen reward is strictly higher than the rejected reward, as in
+    TRL. While the policy equals the reference, it has no meaning: all rewards are 0 except for rounding.
+
+    ``loss`` is the weighted sum of the loss terms. ``weights`` holds the weights of the DPO, BCO and next-token terms,
+    and ``router_coef`` is the weight of the router loss.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)
@@ -98,10 +104,10 @@ def means(
 
 
 def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
-    """Returns the mean of the reward accuracies on two kinds of pairs.
+    """Returns the reward accuracy, balanced between pairs with a longer chosen and a longer rejected response.
 
-    One kind has a longer chosen response, the other a longer rejected response. If only one kind occurs, the result is
-    the accuracy on this kind. If no pair has responses of unequal lengths, the result is ``accuracy``.
+    It is the mean of the accuracies on these two kinds of pairs. If only one kind occurs, it is the accuracy on this
+    kind. If no pair has responses of unequal lengths, it is ``accuracy``.
     """
     kinds = [name for name in ("longer_chosen", "longer_rejected") if sums[name]]
     parts = [sums[f"accurate_{name}"] / sums[name] for name in kinds]

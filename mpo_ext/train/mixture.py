@@ -1,4 +1,4 @@
-"""``Mixture``: the lines of several sources as one sequence, and the lines that each epoch visits."""
+"""``Mixture`` joins the lines of several data sources, and chooses the lines that each epoch visits."""
 
 import dataclasses
 import hashlib
@@ -37,10 +37,10 @@ class MixtureSubset:
         name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
         first: Index of the subset's first line among the lines of all sources.
         lines: Number of lines.
-        repeat_time: Average number of visits to each line per epoch: ``repeat_time`` in the recipe, times the value
-            in the meta file if the source is an MMPR meta file.
+        repeat_time: Average number of visits to each line per epoch. This is ``repeat_time`` in the recipe; for an
+            MMPR meta file, times the subset's value in this file.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
-        label: Name for display: ``name``, preceded by a part of the path if several subsets have the same name.
+        label: Name for display: ``name``, or with a part of the path if other subsets have the same name.
     """
 
     source: int
@@ -70,7 +70,8 @@ class SourceOverview:
         with_rejected_images: Number of read pairs with other images for the rejected response.
         images: Number of different image and video files in the read pairs.
         missing: Number of different image and video files that do not exist.
-        pairs_missing: Number of read pairs with at least one missing file, without the pairs counted in ``misplaced``.
+        pairs_missing: Number of read pairs with at least one missing file. Pairs counted in ``misplaced`` are left
+            out.
         stored_in: Folder to which images were written if the source holds them as bytes; "" if no read pair has
             such an image.
         examples: Messages for the first bad lines and missing images.
@@ -114,9 +115,9 @@ class Mixture(Sequence[Pair | BadLine]):
     sources when it first reads a line.
 
     A source has one or more subsets (``MixtureSubset``). A subset's ``repeat_time`` sets how often an epoch visits its
-    lines; it does not change the indices. From a subset of ``n`` lines, an epoch takes ``floor(n * repeat_time)``
-    pairs. Each line occurs ``floor(repeat_time)`` times; the remaining pairs are different lines, drawn at random in
-    each epoch. All epochs have the same number of pairs.
+    lines; it does not change the indices. With ``repeat_time`` 2.5, for example, an epoch visits each line twice, and
+    half of the lines a third time. This half is drawn at random in each epoch. From a subset of ``n`` lines, an epoch
+    takes ``floor(n * repeat_time)`` pairs, so all epochs have the same number of pairs.
 
     Attributes:
         subsets: Subsets of all sources, in the order of their lines.
@@ -297,7 +298,7 @@ def stored_lines(overviews: Iterable[SourceOverview]) -> list[str]:
 
 
 def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: SourceOverview) -> bool:
-    """Returns whether all image and video files of a pair exist, and counts missing files in ``overview``.
+    """Returns whether all image and video files of a pair exist. Adds missing files to ``overview``.
 
     ``file_exists`` caches whether a file exists, by the hash of its path. ``name`` is the file and line number of the
     pair.
@@ -318,10 +319,11 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns a label for each subset of the data.
+    """Returns a label for each subset of the data: its name, if no other subset has this name.
 
-    The label is the name of the subset. If several subsets have the same name, the label begins with the end of the
-    path, as much of it as distinguishes the subsets. ``paths`` and ``names`` hold a path and a name for each subset.
+    Otherwise the label begins with the last parts of the path, as many as are needed to tell the subsets apart. For
+    example, the files "x/a/train.jsonl" and "x/b/train.jsonl" get "a/train.jsonl" and "b/train.jsonl". ``paths`` and
+    ``names`` hold a path and a name for each subset.
     """
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []

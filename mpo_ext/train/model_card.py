@@ -147,7 +147,7 @@ def _picture(folder: Path, curves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _panels(curves: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """Returns the panels of the plot: those for which the log has finite numbers."""
+    """Returns the panels of the plot. A panel without finite numbers in the log is left out."""
     panels = []
     for title, y_label, keys in _PANELS:
         lines = []
@@ -183,7 +183,7 @@ def _loading(folder: Path, recipe: Recipe) -> str:
 
 
 def _classes(folder: Path, recipe: Recipe) -> tuple[str, str]:
-    """Returns the names of transformers' auto classes that load the model and its processor."""
+    """Returns the names of the auto classes that load the model and its processor, such as "AutoTokenizer"."""
     for path in (folder / "config.json", folder / "merged" / "config.json", Path(recipe.model.path) / "config.json"):
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -199,7 +199,7 @@ def _classes(folder: Path, recipe: Recipe) -> tuple[str, str]:
 
 
 def _is_on_hub(path: str) -> bool:
-    """Returns whether a path looks like a hub name and does not exist on this machine."""
+    """Returns whether a path looks like a name on the hub, such as "a/b", and does not exist on this machine."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not path.startswith(".") and not os.path.exists(path)
 
 
