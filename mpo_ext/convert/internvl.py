@@ -203,7 +203,7 @@ _OF_ALL_MODELS = {
 
 
 def _settings_of_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of a config that belong to the model's architecture, without general values."""
+    """Returns the values of a config that define the architecture, without values that configs of all models have."""
     import transformers
 
     others = {*transformers.PretrainedConfig().to_dict(), *vars(transformers.GenerationConfig()), *_OF_ALL_MODELS}

@@ -45,9 +45,9 @@ INTERNLM2 = "InternLM2ForCausalLM"
 
 
 def converted(name: str, tensor: Any, language: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts a tensor of the authors' checkpoint. Returns the tensors of transformers by name.
+    """Converts a tensor of the authors' checkpoint, and returns a dict from transformers' names to tensors.
 
-    A joint projection gives three tensors: queries, keys and values. Any other tensor gives one.
+    A joint projection becomes three tensors, for queries, keys and values. Any other tensor is only renamed.
 
     Args:
         name: The authors' name.

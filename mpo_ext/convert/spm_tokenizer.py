@@ -14,7 +14,7 @@ _TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 
 
 def load_spm_tokenizer(folder: Path, *, extra_special_tokens: Mapping[str, str]) -> Any:
-    """Returns the tokenizer of ``tokenizer.model`` and ``tokenizer_config.json`` as a ``PreTrainedTokenizerFast``.
+    """Loads ``tokenizer.model`` and ``tokenizer_config.json``, and returns a ``PreTrainedTokenizerFast``.
 
     The token ids are those of SentencePiece. The setting ``added_tokens_decoder`` may rename pieces. Each text between
     special tokens is encoded separately, as in transformers' slow tokenizers.

@@ -73,7 +73,7 @@ class SeededDraw:
         return sample_token(scores, uniforms, self.sampling)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Removes the random generators of all rows except ``rows``, which are indices."""
+        """Keeps the random generators of the rows with the indices ``rows``, and removes all others."""
         self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":

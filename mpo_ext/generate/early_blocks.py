@@ -131,7 +131,7 @@ class EarlyBlocks:
         next(place for place in self._places if place.start == start).is_finished = True
 
     def _move(self) -> None:
-        """Moves waiting blocks to the journal, until an earlier block is not yet complete."""
+        """Appends the waiting blocks to the journal, up to the first block that is not complete."""
         while self._places and self._places[0].is_finished:
             place = self._places.popleft()
             self.journal.append(self._read(place.start)[place.n_stored :])

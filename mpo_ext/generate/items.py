@@ -410,8 +410,8 @@ def _is_path(image: object) -> bool:
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
     """Returns the data set's name and the image folder that a pair from a meta file stores.
 
-    ``source`` is the field ``"$source"`` of the input line. Without both values, or if an image is outside the folder
-    or has a relative path, returns (None, ``image_root``).
+    ``source`` is the field ``"$source"`` of the input line, which holds them. If one of them is missing, or if an
+    image is outside the folder or has a relative path, returns (None, ``image_root``).
     """
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):

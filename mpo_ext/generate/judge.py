@@ -59,8 +59,8 @@ class JudgeConfig:
         seed: Seed of all draws and choices.
         template: Name of the prompt template (``mpo_ext.generate.prompts``); None: the question with its options.
         mode: "pairwise": the judge compares two responses, in both orders; "pointwise": the judge rates each response.
-        judging: Settings for drawing the tokens of a verdict. Engines that measure the probabilities of verdicts draw
-            no tokens.
+        judging: Settings for drawing the tokens of a verdict. They have no effect if the engine measures the
+            probabilities of verdicts.
         best_rating: The best rating, from 2 to 9; the worst rating is 1. If the engine measures the probability of
             each rating, the score of a response is the expected rating.
         min_gap: Minimum difference between the scores of a pair's two responses; with "pointwise" only.

@@ -252,8 +252,7 @@ class _Failure:
 def retry_after_s(headers: Mapping[str, str]) -> float:
     """Returns how many seconds the client must wait according to the response headers; 0 without such a header.
 
-    If ``Retry-After`` is a date, the result is the time from now, where "now" is the server's ``Date`` header, if
-    present.
+    If ``Retry-After`` is a date, the current time comes from the header ``Date`` or, without it, from this machine.
     """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name, "")

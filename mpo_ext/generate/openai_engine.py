@@ -23,13 +23,16 @@ _TAIL = 16  # number of tokens at a prompt's end that an error message shows
 
 
 class OpenAIEngine:
-    """Asks a server for continuations. Each request has a separate seed, which some servers ignore.
+    """Sends prompts to a server with OpenAI's HTTP interface, and returns the continuations.
 
-    Short requests at the start find out what the server supports (``features``). If the server accepts token ids, a
-    prompt without images goes to ``/v1/completions`` as token ids. All other prompts go to ``/v1/chat/completions`` as
-    messages, with images as ``data:`` URLs. There, the prefix of a response is an unfinished turn of the assistant
-    (``continue_final_message``). If the server returns the token ids of its prompts, they must match those of the
-    model's processor. A request that the server cannot answer correctly is refused.
+    At the start, short test requests find out what the server supports (``features``).
+
+    - If the server accepts token ids, a prompt without images goes to ``/v1/completions`` as token ids.
+    - All other prompts go to ``/v1/chat/completions`` as messages, with images as ``data:`` URLs. A prefix of the
+      response is sent as an unfinished turn of the assistant (``continue_final_message``).
+    - If the server returns the token ids of its prompts, they must match those of the model's processor.
+    - Each request has a separate seed, which some servers ignore.
+    - A request that the server cannot answer, such as a request with videos, is refused.
 
     Args:
         model: Name of the model on the server.
@@ -126,7 +129,7 @@ class OpenAIEngine:
         ``finished`` returns a refusal for a request that cannot be sent, such as a request with videos.
 
         Raises:
-            ValueError: If the server does not support ``top_k``, or the continuation of a prefix.
+            ValueError: If the request has a ``top_k`` or a prefix, and the server does not support it.
         """
         name = str(next(self._names))
         if request.videos:

@@ -137,10 +137,10 @@ class _Prober:
     def ask(
         self, path: str, body: Mapping[str, Any], form: _Form, *, max_new_tokens: int = 1, **changes: Any
     ) -> Reply | None:
-        """Sends a request with the optional fields of ``form``.
+        """Sends a request with the optional fields of ``form``, and returns the server's answer.
 
-        Returns the answer, or None if the server refuses the request or lacks the path. ``changes`` are further
-        fields, which replace those of ``body``.
+        Returns None if the server refuses the request or lacks the path. ``changes`` are further fields of the
+        request, which take precedence over ``body``.
         """
         fields = {**self.base, **(EXTENSIONS if form.extensions else {}), form.limit: max_new_tokens}
         fields |= {"seed": 2**form.seed_bits - 1, **body, **changes}

@@ -52,10 +52,11 @@ def children(pid: int) -> set[int]:
 
 
 def watch(parent: int, excluded: set[int]) -> None:
-    """Waits until the process ``parent`` has ended, and then ends the children that it started in a ``with`` block.
+    """Waits until the process ``parent`` has ended, and then ends the children that it started in the ``with`` block.
 
-    This is the main function of the watcher, which ``ended_with_this_process`` starts. At the end of the block, the
-    parent writes the pids of its children to the watcher's stdin. The children's descendants are ended, too.
+    This is the main function of the watcher, which ``ended_with_this_process`` starts. At the end of the ``with``
+    block, the parent writes the pids of its children to the watcher's stdin. The children's descendants are ended,
+    too.
 
     Args:
         parent: Pid of the watcher's parent.

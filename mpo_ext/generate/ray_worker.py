@@ -94,8 +94,8 @@ class RayWorker:
     def step(self, blocks: Sequence[Block]) -> list[BlockResult]:
         """Starts the given blocks (groups of items), and returns the results of the blocks that are finished.
 
-        A streaming engine starts the blocks, and waits until at least one block is finished, which may be a block of
-        an earlier call. Any other engine finishes all given blocks.
+        With a streaming engine, waits until at least one block is finished. This may be a block of an earlier call.
+        Other engines finish all given blocks.
         """
         if self._feeder is None:
             return [self._run(block) for block in blocks]

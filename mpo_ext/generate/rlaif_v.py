@@ -1,8 +1,8 @@
 """The RLAIF-V pipeline (arXiv 2405.17220), which checks the claims of each response one by one.
 
 The model answers a question several times. Each response is split into claims, and each claim becomes a yes-or-no
-question. A model that sees the image answers it. The score of a response is minus the number of claims that this model
-rejects. ``mpo_ext.generate.runner`` runs the pipeline.
+question. A model that sees the image answers this question. The score of a response is minus the number of its wrong
+claims. ``mpo_ext.generate.runner`` runs the pipeline.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ class RlaifVConfig:
         questions: "model": a model turns the claims of a response into questions, as in the paper; "statement": the
             question is whether the claim is correct.
         rewriting: Settings for drawing tokens when a model lists claims or writes questions.
-        min_gap: Minimum number of claims that the model must reject in the rejected response beyond those in the
-            chosen response.
+        min_gap: The rejected response must have at least this many more wrong claims than the chosen response. A claim
+            is wrong if P(no) is at least P(yes).
         pairs_per_question: Maximum number of pairs per question; 0: no limit.
         max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response. 1:
             no limit; short responses then have an advantage, because they make fewer claims.
@@ -284,7 +284,7 @@ class RlaifV:
         return Request(key=key, question=question, seed=seed, sampling=sampling, role="judge", **values)
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the responses to an item, by the number of their rejected claims.
+        """Makes pairs from the responses to an item, by the number of their wrong claims.
 
         ``records`` are the responses with the verdicts on their claims, as JSON objects. ``model`` is the name of the
         model that wrote the responses.
@@ -340,7 +340,7 @@ class RlaifV:
 
 
 def n_rejected(record: Mapping[str, Any]) -> int:
-    """Returns how many claims of a response the model rejects: P(no) is at least P(yes) for these claims."""
+    """Returns the number of wrong claims in a response: claims for which P(no) is at least P(yes)."""
     return sum(yes <= no for yes, no in record["verdicts"])
 
 

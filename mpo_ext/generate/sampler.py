@@ -120,8 +120,8 @@ def open_journal(
 
     Args:
         pipeline: The pipeline that samples.
-        engine_settings: Result of the engine's ``settings()``. If an existing journal lacks "processor", as those of
-            earlier versions do, it is left out here, too.
+        engine_settings: Result of the engine's ``settings()``. The field "processor" is left out if the existing
+            journal lacks it, as journals of earlier versions do.
         source: The items.
         out: Folder of the run.
         rank: Rank of the process.
@@ -208,7 +208,10 @@ def read_samples(
 
 
 def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterator[list[Item]]:
-    """Splits items into lists, each with at most ``block_size`` samples in total, but with at least one item."""
+    """Splits items into lists that have at most ``block_size`` samples each.
+
+    A list has at least one item, even if this item has more samples.
+    """
     check_integer("block_size", block_size, least=1)
     size = max(1, block_size // max(1, len(pipeline.keys(Item()))))
     items = iter(items)

@@ -69,7 +69,7 @@ class SharedPrefill:
         generation_config: Any,
         **inputs: Any,
     ) -> list[list[int]]:
-        """Runs the loop, and returns the new token ids of each sample, padded after the end token.
+        """Samples the prompts, and returns the new token ids of each sample, padded after the end token.
 
         transformers' ``generate`` passes all arguments.
 

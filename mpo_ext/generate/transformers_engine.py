@@ -116,7 +116,8 @@ class TransformersEngine:
 
         Raises:
             ImportError: If the processor needs torchvision, which is missing.
-            ValueError: If the model is not a causal language model (``mpo_ext.processors.check_supported``).
+            ValueError: If the kind of model is not supported, such as an encoder-decoder
+                (``mpo_ext.processors.check_supported``).
         """
         import torch
         import transformers
