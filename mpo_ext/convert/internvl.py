@@ -203,7 +203,7 @@ _OF_ALL_MODELS = {
 
 
 def _settings_of_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the model-specific values of a config, without general ``PretrainedConfig`` and generation values."""
+    """Returns the values of a config that define the architecture, without values that configs of all models have."""
     import transformers
 
     others = {*transformers.PretrainedConfig().to_dict(), *vars(transformers.GenerationConfig()), *_OF_ALL_MODELS}
@@ -270,7 +270,7 @@ def _load_tokenizer(source: Path, values: Mapping[str, Any]) -> Any:
 def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[str, Any]) -> bool:
     """Returns whether the output head shares its weights with the embedding.
 
-    The config must say so, and stored weights of the head, if any, must equal the embedding.
+    This is the case if the config says so, and the head is not stored or is equal to the embedding.
     """
     language = values["llm_config"]
     if not language.get("tie_word_embeddings", values.get("tie_word_embeddings", False)):
@@ -282,9 +282,9 @@ def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[s
 
 
 def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) -> Any:
-    """Returns the stored tensor that becomes the tensor ``name`` of transformers.
+    """Returns the tensor of the authors' checkpoint that is called ``name`` in transformers.
 
-    The tensor is not converted. Use this function only for tensors that the conversion merely renames.
+    Use this function only for tensors that the conversion renames without splitting.
     """
     import torch
     from safetensors import safe_open
@@ -301,8 +301,8 @@ def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) 
 def _check_weights(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ``ValueError`` unless the converted weights have the names and shapes that the config requires.
 
-    For the experts of an MoE, only the number of matrices is checked, because their names and shapes depend on
-    the version of transformers.
+    For MoE experts, only the number of matrices is checked. Their names and shapes depend on the version of
+    transformers.
     """
     import torch
     from transformers import AutoModelForImageTextToText

@@ -1,4 +1,4 @@
-"""Renames InternVL weights of the authors' format for transformers, and splits joint projections."""
+"""Renames the weights of InternVL's authors for transformers, and splits joint query-key-value projections."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -45,9 +45,9 @@ INTERNLM2 = "InternLM2ForCausalLM"
 
 
 def converted(name: str, tensor: Any, language: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts a tensor of the authors' checkpoint. Returns the tensors of transformers by name.
+    """Converts a tensor of the authors' checkpoint, and returns a dict from transformers' names to tensors.
 
-    A joint projection gives three tensors: queries, keys and values. Any other tensor gives one.
+    A joint projection becomes three tensors, for queries, keys and values. Any other tensor is only renamed.
 
     Args:
         name: The authors' name.
@@ -75,9 +75,9 @@ def converted(name: str, tensor: Any, language: Mapping[str, Any]) -> dict[str, 
 
 
 def _separate(name: str, tensor: Any, language: Mapping[str, Any]) -> Sequence[Any]:
-    """Splits InternLM2's joint projection, and returns the projections of queries, keys and values.
+    """Splits InternLM2's weight ``wqkv``, and returns the weights of the queries, keys and values.
 
-    The joint projection consists of groups. Each group has the rows of several query heads, one key head and one value
+    The rows of ``wqkv`` are grouped by key-value head: the query heads of a group, then its key head and its value
     head.
     """
     heads = language["num_attention_heads"]

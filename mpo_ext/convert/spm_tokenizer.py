@@ -14,15 +14,15 @@ _TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 
 
 def load_spm_tokenizer(folder: Path, *, extra_special_tokens: Mapping[str, str]) -> Any:
-    """Returns the tokenizer of ``tokenizer.model`` and ``tokenizer_config.json`` as a ``PreTrainedTokenizerFast``.
+    """Loads ``tokenizer.model`` and ``tokenizer_config.json``, and returns a ``PreTrainedTokenizerFast``.
 
     The token ids are those of SentencePiece. The setting ``added_tokens_decoder`` may rename pieces. Each text between
     special tokens is encoded separately, as in transformers' slow tokenizers.
 
     Args:
         folder: Folder of the files.
-        extra_special_tokens: Special tokens, by the name of the tokenizer's attribute. Missing tokens are added to the
-            vocabulary.
+        extra_special_tokens: Further special tokens, by the tokenizer's attribute for them. They are added to the
+            vocabulary if missing.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -83,7 +83,10 @@ def _read_model(path: Path) -> Any:
 
 
 def _build(proto: Any, names: Mapping[int, str]) -> Any:
-    """Returns a ``Tokenizer`` with the pieces of a SentencePiece model. ``names`` holds new names by piece id."""
+    """Returns a ``Tokenizer`` with the pieces of a SentencePiece model.
+
+    ``names`` maps the id of a piece to its new text, for renamed pieces.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     spec = proto.normalizer_spec
@@ -119,7 +122,10 @@ def _build(proto: Any, names: Mapping[int, str]) -> Any:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Returns the BPE merges of normal pieces, ordered by the score of the merged piece."""
+    """Returns the BPE merges: each pair of normal pieces whose concatenation is a normal piece, too.
+
+    The order is that of the scores of the merged pieces, the best first.
+    """
     normal = {piece.piece: (-piece.score, number) for number, piece in enumerate(proto.pieces)
               if piece.type == _NORMAL}  # fmt: skip
     ranked = []

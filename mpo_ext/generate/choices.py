@@ -1,4 +1,4 @@
-"""Computes the probability of each choice of a request, and reads yes-or-no verdicts."""
+"""Reads the probabilities of possible answers, such as Yes and No, from the first token that a model generates."""
 
 import dataclasses
 import re
@@ -18,14 +18,14 @@ _FIRST_WORD = re.compile(r"\W*(\w+)")
 
 
 def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None:
-    """Returns the token ids with which each choice of a request can begin.
+    """Returns the first tokens of each choice of a request, in all its spellings.
 
-    These are the first tokens of all spellings of the choice. Tokens that two choices share, the unknown token and the
-    end-of-turn token are removed.
+    For the choice ``("Yes", "yes")``, these are the first token of "Yes" and the first token of "yes". Tokens that two
+    choices share, the unknown token and the end-of-turn token are removed.
 
     Returns:
-        A list of ids for each choice, in the order of ``request.choices``; None if the request has no choices, or if a
-        list is empty.
+        A list of token ids for each choice, in the order of ``request.choices``. None if the request has no choices,
+        or if no token is left for a choice.
     """
     starts: list[set[int]] = []
     for spellings in request.choices:
@@ -44,14 +44,14 @@ def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None
 
 
 def measured(ids_of: Sequence[Sequence[int]], probs: Mapping[int, float]) -> tuple[float, ...] | None:
-    """Returns the probability of each choice: the sum of the probabilities of its tokens.
+    """Returns the probability of each choice: the sum of the probabilities of its first tokens.
 
     Args:
         ids_of: Token ids of each choice, from ``choice_tokens``.
-        probs: Probability of each token id. Missing tokens count as 0.
+        probs: Probability of each token id at the first position. Missing tokens count as 0.
 
     Returns:
-        The probabilities, or None if all of them are 0.
+        The probabilities in the order of ``ids_of``, or None if all of them are 0.
     """
     choice_probs = tuple(sum(probs.get(token, 0.0) for token in ids) for ids in ids_of)
     return choice_probs if any(choice_probs) else None
@@ -74,10 +74,10 @@ class FirstTokenProbs:
 
 
 def yes_and_no(generation: Generation) -> tuple[float, float]:
-    """Returns the probabilities of yes and no from the generation of a request with the choices ``YES_OR_NO``.
+    """Returns P(yes) and P(no) from the generation of a yes-or-no question.
 
-    Without ``choice_probs``, the first word of the text decides: (1, 0) for yes, (0, 1) for no, and (0, 0) for all
-    other words.
+    The request must have the choices ``YES_OR_NO``. If the engine has measured no probabilities, the first word of the
+    generated text decides: (1, 0) for yes, (0, 1) for no, and (0, 0) for any other word.
     """
     if generation.choice_probs is not None:
         yes, no = generation.choice_probs
@@ -88,7 +88,7 @@ def yes_and_no(generation: Generation) -> tuple[float, float]:
 
 
 def quoted(text: str) -> str:
-    """Returns the text with each image placeholder replaced by a space, so that a prompt can quote the text."""
+    """Replaces each ``<image>`` in a text by a space, so that another prompt can quote the text."""
     return text.replace(IMAGE_PLACEHOLDER, " ")
 
 

@@ -1,6 +1,7 @@
 """The correctness pipeline, which pairs right samples with wrong samples. ``mpo_ext.generate.runner`` runs it.
 
-A hash of the seed and the responses selects among the possible pairs. The order of the input has no effect.
+If more pairs are possible than requested, a hash of the seed, the item and the responses selects the pairs. The order
+of the input has no effect.
 """
 
 import collections
@@ -32,15 +33,15 @@ class CorrectnessConfig:
         samples: Number of responses per question.
         sampling: Settings for drawing tokens.
         seed: Seed of all draws and choices.
-        template: Name of the prompt template (``mpo_ext.generate.prompts``); None: the prompt is the question,
-            followed by its options. The written pairs have the complete prompt as their question.
-        style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template, or
-            "final_answer" without a template.
+        template: Name of the prompt template (``mpo_ext.generate.prompts``). None: the prompt is the question,
+            followed by its options. In both cases, the question of a written pair is this prompt.
+        style: How to find the answer in a response, such as "boxed"; see ``extract_answer``. None: the style of the
+            template, or "final_answer" without a template.
         matcher: Kind and options of the matcher that compares an answer with the truth.
-        pairs_per_question: Maximum number of pairs per question in each of the outputs ``pairs`` and
-            ``format_pairs``; 0: no limit.
-        accuracy: Lowest and highest fraction of right samples of a question. Questions outside this range give no
-            pairs.
+        pairs_per_question: Maximum number of pairs per question in each of the outputs ``pairs`` and ``format_pairs``;
+            0: no limit.
+        accuracy: Minimum and maximum fraction of a question's samples that are right. Questions outside this range
+            give no pairs.
         length_balance: Whether to prefer pairs whose responses have similar lengths.
         reuse_limit: Maximum number of pairs in one output that use the same response; 0: no limit.
         dedupe: Whether to use equal responses to a question only once.
@@ -74,14 +75,14 @@ class CorrectnessConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScoredSample:
-    """A response and its score.
+    """A response and the result of comparing its answer with the truth.
 
     Attributes:
         text: The response.
         answer: The extracted answer; None if the response has no answer.
         correct: True for a right answer, False for a wrong answer, None for a missing or unreadable answer.
-        rule: Name of the comparison that decided, as in ``Verdict``; None without an answer.
-        record: The response as stored in the journal, the file of a run's samples.
+        rule: Name of the comparison that decided, such as "choice:letter"; None without an answer.
+        record: JSON object of the response, as stored on disk.
     """
 
     text: str
@@ -92,15 +93,15 @@ class ScoredSample:
 
 
 class Correctness:
-    """The pipeline that pairs right samples with wrong samples; ``mpo_ext.generate.runner.run`` runs it.
+    """Pairs right samples with wrong samples; ``mpo_ext.generate.runner.run`` runs this pipeline.
 
     A sample whose answer the matcher cannot read is in no pair, because its answer may be right. The output files,
     ``<name>.jsonl``, are:
 
     - ``pairs``: right samples against wrong samples.
     - ``format_pairs``: right samples against responses without an answer in the form that ``style`` requires.
-    - ``unsolved``: questions without a right sample, as input for ``DropoutNTP``. If the input has no ``chosen``
-      response to the question, a wrong sample becomes ``chosen``.
+    - ``unsolved``: questions without a right sample, as input for ``DropoutNTP``. A question without a ``chosen``
+      response gets a wrong sample as ``chosen``, if it has one.
     """
 
     name = "correctness"
@@ -124,16 +125,17 @@ class Correctness:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples and scores responses to the items, and returns a list of records for each item.
+        """Samples responses to each item, scores them, and returns a list of records for each item.
 
-        A record is a JSON object with a response and its score. Records of an unusable item hold the reason instead.
+        A record is a JSON object with a response and its score. If an item cannot be used, its records hold the reason
+        as ``problem`` instead.
         """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields lists of requests, and receives the generations of each list.
+        """Yields the requests that ``sample`` needs, a list at a time, and receives their generations by ``send``.
 
-        Returns the same value as ``sample``.
+        The generator's return value is the return value of ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         for item, records in zip(items, all_records, strict=True):
@@ -184,10 +186,11 @@ class Correctness:
     def _choose_pairs(
         self, item: Item, right: Sequence[ScoredSample], candidates: Sequence[ScoredSample], result: ItemResult
     ) -> Iterator[tuple[ScoredSample, ScoredSample]]:
-        """Yields up to ``pairs_per_question`` pairs of a right sample and a candidate.
+        """Yields at most ``pairs_per_question`` pairs of a right sample and a candidate.
 
-        With ``length_balance``, pairs with similar lengths come first. Otherwise, a hash determines the order. Adds
-        the number of skipped pairs to ``result``.
+        The candidates are wrong samples, or samples without an answer. With ``length_balance``, pairs with similar
+        lengths come first. Otherwise, a hash determines the order. Pairs with the same answer on both sides are
+        skipped and counted in ``result``.
         """
         ranked = sorted(
             itertools.product(right, candidates), key=lambda pair: (self._length_gap(*pair), self._hash(item, *pair))
@@ -211,9 +214,9 @@ class Correctness:
             yield chosen, rejected
 
     def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
-        """Returns the difference in length of two responses, as an integer; 0 without ``length_balance``.
+        """Returns how much the lengths of two responses differ; 0 without ``length_balance``.
 
-        The unit is a quarter of a doubling: if one response has twice as many characters, the difference is 4.
+        The result is 4 if one response has twice as many characters as the other, and 8 if it has four times as many.
         """
         if not self.config.length_balance:
             return 0
@@ -241,7 +244,7 @@ class Correctness:
     def _unsolved_line(self, item: Item, wrong: Sequence[ScoredSample]) -> dict[str, Any]:
         """Returns the item as an input line for DropoutNTP.
 
-        If the item has no chosen response, a wrong sample becomes its chosen response.
+        If the item has no chosen response, one of the wrong samples becomes its chosen response.
         """
         source = "input"
         if item.chosen is None and wrong:

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig) -> "Tensor":
-    """Returns a token id for each row, drawn by inverting the cumulative distribution at the row's random number.
+    """Draws a token id for each row of logits, with one random number per row.
+
+    The result is the first token id at which the cumulative probability exceeds the random number. At temperature 0,
+    it is the most probable token.
 
     Args:
         scores: ``[B, V]`` logits.
@@ -48,9 +51,10 @@ def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig)
 
 
 class SeededDraw:
-    """Draws the next token of each row with a separate random generator for each row.
+    """Draws the next token of each row of a batch with a separate random generator for each row.
 
-    As a logits processor of transformers, an instance masks all tokens except the drawn token of each row.
+    An instance is also a logits processor of transformers: it sets the logits of all tokens except the drawn ones to
+    -inf.
 
     Args:
         seeds: Seed of each row.
@@ -69,7 +73,7 @@ class SeededDraw:
         return sample_token(scores, uniforms, self.sampling)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps the generators of the rows with the indices ``rows``, and removes all others."""
+        """Keeps the random generators of the rows with the indices ``rows``, and removes all others."""
         self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":

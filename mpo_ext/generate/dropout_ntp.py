@@ -1,7 +1,7 @@
 """The DropoutNTP pipeline: a model continues a truncated chosen response without seeing the image or video.
 
-The kept beginning (the prefix) and the continuation form the rejected response. It tends to be wrong where the answer
-depends on the image. ``mpo_ext.generate.runner`` runs the pipeline.
+The kept beginning (the prefix) and the continuation form the rejected response. The rejected response tends to be
+wrong where the answer depends on the image. ``mpo_ext.generate.runner`` runs the pipeline.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ class DropoutNTPConfig:
         samples: Number of continuations per response.
         sampling: Settings for drawing tokens.
         seed: Seed of all draws.
-        sample_chosen: Whether the model first answers items that have no chosen response. It then sees the image, as
-            in the paper. False skips these items.
+        sample_chosen: Whether to sample the chosen response of an item that has none. The model then sees the image,
+            as in the paper. False skips such items.
         allow_truncated: Whether to use continuations that ``max_new_tokens`` cut off.
-        allow_wrong_chosen: Whether to use items whose chosen response is a wrong sample, as in the ``unsolved.jsonl``
-            of the correctness pipeline; False skips these items.
-        style: Form of the answer in a response, as in ``extract_answer``; used for items that have a true answer.
-        matcher: Kind and options of the matcher that compares the answer of a continuation with the true answer. A
-            continuation is skipped if its answer is right or cannot be read. A continuation without an answer is
-            used. None: no comparison.
+        allow_wrong_chosen: Whether to use items whose chosen response is known to be wrong. The correctness pipeline
+            writes such items to ``unsolved.jsonl``.
+        style: How to find the answer in a response, such as "final_answer"; see ``extract_answer``.
+        matcher: Kind and options of the matcher that compares the answer of a continuation with the true answer, if
+            the item has one. Continuations whose answer is right or unreadable are skipped. Continuations without an
+            answer are used. None: no comparison.
     """
 
     keep: float = 0.5
@@ -76,15 +76,15 @@ class Prefix:
 
 @dataclasses.dataclass(slots=True)
 class _Row:
-    """The state of an item in ``DropoutNTP.sample``.
+    """The state of an item while ``DropoutNTP`` samples its continuations.
 
     Attributes:
         item: The item.
         problem: Reason why the item cannot be used, or None.
-        details: Fields that explain the problem and are stored with it.
-        media: Opened images and videos; empty if the model does not see them.
+        details: Fields that explain the problem. They are stored with it.
+        media: The loaded images and videos; empty if the model does not see them.
         chosen: The chosen response, from the item or sampled; None before it is sampled.
-        sampled_tokens: Number of tokens in a sampled chosen response; None for a response from the item.
+        sampled_tokens: Number of tokens of the chosen response if it was sampled; None if it came with the item.
         prefix: The kept beginning of ``chosen``.
     """
 
@@ -125,10 +125,9 @@ class DropoutNTP:
         return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
 
     def cut(self, chosen: str, conversation: Conversation, engine: Engine) -> Prefix:
-        """Returns the beginning of a chosen response that the settings ``keep`` and ``unit`` select.
+        """Returns the beginning of a chosen response that is kept, according to ``keep`` and ``unit``.
 
-        ``conversation`` is the prompt of the response. With the unit "tokens", a character that consists of several
-        tokens is not split.
+        ``conversation`` is the prompt of the response. With the unit "tokens", no character is cut in the middle.
         """
         if self.config.unit == "words":
             words = chosen.split(" ")
@@ -146,16 +145,17 @@ class DropoutNTP:
         return Prefix(tuple(ids[:count]), text)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Truncates the chosen responses, continues them with the engine, and returns a list of records for each item.
+        """Truncates the chosen responses, samples their continuations, and returns a list of records for each item.
 
-        A record is a JSON object with a continuation. Records of an unusable item hold the reason instead.
+        A record is a JSON object with a continuation. If an item cannot be used, its records hold the reason as
+        ``problem`` instead.
         """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields lists of requests, and receives the generations of each list.
+        """Yields the requests that ``sample`` needs, a list at a time, and receives their generations by ``send``.
 
-        Returns the same value as ``sample``.
+        The generator's return value is the return value of ``sample``.
         """
         rows = [self._load(item) for item in items]
         yield from self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None])
@@ -197,10 +197,10 @@ class DropoutNTP:
         ]
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes a pair from each usable continuation of an item.
+        """Makes a pair from each usable continuation of an item, and counts the skipped continuations by reason.
 
-        The result also counts the skipped continuations by reason. ``records`` are the continuations as JSON objects.
-        ``model`` is the name of the model.
+        ``records`` are the continuations as JSON objects. ``model`` is the model's name, which is written into the
+        pairs.
         """
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         if sampled := records[0].get("chosen_tokens", 0):
@@ -263,15 +263,16 @@ class DropoutNTP:
         return row
 
     def _conversation(self, row: _Row) -> Conversation:
-        """Returns the prompt whose response is continued. It has images and videos only if ``with_image`` is set."""
+        """Returns the prompt whose response is continued; it has images and videos only with ``with_image``."""
         with_image = self.config.with_image
         fields = prompt_fields(row.item, row.item.question_with_options, with_image=with_image)
         return Conversation(key=row.item.digest, **fields, **(row.media if with_image else {}))
 
     def _sample_chosen(self, rows: Sequence[_Row]) -> Generator[list[Request], list[Generation], None]:
-        """Samples a chosen response for each row, with the images, and stores it in the row.
+        """Samples the missing chosen response of each row, and stores it in the row.
 
-        Yields a list of requests, and receives their generations.
+        The model sees the images. A response that is unusable, such as a wrong one, sets the row's ``problem``. Yields
+        one list of requests, and receives their generations.
         """
         if not rows:
             return
@@ -301,9 +302,10 @@ class DropoutNTP:
             row.sampled_tokens = generation.n_tokens
 
     def _record(self, row: _Row, key: str, generation: Generation | None, engine: Engine) -> dict[str, Any]:
-        """Returns a continuation as a record, the JSON object that is stored.
+        """Returns the JSON object that is stored for a continuation.
 
-        ``key`` identifies the record. ``generation`` is None if the item cannot be used.
+        ``key`` identifies the continuation. ``generation`` is None if the item cannot be used; the object then holds
+        the item's problem.
         """
         record: dict[str, Any] = {"key": key}
         if row.sampled_tokens is not None:
@@ -327,7 +329,7 @@ class DropoutNTP:
     def _skip_reason(self, chosen: str, record: Mapping[str, Any], scored: Mapping[str, Any]) -> str | None:
         """Returns the reason to skip a continuation, or None if it can become a rejected response.
 
-        ``record`` holds the continuation, and ``scored`` its answer and score from ``_stored_score``.
+        ``record`` is the stored continuation. ``scored`` is the result of ``_stored_score``.
         """
         if record["finish"] == "length" and not self.config.allow_truncated:
             return "continuation cut off at max_new_tokens"
@@ -346,16 +348,19 @@ class DropoutNTP:
         return None
 
     def _score(self, item: Item, text: str) -> dict[str, Any]:
-        """Extracts the answer in ``text``, compares it with the true answers, and returns a dict with the result.
+        """Returns a dict with the answer in ``text`` and the result of comparing it with the true answers.
 
-        The dict is empty if the item has no true answer or the pipeline has no matcher.
+        The dict is empty if the item has no true answer, or the settings have no matcher.
         """
         if not item.truths or self._scorer is None:
             return {}
         return self._scorer.score_fields(text, item)
 
     def _stored_score(self, item: Item, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the answer of a stored continuation and its score; empty without a true answer or a matcher."""
+        """Returns a dict with the answer and the score of a stored continuation.
+
+        The dict is empty if the item has no true answer, or the settings have no matcher.
+        """
         if not item.truths or self._scorer is None:
             return {}
         return self._scorer.stored_fields(record, item)

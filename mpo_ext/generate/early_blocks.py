@@ -1,8 +1,8 @@
-"""Stores the samples of a run in the order of the input, although they may be generated in any order.
+"""Stores a run's samples in the order of the input, even if they are generated in another order.
 
-A block is a group of items (questions) that are sampled together. The journal is the file that stores the samples as
-records, one JSON object per line. If a block finishes before an earlier block, its records wait in a second file.
-After a killed run, the next run reads them from this file.
+Items (questions) are sampled in groups, called blocks. The samples are appended to the journal, a file with one JSON
+object per line. If a block is complete before an earlier block, its samples wait in a second file. After a killed run,
+the next run reads them from this file.
 """
 
 import collections
@@ -20,12 +20,12 @@ _COMPACT_BYTES = 16 << 20  # a larger second file is emptied as soon as it holds
 
 @dataclasses.dataclass(slots=True)
 class _Place:
-    """The state of a block, a group of items that are sampled together.
+    """The progress of a block, a group of items that are sampled together.
 
     Attributes:
         start: Index of the block's first sample among all samples of the run.
-        n_stored: Number of the block's samples that are already in the journal, the main file of the run's samples.
-        is_finished: Whether the second file, for waiting blocks, holds all samples of the block.
+        n_stored: Number of the block's samples that the run's main file, the journal, already holds.
+        is_finished: Whether all samples of the block wait in the second file.
     """
 
     start: int
@@ -34,17 +34,17 @@ class _Place:
 
 
 class EarlyBlocks:
-    """Writes sampled records to a journal in the order of the input, although they may arrive in any order.
+    """Appends samples to a journal in the order of the input, even if they arrive in another order.
 
-    A record is the JSON object of a sample. A block is a group of items that are sampled together. If a block finishes
-    before an earlier block, its records wait in a second file, ``early-RANK-of-WORLD.jsonl``. A later run reads this
-    file instead of sampling the block again. The file is deleted at the end if no block waits in it.
+    The samples arrive in blocks. A block holds the samples of a few items. If a block is complete before an earlier
+    block, its samples wait in a second file, ``early-RANK-of-WORLD.jsonl``. A later run reads this file instead of
+    sampling the block again. At the end, the file is deleted if no block waits in it.
 
     Use an instance as a context manager inside the context of the journal. Call ``announce`` for each block, in the
     order of the input, and ``finish`` when the block is complete.
 
     Args:
-        journal: The opened journal, a file with one record per line.
+        journal: The opened journal, a file with one sample (a JSON object) per line.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -64,9 +64,9 @@ class EarlyBlocks:
         return self
 
     def _read_spans(self) -> None:
-        """Reads the file of waiting blocks, and stores the byte offset and the size of each line.
+        """Finds the byte offset and the size of each line in the file of waiting blocks.
 
-        A line holds the samples of a block. Lines whose samples are all in the journal, the main file, are left out.
+        A line holds the samples of a block. Blocks that the journal already holds completely are left out.
         """
         n_stored = sum(1 for _ in self.journal.records())
         with open(self.path, "rb") as file:
@@ -93,7 +93,7 @@ class EarlyBlocks:
     def announce(
         self, start: int, keys: Sequence[str], stored: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]] | None:
-        """Registers the next block, a group of items that are sampled together, in the order of the input.
+        """Registers the next block, a group of items that are sampled together. Call it in the order of the input.
 
         Args:
             start: Index of the block's first sample among all samples of the run.
@@ -101,7 +101,8 @@ class EarlyBlocks:
             stored: Samples of the block that the journal already holds, as JSON objects.
 
         Returns:
-            All samples of the block if an earlier run stored them in the file of waiting blocks, otherwise None.
+            The block's samples, if an earlier run has left them in the file of waiting blocks. None if the block must
+            be sampled.
         """
         place = _Place(start, len(stored))
         self._places.append(place)
@@ -116,9 +117,9 @@ class EarlyBlocks:
         return None
 
     def finish(self, start: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the samples ``records`` of the block that was announced with the index ``start``.
+        """Stores all samples of the block that was announced with the index ``start``.
 
-        They go to the journal. If an earlier block is not finished, they go to the file of waiting blocks instead.
+        The samples go to the journal if all earlier blocks are complete, otherwise to the file of waiting blocks.
         """
         if self._places[0].start == start:
             self.journal.append(records[self._places.popleft().n_stored :])
@@ -130,7 +131,7 @@ class EarlyBlocks:
         next(place for place in self._places if place.start == start).is_finished = True
 
     def _move(self) -> None:
-        """Moves samples from the file of waiting blocks to the journal, up to the first unfinished block."""
+        """Appends the waiting blocks to the journal, up to the first block that is not complete."""
         while self._places and self._places[0].is_finished:
             place = self._places.popleft()
             self.journal.append(self._read(place.start)[place.n_stored :])

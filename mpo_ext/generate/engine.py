@@ -1,7 +1,7 @@
 """The interface of inference engines, which continue prompts with transformers, vLLM or a server.
 
-Apart from rounding, a continuation depends only on the request's prompt, seed and sampling settings. Other requests
-and their order have no effect.
+A continuation depends only on the request's prompt, seed and sampling settings. Apart from rounding, the other
+requests and their order have no effect.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Request(Conversation):
         choices: Possible answers, each as a tuple of spellings, such as ``(("Yes", "yes"), ("No", "no"))``. An engine
             that can measure their probabilities generates only one token, and returns ``Generation.choice_probs``.
             Other engines ignore the choices.
-        role: "answer" for the model that is trained, "judge" for the model that judges its answers.
+        role: "answer" for the model that answers questions, "judge" for the model that judges the answers.
     """
 
     prefix_ids: tuple[int, ...] = ()
@@ -95,9 +95,9 @@ def refused(reason: object) -> Generation:
 
 
 def refused_videos(engine: str, request: Request) -> Generation:
-    """Returns a ``Generation`` that reports that an engine does not support videos.
+    """Returns a ``Generation`` that reports a refused request, because the engine does not support videos.
 
-    ``engine`` is the engine's name as in ``--engine``. The report has the number of videos in ``request``.
+    ``engine`` is the engine's name as in ``--engine``.
     """
     return refused(
         f"videos must be none for the engine {engine}, got {len(request.videos)}: use --engine transformers"

@@ -1,6 +1,7 @@
-"""Runs the requests of several blocks, one block after the other or, if the engine can, at the same time.
+"""Sends the requests of a pipeline to an engine, and the generations back to the pipeline.
 
-A block is a group of items (questions) that a pipeline samples together.
+A pipeline samples its items (questions) in groups, called blocks. The engine runs one block after the other or, if it
+can, several blocks at the same time.
 """
 
 import collections
@@ -41,9 +42,10 @@ class StreamingEngine(Engine, Protocol):
 
 
 def run_steps(steps: Steps, engine: Engine) -> Records:
-    """Runs the requests that a generator yields, and returns the generator's return value, a list for each item.
+    """Runs the requests that a pipeline's generator yields, and returns the generator's return value.
 
-    Passes each list of requests to ``engine.generate``, and sends the generations back to ``steps``.
+    Each yielded list of requests goes to ``engine.generate``, and its generations go back to the generator. The return
+    value is a list of records (JSON objects) for each item.
     """
     generations: Any = None
     while True:
@@ -55,17 +57,17 @@ def run_steps(steps: Steps, engine: Engine) -> Records:
 
 
 def run_blocks(blocks: Iterator[tuple[Tag, Steps]], engine: Engine) -> Iterator[tuple[Tag, Records]]:
-    """Samples blocks, which are groups of items, with an engine, and yields the results in the order of the blocks.
+    """Samples blocks (groups of items), and yields their results in the order of the blocks.
 
-    A ``StreamingEngine`` runs the requests of several blocks at the same time. Other engines run one block after the
-    other.
+    A ``StreamingEngine`` runs several blocks at the same time. Other engines run one block after the other.
 
     Args:
-        blocks: For each block, any object that identifies it (the tag), and a generator of its requests.
+        blocks: Tuples (tag, steps) for the blocks. The tag is any object. The steps are a generator of requests, as
+            for ``run_steps``.
         engine: The engine.
 
     Yields:
-        The tag of each block, and the return value of its generator.
+        The tag of a block, and the return value of its generator.
     """
     if hasattr(engine, "submit"):
         with contextlib.closing(Feeder(cast(StreamingEngine, engine))) as feeder:
@@ -89,7 +91,7 @@ class _Block:
     Attributes:
         tag: Object that identifies the block.
         steps: Generator that yields the block's requests.
-        generations: Generations of the current list of requests; None for each running request.
+        generations: Generations of the requests that ``steps`` has yielded last; None for a request that is running.
         records: Return value of ``steps``; None until it returns.
         n_requests: Number of requests that ``steps`` has yielded so far.
     """
@@ -105,7 +107,8 @@ class Feeder:
     """Samples several blocks, which are groups of items, at the same time on a streaming engine.
 
     Attributes:
-        active_tag: After an error, the tag of the block that caused it; None if the engine caused it.
+        active_tag: After an error in ``add`` or ``collect``, the tag of the block that caused it, or None if the
+            engine caused it.
     """
 
     def __init__(self, engine: StreamingEngine) -> None:
@@ -121,18 +124,18 @@ class Feeder:
 
     @property
     def is_full(self) -> bool:
-        """True if no further block (group of items) should be added.
+        """True if no further block (group of items) should be added now.
 
-        This is the case if enough requests are running. It is also the case if the blocks that ``take`` has not yet
-        removed have too many requests, finished requests included.
+        This is the case if the engine has enough running requests. It is also the case if too many results are in
+        memory, because ``take`` could not yet return them.
         """
         kept = sum(block.n_requests for block in self._blocks)
         return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
 
     def add(self, tag: Any, steps: Steps) -> None:
-        """Adds a block (a group of items), and submits the first requests that its generator ``steps`` yields.
+        """Adds a block (a group of items), and submits its first requests.
 
-        ``tag`` is any object that identifies the block.
+        ``tag`` is any object that identifies the block. ``steps`` is the generator that yields the block's requests.
         """
         self._blocks.append(_Block(tag, steps))
         self._advance(self._blocks[-1], None)
@@ -140,8 +143,8 @@ class Feeder:
     def take(self, *, in_order: bool) -> list[tuple[Any, Records]]:
         """Removes the complete blocks (groups of items), and returns the tag and the result of each.
 
-        The result is the return value of the block's generator. With ``in_order``, a complete block is not removed
-        before all earlier blocks are complete.
+        The result is the return value of the block's generator. With ``in_order``, the blocks after the first
+        incomplete block stay.
         """
         complete: list[_Block] = []
         rest: collections.deque[_Block] = collections.deque()
@@ -154,9 +157,9 @@ class Feeder:
         return [(block.tag, cast(Records, block.records)) for block in complete]
 
     def collect(self) -> None:
-        """Waits until at least one running request has ended, and stores the generations.
+        """Waits until at least one running request has ended, and stores its generation.
 
-        If all current requests of a block (a group of items) have ended, submits the block's next requests.
+        If this completes the current requests of a block (a group of items), submits the block's next requests.
         """
         if not self._running:
             return
@@ -173,9 +176,9 @@ class Feeder:
         self._running.clear()
 
     def _advance(self, block: _Block, generations: list[Generation] | None) -> None:
-        """Sends generations to a block's generator ``steps``, and submits the requests that it yields next.
+        """Sends generations to a block's generator, and submits the requests that it yields next.
 
-        A block is a group of items. ``generations`` is None at its start.
+        ``generations`` is None to start the generator.
         """
         self.active_tag = block.tag
         try:

@@ -10,11 +10,11 @@ _LEAST_ROOM = 64  # minimum number of tokens that can be appended without a copy
 
 
 class GrowingLayer(DynamicLayer):
-    """A cache layer whose key and value tensors have spare room for more tokens.
+    """A KV cache layer with preallocated room, so that appending a token seldom copies the whole layer.
 
     Args:
         layer: Layer whose keys and values ``[B, heads, T, D]`` are copied.
-        rows: int64 indices into the batch of ``layer``: row i of the new layer is a copy of row ``rows[i]``.
+        rows: Batch rows to copy, as int64 indices: row i of the new layer is row ``rows[i]`` of ``layer``.
     """
 
     def __init__(self, layer: DynamicLayer, rows: Tensor) -> None:
@@ -26,7 +26,7 @@ class GrowingLayer(DynamicLayer):
         self.reorder_cache(rows)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends the keys and values of new tokens, and returns views of all keys and of all values."""
+        """Appends the keys and values of new tokens, and returns all keys and all values, as views."""
         start = self.keys.shape[-2]
         stop = start + key_states.shape[-2]
         if stop > self._all_keys.shape[-2]:
@@ -46,9 +46,10 @@ class GrowingLayer(DynamicLayer):
 
 
 def repeat_cache(cache: DynamicCache, rows: Tensor) -> None:
-    """Reorders the batch of a cache in place: row i becomes a copy of row ``rows[i]``.
+    """Selects batch rows of a KV cache in place: row i of the result is the old row ``rows[i]``.
 
-    An index may occur several times. Each plain ``DynamicLayer`` that holds tokens is replaced by a ``GrowingLayer``.
+    An index may occur several times, so the batch can grow. Each plain ``DynamicLayer`` that holds tokens is replaced
+    by a ``GrowingLayer``.
     """
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:

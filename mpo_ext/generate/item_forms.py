@@ -65,7 +65,7 @@ _SHORTEST_BASE64 = 65  # shorter texts are the ``index`` of another row of MMBen
 
 @dataclasses.dataclass(slots=True)
 class ItemFields:
-    """The fields of an item in one common format; ``read_fields`` converts published formats to it.
+    """The fields of an item in the common format, to which ``read_fields`` converts all published formats.
 
     Attributes:
         question: The question with its context, and ``<image>`` at the place of each image. A question that is not a
@@ -158,9 +158,9 @@ def _plain(value: Any) -> Any:
 
 
 def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | None, *, is_index: bool) -> list[str]:
-    """Removes the answer field from ``rest``, and returns all true answers; empty if the answer is missing.
+    """Removes the answer field from ``rest``, and returns the true answers as texts; empty without an answer.
 
-    ``is_index`` says whether integer answers are option indices.
+    ``is_index`` says whether an integer answer is the index of an option, as in ScienceQA.
     """
     given = [key for key in _ANSWERS if rest.get(key) is not None and (key != "answers" or _is_texts(rest[key]))]
     key = given[0] if given else "answer_gt"
@@ -188,9 +188,9 @@ def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | Non
 
 
 def _checked(text: str, options: list[str] | dict[str, str] | None, *, is_index: bool) -> str:
-    """Returns a true answer, after converting an option index to the option's letter.
+    """Checks a true answer, and converts an option index to the option's letter.
 
-    ``is_index`` says whether integer answers are option indices.
+    ``is_index`` says whether an integer answer is the index of an option, as in ScienceQA.
 
     Raises:
         FormError: If no option has this letter or index, or if a number is ambiguous.
@@ -214,7 +214,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _open_answers(answer: str) -> Any:
-    """Parses MMMU's answer to an open question, such as ``"['5', 'five']"``, to a list of answers.
+    """Parses MMMU's answer to an open question: ``"['5', 'five']"`` becomes ``["5", "five"]``.
 
     Returns ``answer`` unchanged if it is not the text of a list.
     """
@@ -232,8 +232,8 @@ def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
     """Removes the image fields from ``rest``, and returns the images.
 
     Returns:
-        - The images from numbered fields, such as ``image_2``, by number.
-        - The images from an unnumbered field, such as ``images``.
+        - Images from numbered fields, as a dict: key 2 for the field ``image_2``.
+        - Images from a field without a number, such as ``images``, as a list.
 
     Raises:
         FormError: If several fields hold different images, or ``image_source`` is not a file name.
@@ -267,10 +267,10 @@ def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
 def _place_numbered(
     turns: list[Turn], options: list[str] | dict[str, str] | None, images: Mapping[int, Any]
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
-    """Replaces placeholders such as ``<image 1>`` by ``<image>``, and sorts the images in this order.
+    """Replaces placeholders such as ``<image 2>`` by ``<image>``, and sorts the images like the placeholders.
 
     Images without a placeholder come first. If only some images have a placeholder, the first user turn gets an
-    ``<image>`` for each other image.
+    ``<image>`` for each of the others.
 
     Returns:
         The turns, the options and the sorted images.
@@ -342,7 +342,7 @@ def _data_url(text: str) -> str:
 
 
 def _is_image_like(key: str, value: Any) -> bool:
-    """Returns whether a field looks like an image or a video by its name or its value."""
+    """Returns whether the name or the value of a field suggests that it holds an image or a video."""
     entries = value if isinstance(value, (list, tuple)) else [value]
     for entry in entries:
         if isinstance(entry, (bytes, bytearray)) or hasattr(entry, "mode"):

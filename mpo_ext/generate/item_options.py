@@ -39,7 +39,7 @@ def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | Non
 
     Returns:
         - The options as a list of texts or a dict from letter to text; None if the item has no options.
-        - Whether an integer answer is the index of an option (``is_index`` of ``indexed_answer``).
+        - True if an integer answer is the index of an option, as in ScienceQA.
 
     Raises:
         FormError: If options cannot be read, or if an unknown field looks like options.
@@ -65,10 +65,10 @@ def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | Non
 
 
 def _take_series(rest: dict[str, Any], name: str) -> list[str] | None:
-    """Removes fields that hold one option each, such as ``choice_a`` and ``choice_b``, and returns the options.
+    """Removes fields such as ``choice_a`` and ``choice_b``, and returns their values, the options.
 
-    ``name`` is a format string of the field names, such as ``"choice_{lower}"``. Returns None if fewer than two
-    options are given.
+    ``name`` is the format string of the field names, here ``"choice_{lower}"``. Returns None if fewer than two options
+    are given.
     """
     keys = {letter: name.format(upper=letter, lower=letter.lower()) for letter in _COLUMNS}
     values = {letter: rest[key] for letter, key in keys.items() if key in rest}
@@ -143,18 +143,18 @@ def _option(key: str, value: Any) -> str:
 
 
 def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Converts an integer answer to the letter of the option that it means.
+    """Returns the letter of the option to which an integer answer refers.
 
-    The integer may be the index of an option, from 0, or the text of an option.
+    With ``is_index``, the answer 0 is the first option. Without it, or if the index is too large, the answer must be
+    the text of an option.
 
     Args:
         answer: The answer.
         options: Texts of the options, or a dict from letter to text.
-        is_index: Whether integer answers are indices in this format, as in ScienceQA. If False, the answer must be the
-            text of an option.
+        is_index: Whether the format gives integer answers as indices, as ScienceQA does.
 
     Raises:
-        FormError: If the answer may mean several options, or no option.
+        FormError: If the answer fits several options, or no option.
     """
     labels = label_options(options)
     matching = [label for label, text in labels.items() if text.strip() == str(answer)]
@@ -167,17 +167,17 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
 
 
 def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Converts an option index that is given as text, such as ``"2"``, to the letter of the option.
+    """Converts an answer that is a number as text, such as ``"2"``, to the letter of the option with this index.
 
     An answer that equals the text of an option is returned unchanged.
 
     Args:
-        answer: The answer, a number as text. Indices count from 0.
+        answer: The answer. Indices count from 0.
         options: Texts of the options, or a dict from letter to text.
-        is_index: Whether numbers are indices in this format; see ``indexed_answer``.
+        is_index: Whether the format gives integer answers as indices, as ScienceQA does.
 
     Raises:
-        FormError: If the answer may mean several options, or no option.
+        FormError: If the answer fits several options, or no option.
     """
     labels = label_options(options)
     matching = [label for label, text in labels.items() if text.strip() == answer.strip()]

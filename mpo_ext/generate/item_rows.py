@@ -18,7 +18,9 @@ _PARQUET_ROWS = 32  # rows that are read at a time; each may hold several images
 
 
 def read_rows(path: str) -> Iterator[Any]:
-    """Yields each row of a file, usually as a dict. An unreadable row is None. All values of TSV and CSV are strings.
+    """Yields each row of a file, usually as a dict. All values of TSV and CSV are strings.
+
+    An unreadable row is None, or a dict with the reason.
 
     Raises:
         OSError: If the file cannot be read.
@@ -66,9 +68,10 @@ def _is_parquet(path: str) -> bool:
 
 
 def _lines(path: str) -> str:
-    """Returns the path of a file that can be read line by line.
+    """Returns the path of a text file with one row per line.
 
-    This is ``path`` itself for TSV and CSV in UTF-8. Other files are converted to JSON lines if necessary.
+    TSV and CSV in UTF-8 are used as they are. All other files are converted to JSON lines, if they are not JSON lines
+    yet.
     """
     with open(path, "rb") as file:
         head = file.read(_HEAD)

@@ -45,12 +45,11 @@ class ItemTurns:
 def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
     """Removes the conversation fields, such as ``messages``, from an item's fields ``rest``, and returns them.
 
-    Empty fields are left out. If ``rest`` is a preference pair that this package wrote, its turns and tools are taken
-    from ``extra``.
+    Empty fields are left out. A preference pair that this package wrote holds its turns and tools in ``extra``.
 
     Raises:
-        FormError: If the item has several fields with messages. If the chosen response of a pair has several turns or
-            tool calls. If a field that is not supported would change the prompt, such as ``functions``.
+        FormError: If several fields hold messages, if a pair's chosen response has several turns or tool calls, or if
+            an unsupported field would change the prompt, such as ``functions``.
     """
     if not is_unset(rest.get("chat_template_kwargs")):
         raise FormError("chat_template_kwargs must be given for the whole run (--chat-template-kwargs)")
@@ -84,15 +83,15 @@ def read_conversation(
 
     Args:
         fields: Fields from ``take_conversation``.
-        question: The question, which becomes the last user turn. If ``fields`` have messages, their last user turn is
-            the question, and this argument must repeat it or be None.
+        question: The question, which becomes the last user turn. If ``fields`` hold messages, this argument must be
+            None or equal their last user turn.
         options: Texts of the options, which may hold ``<image>``.
         columns: Images from the item's image fields.
         data_url: Function that converts a base64 text to a data URL.
 
     Raises:
-        FormError: If the conversation cannot be used as a prompt. The error message leaves out the item's values, so
-            that equal problems can be counted together.
+        FormError: If the conversation cannot be used as a prompt. The message contains no values of the item, so equal
+            problems of different items have equal messages.
     """
     name = next((name for name in _MESSAGES if name in fields), None)
     images = Images(columns, lambda content: data_url(base64.b64encode(content).decode()))

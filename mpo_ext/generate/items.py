@@ -35,8 +35,8 @@ class Item:
     """A question from which pairs are made, or with which a model is evaluated.
 
     Attributes:
-        question: The question, or the last user turn of a conversation; it may hold ``<image>`` and ``<video>`` at the
-            places of images and videos.
+        question: The question, or the last user turn of a conversation. It may hold the placeholders ``<image>`` and
+            ``<video>``.
         messages: All turns of a multi-turn prompt, as in ``mpo_ext.chat.Conversation``; otherwise empty.
         tools: The functions that the assistant may call, as in ``Conversation``.
         images: Image paths as the input gives them, and data URLs of images that the input itself holds.
@@ -45,9 +45,9 @@ class Item:
         truths: True answers, each of which counts as right.
         extra: Other fields of the input line. ``options`` is a list of texts, or a dict from letter to text.
         image_root: Folder to which relative image paths are joined.
-        subset: Name of the item's data set in an MMPR meta file (a JSON file that lists data sets); None without a
-            meta file. If set, pairs from this item store ``subset`` and ``image_root``, and their image paths are
-            absolute.
+        subset: Name of the item's data set, if the item comes from an MMPR meta file (a JSON file that lists data
+            sets); otherwise None. If set, pairs from this item store ``subset`` and ``image_root``, and their image
+            paths are absolute.
         problem: Reason why the item cannot be used, or None.
         detail: Further explanation of ``problem``, or None.
     """
@@ -67,7 +67,7 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """Image paths for pairs made from this item: absolute if ``subset`` is set, otherwise as in the input."""
+        """Image paths that pairs from this item store: absolute if ``subset`` is set, otherwise as in the input."""
         if self.subset is None:
             return self.images
         return self.image_sources
@@ -84,7 +84,7 @@ class Item:
 
     @property
     def pair_videos(self) -> tuple[Video, ...]:
-        """Videos for pairs made from this item: absolute paths if ``subset`` is set, otherwise as in the input."""
+        """Videos that pairs from this item store: absolute paths if ``subset`` is set, otherwise as in the input."""
         return self.videos if self.subset is None else self.video_sources
 
     @property
@@ -102,7 +102,7 @@ class Item:
         return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in options)])
 
     def turns(self, question: str) -> tuple[Mapping[str, Any], ...]:
-        """Returns all turns, with ``question`` as the last user turn; empty for a single-turn prompt."""
+        """Returns ``messages`` with ``question`` as the last user turn; empty for a prompt with one turn."""
         return tuple(with_question(self.messages, question)) if self.messages else ()
 
     @property
@@ -119,9 +119,9 @@ class Item:
 
     @property
     def pair_extra(self) -> dict[str, Any]:
-        """Extra fields for pairs made from this item.
+        """Extra fields that pairs from this item store.
 
-        These are ``extra`` and, if ``subset`` is set, ``subset`` and ``image_root``.
+        These are ``extra`` and, if ``subset`` is set, the field ``"$source"`` with ``subset`` and ``image_root``.
         """
         if self.subset is None:
             return dict(self.extra)
@@ -147,8 +147,8 @@ class Item:
         Args:
             question: Text of the last user turn. The pair also records the item's other turns and tools.
             chosen: The preferred response.
-            rejected: The other response.
-            provenance: How the pair was made.
+            rejected: The dispreferred response.
+            provenance: Fields that record how the pair was made, such as the pipeline and the seed.
         """
         extra = self.pair_extra
         prompt: dict[str, Any] = {PROMPT_TURNS: list(map(dict, turns))} if (turns := self.turns(question)) else {}
@@ -262,12 +262,12 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ItemFile:
-    """A file of items.
+    """A file of items, and how to read it.
 
     Attributes:
         path: Path of the file.
         image_root: Folder to which relative image paths are joined.
-        subset: Name of the file in an MMPR meta file, a JSON file that lists data sets; None without a meta file.
+        subset: Name of the data set in the MMPR meta file that lists this file; None without a meta file.
         system: System prompt for items without a system prompt; None: no system prompt.
     """
 
@@ -294,7 +294,10 @@ class ItemSource:
     system: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Returns the digest and the system prompt, by which a resumed run checks that its input is the same."""
+        """Returns the digest of the input and the system prompt, as JSON values.
+
+        A resumed run compares them with those of its first start.
+        """
         return {"blake2b": self.digest, **({} if self.system is None else {"system": self.system})}
 
     def items(self) -> Iterator[Item]:
@@ -341,8 +344,8 @@ def item_files(
         source: Path of JSON lines, a JSON array (.json), TSV, CSV or Parquet. Or path of an MMPR meta file, a JSON
             object that lists such files with their image folders.
         image_root: Folder to which relative image paths are joined. Must be empty for a meta file.
-        root_map: Tuples (old, new): the path of a folder in the meta file that has moved, and its new path. Must be
-            empty without a meta file.
+        root_map: Tuples (old path, new path) of folders that have moved since the meta file was written. Must be empty
+            without a meta file.
         system: System prompt for items without a system prompt; None: no system prompt.
 
     Raises:
@@ -366,7 +369,7 @@ def item_files(
 
 
 def _is_meta(source: str | Path) -> bool:
-    """Returns whether a file is an MMPR meta file, which lists data sets: a .json file without a JSON array.
+    """Returns whether a file is an MMPR meta file, which lists data sets: a .json file that is not a JSON array.
 
     Raises ValueError for a meta file that is not in UTF-8.
     """
@@ -405,10 +408,10 @@ def _is_path(image: object) -> bool:
 
 
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """Returns the data set's name and the image folder from ``source``, the field ``"$source"`` of an input line.
+    """Returns the data set's name and the image folder that a pair from a meta file stores.
 
-    Returns (None, ``image_root``) if ``source`` does not have both, or if an image is outside this folder or has a
-    relative path.
+    ``source`` is the field ``"$source"`` of the input line, which holds them. If one of them is missing, or if an
+    image is outside the folder or has a relative path, returns (None, ``image_root``).
     """
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The pipeline in which a judge model rates each response or compares two responses.
+"""The judge pipeline: a judge model compares or rates sampled responses, and pairs follow its preference.
 
 The judge compares two responses in both orders. If its preference changes with the order, the responses form no pair.
 ``mpo_ext.generate.runner`` runs the pipeline.
@@ -51,7 +51,7 @@ _RATING = re.compile(r"\W*(?:(?:Rating|Score|Answer)\W+)?(\d)(?:\s*/\s*\d)?\W*",
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeConfig:
-    """Settings of the pipeline with a judge.
+    """Settings of the judge pipeline. "The judge" is the model that compares or rates the responses.
 
     Attributes:
         samples: Number of responses per question.
@@ -59,16 +59,18 @@ class JudgeConfig:
         seed: Seed of all draws and choices.
         template: Name of the prompt template (``mpo_ext.generate.prompts``); None: the question with its options.
         mode: "pairwise": the judge compares two responses, in both orders; "pointwise": the judge rates each response.
-        judging: Settings for drawing the tokens of a verdict, for engines that measure no probabilities.
-        best_rating: The best rating, from 2 to 9; the worst rating is 1. If the engine measures probabilities, the
-            score of a response is the mean of the ratings, weighted with their probabilities.
+        judging: Settings for drawing the tokens of a verdict. They have no effect if the engine measures the
+            probabilities of verdicts.
+        best_rating: The best rating, from 2 to 9; the worst rating is 1. If the engine measures the probability of
+            each rating, the score of a response is the expected rating.
         min_gap: Minimum difference between the scores of a pair's two responses; with "pointwise" only.
         pairs_per_question: Maximum number of pairs or, with "pairwise", of comparisons per question; 0: no limit.
-        max_shorter: As in ``RlaifVConfig``; with "pointwise" only.
+        max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response; 1:
+            no limit. With "pointwise" only.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
-        judge: Name of the judge model that is written into the pairs. It does not select the model. None: the name of
-            the model that answers.
+        judge: Name of the judge that is written into the pairs. It is only a label, and loads no model. None: the name
+            of the model that wrote the responses.
         comparison_prompt: Prompt with ``{question}``, ``{first}`` and ``{second}``; the verdict is A or B.
         rating_prompt: Prompt with ``{question}``, ``{response}`` and ``{best}``; the verdict is a number.
     """
@@ -107,12 +109,12 @@ class JudgeConfig:
 
 @dataclasses.dataclass(slots=True)
 class _Verdict:
-    """A request for a verdict of the judge.
+    """A request to the judge, and the response to which its verdict is added.
 
     Attributes:
-        record: JSON object of the judged response, to which the verdict is added.
+        record: JSON object of the rated response, or of the first of two compared responses.
         request: The request.
-        opponent: Key of the other response in a comparison; None for a rating.
+        opponent: Key of the second response in a comparison; None for a rating.
     """
 
     record: dict[str, Any]
@@ -121,7 +123,7 @@ class _Verdict:
 
 
 class Judge:
-    """The pipeline in which a judge model rates or compares the responses to a question.
+    """Pairs responses by the preference of a judge model; ``mpo_ext.generate.runner.run`` runs this pipeline.
 
     The only output file is ``pairs.jsonl``.
     """
@@ -153,9 +155,9 @@ class Judge:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields lists of requests, and receives the generations of each list.
+        """Yields the requests that ``sample`` needs, a list at a time, and receives their generations by ``send``.
 
-        Returns the same value as ``sample``.
+        The generator's return value is the return value of ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         verdicts: list[_Verdict] = []
@@ -179,9 +181,10 @@ class Judge:
     def _verdicts(
         self, item: Item, records: Sequence[dict[str, Any]], media: dict[str, Any]
     ) -> Generator[_Verdict, None, None]:
-        """Yields a request for each verdict that the judge must give about the responses to an item.
+        """Yields the requests for ratings or comparisons of the responses to an item.
 
-        ``records`` are the JSON objects of distinct responses.
+        ``records`` are the JSON objects of the responses, which must be distinct. ``media`` are the item's images and
+        videos.
         """
         question = quoted(item.prompt_text)
         if self.config.mode == "pointwise":
@@ -202,7 +205,10 @@ class Judge:
                 yield _Verdict(first, request, second["key"])
 
     def _judge(self, verdicts: Sequence[_Verdict]) -> Generator[list[Request], list[Generation], None]:
-        """Yields the requests of all verdicts, receives the generations, and adds each verdict to its response."""
+        """Adds the judge's verdicts to the records of the responses.
+
+        Yields the list of requests, and receives their generations.
+        """
         generations = yield [verdict.request for verdict in verdicts]
         for verdict, generation in zip(verdicts, generations, strict=True):
             record = verdict.record
@@ -230,10 +236,10 @@ class Judge:
         return float(match[1]) if match and 1 <= int(match[1]) <= self.config.best_rating else None
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the sampled responses to an item. The judge prefers the chosen response of each pair.
+        """Makes pairs from the judged responses to an item. The judge prefers the chosen response of each pair.
 
         ``records`` are the responses with their verdicts, as JSON objects. ``model`` is the name of the model that
-        answered.
+        wrote the responses.
         """
         result = ItemResult()
         for stage, field in (("responses", "tokens"), ("verdicts", "verdict_tokens")):
@@ -286,9 +292,9 @@ class Judge:
     def _compared(
         self, item: Item, responses: Sequence[RatedResponse], result: ItemResult
     ) -> list[tuple[RatedResponse, RatedResponse]]:
-        """Returns the (chosen, rejected) pairs for which the judge prefers the same response in both orders.
+        """Returns (chosen, rejected) tuples of responses. The judge has preferred ``chosen`` in both orders.
 
-        Counts unreadable verdicts and order-dependent preferences in ``result.notes``.
+        Counts in ``result.notes`` the comparisons with an unreadable verdict, and those in which the order decided.
         """
         by_key = {response.record["key"]: response for response in responses}
         shares = {
@@ -320,9 +326,10 @@ class Judge:
 
 
 def first_share(generation: Generation) -> float | None:
-    """Returns the judge's preference for the first of two responses, A, over the second response, B.
+    """Returns the judge's preference for the first of two responses, between 0 and 1.
 
-    This is P(A) / (P(A) + P(B)). Without ``choice_probs``, it is 1 for the text "A", 0 for "B", and None otherwise.
+    This is P(A) / (P(A) + P(B)), where A is the first response. If the engine has measured no probabilities, it is 1
+    for the text "A", 0 for "B", and None for any other text.
     """
     if (probs := generation.choice_probs) is not None:
         return round(probs[0] / sum(probs), 6)

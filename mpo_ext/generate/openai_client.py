@@ -135,7 +135,7 @@ class OpenAIClient:
         """Starts a request without waiting for the answer.
 
         Args:
-            name: Name of the request, as in ``finished``.
+            name: Name by which ``finished`` returns the answer.
             path: Path of the request below ``base_url``.
             make_body: Function that returns the JSON body. A worker thread calls it when the request is sent.
         """
@@ -177,13 +177,13 @@ class OpenAIClient:
             return await self._ask(path, body, self.options.max_retries)
 
     async def _ask(self, path: str, body: Mapping[str, Any], max_retries: int) -> Reply:
-        """Sends a request and retries it up to ``max_retries`` times, with growing pauses.
+        """Sends a request. After a temporary failure, retries up to ``max_retries`` times, with growing pauses.
 
         A pause is at least as long as the server requests.
 
         Raises:
-            RequestRefusedError: If the server refuses the request, or if all attempts fail while the server still
-                answers other requests.
+            RequestRefusedError: If the server refuses the request. Also if all attempts fail, although the server
+                still answers another request.
             ServerError: If the server cannot be used.
         """
         attempt = 0
@@ -206,9 +206,9 @@ class OpenAIClient:
         raise ServerError(f"{text}: the same command resumes the run when the server works again", failure.status)
 
     async def _attempt(self, path: str, body: Mapping[str, Any]) -> "Reply | _Failure":
-        """Sends a request once. Returns the answer, or a failure after which a retry may help.
+        """Sends a request once, and returns the answer, or a failure that may be temporary.
 
-        Other failures raise RequestRefusedError or ServerError.
+        Raises RequestRefusedError or ServerError for a failure that is not temporary.
         """
         openai, place = self._openai, f"{self.options.base_url}{path}"
         try:
@@ -250,9 +250,9 @@ class _Failure:
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float:
-    """Returns the number of seconds that the response headers ask the client to wait; 0 if they do not ask.
+    """Returns how many seconds the client must wait according to the response headers; 0 without such a header.
 
-    A date in ``Retry-After`` is converted to seconds from now, by the clock of the server if the headers state it.
+    If ``Retry-After`` is a date, the current time comes from the header ``Date`` or, without it, from this machine.
     """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name, "")
@@ -276,9 +276,9 @@ def _now(headers: Mapping[str, str]) -> float:
 
 
 def _problem(reply: Any) -> str | None:
-    """Checks that an answer has exactly one choice, with a text or message and a finish reason.
+    """Returns a description of an invalid answer, or None for a valid answer.
 
-    Returns None for a valid answer, and a description of an invalid answer.
+    A valid answer has exactly one choice, with a text or message and a finish reason.
     """
     choices = reply.get("choices") if isinstance(reply, Mapping) else None
     if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], Mapping):

@@ -23,13 +23,16 @@ _TAIL = 16  # number of tokens at a prompt's end that an error message shows
 
 
 class OpenAIEngine:
-    """Asks a server for continuations. Each request has a separate seed, which some servers ignore.
+    """Sends prompts to a server with OpenAI's HTTP interface, and returns the continuations.
 
-    Short requests at the start find out what the server supports (``features``). If the server accepts token ids, a
-    prompt without images goes to ``/v1/completions`` as token ids. All other prompts go to ``/v1/chat/completions`` as
-    messages, with images as ``data:`` URLs. There, the prefix of a response is an unfinished turn of the assistant
-    (``continue_final_message``). If the server returns the token ids of its prompts, they must match those of the
-    model's processor. A request that the server cannot answer correctly is refused.
+    At the start, short test requests find out what the server supports (``features``).
+
+    - If the server accepts token ids, a prompt without images goes to ``/v1/completions`` as token ids.
+    - All other prompts go to ``/v1/chat/completions`` as messages, with images as ``data:`` URLs. A prefix of the
+      response is sent as an unfinished turn of the assistant (``continue_final_message``).
+    - If the server returns the token ids of its prompts, they must match those of the model's processor.
+    - Each request has a separate seed, which some servers ignore.
+    - A request that the server cannot answer, such as a request with videos, is refused.
 
     Args:
         model: Name of the model on the server.
@@ -126,7 +129,7 @@ class OpenAIEngine:
         ``finished`` returns a refusal for a request that cannot be sent, such as a request with videos.
 
         Raises:
-            ValueError: If the server does not support ``top_k``, or the continuation of a prefix.
+            ValueError: If the request has a ``top_k`` or a prefix, and the server does not support it.
         """
         name = str(next(self._names))
         if request.videos:
@@ -234,7 +237,10 @@ class OpenAIEngine:
         return {"prompt": [*self._encoder().prompt_ids(request), *request.prefix_ids]}
 
     def _messages(self, request: Request) -> dict[str, Any]:
-        """Returns the fields of a request to ``/chat/completions``, with placeholders that ``_with_images`` fills."""
+        """Returns the messages and further fields of a request to ``/chat/completions``.
+
+        Images are left as placeholders, which ``_with_images`` replaces.
+        """
         chat = self.chat
         as_parts = bool(request.images) or (chat is not None and chat.is_multimodal)
         messages = chat_messages(request, as_parts=as_parts)
@@ -288,9 +294,9 @@ class OpenAIEngine:
         return Generation(generation.token_ids, generation.text, reason)
 
     def _text_generation(self, request: Request, text: str, reason: Any, reply: Reply) -> Generation:
-        """Converts an answer without token ids into a ``Generation``, and computes the ids from the text.
+        """Converts an answer that has no token ids into a ``Generation``, and encodes the text to get the ids.
 
-        Without a tokenizer, there are no ids, and the number of tokens comes from the server's ``usage``.
+        Without a tokenizer, the generation has no ids, and the server's ``usage`` tells the number of tokens.
         """
         if self.chat is None:
             usage = reply.get("usage") or {}
@@ -310,10 +316,10 @@ class OpenAIEngine:
 
 
 def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> None:
-    """Checks that the server's prompt equals the prompt of the model's processor.
+    """Checks that the prompt that the server used is the prompt of the model's processor.
 
-    Image tokens, and texts between images, are not compared. Different token ids are accepted if their texts are
-    equal.
+    The prompts match if their token ids or their texts are equal. With images, only the parts before the first image
+    and after the last image are compared.
 
     Args:
         chat: Encoder with the model's processor.
@@ -347,7 +353,7 @@ def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Non
 
 
 def _with_json_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a message whose tool call arguments are JSON texts, as OpenAI's interface requires."""
+    """Returns a message with the arguments of its tool calls as JSON texts, as OpenAI's interface requires."""
     calls = [
         {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
         for call in message.get("tool_calls", ())

@@ -90,7 +90,10 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Form:
-    """A variant of the optional request fields, which differ between servers. Attributes: see ``ServerFeatures``."""
+    """A set of optional request fields, because servers accept different sets.
+
+    The attributes are those of ``ServerFeatures``.
+    """
 
     extensions: bool
     seed_bits: int
@@ -107,7 +110,7 @@ _FORMS = [
 
 
 class _Prober:
-    """Sends test requests with several variants of the optional fields, and keeps the first accepted variant."""
+    """Sends test requests to a server, and finds the optional request fields that it accepts."""
 
     def __init__(self, client: OpenAIClient, model: str, extra_body: Mapping[str, Any]) -> None:
         self.client = client
@@ -120,9 +123,9 @@ class _Prober:
         return self.forms[0]
 
     def find_form(self, path: str, body: Mapping[str, Any]) -> Reply | None:
-        """Sends a request with each variant of the optional fields until the server accepts it, and keeps the variant.
+        """Sends a request with each set of optional fields, and keeps the first set that the server accepts.
 
-        Returns the answer, or None if the server refuses all variants.
+        Returns the answer, or None if the server refuses all sets.
         """
         for form in self.forms:
             reply = self.ask(path, body, form)
@@ -134,10 +137,10 @@ class _Prober:
     def ask(
         self, path: str, body: Mapping[str, Any], form: _Form, *, max_new_tokens: int = 1, **changes: Any
     ) -> Reply | None:
-        """Sends a request with the optional fields of ``form``.
+        """Sends a request with the optional fields of ``form``, and returns the server's answer.
 
-        Returns the answer, or None if the server refuses the request or lacks the path. ``changes`` are further
-        fields, which replace those of ``body``.
+        Returns None if the server refuses the request or lacks the path. ``changes`` are further fields of the
+        request, which take precedence over ``body``.
         """
         fields = {**self.base, **(EXTENSIONS if form.extensions else {}), form.limit: max_new_tokens}
         fields |= {"seed": 2**form.seed_bits - 1, **body, **changes}
@@ -154,7 +157,8 @@ class _Prober:
     def continues(self, messages: list[dict[str, Any]], chat: ChatEncoder, answer: Reply) -> bool:
         """Returns whether the server continues an unfinished assistant turn.
 
-        Repeats a request with such a turn at its end. The prompt must grow by exactly the tokens of the turn's text.
+        Sends the messages again with such a turn at the end. If the server continues the turn, the prompt grows by
+        exactly the tokens of the turn's text.
 
         Args:
             messages: Messages of the request.
@@ -171,7 +175,7 @@ class _Prober:
     def draws_top_k(self, path: str, body: Mapping[str, Any]) -> bool:
         """Returns whether the server applies ``top_k``.
 
-        Draws several times at a high temperature with ``top_k=1``. All draws must be equal.
+        Samples several times with ``top_k=1`` at a high temperature. All samples must be equal.
         """
         changes: dict[str, Any] = {"temperature": 2.0, "top_k": 1, "max_new_tokens": 4}
         texts = set()

@@ -21,10 +21,10 @@ _WATCHERS: list["subprocess.Popen[bytes]"] = []  # keeps the running watchers fr
 
 @contextlib.contextmanager
 def ended_with_this_process() -> Iterator[None]:
-    """A ``with`` block for starting child processes that must not outlive this process.
+    """Starts a watcher for the child processes that are started inside the ``with`` block.
 
-    A watcher ends these processes and their descendants as soon as this process has ended, even by SIGKILL. It does
-    not end children that start before or after the block.
+    As soon as this process has ended, even by SIGKILL, the watcher ends these children and their descendants. Children
+    that start before or after the block are not ended.
     """
     if not os.path.isdir("/proc/self/task"):
         yield
@@ -52,14 +52,15 @@ def children(pid: int) -> set[int]:
 
 
 def watch(parent: int, excluded: set[int]) -> None:
-    """Waits until the process ``parent`` has ended, and then ends its children and their descendants.
+    """Waits until the process ``parent`` has ended, and then ends the children that it started in the ``with`` block.
 
-    Runs in the watcher process. At the end of the block of ``ended_with_this_process``, the parent writes a line with
-    the pids of its children to the watcher's stdin. Children that start later are not ended.
+    This is the main function of the watcher, which ``ended_with_this_process`` starts. At the end of the ``with``
+    block, the parent writes the pids of its children to the watcher's stdin. The children's descendants are ended,
+    too.
 
     Args:
         parent: Pid of the watcher's parent.
-        excluded: Pids of children that are not ended, because they started before the block.
+        excluded: Pids of the children that started before the block. They are not ended.
     """
     excluded = {*excluded, os.getpid()}
     known: dict[int, str] = {}
@@ -79,11 +80,11 @@ def watch(parent: int, excluded: set[int]) -> None:
 
 
 def end(processes: dict[int, str]) -> None:
-    """Sends SIGTERM to processes and their children, and SIGKILL to those that still run after some seconds.
+    """Sends SIGTERM to processes and their children, and after some seconds SIGKILL to those that still run.
 
     Args:
-        processes: Start time of each process, by pid. A process with another start time is not ended, because the
-            system has reused the pid.
+        processes: Start time of each process, by pid. If a pid now has another start time, the system has reused it,
+            and that process is not ended.
     """
     for number, patience_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 0.0)):
         for pid in list(processes):
@@ -105,9 +106,9 @@ def _add(known: dict[int, str], pids: Iterable[int]) -> None:
 
 
 def _start_time(pid: int) -> str | None:
-    """Returns the start time of a process, which tells it apart from a later process with the same pid.
+    """Returns the start time of a process, or None if the process has ended or is a zombie.
 
-    Returns None if the process has ended or is a zombie.
+    The start time distinguishes the process from a later process with the same pid.
     """
     try:
         with open(f"/proc/{pid}/stat") as file:

@@ -1,4 +1,4 @@
-"""The output lines of an item, the summary of a run, and the writer of a run's output files."""
+"""The result of a pipeline for each item, the summary of a run, and the writer of the output files."""
 
 import collections
 import contextlib
@@ -20,17 +20,18 @@ _REPEATED = "pairs of questions that occur more than once"  # note in the summar
 
 @dataclasses.dataclass(slots=True)
 class ItemResult:
-    """The result of a pipeline for an item: its output lines, and the reasons for skipped samples.
+    """The pairs that a pipeline has made from an item, and the reasons for skipped samples.
 
     Attributes:
-        lines: Output lines, each as the output file's name without ".jsonl", and the JSON object to write.
-        skipped: Number of skipped samples by reason. If the item as a whole is skipped, its reason counts once, too.
+        lines: Tuples (name, JSON object) of the output lines, where ``name`` is the file's name without ".jsonl".
+        skipped: Number of skipped samples or pairs by reason. If the item as a whole is skipped, its reason counts
+            once, too.
         is_skipped: Whether the item as a whole is skipped.
-        notes: Remarks for the summary, each with the number of pairs or comparisons that it concerns.
+        notes: Number of pairs or comparisons by remark, for the summary.
         tokens: Number of generated tokens.
         stage_tokens: Number of generated tokens by step of the pipeline, such as "responses" and "verdicts"; empty for
             a pipeline with one step.
-        details: An example for each reason in ``skipped``, such as the path of an image; reasons may lack an example.
+        details: An example for a reason in ``skipped``, such as the path of an unreadable image.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -48,9 +49,9 @@ class ItemResult:
         return self
 
     def skip_problem(self, records: Sequence[Mapping[str, Any]]) -> bool:
-        """Marks the item as skipped if one of its records has the field ``problem``, and returns whether it did so.
+        """Marks the item as skipped if a sample has a ``problem``, and returns whether this is the case.
 
-        A record is the JSON object of a sample.
+        ``records`` are the samples as JSON objects.
         """
         record = next((record for record in records if "problem" in record), None)
         if record is None:
@@ -62,13 +63,13 @@ class ItemResult:
 
 
 def problem_detail(record: Mapping[str, Any]) -> str | None:
-    """Returns details of the problem that a sample's JSON object states, such as the path of an image, or None."""
+    """Returns the details of a sample's problem, such as the path of an image, or None without details."""
     return record.get("detail") or record.get("refusal")
 
 
 @dataclasses.dataclass(slots=True)
 class Summary:
-    """The counts of a run. An interrupted and resumed run has the same counts.
+    """The counts of a run. They do not depend on whether the run was interrupted and resumed.
 
     Attributes:
         items: Number of items.
@@ -79,10 +80,10 @@ class Summary:
         rejected_chars: Number of characters in the rejected responses of all pairs.
         skipped: Number of skipped items and samples by reason.
         skipped_items: Number of items skipped as a whole.
-        notes: Remarks, each with the number of pairs or comparisons that it concerns.
+        notes: Number of pairs or comparisons by remark.
         stage_tokens: Number of generated tokens by step of the pipeline, such as "responses" and "verdicts"; empty for
             a pipeline with one step.
-        examples: The first example for each reason in ``skipped``; reasons may lack an example.
+        examples: The first example for a reason in ``skipped``, if there is one.
     """
 
     items: int = 0

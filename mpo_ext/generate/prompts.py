@@ -111,8 +111,8 @@ def get_template(name: str, templates: Mapping[str, PromptTemplate] = TEMPLATES)
 def load_templates(path: str | Path) -> dict[str, PromptTemplate]:
     """Reads templates from a file, and returns them together with the built-in templates.
 
-    The YAML or JSON file maps each name to ``text`` and ``answer_style``. A template with a built-in name may leave
-    out one of the two; it then keeps the built-in value.
+    The YAML or JSON file maps each name to ``text`` and ``answer_style``. If the name is that of a built-in template,
+    missing values are taken from that template.
 
     Raises:
         ValueError: If the file does not hold such a mapping. The message names the file and the template.
@@ -164,13 +164,13 @@ def _read(path: Path) -> Any:
 
 
 def render(template: PromptTemplate, question: str, options: Sequence[str] | Mapping[str, str] | None = None) -> str:
-    """Returns the prompt that a template makes from a question. Braces in the question are kept.
+    """Returns a template with a question and its options filled in. Braces in the question are kept.
 
     Args:
         template: The template.
         question: The question.
-        options: Option texts in the order A, B, ..., or a mapping from letter to text. None removes ``{options}``, for
-            a question without options, or a question that already shows its options.
+        options: Option texts in the order A, B, ..., or a mapping from letter to text. None removes ``{options}`` from
+            the prompt, for a question that has no options or already shows them.
     """
     if not isinstance(question, str):
         raise TypeError(f"question for template {template.name!r} must be a string, got {question!r}")

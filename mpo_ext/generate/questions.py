@@ -71,7 +71,7 @@ class QuestionSampler:
         seed: Seed of all draws.
         template: Template of the prompts; None: the question with its options.
         needs_truths: Whether to skip questions without a true answer.
-        with_image: Whether the model sees the images and videos. False skips items without images and videos.
+        with_image: Whether the model sees the images and videos. False also skips items that have neither.
     """
 
     name: str
@@ -122,10 +122,11 @@ class QuestionSampler:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields a list of requests, and receives their generations.
+        """Yields one list with all requests, and receives their generations by ``send``.
 
-        Returns a list of records (JSON objects) for each item. A record has ``key``, ``text``, ``finish`` and
-        ``tokens`` or, if the item cannot be used, ``key`` and ``problem``.
+        The generator's return value is a list of records (JSON objects) for each item. A record has ``key``, ``text``,
+        ``finish`` and ``tokens``. If the item cannot be used, or the engine refuses the request, it has ``key`` and
+        ``problem`` instead.
         """
         problems: dict[int, dict[str, str]] = {}
         requests: list[Request] = []
@@ -177,8 +178,8 @@ class AnswerScorer:
 
     Args:
         matcher_options: Kind and options of the matcher, the function that compares answers.
-        style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template, or
-            "final_answer" without a template.
+        style: How to find the answer in a response, such as "boxed"; see ``extract_answer``. None: the style of the
+            template, or "final_answer" without a template.
         template: Template of the prompts, or None.
     """
 
@@ -191,7 +192,7 @@ class AnswerScorer:
         self._verdicts: dict[tuple[tuple[str, ...], Any, str], Verdict] = {}
 
     def matcher_for(self, item: Item) -> Matcher:
-        """Returns the function that compares answers. If it matches choices, it knows the item's options."""
+        """Returns the matcher that compares answers to an item. A multiple-choice matcher gets the item's options."""
         return self.matcher if item.options is None else self.matcher.with_options(dict(item.options))
 
     def score(self, text: str, item: Item) -> tuple[str | None, Verdict | None]:
@@ -212,9 +213,10 @@ class AnswerScorer:
         return answer, verdict
 
     def score_fields(self, text: str, item: Item) -> dict[str, Any]:
-        """Extracts the answer in a response, compares it with the true answers, and returns a dict with the result.
+        """Returns a dict with the ``answer`` in a response and the result of its comparison with the true answers.
 
-        ``correct`` is True or False, or None if there is no answer or the matcher cannot read it.
+        ``correct`` is None if there is no answer, or if the matcher cannot read it; otherwise it is True or False.
+        ``score`` and ``rule`` are those of the matcher's ``Verdict``.
         """
         answer, verdict = self.score(text, item)
         fields: dict[str, Any] = {"answer": answer, "correct": None if verdict is None else verdict.correct}
@@ -223,9 +225,9 @@ class AnswerScorer:
         return {**fields, "verdicts": VERDICT_VERSION}
 
     def stored_fields(self, record: Mapping[str, Any], item: Item) -> dict[str, Any]:
-        """Returns the answer and its score, as in ``score_fields``, from the stored JSON object of a response.
+        """Returns the fields of ``score_fields`` from the stored JSON object of a response.
 
-        If the object was written with another ``VERDICT_VERSION``, the response is scored again.
+        If the object has another ``VERDICT_VERSION``, its scores are outdated, and the response is scored again.
         """
         if record.get("verdicts") == VERDICT_VERSION:
             return {name: record[name] for name in ("answer", "correct", "score", "rule") if name in record}

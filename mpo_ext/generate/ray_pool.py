@@ -1,4 +1,4 @@
-"""The driver of a Ray run: sends groups of items (blocks) to actors, receives the samples, replaces dead actors."""
+"""The driver of a Ray run: sends groups of items (blocks) to actors, receives samples, and replaces dead actors."""
 
 import dataclasses
 import math
@@ -80,12 +80,12 @@ class RayPool:
         return self._report.name, self._report.settings
 
     def run(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, list[dict[str, Any]]]]:
-        """Samples blocks of items on the actors, and yields each block with its records in the order of completion.
+        """Samples blocks (groups of items) on the actors, and yields each finished block with its samples.
 
-        A record is the JSON object of a sample.
+        The blocks are yielded in the order in which they finish. A sample is a JSON object.
 
         Raises:
-            BlockError: If a block cannot be sampled. Blocks that have begun are finished and yielded first.
+            BlockError: If a block cannot be sampled. The blocks that are being sampled are finished and yielded first.
         """
         while True:
             for actor in self._actors:
@@ -111,7 +111,7 @@ class RayPool:
             self._ray.kill(actor.handle)
 
     def _fill(self, actor: _Actor, blocks: Iterator[Block]) -> None:
-        """Sends an actor further blocks of items until it has enough to do."""
+        """Sends blocks (groups of items) to an actor, until it has enough work."""
         if actor.report is None:
             return
         concurrency = actor.report.concurrency
@@ -140,9 +140,9 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether so many actors have died with a block of items that one more death makes the run fail.
+        """Returns whether one more actor that dies with a block of items makes the run fail.
 
-        Such a block is sent to an actor without other blocks. ``start`` is the block's ``Block.start``.
+        Such a block is sent to an actor without other blocks. ``start`` identifies the block.
         """
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 
@@ -156,7 +156,7 @@ class RayPool:
         actor.n_calls += 1
 
     def _receive(self) -> list[tuple[Block, BlockResult]]:
-        """Waits until a call of an actor returns, and returns the finished blocks of items with their results."""
+        """Waits until an actor answers a call, and returns the finished blocks of items with their results."""
         (ref,), _ = self._ray.wait(list(self._callers), num_returns=1)
         actor = self._callers.pop(ref)
         actor.n_calls -= 1
@@ -183,7 +183,7 @@ class RayPool:
     def _replace(self, actor: _Actor, error: Exception) -> None:
         """Replaces a dead actor by a new one, and queues the dead actor's blocks of items again.
 
-        A block that has lost too many actors is not queued, and makes the run fail.
+        If three actors have died with the same block, the run fails.
         """
         self._ray.kill(actor.handle)
         self._actors.remove(actor)

@@ -40,8 +40,8 @@ def run(
 ) -> Summary:
     """Runs a pipeline like ``runner.run``, but with engines on a Ray cluster, and returns the summary of the run.
 
-    Only this process, the driver, reads ``source`` and writes to ``out``. If an engine dies, a new engine repeats its
-    unfinished requests. The actors end when the driver ends or is killed.
+    Only this process, the driver, reads ``source`` and writes to ``out``. If an engine dies, a new engine takes over
+    its unfinished items. The actors end when the driver ends or is killed.
 
     Args:
         pipeline: As in ``runner.run``.

@@ -34,7 +34,7 @@ class Block:
         return f"items {self.first_item + 1} to {self.first_item + len(self.items)}"
 
     def describe(self, place: int) -> str:
-        """Returns a description of the item with the index ``place`` in the block: its number and its question."""
+        """Returns the number and the question of the item with the index ``place`` in the block, as a text."""
         question = " ".join(self.items[place].question.split())
         shown = question if len(question) <= _SHOWN else f"{question[: _SHOWN - 3]}..."
         return f"item {self.first_item + place + 1} ({shown!r})"
@@ -92,10 +92,10 @@ class RayWorker:
         return EngineReport(self.engine.name, self.engine.settings(), concurrency)
 
     def step(self, blocks: Sequence[Block]) -> list[BlockResult]:
-        """Starts blocks of items, waits until at least one block has finished, and returns the available results.
+        """Starts the given blocks (groups of items), and returns the results of the blocks that are finished.
 
-        With a streaming engine, the results may be those of earlier calls, and a later call may return those of the
-        given blocks. Other engines finish all given blocks.
+        With a streaming engine, waits until at least one block is finished. This may be a block of an earlier call.
+        Other engines finish all given blocks.
         """
         if self._feeder is None:
             return [self._run(block) for block in blocks]
@@ -122,10 +122,10 @@ class RayWorker:
             return BlockResult(block.start, [], f"{block}: {describe_error(error)}{self._culprit(block)}")
 
     def _culprit(self, block: Block) -> str:
-        """Finds the item that made a block of items fail, by sampling the items one by one.
+        """Finds the item because of which a block of items failed, by sampling the items one by one.
 
-        Returns a text that names the first item that fails alone. Returns "" if no item fails alone, or if the item
-        next to it fails, too, because the cause is then not this item.
+        Returns a text that names the first item that fails alone. Returns "" if no item fails alone. Also returns ""
+        if the item next to it fails, because the cause is then not this item.
         """
         if len(block.items) < 2:
             return ""

@@ -11,11 +11,12 @@ _UNIT = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\S")
 
 
 def is_degenerate(text: str) -> bool:
-    """Returns whether a response repeats itself.
+    """Returns whether a response repeats itself. One of two conditions is enough.
 
-    This is the case if the response ends with the same passage at least 5 times in a row, and these repetitions have
-    at least 60 characters in total. It is also the case if more than half of the sequences of 6 words (or ideographs)
-    in the response repeat an earlier sequence, and there are at least 60 sequences.
+    - The response ends with the same passage at least 5 times in a row. The repetitions have at least 60 characters in
+      total, and the passage has at most 400 characters.
+    - The response has at least 60 sequences of 6 words, and more than half of them repeat an earlier sequence. A
+      punctuation mark, and a Chinese, Japanese or Korean character, counts as a word.
     """
     for period in range(1, min(_PERIODS, len(text) // _LEAST_REPEATS) + 1):
         needed = max(_LEAST_REPEATS * period, _LEAST_REPEATED_CHARS)

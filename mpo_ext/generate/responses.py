@@ -27,7 +27,7 @@ class RatedResponse:
     Attributes:
         text: The response.
         score: The score.
-        record: The response as stored in the journal, the file of a run's samples.
+        record: JSON object of the response, as stored on disk.
     """
 
     text: str
@@ -63,9 +63,10 @@ def distinct(samples: Sequence[Response], result: ItemResult) -> list[Response]:
 
 
 def choice_hash(seed: int, item: Item, *texts: str) -> bytes:
-    """Returns a hash of a seed, an item and texts, by which pipelines choose among responses.
+    """Returns a hash by which pipelines choose among samples or pairs of an item.
 
-    The hash depends on the contents only, so the choice does not depend on the order of items or samples.
+    It depends only on the seed, the item and the texts. So the choice does not depend on the order of items or
+    samples.
     """
     parts = (seed, item.digest, *texts)
     return hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).digest()
@@ -81,17 +82,17 @@ def pairs_by_score(
     limit: int,
     seed: int,
 ) -> list[tuple[RatedResponse, RatedResponse]]:
-    """Returns (chosen, rejected) pairs of responses with different scores.
+    """Returns (chosen, rejected) pairs of responses, where ``chosen`` has the higher score.
 
-    A seeded hash determines which pairs are returned if there are more than ``limit``.
+    If there are more than ``limit`` pairs, a hash selects them.
 
     Args:
         item: The question.
         responses: The responses, which must be distinct.
-        result: Result in whose ``notes`` the pairs that violate ``min_gap`` or ``max_shorter`` are counted.
+        result: Result of the item. Its ``notes`` count the pairs that violate ``min_gap`` or ``max_shorter``.
         min_gap: Minimum difference between the two scores.
-        max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response;
-            1: no limit.
+        max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response. 1:
+            no limit.
         limit: Maximum number of pairs; 0: no limit.
         seed: Seed of the hash.
     """

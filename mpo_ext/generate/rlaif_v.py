@@ -1,8 +1,8 @@
 """The RLAIF-V pipeline (arXiv 2405.17220), which checks the claims of each response one by one.
 
 The model answers a question several times. Each response is split into claims, and each claim becomes a yes-or-no
-question, which a model answers with the image. The score of a response is minus the number of its rejected claims.
-``mpo_ext.generate.runner`` runs the pipeline.
+question. A model that sees the image answers this question. The score of a response is minus the number of its wrong
+claims. ``mpo_ext.generate.runner`` runs the pipeline.
 """
 
 import dataclasses
@@ -50,14 +50,15 @@ class RlaifVConfig:
         questions: "model": a model turns the claims of a response into questions, as in the paper; "statement": the
             question is whether the claim is correct.
         rewriting: Settings for drawing tokens when a model lists claims or writes questions.
-        min_gap: The rejected response must have at least this many more rejected claims than the chosen response.
+        min_gap: The rejected response must have at least this many more wrong claims than the chosen response. A claim
+            is wrong if P(no) is at least P(yes).
         pairs_per_question: Maximum number of pairs per question; 0: no limit.
-        max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response. A
-            limit helps because a count of errors favours short responses. 1: no limit.
+        max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response. 1:
+            no limit; short responses then have an advantage, because they make fewer claims.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
-        judge: Name of the model that splits and checks responses, as written into the pairs. It does not select the
-            model. None: the name of the model that answers.
+        judge: Name of the model that splits and checks responses. It is only a label that is written into the pairs,
+            and loads no model. None: the name of the model that wrote the responses.
         claims_prompt: Prompt with ``{question}`` and ``{answer}``.
         questions_prompt: Prompt with ``{claims}``, a list with one claim per line.
         verdict_prompt: Prompt with ``{question}``, a question about a claim.
@@ -97,7 +98,7 @@ class RlaifVConfig:
 
 @dataclasses.dataclass(slots=True)
 class _Draft:
-    """The state of a response in ``RlaifV.steps``.
+    """The state of a response while ``RlaifV`` checks its claims.
 
     Attributes:
         item: The item of the response.
@@ -115,10 +116,9 @@ class _Draft:
         self.record["failure"] = reason
 
     def is_whole(self, generation: Generation, name: str) -> bool:
-        """Returns whether a generated list of claims or questions can be used.
+        """Returns whether a generated list of claims or questions is complete.
 
-        If the engine refused the request or cut the list off, stores this in ``record``. ``name`` is "claims" or
-        "questions".
+        If it was refused or cut off, stores this in ``record``. ``name`` is "claims" or "questions".
         """
         if generation.refusal is not None:
             self.record["refusal"] = generation.refusal
@@ -133,11 +133,10 @@ class _Draft:
 
 
 class RlaifV:
-    """The RLAIF-V pipeline, which checks the claims of each response one by one.
+    """Pairs responses by the number of their wrong claims. ``mpo_ext.generate.runner.run`` runs this pipeline.
 
-    The only output file is ``pairs.jsonl``.
-
-    Equal responses to a question are checked once. Equal questions about an item are asked once.
+    The only output file is ``pairs.jsonl``. Equal responses to a question are checked once. Equal questions about an
+    item are asked once.
     """
 
     name = "rlaif_v"
@@ -166,9 +165,9 @@ class RlaifV:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields lists of requests, and receives the generations of each list.
+        """Yields the requests that ``sample`` needs, a list at a time, and receives their generations by ``send``.
 
-        Returns the same value as ``sample``.
+        The generator's return value is the return value of ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         drafts: list[_Draft] = []
@@ -236,7 +235,7 @@ class RlaifV:
                 draft.fail("number of questions is not that of the claims")
 
     def _check(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
-        """Answers the questions about the claims with a model that sees the item's images, and stores the verdicts.
+        """Asks a model that sees the item's images about each claim, and stores the verdicts in the records.
 
         Yields one request for each different question about an item, and receives the generations.
         """
@@ -285,11 +284,10 @@ class RlaifV:
         return Request(key=key, question=question, seed=seed, sampling=sampling, role="judge", **values)
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the sampled responses to an item.
+        """Makes pairs from the responses to an item, by the number of their wrong claims.
 
-        The rejected response of a pair has at least ``min_gap`` more rejected claims than the chosen response.
         ``records`` are the responses with the verdicts on their claims, as JSON objects. ``model`` is the name of the
-        model that answered.
+        model that wrote the responses.
         """
         result = ItemResult()
         for stage, field in _STAGES.items():
@@ -342,7 +340,7 @@ class RlaifV:
 
 
 def n_rejected(record: Mapping[str, Any]) -> int:
-    """Returns the number of rejected claims of a response: those for which P(no) is at least P(yes)."""
+    """Returns the number of wrong claims in a response: claims for which P(no) is at least P(yes)."""
     return sum(yes <= no for yes, no in record["verdicts"])
 
 

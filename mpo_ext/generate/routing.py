@@ -22,7 +22,7 @@ class RoutedEngine:
 
     @property
     def chat(self) -> Any:
-        """The chat encoder of the answering model. Setting it also sets the date in the judge's chat encoder."""
+        """The chat encoder of the answering model. Setting it also gives its date to the judge's chat encoder."""
         return self.answer.chat  # type: ignore[attr-defined]
 
     @chat.setter

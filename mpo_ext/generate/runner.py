@@ -35,7 +35,7 @@ _CHECKED_ITEMS = 100
 
 
 class PairPipeline(Pipeline, Protocol):
-    """A pipeline that makes pairs: ``steps`` samples with an engine, ``make_pairs`` makes pairs from the samples.
+    """The interface of a pipeline that makes pairs: ``steps`` samples, and ``make_pairs`` pairs the samples.
 
     Attributes:
         needs_truths: Whether the items must have a true answer.
@@ -48,9 +48,9 @@ class PairPipeline(Pipeline, Protocol):
         """Names of the output files, without ".jsonl"."""
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Returns the output lines for an item, made from its samples without drawing random numbers.
+        """Makes the output lines of an item from its samples, without drawing random numbers.
 
-        ``records`` are the stored samples as JSON objects. ``model`` is the model's name that is written into the
+        ``records`` are the stored samples as JSON objects. ``model`` is the model's name, which is written into the
         pairs.
         """
 
@@ -78,12 +78,12 @@ def run(
         engine: Engine that answers the requests.
         source: File of items, or an MMPR meta file (.json) that lists such files; see ``item_files``.
         out: Folder of the run.
-        block_size: Number of samples to request at a time. All samples of an item are requested together, even if they
-            exceed this number. A killed run loses the samples that were requested together with unfinished ones.
+        block_size: Number of samples in a group that is sampled and stored together. All samples of an item are in the
+            same group, even if they exceed this number. A killed run loses its unfinished groups.
         limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
         rank: Rank of this process. It takes the items at the positions ``rank``, ``rank + world_size``, and so on.
         world_size: Number of processes, which need not run at the same time.
-        fsync_s: Seconds between two syncs to disk of the file of samples (journal).
+        fsync_s: Seconds between two syncs of the stored samples to disk.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
         **place: Arguments ``image_root``, ``root_map`` and ``system`` of ``item_files``.
 
@@ -157,11 +157,12 @@ def check_run(
 ) -> None:
     """Checks the arguments of ``run`` before a model is loaded.
 
-    Reads the first 100 items of the source. At least one of them must be usable.
+    Reads the first 100 items of the source. At least one of them must be usable. If the pipeline needs true answers,
+    at least one must have a true answer.
 
     Raises:
         OSError: If a file is missing or the folder is not writable.
-        ValueError: If none of the items is usable, or if an argument is invalid.
+        ValueError: If none of these items is usable, or if an argument is invalid.
     """
     if not Path(source).exists():
         raise FileNotFoundError(f"source must exist, got {source}")

@@ -1,12 +1,12 @@
 """Samples responses to items (questions), stores them and reads them back, for pipelines and the evaluation.
 
-Each process of a run handles every item whose position modulo the number of processes is its rank. It appends each
-sample as a record (a JSON object) to a separate file, its journal (``mpo_ext.journal``), in the order of the input.
-Memory does not grow with the number of items.
+With N processes, process r handles the items r, r + N, r + 2N and so on. It appends each sample as a record (a JSON
+object) to its own file, its journal (``mpo_ext.journal``), in the order of the input. Memory does not grow with the
+number of items.
 
-The engine gets the items in groups, the blocks, which depend only on the input and the block size. If a killed run has
-stored a part of a block, the next run samples the whole block again, with the same results, and appends the missing
-records.
+The engine gets the items in groups, called blocks, which depend only on the input and the block size. If a killed run
+has stored a part of a block, the next run samples the whole block again, with the same results, and appends the
+missing records.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ class Pipeline(Protocol):
         """Returns the keys that identify the samples of an item, in order."""
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields lists of requests for the items, and receives their generations.
+        """Yields the requests for the items, a list at a time, and receives their generations by ``send``.
 
-        Returns a list of records for each item. A record is the JSON object of a sample, one for each of the ``keys``
-        of the item.
+        The generator's return value is a list of records for each item. A record is the JSON object of a sample. There
+        is one record for each of the item's ``keys``.
         """
 
 
@@ -79,9 +79,9 @@ def check_world_size(out: Path, world_size: int) -> None:
 
 
 def stored_date(out: Path) -> str | None:
-    """Returns the date, in ISO format, that the chat template wrote into the prompts of a stored run, or None.
+    """Returns the date that the chat template has written into the prompts of a stored run.
 
-    ``out`` is the folder of the run.
+    The date is in ISO format; None if there is no stored date. ``out`` is the folder of the run.
     """
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         engine = (read_header(path) or {}).get("engine", {})
@@ -92,16 +92,15 @@ def stored_date(out: Path) -> str | None:
 
 
 def keep_date(engine: Engine, folders: Iterable[Path]) -> None:
-    """Sets the date that an engine's chat template writes to the date of an earlier run.
+    """Makes an engine's chat template write the date of an earlier run, so that a resumed run has the same prompts.
 
-    This keeps the prompts of a resumed run unchanged. The first of ``folders`` with a stored date decides. Without a
-    stored date, the engine is unchanged.
+    The date comes from the first of ``folders`` that has stored one. If there is none, the engine is unchanged.
     """
     set_date(engine, next(filter(None, map(stored_date, folders)), None))
 
 
 def set_date(engine: Engine, date: str | None) -> None:
-    """Sets the date in an engine's chat template. ``date`` is in ISO format; None leaves the engine unchanged."""
+    """Makes an engine's chat template write ``date``, which is in ISO format. None leaves the engine unchanged."""
     chat = getattr(engine, "chat", None)
     if date is not None and chat is not None:
         engine.chat = with_date(chat, datetime.date.fromisoformat(date))  # type: ignore[attr-defined]
@@ -117,12 +116,12 @@ def open_journal(
     world_size: int = 1,
     fsync_s: float = 5.0,
 ) -> Journal:
-    """Returns the file in which a process stores its samples (its journal), to be used as a context manager.
+    """Returns the journal of a process: the file to which it appends its samples. Use it as a context manager.
 
     Args:
         pipeline: The pipeline that samples.
-        engine_settings: Result of the engine's ``settings()``. Its "processor" is left out if an existing journal was
-            written by an earlier version of mpo_ext, which did not store it.
+        engine_settings: Result of the engine's ``settings()``. The field "processor" is left out if the existing
+            journal lacks it, as journals of earlier versions do.
         source: The items.
         out: Folder of the run.
         rank: Rank of the process.
@@ -160,13 +159,13 @@ def sample_items(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """Yields each item of this process with its records, the JSON objects of its samples.
+    """Samples what the journal lacks, and yields each item of this process with the list of its samples.
 
-    Records that ``journal`` does not hold are sampled and appended to it. ``block_size``, ``rank`` and ``world_size``
+    A sample is a JSON object. New samples are appended to ``journal``. ``block_size``, ``rank`` and ``world_size``
     have the same meaning as in ``runner.run``.
 
     Raises:
-        ValueError: If the journal holds records of other items.
+        ValueError: If the journal holds samples of other items.
     """
     items = itertools.islice(source.items(), rank, None, world_size)
     stored = stored_blocks(blocks(items, pipeline, block_size), pipeline, journal)
@@ -183,13 +182,13 @@ def sample_items(
 def read_samples(
     pipeline: Pipeline, source: ItemSource, out: Path, *, world_size: int = 1
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """Returns an iterator over all items with their stored records, in the order of the input.
+    """Returns an iterator over all items with the lists of their stored samples, in the order of the input.
 
-    The records are the JSON objects of the samples. Each process has stored its records in one file, its journal.
+    A sample is a JSON object. The samples come from the journals, one file for each process of the run.
 
     Raises:
-        IncompleteRunError: If a journal is missing (raised at once) or lacks a record (raised during iteration).
-        ValueError: If a journal holds records of other items (raised during iteration).
+        IncompleteRunError: If a journal is missing (raised at once) or lacks a sample (raised during iteration).
+        ValueError: If a journal holds samples of other items (raised during iteration).
     """
     paths = [journal_path(out, rank, world_size) for rank in range(world_size)]
     if not all(path.exists() and read_header(path) is not None for path in paths):
@@ -209,9 +208,9 @@ def read_samples(
 
 
 def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterator[list[Item]]:
-    """Splits items into lists, for each of which the pipeline draws about ``block_size`` samples.
+    """Splits items into lists that have at most ``block_size`` samples each.
 
-    Each list has at least one item.
+    A list has at least one item, even if this item has more samples.
     """
     check_integer("block_size", block_size, least=1)
     size = max(1, block_size // max(1, len(pipeline.keys(Item()))))
@@ -222,12 +221,12 @@ def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterat
 
 @dataclasses.dataclass(slots=True)
 class StoredBlock:
-    """A group of items that are sampled together, and those of their samples that are already stored.
+    """A group of items that are sampled together, with the samples that are already stored.
 
     Attributes:
         items: The items.
         keys: Keys that identify the samples of each item.
-        records: The stored samples as JSON objects, in order.
+        records: The stored samples as JSON objects, in order. Missing samples are always the last ones.
     """
 
     items: list[Item]
@@ -242,11 +241,11 @@ class StoredBlock:
         return _no_steps() if self.is_complete else pipeline.steps(self.items, engine)
 
     def add(self, journal: Journal, sampled: list[dict[str, Any]], pipeline: str) -> None:
-        """Appends the samples that the journal lacks, to the journal and to ``records``.
+        """Appends the missing samples to the journal and to ``records``.
 
         Args:
             journal: The file of stored samples.
-            sampled: All samples of the items, as JSON objects.
+            sampled: All samples of the items as JSON objects, including those that are already stored.
             pipeline: Name of the pipeline, for an error message.
         """
         check_records(sampled, list(itertools.chain.from_iterable(self.keys)), pipeline)
@@ -256,9 +255,9 @@ class StoredBlock:
 
 
 def check_records(sampled: Sequence[Mapping[str, Any]], keys: Sequence[str], pipeline: str) -> None:
-    """Raises RuntimeError if the field ``key`` of the samples does not have the values ``keys``, in order.
+    """Raises RuntimeError if the samples do not have the given keys, in order.
 
-    ``pipeline`` is the name of the pipeline in the error message.
+    The key of a sample is its field ``key``. ``pipeline`` is the name of the pipeline in the error message.
     """
     if [record["key"] for record in sampled] != list(keys):
         raise RuntimeError(f"{pipeline}.steps must give one record for each key, in order")
@@ -270,7 +269,7 @@ def _no_steps() -> Steps:
 
 
 def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[StoredBlock]:
-    """Yields each list of items, together with those of their samples that the journal already holds."""
+    """Yields each list of items together with the samples that the journal already holds."""
     stored = journal.records()
     for items in item_blocks:
         keys = [pipeline.keys(item) for item in items]
@@ -279,9 +278,9 @@ def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal
 
 
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the next of ``records`` (stored samples as JSON objects) for each key, and stops when they end.
+    """Yields one of the stored samples ``records`` for each key, until the samples end.
 
-    Raises ValueError if a record has a different key. ``path`` is the file in the error message.
+    Raises ValueError if a sample has a different key. ``path`` is the file in the error message.
     """
     for key in keys:
         record = next(records, None)

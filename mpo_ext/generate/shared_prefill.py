@@ -18,9 +18,10 @@ class UnsharedError(Exception):
 
 
 def sharing_problem(model: Any) -> str | None:
-    """Returns the reason why a model cannot share a prefill between the samples of a prompt, or None.
+    """Returns the reason why several samples of a prompt cannot share one prefill, or None.
 
-    The prefill is the forward pass of the prompt. Even after None, ``SharedPrefill`` may raise ``UnsharedError``.
+    The prefill is the forward pass of the prompt. Even if the result is None, ``SharedPrefill`` may raise
+    ``UnsharedError``.
     """
     from transformers import GenerationMixin
 
@@ -36,11 +37,11 @@ def sharing_problem(model: Any) -> str | None:
 
 
 class SharedPrefill:
-    """A decoding loop for ``generate(custom_generate=...)`` of transformers that samples each prompt several times.
+    """Samples each prompt several times after one prefill, as ``custom_generate`` of transformers' ``generate``.
 
     The inputs of ``generate`` hold each prompt once. The prompts run in one forward pass (the prefill). Then the cache
     and the inputs are copied for the samples. Apart from rounding, the samples have the same tokens as without
-    sharing. When half of the samples in a batch have ended, the ended samples are removed from the batch.
+    sharing. When half of the samples in a batch have ended, they are removed from the batch.
 
     Args:
         prompts: Index of each sample's prompt in the inputs.
@@ -68,7 +69,7 @@ class SharedPrefill:
         generation_config: Any,
         **inputs: Any,
     ) -> list[list[int]]:
-        """Runs the loop, and returns the new token ids of each sample, padded after the end token.
+        """Samples the prompts, and returns the new token ids of each sample, padded after the end token.
 
         transformers' ``generate`` passes all arguments.
 
@@ -107,14 +108,14 @@ class _DecodingBatch:
         self.pad_id = config.pad_token_id
 
     def select(self, rows: "Tensor") -> None:
-        """Reorders the batch: row i becomes a copy of row ``rows[i]``. An index may occur several times."""
+        """Selects batch rows: the new row i is the old row ``rows[i]``. An index may occur several times."""
         n_rows = len(self.ids)
         for name, value in self.inputs.items():
             self.inputs[name] = _select_rows(name, value, rows, n_rows)
         self.ids, self.logits = self.ids.index_select(0, rows), self.logits.index_select(0, rows)
 
     def decode(self, logits_processor: Any, stopping_criteria: Any) -> list[list[int]]:
-        """Decodes until all rows have ended, and returns the new token ids of each row."""
+        """Decodes until all rows have ended. Returns the new token ids of each row, padded after the end token."""
         import torch
 
         width = self.ids.shape[1]
@@ -196,9 +197,10 @@ def _check_cache(inputs: dict[str, Any]) -> None:
 
 
 def _module_states(model: Any, n_rows: int) -> dict[str, Any]:
-    """Returns the tensors that modules store as plain attributes, if their first dimension is ``n_rows``.
+    """Returns the tensors that modules keep as plain attributes and that have one row for each of ``n_rows`` prompts.
 
-    ``rope_deltas`` of Qwen-VL are left out, because decoding steps get their positions as inputs.
+    A prefill that changes such a tensor cannot be shared, because the tensor is not copied. ``rope_deltas`` of Qwen-VL
+    are left out, because decoding steps get their positions as inputs.
     """
     import torch
 

@@ -116,7 +116,8 @@ class TransformersEngine:
 
         Raises:
             ImportError: If the processor needs torchvision, which is missing.
-            ValueError: If the model is not a causal language model (``mpo_ext.processors.check_supported``).
+            ValueError: If the kind of model is not supported, such as an encoder-decoder
+                (``mpo_ext.processors.check_supported``).
         """
         import torch
         import transformers
@@ -197,8 +198,7 @@ class TransformersEngine:
         """Samples a batch, and returns the new token ids of each request, padded after the end token.
 
         Args:
-            questions: A batch from ``_batches``: lists of indices into ``requests``. Requests in a list have the same
-                prompt.
+            questions: The batch, as groups of indices into ``requests``. Requests in a group have the same prompt.
             requests: All requests.
             prompts: Prompt of each request.
         """
@@ -226,10 +226,10 @@ class TransformersEngine:
         prompts: Sequence[EncodedPrompt],
         tokens: Sequence[Sequence[int]],
     ) -> list[Generation]:
-        """Generates one greedy token for each request of a batch, and measures the probabilities of the choices.
+        """Generates one greedy token for each request of a batch, and stores the probabilities of its choices.
 
         Args:
-            rows: Indices of the batch's requests.
+            rows: The batch, as indices into ``requests``.
             requests: All requests.
             prompts: Prompt of each request.
             tokens: Token ids of each choice. All requests of the batch have the same choices.
@@ -255,9 +255,9 @@ class TransformersEngine:
         warnings.warn(f"{name} runs the prompt for each sample, because {reason}", stacklevel=4)
 
     def _generation_config(self, sampling: SamplingConfig) -> Any:
-        """Returns a greedy generation config with the model's end tokens and suppressed tokens.
+        """Returns a config for greedy decoding, with the model's end tokens and suppressed tokens.
 
-        The sampling settings are applied by ``SeededDraw``.
+        The config is greedy because ``SeededDraw`` draws the tokens.
         """
         from transformers import GenerationConfig
 
@@ -275,10 +275,9 @@ class TransformersEngine:
 
     @contextlib.contextmanager
     def _without_defaults(self) -> Iterator[None]:
-        """Clears the model's ``generation_config`` within a ``with`` block.
+        """Clears the model's ``generation_config`` inside the ``with`` block, except settings of memory and speed.
 
-        Otherwise, transformers' ``generate`` would take all settings that are None from it. Settings that change only
-        memory and speed are kept.
+        Otherwise, ``generate`` of transformers would take settings from it, such as ``repetition_penalty``.
         """
         from transformers import GenerationConfig
 
@@ -290,7 +289,7 @@ class TransformersEngine:
             self.model.generation_config = stored
 
     def _inputs(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
-        """Returns the model inputs of a batch. Each row is a prompt followed by the prefix, padded on the left."""
+        """Returns the model inputs of a batch. A row is a prompt and its ``prefix_ids``, padded on the left."""
         import torch
 
         inputs: dict[str, Any]
@@ -347,11 +346,11 @@ def _batches(
     shares_prefill: bool,
     adds_special: Callable[[str], bool],
 ) -> Iterator[list[list[int]]]:
-    """Groups requests into batches.
+    """Yields batches of requests. A batch is a list of groups, and a group is a list of indices into ``requests``.
 
-    A batch is a list of groups. A group is a list of the indices of all requests with the same prompt. In a batch, the
-    requests have equal settings, equal numbers of images, videos of equal shapes and similar lengths. A batch has at
-    most ``batch_size`` requests, unless it has only one group.
+    The requests in a group have the same prompt. The requests in a batch have equal settings, equal numbers of images,
+    videos of equal shapes and similar lengths. A batch has at most ``batch_size`` requests; a larger group is a batch
+    by itself.
 
     Args:
         requests: The requests.

@@ -41,8 +41,8 @@ class VLLMEngine:
     Raises:
         ChatError: If the chat template cannot be used.
         ImportError: If vllm is missing.
-        ValueError: If vLLM cannot run the adapters, cannot suppress the tokens that ``generation_config.json``
-            suppresses, or has too few GPUs for the processes on this machine.
+        ValueError: If vLLM cannot run the adapters, if it cannot suppress the tokens in ``generation_config.json``, or
+            if this machine has too few GPUs for its processes.
     """
 
     def __init__(
@@ -190,10 +190,11 @@ def _first_probs(completion: Any) -> dict[int, float]:
 
 
 def devices_of_rank(count: int) -> str | None:
-    """Returns the value of ``CUDA_VISIBLE_DEVICES`` that gives this process ``count`` GPUs of this machine.
+    """Returns the value of ``CUDA_VISIBLE_DEVICES`` for this process, such as "2,3" for its two GPUs.
 
-    Without this value, vLLM would start the engines of all processes on the first GPUs. Returns None if the variable
-    must not change: without a launcher, without GPUs, or if exactly ``count`` GPUs are visible.
+    Each process on this machine gets ``count`` other GPUs. Without this value, the vLLM engines of all processes would
+    start on the first GPUs. Returns None if the variable must not change: with a single process, without GPUs, or if
+    the variable already names exactly ``count`` GPUs.
 
     Raises:
         ValueError: If this machine has too few GPUs for its processes.
@@ -218,7 +219,7 @@ def devices_of_rank(count: int) -> str | None:
 
 
 def _single_ids(suppressed: Sequence[Sequence[int]]) -> list[int]:
-    """Converts sequences of one token id each to a sorted list of token ids.
+    """Returns the suppressed token ids in order: ``[[7], [3]]`` becomes ``[3, 7]``.
 
     Raises:
         ValueError: If a sequence has several ids.
