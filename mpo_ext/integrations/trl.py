@@ -96,9 +96,9 @@ class MPOTrainingConfig(DPOConfig):
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
-    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. It adds the
-    paper's reward shift (also in checkpoints), and ``precompute_ref_log_probs`` with images. It logs each term of the
-    loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
+    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. In addition to
+    ``DPOTrainer``, it has the paper's reward shift, which checkpoints save, and supports ``precompute_ref_log_probs``
+    with images. It logs each term of the loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
 
     Args:
         model: As in ``DPOTrainer``.
@@ -228,7 +228,7 @@ def loss_of_batch(
 ) -> Any:
     """Returns the loss of a batch. With ``return_outputs``, also returns the model's output.
 
-    Replaces ``DPOTrainer._compute_loss``. Only for the output, a second forward without gradient computes logits.
+    Replaces ``DPOTrainer._compute_loss``. The logits of the output come from a second forward, without gradient.
     """
     is_training = trainer.model.training
     mpo.reward_shift.train(is_training)

@@ -215,8 +215,8 @@ def _gradients_over_ranks(
 class OnceDifferentiable(torch.autograd.Function):
     """Returns a gradient unchanged; differentiating the result again raises an error.
 
-    torch's ``once_differentiable`` is not enough. If the incoming gradient does not require a gradient, it returns a
-    constant instead of raising an error. A gradient penalty would then be wrong without a warning.
+    torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. Otherwise it returns a
+    constant, and a gradient penalty would be wrong without a warning.
     """
 
     @staticmethod

@@ -124,7 +124,7 @@ def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 def sums_by_mask(rows: Tensor, sequence: Tensor, sequences: int) -> Tensor:
     """Returns the sum of the values of each sequence, ``[sequences]``.
 
-    ``sequence[i]`` is the sequence number of ``rows[i]``. The result is bitwise reproducible, unlike ``index_add`` on
+    ``rows[i]`` belongs to sequence number ``sequence[i]``. The result is bitwise reproducible, unlike ``index_add`` on
     a GPU.
     """
     is_member = sequence == torch.arange(sequences, device=rows.device).unsqueeze(1)

@@ -46,9 +46,9 @@ R = TypeVar("R")
 
 
 def _names_config_fields(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a loss function to reject a field of MPOConfig that is passed as an argument.
+    """Makes a loss function raise TypeError for an argument that is a field of MPOConfig, such as ``beta=0.1``.
 
-    The error message tells how to pass the field in ``config``.
+    The error message shows how to pass the field in ``config``.
     """
 
     @wraps(function)

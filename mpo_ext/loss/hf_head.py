@@ -40,8 +40,8 @@ class HiddenAndHead(NamedTuple):
         logit_scale: Factor by which the model multiplies the head's output.
         softcap: Bound that the model applies to its logits, or None.
         outputs: The model's output. Its ``logits`` are placeholders and must not be used.
-        vocab_parallel: Process group whose ranks hold the head's rows, if the head is sharded over the vocabulary
-            (``colwise``); weight and bias are then this rank's rows. Otherwise None.
+        vocab_parallel: None, or the process group over which the head is sharded along the vocabulary (``colwise``).
+            ``weight`` and ``bias`` are then this rank's rows.
     """
 
     hidden: Tensor

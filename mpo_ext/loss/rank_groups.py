@@ -130,11 +130,11 @@ class RankGroups:
         return merge_shards(states, labels, ignore_index, stats, shard.total, dtype)
 
     def sequence_totals(self, sums: Tensor, others: Tensor, same: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Sums ``sums``, ``[n]``, and ``others``, ``[m]``, over the ranks of ``sequence_parallel``; both are float64.
+        """Returns ``sums``, ``[n]``, and ``others``, ``[m]``, each summed over the ranks of ``sequence_parallel``.
 
-        The first result is differentiable with respect to ``sums``. The tensors in ``same`` must be equal on all
-        ranks. If they differ, the first result is NaN. On a CPU without vocabulary parallelism, the method raises
-        ValueError instead.
+        Both are float64. The first result is differentiable with respect to ``sums``. The tensors in ``same`` must be
+        equal on all ranks. If they differ, the first result is NaN. On a CPU without vocabulary parallelism, the
+        method raises ValueError instead.
         """
         assert self.sequence is not None
         gathered, poison = self._gathered("sequence_parallel", torch.cat([sums, others]), same)

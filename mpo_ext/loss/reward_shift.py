@@ -189,8 +189,8 @@ class RewardShift:
             batch: ``[2]`` sum and count of the rewards of this rank's batch.
 
         Returns:
-            Usually None. If the loss must use a delta that includes the rewards of all ranks: the state with this
-            delta, for which the caller computes the pair loss again.
+            None, or the updated state. If it is a state, the caller must compute the pair loss again with it, because
+            its delta includes the rewards of all ranks.
         """
         if shift.rule != HOLD:
             self._state.copy_(new_state)

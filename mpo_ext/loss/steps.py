@@ -224,8 +224,7 @@ def end_pairs(
     """Updates the reward shift with a batch. Returns the pair loss, and d loss / d logp of each token.
 
     ``outputs`` are the outputs of the operator ``pair_loss`` for ``inputs``. On several ranks with
-    ``update="before"``, the pair loss is computed again with the updated delta, because only then delta includes the
-    rewards of all ranks.
+    ``update="before"``, the pair loss is computed again, because the updated delta includes the rewards of all ranks.
     """
     *fields, weight = outputs
     pair = eager.PairLoss(*fields)

@@ -304,7 +304,7 @@ def kept_hidden_rows(
 ) -> tuple[Tensor, Tensor]:
     """Returns the flat indices of the n labelled rows, and the gradient of their hidden states, ``[n, D]``.
 
-    The gradient and the arguments before ``dtype`` are those of ``kept_hidden_grad``. ``dtype`` is the dtype of the
+    ``kept_hidden_grad`` describes the gradient and the arguments before ``dtype``. ``dtype`` is the dtype of the
     gradient; None means the dtype of ``kept``.
     """
     check_not_capturing(hidden)

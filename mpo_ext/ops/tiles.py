@@ -287,7 +287,7 @@ class TiledRows:
         return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
-        """Adds ``grad.T @ rows``, a tile's contribution to the gradient of weight.
+        """Adds a tile's part of the gradient of weight: ``grad.T`` times the hidden states of the slice ``rows``.
 
         Call it for each slice of rows from ``chunks``. The last call (``is_last``) writes the sum to ``target``, the
         gradient of the tile's columns.
@@ -361,8 +361,8 @@ class _TileSize:
     def shape(self, budget: int, has_weight_grad: bool) -> tuple[int, int]:
         """Returns the number of rows and columns of a tile.
 
-        ``has_weight_grad``: whether the gradient of weight is computed in tiles of this shape. It must be the same in
-        forward and backward if logits are kept.
+        ``has_weight_grad``: whether the gradient of weight is computed in tiles of this shape. If logits are kept,
+        forward and backward must pass the same value.
         """
         rows, head = self._rows, self._rows.head
         count, hidden_size = rows.rows.shape
