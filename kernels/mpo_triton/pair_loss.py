@@ -72,7 +72,10 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes rewards (0 if a response of the pair has no token), NTP term and reward shift delta. Grid (1,)."""
+    """Computes the rewards, the NTP term and the reward shift delta. Grid (1,): one program for all pairs.
+
+    Both rewards of a pair are 0 if one of its responses has no labelled token.
+    """
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
@@ -151,7 +154,7 @@ def pair_loss_kernel(
 ):
     """Computes DPO, BCO, the loss and d loss / d logp of each sequence.
 
-    Grid (1,): one program for all pairs, because the work is negligible.
+    Grid (1,): one program for all pairs, because the work is small.
     """
     delta = tl.load(scalars_ptr)
     ntp = tl.load(scalars_ptr + 1)

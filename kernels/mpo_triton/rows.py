@@ -1,8 +1,8 @@
 """Computes aligned positions in rows of logits, which let Triton kernels read 16-byte vectors.
 
-A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Positions in the row are
-therefore counted from the last multiple before its start. Position ``a`` is column ``a - misalignment``. The
-misalignment is less than one vector. Only the first and the last block of positions need a mask.
+A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Positions are therefore
+counted from the last multiple before its start. Column c is at position ``shift + c``, where ``shift`` is less than
+the length of a vector. Only the first and the last block of positions need a mask.
 """
 
 from typing import NamedTuple
@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
     num_warps: int  # number of warps of the program
 
     def programs(self, vocab: int, dtype: torch.dtype) -> int:
-        """Returns the number of programs per row, enough for a row with any misalignment."""
+        """Returns the number of programs that process a row, for any misalignment of the row."""
         return triton.cdiv(vocab + VECTOR_BYTES // dtype.itemsize - 1, self.chunk)
 
 
@@ -56,8 +56,8 @@ def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
     """Returns the numbers of columns and warps of a program that processes a part of a row.
 
     They depend only on the vocabulary and the dtype, so training never recompiles. A thread holds 32 elements
-    (float32: 16), so several 16-byte loads are in flight. A program processes four blocks of columns, one after the
-    other. Even a few labelled rows then have enough programs to fill a GPU.
+    (float32: 16), so several 16-byte loads are in flight. A program processes only four blocks of columns, one after
+    the other, so that even a few labelled rows have enough programs to fill a GPU.
     """
     elements_per_warp = 32 * (16 if dtype.itemsize == 4 else 32)
     num_warps = 4

@@ -100,7 +100,7 @@ def merge_chunks(
     """Returns the softmax state of a row in float64, merged from the states of its chunks.
 
     With d = z - row_max for each logit z, the state is row_max, row_sum = sum(exp(d)), e_d = sum(exp(d) * d), z_sum =
-    sum(z) and squared = sum(exp(d)^2). If STATS is 0, the last three have no meaning.
+    sum(z) and squared = sum(exp(d)^2). The last three are computed only if STATS is not 0.
     """
     lanes = tl.arange(0, MAX_CHUNKS)
     mask = (lanes < chunks) & is_valid
@@ -131,11 +131,11 @@ def merge_tile(
 ):
     """Merges a tile's softmax state of a row into the state of all earlier tiles, and stores the result.
 
-    ``has_label``: whether the label lies in the tile. ``is_later``: whether the row is valid and the tile is not the
-    first.
+    ``has_label`` means that the label lies in the tile. ``is_later`` means that the row is valid and the tile is not
+    the first.
 
-    Returns the state over all tiles so far: new_max, row_sum, e_d, z_sum, squared and z_label. z_label is the logit of
-    the label; ``merge_chunks`` defines the other values.
+    Returns new_max, row_sum, e_d, z_sum, squared and z_label over all tiles so far. z_label is the logit of the label;
+    ``merge_chunks`` defines the other values.
     """
     old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
     old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
@@ -179,9 +179,9 @@ def store_stats(
     filler,
     STATS: tl.constexpr,
 ):
-    """Stores those statistics of a row that the bit mask STATS selects. Stores ``filler`` if the row is not valid.
+    """Stores the statistics of a row that the bit mask STATS selects, or ``filler`` if the row is not valid.
 
-    In memory, consecutive statistics of a row are ``rows`` elements apart. ``total`` is the size of the vocabulary.
+    The statistics of a row are ``rows`` elements apart in memory. ``total`` is the size of the vocabulary.
     ``merge_chunks`` defines the values from ``row_max`` to ``squared``; ``log_sum`` is the logarithm of ``row_sum``.
     """
     if STATS & 1:
@@ -226,9 +226,9 @@ def token_logp_kernel(
     IS_TILE: tl.constexpr,
     STATS: tl.constexpr,  # bits in the order of STATS in mpo_ext/ops
 ):
-    """Merges a row's chunks in order and computes logp = (z[y] - m) - log(sum) and the statistics.
+    """Merges the chunks of a row in order, and computes the label's log-prob and the statistics.
 
-    m is the row's maximum, sum its sum of exponentials, and y its label.
+    With the row's maximum m, its sum of exponentials s and its label y, the log-prob is (z[y] - m) - log(s).
 
     Grid    (rows,)
     Reads   the states of the chunks and one logit per row with a valid label

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 @contextlib.contextmanager
 def renamed_weights_loaded(trainer: Any, model: nn.Module, checkpoint: str) -> Iterator[None]:
-    """Completes ``_load_from_checkpoint`` or ``_load_best_model`` of Trainer, which runs inside the ``with`` block.
+    """Loads a checkpoint even if its weights have other names than those of the model.
 
-    ``save_pretrained`` may rename weights, as for LLaVA and InternVL. ``Trainer`` then finds none of them in the
-    checkpoint, warns, and trains the weights that the model had before. This context instead loads such a checkpoint
-    with ``from_pretrained``, which knows the names. That needs memory for a second model on the CPU.
+    The ``with`` block calls ``_load_from_checkpoint`` or ``_load_best_model`` of Trainer. If ``save_pretrained`` has
+    renamed the weights (as for LLaVA and InternVL), Trainer finds none of them, warns, and keeps the weights that the
+    model had before. This context suppresses the warning, and loads the checkpoint with ``from_pretrained``, which
+    knows the names. That needs memory for a second model on the CPU.
 
     Args:
         trainer: Trainer that loads the checkpoint.
@@ -44,7 +45,7 @@ def renamed_weights_loaded(trainer: Any, model: nn.Module, checkpoint: str) -> I
 
 
 def _load_renamed(model: nn.Module, checkpoint: str, unknown: list[str]) -> None:
-    """Loads the weights with ``from_pretrained``; ``unknown`` are the names that the model lacks."""
+    """Loads the weights with ``from_pretrained``. ``unknown`` are the checkpoint's names that the model lacks."""
     wrong = unknown
     if isinstance(model, PreTrainedModel):
         dtype = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)

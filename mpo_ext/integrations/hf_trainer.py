@@ -1,4 +1,4 @@
-"""The MPO loss for subclasses of transformers' Trainer. Batches are those of ``mpo_ext.train.batch``."""
+"""The MPO loss for subclasses of transformers' Trainer, on the batches of ``mpo_ext.train.batch``."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class PairCollator:
     ) -> PairCollator:
         """Returns a collator for a model.
 
-        If the model supports it, both responses of a pair share one row of the batch. Their prompt is then computed
-        only once.
+        If the model supports it, the two responses of a pair share one row of the batch, so that their prompt is
+        computed only once.
 
         Args:
             model: The model that will be trained, before any wrapper.
             encoder: The encoder that made the samples.
-            samples: One or two samples, one of them with images if the data has images. The layout is tested on these
-                samples: their log-probs must equal those of the layout "separate".
+            samples: One or two samples, on which the layout is tested: their log-probs must equal those of the layout
+                "separate". If the data has images, one of the samples must have images.
             layout: Arrangement of prompts and responses in rows: "packed", "shared", "masked" or "separate", see
                 ``mpo_ext.train.batch.Batch``. None: the first of these layouts that passes the test.
 
@@ -99,18 +99,18 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
     """Gives a subclass of transformers' Trainer the MPO loss: ``class PairTrainer(MPOLossMixin, Trainer)``.
 
     The data set holds samples of ``mpo_ext.train.encode.Encoder``; ``data_collator`` is a ``PairCollator``. A batch
-    may hold ``ref_logp``, ``[2B]`` summed log-probs under the reference, chosen first. Otherwise, the reference model
-    computes them.
+    may hold ``ref_logp``, ``[2B]``: the summed log-probs under the reference, chosen responses first. Otherwise, the
+    reference model computes them.
 
-    Checkpoints hold the reward shift. The log has each term of the loss. The micro-batches of a step have equal
-    weights, as in Trainer.
+    Checkpoints also save the reward shift. The log shows each term of the loss. As in Trainer, all micro-batches of an
+    optimizer step have the same weight.
 
     Args:
         *args: As in Trainer.
         mpo_config: Weights, beta and the other settings of the loss.
         reward_shift: The reward shift. None: ``RewardShift()``, as in the authors' code.
-        ref_model: Reference model. None: the policy without its LoRA adapters or, for a policy without adapters, a
-            copy of the initial policy.
+        ref_model: Reference model. None: the policy without its LoRA adapters; if it has no adapters, a copy of the
+            initial policy.
         **kwargs: As in Trainer.
 
     Raises:

@@ -61,10 +61,7 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
 
 
 def _other_loss(trainer: Any) -> str | None:
-    """Returns the reason why mpo_ext cannot compute the trainer's loss, or None if it can.
-
-    The reason names the setting that does not fit, and its value.
-    """
+    """Returns why mpo_ext cannot compute the loss, such as "ld_alpha must be None, got 0.5"; None if it can."""
     weights = _weights(trainer)
     if other := [name for name in weights if name not in _TERMS]:
         return f"loss_type must be among {', '.join(_TERMS)}, got {', '.join(other)}"

@@ -44,9 +44,9 @@ def patch(name: str, **options: Any) -> None:
     Args:
         name: "trl", "axolotl", "llama-factory" or "ms-swift", whose preference loss is replaced; or "openrlhf", "verl"
             or "unsloth", whose log-probs of tokens are replaced.
-        options: For a preference loss: ``reward_shift``, the settings of ``RewardShift`` as a mapping, such as
-            ``{"mode": "cumulative"}``. None: the trainer's own reward shift, which is fixed at 0 in TRL and axolotl,
-            and "cumulative" in LLaMA-Factory and ms-swift.
+        options: Only for a preference loss: ``reward_shift``, a mapping with settings of ``RewardShift``, such as
+            ``{"mode": "cumulative"}``. Without it, the trainer's own reward shift applies: fixed at 0 in TRL and
+            axolotl, "cumulative" in LLaMA-Factory and ms-swift.
 
     Raises:
         ImportError: If the trainer's package is not installed.
@@ -104,17 +104,17 @@ def unpatch(name: str) -> None:
 
 
 def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replacement]:
-    """Returns replacements of ``function`` by ``value`` in all imported modules of the packages.
+    """Returns a replacement by ``value`` for each module attribute whose value is ``function``.
 
-    Every attribute that is ``function`` is replaced, whatever its name.
+    All imported modules of the packages are searched. The attributes may have any name.
     """
     return [Replacement(module, name, value) for package in packages for module, name in _holders(function, package)]
 
 
 def check_sources(name: str) -> str:
-    """Checks that mpo_ext knows the version and the source of a trainer's package, and returns the version.
+    """Returns the version of a trainer's package, after checking that mpo_ext knows this version and its source.
 
-    A version later than all tested versions passes if its functions equal those of the last tested version.
+    An untested later version also passes, if its functions have the same source as in the last tested version.
 
     Raises:
         ImportError: If the package is not installed.
@@ -159,9 +159,9 @@ def _is_later(version: str, newest: str) -> bool:
 
 
 def source_hash(path: str) -> str:
-    """Returns the first 16 hexadecimal digits of the SHA-256 of a function's source, or "none" without a source.
+    """Returns the first 16 hexadecimal digits of the SHA-256 of a function's source; "none" if it has no source.
 
-    ``path`` is "module:Class.method".
+    ``path`` names the function, such as "module:Class.method".
     """
     module, _, names = path.partition(":")
     function: Any = importlib.import_module(module)

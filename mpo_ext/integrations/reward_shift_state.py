@@ -29,7 +29,7 @@ class RewardShiftStep(TrainerCallback):
 class RewardShiftCheckpoints:
     """Mixin for subclasses of Trainer: checkpoints save and restore the attribute ``reward_shift``.
 
-    It also restores weights that ``save_pretrained`` renames, which Trainer itself does not.
+    It also restores weights that ``save_pretrained`` has renamed. Trainer itself does not restore them.
     """
 
     reward_shift: RewardShift
@@ -84,7 +84,8 @@ def load_reward_shift(reward_shift: RewardShift, checkpoint: str) -> None:
     """Restores the state of the reward shift from a checkpoint's folder.
 
     Raises:
-        ValueError: If the folder has no state, or the state is from a ``RewardShift`` with other settings.
+        ValueError: If the folder has no state (allowed for the mode "fixed"), or the state is from a ``RewardShift``
+            with other settings.
     """
     path = Path(checkpoint) / STATE_FILE
     if not path.is_file():

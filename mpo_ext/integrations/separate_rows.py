@@ -38,12 +38,11 @@ class LossSettings:
 def settings_function(
     other_loss: Callable[[Any], str | None], config_of: Callable[[Any], MPOConfig], reward_shift: Mapping[str, Any]
 ) -> Callable[[Any], LossSettings | None]:
-    """Returns a function that takes a patched trainer, and returns its ``LossSettings`` or None.
-
-    None means that mpo_ext cannot compute the loss of the trainer, so the trainer computes it.
+    """Returns a function from a trainer to its ``LossSettings``, or to None if the trainer computes its own loss.
 
     Args:
-        other_loss: Function that takes a trainer, and returns the reason why mpo_ext cannot compute its loss, or None.
+        other_loss: Function that takes a trainer, and returns the reason why mpo_ext cannot compute its loss, or None
+            if mpo_ext can.
         config_of: Function that takes a trainer, and returns the ``MPOConfig`` of its loss.
         reward_shift: Settings of ``RewardShift``.
 
@@ -111,7 +110,7 @@ def logp_of_rows(
 ) -> Tensor:
     """Returns the summed log-probs of the labels of each response, ``[2B]`` float64, without gradient.
 
-    ``options`` are keyword arguments of ``linear_token_logp``. The other arguments are those of ``loss_of_rows``.
+    ``options`` are keyword arguments of ``linear_token_logp``. ``loss_of_rows`` describes the other arguments.
     """
     targets = shift_labels(labels, cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device))
 
@@ -126,7 +125,7 @@ def logp_of_rows(
 
 
 def keep_own_loss(trainer: Any, reason: str) -> None:
-    """Prints that a patched trainer computes its own loss, with the reason. Prints once per trainer."""
+    """Prints, once per trainer, that the trainer computes its own loss, and the reason."""
     if not hasattr(trainer, "mpo_notice") and trainer.is_world_process_zero():
         print(f"mpo_ext: {type(trainer).__name__} keeps its own loss, because {reason}", file=sys.stderr)
     trainer.mpo_notice = reason
@@ -145,7 +144,7 @@ def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings |
     """
 
     def inherited(name: str) -> Callable[..., Any]:
-        """Returns the method ``name`` that ``owner`` has before the replacement, its own or that of a base class."""
+        """Returns a function that calls the method ``name`` of ``owner`` as it was before the replacement."""
         own: Any = vars(owner).get(name)
 
         def call(self: Any, *arguments: Any) -> Any:

@@ -15,8 +15,9 @@ class KnownSources(NamedTuple):
     Attributes:
         package: Name of the distribution.
         module: Module of ``mpo_ext.integrations`` that uses the package.
-        versions: For each minor version, such as "1.16", the hash of each function or class. The keys are
-            "module:Class.method", "module:function" or "module:Class".
+        versions: Hashes by minor version and function, such as
+            ``{"1.16": {"module:Class.method": "5e58a1699e0d76cd"}}``. The inner keys may also be "module:function" or
+            "module:Class".
     """
 
     package: str

@@ -96,9 +96,9 @@ class MPOTrainingConfig(DPOConfig):
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
-    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. It adds the
-    paper's reward shift (also in checkpoints), and ``precompute_ref_log_probs`` with images. It logs each term of the
-    loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
+    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. In addition to
+    ``DPOTrainer``, it has the paper's reward shift, which checkpoints save, and supports ``precompute_ref_log_probs``
+    with images. It logs each term of the loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
 
     Args:
         model: As in ``DPOTrainer``.
@@ -207,7 +207,7 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
 
 @dataclasses.dataclass(frozen=True)
 class _WithReference:
-    """Wraps a collator, and adds the precomputed reference log-probs of the examples to its batches."""
+    """Wraps a collator: adds the precomputed reference log-probs of the examples to each batch."""
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -226,9 +226,9 @@ class _WithReference:
 def loss_of_batch(
     trainer: Any, mpo: LossSettings, model: nn.Module, inputs: dict[str, Any], return_outputs: bool
 ) -> Any:
-    """Returns the loss of a batch of TRL's collators. With ``return_outputs``, also returns the model's output.
+    """Returns the loss of a batch. With ``return_outputs``, also returns the model's output.
 
-    Replaces ``DPOTrainer._compute_loss``. The output has logits, from a second forward without gradient.
+    Replaces ``DPOTrainer._compute_loss``. The logits of the output come from a second forward, without gradient.
     """
     is_training = trainer.model.training
     mpo.reward_shift.train(is_training)
@@ -256,8 +256,8 @@ def loss_of_batch(
 def reference_logp(trainer: Any, mpo: LossSettings, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Returns the summed log-probs of the responses under the reference, ``[2B]`` float64, chosen first.
 
-    ``model`` is the reference model, or the policy; the adapters of the policy are then disabled. Replaces
-    ``DPOTrainer.compute_ref_log_probs``.
+    ``model`` is the reference model, or the policy. The policy then runs with its adapter "ref", or without adapters.
+    Replaces ``DPOTrainer.compute_ref_log_probs``.
     """
     labels, model_inputs = _labels_and_inputs(inputs)
     checkpointing = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
@@ -268,7 +268,8 @@ def reference_logp(trainer: Any, mpo: LossSettings, model: nn.Module, inputs: di
 def _model_and_inputs(trainer: Any, *model_and_inputs: Any) -> tuple[nn.Module, dict[str, Any]]:
     """Returns the model and the inputs from the arguments of ``compute_ref_log_probs``.
 
-    TRL before 1.9 passes only the inputs. The model is then the reference model, or the policy.
+    TRL before 1.9 passes only the inputs. The result is then the trainer's reference model (without one, the policy)
+    and the inputs.
     """
     *model, inputs = model_and_inputs
     return (model[0] if model else trainer.ref_model or trainer.model), inputs
@@ -291,7 +292,7 @@ def _labels_and_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _log_sums(out: MPOOutput, config: MPOConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns for each metric the sum over this rank's batch, and the number of summed values."""
+    """Returns the sum and the count of each metric over this rank's batch; ``sum / count`` is its mean."""
     n_pairs = out.tokens.new_tensor(len(out.chosen_logp))
     tokens, chosen_tokens = out.tokens.sum(), out.tokens[: len(out.chosen_logp)].sum()
     margins = out.chosen_reward - out.rejected_reward
@@ -314,7 +315,7 @@ def _log_sums(out: MPOOutput, config: MPOConfig) -> dict[str, tuple[Tensor, Tens
 
 
 def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], inputs: dict[str, Any]) -> None:
-    """Averages the metrics over all ranks, and adds them to the trainer's metrics. Waits for the device once.
+    """Adds the means of the metrics over all ranks to the trainer's metrics. Waits for the device once.
 
     ``mode`` is "train" or "eval". ``terms`` is a result of ``_log_sums`` for the batch ``inputs``.
     """
@@ -329,10 +330,10 @@ def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], input
 
 
 def _settings_of(args: DPOConfig) -> tuple[MPOConfig, dict[str, Any]]:
-    """Returns the settings of the loss and the options of ``linear_mpo_loss``.
+    """Returns the ``MPOConfig`` and the other keyword arguments of ``linear_mpo_loss``.
 
     Raises:
-        ValueError: If the settings ask for a loss other than MPO and its terms.
+        ValueError: If ``args`` ask for a loss other than MPO and its terms.
     """
     if reason := _other_loss(args):
         raise ValueError(f"{reason}; otherwise use trl.DPOTrainer")
@@ -362,10 +363,7 @@ def _other_terms(args: DPOConfig) -> str | None:
 
 
 def _other_loss(args: DPOConfig) -> str | None:
-    """Returns the reason why mpo_ext cannot compute the loss of ``args``, or None if it can.
-
-    The reason names the setting that does not fit, and its value.
-    """
+    """Returns why mpo_ext cannot compute the loss, such as "ld_alpha must be None, got 0.5"; None if it can."""
     if reason := _other_terms(args):
         return reason
     if args.use_liger_kernel:
@@ -383,7 +381,7 @@ def _other_loss(args: DPOConfig) -> str | None:
 
 
 def _other_loss_of(trainer: Any) -> str | None:
-    """Returns the reason why a patched ``DPOTrainer`` computes its own loss, or None if mpo_ext computes the loss."""
+    """Returns the reason why mpo_ext cannot compute the loss of a patched ``DPOTrainer``, or None if it can."""
     weights = trainer.loss_weights
     if min(weights) < 0 or not any(weights):
         return _other_loss(trainer.args) or f"loss_weights must be at least 0, and one of them positive, got {weights}"

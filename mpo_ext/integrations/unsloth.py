@@ -25,9 +25,9 @@ def chunked_selective_log_softmax(
         logits: ``[B, T, V]``.
         index: ``[B, T]`` int64 token ids.
         temperature: Divisor of the logits.
-        chunks: Has no effect.
-        support: Options that truncate the vocabulary (top k, top p, min p). If any is given, Unsloth's own function
-            computes the log-probs.
+        chunks: Number of chunks in Unsloth's function; ignored here.
+        support: Options of Unsloth that restrict the vocabulary (top k, top p, min p). If any is given, Unsloth's own
+            function computes the log-probs.
     """
     if support:
         return own_function(logits, index, temperature, chunks, **support)

@@ -19,8 +19,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Args:
         logits: ``[..., V]``. If they are a ``DTensor``, verl's own function computes the log-probs.
         labels: ``[...]`` int64.
-        inplace_backward: Whether the gradient may overwrite the logits. As in verl, this has an effect only with flash
-            attention, and not if the environment variable VERL_DISABLE_FLASH_ATTN_CE is 1.
+        inplace_backward: Whether the gradient may overwrite contiguous logits. As in verl, this needs flash attention,
+            and has no effect if the environment variable VERL_DISABLE_FLASH_ATTN_CE is 1.
     """
     if isinstance(logits, DTensor):
         return own_function(logits, labels, inplace_backward)

@@ -18,10 +18,9 @@ _WHOLE = VocabShard(0, 0)  # for operators, a total of 0 means that the logits a
 class LossOfLogits(torch.autograd.Function):
     """Attaches the gradient with respect to the logits to a precomputed loss.
 
-    The weight of each row (token position), d loss / d logp, is precomputed too. Backward returns
-    ``weight * (onehot(label) - softmax(logits))``. Forward saves the logits without a copy, the labels, and three
-    numbers per row: the maximum, the sum of exponentials and the weight. ``shard`` is the part of the vocabulary that
-    the logits cover; None means the whole vocabulary.
+    Backward returns ``weight * (onehot(label) - softmax(logits))``, where ``weight`` is d loss / d logp of each token.
+    Forward saves the logits (without a copy), the labels, and three values per token: ``row_max``, ``row_sum`` and
+    ``weight``. ``shard`` is the part of the vocabulary that the logits cover; None means the whole vocabulary.
     """
 
     @staticmethod
@@ -119,11 +118,11 @@ class HiddenPlan(NamedTuple):
 
 
 class ValueOfHidden(torch.autograd.Function):
-    """Attaches the gradients with respect to the hidden states and the output head to a precomputed value.
+    """Attaches the gradients of hidden states, weight and bias to ``value``, a loss or log-probs computed beforehand.
 
-    The value is a loss or the log-probs of the labels. For a loss, ``row_weight`` is d loss / d logp of each token.
-    For log-probs, ``row_weight`` is None, and backward uses the incoming gradient of each log-prob. ``kept`` is the
-    tensor for backward that ``ops.linear.linear_token_logp`` returns.
+    For a loss, ``row_weight`` is d loss / d logp of each token. For log-probs, ``row_weight`` is None: backward then
+    uses the incoming gradient, which has one value per token. ``kept`` is the last output of
+    ``ops.linear.linear_token_logp``.
     """
 
     @staticmethod
@@ -192,11 +191,11 @@ def _gradients_over_ranks(
     hidden_grad: Tensor | None,
     logits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of hidden states, weight and bias (``inputs``) if each rank holds a shard of the head.
+    """Returns the gradients of hidden states, weight and bias if each rank holds a shard of the head.
 
-    The gradient of the hidden states is summed over the ranks, for labelled tokens only, and then rounded to their
-    dtype. ``rows`` are row_max, row_sum and row_weight. ``hidden_grad`` is d logp / d hidden, and ``logits`` are the
-    logits. Each is None unless forward has kept it for backward.
+    The gradient of the hidden states is summed over the ranks, then rounded to their dtype. Only labelled tokens take
+    part in the sum. ``rows`` is ``(row_max, row_sum, row_weight)``. ``hidden_grad`` is d logp / d hidden if forward
+    kept it, and ``logits`` are the logits if forward kept them; otherwise None.
     """
     hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
     d_weight, d_bias = None, None
@@ -214,10 +213,10 @@ def _gradients_over_ranks(
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """Returns a gradient unchanged, and raises an error if that gradient is differentiated again.
+    """Returns a gradient unchanged; differentiating the result again raises an error.
 
-    torch's ``once_differentiable`` does not always raise. It returns a constant if the saved logits require a gradient
-    but the incoming gradient does not. A gradient penalty would then be wrong without a warning.
+    torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. Otherwise it returns a
+    constant, and a gradient penalty would be wrong without a warning.
     """
 
     @staticmethod
@@ -233,7 +232,7 @@ class OnceDifferentiable(torch.autograd.Function):
 
 
 def _once_differentiable(grad: Tensor, *sources: Tensor) -> Tensor:
-    """Returns ``grad`` such that differentiating it with respect to ``sources`` raises an error."""
+    """Returns ``grad``; differentiating the result with respect to ``sources`` raises an error."""
     if not torch.is_grad_enabled():  # backward enables gradients only under create_graph=True
         return grad
     return OnceDifferentiable.apply(grad, *sources)

@@ -102,13 +102,13 @@ def check_batch(
         logit_scale: As in ``linear_mpo_loss``; ignored without ``weight``.
         softcap: As in ``linear_mpo_loss``; ignored without ``weight``.
         temperature: As in ``linear_mpo_loss``; ignored without ``weight``.
-        input_ids: Token ids of the model's input, shaped like ``labels``, including the prompts. None skips the
-            checks of prompts and padding.
+        input_ids: Token ids of the model's input, shaped like ``labels``, including the prompts. None skips the checks
+            of prompts and padding.
         tokenizer: Tokenizer that decodes the evidence and names the padding token, or None.
         cu_seqlens: ``[2B + 1]`` as in ``mpo_loss``.
         shift: As in ``mpo_loss``.
-        reward_shift: The argument that ``mpo_loss`` will get. A missing shift (None or 0) is reported if
-            ``config.bco_weight`` is positive. Without this argument, the reward shift is not checked.
+        reward_shift: The ``reward_shift`` that you will pass to ``mpo_loss``. None and 0 are reported as a mistake if
+            ``config.bco_weight`` is positive. Leave this argument out to skip the check.
         config: As in ``mpo_loss``.
 
     Raises:
@@ -236,9 +236,10 @@ def _check_labelled(sequences: Sequence[BatchSequence], ahead: int, ignore_index
 
 
 def _check_alignment(sequences: Sequence[BatchSequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
-    """Yields a finding if the labels are shifted by a wrong number of positions relative to the input ids.
+    """Yields a finding if the labels are too early or too late, compared with ``input_ids``.
 
-    The label at position t must equal the input id at ``t`` if ``ahead`` is 1, and at ``t + 1`` if ``ahead`` is 0.
+    If the loss shifts the labels (``ahead=1``), ``labels[t]`` must equal ``input_ids[t]``. If not (``ahead=0``),
+    ``labels[t]`` must equal ``input_ids[t + 1]``.
     """
     shares = {offset: _share_of_equal(sequences, offset, ignore_index) for offset in (-1, 0, 1, 2)}
     expected = 1 - ahead
@@ -254,7 +255,7 @@ def _check_alignment(sequences: Sequence[BatchSequence], ahead: int, ignore_inde
 
 
 def _alignment_advice(ahead: int, offset: int) -> str:
-    """Returns advice for a batch in which the label at position t equals the input id at ``t + offset``.
+    """Returns advice for a batch in which ``labels[t]`` equals ``input_ids[t + offset]``.
 
     ``ahead`` is 1 if the loss function shifts the labels, otherwise 0.
     """
@@ -287,10 +288,10 @@ def _share_of_equal(sequences: Sequence[BatchSequence], offset: int, ignore_inde
 def _check_alignment_by_logp(
     sequences: Sequence[BatchSequence], ahead: int, ignore_index: int
 ) -> Iterator[BatchFinding]:
-    """Yields a finding if the log-probs suggest that the labels are shifted by a wrong number of positions.
+    """Yields a finding if another shift of the labels gives them much higher log-probs.
 
-    A label should be ``ahead`` positions after the logits that predict it. The finding means that another distance,
-    from -1 to 2, gives a mean log-prob of the labels that is more than 2 nats higher.
+    The loss scores the label at position ``t + ahead`` with the logits at position t. This function also tries the
+    distances -1, 0, 1 and 2. A gain of more than 2 nats in the mean log-prob is a finding.
     """
     means = {}
     for other in range(-1, 3):

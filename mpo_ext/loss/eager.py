@@ -1,8 +1,9 @@
 """The MPO loss in plain torch: its readable definition, and the eager baseline of the benchmarks.
 
-Autograd can differentiate this loss on any device and to any order. Nothing is optimised: a float32 ``log_softmax`` of
-all tokens is materialised, as in most trainers. A NaN in the logits of a token without a label therefore reaches the
-gradient. The kernels never read such logits. ``mpo_ext.loss.functions`` uses this module for ``backend="reference"``.
+Autograd can differentiate this loss on any device and to any order. ``mpo_ext.loss.functions`` uses this module for
+``backend="reference"``. Nothing is optimised: as in most trainers, a float32 ``log_softmax`` of all tokens is
+materialised. Unlike the kernels, this module also reads the logits of tokens without a label, so a NaN in them reaches
+the gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mpo_ext.ops.pair_loss import CUMULATIVE, HOLD
 
 
 class PairLoss(NamedTuple):
-    """The loss of a batch of pairs, its parts, and the new state of the reward shift.
+    """The loss of a batch of pairs, its terms, and the new state of the reward shift.
 
     The operator ``pair_loss`` returns the same values in this order, followed by d loss / d logp.
     """
@@ -50,9 +51,10 @@ def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tens
 def shard_state(logits: Tensor, labels: Tensor, first: int) -> Tensor:
     """Returns the softmax state of each token over a shard of the vocabulary, ``[..., ROW_STATE]`` float64.
 
-    The state holds the largest logit, the sum of ``exp(z - maximum)``, three sums for the statistics, and the logit of
-    the label (0 if the label is outside the shard). Only the sum of exponentials and the logit are differentiable.
-    ``logits`` are the columns of the shard. ``first`` is the vocabulary id of the first column.
+    With ``d = z - max(z)`` for the logits z of the shard, the six values are ``max(z)``, ``sum(exp(d))``,
+    ``sum(exp(d) * d)``, ``sum(z)``, ``sum(exp(d)^2)``, and the logit of the label (0 if the label is in another
+    shard). Only the second and the last value are differentiable. ``first`` is the vocabulary id of the shard's first
+    column.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     row_max = z.detach().amax(-1)
@@ -120,9 +122,10 @@ def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 
 
 def sums_by_mask(rows: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-    """Returns the sum of the values of each sequence, ``[sequences]``; value i belongs to sequence ``sequence[i]``.
+    """Returns the sum of the values of each sequence, ``[sequences]``.
 
-    The result is bitwise reproducible. ``index_add`` on a GPU is not.
+    ``rows[i]`` belongs to sequence number ``sequence[i]``. The result is bitwise reproducible, unlike ``index_add`` on
+    a GPU.
     """
     is_member = sequence == torch.arange(sequences, device=rows.device).unsqueeze(1)
     return torch.where(is_member, rows, torch.zeros((), dtype=rows.dtype, device=rows.device)).sum(-1)
@@ -143,10 +146,14 @@ def pair_loss(
 ) -> PairLoss:
     """Returns the loss of B pairs from the log-probs of their tokens (arXiv 2411.10442, equations 1 to 7).
 
-    The reward of a response is ``r = beta * (logp - ref_logp)``: r_c of the chosen and r_r of the rejected response.
-    The reward shift is delta. A pair has DPO = ``-logsigmoid(r_c - r_r)`` and BCO = ``-logsigmoid(r_c - delta) -
-    logsigmoid(delta - r_r)``. Both are averaged over the pairs. NTP is the cross entropy of the chosen responses. If a
-    response has no labelled token, both rewards of its pair are 0, and its DPO and BCO have no gradient.
+    The reward of a response is ``beta * (logp - ref_logp)``: r_c of the chosen, r_r of the rejected response. With the
+    reward shift delta:
+
+    - DPO is ``-logsigmoid(r_c - r_r)``, averaged over the pairs.
+    - BCO is ``-logsigmoid(r_c - delta) - logsigmoid(delta - r_r)``, averaged over the pairs.
+    - NTP is the cross entropy of the chosen responses.
+
+    If a response has no labelled token, both rewards of its pair are 0, and its DPO and BCO have no gradient.
     """
     tokens = sequence_sums((labels != config.ignore_index).long(), cu_seqlens)
     return pair_loss_of_sums(sequence_sums(logp, cu_seqlens), tokens, ref_logp, shift, config)
@@ -159,7 +166,7 @@ def pair_loss_of_sums(
     shift: BatchShift,
     config: MPOConfig,
 ) -> PairLoss:
-    """Returns the loss of B pairs from the summed log-probs of their sequences; ``pair_loss`` has the formulas."""
+    """Returns the loss of B pairs from the summed log-probs of their sequences, with the formulas of ``pair_loss``."""
     chosen_tokens, rejected_tokens = tokens.chunk(2)
     has_both = (chosen_tokens > 0) & (rejected_tokens > 0)
 
@@ -193,9 +200,10 @@ def pair_loss_of_sums(
 
 
 def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
-    """Returns the state of the reward shift after a batch, ``[2]``: delta and the number of updates so far.
+    """Returns the updated state of the reward shift, ``[2]``: delta and the number of updates so far.
 
-    ``batch`` holds the sum and the count of the batch's rewards. If the count is 0, the state does not change.
+    ``batch`` is ``[sum, count]`` of the rewards of a batch. With a count of 0 or the rule HOLD, the state stays
+    unchanged.
     """
     if shift.rule == HOLD:
         return shift.state.clone()
@@ -211,7 +219,7 @@ def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
 def token_stats(logits: Tensor, labels: Tensor, stats: Sequence[str], ignore_index: int) -> Tensor:
     """Returns statistics of the logits of each token, ``[len(stats), ...]``; 0 for tokens without a label.
 
-    The possible names in ``stats`` are in ``ops.checks.STATS``.
+    ``stats`` are names from ``ops.checks.STATS``, such as "entropy".
     """
     z = logits.detach()
     z = z if z.dtype == torch.float64 else z.float()

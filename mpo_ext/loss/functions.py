@@ -46,9 +46,9 @@ R = TypeVar("R")
 
 
 def _names_config_fields(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a loss function to reject a field of MPOConfig that is passed as an argument.
+    """Makes a loss function raise TypeError for an argument that is a field of MPOConfig, such as ``beta=0.1``.
 
-    The error message tells how to pass the field in ``config``.
+    The error message shows how to pass the field in ``config``.
     """
 
     @wraps(function)
@@ -232,14 +232,14 @@ def linear_mpo_loss(
         softcap: Bound of the logits (Gemma 2), above 0. None: no bound.
         temperature: Divisor of the final logits, above 0.
         memory_budget: Bytes for a tile and the tensors computed from it. None: 64 MiB on a CPU; on a GPU, 1/160 of its
-            memory, at least 256 MiB and at most 1 GiB. The budget changes the speed. It changes the result only by
-            rounding. On a CPU, less than about 4 MiB is slow, and less than about 256 KiB is very slow.
+            memory, at least 256 MiB and at most 1 GiB. The budget changes the speed, and the result only by rounding.
+            On a CPU, less than about 4 MiB is slow, and less than about 256 KiB is very slow.
         recompute: Whether backward computes the logits again. False: forward keeps the logits of the labelled rows,
-            which saves one matmul. None: True on a GPU. On a CPU, None keeps as many logits as fit into the memory of
-            the gradient of ``weight``, and computes the others again. A kept logit takes 2 bytes if hidden states and
-            weight are bfloat16, otherwise usually 4. Kept logits share memory with the gradient of ``weight``: the
-            size of the larger of the two, plus a tile. A second backward computes all logits again. ``recompute`` has
-            no effect if ``weight`` needs no gradient.
+            which saves one matmul. None: True on a GPU. On a CPU, forward then keeps as many logits as fit into the
+            memory of the gradient of ``weight``, and backward computes the others again. A kept logit takes 2 bytes if
+            hidden states and weight are bfloat16, otherwise usually 4. Kept logits and the gradient of ``weight``
+            share memory, which is as large as the larger of the two plus a tile. ``recompute`` has no effect on a
+            second backward, which computes all logits again. It has no effect if ``weight`` needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.

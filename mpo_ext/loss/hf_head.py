@@ -40,8 +40,8 @@ class HiddenAndHead(NamedTuple):
         logit_scale: Factor by which the model multiplies the head's output.
         softcap: Bound that the model applies to its logits, or None.
         outputs: The model's output. Its ``logits`` are placeholders and must not be used.
-        vocab_parallel: Process group whose ranks hold the head's rows, if the head is sharded over the vocabulary
-            (``colwise``); weight and bias are then this rank's rows. Otherwise None.
+        vocab_parallel: None, or the process group over which the head is sharded along the vocabulary (``colwise``).
+            ``weight`` and ``bias`` are then this rank's rows.
     """
 
     hidden: Tensor
@@ -63,12 +63,12 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     """Runs the model without its output head, and returns the arguments of ``linear_mpo_loss``.
 
     The model's logits would be ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``, without the
-    tanh if softcap is None. To find the factor and the softcap, the head returns a few known numbers (the probe) in
-    place of logits. Therefore the first call with a model waits for the device.
+    tanh if softcap is None. To find ``logit_scale`` and ``softcap``, the head returns a few known numbers (the probe)
+    in place of logits. The first call with a model reads the model's output for them, and waits for the device.
 
-    The loss must be differentiated through ``hidden``: this runs the backward hooks of wrappers such as FSDP. If the
-    model runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the matmul
-    with the head is float32.
+    Compute the loss from ``hidden``. Its backward then runs the backward hooks of wrappers such as FSDP. If the model
+    runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the matmul with
+    the head is float32.
 
     Args:
         model: Hugging Face model with a linear output head, wrapped as for training: in DDP, in FSDP or by accelerate.
@@ -106,12 +106,11 @@ def value_in_forward(
 ) -> tuple[Tensor, Any]:
     """Runs the model, and returns a value, such as a loss, that ``compute`` computes in place of the logits.
 
-    During the head's forward, every wrapper holds the head's whole weight. This function therefore also works where
-    ``hidden_and_head`` raises: under FSDP2 with a root that is resharded after forward, and under ZeRO-3. The
-    gradient of the value goes through the model's output, so the backward hooks of wrappers run first.
+    ``compute`` runs inside the head's forward, while wrappers hold the head's whole weight. This function therefore
+    also works under FSDP2 with a root that is resharded after forward, where ``hidden_and_head`` raises. The gradient
+    of the value goes through the model's output, so the backward hooks of wrappers run first.
 
-    The first call with a model runs an additional forward, without gradient, to find the model's factor and softcap
-    (``logit_scale`` and ``softcap`` of ``HiddenAndHead``).
+    The first call with a model runs an additional forward without gradient, to find ``logit_scale`` and ``softcap``.
 
     Args:
         model: As in ``hidden_and_head``.
@@ -153,7 +152,10 @@ def value_in_forward(
 
 
 class _HeadCall(NamedTuple):
-    """A recorded call of the head. ``dtypes``: dtype of the hidden states and, under autocast, the autocast dtype."""
+    """A recorded call of the output head.
+
+    ``dtypes`` holds the dtype of the hidden states and, under autocast, also the autocast dtype.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -220,10 +222,9 @@ def _check_is_whole(name: str, tensor: Tensor | None) -> None:
 
 
 class _Probe(torch.autograd.Function):
-    """Returns the probe, a few fixed numbers per token, in place of logits.
+    """Returns a few fixed numbers per token (the probe) in place of logits. Backward returns no gradient.
 
-    The output stays in the autograd graph, so DDP's ``find_unused_parameters`` finds the parameters that get a
-    gradient. Backward returns no gradient.
+    The result is still a part of the autograd graph, in which DDP's ``find_unused_parameters`` looks for parameters.
     """
 
     @staticmethod
@@ -254,13 +255,13 @@ class _Tie(torch.autograd.Function):
 
 
 class _GradientCell:
-    """Holds a gradient that ``_LossOfLogits`` stores in backward. ``_LossProbe`` reads the gradient afterwards."""
+    """Carries a gradient from the backward of ``_LossOfLogits`` to the backward of ``_LossProbe``."""
 
     gradient: Tensor
 
 
 class _LossProbe(torch.autograd.Function):
-    """Returns fixed numbers in place of logits. Backward takes the gradient of ``value`` from the object ``cell``."""
+    """Returns fixed numbers in place of logits. Backward returns ``cell.gradient`` as the gradient of ``value``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
@@ -273,7 +274,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Returns ``value``. Backward stores its gradient in the object ``cell``, and sends zeros to ``logits``."""
+    """Returns ``value``. Backward stores its gradient in ``cell.gradient``, and sends zeros to ``logits``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
@@ -356,8 +357,8 @@ def _local_head(
 ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
     """Returns the head's input, weight and bias on this rank, and the process group over which the head is sharded.
 
-    The group is None if the head is not sharded over the vocabulary. FSDP2 also splits the rows of the weight, but its
-    ranks have different hidden states, so this does not count as sharding over the vocabulary.
+    The group is None if the head is not sharded over the vocabulary. A weight that FSDP2 still shards raises
+    RuntimeError, because the ranks of FSDP2 have different hidden states.
     """
     weight, bias = _held(layer.weight), _held(layer.bias)
     if not hasattr(weight, "full_tensor"):
@@ -424,7 +425,7 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
 
 
 def _scale_and_softcap(model: nn.Module, logits: Tensor, dtypes: list[torch.dtype]) -> tuple[float, float | None]:
-    """Returns the model's logit scale and softcap, from the cache or from its ``logits`` for known numbers."""
+    """Returns the model's logit scale and softcap: cached, or read from its ``logits`` for the probe."""
     numbers = _config_numbers(model)
     known = _KNOWN.setdefault(model, {})
     key = (type(model), *dtypes, logits.dtype, *numbers)
@@ -450,7 +451,7 @@ def _config_numbers(model: nn.Module) -> tuple[float, ...]:
 def _read_probe(
     model: nn.Module, logits: Tensor, numbers: tuple[float, ...], dtypes: list[torch.dtype]
 ) -> tuple[float, float | None]:
-    """Returns the logit scale and the softcap with which the model turns known numbers into ``logits``."""
+    """Returns the logit scale and softcap with which the model turns the probe into ``logits``."""
     rows = logits.detach().reshape(-1, len(_PROBE)).double()
     low, high = torch.stack([rows.amin(0), rows.amax(0)]).cpu()
     if not torch.equal(low, high):  # NaN also raises
@@ -471,7 +472,7 @@ def _read_probe(
 
 
 def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | None) -> float:
-    """Returns the largest relative error of ``logits``, compared with the probe after scale and softcap.
+    """Returns the largest relative error of ``logits`` against ``softcap * tanh(scale * probe / softcap)``.
 
     The error is infinite if ``scale`` is 0 or not finite.
     """
@@ -484,7 +485,7 @@ def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | N
 
 
 def _measured_scale(logits: Tensor, softcap: float | None) -> float:
-    """Returns the model's logit scale for a given softcap, from the logit that the model returns for 0.25."""
+    """Returns the logit scale for a given softcap, computed from the logit that the model returns for 0.25."""
     value = logits[_PROBE.index(0.25)].item()
     if softcap is not None:
         value = softcap * math.atanh(value / softcap) if abs(value) < softcap else math.nan

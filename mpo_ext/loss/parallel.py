@@ -1,10 +1,8 @@
 """The loss functions over several ranks. Each rank holds columns of the vocabulary, parts of the sequences, or both.
 
-The kernels are the same as in one process; they can compute a part of the vocabulary. Each rank
-computes the loss from the same numbers in the same order, so the loss is bitwise the same on all ranks.
-
-The functions ``mpo_loss``, ``linear_mpo_loss``, ``token_logp`` and ``linear_token_logp`` take the arguments of the
-functions of the same names in ``mpo_ext.loss.functions``, some of them grouped into tuples.
+The public functions in ``mpo_ext.loss.functions`` call the functions of the same names here, with some arguments
+grouped into tuples. The kernels are the same as in one process. Each rank computes the loss from the same numbers in
+the same order, so the loss is bitwise the same on all ranks.
 """
 
 from __future__ import annotations
@@ -249,7 +247,7 @@ def _aligned_labels(labels: Tensor, options: LossOptions, groups: RankGroups) ->
 
 
 def _checksum(*settings: Any) -> int:
-    """Returns a checksum of settings, without the values of tensors. Reading a tensor would wait for the GPU."""
+    """Returns a checksum of settings. Ignores the values of tensors, because reading them would wait for the GPU."""
     shown = []
     for value in settings:
         if isinstance(value, LossOptions):
@@ -363,8 +361,8 @@ def _pair_loss(
     If several ranks have the same pairs, only the first of them adds the rewards of these pairs to the reward shift.
 
     Returns:
-        The pair loss, d loss / d logp of each token (None for the backend "reference"), and the statistics. The
-        statistics are per token. With ``sequence_parallel``, they are sums over the tokens of all ranks.
+        The pair loss; d loss / d logp of each token, None for the backend "reference"; and the statistics of each
+        token. With ``sequence_parallel``, the statistics are summed over the tokens of all ranks.
     """
     row_stats = rows.row_stats
     if groups.sequence is None:
@@ -388,11 +386,11 @@ def _totals(
     options: LossOptions,
     shift: BatchShift,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums values of the sequences over the ranks of ``sequence_parallel``.
+    """Sums log-probs, numbers of labels and statistics over the ranks of ``sequence_parallel``.
 
     Returns:
-        The summed log-probs, the numbers of labels and the summed reference log-probs, each ``[2B]``; and the
-        statistics summed over all tokens, ``[number of statistics, 1]``.
+        The summed log-probs, the numbers of labels and the summed reference log-probs of the sequences, each ``[2B]``;
+        and the statistics summed over all tokens, ``[number of statistics, 1]``.
     """
     cu_seqlens = options.cu_seqlens
     sums = eager.sequence_sums(rows.logp.double(), cu_seqlens)
@@ -415,9 +413,9 @@ def _totals(
 def _loss_of_rows(
     logp: Tensor, labels: Tensor, ref_logp: Tensor, options: LossOptions, backend: str, shift: BatchShift
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Returns the pair loss and d loss / d logp, from the log-probs ``logp`` of the tokens of whole sequences.
+    """Returns the pair loss, and d loss / d logp of each token, if each rank has whole sequences.
 
-    For the backend "reference", the second result is None.
+    ``logp`` are the log-probs of the tokens. For the backend "reference", the second result is None.
     """
     if backend == "reference":
         pair = eager.pair_loss(logp, labels, ref_logp.detach(), shift, options.config, options.cu_seqlens)
@@ -435,10 +433,9 @@ def _loss_of_sums(
     backend: str,
     shift: BatchShift,
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Returns the pair loss, and d loss / d logp of this rank's tokens, from sums over whole sequences.
+    """Returns the pair loss, and d loss / d logp of this rank's tokens, if the ranks have parts of the sequences.
 
-    ``totals`` are float64: the summed log-probs, the numbers of tokens and the reference log-probs. For the backend
-    "reference", the second result is None.
+    ``totals`` are the first three results of ``_totals``. For the backend "reference", the second result is None.
     """
     sums, tokens, ref_logp = totals
     config = options.config

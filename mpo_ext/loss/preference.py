@@ -104,13 +104,12 @@ def preference_loss(
     the loss of its pair and the mean over the batch are not finite.
 
     Args:
-        name: Name of the loss, a key of ``LOSSES``. If TRL 1.16 has the loss, TRL uses the same name.
+        name: Name of the loss, a key of ``LOSSES``, such as "ipo". TRL 1.16 uses the same name if it has the loss.
         chosen_logp: ``[B]`` float32 or float64 sum of the label log-probs of each chosen response.
         rejected_logp: ``[B]`` sum for each rejected response, in the same dtype.
-        ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. A loss
-            without a reference model ignores this argument; it may then be None.
-        ref_rejected_logp: ``[B]`` sum for each rejected response under the reference model, without gradient. It may
-            be None in the same case as ``ref_chosen_logp``.
+        ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. May be None
+            for a loss without a reference model, which ignores this argument.
+        ref_rejected_logp: ``[B]`` the same for each rejected response.
         chosen_tokens: ``[B]`` int32 or int64 number of labels of each chosen response.
         rejected_tokens: ``[B]`` int32 or int64 number of labels of each rejected response.
         beta: Temperature of the implicit reward ``beta * (logp - ref_logp)``; tau in "ipo", 1 / eta in "sppo_hard",
@@ -222,9 +221,9 @@ def _sppo_hard(pairs: Pairs) -> Tensor:
 def _aot(pairs: Pairs) -> Tensor:
     """Returns the AOT loss for paired data (arXiv 2406.05882): sorted policy margins against sorted reference margins.
 
-    With ``a = chosen_logp - rejected_logp`` and ``b = ref_chosen_logp - ref_rejected_logp``, both sorted over the
-    pairs, the loss of the k-th values is ``-log sigmoid(beta * (a[k] - b[k]))``. Label smoothing works as in
-    conservative DPO.
+    The policy margins ``a`` are ``chosen_logp - rejected_logp``, and the reference margins ``b`` are
+    ``ref_chosen_logp - ref_rejected_logp``. Both are sorted over the pairs. The k-th loss is
+    ``-log sigmoid(beta * (a[k] - b[k]))``. Label smoothing works as in ``_sigmoid``.
     """
     return _sorted_logistic(
         pairs, pairs.chosen_logp - pairs.rejected_logp, pairs.ref_chosen_logp - pairs.ref_rejected_logp
@@ -241,10 +240,10 @@ def _aot_unpaired(pairs: Pairs) -> Tensor:
 
 
 def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
-    """Returns the logistic loss of the sorted values of ``better`` against the sorted values of ``worse``, ``[B]``.
+    """Returns the logistic loss of each pair, ``[B]``, after sorting ``better`` and ``worse`` over the pairs.
 
-    The k-th smallest value of ``better``, ``[B]``, is compared with the k-th smallest value of ``worse``, ``[B]``.
-    Element i of the result is the loss of ``better[i]``. Pairs with an empty response are excluded.
+    The k-th smallest value of ``better`` is compared with the k-th smallest value of ``worse``. Element i of the
+    result is the loss of ``better[i]``. Pairs with an empty response are excluded.
     """
     better, order = torch.where(pairs.has_both_sides, better, torch.inf).sort()
     worse = torch.where(pairs.has_both_sides, worse, torch.inf).sort().values

@@ -112,12 +112,12 @@ class RankGroups:
         shard: VocabShard,
         dtype: torch.dtype,
     ) -> RowOutputs:
-        """Returns the outputs of ``token_logp`` for the whole vocabulary from the ranks' softmax states.
+        """Merges the softmax states of all ranks into the outputs of ``token_logp`` for the whole vocabulary.
 
-        ``state``, ``[..., ROW_STATE]``, is this rank's result of ``token_logp_shard`` or ``linear_token_logp_shard``.
-        ``logp`` is differentiable with respect to ``state``. The ranks exchange the states, the labels, and the
-        tensors in ``same``. The labels and these tensors must be equal on all ranks. If they differ, logp is NaN, or
-        the method raises ValueError (on a CPU, without sequence parallelism).
+        ``state``, ``[..., ROW_STATE]``, is the result of ``token_logp_shard`` or ``linear_token_logp_shard`` on this
+        rank. The output ``logp`` is differentiable with respect to ``state``. The labels and the tensors in ``same``
+        must be equal on all ranks. If they differ, ``logp`` is NaN. On a CPU without sequence parallelism, the method
+        raises ValueError instead.
         """
         assert self.vocab is not None
         parts = list(range(ROW_STATE)) if stats else [0, 1, ROW_STATE - 1]
@@ -130,11 +130,11 @@ class RankGroups:
         return merge_shards(states, labels, ignore_index, stats, shard.total, dtype)
 
     def sequence_totals(self, sums: Tensor, others: Tensor, same: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns ``sums`` ``[n]`` and ``others`` ``[m]``, added up over the ranks of ``sequence_parallel``.
+        """Returns ``sums``, ``[n]``, and ``others``, ``[m]``, each summed over the ranks of ``sequence_parallel``.
 
         Both are float64. The first result is differentiable with respect to ``sums``. The tensors in ``same`` must be
-        equal on all ranks. If they differ, the first result is NaN. On a CPU, the method raises ValueError instead,
-        unless the call uses both process groups.
+        equal on all ranks. If they differ, the first result is NaN. On a CPU without vocabulary parallelism, the
+        method raises ValueError instead.
         """
         assert self.sequence is not None
         gathered, poison = self._gathered("sequence_parallel", torch.cat([sums, others]), same)
@@ -145,8 +145,8 @@ class RankGroups:
         """Gathers the float64 ``values`` of all ranks of the group ``name``, and compares the tensors in ``same``.
 
         Returns:
-            The values, ``[ranks, ...]``, and a 0-d tensor: 0 if the tensors in ``same`` are equal on all ranks,
-            otherwise NaN. The caller adds it to results.
+            The values, ``[ranks, ...]``, and a 0-d tensor that the caller adds to its results: 0 if the tensors in
+            ``same`` are equal on all ranks, otherwise NaN.
 
         Raises:
             ValueError: If tensors in ``same`` differ, the values are on a CPU, and the call uses only one group.
@@ -194,9 +194,9 @@ class SumGradients(torch.autograd.Function):
 
 
 class _OwnPart(torch.autograd.Function):
-    """Returns a tensor unchanged, and raises an error if the tensor's gradient is differentiated again.
+    """Returns a tensor unchanged; differentiating its gradient again raises an error.
 
-    That second derivative would lack the contributions of the other ranks.
+    A second derivative would lack the contributions of the other ranks.
     """
 
     @staticmethod
@@ -282,7 +282,7 @@ def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _with_own(gathered: Tensor, own: Tensor, rank: int) -> Tensor:
-    """Returns ``gathered``, ``[ranks, ...]``, with this rank's part replaced by the differentiable tensor ``own``."""
+    """Returns ``gathered``, ``[ranks, ...]``, in which the differentiable ``own`` replaces this rank's part."""
     if not own.requires_grad:
         return gathered
     return torch.cat([gathered[:rank], _OwnPart.apply(own).unsqueeze(0), gathered[rank + 1 :]])

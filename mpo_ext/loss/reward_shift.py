@@ -27,25 +27,25 @@ class BatchShift(NamedTuple):
 class RewardShift:
     """The reward shift delta: a moving average of rewards, and the threshold of the BCO term (arXiv 2411.10442).
 
-    Pass the same instance to every call of ``mpo_loss``, which updates it except after ``eval()`` or while gradients
-    are disabled. The state stays on the device of the rewards, so no call waits for the device. If
+    Pass the same instance to every call of ``mpo_loss``. Each call updates it, except after ``eval()`` and while
+    gradients are disabled. The state stays on the device of the rewards, so no call waits for the device. If
     ``torch.distributed`` is initialised, the rewards of all ranks update the state.
 
     An update uses the mean reward of the chosen and rejected responses of its batch. Pairs in which a response has no
-    labelled token do not count. A reward that is not finite makes delta NaN for good. To undo such a step, load a
-    ``state_dict()`` from before the step, as the trainer of mpo_ext does.
+    labelled token do not count. After a reward that is not finite, delta stays NaN or infinite. To undo such a step,
+    load a ``state_dict()`` from before the step, as the trainer of mpo_ext does.
 
     Args:
-        mode: "cumulative": delta is the average of the mean rewards of all updates so far. With
-            ``per="micro_batch"``, each rank's mean has the same weight, as in the authors' code. "ema": an update
-            gives ``decay * delta + (1 - decay) * mean`` with the mean over all rewards of all ranks, as in NeMo-RL.
-            "fixed": delta is always ``value``.
+        mode: "cumulative": delta is the average of the mean rewards of all updates so far. With ``per="micro_batch"``,
+            each rank's mean has the same weight, as in the authors' code. "ema": an update gives
+            ``decay * delta + (1 - decay) * mean`` with the mean over all rewards of all ranks, as in NeMo-RL. "fixed":
+            delta is always ``value``.
         decay: Fraction of the old value that "ema" keeps, in ``[0, 1)``.
         update: "before": a call updates delta with its own rewards and then uses it, as in the authors' code. "after":
             a call uses delta first and updates it afterwards.
         value: Initial delta. The first update of "cumulative" discards it.
-        per: "micro_batch": every call updates delta. "optimizer_step": calls collect rewards and ``step()`` updates
-            delta, which makes the result independent of gradient accumulation (needs ``update="after"``).
+        per: "micro_batch": every call updates delta. "optimizer_step": calls collect rewards, and ``step()`` updates
+            delta. The result is then independent of gradient accumulation. This needs ``update="after"``.
 
     Raises:
         TypeError: If ``decay`` or ``value`` is not a number.
@@ -189,8 +189,8 @@ class RewardShift:
             batch: ``[2]`` sum and count of the rewards of this rank's batch.
 
         Returns:
-            None, or a state with the rewards of all ranks. In the second case, the pair loss must be computed again
-            with the returned state.
+            None, or the updated state. If it is a state, the caller must compute the pair loss again with it, because
+            its delta includes the rewards of all ranks.
         """
         if shift.rule != HOLD:
             self._state.copy_(new_state)
@@ -211,8 +211,8 @@ class RewardShift:
     def _apply(self, batch: Tensor, *, each_rank_counts: bool) -> None:
         """Updates the state with ``batch``, ``[2]``: the sum and the count of this rank's rewards.
 
-        With ``each_rank_counts``, each rank's mean reward has the same weight. Otherwise, each reward has the same
-        weight.
+        If ``each_rank_counts``, the mean rewards of the ranks have equal weights. Otherwise, all rewards have equal
+        weights.
         """
         if each_rank_counts:  # the authors' code averages the ranks' means, unweighted by numbers of pairs
             has_pairs = (batch[1] > 0).double()

@@ -109,7 +109,7 @@ class HiddenReference(NamedTuple):
 
 
 class LossPlan(NamedTuple):
-    """Values that the argument checks of a loss function determine: number of sequences, statistics and backend."""
+    """The results of the argument checks of a loss function: number of sequences, statistics and backend."""
 
     sequences: int  # 2B
     names: tuple[str, ...]  # of the requested statistics
@@ -153,7 +153,8 @@ def check_linear_loss(
     """Checks the arguments of ``linear_mpo_loss``; raises if one is invalid. ``is_part``: as in ``check_logits_loss``.
 
     Returns:
-        The ``LossPlan`` of the call, and ``reference`` with the policy's head in place of a missing reference head.
+        The ``LossPlan`` of the call, and ``reference``. If ``reference`` has hidden states but no head, the policy's
+        head is filled in.
     """
     _check_config(options.config)
     sequences = checks.check_pairs(hidden, labels, options.cu_seqlens, "hidden", is_part=is_part)
@@ -220,10 +221,10 @@ def end_pairs(
     shift: BatchShift,
     backend: str,
 ) -> tuple[eager.PairLoss, Tensor]:
-    """Updates the reward shift with a batch, and returns the pair loss, and d loss / d logp of each token.
+    """Updates the reward shift with a batch. Returns the pair loss, and d loss / d logp of each token.
 
-    ``outputs`` are the outputs of the operator ``pair_loss`` for ``inputs``. If the loss must use a delta that
-    includes the rewards of all ranks, the pair loss is computed again with this delta.
+    ``outputs`` are the outputs of the operator ``pair_loss`` for ``inputs``. On several ranks with
+    ``update="before"``, the pair loss is computed again, because the updated delta includes the rewards of all ranks.
     """
     *fields, weight = outputs
     pair = eager.PairLoss(*fields)
@@ -281,7 +282,7 @@ def what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute:
 def linear_options(
     hidden: Tensor, weight: Tensor, ignore_index: int, head: HeadOptions, backend: str
 ) -> linear_ops.LinearOptions:
-    """Returns the options of the operators on hidden states, with default values in place of None."""
+    """Returns the ``LinearOptions`` of a call, with default values in place of None."""
     device, memory_budget = hidden.device, head.memory_budget
     head_scales = [float(head.logit_scale), float(head.softcap or 0), float(head.temperature)]
     if memory_budget is None:

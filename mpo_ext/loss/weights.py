@@ -34,10 +34,10 @@ def gathered(parameter: Tensor) -> Iterator[None]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Returns a hash of a model's class and of up to 8,191 evenly spaced values of each parameter.
+    """Returns a hash of a model's weights, without LoRA adapters.
 
-    The hash identifies a reference model; adapters do not change it. If ZeRO-3 has partitioned the model, all ranks
-    must call this function.
+    The hash covers the model's class, and the name, shape, dtype and up to 8,191 evenly spaced values of each
+    parameter. If ZeRO-3 has partitioned the model, all ranks must call this function.
     """
     inner = unwrap_model(model)
     digest = hashlib.blake2b(digest_size=16)

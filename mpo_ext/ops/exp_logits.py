@@ -1,8 +1,9 @@
 """Computes exponentials of tiles of logits on a GPU, for the gradient of hidden states under a frozen head.
 
-Forward sums ``exp(z - r) @ weight`` over the tiles, with a reference r for each row (token position). When r changes,
-the previous sum must be rescaled. To make this rare, r changes only if the row's largest logit exceeds r by more than
-a slack.
+Forward sums ``exp(z - r) @ weight`` over the tiles of each row (token position). The reference r must be close to the
+row's largest logit so far, so that ``exp`` does not overflow. But if r changes, the sum so far must be rescaled. To
+make this rare, r rises only if the largest logit exceeds it by more than a slack: 40, or 0 for float16 and in the last
+tile.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def write_exp_logits(
 ) -> Tensor:
     """Writes ``exp(z - reference)`` for each logit z to ``exp_logits``, and 0 for the label's logit.
 
-    The reference of a row (token position) rises to the row's largest logit if this logit is much larger. The row of
-    ``sums`` is then multiplied by ``exp(old reference - new reference)``. After the last tile, the reference is the
-    row's largest logit. The values are undefined in a row whose label is out of range.
+    Each row (token position) has a reference. If the row's largest logit exceeds it by more than a slack, the
+    reference rises to this logit, and the row of ``sums`` is multiplied by ``exp(old reference - new reference)``.
+    After the last tile, the reference is the row's largest logit. If a label is out of range, the values of its row
+    are undefined.
 
     Args:
         logits: ``[n, columns]``, a tile of labelled rows, float32.

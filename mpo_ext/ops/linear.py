@@ -54,9 +54,9 @@ def linear_token_logp(
 
     Returns:
         ``(logp, row_max, row_sum, row_stats, kept)``. The first four are the outputs of ``logits.token_logp``, on the
-        device of ``hidden``. ``kept`` is the tensor for backward. ``keep`` selects its content: nothing (KEEP_NOTHING,
-        an empty tensor), d logp / d hidden of the n labelled rows (KEEP_HIDDEN_GRAD, ``[n, D]``), or the logits in the
-        layout of ``KeptLogits`` (KEEP_LOGITS, uint8).
+        device of ``hidden``. ``kept`` is for backward: an empty tensor (KEEP_NOTHING), d logp / d hidden of the n
+        labelled rows, ``[n, D]`` (KEEP_HIDDEN_GRAD), or the logits as bytes, which ``KeptLogits`` describes
+        (KEEP_LOGITS, uint8).
     """
     _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
     if not 0 <= stats < 1 << len(STATS) or keep not in (KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS):
@@ -125,11 +125,11 @@ def linear_token_logp_shard(
     options: LinearOptions,
     shard: VocabShard,
 ) -> tuple[Tensor, Tensor]:
-    """Returns each token's softmax state (``eager.shard_state``) over a shard, and the tensor for backward.
+    """Returns each token's softmax state over a shard of the vocabulary, and the tensor for backward.
 
     ``weight`` and ``bias`` are this rank's shard of the head. Labels are ids of the whole vocabulary. The other
-    arguments are those of ``linear_token_logp``. ``logits.merge_shards`` takes the states of all shards. With
-    KEEP_HIDDEN_GRAD, the tensor for backward is incomplete until ``finish_shard_hidden_grad``.
+    arguments are those of ``linear_token_logp``. ``logits.merge_shards`` merges the states of all shards. With
+    KEEP_HIDDEN_GRAD, ``finish_shard_hidden_grad`` must complete the tensor for backward.
     """
     tiles = _tiled_rows(hidden, weight, bias, labels, keep, options)
     chunks, kept = _score_tiles(tiles, stats, keep, options, shard)
@@ -169,8 +169,8 @@ def _score_tiles(
     """Computes the log-probs of the labelled tokens, tile by tile.
 
     Returns:
-        A ``_Chunk`` for each group of tokens, and the tensor for backward. With KEEP_HIDDEN_GRAD, this tensor is
-        incomplete until ``_finish_hidden_grad``.
+        A ``_Chunk`` for each group of tokens, and the tensor for backward. With KEEP_HIDDEN_GRAD,
+        ``_finish_hidden_grad`` must complete this tensor.
     """
     shard = shard or VocabShard(0, tiles.vocab)
     if keep == KEEP_LOGITS:
@@ -227,12 +227,12 @@ def _rescale_(total: Tensor, old_max: Tensor, row_max: Tensor, *, is_first: bool
 def _finish_hidden_grad(
     head: Head, columns: Tensor, logp: Tensor, row_sum: Tensor, z_label: Tensor, total: Tensor
 ) -> None:
-    """Adds the label's part to the gradient d logp / d hidden in ``total``, and scales the sum, in place.
+    """Completes ``total`` in place: it then holds the gradient d logp / d hidden.
 
     Before the call, ``total`` holds S, the sum of ``exp(z_v - row_max) * tanh'_v * weight_v`` over all columns v but
     the label y. After the call, it holds ``head.slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum)``. p_y is the
     probability of y. tanh' is the derivative of the softcap's tanh, or 1 without a softcap. ``columns`` holds y as an
-    index of ``head.weight``. If the index is out of range, y lies in another shard, and its part is 0.
+    index of ``head.weight``. If the index is out of range, y lies in another shard, and the term of y is 0.
     """
     label_factor = -torch.expm1(logp)
     if head.softcap:
@@ -304,7 +304,7 @@ def kept_hidden_rows(
 ) -> tuple[Tensor, Tensor]:
     """Returns the flat indices of the n labelled rows, and the gradient of their hidden states, ``[n, D]``.
 
-    The gradient and the arguments before ``dtype`` are those of ``kept_hidden_grad``. ``dtype`` is the dtype of the
+    ``kept_hidden_grad`` describes the gradient and the arguments before ``dtype``. ``dtype`` is the dtype of the
     gradient; None means the dtype of ``kept``.
     """
     check_not_capturing(hidden)
@@ -338,10 +338,10 @@ def linear_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
-    ``wanted`` selects the gradients to compute. ``kept`` holds the logits that ``linear_token_logp`` kept, or is
-    None. The call overwrites ``kept``. A wanted gradient of weight is written there, for ``kept_weight_grad``.
-    The arguments after ``wanted`` are the fields of ``LinearOptions``. Sums over tiles are formed in float32 (float64
-    for float64 inputs) and rounded once.
+    The arguments after ``wanted`` are the fields of ``LinearOptions``. If ``kept`` holds the logits that
+    ``linear_token_logp`` kept, the call overwrites them, and writes a wanted gradient of weight there
+    (``kept_weight_grad`` returns it). Sums over tiles are formed in float32 (float64 for float64 inputs) and rounded
+    once.
 
     Returns:
         The gradients of hidden, weight and bias, contiguous, each in the shape of its input. A gradient that is not
@@ -371,7 +371,7 @@ def linear_grad_rows(
     options: LinearOptions,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of ``linear_grad``, with the gradient of hidden states for labelled rows only.
+    """Returns the gradients of ``linear_grad``; that of the hidden states has only the n labelled rows.
 
     The arguments are those of ``linear_grad``. ``row_values`` are row_max, row_sum and row_weight. With ``shard``,
     weight and bias are a rank's shard of the head. The gradient of hidden states must then be summed over the ranks.
@@ -418,11 +418,11 @@ def _fill_gradients(
     options: LinearOptions,
     shard: VocabShard,
 ) -> Tensor:
-    """Writes the gradients of weight and bias to ``head_grads``, and returns the gradient of the labelled rows.
+    """Writes the gradients of weight and bias to ``head_grads``. Returns that of the hidden states, ``[n, D]``.
 
-    ``row_values`` are the maximum, the sum of exponentials and the weight of each labelled row. Each gradient is
-    multiplied by ``factor``, a 0-d tensor. ``wanted`` selects the gradients of hidden states, weight and bias. If the
-    gradient of hidden states is not wanted, the result is empty.
+    ``row_values`` are row_max, row_sum and row_weight of the n labelled rows. Each gradient is multiplied by
+    ``factor``, a 0-d tensor. ``wanted`` selects the gradients of hidden states, weight and bias. If that of the hidden
+    states is not wanted, the result is empty.
     """
     row_max, row_sum, row_weight = row_values
     d_weight, d_bias = head_grads

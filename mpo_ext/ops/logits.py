@@ -101,10 +101,10 @@ def token_logp_shard(
 def merge_shards(
     states: Tensor, labels: Tensor, ignore_index: int, stats: int, total: int, dtype: torch.dtype
 ) -> RowOutputs:
-    """Returns the outputs of ``token_logp`` in ``dtype`` from the states of all shards, ``[shards, ..., ROW_STATE]``.
+    """Merges the states of all shards, ``[shards, ..., ROW_STATE]``, into the outputs of ``token_logp`` in ``dtype``.
 
-    A state holds the logit of the label, or 0 if the label belongs to another shard. ``total`` is the size of the
-    whole vocabulary. Only the output logp is differentiable.
+    ``mpo_ext.loss.eager.shard_state`` describes a state. ``total`` is the size of the whole vocabulary. Only the
+    output logp is differentiable.
     """
     maxima, sums, e_d, z_sum, squared, z_label = states.unbind(-1)
     maxima = maxima.detach()
@@ -145,10 +145,10 @@ def score(
     With ``tile``, ``logits`` cover only a part of the vocabulary; the results then cover this tile and all earlier
     tiles. Tiles must be passed in order.
 
-    With the backend "cpu", ``exp_logits`` may be the tensor ``logits``. The call then overwrites each logit z with
-    ``exp(z - row_max)``, and the label's logit with 0. ``row_max`` is the maximum over this tile and all earlier
-    tiles. The values are undefined in a row whose label is out of range or whose logp is NaN. In all other cases,
-    ``exp_logits`` must be None. For other backends, use ``write_exp_logits``.
+    ``exp_logits`` is None, or the tensor ``logits`` itself. In the second case, the call also overwrites each logit z
+    with ``exp(z - row_max)`` and the label's logit with 0, where ``row_max`` is the maximum over this tile and all
+    earlier tiles. Only the backend "cpu" can do this; others need ``write_exp_logits``. If a label is out of range or
+    its logp is NaN, the overwritten values of its row are undefined.
     """
     if labels.numel() == 0:
         return
@@ -276,9 +276,9 @@ def write_grad(
     """Writes the result of ``logits_grad`` to ``grad``. The first eight arguments are those of ``logits_grad``.
 
     ``grad`` has the shape and dtype of the logits, and may be the logits themselves. On a GPU, ``grad`` may also be
-    half precision for float32 logits, or bfloat16 for float16 logits. ``is_zeroed`` means that ``grad`` is already
-    filled with zeros; ignored rows are then not written. ``tile`` is the part of the vocabulary that the logits cover;
-    None means the whole vocabulary.
+    half precision for float32 logits, or bfloat16 for float16 logits. If ``is_zeroed``, ``grad`` is already filled
+    with zeros, and ignored rows are not written. ``tile`` is the part of the vocabulary that the logits cover; None
+    means the whole vocabulary.
     """
     if labels.numel() == 0:
         return

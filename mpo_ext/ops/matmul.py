@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class WideMatmuls(NamedTuple):
-    """Describes which half-precision matmuls with float32 results a device supports."""
+    """Describes whether a device can write or add the product of half-precision matrices to a float32 tensor."""
 
     writes: bool  # whether a matmul can write its product to a float32 tensor
     adds: bool  # whether a matmul can add its product to a float32 tensor
@@ -37,7 +37,10 @@ def wide_matmuls(device: torch.device, dtype: torch.dtype) -> WideMatmuls:
 
 
 def _gives(value: float, out: Tensor, call: Callable[[], object]) -> bool:
-    """Returns whether ``call`` succeeds and fills ``out`` with ``value``. For a meta tensor, success is enough."""
+    """Returns whether ``call`` runs without an error and fills ``out`` with ``value``.
+
+    The values of a meta tensor are not compared.
+    """
     try:
         call()
     except torch.OutOfMemoryError:

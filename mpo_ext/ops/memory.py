@@ -127,8 +127,8 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Returns a contiguous tensor of zeros on the CPU.
 
-    A large tensor comes from numpy's calloc, which uses huge pages and zeroes each page on first use. ``torch.zeros``
-    would write every byte, and small pages would cause more page faults.
+    A tensor of 1 MiB or more comes from numpy, which gets zeroed huge pages from the system. ``torch.zeros`` would
+    write every byte, and cause more page faults.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _HUGE_PAGES_BYTES:
@@ -139,8 +139,8 @@ def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def reused_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Returns a contiguous uninitialised tensor on the CPU, in the memory of an earlier freed tensor if possible.
 
-    Reuse avoids page faults, which take longer than writing the gradient. The last large block that was freed is kept
-    until ``empty_cache``. A tensor reuses the block if it takes at least half of the block.
+    New memory causes page faults, which take longer than writing the gradient. The last freed block of at least 16 MiB
+    is therefore kept until ``empty_cache``. A new tensor reuses the block if it fills at least half of it.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < REUSED_BYTES:

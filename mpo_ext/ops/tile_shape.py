@@ -34,9 +34,9 @@ def tile_shape(
         per_element: Bytes per element of a tile.
         per_column: Additional bytes per column of a tile.
         budget: Maximum bytes of a tile.
-        preferred: Bytes ``rows * columns * per_element`` above which larger tiles are not faster.
-        step: The number of columns is rounded down to a multiple of ``step`` if it is larger than ``step`` and less
-            than ``vocab``.
+        preferred: Maximum of ``rows * columns * per_element`` in bytes, because larger tiles are not faster.
+        step: The number of columns is rounded down to a multiple of ``step``. It is not rounded if it is the whole
+            vocabulary or less than ``step``.
     """
     columns = min(vocab, _MIN_COLUMNS)
     if per_column:  # at most half of the budget for memory that does not depend on the rows
@@ -58,8 +58,8 @@ def gpu_tile_shape(
 ) -> tuple[int, int]:
     """Returns the number of rows and columns of a tile on a GPU.
 
-    The arguments are those of ``tile_shape`` and ``fewest_waves``. If ``multiprocessors`` is 0 (unknown), the tile has
-    the largest number of columns that fits.
+    ``multiprocessors`` is the number of multiprocessors of the GPU. If it is 0 (unknown), the tile has as many columns
+    as fit. Otherwise, ``fewest_waves`` chooses their number. ``tile_shape`` describes the other arguments.
     """
     sizes = {"per_element": per_element, "per_column": per_column, "budget": budget, "preferred": budget}
     height, width = tile_shape(rows, vocab, **sizes, step=_GPU_COLUMN_STEP)
@@ -80,13 +80,13 @@ def product_waves(height: int, width: int, multiprocessors: int) -> int:
 def fewest_waves(rows: int, vocab: int, hidden_size: int, widest: int, multiprocessors: int) -> int:
     """Returns the number of columns of a tile for which the matmuls on a GPU take the least time.
 
-    ``widest`` is the largest number of columns that fits. A wave takes the same time even if only some multiprocessors
-    have work. The result is a multiple of 512 between 3/4 of ``widest`` and ``widest``, or ``widest`` if there is no
-    such multiple.
+    A GPU computes a matmul in waves (see ``product_waves``). A wave takes the same time even if only some
+    multiprocessors have work. ``widest`` is the largest number of columns that fits. The result is a multiple of 512
+    between 3/4 of ``widest`` and ``widest``, or ``widest`` if there is no such multiple.
     """
 
     def seconds(columns: int) -> int:
-        """Returns the time to compute the logits and the weight gradient of all tiles, in arbitrary units."""
+        """Returns the time of all matmuls for the logits and the gradient of weight, in arbitrary units."""
         total = 0
         for width, count in ((columns, vocab // columns), (vocab % columns, 1)):
             logits = product_waves(rows, width, multiprocessors) * hidden_size

@@ -5,9 +5,14 @@ computes the tile. The kernels then compute log-probs from the tile, or overwrit
 runs over the vocabulary, and the inner loop over rows. Each part of the weight is therefore read and converted only
 once. Its gradient is complete after the inner loop.
 
-Some CPUs multiply bfloat16 or float16 no faster than float32. On such a CPU, the inputs of the matmuls are converted
-to float32, which is exact. On other CPUs, tiles have the dtype of the inputs. On a GPU the inputs keep their dtype,
-and tiles are float32. The gradient of a tile has the dtype of the inputs, because it is an input of the next matmuls.
+The dtypes depend on the device:
+
+- GPU: tiles are float32. The inputs of the matmuls keep their dtype if matmuls can write float32 results
+  (``wide_matmuls``).
+- CPU that multiplies half precision faster than float32: inputs and tiles keep the dtype of the inputs.
+- Other CPUs: half-precision inputs are converted to float32, which is exact, and tiles are float32.
+
+The gradient of a tile is converted to the dtype of the matmul inputs, because it is an input of the next matmuls.
 """
 
 from __future__ import annotations
@@ -78,19 +83,19 @@ class Head(NamedTuple):
 
 
 class KeptLogits:
-    """Computes the positions of logits in a buffer, in which forward keeps them for backward.
+    """Computes where a buffer holds the logits that forward keeps for backward.
 
-    Backward overwrites the buffer with the gradient of weight. For each tile, from the first columns to the last, it
-    reads the logits and then writes the gradient. The gradient starts at byte 0. The logits start at an offset, so the
-    gradient never overwrites logits that backward has not read yet.
+    Backward reads the logits tile by tile, from the first columns to the last. After each tile, it writes the tile's
+    gradient of weight into the same buffer. The gradient starts at byte 0, and the logits start at an offset.
+    Therefore the gradient never overwrites logits that backward has not read yet.
 
     Let n be the number of labelled rows (token positions). If a logit and a gradient value have equal size, the buffer
-    holds ``max(n, D)`` values per column, plus a tile. With ``only_fitting``, it holds D values per column. If n is
-    larger than D, only the logits of the first columns are then kept.
+    holds ``max(n, D)`` values per column, plus a tile. With ``only_fitting`` and n larger than D, it holds only D
+    values per column. Forward then keeps only the logits of the first columns.
 
-    ``store_`` stores a logit in float16, as its distance from the row's maximum over this tile and all earlier tiles.
-    These maxima lie after the logits. Rounding changes a distance by at most 2^-11 of its value. For
-    distances up to 7.8, the relative error of exp(logit) is therefore below 2^-8, the rounding error of bfloat16.
+    ``store_`` stores float32 logits in float16, as distances from the row's maximum over this tile and all earlier
+    tiles. These maxima lie after the logits. Rounding changes a distance by at most 2^-11 of its value. For distances
+    up to 7.8, the relative error of exp(logit) is therefore below 2^-8, the rounding error of bfloat16.
 
     Args:
         rows: Number of labelled rows, n.
@@ -127,9 +132,9 @@ class KeptLogits:
         self.size = self._maxima + tiles * rows * torch.float32.itemsize
 
     def tile(self, memory: Tensor, rows: slice, first: int, end: int) -> Tensor:
-        """Returns a view of a tile's logits in ``memory``: the slice ``rows``, and columns ``first`` to ``end - 1``.
+        """Returns a contiguous view of a tile's logits in ``memory``.
 
-        Each tile is contiguous.
+        The tile has the slice ``rows`` of the labelled rows, and the columns ``first`` to ``end - 1``.
         """
         width = end - first
         begin = self._begin + self._column_bytes * first + rows.start * width * self.dtype.itemsize
@@ -167,8 +172,8 @@ class TiledRows:
         head: Output head.
         ignore_index: Label of rows that are skipped.
         memory_budget: Bytes for a tile and the tensors computed from it.
-        converts_weight_grad: Whether the gradient of weight is computed. If it is summed in float32 and then converted
-            to the dtype of weight, the sum takes a part of the memory budget.
+        converts_weight_grad: Whether the gradient of weight is computed. A float32 sum of it may then take a part of
+            the memory budget, before it is converted to the dtype of weight.
         keeps_logits: Whether forward keeps logits for backward.
         only_fitting: As in ``KeptLogits``.
     """
@@ -263,7 +268,7 @@ class TiledRows:
     def grad_target(self, logits: Tensor, *, is_input: bool) -> Tensor:
         """Returns the tensor to which the gradient of a tile is written: ``logits``, or a buffer in ``input_dtype``.
 
-        The buffer is used if the gradient is only an input of matmuls (``is_input``) and ``logits`` have another
+        It is the buffer if the gradient is needed only as a matmul input (``is_input``) and ``logits`` have another
         dtype.
         """
         if not is_input or logits.dtype == self.input_dtype:
@@ -282,9 +287,10 @@ class TiledRows:
         return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's contribution ``grad.T @ rows`` to the gradient of weight for the tile's columns.
+        """Adds a tile's part of the gradient of weight: ``grad.T`` times the hidden states of the slice ``rows``.
 
-        Call it for each slice of rows from ``chunks``. The last call (``is_last``) writes the sum to ``target``.
+        Call it for each slice of rows from ``chunks``. The last call (``is_last``) writes the sum to ``target``, the
+        gradient of the tile's columns.
         """
         # A single product may be rounded directly; the sum of several products is formed in float32.
         is_direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)
@@ -294,9 +300,10 @@ class TiledRows:
             target.copy_(total)
 
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's contribution to the gradient of bias for the tile's columns.
+        """Adds ``grad.sum(0)``, a tile's contribution to the gradient of bias.
 
-        Call it for each slice of rows from ``chunks``. The last call (``is_last``) writes the sum to ``target``.
+        Call it for each slice of rows from ``chunks``. The last call (``is_last``) writes the sum to ``target``, the
+        gradient of the tile's columns.
         """
         total = self._buffer("bias grad", (1, target.shape[0]), self.like.dtype)[0]
         if is_first:
@@ -332,8 +339,8 @@ def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
 class _TileSize:
     """Computes the number of rows and columns of a tile from the memory that a tile takes.
 
-    ``kept_dtype`` is the dtype of kept logits. ``TiledRows`` describes ``keeps_logits``. ``KeptLogits`` describes
-    ``grad_bytes`` and ``only_fitting``.
+    ``kept_dtype`` is the dtype of kept logits. ``keeps_logits`` is an argument of ``TiledRows``; ``grad_bytes`` and
+    ``only_fitting`` are arguments of ``KeptLogits``.
     """
 
     def __init__(
@@ -354,8 +361,8 @@ class _TileSize:
     def shape(self, budget: int, has_weight_grad: bool) -> tuple[int, int]:
         """Returns the number of rows and columns of a tile.
 
-        ``has_weight_grad``: whether the gradient of weight is computed in tiles of this shape. It must be the same in
-        forward and backward if logits are kept.
+        ``has_weight_grad``: whether the gradient of weight is computed in tiles of this shape. If logits are kept,
+        forward and backward must pass the same value.
         """
         rows, head = self._rows, self._rows.head
         count, hidden_size = rows.rows.shape
