@@ -235,9 +235,10 @@ def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = Fa
 
     ``keeps_logits`` is True for ``recompute=False``. ``has_head`` is False for a frozen head.
 
-    Tiles do not fit the cache, so their memory traffic counts. A matmul writes a tile in float32. Kernels read it and
-    write its gradient in the dtype of the inputs. The next matmuls read this gradient. If the vocabulary is divided
-    into several tiles, all but the first also read and write the float32 gradient of the hidden states.
+    Tiles do not fit into the cache, so reading and writing them takes time. A matmul writes a tile of logits in
+    float32. Kernels read it and write its gradient, in the dtype of the inputs, for the next matmuls. If the
+    vocabulary is divided into several tiles, all but the first also read and write the float32 gradient of the hidden
+    states.
     """
     tiles = GpuTiles.of(loss, machine, keeps_logits=keeps_logits)
     logits, hidden = loss.labelled * loss.vocab, loss.labelled * loss.hidden_size

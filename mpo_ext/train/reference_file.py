@@ -67,9 +67,9 @@ def reference_path(recipe: Recipe) -> Path:
 
 
 def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[str, Any]:
-    """Returns the settings that affect the reference log-probs, with a hash of all pairs.
+    """Returns a dict of all that the reference log-probs depend on, such as settings and a hash of all pairs.
 
-    Reads all lines of the data. ``fingerprint`` identifies the weights of the reference model.
+    Reads all lines of the data. ``fingerprint`` is a hash of the weights of the reference model.
     """
     keys = []
     for mixture in data.mixtures:

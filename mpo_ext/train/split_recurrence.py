@@ -48,8 +48,7 @@ class _States:
     def join(states: Sequence[tuple["_States", int]]) -> "_States":
         """Combines the states of several sequences into one batch.
 
-        Each element of ``states`` selects a sequence: the states of a batch, and the index of the sequence in this
-        batch.
+        Each element of ``states`` selects a sequence: the states of a batch, and the sequence's index in this batch.
         """
         joined = _States()
         first = states[0][0]
