@@ -1,8 +1,8 @@
 """Rates of machines, and the time that a stage of work takes at these rates.
 
-A stage is a part of the work, such as a forward pass. Three times are computed for a stage: its matmuls and attention
-kernels, its memory traffic, and its arithmetic on logits. The longest of the three is the time of the stage. The time
-of page faults on a CPU and of kernel launches on a GPU is added. The rates do not depend on how the loss is computed.
+A stage is a part of the work, such as a forward pass. Its time is the longest of three times: matmuls and attention,
+memory traffic, and arithmetic on logits. Page faults on a CPU and kernel launches on a GPU are added. The rates do not
+depend on how the loss is computed.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ class Stage:
         name: Name of the stage in reports.
         flop: Number of floating-point operations in the matmuls.
         dtype: Dtype of the inputs of the matmuls and attention kernels.
-        shortest: Smallest of the three sizes m, n, k of the matmuls. On a CPU, small matmuls reach a lower rate.
+        shortest: Smallest of the three sizes m, n, k of the matmuls, because small matmuls are slower on a CPU.
         attention: Number of floating-point operations in attention kernels.
         attention_kind: Key of ``Machine.attention_rates``.
         moved: Number of bytes that are read or written.
-        kernel: Number of logits that the kernels of mpo_ext process forward and backward. A logit that is processed
-            in only one direction counts 1/2.
+        kernel: Number of logits that the kernels of mpo_ext process. A logit counts 1/2 in forward and 1/2 in
+            backward.
         softmax: Number of logits that torch's softmax processes, counted like ``kernel``.
         fresh: Number of bytes of newly allocated memory in small pages.
         huge: Number of bytes of newly allocated memory in huge pages.
@@ -62,22 +62,22 @@ class Machine:
     Attributes:
         name: Name of the machine in reports.
         is_gpu: Whether the machine is a GPU. The stages of a loss differ between CPU and GPU.
-        bandwidth: Bytes per second that are read from or written to memory that has been used before.
+        bandwidth: Bytes per second of reads and writes, without page faults.
         matmul_rates: FLOP per second of large matmuls, by dtype.
-        matmul_shares: Fraction of ``matmul_rates`` that matmuls reach, by the smallest of their three sizes m, n, k.
+        matmul_shares: Fraction of ``matmul_rates`` that a matmul reaches, by the smallest of its three sizes m, n, k.
             Between two sizes, the fraction is interpolated over the logarithm of the size. Empty: 1 for all sizes.
-        attention_rates: FLOP per second of attention kernels, by kind and dtype. "plain" attention is causal or full;
-            FLOP are counted only for scores that the result needs. "masked" attention has a dense mask; FLOP are
-            counted for all scores. If a rate is missing, the rate of matmuls is used.
+        attention_rates: FLOP per second of attention kernels, by kind and dtype. Kind "plain": causal or full
+            attention, whose FLOP are those of the scores that the result needs. Kind "masked": attention with a dense
+            mask, whose FLOP are those of all scores. A missing rate is the rate of matmuls.
         kernel_rate: Logits per second that mpo_ext's kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
-        fresh: Bytes per second at which the operating system provides new memory in small pages (page faults); writing
-            to the memory is not included.
-        huge: Bytes per second at which the operating system provides new memory in huge pages.
-        overhead: Constant number of seconds added to the time of a forward and backward together.
+        fresh: Bytes per second of page faults: the operating system provides new memory in small pages. Writing to the
+            memory is not included.
+        huge: Like ``fresh``, in huge pages.
+        overhead: Constant number of seconds added to each forward plus backward.
         launch: Seconds between two kernels of a GPU.
         multiprocessors: Number of multiprocessors of a GPU; 0: unknown. Idle multiprocessors are then not counted.
-        memory: Bytes of a GPU's memory, on which the default memory budget of tiles depends; 0 if it is unknown.
+        memory: Bytes of a GPU's memory, which sets the default memory budget of tiles; 0: unknown.
         source: Origin of the rates, for reports.
     """
 
@@ -145,9 +145,12 @@ class Machine:
 class DataSheet:
     """Figures of a GPU from its vendor's data sheet.
 
-    ``bandwidth`` is the peak in bytes per second. ``matmul_rates`` are peaks in FLOP per second, for dense matrices;
-    the float32 rate is without tensor cores. ``clock`` is in hertz, and ``memory`` in bytes. ``unconfirmed`` names the
-    figures that no document of the vendor confirms.
+    Attributes:
+        bandwidth: Peak bytes per second.
+        matmul_rates: Peak FLOP per second by dtype, for dense matrices. The float32 rate is without tensor cores.
+        clock: Clock in hertz.
+        memory: Bytes of memory.
+        unconfirmed: Names of the figures that no document of the vendor confirms.
     """
 
     bandwidth: float

@@ -7,15 +7,15 @@ from torch import nn
 
 
 class Matrix(NamedTuple):
-    """A weight matrix of a layer, or all experts' matrices of the same kind.
+    """A weight matrix of a layer. It may stand for the same matrix in all experts.
 
     Attributes:
         name: Name of the module or parameter in the layer.
         inputs: Number of features of an input row.
         outputs: Number of features of an output row.
         learns: Whether the weights are trained.
-        number: Number of matrices.
-        active: Average number of these matrices that multiply a token. For experts, it may be less than ``number``.
+        number: Number of matrices that this entry stands for.
+        active: Average number of these matrices that multiply a token, such as 8 of 128 experts.
         is_expert: Whether the matrix belongs to an expert.
     """
 
@@ -36,8 +36,8 @@ class Matrix(NamedTuple):
 def matrices(layer: nn.Module, experts_per_token: int | None) -> Iterator[Matrix]:
     """Yields the matrices of the linear layers, routers and experts of a layer.
 
-    Experts are expected in a module called ``experts``. It is a list of modules, or has parameters
-    ``[experts, ., .]``. If ``experts_per_token`` is None, all experts count as active.
+    Experts are found in a module called ``experts``, which is a list of modules or has parameters with three axes. If
+    ``experts_per_token`` is None, all experts count as active.
     """
     lists = {name: len(each) for name, each in layer.named_modules() if _is_experts(name) and _is_list(each)}
     for name, module in layer.named_modules():
@@ -73,7 +73,7 @@ def _expert_matrices(name: str, module: nn.Module, experts_per_token: int | None
 
 
 def _common_size(parameters: dict[str, nn.Parameter]) -> int:
-    """Returns the largest axis size that all matrices of an expert have in common: the hidden size."""
+    """Returns the hidden size: the largest axis size that all matrices of an expert have in common."""
     first, *others = [set(parameter.shape[1:]) for parameter in parameters.values()]
     return max(first.intersection(*others) or first)
 

@@ -173,9 +173,9 @@ class MemoryEstimate:
         )
 
     def cost_step(self, micro_batches: int) -> steps.StepShape:
-        """Returns the shape of a training step in which all pairs have the maximum length.
+        """Returns the shape of a training step, assuming that all pairs have the maximum length.
 
-        With a vision tower, all prompt tokens are image tokens.
+        With a vision tower, all prompt tokens are assumed to be image tokens.
         """
         kind = self.recipe.reference_kind
         config = unwrap_model(self.model).config
@@ -223,6 +223,7 @@ class MemoryEstimate:
 
         The counts are those of transformers' models without torch.compile:
 
+        - A linear layer: its inputs and its outputs, once.
         - An RMS norm: 7 passes over its elements. A layer norm: 2 passes.
         - Rotary embedding: 10 passes over queries and keys.
         - Activation and gate of the MLP: 5 passes over its inner features.
@@ -321,7 +322,7 @@ def has_split_attention(model: nn.Module) -> bool:
 def longest_pair(recipe: Recipe, model: nn.Module) -> int:
     """Returns the assumed number of tokens of a prompt plus a response.
 
-    The number is ``data.max_length``, or the model's maximum number of positions if that is smaller.
+    The number is ``data.max_length``, or 4096 without this limit. A model with fewer positions reduces it.
     """
     tokens = recipe.data.max_length or ASSUMED_LENGTH
     return min(tokens, getattr(_text_config(model), "max_position_embeddings", None) or tokens)
@@ -357,7 +358,7 @@ def meta_model(recipe: ModelRecipe) -> nn.Module:
 def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Returns the layers of the decoder and the layers of the vision tower.
 
-    Layers are the modules in the outermost module lists that have linear layers.
+    Layers are the entries of each ``nn.ModuleList`` that contains linear layers and is not inside another such list.
     """
     inner = unwrap_model(model)
     vision_roots = tuple(f"{name}." for name, _ in models.modules_of(inner, "vision_tower"))
@@ -393,7 +394,7 @@ def _patches_per_image(config: Any) -> int | None:
 
 
 def _patches_per_token(config: Any) -> int:
-    """Returns the number of the vision tower's patches per image token of the prompt."""
+    """Returns the number of vision tower patches that are merged to one image token of the prompt."""
     vision = getattr(config, "vision_config", None)
     merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None)
     if merge is None and (ratio := getattr(config, "downsample_ratio", None)):

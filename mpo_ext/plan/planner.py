@@ -85,7 +85,7 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
 
 
 def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
-    """Returns the reason why the responses of a pair cannot share one copy of their prompt, or None if they can."""
+    """Returns the reason why both responses of a pair cannot share a copy of the prompt; None if they can."""
     if not recipe.loss.shared_prefix:
         return "loss.shared_prefix is false"
     attention = recipe.model.attention
@@ -158,7 +158,7 @@ def _variant(estimate: MemoryEstimate, name: str, changes: dict[str, Any] | None
     Args:
         estimate: The planned run.
         name: Name of the variant in tables.
-        changes: Fields of ``Plan.cost_step`` that differ from those of the planned run.
+        changes: Fields of ``Plan.cost_step`` to replace, as a dict from name to value.
         **sections: Sections of the recipe that replace those of the planned run.
     """
     recipe = dataclasses.replace(estimate.recipe, **sections)

@@ -19,10 +19,10 @@ from mpo_ext.train.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Variant:
-    """A row of the table of predicted times: the planned run, or the run with one changed setting.
+    """A row of the table of predicted times: the planned run, a run with one changed setting, or TRL's trainer.
 
     Attributes:
-        name: The changed setting, or "this recipe".
+        name: The changed setting, such as "loss.from_logits=true"; otherwise "this recipe" or "TRL's DPOTrainer".
         trainer: Key of ``steps.STEPS``.
         changes: Fields of ``Plan.cost_step`` that differ from the planned run, as a dict from name to value.
         bytes: Estimated memory of a rank without sharding. None (TRL): ``mpo_ext.plan.steps`` predicts the memory.
@@ -41,24 +41,24 @@ class Plan:
     Attributes:
         model_class: Name of the model's class.
         parameters: Number of parameters, including adapters. Tied parameters count once.
-        active: Number of parameters that process a token. Experts that are not active for the token do not count.
+        active: Number of parameters that process a token; of experts, only the active ones count.
         trainable: Number of parameters that the run trains.
         steps_per_epoch: Number of optimizer steps per epoch, before pairs are skipped.
         warmup_steps: Number of steps in which the learning rate rises.
         pairs_per_rank: Maximum number of pairs of a rank per step.
         micro_batches: Maximum number of micro-batches of a rank per step.
         world: Number of processes (ranks).
-        layout: "shared" if both responses of a pair share one row of the batch, and thus their prompt, or "separate"
-            if each response has a row. It follows from the model's config and code. The trainer verifies "shared" on
-            the first pairs.
+        layout: "shared": one row of the batch holds a prompt and both responses. "separate": each response has a row
+            with its prompt. The prediction uses the model's config and code. The trainer verifies "shared" on the
+            first pairs.
         tokens: Assumed number of tokens of a prompt plus a response (see docs/train.md).
         positions: Number of decoder positions of a micro-batch whose pairs all have ``tokens`` tokens.
         memory: Parts of a rank's memory.
-        other_activations: Number of bytes of the activations if gradient checkpointing had the opposite setting.
+        other_activations: Bytes of the activations with the opposite setting of gradient checkpointing.
         eager_loss: Peak bytes of the same loss in plain torch, if each response is a separate row of the batch.
         cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.steps``.
         cost_step: Shape of a rank's step in which all pairs have the assumed length, for ``mpo_ext.plan.steps``.
-        variants: The unchanged run, followed by runs with changed settings.
+        variants: The unchanged run, followed by runs with a changed setting and TRL's trainer.
         notes: Remarks that are printed after the tables.
     """
 

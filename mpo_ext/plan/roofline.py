@@ -1,8 +1,10 @@
 """Predicts the time and the memory of a loss from a few rates of a machine, such as FLOP per second (a roofline).
 
-A method is a way to compute the loss. It is described as a list of stages, the parts of its work. No rate is
-fitted to a method. ``mpo_ext.plan.steps`` adds the layers of the model. docs/performance.md compares the predictions
-with measurements on a CPU. Predictions for GPUs have not been compared with measurements.
+A method is a way to compute the loss. It is described as a list of stages, the parts of its work. All methods use the
+same rates. ``mpo_ext.plan.steps`` adds the layers of the model.
+
+docs/performance.md compares the predictions with measurements on a CPU. Predictions for GPUs have not been compared
+with measurements.
 """
 
 from __future__ import annotations
@@ -130,10 +132,10 @@ def _logits_compiled(loss: LossShape, machine: Machine) -> Parts:
 
 
 def head_products(loss: LossShape, rows: int, count: float, name: str, dtype: str) -> Stage:
-    """Returns a stage of work: ``count`` matrix products, each of ``rows * vocab * hidden_size`` multiplications.
+    """Returns a stage of ``count`` matrix products with ``rows * vocab * hidden_size`` multiplications each.
 
-    Such products compute the logits from the head, and the gradients from the logits. Each product reads the head or
-    writes a tensor of the head's size. ``dtype`` is the dtype of the inputs.
+    Such a product computes the logits, the gradient of the hidden states or the gradient of the head. Each product
+    reads or writes a tensor of the head's size. ``dtype`` is the dtype of the inputs.
     """
     flop = 2.0 * count * rows * loss.vocab * loss.hidden_size
     moved = count * SIZES[dtype] * loss.vocab * loss.hidden_size
@@ -145,7 +147,7 @@ def loss_gradients(loss: LossShape, *, has_head: bool = True) -> float:
 
 
 def _kept_width(loss: LossShape, machine: Machine) -> int:
-    """Returns the bytes of a logit that forward keeps: 2 for bfloat16 inputs, otherwise as many as in a tile."""
+    """Returns the bytes of a logit that forward keeps for backward: 2 for bfloat16 inputs, otherwise as in a tile."""
     product = loss.dtype if loss.matmul_dtype is None else loss.matmul_dtype
     width = 4 if machine.is_gpu or product == "float32" else loss.size
     return 2 if loss.dtype == "bfloat16" else width
@@ -188,14 +190,14 @@ def _linear_ours(
 
 @dataclasses.dataclass(frozen=True)
 class GpuTiles:
-    """The tiles of ``linear_mpo_loss`` on a GPU. A tile holds logits of some rows and some columns.
+    """The tiles of ``linear_mpo_loss`` on a GPU. A tile holds the logits of some rows for a part of the vocabulary.
 
     Attributes:
         rows: Number of labelled rows (token positions) of a tile.
-        columns: Number of columns of a tile.
+        columns: Number of vocabulary entries of a tile.
         chunks: Number of parts into which the labelled rows are divided.
         slices: Number of parts into which the vocabulary is divided.
-        bytes: Bytes of a tile and the tensors computed from it.
+        bytes: Bytes of the tensors of one tile, such as its logits and their gradient.
     """
 
     rows: int
@@ -233,9 +235,10 @@ def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = Fa
 
     ``keeps_logits`` is True for ``recompute=False``. ``has_head`` is False for a frozen head.
 
-    Tiles do not fit the cache, so their memory traffic counts. A matmul writes a tile in float32. Kernels read it and
-    write its gradient in the dtype of the inputs. The next matmuls read this gradient. If the vocabulary is divided
-    into several tiles, all but the first also read and write the float32 gradient of the hidden states.
+    Tiles do not fit into the cache, so reading and writing them takes time. A matmul writes a tile of logits in
+    float32. Kernels read it and write its gradient, in the dtype of the inputs, for the next matmuls. If the
+    vocabulary is divided into several tiles, all but the first also read and write the float32 gradient of the hidden
+    states.
     """
     tiles = GpuTiles.of(loss, machine, keeps_logits=keeps_logits)
     logits, hidden = loss.labelled * loss.vocab, loss.labelled * loss.hidden_size
@@ -273,9 +276,9 @@ def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = Fa
 
 
 def _wave_flop(loss: LossShape, tiles: GpuTiles, machine: Machine, name: str) -> float:
-    """Returns the FLOP of a matmul over all tiles, including the FLOP that idle multiprocessors could have done.
+    """Returns the FLOP of a matmul over all tiles. Idle multiprocessors count as if they computed.
 
-    ``name`` is "forward", "d hidden" or "d weight".
+    ``name`` is the matmul: "forward", "d hidden" or "d weight".
     """
     labelled, vocab, hidden = loss.labelled, loss.vocab, loss.hidden_size
     if not machine.multiprocessors:
@@ -298,13 +301,13 @@ def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, con
         vocab: Size of the vocabulary.
         budget: The argument ``memory_budget`` of ``linear_mpo_loss``, in bytes.
         is_half: Whether the inputs of matmuls are half precision. The gradient of a tile is then a separate tensor.
-        converted: Bytes of a head copy that is converted to the dtype of the matmuls.
+        converted: Bytes of the head's copy in the dtype of the matmuls; 0 without such a copy.
     """
     return min(budget, (6 if is_half else 4) * rows * vocab + converted)
 
 
 def _linear_of_logits(of_logits: _Method) -> _Method:
-    """Returns a method that computes the logits of all tokens, and then the loss with the method ``of_logits``."""
+    """Returns a method that computes the logits of all tokens, followed by the loss with the method ``of_logits``."""
 
     def method(loss: LossShape, machine: Machine) -> Parts:
         stages, memory = of_logits(loss, machine)

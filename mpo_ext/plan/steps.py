@@ -91,7 +91,7 @@ class StepShape:
         image_size: Number of patches that attend to each other in the vision tower; None: all patches of a prompt.
         checkpointing: Whether gradient checkpointing is on.
         precomputed: Whether the reference log-probs are computed before training.
-        has_reference: Whether the loss needs a reference model.
+        has_reference: Whether the loss needs reference log-probs.
         shards: Number of devices over which parameters, gradients and optimizer state are sharded.
         has_eager_attention: Whether the decoder computes attention with plain torch operations instead of a kernel.
     """
@@ -115,7 +115,7 @@ Rows = Literal["split", "masked", "separate"]
 
 
 class StepMethod(NamedTuple):
-    """A trainer's method of computing the loss, and its arrangement of responses in the rows of a batch."""
+    """Describes how a trainer computes the loss, and how it arranges responses in the rows of a batch."""
 
     method: str  # method of the loss, a key of roofline.LINEAR
     rows: Rows  # how the responses of a pair lie in sequence rows
@@ -139,7 +139,7 @@ STEPS = {
 
 
 class _Positions(NamedTuple):
-    """The numbers of rows (sequences), tokens per row and attention scores of a micro-batch."""
+    """Sizes of a micro-batch: number of rows (sequences), tokens per row and attention scores."""
 
     rows: int  # number of rows
     row: int  # number of tokens of a row
@@ -167,7 +167,7 @@ def _positions(step: StepShape, rows: Rows) -> _Positions:
 
 
 class _Layers:
-    """Describes the work of the decoder and the vision tower in a micro-batch, divided into stages."""
+    """Divides the work of the decoder and the vision tower in a micro-batch into stages."""
 
     def __init__(self, model: ModelShape, step: StepShape, rows: Rows) -> None:
         self.model, self.step = model, step
@@ -175,12 +175,11 @@ class _Layers:
         self.patches = self.positions.rows * step.image_tokens * step.patches
 
     def stages(self, name: str, forwards: int, *, with_backward: bool, of_vision: bool) -> Iterator[Stage]:
-        """Yields the parts of the work in ``forwards`` forward passes and, with ``with_backward``, one backward pass.
+        """Yields the stages of ``forwards`` forward passes and, if ``with_backward`` is True, of one backward pass.
 
-        A backward pass has two matrix products for each product of a forward pass, and moves twice the bytes. An
-        attention kernel has two products in forward and five in backward. The name of each stage ends in ``name``.
-        ``of_vision``: whether the backward pass includes the vision tower. If not, the vision tower has one forward
-        pass only.
+        A backward pass counts as two forward passes in matrix products and memory traffic, and as 2.5 in attention
+        kernels (five products instead of two). If ``of_vision`` is False, the vision tower has only one forward pass.
+        The name of each stage ends in ``name``.
         """
         model, positions = self.model, self.positions
         times = forwards + 2 * with_backward

@@ -25,7 +25,7 @@ _OWN_ARGUMENTS = ("params", "lr", "betas", "eps", "weight_decay")
 
 @section
 class GroupRecipe:
-    """Settings of the optimizer for one part of the model. None selects the setting of ``optim``."""
+    """Optimizer settings for one part of the model. None: the same setting of ``optim`` applies."""
 
     learning_rate: NotNegative | None = None
     weight_decay: NotNegative | None = None
@@ -36,10 +36,12 @@ class OptimRecipe:
     """Settings of the optimizer and of the learning rate schedule. The defaults are those of InternVL2.5-MPO.
 
     Attributes:
-        name: "adamw"; "adamw_8bit" or "paged_adamw_8bit" (bitsandbytes); "adafactor" (transformers, with
-            ``learning_rate`` as its rate); "muon" (Muon for the matrices of hidden layers, AdamW for all other
-            parameters); or the import path of a class, such as "torch.optim.SGD". Such a class is called with
-            parameter groups, ``lr`` and ``args``.
+        name: One of these optimizers, or the import path of a class, such as "torch.optim.SGD". Such a class is called
+            with parameter groups, ``lr`` and ``args``.
+            "adamw": AdamW of torch.
+            "adamw_8bit", "paged_adamw_8bit": AdamW of bitsandbytes.
+            "adafactor": Adafactor of transformers, with ``learning_rate`` instead of relative step sizes.
+            "muon": Muon for the matrices of hidden layers, AdamW for all other parameters.
         args: Additional keyword arguments of the optimizer.
         learning_rate: Maximum learning rate, reached at the end of warmup.
         groups: Settings for parts of the model, such as ``{vision_tower: {learning_rate: 2e-6}}``. The parts are
@@ -49,13 +51,13 @@ class OptimRecipe:
         micro_batch_tokens: Maximum number of token positions per forward pass on each rank, padding included. A longer
             pair goes through the model alone. None: ``micro_batch_size`` pairs per forward pass.
         epochs: Number of passes over the data.
-        max_steps: Maximum number of steps; None: no limit. The schedule ends at the last step of the run.
+        max_steps: Maximum number of steps; None: no limit. The learning-rate schedule ends at the last step.
         betas: ``betas`` of AdamW; used by "adamw", the 8-bit variants and "muon".
         eps: ``eps`` of AdamW; used by the same optimizers as ``betas``.
-        weight_decay: Weight decay, applied to matrices but not to biases and norms.
+        weight_decay: Weight decay of matrices. Biases and norms have none.
         warmup_ratio: Fraction of the steps during which the learning rate rises linearly from 0.
-        schedule: Course of the learning rate after warmup: "cosine", "linear", "constant", or "wsd" (constant, then
-            linear during the last ``decay_ratio`` of the steps: warmup, stable, decay; arXiv 2404.06395).
+        schedule: Learning-rate schedule after warmup: "cosine", "linear", "constant" or "wsd" (warmup, stable, decay;
+            arXiv 2404.06395). "wsd" is constant, then linear during the last ``decay_ratio`` of the steps.
         min_lr_ratio: Final learning rate of "cosine", "linear" and "wsd", as a fraction of the maximum.
         decay_ratio: Fraction of the steps during which "wsd" decays.
         max_grad_norm: Norm to which larger gradients are clipped; 0 disables clipping.

@@ -32,8 +32,7 @@ class ParameterGroup(NamedTuple):
         parameters: The trainable parameters.
         learning_rate: Maximum learning rate.
         weight_decay: Weight decay.
-        orthogonalized: Whether Muon's orthogonalized update applies to the parameters; always False for other
-            optimizers.
+        orthogonalized: Whether Muon updates the parameters. Always False if ``optim.name`` is not "muon".
     """
 
     part: str
@@ -44,7 +43,9 @@ class ParameterGroup(NamedTuple):
 
 
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[ParameterGroup]:
-    """Returns the trainable parameters in groups. Parameters with fewer than two axes have no weight decay.
+    """Divides the trainable parameters into groups with equal optimizer settings.
+
+    Parameters with fewer than two axes, such as biases and norms, have no weight decay.
 
     Raises:
         ValueError: If ``optim.groups`` names a part that the model lacks or does not train.
@@ -144,7 +145,7 @@ def _check_ranks(recipe: OptimRecipe, accelerator: Any) -> None:
 
 
 def _importing(path: str) -> Maker:
-    """Returns a function that makes an optimizer of the class at the import path ``path``."""
+    """Imports an optimizer class, such as "torch.optim.SGD", and returns a function that makes the optimizer."""
     module, _, name = path.rpartition(".")
     try:
         owner = importlib.import_module(module)
@@ -244,7 +245,10 @@ _MAKERS: dict[str, Maker] = {
 
 
 def scheduled_learning_rate(recipe: OptimRecipe, maximum: float, step: int, total_steps: int) -> float:
-    """Returns the learning rate of a step, counted from 0. In warmup, it rises linearly from 0 to ``maximum``."""
+    """Returns the learning rate of step ``step``; the first step is 0.
+
+    ``maximum`` is the learning rate at the end of warmup. ``recipe`` defines warmup and schedule.
+    """
     warmup_steps = math.ceil(total_steps * recipe.warmup_ratio)
     if step < warmup_steps:
         return maximum * step / warmup_steps
@@ -264,11 +268,12 @@ def scheduled_learning_rate(recipe: OptimRecipe, maximum: float, step: int, tota
 def set_learning_rates(
     optimizer: Any, groups: Sequence[ParameterGroup], recipe: OptimRecipe, step: int, total_steps: int
 ) -> dict[str, float]:
-    """Sets the learning rates of a step (counted from 0), and returns them by their names in the log.
+    """Sets the learning rates of a step (counted from 0), and returns them as entries for the log.
 
-    The names are ``learning_rate`` and, for each part in ``optim.groups``, ``learning_rate_PART``. If all parameters
-    belong to such parts, ``learning_rate`` is left out. Call this function before backward, because accelerate runs
-    DeepSpeed's optimizer step in backward.
+    The keys are ``learning_rate`` and, for each part in ``optim.groups``, a key such as ``learning_rate_projector``.
+    If all parameters belong to such parts, the key ``learning_rate`` is missing.
+
+    Call this function before backward: under DeepSpeed, accelerate runs the optimizer step in backward.
     """
     for group, made in zip(optimizer.param_groups, groups, strict=True):
         group["lr"] = scheduled_learning_rate(recipe, made.learning_rate, step, total_steps)

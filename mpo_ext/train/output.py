@@ -65,10 +65,10 @@ class RunOutput:
         )
 
     def template_date(self, checkpoint: Path | None) -> datetime.date:
-        """Returns the date that the chat template may print in prompts, the same on all ranks.
+        """Returns the date for chat templates that print today's date. It is the same on all ranks.
 
-        The date is read from the checkpoint or, if it has none, from the file of reference log-probs. If neither
-        stores a date, the result is today.
+        A stored date keeps the prompts of a resumed run unchanged. The first of these dates is used: the date in
+        ``checkpoint``, the date in the file of precomputed reference log-probs, today's date.
         """
         inputs = None if checkpoint is None else self.checkpoints.state(self.accelerator, checkpoint).get("inputs")
         date = stored_date(inputs) or reference_date(self.recipe) or datetime.date.today()
@@ -94,7 +94,7 @@ class RunOutput:
             yield
 
     def _check_outputs(self) -> None:
-        """Raises an error if the run would overwrite an input file, or files that no earlier run wrote."""
+        """Raises an error if the run would overwrite one of its inputs, or files that no earlier run wrote."""
         recipe, names = (
             self.recipe,
             ("log.jsonl", "first_pairs.txt", "final", "checkpoints", "answers", "exported.json"),
@@ -112,7 +112,10 @@ class RunOutput:
         )
 
     def check_first_pairs(self, data: RunData) -> None:
-        """Prints the decoded first pair, and raises ``LinesError`` if the first pairs are encoded wrongly."""
+        """Checks the encoding of the first pairs, and prints the first pair, decoded from its token ids.
+
+        Also prints a warning if the first 100 pairs contain unknown tokens. Raises ``LinesError`` if a check fails.
+        """
         proof: Proof | None = None
         if self.is_main:
             proof = prove(data.encoder, data.first_pairs())
@@ -125,7 +128,7 @@ class RunOutput:
                 shared.check()
 
     def _write_first_pairs(self, proof: Proof) -> None:
-        """Prints the decoded first pair, and writes the decoded first pairs to ``first_pairs.txt``."""
+        """Prints the first pair, and writes all pairs of ``proof`` to ``first_pairs.txt``."""
         path = self.folder / "first_pairs.txt"
         for line in proof.console_lines():
             self.console.say(line)
@@ -134,7 +137,10 @@ class RunOutput:
         self.console.say(f"the first pairs, decoded, are in {path}")
 
     def start_log(self) -> None:
-        """Empties the log at the start of a new run. An earlier run without a checkpoint may have left lines."""
+        """Empties the log at the start of a new run.
+
+        The log may hold lines of an earlier run that ended before its first checkpoint.
+        """
         if self.is_main:
             if self.log.position():
                 self.console.say(
@@ -143,10 +149,14 @@ class RunOutput:
             self.log.rewind(0)
 
     def check_inputs(self, data: RunData, checkpoint: Path | None, fixed_weights: Mapping[str, str]) -> None:
-        """Records the inputs of the run, such as its data, and compares them with those of a checkpoint.
+        """Compares settings and inputs, such as the data, with those in a checkpoint.
 
-        Later checkpoints of the run store the inputs. ``checkpoint`` is None for a new run; its inputs are only
-        recorded. ``fixed_weights`` holds hashes of weights that checkpoints do not store.
+        Later checkpoints of the run store the inputs.
+
+        Args:
+            data: Data of the run.
+            checkpoint: Folder of the checkpoint. None: the run is new, and nothing is compared.
+            fixed_weights: Hashes of weights that checkpoints do not store, such as frozen parameters.
 
         Raises:
             LinesError: If a setting that must stay the same in a run has changed, or if ``output.resume_changed_data``
@@ -171,7 +181,7 @@ class RunOutput:
         self.input_changes.check(checkpoint, accept=self.recipe.output.resume_changed_data)
 
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
-        """Restores policy, optimizer, run state, log and, if given, the reference model from a checkpoint.
+        """Restores the run from a checkpoint: policy, optimizer, run state, log, and ``reference`` if it is not None.
 
         Call ``check_inputs`` with the checkpoint first.
 
@@ -182,7 +192,7 @@ class RunOutput:
             reference: Reference model if training updates it; None otherwise.
 
         Returns:
-            Whether a setting or the data have changed since the checkpoint.
+            Whether a setting or an input, such as the data, has changed since the checkpoint.
         """
         changes = self.input_changes
         state = self.checkpoints.load(self.accelerator, path, model, optimizer, reference=reference)
@@ -201,9 +211,9 @@ class RunOutput:
         return bool(self.changed or changes.refused or changes.evaluation)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> None:
-        """Writes a checkpoint of the policy, the optimizer and the run state. Does nothing if ``save`` is False.
+        """Writes a checkpoint of the policy, the optimizer, the run state, and ``reference`` if it is not None.
 
-        ``reference`` is the reference model if training updates it, otherwise None. The checkpoint then holds it, too.
+        ``reference`` is the reference model if training updates it. Does nothing if ``save`` is False.
         """
         if not self.save:
             return
@@ -213,13 +223,13 @@ class RunOutput:
         )
 
     def log_step(self, line: Mapping[str, float]) -> None:
-        """Writes the log line of a step to the log and the trackers."""
+        """Writes the metrics of a step to the log and the trackers."""
         if self.is_main:
             self.log.append(line)
         self._track("train", line)
 
     def report_evaluation(self, line: Mapping[str, float]) -> None:
-        """Writes the log line of an evaluation to the console, the log and the trackers."""
+        """Writes the metrics of an evaluation to the console, the log and the trackers."""
         if self.is_main:
             self.log.append(line)
             self.console.say(
@@ -291,10 +301,10 @@ class RunOutput:
 
 
 def _epochs(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Returns the number of epochs that were trained, from the lines of the log; 1 if the log does not tell."""
+    """Returns the number of trained epochs from the last log line with the key "epoch"; 1 without such a line."""
     return next((line["epoch"] for line in reversed(lines) if "epoch" in line), 1)
 
 
 def _changes_evaluation(setting: str) -> bool:
-    """Returns whether a change of this setting makes new evaluation scores incomparable with earlier scores."""
+    """Returns whether evaluation scores from before and after a change of ``setting`` cannot be compared."""
     return setting.startswith(("data.eval", "output.eval_generate", "output.best_metric"))

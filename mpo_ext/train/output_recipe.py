@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def to_matcher(value: Any) -> Any:
-    """Converts the name of a matcher to a section ``{kind: NAME}``. Other values are returned unchanged."""
+    """Converts the name of a matcher, such as "vqa", to ``{"kind": "vqa"}``. Returns other values unchanged."""
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -22,13 +22,14 @@ class GenerationRecipe:
     """Settings of an evaluation by generation during training. Decoding is greedy, with one response per question.
 
     Attributes:
-        path: File of questions with their answers, as ``mpo-ext evaluate --data`` reads it.
-        every: Number of steps between two evaluations; 0 evaluates at the end of each epoch. The end of the run is
-            always evaluated.
+        path: File of questions with their answers, in a format of ``mpo-ext evaluate --data``.
+        every: Number of steps between two evaluations; 0: an evaluation after each epoch. The run always ends with an
+            evaluation.
         max_items: Maximum number of questions, taken from the start of the file; None: all.
         prompt: Name of a prompt template; "none": the question itself is the prompt.
-        matcher: Matcher that compares answers: its kind, or a section with ``kind`` and options.
-        style: Form of the answer in a response; see ``extract_answer``. None: the style of the prompt template.
+        matcher: Matcher that compares answers: its name, such as "vqa", or a section with ``kind`` and options.
+        style: Way to find the answer in a response, such as "boxed"; see ``extract_answer``. None: the style of the
+            prompt template.
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
         batch_size: Maximum number of questions per batch on each rank.
@@ -104,25 +105,25 @@ class OutputRecipe:
         dir: Folder of the run.
         save_every: Number of steps between two checkpoints; 0 writes a single checkpoint at the end.
         keep_last: Number of latest checkpoints to keep.
-        keep_best: Whether to also keep the checkpoint with the best evaluation; needs ``data.eval``, or
-            ``eval_generate`` with ``best_metric`` "answer_accuracy".
+        keep_best: Whether to also keep the checkpoint with the best value of ``best_metric``. Needs ``data.eval``, or
+            ``eval_generate`` for "answer_accuracy".
         eval_every: Number of steps between two evaluations on ``data.eval``; 0 evaluates only at the end.
         eval_generate: Evaluation by generation: a file of questions, or a section with ``path`` and other settings.
             None: no such evaluation.
-        best_metric: Metric of the best checkpoint: "reward_accuracy" (higher is better) or "loss" (lower is better) on
-            ``data.eval``, or "answer_accuracy" (higher is better) of ``eval_generate``.
-        early_stopping: Patience: the run ends normally if this number of evaluations in a row gives no new best value
-            of ``best_metric``. 0 disables early stopping. Needs ``eval_every``, or ``eval_generate`` with
-            ``best_metric`` "answer_accuracy".
+        best_metric: Metric of the best checkpoint. "reward_accuracy" (highest is best) and "loss" (lowest is best) are
+            computed on ``data.eval``, "answer_accuracy" (highest is best) by ``eval_generate``.
+        early_stopping: Patience: the run ends normally after this number of evaluations in a row without a new best
+            value of ``best_metric``. 0 disables early stopping. "reward_accuracy" and "loss" need ``eval_every``.
         log_every: Number of steps between two lines of the log.
         trackers: Names of trackers in accelerate: "tensorboard", "wandb", "trackio", ...
         push_to_hub: Upload of the final model to the Hugging Face hub: the name of the repository, or a section with
             ``repo_id`` and ``private``. None: no upload.
         resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder that contains a
             checkpoint; any other value is the path of a checkpoint.
-        resume_changed_data: Whether a run may resume if its training data, its processor, or its starting model has
-            changed since the checkpoint.
-        on_nonfinite: Reaction to a loss or gradient that is not finite: "stop", or "skip" the step and count it.
+        resume_changed_data: Whether a run may resume although its training data, its processor or its starting model
+            has changed since the checkpoint.
+        on_nonfinite: Reaction to a loss or gradient that is not finite: "stop" ends the run, "skip" skips the step and
+            counts it.
         save_merged: Whether to write the model with merged LoRA adapters in addition to the adapters.
     """
 

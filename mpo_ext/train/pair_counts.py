@@ -9,14 +9,14 @@ from mpo_ext.train.encode import BAD_PAIR, BadPairError, Sample, SkippedPair
 
 
 class PairCounts:
-    """Counts encoded and skipped pairs, and keeps the first message for each reason.
+    """Counts encoded and skipped pairs, with an example for each reason to skip pairs.
 
     Attributes:
         kept: Number of encoded pairs.
         cut: Number of encoded pairs with a truncated response.
         split: Number of encoded pairs with a response that was tokenized separately from the prompt.
-        skipped: Number of skipped pairs for each reason; the reason of a bad line is its ``BadLine.kind``.
-        examples: The first message for each reason.
+        skipped: Dict from reason, such as "bad JSON", to the number of skipped pairs.
+        examples: Dict from reason to the message about the first pair that was skipped for it.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class PairCounts:
         self.examples: dict[str, str] = {}
 
     def add(self, result: Sample | SkippedPair | BadLine | BadPairError) -> None:
-        """Counts a sample, a skipped pair, a bad line or an encoding error."""
+        """Counts the result of reading and encoding a pair."""
         if isinstance(result, Sample):
             self.kept += 1
             self.cut += result.is_cut
@@ -41,7 +41,7 @@ class PairCounts:
         self.examples.setdefault(reason, message)
 
     def merge(self, other: "PairCounts") -> None:
-        """Adds the counts of another process. Its examples are added for reasons that have no example yet."""
+        """Adds the counts of another process, and its examples for reasons that have no example yet."""
         self.kept += other.kept
         self.cut += other.cut
         self.split += other.split
@@ -54,7 +54,7 @@ class PairCounts:
         return self.skipped.total()
 
     def lines(self, epochs: float = 1) -> Iterator[str]:
-        """Yields lines of text with the counts and the examples. A pair counts once in each of the ``epochs``."""
+        """Yields lines of text with the counts and the examples. The counts cover ``epochs`` epochs."""
         during = in_epochs(epochs)
         if self.cut:
             yield f"cut the responses of {self.cut:,} pairs{during}"
@@ -83,5 +83,5 @@ class PairCounts:
 
 
 def in_epochs(epochs: float) -> str:
-    """Returns the end of a message about a count in more than one epoch, such as " in 3 epochs", otherwise ""."""
+    """Returns the end of a message, such as " in 3 epochs"; "" for at most one epoch."""
     return f" in {epochs:.3g} epochs" if epochs > 1 else ""

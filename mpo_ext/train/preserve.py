@@ -11,11 +11,10 @@ from mpo_ext.train.checkpoint_state import random_state, restore_random_state
 
 @contextlib.contextmanager
 def preserved(accelerator: Any, model: nn.Module) -> Iterator[None]:
-    """Restores the model's modules and this rank's random states at the end of the ``with`` block, bit for bit.
+    """Restores the modules of a model and the random states of this rank at the end of the ``with`` block.
 
-    A module's attributes are restored, such as its training mode, gradient checkpointing flags, cached values and
-    buffers. The contents of tensors are not restored, so the block must not write into parameters, gradients or
-    buffers in place.
+    Each module gets back its attributes, such as training mode, cached values and buffers. The values in tensors are
+    not saved, so the block must not change parameters, gradients or buffers in place.
     """
     saved = [(vars(module), dict(vars(module)), dict(vars(module)["_buffers"])) for module in model.modules()]
     random = random_state(accelerator)

@@ -19,7 +19,7 @@ _FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 
 
 def busy_cpu_line(device: torch.device) -> str | None:
-    """Returns advice if the run uses several threads of a CPU that seems to be busy; otherwise None."""
+    """Returns a hint about OMP_NUM_THREADS if the run uses several threads of a busy CPU; otherwise None."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg"):
         return None
@@ -33,7 +33,7 @@ def busy_cpu_line(device: torch.device) -> str | None:
 
 
 class Console:
-    """Shows the progress of a run: a bar on a terminal, or a line every half minute in other streams.
+    """Shows the progress of a run: a bar on a terminal, otherwise a line every 30 seconds.
 
     ``total`` is the number of steps of the run, ``done`` the number of finished steps. If ``stream`` is None, nothing
     is printed.
@@ -96,7 +96,7 @@ class Console:
 
 
 def _rates(line: Mapping[str, float]) -> list[str]:
-    """Returns a text for each learning rate in a log line. Model parts may have separate rates."""
+    """Returns a text for each learning rate in a log line, such as "rate 1.00e-06" or "projector rate 2.00e-06"."""
     names = [name for name in line if name.startswith(_RATE)]
     return [f"{name.removeprefix(_RATE).lstrip('_')} rate {line[name]:.2e}".lstrip() for name in names]
 
@@ -123,10 +123,10 @@ def first_step_lines(recipe: Recipe, line: Mapping[str, float], batches: Sequenc
 
 
 def lone_pairs(limit: int | None, batches: Sequence[Batch]) -> str | None:
-    """Returns a console line if every pair of the first step is longer than ``limit``, otherwise None.
+    """Returns a console line if every pair of the first step is longer than ``limit``; otherwise None.
 
-    Each pair is then a micro-batch. ``limit`` is ``optim.micro_batch_tokens``, and ``batches`` are the micro-batches
-    of the first step.
+    Each of these pairs is then a micro-batch. ``limit`` is ``optim.micro_batch_tokens``, and ``batches`` are the
+    micro-batches of the first step.
     """
     if limit is None or not batches or not all(batch.pairs == 1 and batch.positions > limit for batch in batches):
         return None
@@ -140,8 +140,8 @@ def lone_pairs(limit: int | None, batches: Sequence[Batch]) -> str | None:
 def compare_first_loss(recipe: Recipe, line: Mapping[str, float]) -> str:
     """Returns a console line that compares the loss of the first step with its expected value.
 
-    Before training, the policy equals the reference and all rewards are 0, which determines the DPO and BCO terms.
-    ``line`` is the log line of the first step.
+    Before the first update, the policy equals the reference. All rewards are thus 0, from which the expected DPO and
+    BCO terms follow. ``line`` is the log line of the first step.
     """
     config, shift = recipe.loss.config, recipe.reward_shift
     delta = shift.value if shift.mode != "cumulative" or shift.update == "after" else 0.0

@@ -32,9 +32,9 @@ class ProvedPair:
     Attributes:
         name: File and line number of the pair.
         prompt: The decoded prompt; a run of image tokens is shown as ``<image> x 64``.
-        chosen: The decoded chosen response, with the training targets in double square brackets.
-        rejected: The decoded rejected response, with the training targets in double square brackets.
-        sizes: Text with the numbers of tokens.
+        chosen: The decoded chosen response, with the trained tokens in double square brackets.
+        rejected: The decoded rejected response, with the trained tokens in double square brackets.
+        sizes: Token counts as text, such as "70 tokens of prompt (64 of images), 5 of chosen, 6 of rejected".
     """
 
     name: str
@@ -62,11 +62,11 @@ class Proof:
     """The result of ``prove``, which checks the encoding of the first pairs.
 
     Attributes:
-        notices: Messages about rules that the encoder applies in addition to the chat template, and about checks that
-            could not run.
+        notices: Messages about encoder rules that the chat template does not contain, and about checks that could not
+            run.
         pairs: The first pairs, decoded.
-        skipped: Messages about the first pairs that were not encoded.
-        reasons: Number of pairs that were not encoded, by reason.
+        skipped: Messages about the first pairs that could not be encoded.
+        reasons: Dict from reason to the number of pairs that could not be encoded.
         problems: Messages about failed checks, such as token ids that differ from those of the processor.
     """
 
@@ -85,7 +85,7 @@ class Proof:
         yield from self.problems
 
     def console_lines(self) -> Iterator[str]:
-        """Yields the same lines as ``lines``, but only the first pair, with shortened texts."""
+        """Yields the result of ``lines`` for the console: only the first pair, with shortened texts."""
         return dataclasses.replace(self, pairs=self.pairs[:1]).lines(_CONSOLE_CHARACTERS)
 
     def check(self) -> None:
@@ -98,14 +98,17 @@ class Proof:
 def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3) -> Proof:
     """Encodes the first pairs, compares them with the model's own processor, and returns the result.
 
-    Four properties are checked for each pair. The processor's ``apply_chat_template`` gives the same prompt ids. The
-    processor's ids of the whole conversation begin with the ids of the prompt and the response. The ids of each
-    response decode to its text. Each response ends with a token at which sampling stops.
+    For each pair, these rules are checked:
+
+    - The prompt ids equal those of the processor's ``apply_chat_template``.
+    - The processor's ids of the whole conversation begin with the ids of the prompt and the response.
+    - The ids of each response decode to its text.
+    - Each response ends with a token that stops sampling.
 
     Args:
         encoder: Encoder of the run.
         pairs: Pairs with absolute image paths, each with its name for messages.
-        count: Number of pairs to check.
+        count: Number of pairs to check. Pairs that cannot be encoded do not count.
     """
     proved: list[ProvedPair] = []
     skipped: list[str] = []
@@ -137,9 +140,9 @@ def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3
 
 
 def _decoding_problems(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
-    """Yields a message for each response whose ids do not decode to its text.
+    """Yields a message for each response whose ids decode to another text.
 
-    Also yields a message if the last token of a response would not stop sampling.
+    Also yields a message for each response whose last token does not stop sampling.
     """
     chat = encoder.chat
     conversation = conversation_of(pair, sample.name)
@@ -184,9 +187,9 @@ def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
 def _with_media(
     chat: ChatEncoder, conversation: Conversation, images: Sequence[Any], videos: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """Returns the messages of a conversation, with each image and video in its place.
+    """Returns the chat messages of a conversation, with the loaded images and videos in their content parts.
 
-    For a text model, the messages contain no images and videos.
+    The messages for a text model contain no images and videos.
     """
     messages = chat_messages(conversation, as_parts=chat.is_multimodal)
     if not chat.is_multimodal:
@@ -233,9 +236,9 @@ def _decode(encoder: Encoder, sample: Sample) -> ProvedPair:
 
 
 def _marked(encoder: Encoder, ids: Tensor, targets: Tensor | None) -> str:
-    """Returns the decoded response with its targets in double square brackets.
+    """Returns the decoded response with its trained tokens in double square brackets.
 
-    If ``targets`` is None, all tokens are targets.
+    ``targets`` is True for trained tokens; None: all tokens are trained.
     """
     is_target = [True] * len(ids) if targets is None else targets.tolist()
     text = ""

@@ -46,10 +46,10 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def disable_weight_packing(model: nn.Module) -> None:
-    """Prevents bitsandbytes from packing the 4-bit weights on a CPU for inference.
+    """Prevents bitsandbytes from packing 4-bit weights on a CPU, because packed weights give wrong gradients.
 
-    On a CPU with AVX512-BF16, the first forward pass in evaluation mode without gradients packs the weights for an
-    inference kernel. Training with packed weights would give wrong gradients.
+    Without this call, bitsandbytes packs the weights on a CPU with AVX512-BF16. This happens in the first forward pass
+    in evaluation mode without gradients.
 
     Raises:
         RuntimeError: If the installed version of bitsandbytes packs the weights nevertheless.
@@ -78,8 +78,8 @@ def load_dequantized(target: nn.Module, base: nn.Module, state_dict: Mapping[str
     Args:
         target: Unquantized model on the CPU.
         base: Model with 4-bit layers, with or without adapters.
-        state_dict: Unsharded state dict of the peft model that wraps ``base``, if ``base`` is sharded. None: the
-            weights are read from ``base``.
+        state_dict: None: the weights are read from ``base``. If ``base`` is sharded, pass the unsharded state dict of
+            the peft model that wraps ``base``.
     """
     for name, layer in quantized_layers(base):
         from bitsandbytes.functional import dequantize_4bit

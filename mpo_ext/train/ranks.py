@@ -14,10 +14,10 @@ def gather(accelerator: Any, value: Any) -> list[Any]:
 
 
 def join_cpu_ranks() -> None:
-    """Starts the process group of a run with FSDP or DeepSpeed on CPUs. Does nothing in other runs.
+    """Makes accelerate use FSDP or DeepSpeed on CPUs, and starts the process group.
 
-    accelerate selects FSDP and DeepSpeed only if the ranks have GPUs. If ``ACCELERATE_USE_CPU`` is true, this function
-    makes accelerate select them on CPUs, too. The config file of a cluster can thus be tried on any machine.
+    By default, accelerate uses them only on GPUs. With ``ACCELERATE_USE_CPU=true``, the config file of a cluster can
+    thus be tried on a machine without GPUs. In all other runs, the function does nothing.
     """
     uses_deepspeed, uses_fsdp = _is_set("ACCELERATE_USE_DEEPSPEED"), _is_set("ACCELERATE_USE_FSDP")
     if "LOCAL_RANK" not in os.environ or not _is_set("ACCELERATE_USE_CPU") or not (uses_deepspeed or uses_fsdp):

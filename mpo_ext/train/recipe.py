@@ -68,16 +68,15 @@ class ModelRecipe:
     Attributes:
         path: Folder or hub id of a Hugging Face causal or image-text-to-text model.
         revision: Revision of the model on the hub; None: the default revision.
-        trust_remote_code: Whether Python code in the folder or repository of the model (and of ``reference.path``) may
-            run. This code has all rights of the user: read it first, and set ``revision`` to a commit.
+        trust_remote_code: Whether to run Python code that comes with the model or with ``reference.path``. This code
+            has all rights of the user: read it first, and set ``revision`` to a commit.
         dtype: Dtype of the parameters: "float32", "bfloat16", "float16", or "auto" (the dtype of the saved model).
-        attention: Name of the attention implementation in transformers. Both responses can share a copy of the prompt
-            only with "sdpa", "flash_attention_2", "flash_attention_3" and "eager"; with others, each response has a
-            separate copy.
+        attention: Name of the attention implementation in transformers. "sdpa", "eager", "flash_attention_2" and
+            "flash_attention_3" support ``loss.shared_prefix``.
         freeze: Parts of the model that are not trained: any of "vision_tower", "projector", "language_model".
         lora: Adapters to train; all other weights are then frozen. None: the weights are trained.
         gradient_checkpointing: Whether backward recomputes the activations of each layer.
-        chat_template: Chat template to use instead of the processor's template; None: the processor's template.
+        chat_template: Chat template (Jinja text); None: the template of the processor.
         chat_template_kwargs: Variables for the chat template, such as ``{enable_thinking: false}``.
     """
 
@@ -122,21 +121,22 @@ class DataRecipe:
     """Settings of the data for training and evaluation.
 
     Attributes:
-        train: Sources of training pairs; the ``repeat_time`` of each source sets its number of pairs per epoch.
+        train: Sources of training pairs. The ``repeat_time`` of a source scales its number of pairs per epoch.
         eval: Sources of evaluation pairs; an empty list disables evaluation.
         max_length: Maximum number of tokens of a prompt plus its longer response; None: no limit.
-        too_long: Treatment of longer pairs: "drop" skips and counts them; "truncate" cuts the ends of the responses
-            (never the prompt, which holds the images), and skips a pair if its prompt leaves no room for a response.
-        skip_bad: Whether to skip and count unreadable pairs (a bad line, a missing image) instead of stopping.
-        group_prompts: Whether pairs with the same prompt are placed next to each other, so that they can share a copy
-            of the prompt in a micro-batch.
+        too_long: Treatment of longer pairs. "drop" skips and counts them. "truncate" cuts the ends of the responses,
+            but not the prompt. It skips a pair if the prompt leaves no room, or if the cut responses are equal.
+        skip_bad: Whether to skip and count pairs that cannot be read, such as a bad line or a missing image. If False,
+            such a pair stops the run.
+        group_prompts: Whether pairs with the same prompt are placed next to each other. They can then share a copy of
+            the prompt in a micro-batch.
         workers: Number of processes that read and encode pairs in advance; 0: the training process reads them itself.
-        max_image_pixels: Maximum number of pixels of an image; a pair with a larger image is unreadable. None: the
-            value of the environment variable MPO_MAX_IMAGE_PIXELS, or 8192 x 8192 if it is not set.
-        video_fps: Frames per second of videos that do not set ``fps``. None: the value of the environment variable
-            MPO_VIDEO_FPS, or 2.
-        video_max_frames: Maximum number of frames of videos that do not set ``max_frames``. None: the value of the
-            environment variable MPO_VIDEO_MAX_FRAMES, or 64.
+        max_image_pixels: Maximum number of pixels of an image; a pair with a larger image cannot be read. None: the
+            environment variable MPO_MAX_IMAGE_PIXELS, by default 8192 x 8192.
+        video_fps: Frames per second of videos that do not set ``fps``. None: the environment variable MPO_VIDEO_FPS,
+            by default 2.
+        video_max_frames: Maximum number of frames of videos that do not set ``max_frames``. None: the environment
+            variable MPO_VIDEO_MAX_FRAMES, by default 64.
     """
 
     train: Annotated[Sources, NOT_EMPTY]
@@ -163,18 +163,20 @@ class LossRecipe:
         ntp_weight: See ``MPOConfig``.
         label_smoothing: See ``MPOConfig``.
         ntp_average: See ``MPOConfig``.
-        preference: Name of a loss in ``mpo_ext.loss.preference`` that replaces the DPO term; None: the DPO term is
-            used.
+        preference: Name of a loss in ``mpo_ext.loss.preference`` that replaces the DPO term; None: the DPO term.
         router_aux_loss_coef: Weight of the load-balancing loss of mixture-of-experts routers; 0 disables this loss.
             None: ``router_aux_loss_coef`` of the model's config.
-        average_over: "step" averages over all ranks and micro-batches of an optimizer step: DPO and BCO over pairs,
-            NTP as ``ntp_average`` says. "micro_batch" averages the losses of the micro-batches, as the authors' code
-            does. With ``optim.micro_batch_tokens``, "micro_batch" treats each pair as a micro-batch.
-        from_logits: Whether to call ``mpo_loss`` on the model's logits instead of ``linear_mpo_loss``.
-        shared_prefix: Whether both responses of a pair follow a single copy of the prompt (``[prompt | chosen |
-            rejected]``). All pairs of a micro-batch are then joined to one row of ``input_ids``. If False, or if the
-            model does not support this, each response has a row with its prompt. Two values are for comparisons:
-            "padded" gives each prompt a row with its responses; "masked" also uses a dense attention mask.
+        average_over: "step" averages over all pairs of an optimizer step, and over their tokens or sequences for NTP
+            (``ntp_average``). "micro_batch" computes the loss of each micro-batch and averages these losses, as the
+            authors' code does; with ``optim.micro_batch_tokens``, each pair counts as a micro-batch.
+        from_logits: True: the model computes all logits for ``mpo_loss``. False: ``linear_mpo_loss`` computes the loss
+            from the hidden states.
+        shared_prefix: Arrangement of a pair in ``input_ids``.
+            True: both responses follow a single copy of the prompt (``[prompt | chosen | rejected]``). All pairs of a
+            micro-batch are joined to one row. A model that does not support this falls back to the other values.
+            "padded": like True, but each prompt has a row, padded to the longest (for comparisons).
+            "masked": like "padded", with a dense attention mask (for comparisons).
+            False: each response has a separate row with its prompt.
         recompute: See ``linear_mpo_loss``.
         memory_budget_mib: ``memory_budget`` of ``linear_mpo_loss``, in MiB.
         backend: See ``mpo_loss``.
@@ -278,8 +280,8 @@ class ReferenceRecipe:
         file: File of the log-probs of "precomputed"; None: ``reference.jsonl`` in the output folder.
         sync_every: Number of steps between two updates of the reference model towards the policy, for the kind "copy"
             (TR-DPO, arXiv 2404.09656; ``ref_model_sync_steps`` of TRL). 0 disables updates.
-        sync_mix: Weight w of the policy in an update: each parameter of the reference becomes ``w * policy + (1 - w) *
-            reference``. The value 1 is the hard update of the paper. TRL calls the weight ``ref_model_mixup_alpha``.
+        sync_mix: Weight w of the policy in an update (``ref_model_mixup_alpha`` of TRL). An update sets each parameter
+            of the reference to ``w * policy + (1 - w) * reference``. w = 1 is the hard update of the paper.
     """
 
     kind: Literal["copy", "adapter", "precomputed"] | None = None
@@ -307,7 +309,7 @@ class Recipe:
         reward_shift: Settings of the reward shift in the BCO term.
         reference: Settings of the reference model.
         optim: Settings of optimizer, batch size and schedule.
-        precision: Arithmetic of the model: "fp32", "bf16" or "fp16" (autocast; parameters keep ``model.dtype``).
+        precision: "fp32", or "bf16" or "fp16" for autocast to this dtype. Parameters keep ``model.dtype``.
     """
 
     model: Section[ModelRecipe]

@@ -30,12 +30,13 @@ _MAX_VALUES, _MAX_DEPTH = 1_000_000, 50
 def read_recipe_file(
     path: str | os.PathLike[str], overrides: Sequence[str], build: Callable[[dict[str, Any]], T]
 ) -> T:
-    """Reads a YAML file, applies overrides ``KEY=VALUE``, and returns the result of ``build`` on the settings.
+    """Reads a recipe file, applies overrides ``KEY=VALUE``, and returns ``build(settings)``.
 
     Raises:
         OSError: If the file cannot be read.
         ImportError: If ruamel.yaml is not installed.
-        ValueError: If the file is not YAML, or ``build`` raises ValueError. The message names the file and overrides.
+        ValueError: If the file is not YAML, an override is invalid, or ``build`` raises ValueError. The message names
+            the file and the overrides.
         TypeError: If the file is not a mapping, or ``build`` raises TypeError.
     """
     source = os.fspath(path)
@@ -77,10 +78,10 @@ def parse_yaml(text: str) -> Any:
 
 
 def _count_values(value: Any, known: dict[int, int], depth: int) -> int:
-    """Returns the number of values in a parsed YAML value. Each alias counts as a copy of its anchor.
+    """Returns the number of values in a parsed YAML value. Each alias counts as a full copy.
 
-    ``known`` caches the counts of dicts and lists by id. A count of -1 marks a collection that is being counted.
-    Raises ``ValueError`` if the value contains itself, is nested too deep, or has too many values.
+    ``known`` is a dict from the id of a dict or list to its count, or to -1 while it is being counted. Raises
+    ``ValueError`` if the value contains itself, is nested too deep, or has too many values.
     """
     if not isinstance(value, (dict, list)):
         return 1
@@ -99,16 +100,16 @@ def _count_values(value: Any, known: dict[int, int], depth: int) -> int:
 
 
 def dump_yaml(values: Any) -> str:
-    """Returns values as YAML text. A string that YAML 1.1 or 1.2 would read as another type is quoted."""
+    """Returns values as YAML text. Strings that YAML may read as another type, such as "no" and "1e-6", are quoted."""
     stream = io.StringIO()
     _yaml(dumps=True).dump(values, stream)
     return stream.getvalue()
 
 
 def apply_override(values: Any, override: str) -> None:
-    """Sets a value in a parsed recipe in place, given an override ``KEY=VALUE``.
+    """Sets a value in a parsed recipe in place, by an override such as ``optim.learning_rate=1e-6``.
 
-    KEY is the dotted name of a setting, such as ``optim.learning_rate``. VALUE is YAML.
+    The key is the dotted name of a setting. The value is YAML.
     """
     key, equals, text = override.partition("=")
     *sections, name = key.strip().split(".")
@@ -140,10 +141,7 @@ def _import_ruamel() -> Any:
 
 @functools.cache
 def _yaml(*, dumps: bool) -> Any:
-    """Returns a YAML 1.2 parser or, if ``dumps`` is True, a writer.
-
-    YAML 1.1 and 1.2 read the writer's strings and numbers as the same values.
-    """
+    """Returns a YAML 1.2 parser. With ``dumps``, returns a writer of text that YAML 1.1 and 1.2 parsers read alike."""
     ruamel = _import_ruamel()
     rules = [
         (f"tag:yaml.org,2002:{name}", re.compile(f"(?:{p})$"), first) for name, (p, first) in _CORE_SCHEMA.items()

@@ -26,7 +26,7 @@ _PROVENANCE = ("processor", "versions", "date")  # need not be equal in file and
 
 
 class PrecomputedReference:
-    """Looks up precomputed reference log-probs in a file, by ``Sample.digest``.
+    """Returns reference log-probs from a file. A pair is found by its ``Sample.digest``.
 
     Args:
         path: File of the log-probs.
@@ -67,9 +67,9 @@ def reference_path(recipe: Recipe) -> Path:
 
 
 def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[str, Any]:
-    """Returns the settings that affect the reference log-probs, with a hash of all pairs.
+    """Returns a dict of all that the reference log-probs depend on, such as settings and a hash of all pairs.
 
-    Reads all lines of the data. ``fingerprint`` identifies the weights of the reference model.
+    Reads all lines of the data. ``fingerprint`` is a hash of the weights of the reference model.
     """
     keys = []
     for mixture in data.mixtures:
@@ -96,9 +96,9 @@ def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[
 
 
 def reference_date(recipe: Recipe) -> datetime.date | None:
-    """Returns the date that the prompts of the stored log-probs contain, or None if no file exists.
+    """Returns the date in the prompts of the precomputed log-probs; None if no file stores this date.
 
-    The file may also be the unfinished file of an interrupted run.
+    The date is read from the log-prob file, or from the unfinished files of an interrupted run.
     """
     if recipe.reference_kind != "precomputed":
         return None
@@ -161,9 +161,9 @@ def compute_reference_file(
 
 
 def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
-    """Yields, for each step, this rank's batches that contain a pair whose digest is not in ``known``.
+    """Yields this rank's batches of each step, without the batches whose pairs are all in ``known``.
 
-    Dummy batches are appended, so that all ranks have the same number of batches.
+    ``known`` contains digests of pairs. Dummy batches are appended, so that all ranks have the same number of batches.
     """
     for step_slice in data.load_all_lines():
         batches = [batch for batch in step_slice.batches if not known.issuperset(batch.digests)]
@@ -172,11 +172,10 @@ def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Compares the settings of a file with ``settings``. Returns the settings of the file.
+    """Returns the settings of a log-prob file. Raises ``LinesError`` if they differ from ``settings``.
 
-    Raises ``LinesError`` (a ``ValueError``) with all differences. A new library version may serialize the same
-    processor in another form. If the versions differ, only the library-independent parts of the processor are
-    compared.
+    The error lists all differences. The date and the library versions may differ. Another library version may save the
+    same processor in another form. If the versions differ, only the version-independent parts of it are compared.
     """
     old, new = read_header(path) or {}, json.loads(json.dumps(settings))
     texts = [
@@ -197,7 +196,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Returns a text with the possible reasons why a log-prob file lacks a pair, such as a changed processor.
+    """Returns a text with the reasons why a pair may be missing in a log-prob file, such as a changed processor.
 
     ``header`` holds the settings of the file, ``settings`` those of this run.
     """
@@ -211,7 +210,7 @@ def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
     """Returns the digests of the pairs whose log-probs an interrupted run has already computed.
 
-    The digests are read from the journals, the files that the ranks of that run wrote beside ``path``.
+    They are read from the journals, the unfinished files that the ranks of that run wrote beside ``path``.
     """
     known: set[str] = set()
     for journal in _journal_paths(path):
@@ -222,10 +221,7 @@ def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
 
 
 def _merge_journals(path: Path, settings: Mapping[str, Any]) -> int:
-    """Merges the journals, the files that the ranks wrote beside ``path``, into the file ``path``.
-
-    Deletes the journals and returns the number of pairs.
-    """
+    """Merges the journals of all ranks into the file ``path`` and deletes them. Returns the number of pairs."""
     journals = _journal_paths(path)
     logp = {record["key"]: record["logp"] for journal in journals for record in read_records(journal)}
     with atomic_write(path, is_locked=True) as file:

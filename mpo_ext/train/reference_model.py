@@ -1,6 +1,6 @@
-"""The reference as a separate frozen model, or as the policy without its LoRA adapters.
+"""The kinds of reference "copy" (a separate frozen model) and "adapter" (the policy without its LoRA adapters).
 
-``reference_file.py`` implements the third kind of reference, precomputed log-probs.
+``reference_file.py`` implements the third kind, "precomputed".
 """
 
 import contextlib
@@ -24,7 +24,7 @@ Inspect = Callable[[Tensor | HiddenRows], None]
 
 
 class Reference(Protocol):
-    """The interface of all kinds of reference. It returns log-probs and can be updated towards the policy."""
+    """Interface of a reference, which returns log-probs. Only ``CopyReference`` supports ``sync``."""
 
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
         """Returns the summed log-probs of the B chosen and then the B rejected responses: ``[2B]`` float64."""
@@ -34,9 +34,9 @@ class Reference(Protocol):
 
 
 def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe, inspect: Inspect | None = None) -> Tensor:
-    """Returns the log-probs of the N labels of a batch on the model's device: ``[N]`` float32, differentiable.
+    """Returns the log-probs of the N labels of a batch: ``[N]`` float32 on the model's device, differentiable.
 
-    ``inspect`` is called with the result of the forward pass: logits, or ``HiddenRows``.
+    ``inspect`` is called with the logits if ``recipe.from_logits`` is True, otherwise with ``HiddenRows``.
     """
     if recipe.from_logits:
         logits = forward_logits(model, batch)
@@ -79,10 +79,10 @@ class CopyReference:
 
     @torch.no_grad()
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Updates the parameters towards the policy. Buffers do not change, as in TRL.
+        """Sets the parameters to ``(1 - mix) * reference + mix * policy``. Buffers do not change, as in TRL.
 
-        The new values are computed in at least float32. Each rank updates the tensors that it holds: the whole model
-        under DDP, its shards under FSDP2.
+        The result is computed in float32, or float64 for float64 models. Each rank updates the tensors that it stores:
+        the whole model under DDP, its shards under FSDP2.
         """
         target, source = unwrap_model(self.model), unwrap_model(policy)
         for model in (target, source):
@@ -136,7 +136,7 @@ def _local_tensor(tensor: Tensor) -> Tensor:
 
 
 def _peft_model(model: nn.Module) -> Any:
-    """Returns the peft model that the wrappers of torch.compile and DDP contain."""
+    """Returns the peft model inside the wrappers of torch.compile and DDP."""
     inner: Any = model
     while not hasattr(type(inner), "disable_adapter"):
         inner = getattr(inner, "_orig_mod", None) or inner.module

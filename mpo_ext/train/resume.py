@@ -31,12 +31,12 @@ class RunState:
     Attributes:
         step: Number of steps done.
         n_skipped_steps: Number of steps that did not update the model because the loss or gradient was not finite.
-        pair_counts: Counts of this rank's trained and skipped pairs. On the main rank, they include the counts of the
-            checkpoint from which the run resumed.
+        pair_counts: Counts of this rank's trained and skipped pairs. In a resumed run, the main rank also counts the
+            pairs of all ranks before the checkpoint.
         evaluation: Log line of the latest evaluation; None before the first evaluation.
         best_score: The best value of ``output.best_metric`` so far; None before the first evaluation.
         n_stalled: Number of evaluations since the best evaluation.
-        questions: Digest of the questions of ``output.eval_generate``; None without this setting.
+        questions: Hash of the questions of ``output.eval_generate``; None without this setting.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any) -> None:
@@ -80,9 +80,9 @@ class RunState:
         return line if line is not None and line["step"] == self.step else None
 
     def record_evaluation(self, line: dict[str, float]) -> None:
-        """Records the log line of an evaluation after the current step, and updates the best score.
+        """Records the metrics of an evaluation after the current step, and updates the best score.
 
-        A second evaluation after the same step adds its metrics to the line.
+        A step may have two evaluations: on pairs and by generation. Their metrics are merged to one log line.
         """
         self.evaluation = {**(self.current_evaluation() or {}), **line}
         score = line.get(self._best_key)
@@ -100,7 +100,7 @@ class RunState:
         return f"eval_{self._recipe.output.best_metric}"
 
     def score(self) -> float | None:
-        """Returns ``output.best_metric`` of the evaluation after the current step; None without a finite value."""
+        """Returns the value of ``output.best_metric`` after the current step; None if it is missing or not finite."""
         score = (self.current_evaluation() or {}).get(self._best_key)
         return score if score is not None and math.isfinite(score) else None
 
@@ -109,7 +109,7 @@ class RunState:
         return self._recipe.output.keep_best and self.score() is not None and self.n_stalled == 0
 
     def has_stalled(self) -> bool:
-        """Returns whether early stopping is enabled and its patience is used up; see ``output.early_stopping``."""
+        """Returns whether early stopping must end the run; see ``output.early_stopping``."""
         patience = self._recipe.output.early_stopping
         return patience > 0 and self.n_stalled >= patience
 
@@ -135,10 +135,10 @@ class RunState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, keep_evaluation: bool) -> None:
-        """Restores a result of ``state_dict``. Only the main rank restores the pair counts.
+        """Restores the state from a result of ``state_dict``. Only the main rank restores the pair counts.
 
-        If ``keep_evaluation`` is False, the latest evaluation and the best score are not restored. Use False if the
-        evaluation data have changed.
+        ``keep_evaluation`` must be False if the evaluation data have changed. The latest evaluation and the best score
+        are then not restored.
         """
         self.step = state["step"]
         if keep_evaluation:
@@ -152,11 +152,10 @@ class RunState:
 
 
 def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, str]:
-    """Returns a message for each setting that differs between a checkpoint and the recipe, by setting name.
+    """Returns the settings that differ between a checkpoint and the recipe, as a dict from name to message.
 
-    ``state`` is the ``RunState`` dict in the checkpoint at ``path``. For a setting that the
-    checkpoint lacks, the default value is compared. Raises ``LinesError`` if a setting has changed that must stay the
-    same in a run.
+    ``state`` is the ``RunState`` dict in the checkpoint at ``path``. A setting that the checkpoint lacks counts
+    as its default. Raises ``LinesError`` if a setting has changed that must stay the same in a run.
     """
     stored = state["recipe"]
     with contextlib.suppress(TypeError, ValueError):  # the checkpoint may have a setting that no longer exists
@@ -186,7 +185,7 @@ def plain_values(values: Any) -> Any:
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested settings. Returns each value by its dotted name, such as ``optim.epochs``."""
+    """Flattens nested settings to a dict from dotted name, such as ``optim.epochs``, to value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -51,9 +51,10 @@ class RouterLoss:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """Yields a list to which the forward of each router appends its logits while the ``with`` block runs.
+        """Yields a list to which each router appends its logits in the forward passes of the ``with`` block.
 
-        Run backward after the block. Gradient checkpointing then runs the routers again without adding logits.
+        Run backward after the block. With gradient checkpointing, backward runs the routers again, and these logits
+        must not be appended.
         """
         logits: list[Tensor] = []
         handles = [router.module.register_forward_hook(_recorder(router.position, logits)) for router in self.routers]
@@ -68,7 +69,7 @@ class RouterLoss:
 
         Args:
             logits: Logits of each router for N tokens, ``[N, E]`` or ``[R, L, E]`` with ``R * L = N``.
-            is_counted: ``[N]`` bool, whether each token counts; must be False for padding.
+            is_counted: ``[N]`` bool, False for tokens to ignore, such as padding.
 
         Raises:
             RuntimeError: If no logits were recorded, or their shapes do not match.
@@ -132,7 +133,7 @@ def find_routers(model: nn.Module) -> list[Router]:
 
 
 def _matches(spec: Any, name: str, module: nn.Module) -> bool:
-    """Returns whether ``spec``, an ``OutputRecorder`` or a class of transformers, selects the module ``name``."""
+    """Returns whether ``spec``, which declares router outputs in transformers, selects the module ``name``."""
     kind = spec if isinstance(spec, type) else getattr(spec, "target_class", None)
     suffix = spec if isinstance(spec, str) else getattr(spec, "class_name", None)
     is_target = (kind is not None and isinstance(module, kind)) or (suffix is not None and name.endswith(suffix))
@@ -141,7 +142,7 @@ def _matches(spec: Any, name: str, module: nn.Module) -> bool:
 
 
 def _unknown_loss(model: nn.Module, routers: Sequence[Router]) -> str | None:
-    """Returns why ``RouterLoss`` does not match the model's auxiliary loss in transformers; None if it matches."""
+    """Returns why ``RouterLoss`` is not the loss that transformers computes for the model; None if it is."""
     owner = next(kind for kind in routers[0].owner.__mro__ if "_can_record_outputs" in vars(kind))
     function = getattr(sys.modules[owner.__module__], "load_balancing_loss_func", None)
     if function is None:
@@ -163,8 +164,8 @@ def _recorder(position: int, logits: list[Tensor]) -> Any:
 class _LoadBalancing(torch.autograd.Function):
     """Autograd function of ``RouterLoss``. It does not store the probabilities; backward computes them again.
 
-    For the logits z and the probabilities p, d loss / d z[t,j] = E / T * p[t,j] * (f_j - sum_e f_e * p[t,e]). T is the
-    number of counted tokens times the number of routers.
+    For logits z with probabilities p, the gradient is d loss / d z[t,j] = E / T * p[t,j] * (f_j - sum_e f_e * p[t,e]).
+    T is the number of counted tokens times the number of routers; E and f are those of ``RouterLoss``.
     """
 
     @staticmethod

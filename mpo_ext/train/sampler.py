@@ -14,18 +14,18 @@ _ORDER = 2  # part of the seed; another number in ``mixture`` makes its random n
 class StepSampler:
     """Chooses the pairs of each optimizer step. Steps are numbered from 0; the numbers continue over epochs.
 
-    The pairs of a step depend only on the seed and the step number. A run therefore resumes without stored state, and
-    a step has the same pairs for any number of ranks. An epoch visits its pairs in random order; its last step may
-    have fewer pairs.
+    An epoch visits its pairs in random order; its last step may have fewer pairs. The seed and the step number
+    determine the pairs of a step. A run therefore resumes without a stored sampler state, and the number of ranks does
+    not matter.
 
     Args:
-        epoch: Function from the number of an epoch to its pair indices (int64), such as ``Mixture.epoch``. All epochs
-            must have the same number of pairs.
+        epoch: Function that returns the pair indices (int64) of an epoch, given its number, such as ``Mixture.epoch``.
+            All epochs must have the same number of pairs.
         batch_size: Number of pairs per step, summed over all ranks.
         seed: Seed of the pair order.
-        groups: Group number for each pair index, such as ``Mixture.prompt_groups()``; pairs with the same prompt have
-            the same number. Pairs of a group become adjacent in the order of the epoch. If an epoch contains a pair
-            more than once, its copies are put into different groups. None: pairs are not grouped.
+        groups: ``groups[i]`` is the group number of pair i, such as ``Mixture.prompt_groups()``. The pairs of a group
+            become adjacent in an epoch. If an epoch contains a pair twice, its second copy joins another group. None:
+            pairs are not grouped.
 
     Attributes:
         pairs_per_epoch: Number of pairs per epoch.
@@ -71,9 +71,9 @@ class StepSampler:
         return self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def rank_slice(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        """Returns the pair indices of a step for one rank, possibly none.
+        """Returns the pair indices of a step for one rank; the array may be empty.
 
-        The numbers of pairs of two ranks differ by at most 1.
+        All ranks get the same number of pairs, or numbers that differ by 1.
         """
         check_integer("world_size", world_size, least=1)
         check_integer("rank", rank, least=0)
@@ -84,10 +84,10 @@ class StepSampler:
 
 
 def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a permutation ``p`` such that the pairs of a group are adjacent in ``pairs[p]``.
+    """Returns a permutation ``p`` such that the pairs of a group are adjacent in ``pairs[p]``, groups in random order.
 
-    ``pairs`` holds pair indices, and ``groups[i]`` is the group number of the pair with index i. The order of the
-    groups is random. A second copy of a pair is treated as a member of another group.
+    ``groups[i]`` is the group number of pair i. If ``pairs`` contains a pair twice, its second copy joins another
+    group.
     """
     # The c-th copy of each pair goes to the c-th group of its prompt, because a step should not contain a pair twice.
     by_pair = np.argsort(pairs, kind="stable")
@@ -101,15 +101,15 @@ def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generat
 
 
 def micro_batches(lengths: Sequence[int], size: int, *, groups: Sequence[Any] | None = None) -> list[list[int]]:
-    """Divides the pairs of a rank into micro-batches of ``size`` pairs, sorted by length, the longest pair first.
+    """Sorts the pairs of a rank by length, the longest first, and cuts them into micro-batches of ``size`` pairs.
 
-    Sorting reduces padding, and memory use peaks in the first micro-batch.
+    Sorting reduces padding. The first micro-batch needs the most memory.
 
     Args:
         lengths: Number of tokens of each pair.
         size: Number of pairs per micro-batch; the last micro-batch may have fewer.
-        groups: A value per pair that is equal for pairs with the same prompt, such as ``Sample.prompt_key``. Pairs
-            with the same prompt stay adjacent and are sorted by their longest pair. None: pairs are not grouped.
+        groups: The prompt of each pair as any hashable value, such as ``Sample.prompt_key``. Pairs with the same
+            prompt become adjacent, and prompts are sorted by their longest pair. None: pairs are not grouped.
 
     Returns:
         For each micro-batch, the indices of its pairs in ``lengths``. Each index occurs once; pairs of equal length
@@ -130,17 +130,17 @@ def token_micro_batches(
 ) -> list[list[int]]:
     """Divides the pairs of a rank into micro-batches with at most ``limit`` token positions.
 
-    The method is first-fit decreasing bin packing. The prompt with the longest pair comes first. All pairs of a prompt
-    go into the first micro-batch with enough room. If they exceed the limit, or in the layout "separate", they are
-    divided. A single pair above the limit has a separate micro-batch.
+    The method is first-fit decreasing bin packing. Prompts are sorted by their longest pair, the longest first. All
+    pairs of a prompt go into the first micro-batch with enough room. They are divided if they exceed the limit, or in
+    the layout "separate". A pair that exceeds the limit gets a separate micro-batch.
 
     Args:
         prompts: Number of prompt tokens of each pair.
-        responses: Number of tokens of each response of each pair.
+        responses: For each pair, the number of tokens of each response.
         limit: Maximum number of token positions of a micro-batch, padding included.
-        layout: Arrangement of the pairs in sequence rows, as in ``Batch.layout``; determines the number of positions.
-        groups: A value per pair that is equal for pairs with the same prompt. These pairs share the prompt's tokens if
-            the layout allows it.
+        layout: ``Batch.layout``, which determines the number of positions.
+        groups: The prompt of each pair as any hashable value, such as ``Sample.prompt_key``. Pairs with the same
+            prompt share its tokens if the layout allows it.
 
     Returns:
         For each micro-batch, the indices of its pairs in ``prompts``. Each index occurs once.
@@ -168,8 +168,8 @@ def _rows_of_group(
 ) -> Iterator[tuple[list[int], int, int]]:
     """Divides the pairs of one prompt into parts that fit into a micro-batch.
 
-    Yields the pairs of each part, the number of its rows and the length of its rows. In the layout "separate", each
-    pair is a part. Otherwise, a part has at most ``limit`` tokens, unless it is a single pair.
+    Yields ``(pairs, number of rows, length of a row)`` for each part. In the layout "separate", each pair is a part.
+    Otherwise, a part is one row of at most ``limit`` tokens, or one row with a single longer pair.
     """
     part: list[int] = []
     rows, length = 0, 0
@@ -188,10 +188,9 @@ def _rows_of_group(
 
 
 def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:
-    """Returns the indices of ``lengths`` in groups. Each group is sorted by length, the longest pair first.
+    """Returns the indices of ``lengths`` in groups. In each group, and among the groups, the longest comes first.
 
-    Pairs with equal values in ``groups`` form a group; if ``groups`` is None, each pair does. The groups are sorted by
-    the length of their longest pair.
+    Indices with equal values in ``groups`` form a group. If ``groups`` is None, each index is a group.
     """
     if groups is not None and len(groups) != len(lengths):
         raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")

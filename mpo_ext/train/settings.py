@@ -28,7 +28,7 @@ def wrong_type(words: str) -> PydanticCustomError:
 
 
 def _rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
-    """Returns a validator that rejects values for which ``holds`` is False. ``words`` is the rule, for the message."""
+    """Returns a validator that accepts values for which ``holds`` is True. ``words`` names the rule in messages."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -163,10 +163,10 @@ def _dotted(parts: Sequence[int | str]) -> str:
 
 
 def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
-    """Returns a hint for the error message about an unknown setting ``key`` in the section at ``parents``.
+    """Returns a hint for the error message about the unknown setting ``key`` in the section at ``parents``.
 
-    The hint is a similar name in this section, the same name in another section, or all names in this section.
-    ``kind`` is the class of the whole recipe or section.
+    The hint suggests a similar name in this section, or the same name in another section. Otherwise, it lists all
+    names in this section. ``kind`` is the class of the whole recipe or section.
     """
     settings = _settings(kind)
     path = [parent for parent in parents if isinstance(parent, str)]
@@ -183,10 +183,10 @@ def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
 
 
 def _settings(kind: type, where: str = "") -> dict[str, list[str]]:
-    """Returns the names of the settings in a recipe section and its subsections, by the section's dotted name.
+    """Returns the names of all settings in ``kind`` and its subsections, as a dict with a list per section.
 
-    ``kind`` is the class of the section, and ``where`` its dotted name. In a dotted name, ``*`` stands for the keys of
-    a mapping, as in ``optim.groups.*``.
+    A key is the dotted name of a section; ``where`` is that of ``kind``. In a key, ``*`` stands for any key of a
+    mapping, as in ``optim.groups.*``.
     """
     hints = typing.get_type_hints(kind)
     settings = {where: list(hints)}

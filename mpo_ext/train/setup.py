@@ -50,10 +50,13 @@ _FALLBACKS: dict[SharedLayout, str] = {"shared": "not packed", "masked": "with a
 class RunSetup(NamedTuple):
     """The parts of a run. The models and the optimizer are prepared by accelerate.
 
-    ``groups`` are the parameter groups of the optimizer. ``reference_model`` is the separate reference model, or None.
-    If reference log-probs are precomputed, ``reference_fingerprint`` identifies the weights that they come from.
-    ``fixed_weights`` holds hashes of weights that checkpoints do not store. Its keys are the settings that name
-    the models, such as ``model.path``.
+    Attributes:
+        groups: Parameter groups of the optimizer.
+        reference_model: Separate reference model, or None.
+        reference_fingerprint: Hash of the weights that give precomputed reference log-probs; may be "" for other kinds
+            of reference.
+        fixed_weights: Hashes of weights that checkpoints do not store, as a dict from the setting that names the
+            model, such as ``model.path``, to a hash.
     """
 
     model: nn.Module
@@ -184,7 +187,7 @@ def _add_stop_id(model: Any, end_id: int) -> None:
 
 
 def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:
-    """Returns the separate reference model or None, and a fingerprint of the reference weights.
+    """Returns ``(model, fingerprint)``: the separate reference model or None, and a hash of the reference weights.
 
     Only precomputed log-probs need the fingerprint. It may be "" for other kinds of reference.
     """
@@ -202,10 +205,10 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
 
 
 def _fixed_weights(recipe: Recipe, policy: nn.Module, reference: nn.Module | None) -> dict[str, str]:
-    """Returns hashes of model weights that checkpoints do not store, by the setting that names the model.
+    """Returns hashes of weights that checkpoints do not store, as a dict from setting (``model.path``) to hash.
 
-    A resuming run loads these weights again: frozen parameters, and a reference model without updates. The result is
-    empty for quantized models.
+    These weights are frozen parameters and a reference model without updates. A resuming run loads them again. The
+    dict is empty for quantized models.
     """
     if recipe.model.lora is not None and recipe.model.lora.quantization is not None:
         return {}
@@ -234,10 +237,10 @@ def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, referen
 
 
 def _choose_wrapped_layers(accelerator: Any, model: nn.Module) -> None:
-    """Sets the layer classes that FSDP wraps, unless accelerate's config file names them.
+    """Sets the layer classes that FSDP wraps. Classes in accelerate's config file take precedence.
 
-    Some models, such as LLaVA and Gemma 3, list classes that they do not contain. accelerate would raise an error for
-    these classes.
+    The classes are those in ``_no_split_modules`` that the model contains. LLaVA and Gemma 3 also list other classes,
+    for which accelerate would raise an error.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap:
@@ -262,9 +265,9 @@ def _prepare_reference_model(accelerator: Any, model: nn.Module) -> nn.Module:
 def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | None = None) -> str | None:
     """Chooses the arrangement of pairs in sequence rows (``Batch.layout``), and sets it in ``data``.
 
-    Layouts with a shared prompt are tried first. A layout is chosen if the recipe and the models allow it and, on the
-    first pairs, it gives the same log-probs as separate rows. A reference model from ``reference.path`` is also
-    checked. The function also sets the sample for dummy batches and the argument ``blank`` of ``collate``.
+    Layouts with a shared prompt are tried first. Such a layout must be allowed by the recipe and supported by the
+    model, and by a reference model from ``reference.path``. On the first pairs, it must give the same log-probs as
+    separate rows. The function also sets the sample for dummy batches and the argument ``blank`` of ``collate``.
 
     Returns:
         A line for the console, or None if no usable pair was found.
@@ -297,9 +300,9 @@ def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | 
 def _check_layout(
     models: Sequence[nn.Module], samples: Sequence[Sample], data: RunData, layout: SharedLayout
 ) -> str | None:
-    """Returns why ``check_shared_prefix`` rejects a layout of sequence rows, or None if all models can use it.
+    """Returns why a layout of sequence rows cannot be used; None if all models support it on all ranks.
 
-    All ranks must call this function. A rejection on any rank counts.
+    All ranks must call this function.
     """
     pad_id, positions, device = data.collator.pad_id, data.collator.positions, data.accelerator.device
     for model in models:
@@ -315,7 +318,7 @@ def _check_layout(
 
 
 def _find_samples(data: RunData, *, search_images: bool) -> tuple[list[Sample], Sample | None]:
-    """Returns the first samples of the run, and the first sample with images or None."""
+    """Returns ``(samples, with_images)``: the first samples of the run, and the first sample with images or None."""
     steps = data.steps()
     samples: list[Sample] = []
     with_images: Sample | None = None

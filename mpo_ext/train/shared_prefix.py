@@ -1,4 +1,4 @@
-"""Checks whether a model supports rows with several responses, by its code and by log-probs of a few pairs."""
+"""Checks whether a model supports rows with several responses: by its code, and by the log-probs of a few pairs."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ SharedLayout = Literal["packed", "shared", "masked"]
 
 
 def supports_shared_prefix(model: nn.Module) -> str | None:
-    """Returns None if a model can run over a prompt followed by several responses, otherwise the reason.
+    """Returns the reason why a model does not support rows with several responses; None if it does.
 
     The check reads the model's config and code. The model may be wrapped (DDP, FSDP, peft).
     """
@@ -62,9 +62,9 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
 
 
 def shared_layouts(models: Sequence[nn.Module], setting: SharedPrefix, reasons: list[str]) -> Iterator[SharedLayout]:
-    """Yields the layouts with shared prompts to check; ``Batch`` describes the layouts.
+    """Yields the layouts with shared prompts to check, such as "packed"; ``Batch`` describes them.
 
-    Before it yields a layout, the function enables or disables split attention in the models, as the layout needs.
+    Before each layout, the function enables or disables split attention in the models, as the layout needs.
 
     Args:
         models: Models that will run on the batches.
@@ -100,7 +100,7 @@ def check_shared_prefix(
     layout: SharedLayout = "shared",
     from_logits: bool = False,
 ) -> str | None:
-    """Checks that a few pairs have the same log-probs with shared prompts as with separate prompts.
+    """Compares the log-probs of a few pairs with shared prompts and with separate prompts.
 
     Returns None if the log-probs agree, otherwise a text with the reason why the layout cannot be used.
 
@@ -117,8 +117,8 @@ def check_shared_prefix(
         positions: See ``collate``.
         device: Device of the batches; None: the device of the model's parameters.
         tolerance: Maximum root mean square difference of the log-probs, in nats. None: 16 times the machine epsilon of
-            the arithmetic, at least 1e-3. If a broken mask has a small effect, the maximum is half this effect, but
-            at least ``tolerance / 4``.
+            the arithmetic, at least 1e-3. If half the effect of a broken mask is smaller, the maximum is lowered to
+            it, but not below ``tolerance / 4``.
         layout: Layout with shared prompts to check; see ``Batch``.
         from_logits: Whether the model computes logits; see ``loss.from_logits``.
 
@@ -165,10 +165,9 @@ def check_shared_prefix(
 
 
 def _with_two_prompts(samples: Sequence[Sample]) -> list[Sample]:
-    """Returns samples with at least two different prompt keys, which ``collate`` treats as different prompts.
+    """Returns samples with at least two different prompt keys, so that a packed row contains several prompts.
 
-    If all samples have the same prompt key, the copies of all but the first sample get another key. A single sample is
-    repeated.
+    If all samples have the same prompt key, all but the first get another key. A single sample is repeated.
     """
     first, *others = samples
     if all(other.prompt_key == first.prompt_key for other in others):
@@ -177,9 +176,10 @@ def _with_two_prompts(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def label_logp_and_precision(model: nn.Module, batch: Batch, from_logits: bool = False) -> tuple[Tensor, float]:
-    """Returns the log-probs of the labels (float64 on the CPU), and the machine epsilon of their computation.
+    """Returns ``(logp, epsilon)``: the log-probs of the N labels and the machine epsilon of their computation.
 
-    With ``from_logits``, the model computes logits. Otherwise the log-probs are computed from its hidden states.
+    ``logp`` is ``[N]`` float64 on the CPU. With ``from_logits``, the model computes logits. Otherwise, the log-probs
+    are computed from its hidden states.
     """
     dtypes: list[torch.dtype] = []
 

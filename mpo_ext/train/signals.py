@@ -20,7 +20,7 @@ class InterruptedRunError(Exception):
 
 
 class StopRequests:
-    """Collects requests to end a run: signals to any rank, the result of ``on_step``, and early stopping.
+    """Collects requests to end a run: signals to any rank, the result of the callback ``on_step``, and early stopping.
 
     Attributes:
         received: Signal number (such as 15) that this rank has received, or None.
@@ -35,9 +35,9 @@ class StopRequests:
         self.is_over = False
 
     def agree(self) -> bool:
-        """Shares the requests of all ranks, and returns whether a signal to any rank ends the run.
+        """Shares the requests of all ranks. Returns True if a signal to any rank ends the run.
 
-        All ranks must call this method.
+        All ranks must call this method. It sets ``agreed`` and ``is_over``.
         """
         requests = gather(self._accelerator, (self.received, self.is_over))
         self.agreed = next((received for received, _ in requests if received is not None), None)
@@ -81,8 +81,8 @@ def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None
 def blocked_in_new_workers() -> Iterator[None]:
     """Blocks SIGTERM and SIGINT during the ``with`` block, which starts worker processes.
 
-    The workers inherit the blocked signals; ``init_worker`` unblocks them. The block also sets PYTHONSAFEPATH, so that
-    workers do not import modules from the current folder (Python 3.11 or later).
+    The workers inherit the blocked signals, until ``init_worker`` has set their handlers. The block also sets
+    PYTHONSAFEPATH, so that workers do not import modules from the current folder (Python 3.11 or later).
     """
     safe_path = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"

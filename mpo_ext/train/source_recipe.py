@@ -13,19 +13,20 @@ class SourceRecipe:
     """A file or folder of pairs in a format that ``mpo_ext.data.open_pairs`` reads.
 
     Attributes:
-        path: MMPR meta file; file of rows (.jsonl, .json, .csv or .parquet, also compressed); folder of parquet files
-            or of a Hugging Face dataset; or dataset on the Hugging Face hub: ``hf://owner/name``, or ``owner/name`` if
-            no local path has this name.
+        path: File, folder or dataset on the Hugging Face hub.
+            File: an MMPR meta file, or pairs as .jsonl, .json, .csv or .parquet, also compressed.
+            Folder: parquet files, or a dataset that ``save_to_disk`` wrote.
+            Hub: ``hf://owner/name``, or ``owner/name`` if no local path has this name.
         format: "mmpr", "pairs" (written by ``mpo-ext sample``), "trl", "sharegpt", "alpaca", "swift", "openai",
             "rlaif-v" or "hf" (folder that ``save_to_disk`` wrote); None detects the format.
         root: Folder against which relative image paths are resolved; None: the folder that contains ``path``.
-        root_map: (old, new) path prefixes of images and annotations that have moved from ``old`` to ``new``.
-        image_dir: Folder to which images are written if rows hold them as bytes; None: ``mpo_ext/images`` beside the
-            cache folder of the package ``datasets``.
+        root_map: Path prefixes ``(old, new)``: images and annotations under ``old`` have moved to ``new``.
+        image_dir: Folder for images that the source stores as bytes; they are written there. None: ``mpo_ext/images``
+            beside the cache folder of the package ``datasets``.
         split: Name of the split to read, for a dataset that has several splits.
         revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
         config: Name of the configuration to read, for a dataset of the hub that has several configurations.
-        ignore: Names of fields that are removed from each row, at any depth, before it is read.
+        ignore: Names of fields that are removed from each line before it is read, also from nested objects.
         repeat_time: Average number of visits to each pair per epoch: 0.5 visits a random half of the pairs, 2 visits
             each pair twice. In an MMPR meta file, the ``repeat_time`` of each subset is multiplied by this value.
     """

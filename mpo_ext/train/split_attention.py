@@ -1,10 +1,11 @@
-"""Split attention: attention of sequence rows ``[prompt | response | response ...]`` without a mask of the row.
+"""Split attention: attention in sequence rows ``[prompt | response | response ...]`` without a mask of the row.
 
-Attention is split into causal calls of an attention function. One call covers a prompt and its first response. Each
-further response has a call, with the queries of the response and the keys of its prompt and of the response. A row may
-hold several prompts, each with its responses. The functions of this module are registered in transformers'
-``AttentionInterface`` under the names in ``NAMES``. Without the keyword argument ``row_segments``, they call the
-original function of transformers.
+Each row is computed by several causal calls of an attention function. The first call covers a prompt and its first
+response. Each further response has a separate call: its queries are the tokens of the response, its keys are those of
+the prompt and the response. A row may hold several prompts, each with its responses.
+
+The functions of this module are registered in transformers' ``AttentionInterface`` under the names in ``NAMES``.
+Without the keyword argument ``row_segments``, they call the original function of transformers.
 """
 
 import inspect
@@ -41,15 +42,15 @@ _NOT_IN_SDPA = ("softcap", "s_aux", "position_bias")
 
 
 class _Part(NamedTuple):
-    """Consecutive tokens of a row that are the queries of one causal attention call, or the padding of the row.
+    """The tokens of a row whose queries form one causal attention call, or the padding at the end of the row.
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the part that contains the prompt of these tokens; None if this part contains the prompt.
-        prompt_length: Number of tokens of the prompt in part ``prompt``; 0 if ``prompt`` is None.
+        prompt: Index of the part that begins with the prompt of these tokens; None if this part begins with it.
+        prompt_length: Number of prompt tokens in the part ``prompt``; 0 if ``prompt`` is None.
         is_padding: Whether the part is padding, for which attention is not computed.
-        blocks: Start and end (exclusive) of each image whose tokens attend to each other, as token indices in the
-            part.
+        blocks: Images whose tokens attend to each other: the start and the end (exclusive) of each, as token indices
+            in the part.
     """
 
     size: int
@@ -68,8 +69,9 @@ class RowSegments:
     Attributes:
         parts: The parts of all rows, in order.
         sizes: The number of tokens of each part; their sum is R * L.
-        cu_seqlens: Two tensors ``[C + 1]`` int32: the offsets of the queries and of the keys of the C attention calls.
-        longest: The largest number of queries in a call, and the largest number of keys in a call.
+        cu_seqlens: Offsets in the packed queries and in the packed keys of the C attention calls: two tensors
+            ``[C + 1]`` int32.
+        longest: Maximum number of queries of a call, and maximum number of keys of a call.
     """
 
     def __init__(
@@ -143,7 +145,8 @@ def split_decoder(decoder: nn.Module, config: Any) -> str | None:
         config: Config that the layers of the decoder read.
 
     Returns:
-        None, or the reason why the decoder does not support split attention. The decoder is then unchanged.
+        None if the decoder now uses split attention. Otherwise, the decoder is unchanged, and the result is the reason
+        why it does not support split attention.
     """
     base = base_implementation(getattr(config, "_attn_implementation", None))
     if base not in NAMES:
@@ -176,7 +179,7 @@ def split_decoder(decoder: nn.Module, config: Any) -> str | None:
 
 
 def _register_mask(name: str, base: str) -> None:
-    """Registers the mask function of the attention implementation ``base`` for the implementation ``name``, too."""
+    """Makes transformers build the same masks for the attention implementation ``name`` as for ``base``."""
     try:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     except ImportError:  # before transformers 4.53 models build their masks themselves
@@ -186,10 +189,10 @@ def _register_mask(name: str, base: str) -> None:
 
 
 def window_marker(rows: int, window: int | None, device: torch.device) -> Tensor:
-    """Returns an empty tensor to pass as a mask: ``[R, 1, 0, window]``, or ``[R, 1, 0, 0]`` without a window.
+    """Returns an empty tensor to pass as a mask: ``[R, 1, 0, window]``, or ``[R, 1, 0, 0]`` without a sliding window.
 
-    Models pass a 4-D mask unchanged to each layer. The marker thus tells split attention the size of the sliding
-    window. Any other attention function fails on this shape, so it cannot compute wrong results. ``rows`` is R.
+    Models pass a 4-D mask unchanged to each layer, and split attention reads the size of the window from its shape.
+    Other attention functions fail on this shape instead of computing wrong results. ``rows`` is R.
     """
     return torch.empty(rows, 1, 0, window or 0, dtype=torch.bool, device=device)
 
@@ -215,18 +218,18 @@ _Attend = Callable[..., Tensor]
 
 
 class _Call(NamedTuple):
-    """The sequence rows, divided into parts, and the sliding window of an attention call."""
+    """The sequence rows of a split attention call, and its sliding window in tokens or None."""
 
     segments: RowSegments
     window: int | None
 
 
 def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _Call | None:
-    """Returns the sequence rows and the sliding window of an attention call; None without ``row_segments``.
+    """Returns the rows and the window of a split attention call; None for an ordinary call, without ``row_segments``.
 
-    ``mask`` is an attention mask or a marker made by ``window_marker``. ``kwargs`` are the keyword arguments of the
-    call, from which ``row_segments`` and ``is_causal`` are removed. Raises an error if a marker comes without
-    ``row_segments``, ``row_segments`` come without a marker, or the attention module is not causal.
+    ``mask`` is an attention mask or a marker made by ``window_marker``. ``row_segments`` and ``is_causal`` are removed
+    from ``kwargs``. Raises an error if a marker or ``row_segments`` come without the other, or if attention is not
+    causal.
     """
     segments = kwargs.pop("row_segments", None)
     if not is_marker(mask) and segments is None:
@@ -322,9 +325,9 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 
 
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
-    """Returns whether ``joint_attention`` is used for a call.
+    """Returns whether ``joint_attention`` computes a call instead of an attention call for each part.
 
-    ``joint_attention`` must support the call, and at least one part must attend to a prompt in another part.
+    The function must support the call, and at least one part must attend to a prompt in another part.
     """
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
@@ -332,9 +335,9 @@ def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Converts the tensors to the dtype that autocast uses for attention; float64 tensors are not converted.
+    """Converts tensors to autocast's dtype for attention; float64 tensors are not converted.
 
-    Autocast does not convert the inputs of the kernels that torch calls for a ``causal_lower_right`` mask.
+    This is needed for ``causal_lower_right`` masks, because autocast does not convert the inputs of their kernels.
     """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -354,10 +357,10 @@ def _tokens(tensor: Tensor) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: _Attend) -> Tensor:
-    """Returns causal attention ``[n, H, D]`` of n queries over m keys.
+    """Returns causal attention ``[n, H, D]`` of n queries over m keys, with the function ``attend``.
 
-    Query i and key m - n + i belong to the same token. ``window`` is the number of tokens of the sliding window, or
-    None. ``attend`` computes attention.
+    The queries belong to the last n of the m tokens. ``window`` is the number of tokens of the sliding window, or
+    None.
     """
     count, total = len(query), len(key)
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
@@ -389,10 +392,10 @@ def _with_blocks(
     window: int | None,
     attend: _Attend,
 ) -> Iterator[Tensor]:
-    """Yields the attention output ``[n, H, D]`` in pieces, with bidirectional attention inside each image.
+    """Yields attention output ``[n, H, D]`` in pieces, in which the tokens of an image attend to each other.
 
-    ``out`` is the causal attention output of the same queries. It is replaced for the tokens of images. ``blocks`` are
-    the start and the end (exclusive) of each image.
+    ``out`` is the causal attention output, which is kept for all tokens outside images. ``blocks`` are the start and
+    the end (exclusive) of each image.
     """
     edges = [0, *(edge for block in blocks for edge in block), len(out)]
     between = out.split([stop - start for start, stop in pairwise(edges)])[::2]
@@ -413,11 +416,12 @@ def _with_blocks(
 def _windows(
     count: int, total: int, window: int, device: torch.device, *, causal: bool = True
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Divides the queries of sliding-window attention into groups, which limits the size of the masks.
+    """Divides the queries of sliding-window attention into groups, because masks for all queries would be large.
 
-    Yields for each group the slice of its queries, the slice of the keys that they see, and the mask. ``count`` is the
-    number of queries, ``total`` the number of keys and ``window`` the number of tokens of the window. Query i and key
-    ``total - count + i`` belong to the same token. If ``causal`` is False, queries also attend to all later keys.
+    Yields ``(queries, keys, mask)`` for each group: a slice of the queries, the slice of the keys that they see, and
+    their mask. ``count`` is the number of queries, ``total`` the number of keys, ``window`` the number of tokens of
+    the window. The queries belong to the last ``count`` tokens. If ``causal`` is False, they also attend to all later
+    keys.
     """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)

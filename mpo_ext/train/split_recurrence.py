@@ -1,10 +1,11 @@
 """Recurrent and convolutional layers in sequence rows ``[prompt | response | response ...]``.
 
 Such a layer runs over the prompt first and keeps its final states: the recurrent state and the last inputs of the
-convolution. Then it runs over the responses, and each response starts from the states of its prompt. Gradients flow
-through the states. The module supports layers that read and write their states by the methods of transformers'
-``Cache``: Gated DeltaNet, Mamba 2 and short convolutions. In calls without the keyword argument ``row_segments`` (the
-prompts and responses of each row), the layers run as before.
+convolution. Each response then starts from the states of its prompt. Gradients flow through the states.
+
+The supported layers (Gated DeltaNet, Mamba 2, short convolutions) read and write states by the methods of
+transformers' ``Cache``. In calls without the keyword argument ``row_segments`` (the prompts and responses of each
+row), the layers run as before.
 """
 
 import functools
@@ -45,9 +46,9 @@ class _States:
 
     @staticmethod
     def join(states: Sequence[tuple["_States", int]]) -> "_States":
-        """Combines the states of several sequences into one batch. Each pair in ``states`` selects one sequence.
+        """Combines the states of several sequences into one batch.
 
-        A pair consists of the states of a batch and the index of the sequence in this batch.
+        Each element of ``states`` selects a sequence: the states of a batch, and the sequence's index in this batch.
         """
         joined = _States()
         first = states[0][0]
@@ -67,7 +68,7 @@ class _States:
     def update_conv_state(
         self, inputs: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int
     ) -> Tensor:
-        """Returns the stored inputs of the convolution followed by ``inputs``, ``[B, C, n]``.
+        """Appends ``inputs`` ``[B, C, n]`` to the stored inputs of the convolution, and returns the result.
 
         The last ``conv_kernel_size - 1`` inputs are stored for the next call.
         """
@@ -87,7 +88,7 @@ class _Piece(NamedTuple):
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the piece whose final states are the initial states of this piece; None: no initial states.
+        prompt: Index of the piece from whose final states this piece starts; None: it starts without states.
         keeps_states: Whether other pieces start from the final states of this piece.
         is_padding: Whether the layer skips these tokens.
     """
@@ -101,7 +102,8 @@ class _Piece(NamedTuple):
 def _pieces(segments: RowSegments) -> list[_Piece]:
     """Divides the rows into pieces, each of which a layer processes as one sequence.
 
-    If a prompt has several responses, the prompt and its first response are separate pieces, otherwise one piece.
+    A prompt with a single response forms one piece with it. Otherwise, the prompt and each response are separate
+    pieces.
     """
     parts = segments.parts
     lengths = {part.prompt: part.prompt_length for part in parts if part.prompt is not None and part.prompt_length}
@@ -136,7 +138,7 @@ def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
 class _SplitForward:
     """Replaces ``layer.forward``, so that the layer also supports rows with several responses.
 
-    ``cache_name`` is the argument of ``layer.forward`` that takes the states.
+    ``cache_name`` is the argument of ``layer.forward`` that takes the states, such as "cache_params".
     """
 
     def __init__(self, layer: nn.Module, cache_name: str) -> None:
@@ -151,7 +153,7 @@ class _SplitForward:
         """Returns the layer's output, ``[R, L, D]`` for hidden states ``[R, L, D]``.
 
         With the keyword argument ``row_segments``, the layer runs over batches of prompts and then over batches of
-        responses. The output is then zero for padding.
+        responses, and the output for padding is zero. Without it, the layer runs as before.
 
         Raises:
             RuntimeError: If the layer ignores the states of a prompt, or a marker (``window_marker``) comes without
@@ -201,7 +203,7 @@ class _SplitForward:
     def _call(
         self, group: Sequence[int], inputs: Sequence[Tensor], states: _States | None, options: dict[str, Any]
     ) -> dict[int, Tensor]:
-        """Runs the layer on a group of pieces as one batch, padded on the right. Returns the output by piece index.
+        """Runs the layer on a group of pieces as one batch, padded on the right. Returns a dict from piece to output.
 
         ``states`` holds the initial states, which the layer replaces by the final states. None: no states.
         """
@@ -213,11 +215,11 @@ class _SplitForward:
         return {number: out[row, : len(inputs[number])] for row, number in enumerate(group)}
 
     def _check(self, hidden: Tensor, options: dict[str, Any]) -> None:
-        """Raises ``RuntimeError`` if the layer computes a sequence in two pieces differently than in one piece.
+        """Raises ``RuntimeError`` if a prompt and its response give other results in two runs than in one run.
 
-        A kernel may ignore an initial state or the gradient of a final state. The check runs the layer on random
-        inputs. It compares the outputs of a response, and the gradients of the response with respect to its prompt.
-        The allowed difference is relative to the effect of omitting the states.
+        A kernel may ignore the initial state, or the gradient of the final state. The check uses random inputs. It
+        compares the outputs of the response, and their gradients with respect to the prompt. The difference must be
+        small compared with the effect of omitting the states.
         """
         if self._is_checked or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return
@@ -263,9 +265,7 @@ class _SplitForward:
 
 @functools.cache
 def _cache_name(kind: type[nn.Module]) -> str | None:
-    """Returns the name of the argument through which layers of a class get their states.
-
-    The result is None for a class without states.
+    """Returns the name of the argument that takes a layer's states, such as "cache_params"; None without states.
 
     Raises:
         ValueError: If the class does not take its states from a ``Cache``, or its recurrence takes no initial state.
@@ -291,8 +291,8 @@ def split_layers(decoder: nn.Module) -> str | None:
     Each such layer gets an instance attribute ``forward``, which is not saved with the model.
 
     Returns:
-        None, or the reason why a layer is not supported. All layers are then unchanged. A decoder without such layers
-        also gives None.
+        None if all such layers are supported, or the decoder has none. Otherwise, all layers are unchanged, and the
+        result is the reason why a layer is not supported.
     """
     try:
         names = [(layer, _cache_name(type(layer))) for layer in decoder.modules()]  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ class UnknownTokens:
         pairs_read: Number of pairs whose texts were encoded.
         pairs: Number of pairs with an unknown token.
         tokens: Number of unknown tokens.
-        first: Description of the first unknown token for the message: its text, its field and the name of its pair.
+        first: The first unknown token for the message: its text, its field and the name of its pair.
     """
 
     token: str
@@ -69,7 +69,7 @@ def _texts(chat: ChatEncoder, pair: Pair, name: str) -> Iterator[tuple[str, str]
 
 
 def _unknown_pieces(tokenizer: Any, text: str) -> list[str]:
-    """Returns the parts of a text that become unknown tokens. For a slow tokenizer, these are whole words."""
+    """Returns the parts of a text that become unknown tokens. A slow tokenizer only tells in which words they are."""
     unknown, token = tokenizer.unk_token_id, tokenizer.unk_token
     if unknown not in tokenizer.encode(text, add_special_tokens=False, verbose=False):
         return []
