@@ -273,7 +273,7 @@ class ChatEncoder:
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
-        """Adds a notice if the tokenizer merges the prompt and response of a test conversation, or adds a second BOS."""
+        """Adds a notice if the tokenizer merges the end of a test prompt with the response, or adds a second BOS."""
         if self.form.opened:
             return
         conversation = Conversation(question="question")
