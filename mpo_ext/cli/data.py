@@ -296,7 +296,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _without_findings(source: Any) -> Any:
-    """Returns a ``PairSource`` without the lines in which ``check_pairs`` finds defects, and prints these defects."""
+    """Returns a ``PairSource`` without the lines that ``check_pairs`` finds defective. Prints a summary of them."""
     import dataclasses
 
     import numpy as np

@@ -98,8 +98,8 @@ def _position(recipe: "Recipe", steps: int) -> str:
 def print_data(recipe: "Recipe") -> bool:
     """Inspects the data of a recipe, and prints the format, the number of images and the defects of each source.
 
-    Defects are bad lines, pairs whose ``<image>`` placeholders do not match their images, and pairs with a missing
-    image.
+    Defects are bad lines, pairs whose placeholders such as ``<image>`` do not match their images or videos, and pairs
+    with a missing image or video.
 
     Returns:
         Whether the trainer can use the data. Without ``data.skip_bad``, there must be no defects. With it,

@@ -159,7 +159,7 @@ def _kind(name: str, text: str) -> str:
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
     """Returns whether a .json file may be an MMPR meta file, which lists data sets.
 
-    The result is False if the first line is a whole JSON object, and this object is a pair or more lines follow.
+    Returns False if the first line is a whole JSON object, and either this object is a pair or more lines follow.
     """
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
         try:

@@ -114,7 +114,7 @@ def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
 def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
     """Raises FieldError if a row has a non-empty field in ``names``.
 
-    Other formats put such a field, for example ``system``, into the prompt. The reader of this row would ignore it.
+    In other formats, such a field (for example ``system``) changes the prompt. The reader of this row would ignore it.
     """
     for name in names:
         # In chat_template_kwargs, false counts as a value: {"enable_thinking": false} changes the prompt.

@@ -251,7 +251,7 @@ class Thumbnails:
         return [*named, *(frame for video in pair.videos for frame in self.add_video(video))]
 
     def add_video(self, video: Video) -> list[dict[str, Any]]:
-        """Adds the key frames of a video, and returns an entry for each of them; see ``add``."""
+        """Adds the key frames of a video. Returns an entry for each frame, or one with a ``problem``; see ``add``."""
         if video not in self._videos:
             name = video_name(video)
             loaded, problem = self._load(lambda: key_frames(video, KEY_FRAMES))
