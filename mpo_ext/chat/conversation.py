@@ -17,16 +17,16 @@ class Conversation:
 
     Attributes:
         key: Name of the conversation in error messages.
-        question: The user's question. ``<image>`` and ``<video>`` mark the places of images and videos. Without marks,
-            the images come first, and then the videos.
-        messages: All turns, instead of ``question``: mappings with ``role`` and ``content``. The content is text with
-            these marks, or a list of ``{"type": "text", "text": ...}``, ``{"type": "image"}`` and
-            ``{"type": "video"}``. An assistant's turn may have ``tool_calls``, as in OpenAI's API. A turn with the
-            role "tool" holds the result of a call.
-        images: Images in the order of their places, in any form that ``mpo_ext.images.load_image`` takes.
+        question: The user's question. ``<image>`` and ``<video>`` mark the positions of images and videos. Without
+            these placeholders, the images come first, and then the videos.
+        messages: All turns, if there are more than the question: mappings with ``role`` and ``content``. If given,
+            ``question`` is ignored. The content is text with the same placeholders, or a list of
+            ``{"type": "text", "text": ...}``, ``{"type": "image"}`` and ``{"type": "video"}``. An assistant's turn may
+            have ``tool_calls``, as in OpenAI's API. A turn with the role "tool" holds the result of a call.
+        images: Images in the order of their positions, in any form that ``mpo_ext.images.load_image`` takes.
         tools: Descriptions of the functions that the assistant may call, in the form that chat templates take:
             ``{"type": "function", "function": {"name": ..., "parameters": ...}}``.
-        videos: Videos in the order of their places, in any form that ``mpo_ext.videos.load_video`` takes.
+        videos: Videos in the order of their positions, in any form that ``mpo_ext.videos.load_video`` takes.
     """
 
     key: str = ""
@@ -42,12 +42,13 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
 
     Args:
         conversation: The conversation.
-        as_parts: Whether the content of each message is a list of texts, images and videos, the format of multimodal
-            models. False: the content is text, and images and videos are an error.
+        as_parts: True: the content of each message is a list of texts, images and videos, as multimodal models expect.
+            False: the content is text, and the conversation must have no images or videos.
 
     Raises:
-        ValueError: If a message has no role or content, or the last message is the assistant's. If the number of image
-            or video places differs from the number of images or videos. If a text model gets images or videos.
+        ValueError: If a message has no role or content, or the last message is the assistant's. If the messages have
+            image or video placeholders, but not one for each image or video. If ``as_parts`` is False, and there are
+            images or videos.
     """
     counts = {"image": len(conversation.images), "video": len(conversation.videos)}
     for kind, count in counts.items():
@@ -74,8 +75,7 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
 def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
     """Checks messages, and converts the content of each message to a list of texts, images and videos.
 
-    If ``split`` is true, ``<image>`` and ``<video>`` in a text mark places of images and videos. Otherwise they are
-    ordinary text.
+    ``split``: whether ``<image>`` and ``<video>`` in a text become images and videos. False: they stay text.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")
@@ -95,8 +95,8 @@ def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
 def read_tool_calls(calls: object) -> list[dict[str, Any]]:
     """Converts the tool calls of an assistant's turn to the form that chat templates take.
 
-    ``calls`` is None, or a list of ``{"function": {"name": ..., "arguments": ...}}`` or
-    ``{"name": ..., "arguments": ...}``. If the arguments are a JSON string, as in OpenAI's API, they are parsed.
+    ``calls`` is None or a list of calls. A call is ``{"name": ..., "arguments": ...}``, or has this object as
+    ``function``. Arguments that are a JSON string, as in OpenAI's API, are parsed.
 
     Raises:
         ValueError: If ``calls`` has another form.

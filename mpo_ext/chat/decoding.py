@@ -7,10 +7,10 @@ _METASPACE = "\u2581"  # SentencePiece writes a space as this character, and dec
 
 
 def squash(text: str) -> str:
-    """Returns a text without white space, in Unicode normal form NFC.
+    """Removes white space from a text, and normalizes the text to the Unicode form NFC.
 
-    Texts from chat templates and tokenizers are compared in this form, because both may change spaces, and tokenizers
-    may change the normal form.
+    Texts from chat templates and tokenizers are compared in this form. Both may change white space, and tokenizers may
+    change the Unicode form.
     """
     return "".join(unicodedata.normalize("NFC", text.replace(_METASPACE, " ")).split())
 
@@ -18,10 +18,10 @@ def squash(text: str) -> str:
 def possible_texts(
     decode: Callable[[Sequence[int]], str], special_ids: Collection[int], context: Sequence[int], ids: Sequence[int]
 ) -> list[str]:
-    """Returns candidates for the text of the ids that follow a prompt. One of them should encode to these ids.
+    """Returns candidates for the text of a response's ids. They differ in spaces; one should encode to these ids.
 
-    The candidates differ in spaces. A SentencePiece tokenizer may prepend a space at the beginning of a text or after
-    each special token. Its decoder removes this space only at the beginning of a text.
+    There are several candidates because of SentencePiece. Its tokenizer may prepend a space at the beginning of a text
+    or after each special token. Its decoder removes this space only at the beginning of a text.
 
     Args:
         decode: Function that returns the text of ids.

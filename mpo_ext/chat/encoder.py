@@ -1,6 +1,6 @@
 """The encoder of conversations for training, sampling and evaluation.
 
-Its token ids are those of the model's processor.
+It produces the token ids of the model's processor, with the exceptions that ``ChatEncoder`` lists.
 """
 
 import datetime
@@ -42,7 +42,7 @@ class EncodedPrompt(NamedTuple):
 
     Attributes:
         messages: The turns before the response, in the form that the chat template takes.
-        text: The text up to the beginning of the response, with a single placeholder for each image.
+        text: The rendered text up to the beginning of the response, with a single placeholder for each image.
         ids: Token ids of ``text``.
         tools: The tools of the conversation.
     """
@@ -58,9 +58,10 @@ class EncodedResponse(NamedTuple):
 
     Attributes:
         ids: Token ids of the response, up to and including the token that ends the turn.
-        is_target: For each token, whether the assistant writes it. It is False in user turns within the response.
-        is_split: Whether the response was tokenized separately from the prompt. This happens if the tokenizer merges
-            the end of the prompt with the beginning of the response.
+        is_target: For each token, whether the assistant writes it. Tokens of other turns within the response are
+            False.
+        is_split: Whether the response was tokenized separately from the prompt. This happens if the tokenizer would
+            merge the end of the prompt with the beginning of the response.
     """
 
     ids: list[int]
@@ -72,9 +73,9 @@ class ChatEncoder:
     """Turns conversations and responses into token ids, and token ids into responses. Instances can be pickled.
 
     The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``. The ids
-    of a response are those that follow the prompt in the whole conversation. The last of them ends the turn.
+    of a response follow the prompt in the ids of the whole conversation, up to the token that ends the turn.
 
-    In five cases, the encoder deviates from the template. ``notices`` names the cases that hold for all conversations:
+    The encoder deviates from the template in five cases. ``notices`` reports those that hold for all conversations:
 
     - If the template ignores ``add_generation_prompt``, the prompt ends with the header that the template writes
       before a response, without trailing spaces.
@@ -97,14 +98,14 @@ class ChatEncoder:
 
     Attributes:
         end_id: Id of the token that ends an assistant's turn in training.
-        stop_ids: Ids at which sampling stops: the model's, ``end_id`` and the tokenizer's ``eos_token_id``.
+        stop_ids: Ids at which sampling stops: the argument ``stop_ids``, ``end_id`` and the tokenizer's EOS id.
         notices: Sentences for the user about the deviations, and other facts that hold for all conversations.
         form: The text that the template writes around a response.
         ends_in_tail: How often the template writes ``end_id`` after a response; 0: never.
 
     Raises:
-        ChatError: If the template does not write responses, if the generation prompt is not the beginning of the whole
-            conversation, or if the token that ends a turn is unknown.
+        ChatError: If the template does not write responses, if a conversation does not begin with its generation
+            prompt, or if the token that ends a turn is unknown.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class ChatEncoder:
         return self.prompt(conversation).ids
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Returns whether the processor's ``apply_chat_template`` adds special tokens to the text of a prompt."""
+        """Returns whether the processor's ``apply_chat_template`` adds tokens such as BOS to the text of a prompt."""
         if self.chat_template is not None and not self.is_multimodal:
             return False
         begin = getattr(self.tokenizer, "bos_token", None)
@@ -196,7 +197,7 @@ class ChatEncoder:
 
     @property
     def added_suffix(self) -> int:
-        """Number of tokens that the tokenizer adds at the end of each text. They must be removed from a prompt."""
+        """Number of tokens, such as EOS, that the tokenizer adds to the end of each text. Prompts must omit them."""
         return len(self._suffix_ids)
 
     def processor_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -219,7 +220,7 @@ class ChatEncoder:
 
         Raises:
             ChatError: If the template does not write the response after the prompt, the response holds the token that
-                ends the turn, or an id exceeds the embedding.
+                ends the turn, or an id has no row in the embedding.
         """
         prompt = self.prompt(conversation)
         encoded = self._single(prompt, response) if isinstance(response, str) else self._several(prompt, response)
@@ -272,7 +273,7 @@ class ChatEncoder:
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
-        """Adds notices if the tokenizer merges prompt and response, or if a prompt has the BOS token twice."""
+        """Adds a notice if the tokenizer merges the end of a test prompt with the response, or adds a second BOS."""
         if self.form.opened:
             return
         conversation = Conversation(question="question")
@@ -355,7 +356,7 @@ class ChatEncoder:
         return EncodedResponse(ids[size:end], is_target[size:end], False)
 
     def _continue(self, prompt: EncodedPrompt, rest: str) -> tuple[list[int], bool]:
-        """Returns the ids of the text ``rest`` after the prompt, and whether it was tokenized separately."""
+        """Returns the ids of ``rest``, the text after the prompt, and whether it was tokenized without the prompt."""
         whole = self._encode(prompt.text + rest)
         size = len(prompt.ids)
         if whole[:size] == prompt.ids:
@@ -424,7 +425,7 @@ def _check_single_end(chat: ChatEncoder, ids: Sequence[int], response: str) -> N
 def _tokenize_apart(
     tokenizer: Any, decode: Callable[[Sequence[int]], str], context: list[int], text: str
 ) -> list[int] | None:
-    """Returns ids that decode to ``text`` after the ids ``context``, or None if no such ids are found.
+    """Returns ids that decode to ``text`` if they follow the ids ``context``, or None if no such ids are found.
 
     SentencePiece prepends a space to a text. To avoid this space, ``text`` is also encoded after an anchor such as a
     line break, and the anchor's ids are removed.
@@ -440,7 +441,7 @@ def _tokenize_apart(
 
 
 def _added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the ids that the tokenizer adds at the beginning of each text, and those that it adds at the end."""
+    """Returns two tuples: the ids that the tokenizer adds at the beginning of each text, and at the end."""
     plain = list(tokenizer.encode("a", add_special_tokens=False))
     ids = list(tokenizer.encode("a"))
     for start in range(len(ids) - len(plain) + 1):

@@ -1,6 +1,6 @@
-"""Prepares images and videos of conversations for processors.
+"""Prepares the images and videos of conversations for a processor.
 
-If a processor has no video processor, the frames of a video become images.
+A processor without a video processor gets the frames of each video as images.
 """
 
 import dataclasses
@@ -56,9 +56,10 @@ def with_frames(conversation: AnyConversation) -> AnyConversation:
 
 
 def media_arguments(images: Sequence[Sequence[Any]], videos: Sequence[Sequence[LoadedVideo]]) -> dict[str, Any]:
-    """Returns the keyword arguments with which a processor takes the images and videos of several texts.
+    """Returns the arguments ``images``, ``videos`` and ``videos_kwargs`` for a processor's call with several texts.
 
-    ``load_video`` has already chosen the frames, so the processor must use all of them (``do_sample_frames=False``).
+    The parameters of this function hold a list of images and a list of videos for each text. The processor must use
+    all frames (``do_sample_frames=False``), because ``load_video`` has already chosen them.
     """
     arguments: dict[str, Any] = {"images": [list(part) for part in images]} if any(images) else {}
     flat = [video for part in videos for video in part]

@@ -34,7 +34,7 @@ def find_chat_template(processor: Any, chat_template: str | None = None) -> str 
 def bake_variables(template: str, variables: Mapping[str, Any]) -> str:
     """Returns the template with default values for ``variables``, such as ``{"enable_thinking": False}``.
 
-    A value that a program passes to the template takes precedence. The defaults must be JSON values.
+    A default is used only if the caller of the template does not set the variable. Defaults must be JSON values.
     """
     heads = (
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
@@ -77,8 +77,8 @@ class TurnForm:
     Attributes:
         ignores_generation_prompt: Whether the template ignores ``add_generation_prompt`` although it writes a header
             before a response.
-        opened: Opening tag such as ``<think>`` that the template writes at the end of the generation prompt, but not
-            before a response in a conversation.
+        opened: Opening tag, such as ``<think>``, at the end of the generation prompt. In a whole conversation, the
+            template does not write this tag before a response.
         lead: Text between the prompt and a response.
         tail: Text after a response at the end of a conversation.
         inner_tail: Text after a response in the middle of a conversation, including the user's next turn. "" if the
@@ -150,11 +150,11 @@ def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
     """Finds the text that the template writes around a response, by rendering two test responses.
 
     Returns:
-        The text around a response, and a notice for the user or None.
+        The text around a response, and a message to the user about a deviation of the template, or None.
 
     Raises:
-        ChatError: If the template does not write responses, or if the generation prompt is not the beginning of the
-            whole conversation.
+        ChatError: If the template does not write responses, if the text around them differs, or if the whole
+            conversation does not begin with the generation prompt.
     """
     question = renderer.turn("user", "question")
     prompt = renderer.render([question], generation_prompt=True)
@@ -206,11 +206,11 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 def find_end(form: TurnForm, tokenizer: Any) -> tuple[int, int]:
     """Returns the id of the token that ends a turn, and how often the template writes it after a response.
 
-    The number is 0 if the template writes no such token. The id is then ``eos_token_id``.
+    If the template writes no such token, returns ``eos_token_id`` and 0.
 
     Raises:
-        ChatError: If the template ends a turn with ordinary text, or if the template writes no end and the tokenizer
-            has no ``eos_token``.
+        ChatError: If the template ends a turn with ordinary text. If the template writes nothing after a turn, and the
+            tokenizer has no ``eos_token``.
     """
     tail = form.tail
     ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []

@@ -10,7 +10,7 @@ from mpo_ext.chat.template import OPEN_TAG, ChatError, Tools
 
 
 def response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: int) -> list[dict[str, Any]]:
-    """Checks the turns of a response, and converts the content of each turn to a list of texts."""
+    """Checks the turns of a response, and converts the content of each turn to a list of text parts."""
     try:
         parts = message_turns(list(turns), split=False)
     except ValueError as error:
@@ -32,7 +32,7 @@ def response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: i
 
 
 def check_written(response: str, prompt: str, whole: str) -> None:
-    """Raises ``ChatError`` if the response does not follow the prompt in ``whole``, the text of the conversation."""
+    """Raises ``ChatError`` if the response is missing in ``whole``, the text of the conversation, after the prompt."""
     block = OPEN_TAG.search(prompt)  # a response may begin with the block that the prompt opens
     if squash(response) not in squash(whole[block.start() if block else len(prompt) :]):
         raise ChatError(
@@ -42,9 +42,9 @@ def check_written(response: str, prompt: str, whole: str) -> None:
 
 
 def renderings(response: str, opened: str) -> list[str]:
-    """Returns the texts to pass to the chat template as the response, in the order of the attempts.
+    """Returns one or two texts to pass to the chat template as the response, to be tried in this order.
 
-    The first is the response alone. The second is ``opened``, such as ``<think>``, followed by the response. It is
+    The first text is the response. The second is ``opened``, such as ``<think>``, followed by the response. It is
     returned only if the response closes this tag without opening it.
     """
     tag = OPEN_TAG.search(opened)
@@ -56,7 +56,7 @@ def renderings(response: str, opened: str) -> list[str]:
 def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
     """Raises ``ChatError`` if the text of a turn is missing in ``text``, the text of the prompt.
 
-    The thoughts of earlier assistant turns, up to ``</think>``, may be missing.
+    The reasoning of an assistant's turn, up to ``</think>``, may be missing.
     """
     written = squash(text)
 
@@ -86,7 +86,7 @@ def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 def check_response_turn(turn: Mapping[str, Any], before: str, whole: str) -> None:
     """Raises ``ChatError`` if the text of a response's turn is missing in ``whole``, the text of the conversation.
 
-    ``before`` is the text before this turn, the beginning of ``whole``.
+    ``before`` is the beginning of ``whole``, up to this turn.
     """
     content = turn["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)
@@ -110,7 +110,7 @@ def check_tools(tools: Tools, text: str) -> None:
 
 
 def _leaves(value: Any) -> list[str]:
-    """Returns all names, texts and numbers in nested arguments of a tool call, as texts."""
+    """Returns all names, texts and numbers in the arguments of a tool call, as a flat list of texts."""
     if isinstance(value, Mapping):
         return [text for name, part in value.items() for text in (str(name), *_leaves(part))]
     if isinstance(value, (list, tuple)):

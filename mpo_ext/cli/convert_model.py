@@ -1,4 +1,4 @@
-"""The ``mpo-ext convert-model`` command, which imports its dependencies when it runs."""
+"""Defines the command ``mpo-ext convert-model``. Its dependencies are imported only when it runs."""
 
 import argparse
 import sys

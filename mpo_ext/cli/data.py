@@ -1,7 +1,7 @@
-"""The commands ``mpo-ext data check``, ``stats``, ``convert`` and ``view``. They import dependencies when they run.
+"""Defines the commands ``mpo-ext data check``, ``stats``, ``convert`` and ``view``.
 
-The exit status is 1 if ``check`` finds a defect, or if ``convert`` stops at a bad line. It is 2 if the command cannot
-run, and otherwise 0.
+Their dependencies are imported only when they run. The exit status is 1 if ``check`` finds a defect, or if ``convert``
+stops at a bad line. It is 2 if a command cannot run, and otherwise 0.
 """
 
 import argparse
@@ -135,9 +135,9 @@ def _open(args: argparse.Namespace) -> Any:
 
 
 def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[Any], None]]:
-    """Opens the pairs. Returns the two results of ``_open_with_stored``, and a function ``warn``.
+    """Opens the pairs. Returns the ``PairSource``, a ``StoredMedia``, and a function ``warn(skipped)``.
 
-    Call ``warn(skipped)`` after all pairs have been read. It prints a message about the skipped lines, and a warning
+    Call ``warn`` after all pairs have been read. It prints the errors in ``skipped``, a ``Skipped``, and a warning
     about missing images.
     """
     from mpo_ext.data.sources import MissingImages
@@ -156,7 +156,7 @@ def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[An
 def _open_with_stored(
     args: argparse.Namespace, on_pair: Callable[[Any], object] = lambda pair: None
 ) -> tuple[Any, Any]:
-    """Opens the pairs. Returns a ``PairSource``, and a ``StoredMedia`` that finds images extracted from the data.
+    """Opens the pairs. Returns the ``PairSource``, and a ``StoredMedia`` that detects images extracted from the data.
 
     ``on_pair`` is called with each pair that is read.
     """
@@ -175,7 +175,7 @@ def _open_with_stored(
 
 
 def _say_stored(stored: Any) -> None:
-    """Prints the folder of the images that were extracted from the data. Prints nothing without such images.
+    """Prints in which folder the images that were extracted from the data are stored, if there are any.
 
     ``stored`` is a ``StoredMedia``.
     """
@@ -297,7 +297,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _without_findings(source: Any) -> Any:
-    """Returns a ``PairSource`` without the lines with findings of ``check_pairs``, and prints their number."""
+    """Returns a ``PairSource`` without the lines that ``check_pairs`` finds defective. Prints a summary of them."""
     import dataclasses
 
     import numpy as np
@@ -338,10 +338,7 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _check_view_options(args: argparse.Namespace) -> None:
-    """Raises ValueError if the given options do not fit together.
-
-    Some options require ``--serve``. Others cannot be used with ``--serve``.
-    """
+    """Raises ValueError if an option of ``data view`` requires ``--serve`` or is not allowed with it."""
     names, state = (("out", "limit", "seed"), "with") if args.serve else (("port", "pick_into"), "without")
     for name in names:
         if (value := getattr(args, name)) is not None:
@@ -378,7 +375,7 @@ def _check_json_report(args: argparse.Namespace, source: Any) -> None:
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
-    """Returns a line with the format, how it was determined, and the number of pairs with images or videos."""
+    """Returns a line such as "Format trl (detected): 90 of 100 pairs with images or videos; 5 videos"."""
     origin = "detected" if args.format is None else "set by --from"
     pairs = sum(subset.pairs for subset in stats.values())
     text_only = sum(subset.text_only for subset in stats.values())

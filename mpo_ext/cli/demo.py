@@ -1,4 +1,4 @@
-"""The ``mpo-ext demo`` command, which imports its dependencies when it runs."""
+"""Defines the command ``mpo-ext demo``. Its dependencies are imported only when it runs."""
 
 import argparse
 import importlib.util
@@ -51,7 +51,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 class _Removed(argparse.Action):
-    """Action of an option that belonged to the removed ``demo --study``. It reports an error with the replacement."""
+    """Reports an error for an option of the removed ``demo --study``, and names the replacement."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
         parser.error(
@@ -90,7 +90,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """Returns the command line to record in the results, without the output folder."""
+    """Returns the command line for the results file, without the output folder."""
     given = {"--seed": (args.seed, 1), "--seeds": (args.seeds, 1), "--threads": (args.threads, 1),
              "--backend": (args.backend, None)}  # fmt: skip
     options = [f"{name} {value}" for name, (value, default) in given.items() if value != default]

@@ -1,4 +1,4 @@
-"""The ``mpo-ext doctor`` command: prints installed versions and usable backends, even if imports fail."""
+"""Defines the command ``mpo-ext doctor``, which prints installed versions and usable backends even if imports fail."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_parser(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 @shared.command("doctor", extra="train", failure=2)
 def doctor(args: argparse.Namespace) -> int:
-    """Prints facts for a bug report, one per line, and checks the processor of ``args.model`` if it is given.
+    """Prints facts for a bug report, one per line. If ``args.model`` is given, also checks the model's processor.
 
     Returns:
         The exit status: 1 if the CPU kernels cannot run or the model's processor cannot be used, otherwise 0.

@@ -1,4 +1,4 @@
-"""The ``mpo-ext evaluate`` command, which imports its dependencies when it runs."""
+"""Defines the command ``mpo-ext evaluate``. Its dependencies are imported only when it runs."""
 
 import argparse
 import sys
@@ -124,12 +124,11 @@ def _prompts(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
-    """Parses command-line arguments that name paths, and returns the path of each name.
+    """Parses arguments of the form NAME=PATH or PATH, and returns a dict that maps each name to its path.
 
     Args:
         what: Name of the argument in error messages.
-        texts: Arguments of the form NAME=PATH or PATH. The default name is the last part of PATH without suffix. For
-            RUN/final, it is RUN.
+        texts: The arguments. Without NAME, the name is the last part of PATH without suffix, or RUN for RUN/final.
     """
     named: dict[str, str] = {}
     for text in texts:

@@ -1,4 +1,4 @@
-"""The ``mpo-ext iterate`` command, which imports its dependencies when it runs."""
+"""Defines the command ``mpo-ext iterate``. Its dependencies are imported only when it runs."""
 
 import argparse
 import signal

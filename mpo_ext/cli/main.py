@@ -10,7 +10,7 @@ from mpo_ext.checks import did_you_mean
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Prints the usage and the message, which also names the nearest option for an unknown one, and exits."""
+        """Prints the usage and the message, and exits. For an unknown option, also suggests a similar option."""
         if unknown := re.match(r"unrecognized arguments:.*?--([\w-]+)", message):
             message += did_you_mean(unknown[1], _options(self))
         super().error(message)

@@ -1,4 +1,4 @@
-"""The ``mpo-ext plan`` command, which imports its dependencies when it runs."""
+"""Defines the command ``mpo-ext plan``. Its dependencies are imported only when it runs."""
 
 import argparse
 from typing import TYPE_CHECKING

@@ -20,7 +20,7 @@ class ProcessorReport:
     """The result of checking a model's processor.
 
     Attributes:
-        facts: Name and value of each fact about the processor and the chat template.
+        facts: Tuples (name, value) about the processor and the chat template.
         lines: Lines of text that show the encoded pairs.
         problems: Reasons why training with this processor would be wrong or would fail.
         warnings: Findings that may make training worse, such as text that the tokenizer does not know.
@@ -51,8 +51,8 @@ def check_processor(
     Args:
         args: Arguments with the options of ``add_chat``.
         model: Folder of a model, of a run or of adapters, or a name on the hub.
-        pairs: Tuples (pair, name); the pairs have absolute image paths. None: an example pair of text, and another
-            with an image if the model takes images.
+        pairs: Tuples (pair, name) to encode; image paths must be absolute. None: an example pair of text and, if the
+            model takes images, an example pair with an image.
 
     Raises:
         ImportError: If a package is missing.
@@ -100,7 +100,7 @@ def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
-    """Returns the first ``_SEARCHED_PAIRS`` pairs. The first pair with images, if any, is moved to the front."""
+    """Returns the first ``_SEARCHED_PAIRS`` entries, with the first entry that has images or videos at the front."""
     searched = list(itertools.islice(pairs, _SEARCHED_PAIRS))
     with_images = next((entry for entry in searched if entry[0].media_paths), None)
     return (
@@ -109,7 +109,7 @@ def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
 
 
 def _examples(folder: Path, *, has_images: bool) -> Iterator[tuple[Any, str]]:
-    """Yields (pair, name) of example pairs: a text pair and, if ``has_images``, a pair with an image.
+    """Yields tuples (pair, name): a text pair and, if ``has_images``, a pair with an image.
 
     The image file is written to ``folder``.
     """

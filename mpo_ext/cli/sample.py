@@ -1,4 +1,4 @@
-"""The ``mpo-ext sample`` command, which imports its dependencies when it runs."""
+"""Defines the command ``mpo-ext sample``. Its dependencies are imported only when it runs."""
 
 import argparse
 import dataclasses
@@ -250,7 +250,7 @@ def _check_ray(args: argparse.Namespace, world_size: int) -> None:
 
 
 def _load_in_actor(args: argparse.Namespace) -> Any:
-    """Applies the media options (``add_image_limit``) in the process of a Ray actor, and loads the engines there."""
+    """Loads the engines in a Ray actor, after applying the options for images and videos to its process."""
     shared.apply_media_options(args)
     return _load_engines(args)
 

@@ -33,7 +33,7 @@ _PATH_ERRORS = {
 
 
 def exit_status(error: Exception) -> int:
-    """Returns the exit status of a command for an expected error.
+    """Returns the exit status for an expected error of a command.
 
     The status is 2 if the user must change arguments, settings, paths or installed packages. Otherwise it is 1.
     """
@@ -48,16 +48,17 @@ def exit_status(error: Exception) -> int:
 
 
 def command(name: str, extra: str, *, failure: int = FAILED) -> Callable[[Command], Command]:
-    """Returns a decorator for the functions that run commands. It turns errors into exit statuses.
+    """Returns a decorator that turns the errors of a command's function into exit statuses.
 
-    The decorated function applies the options of ``add_image_limit`` and runs the command. It prints an expected error
-    on stderr and returns the larger of ``exit_status(error)`` and ``failure``. With ``--debug``, it raises the error.
-    It returns 130 after SIGINT.
+    The decorated function applies the options of ``add_image_limit``, and runs the command. For an expected error, it
+    prints the error on stderr, and returns ``exit_status(error)``, but at least ``failure``. With ``--debug``, it
+    raises the error instead. It returns 130 after SIGINT.
 
     Args:
         name: Name of the command in messages.
         extra: Extra of mpo_ext that installs the dependencies of the command, such as "train".
-        failure: Minimum exit status after an expected error. A command that returns 1 for a defect sets it to 2.
+        failure: Minimum exit status after an expected error. It is 2 for commands that return 1 for another reason,
+            such as defective data.
     """
 
     def decorate(run: Command) -> Command:
@@ -101,7 +102,7 @@ def _describe(error: Exception, name: str, extra: str) -> str:
 
 
 def leave_broken_pipe() -> int:
-    """Redirects stdout to the null device after the reader has closed the pipe, and returns the exit status 1."""
+    """Handles a closed pipe at stdout: redirects stdout to the null device, and returns the exit status 1."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
@@ -132,7 +133,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        """Parses arguments like argparse, and adds each KEY=VALUE after an option to ``overrides``.
+        """Parses arguments like argparse, but also accepts KEY=VALUE after an option, and adds it to ``overrides``.
 
         argparse alone would return such a KEY=VALUE as an unknown argument.
         """

@@ -1,4 +1,4 @@
-"""The ``mpo-ext train`` command, which imports its dependencies when it runs."""
+"""Defines the command ``mpo-ext train``. Its dependencies are imported only when it runs."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -81,7 +81,7 @@ def _open_questions(recipe: "Recipe") -> "QuestionFile | None":
 
 
 def _position(recipe: "Recipe", steps: int) -> str:
-    """Returns a line that tells whether the run would be new, resume or already be finished after ``steps`` steps."""
+    """Returns a line that tells whether a run of ``steps`` steps would be new, resume, or already be finished."""
     from pathlib import Path
 
     from mpo_ext.train.checkpoint import Checkpoints
@@ -98,12 +98,12 @@ def _position(recipe: "Recipe", steps: int) -> str:
 def print_data(recipe: "Recipe") -> bool:
     """Inspects the data of a recipe, and prints the format, the number of images and the defects of each source.
 
-    Defects are bad lines, pairs whose ``<image>`` placeholders do not match their images, and pairs with a missing
-    image.
+    Defects are bad lines, pairs whose placeholders such as ``<image>`` do not match their images or videos, and pairs
+    with a missing image or video.
 
     Returns:
-        Whether the trainer can use the data: True if there are no defects. With ``data.skip_bad``, one pair without
-        defect is enough, in each of ``data.train`` and ``data.eval`` (if given).
+        Whether the trainer can use the data. Without ``data.skip_bad``, there must be no defects. With it,
+        ``data.train`` and, if given, ``data.eval`` must each have a pair without defects.
     """
     from mpo_ext.train.mixture import Mixture, SourceOverview, root_advice, stored_lines
 

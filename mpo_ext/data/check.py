@@ -48,10 +48,10 @@ class CheckReport:
     """The result of ``check_pairs``.
 
     Attributes:
-        counts: Number of defects of each kind, by data set (``Location.subset``).
-        examples: The first defects of each kind.
-        stats: Statistics of the pairs, by data set.
-        is_sound: Whether each line of ``PairSource.indices`` has no defect, ``[n]`` bool.
+        counts: For each data set (``Location.subset``), the number of defects of each kind.
+        examples: For each kind of defect, the first defects that were found.
+        stats: For each data set, the statistics of its pairs.
+        is_sound: Bool array ``[n]`` in the order of ``PairSource.indices``: True for each line without a defect.
     """
 
     counts: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
@@ -69,7 +69,7 @@ class CheckReport:
         return sum(self.counts.values(), collections.Counter())
 
     def add(self, finding: Finding, keep: int) -> None:
-        """Counts a defect. Stores it as an example unless ``keep`` defects of its kind are already stored."""
+        """Counts a defect. Also stores it as an example if fewer than ``keep`` defects of its kind are stored."""
         self.counts.setdefault(finding.where.subset, collections.Counter())[finding.kind] += 1
         examples = self.examples.setdefault(finding.kind, [])
         if len(examples) < keep:
@@ -101,10 +101,10 @@ def check_pairs(
 
     Args:
         source: Pairs to check.
-        images: Check of images and videos. "verify": PIL verifies each image, and the first frame of each video is
-            decoded. "decode": whole images, and all video frames that a model sees, are decoded. "exists": only checks
-            that the files exist. "skip": checks nothing.
-        keep: Maximum number of examples of each kind in the report.
+        images: How images and videos are checked. "skip": not at all. "exists": the files must exist. "verify": also
+            verifies each image with PIL, and decodes the first frame of each video. "decode": also decodes whole
+            images, and all video frames that a model sees.
+        keep: Maximum number of examples in the report for each kind of defect.
         length: Function that returns the length of a text, for the statistics.
         on_line: Function that is called after each line.
 
@@ -161,9 +161,9 @@ def _defects(pair: Pair, checker: "_MediaChecker") -> Iterator[tuple[str, str]]:
 
 
 class _MediaChecker:
-    """Checks images and videos. A call returns the kind and the message of each defect of an image or a video.
+    """Checks images and videos. A call returns a tuple (kind, message) for each defect of one image or video.
 
-    An image or video that several pairs use is checked only once.
+    Each image or video is checked only once, even if several pairs use it.
     """
 
     def __init__(self, mode: ImageCheck) -> None:
@@ -210,7 +210,7 @@ class _MediaChecker:
 
 
 class _Duplicates:
-    """Finds pairs that occur more than once, by a 64-bit hash. Takes 24 bytes of memory per pair."""
+    """Finds pairs that occur more than once. Stores a 64-bit hash and the location of each pair in 24 bytes."""
 
     def __init__(self) -> None:
         self._keys, self._lines, self._files = array("Q"), array("Q"), array("L")
@@ -222,9 +222,9 @@ class _Duplicates:
         self._files.append(self._places.setdefault((where.subset, where.file), len(self._places)))
 
     def find(self) -> Iterator[tuple[int, Location, Location]]:
-        """Yields each repeated pair in the order of ``add``.
+        """Yields (index, location, location of the first occurrence) for each repeated pair.
 
-        Yields (index, location, location of the first occurrence); the first pair that was added has index 0.
+        ``index`` is the number of pairs that were added before this pair. The indices ascend.
         """
         keys = np.array(self._keys, np.uint64)
         order = np.argsort(keys, kind="stable")

@@ -1,7 +1,7 @@
 """Converts files to JSON lines: JSON arrays, CSV, TSV, compressed files, and text in UTF-16 or UTF-32.
 
-JSON lines in UTF-8 are read in place. Any other file is converted once, into a cache folder, and again after it has
-changed. ``hub.py`` reads parquet files.
+The converted file is cached, and reused until the original file changes. Files with JSON lines in UTF-8 are read
+directly. ``hub.py`` reads parquet files.
 """
 
 import bz2
@@ -77,7 +77,7 @@ def is_parquet(path: str) -> bool:
 
 
 def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
-    """Converts a file to JSON lines in the cache if necessary, and returns the path of the JSON lines file.
+    """Returns the path of a JSON lines file with the rows of a file. Converts the file into the cache if necessary.
 
     Args:
         path: Path of a file that is not parquet.
@@ -85,7 +85,8 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
             False: the object is a row.
 
     Returns:
-        ``path`` if the file is already JSON lines, or a path in the cache. None if the file is a meta file.
+        ``path`` itself if the file already holds JSON lines, otherwise a path in the cache. None if the file is an
+        MMPR meta file.
 
     Raises:
         OSError: If a file cannot be read or written.
@@ -122,9 +123,9 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
 
 
 def _encoding(head: bytes) -> str:
-    """Detects the encoding of a file from its first bytes.
+    """Detects the encoding of a file from its first bytes: UTF-8, UTF-16 or UTF-32.
 
-    Recognises byte order marks. Without a mark, recognises UTF-16 by the zero bytes around the first "{" or "[".
+    A byte order mark decides. Without a mark, zero bytes around the first "{" or "[" show that the file is UTF-16.
     """
     for mark, encoding in _MARKS:
         if head.startswith(mark):
@@ -137,9 +138,10 @@ def _encoding(head: bytes) -> str:
 
 
 def _kind(name: str, text: str) -> str:
-    """Returns the kind of a file: "csv", "tsv" or "lines", or for a .json file "array" or "object".
+    """Returns the kind of a file: "csv", "tsv", "array", "object" or "lines".
 
-    A .json file of the kind "object" holds a single object, or one object per line.
+    "array" is a .json file with a JSON array. "object" is a .json file with one object, or with one object per line.
+    "lines" is any file with another suffix.
 
     Args:
         name: Name of the file without a compression suffix such as ".gz".
@@ -157,7 +159,7 @@ def _kind(name: str, text: str) -> str:
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
     """Returns whether a .json file may be an MMPR meta file, which lists data sets.
 
-    A file with a pair, or with several objects on separate lines, is not a meta file.
+    Returns False if the first line is a whole JSON object, and either this object is a pair or more lines follow.
     """
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
         try:
@@ -179,9 +181,9 @@ def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, 
 
 
 def refuse_rows(path: str, values: dict[str, Any]) -> None:
-    """Raises ValueError if the object ``values`` in a .json file is a pair or holds a list of rows.
+    """Raises ValueError if a .json file holds a single pair, or an object with a list of rows.
 
-    Such an object cannot be the content of an MMPR meta file, which lists data sets.
+    ``values`` is the object in the file. The content of an MMPR meta file, which lists data sets, is accepted.
     """
     if not values or any(
         isinstance(value, dict) and {"root", "annotation"} & value.keys() for value in values.values()
@@ -243,7 +245,7 @@ def _lines(text: IO[str], path: str) -> Iterator[bytes]:
 
 
 def _array_items(text: IO[str], path: str) -> Iterator[bytes]:
-    """Yields each item of a JSON array as one line of text."""
+    """Yields each element of a JSON array as a line of JSON."""
     content = text.read()
     decoder, position, count = json.JSONDecoder(), _skip(content, 0) + 1, 0
     position = _skip(content, position)
@@ -285,9 +287,9 @@ def long_cells() -> Iterator[None]:
 
 
 def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
-    """Converts each record of a CSV or TSV file to a line of JSON.
+    """Converts each record of a CSV or TSV file to a line with a JSON object.
 
-    A record with a wrong number of columns becomes an object with the field ``UNREADABLE``, which gives the reason.
+    If a record has too many or too few columns, the object only holds an error message, in the field ``UNREADABLE``.
     """
     delimiter = "\t" if re.search(r"\.tsv(?:\.\w+)?$", path, re.IGNORECASE) else ","
     reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -313,10 +315,10 @@ def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
 
 
 def _cell(name: str, text: str) -> Any:
-    """Returns the value of a CSV cell in the column ``name``.
+    """Parses a cell in the CSV column ``name``.
 
-    In columns of ``_LISTS``, such as ``images``, a list or object in JSON or Python notation is parsed, and an empty
-    cell becomes None. In other columns, only messages are parsed. Every other cell is a text.
+    In the columns ``_LISTS``, such as ``images``, lists and objects are parsed, and an empty cell becomes None. In
+    other columns, only messages are parsed. The notation is JSON or Python. Every other cell stays text.
     """
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):

@@ -35,19 +35,20 @@ def convert(
 ) -> tuple[int, Skipped]:
     """Writes the pairs of a source in another format. The output appears only when it is complete.
 
-    In "pairs" and "trl", a relative image path becomes relative to the folder of ``out`` if this folder is
-    ``source.root`` or contains the image. All other image paths in these formats are absolute.
+    Image paths in "pairs" and "trl" are absolute, with one exception. A path that is relative in the source becomes
+    relative to the folder of ``out`` if this folder is ``source.root`` or contains the image.
+
+    Pairs with several turns require the format "pairs", or "trl" or "hf" with ``kind="conversational"``.
 
     Args:
         source: Pairs to write.
         out: Folder to write for "mmpr" and "hf", file to write for "pairs" and "trl".
         format: Format to write, one of ``WRITABLE``.
-        kind: Kind of TRL's format: "standard" or "conversational".
-        skip_bad: Whether to skip bad lines, pairs that the format cannot hold, and, for "hf", pairs with an unreadable
-            image. False: the first such line or pair raises BadLine, and nothing is written. Only "pairs" and the
-            conversational kind can hold pairs with several turns.
-        root: For "mmpr": image folder of pairs that were not read from MMPR; see ``write_mmpr``.
-        name: For "mmpr": name of the data set that holds the pairs that were not read from MMPR.
+        kind: For "trl" and "hf": "standard" or "conversational".
+        skip_bad: Whether to skip bad lines and pairs that the format cannot hold. For "hf", this includes pairs with
+            an unreadable image. False: the first such line or pair raises BadLine, and nothing is written.
+        root: For "mmpr": image folder of all pairs that were not read from MMPR; see ``write_mmpr``.
+        name: For "mmpr": name of the data set for all pairs that were not read from MMPR.
 
     Returns:
         The number of pairs written, and the skipped lines.
@@ -128,7 +129,7 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
 
 
 def _turns(pair: Pair) -> list[dict[str, Any]]:
-    """Returns the turns that a pair stores for a multi-turn prompt or response, as one list."""
+    """Returns the turns in ``Pair.source``, of the prompt and of both responses, as one list."""
     return [turn for name in TURNS for turn in pair.source.get(name, ()) if isinstance(turn, dict)]
 
 

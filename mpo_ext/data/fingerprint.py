@@ -1,7 +1,7 @@
-"""Fingerprints of data files, which show whether and where the data of a training run has changed.
+"""Computes fingerprints of data files, which show whether and where the data of a training run has changed.
 
-The fingerprint of a JSON lines file ignores empty lines and the kind of line breaks. Computing a fingerprint takes
-about a second per gigabyte. A stored fingerprint of the same path, size and modification time is reused.
+The fingerprint of a JSON lines file ignores empty lines and the kind of line breaks. Hashing a file takes about a
+second per gigabyte. If the path, size and modification time are unchanged, the stored fingerprint is reused.
 """
 
 import base64
@@ -56,18 +56,18 @@ def files_of(source: PairSource) -> list[list[HashedFile]]:
 
 
 def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Returns the fingerprint of a file as JSON values.
+    """Returns the fingerprint of a file as a dict of JSON values.
 
     Args:
         file: The file.
-        known: Stored fingerprints. If a stored fingerprint has the file's path, size and modification time, it is
-            returned, and the file is not read.
+        known: Stored fingerprints. If one of them has the file's path, size and modification time, it is returned, and
+            the file is not read.
 
     Returns:
-        A dict with the file's ``path``, ``size`` in bytes and ``mtime_ns``, its ``name`` in messages to the user, and
-        ``digest``, a hash of the content. For a file of lines, consecutive lines are also hashed in groups of equal
-        size: ``lines`` is the number of lines, ``block`` is the number of lines in a group, and ``blocks`` holds the
-        first bytes of each group's hash, in Base64.
+        A dict with the file's ``path``, ``size`` in bytes, ``mtime_ns``, ``name`` (for messages) and ``digest``, a
+        hash of the content. A file of lines is hashed in blocks of lines. Its dict also has ``lines`` (number of
+        lines), ``block`` (number of lines in a block) and ``blocks`` (the first 4 bytes of each block's hash, in
+        Base64).
 
     Raises:
         OSError: If the file cannot be read.
@@ -96,9 +96,10 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
 
 
 def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Compares two fingerprints of a file, and describes the change. Returns None if the content is the same.
+    """Describes how a file has changed between two of its fingerprints. Returns None if the content is the same.
 
-    Reads the file of ``new`` again, up to the number of lines in ``old``, to find the first changed lines.
+    For a file of lines, the description names the first changed lines. To find them, the file of ``new`` is read
+    again.
     """
     if old["digest"] == new["digest"]:
         return None
@@ -132,7 +133,7 @@ def _hash_bytes(path: str) -> str:
 
 
 def _hash_blocks(path: str, block: int, limit: int | None = None) -> tuple[int, list[bytes]]:
-    """Hashes every ``block`` consecutive lines of a file, and returns the number of lines and the hashes.
+    """Hashes a file in blocks of ``block`` lines. Returns the number of lines, and the hash of each block.
 
     Reads at most ``limit`` lines; None: all lines.
     """

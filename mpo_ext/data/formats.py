@@ -67,10 +67,7 @@ def row_format(row: Mapping[str, Any]) -> Format | None:
 
 
 def _question_format(row: Mapping[str, Any]) -> Format | None:
-    """Detects the format of a row with ``question`` from its other fields and its image values.
-
-    Returns None if the format is unclear.
-    """
+    """Returns "mmpr", "pairs" or "rlaif-v" from the fields and images of a row, or None if they are not conclusive."""
     images = [row[name] for name in ("image", "images", "rejected_image", "rejected_images") if name in row]
     are_paths = all(isinstance(path, str) or path is None for value in images for path in _listed(value))
     responses = [row.get(name, "") for name in ("chosen", "rejected")]
@@ -88,13 +85,13 @@ def _listed(value: object) -> Iterable[object]:
 
 
 def detect_lines(file: LineFile) -> Format:
-    """Detects the format of a JSON lines file from the first row whose fields fit only one format.
+    """Detects the format of a JSON lines file from its first 1000 lines.
 
-    Reads up to 1000 lines. If no row decides, but the first row has ``question``, ``chosen`` and ``rejected``, the
-    format is "mmpr".
+    The first row whose fields fit only one format decides. Without such a row, the format is "mmpr" if the first row
+    has ``question``, ``chosen`` and ``rejected``.
 
     Raises:
-        ValueError: If the file is empty, the lines are all bad, or the first good row fits no format.
+        ValueError: If the file is empty, none of these lines holds a JSON object, or no format fits.
     """
     if len(file) == 0:
         raise ValueError(f"path must hold pairs, got an empty file: {file.name}")
@@ -127,10 +124,10 @@ def _begins_with_array(path: str) -> bool:
 def detect_columns(row: Mapping[str, Any], name: str) -> Format:
     """Detects the format of a table from its columns.
 
-    A table with ``question``, ``chosen`` and ``rejected``, but no column that shows the format, has the format "mmpr".
+    If no column shows the format, the format is "mmpr" for a table with ``question``, ``chosen`` and ``rejected``.
 
     Args:
-        row: A row with a value of each column's type.
+        row: An example row: a value of the right type for each column, such as "" for text.
         name: Name of the table in error messages.
 
     Raises:
@@ -140,12 +137,9 @@ def detect_columns(row: Mapping[str, Any], name: str) -> Format:
 
 
 def _undecided(row: Mapping[str, Any], where: str) -> Format:
-    """Returns "mmpr" for a row that has ``question``, ``chosen`` and ``rejected``, but no field that shows the format.
+    """Returns "mmpr" if a row has ``question``, ``chosen`` and ``rejected``. Raises ValueError otherwise.
 
     ``where`` names the row in the error message.
-
-    Raises:
-        ValueError: If one of these fields is missing.
     """
     if {"question", "chosen", "rejected"} <= row.keys():
         return "mmpr"

@@ -56,18 +56,18 @@ def to_dataset(
     Args:
         pairs: The pairs, or a function that returns a new iterator over the pairs; they are read twice.
         kind: "standard" or "conversational".
-        embed: Whether the dataset stores the bytes of the images. False: the image files are opened when a row is
-            read; only the bytes of images in data URLs are stored.
+        embed: Whether the dataset contains the bytes of all images. False: it contains the paths of image files, and
+            only images in data URLs as bytes.
         cache_dir: Folder in which to build the dataset; None: a temporary folder, deleted when the process exits.
 
     Returns:
-        The dataset. It has a column ``images`` only if a pair has images, because TRL requires an image model for a
+        The dataset. It has no column ``images`` if no pair has images, because TRL requires an image model for a
         dataset with this column.
 
     Raises:
         ImportError: If Hugging Face datasets is not installed.
-        OSError: If an image to be stored cannot be read.
-        ImageError: If bytes to be stored are not an image.
+        OSError: If an image to store as bytes cannot be read.
+        ImageError: If an image to store as bytes is not a valid image.
     """
     datasets = require_datasets()
     check_choice("kind", kind, get_args(Kind))
@@ -133,7 +133,7 @@ def save_dataset(
         The number of rows.
 
     Raises:
-        FileExistsError: If ``folder`` exists and holds a file that does not belong to a dataset.
+        FileExistsError: If ``folder`` is a file, or a folder that holds anything besides a dataset.
     """
     target = Path(folder)
     if target.exists() and not (target.is_dir() and all(map(_is_dataset_file, target.iterdir()))):
@@ -161,11 +161,11 @@ class DatasetPairs(PairSequence):
 
     Args:
         dataset: The dataset. Its images are not decoded.
-        name: Path or name of the dataset, by which ``locate`` and error messages name it.
+        name: Path or name of the dataset in locations and error messages.
         image_dir: Folder for storing images that rows hold as bytes; None: reading such a row raises BadLine.
         root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
         parse: Function that converts a row to a pair; its argument ``save_image`` stores the bytes of an image.
-        ignore: Names of columns and nested fields that are removed before a row is parsed.
+        ignore: Names of columns and nested fields to remove before a row is parsed.
 
     Attributes:
         parse: The argument ``parse``; it may be replaced before the first read.
@@ -215,7 +215,7 @@ class DatasetPairs(PairSequence):
         return Location(Path(self._name).name, self._name, check_index(index, len(self)) + 1)
 
     def sample_row(self) -> dict[str, Any]:
-        """Returns a row with an empty value of each column's type, from which the format can be detected."""
+        """Returns an example row for detecting the format: an empty value of the right type for each column."""
         return {name: _empty_value(feature) for name, feature in self._features.items() if name not in self._ignore}
 
 

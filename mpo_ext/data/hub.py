@@ -20,10 +20,11 @@ _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 
 
 def hub_id(path: str) -> str | None:
-    """Returns the id of a dataset on the Hugging Face hub if ``path`` means one, or None if it means a local path.
+    """Returns the id of a dataset on the Hugging Face hub, or None if ``path`` means a local path.
 
-    ``hf://owner/name`` and ``hf://datasets/owner/name`` are always ids. ``owner/name`` is an id if neither this path
-    nor a folder ``owner`` exists, and ``name`` has no file extension.
+    ``hf://owner/name`` and ``hf://datasets/owner/name`` always mean the dataset ``owner/name``. Without ``hf://``, the
+    path ``owner/name`` means a dataset if no such path and no folder ``owner`` exist, and ``name`` has no file
+    extension.
 
     Raises:
         ValueError: If the path begins with ``hf://`` but does not name a dataset.
@@ -122,9 +123,10 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
 
 
 def _ignored_files(builder: Any, path: str) -> list[str]:
-    """Returns the parquet files of a folder that belong to no split of its builder, relative to the folder.
+    """Returns the parquet files of a folder that belong to none of its splits, as paths relative to the folder.
 
-    A folder with a README, which may list the files itself, gives [].
+    ``builder`` is the dataset builder of the folder. A folder with a README.md is not checked, because this file may
+    list the files of each split: the result is [].
     """
     if os.path.exists(os.path.join(path, "README.md")):
         return []
@@ -158,9 +160,9 @@ def has_parquet(folder: str) -> bool:
 
 
 def describe_folder(folder: str | os.PathLike[str]) -> str:
-    """Describes a folder for an error message: a file was expected, but the user gave this folder.
+    """Returns a description of a folder, for the error message of a function that expected a file.
 
-    The description lists files in the folder, or tells how to convert a saved dataset to a file.
+    The description lists files of the folder, or tells how to convert a saved dataset to a file.
     """
     text = f"the folder {os.fspath(folder)}"
     if is_saved_dataset(os.fspath(folder)):

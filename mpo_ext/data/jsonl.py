@@ -31,10 +31,11 @@ _open_lock = threading.RLock()
 
 
 class LineFile(PairSequence):
-    """The pairs of a file with one pair per line, each read on access. The index takes 8 bytes of memory per line.
+    """The pairs of a file with one pair per line. A pair is read from the file on each access.
 
-    Empty lines are ignored. Data loader workers can share a LineFile, because reads do not move a file position. Only
-    the 64 most recently read LineFiles of a process keep their file open.
+    Empty lines are ignored. The index of line positions takes 8 bytes of memory per line. Data loader workers can
+    share a LineFile, because reads do not move a file position. Only the 64 most recently read LineFiles of a process
+    keep their file open.
 
     Args:
         path: Path of the file.
@@ -42,8 +43,8 @@ class LineFile(PairSequence):
         subset: Name of the data set, which becomes ``Location.subset``; None: the file's name without suffix.
         root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
         max_line_bytes: Maximum length of a line in bytes. A longer line is not loaded: reading it raises BadLine.
-        name: Path by which ``locate`` and error messages name the file; None: ``path``.
-        ignore: Names of fields that are removed, at any depth, before a line is parsed.
+        name: Path of the file in locations and error messages; None: ``path``.
+        ignore: Names of fields to remove, at any depth, before a line is parsed.
 
     Raises:
         OSError: If the file cannot be read.
@@ -100,7 +101,10 @@ class LineFile(PairSequence):
             return map_roots(pair, self._root_map)
 
     def read_object(self, index: int) -> dict[str, Any]:
-        """Returns the JSON object of a line, which need not be a pair. Raises BadLine if the line holds no object."""
+        """Returns the JSON object of a line, which need not be a pair.
+
+        Raises BadLine if the line does not hold a JSON object.
+        """
         where = self.locate(index)
         with raise_bad_line(where):
             return self._read_object(where)[0]
@@ -142,9 +146,9 @@ class LineFile(PairSequence):
             return os.pread(self._opened().fileno(), size, position)
 
     def _index(self) -> "tuple[array[int], np.ndarray | None]":
-        """Returns the byte offsets of all lines and of the file's end, and the indices of the non-empty lines.
+        """Returns the byte offsets of the lines, followed by the file size, and the indices of the non-empty lines.
 
-        The second value is None if no line is empty.
+        The indices are None if no line is empty.
         """
         if self._starts is None:
             self._starts, self._numbers = self._build_index()
@@ -173,7 +177,8 @@ def parse_object(text: str) -> dict[str, Any]:
 
     Raises:
         TypeError: If the text is JSON but not an object.
-        ValueError: If the text is not JSON (json.JSONDecodeError), a field is repeated, or a number is not finite.
+        ValueError: If the text is not JSON (json.JSONDecodeError). If a field is repeated, a number is not finite, or
+            the object is nested too deeply (FieldError).
     """
     if text.startswith("\ufeff"):  # json.loads refuses it, too
         raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
@@ -226,7 +231,7 @@ def read_pairs(
 
 
 def parse_pair(values: dict[str, Any], line: str) -> Pair:
-    """Converts the JSON object of a line in the format "pairs" to a pair. The text ``line`` is not used."""
+    """Converts a line in the format "pairs" to a pair. ``values`` is its JSON object; the text ``line`` is unused."""
     if "image" in values:
         raise FieldError(
             f"images of a line of pairs must be a list named 'images', got 'image' {shorten(values['image'])}: "

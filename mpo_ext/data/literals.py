@@ -10,11 +10,10 @@ _SPACES = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tok
 
 
 def read_literal(text: str) -> Any:
-    """Parses a text in Python notation, or a printed numpy array of strings such as ``['cat' 'dog']``.
+    """Parses a value in Python notation. Also parses a printed numpy array of strings such as ``['cat' 'dog']``.
 
     Raises:
-        ValueError: If the text has neither notation, or has adjacent strings such as ``'a''b'``, which Python would
-            join.
+        ValueError: If the text has neither notation. If strings outside such an array lack a comma, as in ``'a''b'``.
     """
     text = text.strip()
     try:

@@ -1,6 +1,7 @@
-"""Checks the image placeholders in prompts. Numbered placeholders such as ``<image 1>`` become ``<image>``.
+"""Checks the image placeholders in prompts, and replaces numbered placeholders such as ``<image 1>`` by ``<image>``.
 
-Placeholders of other programs, such as ``<|image_pad|>``, are errors. HTML such as ``<img src="a.png">`` is text.
+Placeholders of other programs, such as ``<|image_pad|>``, are errors. HTML such as ``<img src="a.png">`` is ordinary
+text.
 """
 
 import dataclasses
@@ -35,14 +36,13 @@ def has_mark(text: str) -> bool:
 def check_marks(pair: Pair) -> Pair:
     """Checks the image placeholders in a prompt, and replaces numbered placeholders by ``<image>``.
 
-    A numbered placeholder such as ``<image 2>`` (also ``<image_2>``, ``<image2>``, ``<|image_2|>``) stands for the
-    second image. The images of the returned pair are in the order of the numbered placeholders. Responses are not
-    changed.
+    ``<image 2>`` stands for the second image. ``<image_2>``, ``<image2>`` and ``<|image_2|>`` mean the same. The
+    images of the returned pair are in the order of these placeholders. Responses are not changed.
 
     Raises:
-        FieldError: If the pair has no images, and the prompt has a numbered placeholder or one of another program. If
-            the pair has images, and the prompt has a placeholder of another program. If the numbered placeholders do
-            not name each image once, or occur together with ``<image>``.
+        FieldError: If the prompt has a placeholder of another program, such as ``<|image_pad|>``. If the prompt has
+            numbered placeholders, and they do not name each image exactly once. If numbered placeholders occur
+            together with ``<image>``.
     """
     texts = [text for text in _texts(pair) if "<" in text or "[" in text]  # every mark has one of these characters
     if not texts:
@@ -106,7 +106,7 @@ def _mapped(message: Any, change: Callable[[str], str]) -> Any:
 
 
 def _texts(pair: Pair) -> list[str]:
-    """Returns the texts of the prompt. Each message with image parts adds the text ``<image>``."""
+    """Returns the texts of the prompt, and an additional text ``<image>`` for each message with image parts."""
     messages = pair.source.get(PROMPT_TURNS)
     if not isinstance(messages, list):
         return [pair.question]

@@ -1,4 +1,4 @@
-"""Finds images, videos and audio that a reader did not use: placeholders in texts, and media in unknown fields."""
+"""Finds images, videos and audio that a reader missed: placeholders without media, and media in unknown fields."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -57,7 +57,10 @@ def is_empty(value: object) -> bool:
 
 
 def is_unset(value: object) -> bool:
-    """Returns whether a value is None or "", or a list or dict that holds only such values. False and 0 are set."""
+    """Returns whether a value is None or "", or a list or dict that holds only such values.
+
+    Unlike ``is_empty``, this function treats False and 0 as values.
+    """
     if isinstance(value, Mapping):
         return all(map(is_unset, value.values()))
     if isinstance(value, (list, tuple)):
@@ -66,19 +69,19 @@ def is_unset(value: object) -> bool:
 
 
 def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
-    """Checks that a pair has all media of the row from which it was made, and all media that its texts mention.
+    """Checks that a pair has all images and videos of its row, and all that its texts mention.
 
     Args:
-        values: Fields of the row. Those that the reader did not use are also in ``pair.extra``.
+        values: Fields of the row. The fields that the reader did not use are also in ``pair.extra``.
         pair: The pair that a reader made from the row.
 
     Returns:
         The pair, with numbered placeholders such as ``<image 1>`` replaced by ``<image>``; see ``marks.check_marks``.
 
     Raises:
-        FieldError: If an unused field may hold an image, video or audio. If the prompt has ``<audio>``, or a
-            placeholder of an image or video that the pair does not have. If a response has ``<image>``. If the pair
-            has videos and a response has ``<video>``.
+        FieldError: If an unused field may hold an image, video or audio. If the prompt has ``<image>`` but the pair
+            has no images, or ``<video>`` but no videos. If the prompt has ``<audio>``. If a response has ``<image>``.
+            If a response has ``<video>`` and the pair has videos. If ``marks.check_marks`` raises it.
     """
     has_media = bool(pair.media_paths)
     for name, value in values.items():
@@ -115,7 +118,7 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
 def _held_names(values: Mapping[str, Any]) -> list[str]:
     """Returns the file names of the images and videos that a row holds as bytes or data URLs.
 
-    The names are the ``path`` beside ``bytes``, and the field ``file_name`` of the row.
+    A file name is the ``path`` beside ``bytes``, or the row's field ``file_name``.
     """
     names = [path for name, value in values.items() if name in _READ_FIELDS for path in _paths_of_contents(value)]
     if names:
@@ -124,10 +127,7 @@ def _held_names(values: Mapping[str, Any]) -> list[str]:
 
 
 def _paths_of_contents(value: object) -> Iterator[object]:
-    """Finds the images and videos that a value holds as bytes or data URLs.
-
-    Yields the ``path`` of each, or None if it has no path.
-    """
+    """Yields the ``path``, or None, of each image and video that a value holds as bytes or as a data URL."""
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         yield value.get("path")
     elif isinstance(value, (Mapping, list, tuple)):
@@ -168,12 +168,14 @@ def _unread(name: str, value: object) -> FieldError:
 
 
 def _check_value(name: str, value: object, read: Collection[str]) -> None:
-    """Raises FieldError if a value holds, at any depth, a path, a URL or the content of an image, video or audio.
+    """Raises FieldError if a field names or contains an image, video or audio, at any depth.
+
+    The medium may be a path, a URL, a data URL, base64 or bytes.
 
     Args:
         name: Name of the field, for the error message.
         value: Value of the field.
-        read: File names of the pair's media. A field may repeat these names.
+        read: File names of the pair's media. The field may repeat these names.
     """
     if isinstance(value, Mapping):
         content = value.get("bytes")
@@ -217,7 +219,7 @@ def _is_media(name: str, text: str) -> bool:
 def _check_field(name: str, value: object, *, has_media: bool) -> None:
     """Raises FieldError if an unknown field has a name like "image", "video" or "audio" and is not empty.
 
-    If the pair has no images or videos, nested fields are checked, too.
+    If the pair has media, numbers such as ``image_width`` are allowed. Otherwise, nested fields are checked, too.
     """
     # In a row with images or videos, a number such as "image_width" or "image_id" describes one of them.
     if _MEDIA_NAME.search(name) and not is_empty(value) and not (has_media and isinstance(value, (int, float))):
@@ -247,7 +249,7 @@ def _prompt_texts(pair: Pair) -> list[str]:
 
 
 def count_places(pair: Pair, kind: str = "image") -> int:
-    """Returns how often images (or, with ``kind="video"``, videos) occur in the prompt of a pair.
+    """Returns how many images (or, with ``kind="video"``, videos) the prompt of a pair shows.
 
     Counts the placeholders ``<image>`` (or ``<video>``) in texts, and the message parts of the type ``kind``.
     """
@@ -263,9 +265,9 @@ def count_places(pair: Pair, kind: str = "image") -> int:
 
 
 def place_problem(pair: Pair) -> str | None:
-    """Checks that a prompt has a placeholder for each image and video. Returns an error message or None.
+    """Returns an error message if a prompt does not have a placeholder for each image and video, otherwise None.
 
-    The placeholders are ``<image>`` and ``<video>``. A single image or video needs no placeholder.
+    The placeholders are ``<image>`` and ``<video>``. A single image or a single video needs no placeholder.
     """
     for kind, mark, count in (
         ("image", IMAGE_PLACEHOLDER, len(pair.images)),

@@ -47,8 +47,8 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
     Args:
         name: Name of the field, for error messages.
         value: List of messages, or a message.
-        images: Object that collects the media of parts and of ``<image>`` and ``<video>`` placeholders. None: a part
-            with an image or a video raises FieldError.
+        images: Collects the images and videos of the messages, from parts and from the placeholders ``<image>`` and
+            ``<video>``. None: a part with an image or a video raises FieldError.
 
     Raises:
         FieldError: If a message is invalid, or has a part or a field that this package does not use.
@@ -68,9 +68,9 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
 
 
 def _unbundled(value: object) -> object:
-    """Converts a message, or a dict of lists such as ``{"role": [], "content": []}``, to a list of messages.
+    """Converts a message, or a dict of two lists such as ``{"role": [...], "content": [...]}``, to a list of messages.
 
-    Any other value is returned unchanged. Older datasets store messages as a dict of lists.
+    Older datasets store messages as a dict of lists. Any value that is not a dict is returned unchanged.
     """
     if not isinstance(value, Mapping):
         return value
@@ -112,9 +112,9 @@ def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
 
 
 def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
-    """Raises FieldError if one of the fields ``names`` is not empty.
+    """Raises FieldError if a row has a non-empty field in ``names``.
 
-    These fields change the prompt in other formats. The reader of this row's format would ignore them.
+    In other formats, such a field (for example ``system``) changes the prompt. The reader of this row would ignore it.
     """
     for name in names:
         # In chat_template_kwargs, false counts as a value: {"enable_thinking": false} changes the prompt.
@@ -172,8 +172,8 @@ def read_response(name: str, value: object) -> list[Turn]:
     """Converts a response, which is a text, a message or a list of messages, to turns.
 
     Raises:
-        FieldError: If the turns do not begin and end with the assistant, or do not alternate. Tool results must follow
-            the turn with the tool call.
+        FieldError: If the first or the last turn is not the assistant's. If the roles do not alternate; after an
+            assistant's turn with tool calls, the tool results must follow.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
@@ -202,11 +202,11 @@ def is_sequence(turns: Sequence[Turn], *, first: Collection[str], last: Collecti
 
 
 def check_prompt_turns(prompt: Sequence[Turn], n_images: int, n_videos: int = 0) -> None:
-    """Raises FieldError unless the turns form a valid prompt.
+    """Raises FieldError if the turns do not form a valid prompt.
 
-    A prompt may begin with one system turn. Then user and assistant alternate, and tool results follow the turns with
-    the tool calls. The last turn is the user's or a tool result. A prompt of several turns has either no placeholders
-    or one for each of the ``n_images`` images and ``n_videos`` videos.
+    A prompt may begin with one system turn. Then user and assistant alternate. Tool results follow an assistant's turn
+    with tool calls. The last turn is the user's or a tool result. A prompt of several turns has ``<image>`` 0 or
+    ``n_images`` times, and ``<video>`` 0 or ``n_videos`` times.
     """
     if not prompt:
         raise FieldError("prompt must be text or messages, got none")
@@ -236,16 +236,16 @@ def with_question(prompt: Sequence[Mapping[str, Any]], question: str) -> list[Tu
 
 
 def split_common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Returns the length of the common beginning of two conversations, in messages.
+    """Returns the number of messages with which both conversations begin.
 
-    The last message of each conversation is a response, and is not part of the common beginning.
+    The last message of each conversation does not count, because it is the response.
     """
     most = max(0, min(len(chosen), len(rejected)) - 1)
     return next((index for index in range(most) if chosen[index] != rejected[index]), most)
 
 
 def read_system(row: Mapping[str, Any], prompt: Sequence[Turn]) -> list[Turn]:
-    """Returns the turns of a prompt. A non-empty field ``system`` of the row becomes the first turn."""
+    """Returns the turns of a prompt, with a non-empty field ``system`` of the row as the first turn."""
     system = row.get("system")
     if is_empty(system):
         return list(prompt)
@@ -290,8 +290,8 @@ def pair_of_turns(
 ) -> Pair:
     """Builds a pair from turns.
 
-    The last user turn becomes ``question``. If a prompt or response has several turns or tool calls, all its turns are
-    also stored in ``Pair.source``.
+    The last user turn becomes ``question``. The turns of a prompt or response are also stored in ``Pair.source`` if
+    there are several, or if one of them has tool calls.
 
     Args:
         prompt: Turns before the response, as in ``check_prompt_turns``.
@@ -354,9 +354,9 @@ def prompt_text(pair: Pair) -> str:
 
 
 def turns_text(messages: object, tools: object, question: str) -> str:
-    """Returns tools and turns as readable text, each turn with its role.
+    """Returns tools and turns as readable text, such as "user: What is this?" for a turn.
 
-    If ``messages`` is not a list of turns, the text has ``question`` instead.
+    If ``messages`` is not a list of turns, ``question`` takes their place.
     """
     lines = [f"tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):

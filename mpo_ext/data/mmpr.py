@@ -1,12 +1,12 @@
 """Reads and writes the MMPR format: a meta file that lists data sets (subsets), and a JSON lines file for each.
 
 The meta file maps each subset's name to ``root`` (folder of its images), ``annotation`` (its .jsonl file), ``length``,
-``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen``, ``rejected``, usually
-``image`` (a path, a list of paths, "" or null) and often ``answer_gt``.
+``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen`` and ``rejected``,
+usually ``image`` (a path, a list of paths, "" or null), and often ``answer_gt``.
 
-This package also reads and writes ``video`` (a path, or a list of videos, each a path, a list of frames or an object
-as in ``Video.from_value``) and ``rejected_image`` (a path or a list of paths, the images of the rejected response).
-All paths are relative to the root.
+This package adds two optional fields to a line. ``video`` is a video or a list of videos. A video is a path, an object
+as in ``Video.from_value`` or, within a list, a list of frame paths. ``rejected_image`` holds the images of the
+rejected response, as a path or a list of paths. All paths are relative to ``root``.
 """
 
 import bisect
@@ -47,9 +47,9 @@ class MMPRSubset(NamedTuple):
         name: Name of the subset.
         root: Absolute path of the subset's image folder.
         annotation: Absolute path of the subset's .jsonl file.
-        repeat_time: Below 1: fraction of the lines to use. Otherwise: number of times that each line is used.
-        length: Number of lines that the meta file states, or None.
-        settings: The unchanged entry of the meta file.
+        repeat_time: Number of times that each line is used. Below 1: fraction of the lines to use.
+        length: Number of lines according to the meta file, or None.
+        settings: The subset's entry in the meta file, unchanged.
     """
 
     name: str
@@ -118,8 +118,8 @@ class MMPRDataset(PairSequence):
     Args:
         meta: Path of the meta file.
         root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
-        repeat: Whether to apply ``repeat_time``; if False, each line is used once.
-        seed: Seed for drawing the lines of subsets with a ``repeat_time`` below 1; equal seeds draw equal lines.
+        repeat: Whether to apply ``repeat_time``. False: each line is used once.
+        seed: Seed for drawing lines from subsets with a ``repeat_time`` below 1.
         max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
         ignore: As in ``LineFile``.
 
@@ -172,7 +172,7 @@ class MMPRDataset(PairSequence):
         return file, int(drawn[position]) if drawn is not None else position % len(file)
 
     def _subset_ends(self) -> list[int]:
-        """Returns the cumulative numbers of pairs: the index after the last pair of each data set (subset).
+        """Returns, for each data set (subset), the index after its last pair.
 
         The first call indexes the files, and draws the lines of subsets with a ``repeat_time`` below 1.
         """
@@ -255,9 +255,9 @@ class _LineParser:
 
 
 def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Returns the image paths of a line, and the form of its field ``image``.
+    """Returns the image paths of a line, and how its field ``image`` was written.
 
-    The form is "absent", "null", "empty", "string" or "list".
+    The second value is "absent", "null", "empty" (the text ""), "string" or "list".
     """
     if "image" not in values:
         return [], "absent"
@@ -279,7 +279,7 @@ def _paths(name: str, value: object) -> list[str]:
 
 
 def _compact(media: list[Any]) -> Any:
-    """Returns the only element of a list, unless this element is a list. Other lists are returned unchanged."""
+    """Returns ``value`` for a list ``[value]`` if the value is not a list. Any other list is returned unchanged."""
     return media[0] if len(media) == 1 and not isinstance(media[0], list) else media
 
 
@@ -318,7 +318,7 @@ def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any], root: 
     Args:
         pair: The pair.
         relative: Paths of its images, relative to the root.
-        source: ``pair.source``, which records the form of the fields in the original line.
+        source: ``pair.source``, which tells how the original line wrote its fields, such as ``image`` as a list.
         root: Absolute path of the root.
     """
     form = source.get("image", "string" if len(relative) == 1 else "list" if relative else "absent")
@@ -366,8 +366,8 @@ def _as_text(answer: object) -> str | None:
 def to_line(pair: Pair, root: str) -> bytes:
     """Returns a pair as a line of an MMPR file.
 
-    For a pair that was read from MMPR, the line has the same values as the original line. It has the same bytes if
-    ``json.dumps`` wrote the original line with default separators.
+    If the pair was read from MMPR, the line has the same values as the original line. The bytes are the same, too, if
+    ``json.dumps`` wrote the original line with its default separators.
 
     Args:
         pair: Pair to write. Its provenance becomes the field ``provenance``, which other readers ignore.
@@ -405,17 +405,20 @@ def write_mmpr(
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",
 ) -> dict[str, int]:
-    """Writes a JSON lines file for each data set (subset) of the pairs, and then the meta file, each atomically.
+    """Writes pairs as an MMPR folder: a JSON lines file for each data set (subset), and the meta file.
+
+    Each file is written atomically, and the meta file last.
 
     Args:
         folder: Folder to write. The meta file is ``meta.json`` in this folder.
         pairs: Pairs to write. Pairs that were read from MMPR keep their subset and its settings. All other pairs form
             one additional subset.
-        root: Image folder of the additional subset; None: "/", and all its image paths must be absolute.
+        root: Image folder of the additional subset. None: the folder is "/", and all image paths of this subset must
+            be absolute.
         name: Name of the additional subset.
 
     Returns:
-        The number of pairs by subset.
+        For each subset, the number of pairs.
 
     Raises:
         ValueError: If pairs of one subset have different settings, or an image is outside the root of its subset.
@@ -457,7 +460,7 @@ def _has_subset(source: Mapping[str, Any]) -> bool:
 
 
 def _file_name(subset: str, taken: set[str]) -> str:
-    """Returns a file name for a data set that differs from the names in ``taken``, and adds it to ``taken``."""
+    """Returns a file name for a data set, which is not in ``taken``, and adds it to ``taken``."""
     plain = re.sub(r"[^\w.-]", "_", subset, flags=re.ASCII).lstrip(".")[:100] or "subset"
     for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         if (candidate := f"{plain}{suffix}.jsonl").lower() not in taken:

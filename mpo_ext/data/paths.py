@@ -22,10 +22,10 @@ def parse_root_map(text: str) -> tuple[str, str]:
 
 
 def map_root(path: str, root_map: RootMap) -> str:
-    """Replaces the folder at the beginning of a path, if ``root_map`` has a new path for this folder.
+    """Replaces the folder at the beginning of a path. ``root_map`` holds tuples (old folder, new folder).
 
-    Uses the first pair (old, new) in which ``old`` is the path or a folder above it. Without such a pair, the path is
-    returned unchanged.
+    A tuple matches if its old folder is the path itself or contains it. The first match is used. Without a match, the
+    path is returned unchanged.
     """
     for old, new in root_map:
         prefix = old.rstrip("/")
@@ -37,7 +37,7 @@ def map_root(path: str, root_map: RootMap) -> str:
 
 
 def map_roots(pair: Pair, root_map: RootMap) -> Pair:
-    """Applies ``map_root`` to a pair's media paths, and to the image folder that its ``extra["$source"]`` names."""
+    """Applies ``map_root`` to all media paths of a pair, and to the image folder in ``extra["$source"]["root"]``."""
     if not root_map:
         return pair
     extra, root = pair.extra, pair.source.get("root")
@@ -48,9 +48,9 @@ def map_roots(pair: Pair, root_map: RootMap) -> Pair:
 
 
 def absolute_path(image: str, root: str) -> str:
-    """Joins an image path to the folder ``root``. A ``file://`` URL becomes its path, and other URLs are unchanged.
+    """Joins an image path to the folder ``root``. A ``file://`` URL becomes a path; other URLs are returned unchanged.
 
-    Leading ``..`` parts are resolved against the real path of ``root``.
+    If the path begins with ``..``, links in ``root`` are resolved first.
     """
     image = local_path(image)
     if is_url(image):
@@ -64,7 +64,7 @@ def absolute_path(image: str, root: str) -> str:
 
 
 def path_from(folder: str, path: str) -> str:
-    """Returns a path relative to ``folder`` if it is inside the folder. Other paths and URLs are unchanged."""
+    """Returns a path relative to ``folder``, or unchanged if it is outside the folder or a URL."""
     if is_url(path):
         return path
     inside = os.path.relpath(path, folder)

@@ -31,7 +31,7 @@ class Picks:
     Attributes:
         source: Path of the source, for error messages.
         lines: Number of lines of the source.
-        digests: ``pair_digest`` of each picked pair, by the index of its line in the source.
+        digests: Maps the index of each picked line in the source to the ``pair_digest`` of its pair.
     """
 
     source: str
@@ -73,10 +73,10 @@ def read_picks(path: str | os.PathLike[str]) -> Picks:
 
 
 def restrict(source: PairSource, picks: Picks, *, keep: bool = True) -> PairSource:
-    """Returns a source with the picked pairs only or, if ``keep`` is False, with all other lines only.
+    """Returns a source with only the picked pairs (``keep=True``), or with only the other lines (``keep=False``).
 
     Raises:
-        ValueError: If the source differs from the one in which the pairs were picked.
+        ValueError: If the picks belong to other data: the number of lines or a picked pair differs.
     """
     if len(source.pairs) != picks.lines:
         raise ValueError(

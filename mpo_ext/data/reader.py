@@ -58,7 +58,7 @@ class FieldError(ValueError):
 
 @contextlib.contextmanager
 def raise_bad_line(where: Location) -> Iterator[None]:
-    """A ``with`` block that converts errors of parsing a line to a BadLine with the location ``where``."""
+    """Returns a context manager that raises parsing errors of its block as BadLine with the location ``where``."""
     try:
         yield
     except BadLine:
@@ -77,14 +77,14 @@ def raise_bad_line(where: Location) -> Iterator[None]:
 
 
 class Skipped:
-    """Counts skipped bad lines (lines without a valid pair) by kind of defect, with examples.
+    """Counts skipped lines by kind of defect, and stores examples.
 
     Args:
         keep: Maximum number of examples of each kind.
 
     Attributes:
-        counts: Number of bad lines by kind.
-        examples: The first bad lines of each kind.
+        counts: For each kind of defect, the number of skipped lines.
+        examples: For each kind of defect, the errors of the first skipped lines.
     """
 
     def __init__(self, keep: int = 5) -> None:
@@ -113,8 +113,8 @@ class Skipped:
 class PairSequence(Sequence[Pair]):
     """A sequence of pairs that are read on access.
 
-    ``pairs[i]`` reads a pair, and raises BadLine if the line does not hold a valid pair. ``scan`` yields this error
-    instead of raising it.
+    ``pairs[i]`` reads a pair, and raises BadLine if the line does not hold a valid pair. ``scan`` yields BadLine
+    instead.
     """
 
     def __len__(self) -> int:

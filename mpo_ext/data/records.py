@@ -31,25 +31,26 @@ class Pair:
         rejected: The response to avoid.
         images: Paths of the images, in order.
         answer_gt: The true answer; None: the answer is unknown.
-        provenance: Origin of the pair as any JSON object: pipeline, model, sampling settings, seed, verdicts.
-            ``mpo-ext data view`` reads ``pipeline`` and ``cut``, the number of characters of ``chosen`` that
-            DropoutNTP kept; ``cut`` may also be ``{"characters": 17, "tokens": 4}``.
-        extra: Unknown fields of the source. The key ``"$source"`` holds a dict with the values that a lossless
-            conversion back to the source's format needs, such as the name and the settings of an MMPR data set. For a
-            prompt or response of several turns, this dict also holds all turns ``{"role": ..., "content": ...}``:
-            those of the prompt in ``messages``, and those of the responses in ``chosen_messages`` and
-            ``rejected_messages``. Then ``question`` is the last user turn, and ``chosen`` and ``rejected`` are the
-            joined contents of the turns. An assistant's turn may have ``tool_calls``, and a turn with the role "tool"
-            holds a result. ``tools`` in this dict describes the functions that the assistant may call
-            (``mpo_ext.chat.Conversation``).
-        videos: Videos, in order. ``question`` and the turns have ``<video>`` at the place of each video. If a prompt
-            with one video has no ``<video>``, the video comes first, after an image without a placeholder.
-        rejected_images: Paths of other images for the rejected response, one for each of ``images``, as in mDPO;
-            empty: the rejected response has the same images.
+        provenance: Origin of the pair as any JSON object, such as pipeline, model, sampling settings, seed and
+            verdicts. ``mpo-ext data view`` uses ``pipeline`` and ``cut``. ``cut`` is the number of characters of
+            ``chosen`` that DropoutNTP kept, such as 17 or ``{"characters": 17, "tokens": 4}``.
+        extra: Unknown fields of the source. The key ``"$source"`` holds a dict for a lossless conversion back to the
+            source's format, with values such as the name and the settings of an MMPR data set.
+            If a prompt or response has several turns, this dict also holds the list of its turns, as ``messages``
+            (prompt), ``chosen_messages`` or ``rejected_messages``. A turn is ``{"role": ..., "content": ...}``. An
+            assistant's turn may have ``tool_calls``, and a turn with the role "tool" holds a result. ``question`` is
+            then the last user turn, and ``chosen`` and ``rejected`` are the joined contents of their turns.
+            ``tools`` in this dict describes the functions that the assistant may call, as in
+            ``mpo_ext.chat.Conversation``.
+        videos: Videos, in order. ``question`` and the turns have ``<video>`` at the position of each video. A single
+            video without ``<video>`` comes first, but after a single image without ``<image>``.
+        rejected_images: Images of the rejected response, as in mDPO: one path for each of ``images``. Empty: the
+            rejected response has the same images.
 
     Raises:
         TypeError: If a field has a wrong type. The message names the field, the rule and the value.
-        ValueError: If a text cannot be written as UTF-8 or a number is not finite.
+        ValueError: If a text cannot be written as UTF-8, a number is not finite, or the number of ``rejected_images``
+            is wrong.
     """
 
     question: str
@@ -97,10 +98,10 @@ class Pair:
 
     @property
     def has_equal_responses(self) -> bool:
-        """True if both responses and their images are equal, so that the pair states no preference.
+        """True if the pair states no preference: both responses and their images are equal.
 
-        A pair of mDPO may have two equal responses with different images: the response is right for ``images`` and
-        wrong for ``rejected_images``.
+        Pairs of mDPO may have equal responses with different images. Such a pair states a preference: the response is
+        right for ``images`` and wrong for ``rejected_images``.
         """
         if self.chosen != self.rejected:
             return False
@@ -122,7 +123,7 @@ class Pair:
     def map_paths(self, change: Callable[[str], str]) -> "Pair":
         """Returns a copy of the pair in which ``change`` is applied to each of ``media_paths``.
 
-        The values of all other fields are shared with the pair.
+        The copy shares the values of all other fields with the pair.
 
         Raises:
             TypeError: If a changed path is not a str.
@@ -154,8 +155,8 @@ class Pair:
         """Builds a pair from parsed JSON.
 
         Args:
-            values: ``question``, ``chosen``, ``rejected`` and any of the other fields. An ``answer_gt`` that is a
-                number becomes text.
+            values: ``question``, ``chosen``, ``rejected`` and any of the other fields. A number in ``answer_gt``
+                becomes text.
 
         Raises:
             TypeError: If a field has the wrong type.

@@ -99,7 +99,8 @@ def read_video(name: str, value: object, save_image: SaveImage | None) -> Video:
 def row_rejected_images(row: Mapping[str, Any], save_image: SaveImage | None) -> tuple[str, ...]:
     """Returns the image paths in the field ``rejected_images`` of a row; an empty tuple if the field is empty.
 
-    ms-swift stores other images for the rejected response in this field.
+    In this field, ms-swift stores the images of the rejected response if they differ from those of the chosen
+    response.
     """
     value = row.get("rejected_images")
     images = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
@@ -129,8 +130,8 @@ def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
 class Images:
     """Collects the images and videos of a row in the order in which they occur in the prompt.
 
-    In the prompt, an image is a message part or a placeholder ``<image>``. A placeholder, or a part that does not name
-    a path, gets the next path from the row's fields. The same holds for videos.
+    In the prompt, an image is a placeholder ``<image>`` or a message part. A placeholder takes the next path of
+    ``columns``; so does a part without a path. Videos are collected in the same way.
 
     Args:
         columns: Paths from the row's fields ``image`` and ``images``.
@@ -148,7 +149,7 @@ class Images:
         self._n_places = 0
 
     def add_part(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the image of a message part. A part that does not name its image gets the next image of the row.
+        """Adds the image of a message part, or the next image of the row's fields if the part does not name an image.
 
         ``name`` is the name of the field in error messages.
         """
@@ -165,7 +166,7 @@ class Images:
         self._placed.append(path)
 
     def add_marks(self, name: str, text: str) -> None:
-        """Adds the next image of the row for each ``<image>`` in a text, and the next video for each ``<video>``.
+        """Adds the row's next image for each ``<image>`` in a text, and the row's next video for each ``<video>``.
 
         ``name`` is the name of the field in error messages.
         """
@@ -175,7 +176,7 @@ class Images:
             self.add_video(name, {})
 
     def add_video(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the video of a message part. A part that does not name its video gets the next video of the row.
+        """Adds the video of a message part, or the next video of the row's fields if the part does not name a video.
 
         ``name`` is the name of the field in error messages.
         """
@@ -205,10 +206,10 @@ class Images:
         self._placed_videos.append(read_video(name, value, self._save_image))
 
     def videos(self, name: str) -> tuple[Video, ...]:
-        """Returns all videos in the order of the video parts and ``<video>`` placeholders in the prompt.
+        """Returns all videos in the order of the prompt's video parts and ``<video>`` placeholders.
 
-        If the prompt has neither, returns the videos of the row's fields. Raises FieldError if only some of the videos
-        have a part or placeholder. ``name`` is the name of the field in error messages.
+        If the prompt has neither, returns the videos of the row's fields. If only some of the videos have a part or
+        placeholder, raises FieldError. ``name`` is the name of the field in error messages.
         """
         count = len(self._placed_videos) + len(self._waiting_videos)
         if self._waiting_videos and self._n_video_places:
@@ -221,10 +222,10 @@ class Images:
         return len(self._placed) + len(self._waiting)
 
     def paths(self, name: str) -> tuple[str, ...]:
-        """Returns all image paths in the order of the image parts and ``<image>`` placeholders in the prompt.
+        """Returns all image paths in the order of the prompt's image parts and ``<image>`` placeholders.
 
-        If the prompt has neither, returns the paths of the row's fields. Raises FieldError if only some of the images
-        have a part or placeholder. ``name`` is the name of the field in error messages.
+        If the prompt has neither, returns the paths of the row's fields. If only some of the images have a part or
+        placeholder, raises FieldError. ``name`` is the name of the field in error messages.
         """
         if self._waiting and self._n_places:
             raise FieldError(f"{name} must have no or {self.count} places for its images, got {self._n_places}")
@@ -266,9 +267,9 @@ def _anthropic_source(name: str, source: object) -> object:
 
 
 def refuse_fields(name: str, values: Mapping[str, Any], known: set[str]) -> None:
-    """Raises FieldError if ``values`` has a non-empty field that is not in ``known``.
+    """Raises FieldError if an object with the fields ``values`` has a non-empty field that is not in ``known``.
 
-    ``name`` names the object with these fields in the error text.
+    ``name`` names the object in the error message.
     """
     for field, value in values.items():
         if field not in known and value not in (None, "", [], {}):  # 0 may be a weight

@@ -1,7 +1,7 @@
 """Reads ShareGPT rows with a preference, in the format of LLaMA-Factory.
 
-A row has the turns of the prompt in ``conversations`` (or ``conversation``, ``messages``), ``chosen`` and
-``rejected``, and optionally ``system`` and ``images``. A turn has ``from`` and ``value``, or ``role`` and ``content``.
+``conversations`` (or ``conversation``, ``messages``) holds the turns of the prompt. ``chosen`` and ``rejected`` hold
+the responses; ``system`` and ``images`` are optional. A turn has ``from`` and ``value``, or ``role`` and ``content``.
 ms-swift also writes a question and its response as one entry ``{"human": ..., "assistant": ...}``.
 """
 

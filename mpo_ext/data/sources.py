@@ -29,10 +29,10 @@ class PairSource:
     Attributes:
         path: Path that was opened, or ``hf://owner/name``.
         format: Format of the rows; "hf" for all rows of a folder that ``save_to_disk`` wrote.
-        pairs: The pairs. Each line occurs once, whatever ``repeat_time`` its MMPR data set has.
+        pairs: The pairs. Each line occurs once; the ``repeat_time`` of MMPR data sets is ignored.
         root: Folder to which relative image paths are joined.
         subsets: Data sets that an MMPR meta file lists, by name; empty without a meta file.
-        on_pair: Function that is called with each pair, after its image paths are made absolute; None: no call.
+        on_pair: Function that is called with each pair that is read, with absolute image paths; None: no call.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
         image_dir: Folder for the images and videos that rows hold as bytes; "" if the format cannot hold bytes.
         selected: Ascending int64 indices ``[n]`` of the lines that ``scan`` and ``scan_for`` visit; None: all lines.
@@ -60,16 +60,16 @@ class PairSource:
         return [self.path, *(subset.annotation for subset in self.subsets.values()), *stored]
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the location of each line, with its pair or a BadLine. Image paths of the pair are absolute."""
+        """Yields (location, pair) with absolute image paths, or (location, BadLine), for each line in ``indices``."""
         return map(self.read, map(int, self.indices))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
-        """Reads the line at an index. Returns its location, and its pair with absolute image paths or a BadLine."""
+        """Reads the line at an index. Returns (location, pair) with absolute image paths, or (location, BadLine)."""
         where, _, pair = self._read(index)
         return where, pair
 
     def scan_for(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the same as ``scan``, but with image paths for writing the pairs to a file in ``folder``.
+        """Yields the same as ``scan``, but with image paths for a file that will be written to ``folder``.
 
         An image path that is relative in the source becomes relative to ``folder`` if ``folder`` is ``root`` or
         contains the image. All other image paths are absolute.
@@ -109,12 +109,12 @@ class PairSource:
 
 
 class MissingImages:
-    """Counts the missing image and video files of pairs. Each file counts once.
+    """Counts the missing image and video files of pairs. A file that several pairs use counts once.
 
-    Use ``add`` as the attribute ``on_pair`` of a ``PairSource``.
+    Pass ``add`` as ``on_pair`` to a ``PairSource``.
 
     Attributes:
-        first: Description of the first missing file; "" if none is missing.
+        first: Description of the first missing file; "" if no file is missing.
     """
 
     def __init__(self) -> None:
@@ -145,12 +145,12 @@ class MissingImages:
 
 
 class StoredMedia:
-    """Detects whether images or videos were stored in ``image_dir`` because rows hold them as bytes.
+    """Detects whether pairs use files in ``image_dir``, where images and videos are stored that rows hold as bytes.
 
-    Use ``add`` as the attribute ``on_pair`` of a ``PairSource``.
+    Pass ``add`` as ``on_pair`` to the ``PairSource``.
 
     Attributes:
-        folder: ``image_dir`` if a pair has a stored image or video, otherwise "".
+        folder: ``image_dir`` if a pair uses such a file, otherwise "".
     """
 
     def __init__(self, source: PairSource) -> None:
@@ -188,19 +188,21 @@ def open_pairs(
     """Opens preference pairs in any supported format. The returned source reads each pair on access.
 
     Args:
-        path: A file of rows (JSON lines, JSON array, CSV or parquet), an MMPR meta file (.json), which lists data
-            sets, a folder of parquet files, a folder that ``save_to_disk`` wrote, or the id of a dataset of the
-            Hugging Face hub (``hf://owner/name`` or ``owner/name``; see ``hub.hub_id``).
-        format: Format of the rows; None: it is detected from the fields. A later row in another format raises BadLine.
-        root: Folder to which relative image paths are joined; None: the folder of the file. A meta file itself names
-            the image folders.
+        path: A file of rows (JSON lines, JSON array, CSV or parquet); an MMPR meta file (.json), which lists data
+            sets; a folder of parquet files; a folder that ``save_to_disk`` wrote; or a dataset of the Hugging Face
+            hub, ``hf://owner/name`` or ``owner/name`` (see ``hub.hub_id``).
+        format: Format of the rows; None: it is detected from the fields. A row in another format raises BadLine when
+            it is read.
+        root: Folder to which relative image paths are joined. None: the folder that contains ``path``; for a folder of
+            parquet files, this folder; for the hub, the current folder. Not used for a meta file, which names the
+            image folders.
         root_map: Tuples (old, new): the path of a folder of images or data that has moved, and its new path.
         image_dir: Folder for storing images that a row holds as bytes; None: ``images`` in ``cache_folder()``.
         max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
         split: Name of the split of a dataset; None: the only split.
         revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
         config: Configuration of a dataset of the hub; None: the only or default configuration.
-        ignore: Names of fields that are removed, at any depth, before a row is read.
+        ignore: Names of fields to remove, at any depth, before a row is converted to a pair.
 
     Raises:
         OSError: If a file cannot be read, or a converted file cannot be written into the cache.
@@ -253,7 +255,7 @@ class _ReadOptions:
 
 
 def _open_file(name: str, format: Format | None, folder: str, options: _ReadOptions) -> PairSource:
-    """Opens an MMPR meta file, which lists data sets, or a file of rows.
+    """Opens a file of rows, or an MMPR meta file, which lists data sets.
 
     Args:
         name: Path of the file.

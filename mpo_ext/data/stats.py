@@ -63,7 +63,7 @@ class SubsetStats:
         rejected_images: Number of pairs with other images for the rejected response.
         with_answer: Number of pairs with a true answer.
         rejected_longer: Number of pairs whose rejected response is longer than the chosen response.
-        question: Lengths of the prompts. A prompt of several turns counts with all its turns and roles.
+        question: Lengths of the prompts. A prompt of several turns is measured as one text with all turns and roles.
         chosen: Lengths of the chosen responses.
         rejected: Lengths of the rejected responses.
     """
@@ -107,9 +107,10 @@ def count_words(text: str) -> int:
 
 
 def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[str], int], str]:
-    """Returns a function that measures the length of a text, and a description of its unit, such as tokens or words.
+    """Returns a function that measures the length of a text, and the name of its unit.
 
-    ``tokenizer`` is the name or folder of a transformers tokenizer; None: the function counts words.
+    ``tokenizer`` is the name or folder of a transformers tokenizer. The unit is then "tokens of NAME". None: the
+    function counts words.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -133,10 +134,9 @@ def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[s
 def collect_stats(
     source: PairSource, length: Callable[[str], int] = count_words, skipped: Skipped | None = None
 ) -> dict[str, SubsetStats]:
-    """Reads every pair of a source, and returns the statistics by data set.
+    """Reads every pair of a source, and returns the statistics of each data set, by name.
 
-    The data sets are those of an MMPR meta file. Pairs that do not come from such a data set count under the name of
-    their file.
+    A pair counts under the name of its MMPR data set. Without such a data set, it counts under the name of its file.
 
     Args:
         source: The pairs.

@@ -1,8 +1,8 @@
 """Reads preference rows of ms-swift.
 
-A row has the whole chosen conversation in ``messages``, and the rejected response in ``rejected_response`` (a text, or
-the turns after the last question) or ``rejected_messages`` (the whole conversation). Older rows have ``query``,
-``response``, ``rejected_response`` and ``history``. Each row may have ``system`` and ``images``.
+``messages`` holds the whole chosen conversation. The rejected response is in ``rejected_response`` (a text, or the
+turns after the last question) or in ``rejected_messages`` (the whole conversation). Older rows have ``query``,
+``response``, ``rejected_response`` and ``history`` instead. Each row may have ``system`` and ``images``.
 """
 
 from collections.abc import Mapping
@@ -101,7 +101,7 @@ def _role(message: Mapping[str, Any]) -> object:
 
 
 def _rejected(value: Any) -> Any:
-    """Returns the value of the field ``rejected_response``. A list with a single text is replaced by the text.
+    """Returns the value of the field ``rejected_response``. For a list with one text, returns the text.
 
     Raises FieldError for a list of several texts.
     """

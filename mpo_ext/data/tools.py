@@ -1,4 +1,4 @@
-"""Reads descriptions of tools, which are functions that the assistant may call, and tool calls."""
+"""Reads tool calls, and the descriptions of tools. A tool is a function that the assistant may call."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -13,7 +13,7 @@ _FIELDS = {"tools", "functions", "tool_calls", "tool_call_id", "function_call", 
 
 
 def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Collection[str] = ()) -> None:
-    """Raises FieldError if a row or message has a non-empty tool field, such as ``functions``, outside ``known``.
+    """Raises FieldError if a row or message has tools that the reader does not use, such as a non-empty ``functions``.
 
     Args:
         values: Fields of the row or message.
@@ -28,7 +28,7 @@ def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Colle
 
 
 def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
-    """Reads the field ``tool_calls`` of a message; [] for an empty field.
+    """Reads the field ``tool_calls`` of a message. Returns [] for an empty field.
 
     Raises FieldError if the field is invalid. ``name`` names the message in the error text.
     """
@@ -39,10 +39,10 @@ def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
 
 
 def call_in_content(name: str, content: object) -> list[dict[str, Any]]:
-    """Reads the tool calls of a message with the role "function_call", whose content is JSON.
+    """Reads the tool calls in the content of a message with the role "function_call".
 
-    The content is a call or a list of calls. Raises FieldError if it is invalid. ``name`` names the message in the
-    error text.
+    The content is a call or a list of calls, usually as JSON text. Any other content raises FieldError. ``name`` names
+    the message in the error text.
     """
     try:
         value = json.loads(content) if isinstance(content, str) else content
@@ -61,13 +61,13 @@ def call_in_content(name: str, content: object) -> list[dict[str, Any]]:
 
 
 def read_tools(name: str, value: object) -> list[dict[str, Any]]:
-    """Reads the tool descriptions in a field ``tools``, a list or JSON text; [] for an empty field.
+    """Reads the tool descriptions in a field ``tools``. Returns [] for an empty field.
 
     Each description becomes ``{"type": "function", "function": {"name": ..., ...}}``.
 
     Args:
         name: Name of the field, for the error message.
-        value: Value of the field.
+        value: Value of the field: a list of descriptions, or this list as JSON text.
 
     Raises:
         FieldError: If the field is not a list of such descriptions.

@@ -1,11 +1,11 @@
 """Converts pairs to TRL's preference format and back without loss, and reads and writes files in this format.
 
-TRL has the columns ``prompt``, ``chosen``, ``rejected``, ``tools``, and ``images`` or ``image``. This module adds
+TRL has the columns ``prompt``, ``chosen``, ``rejected``, ``tools``, and ``images`` or ``image``. This module adds:
 
 - ``answer_gt`` (text or null),
 - ``image_paths`` (list of texts), only in datasets, because their ``images`` may hold bytes without a path,
 - ``question`` (text or null), the original question if it cannot be recovered from ``prompt``,
-- ``provenance`` and ``extra``, as JSON texts, because all values in a dataset column have one type.
+- ``provenance`` and ``extra``, as JSON texts, because all values in a dataset column have the same type.
 """
 
 import json
@@ -51,16 +51,16 @@ def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True
     Args:
         pair: Pair to convert.
         kind: "standard": the prompt is the question. "conversational": the prompt consists of the turns of the pair,
-            or of a user message with the question. Each ``<image>`` becomes the part ``{"type": "image"}`` of a
-            message; a line break after ``<image>`` is removed. If the number of ``<image>`` differs from the number
-            of images, all image parts come before the unchanged text.
-        has_images: Whether any row of the file or dataset has images; must be the same for all rows. True: the row has
-            the column ``images``, and the content of prompt messages is a list of parts, which image models expect.
+            or of a user message with the question.
+        has_images: Whether any row of the file or dataset has images; must be the same for all rows.
+            True: the row has the column ``images``. The content of prompt messages is a list of parts, which image
+            models expect. Each ``<image>`` becomes an image part, and a line break after it is removed. If the number
+            of ``<image>`` differs from the number of images, the image parts come first, and the text is unchanged.
             False: the row has no column ``images``, and the content is text.
 
     Raises:
-        ValueError: If ``kind`` is "standard" and the pair has a prompt or response of several turns; if
-            ``has_images`` is False and the pair has images; or if the pair has media that TRL's format cannot hold.
+        ValueError: If ``kind`` is "standard" and the pair has tools, or a prompt or response of several turns. If
+            ``has_images`` is False and the pair has images. If the pair has videos or rejected images.
     """
     check_choice("kind", kind, get_args(Kind))
     for name in ("videos", "rejected_images"):
@@ -110,8 +110,8 @@ def _prompt_messages(pair: Pair, *, has_images: bool) -> list[dict[str, Any]]:
 def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
     """Converts a row of TRL's preference format to a pair.
 
-    If ``chosen`` and ``rejected`` are whole conversations, the turns with which both begin are the prompt. The column
-    ``prompt`` may then be missing, or be the text of one of these turns.
+    If ``chosen`` and ``rejected`` are whole conversations, the prompt is the turns with which both begin. In this
+    case, the column ``prompt`` may be missing, or hold the text of one of these turns.
 
     Args:
         row: Row with a text or messages as prompt. Columns that ``to_trl`` does not write go into ``extra``.
@@ -157,7 +157,7 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
 def _split(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Returns the prompt, the chosen response and the rejected response of a row.
 
-    If ``chosen`` and ``rejected`` are whole conversations, the turns with which both begin are the prompt.
+    If ``chosen`` and ``rejected`` are whole conversations, the prompt is the turns with which both begin.
     """
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     are_conversations = isinstance(chosen, list) and isinstance(rejected, list)
@@ -192,8 +192,8 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
     Args:
         prompt: Column ``prompt``, a text or messages.
         images: Object that collects the images of the prompt.
-        question: Column ``question``, the original text of a single-turn prompt. It is used if ``prompt`` still agrees
-            with it.
+        question: Column ``question``, the original text of a single-turn prompt. It is ignored if ``prompt`` has been
+            edited since ``to_trl`` wrote it.
     """
     if isinstance(prompt, str):
         return _placed([{"role": "user", "content": prompt}], images.count)
@@ -210,7 +210,7 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
 
 
 def _placed(turns: list[Turn], count: int) -> list[Turn]:
-    """Puts placeholders for several images before the first user turn if no turn has any, as TRL does."""
+    """Adds ``<image>`` for each of several images to the first user turn if no turn has a placeholder, as TRL does."""
     first = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), None)
     if count < 2 or first is None or any(has_mark(turn["content"]) for turn in turns):
         return turns
@@ -219,7 +219,7 @@ def _placed(turns: list[Turn], count: int) -> list[Turn]:
 
 
 def _is_same_prompt(original: object, prompt: object) -> bool:
-    """Returns whether ``to_trl`` converts the turns ``original`` to the messages ``prompt``."""
+    """Returns whether ``prompt`` is the list of messages to which ``to_trl`` converts the turns ``original``."""
     if not is_conversation(original) or not isinstance(original, list) or not isinstance(prompt, list):
         return False
     if not all(isinstance(turn.get("content"), str) and isinstance(turn.get("role"), str) for turn in original):

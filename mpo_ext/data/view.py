@@ -107,7 +107,7 @@ def empty_picks(source: PairSource) -> dict[str, Any]:
 def page_entry(
     index: int, where: Location, pair: Pair, images: Sequence[dict[str, Any]], max_characters: int
 ) -> dict[str, Any]:
-    """Returns the values that the page's script needs to show a pair.
+    """Returns a dict of JSON values with which the page's script shows a pair.
 
     Args:
         index: Index of the line in the source.
@@ -221,7 +221,7 @@ class Thumbnails:
 
     Args:
         size: Maximum width and height of a thumbnail in pixels; 0 omits all images.
-        budget: Maximum number of characters of all data URIs.
+        budget: Maximum number of characters of all data URIs together.
 
     Attributes:
         uris: The data URIs.
@@ -236,7 +236,10 @@ class Thumbnails:
         self._videos: dict[Video, list[dict[str, Any]]] = {}
 
     def add(self, path: str) -> dict[str, Any]:
-        """Adds an image. Returns its entry: a dict with ``name`` and either ``index`` in ``uris`` or ``problem``."""
+        """Adds an image, and returns its entry for the page.
+
+        An entry is a dict with ``name``, and with either ``index`` (position in ``uris``) or ``problem`` (error text).
+        """
         if path not in self._entries:
             self._entries[path] = {"name": image_name(path), **self._make(path)}
         return self._entries[path]
@@ -248,7 +251,7 @@ class Thumbnails:
         return [*named, *(frame for video in pair.videos for frame in self.add_video(video))]
 
     def add_video(self, video: Video) -> list[dict[str, Any]]:
-        """Adds the key frames of a video, and returns their entries; see ``add``."""
+        """Adds the key frames of a video. Returns an entry for each frame, or one with a ``problem``; see ``add``."""
         if video not in self._videos:
             name = video_name(video)
             loaded, problem = self._load(lambda: key_frames(video, KEY_FRAMES))
@@ -268,7 +271,7 @@ class Thumbnails:
         return self._store(image) if problem is None else {"problem": problem}
 
     def _load(self, load: Callable[[], Any]) -> tuple[Any, str | None]:
-        """Calls ``load``, and returns its result and an error text. One of the two is None.
+        """Calls ``load``. Returns (result, None), or (None, error text).
 
         Does not call ``load`` if images are omitted or the budget is used up.
         """
@@ -285,7 +288,7 @@ class Thumbnails:
             return None, f"broken: {error}"
 
     def _store(self, content: bytes) -> dict[str, Any]:
-        """Stores a JPEG file as a data URI, and returns its ``index``, or a ``problem`` if it exceeds the budget."""
+        """Stores a JPEG file as a data URI. Returns its entry without ``name``; see ``add``."""
         uri = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
         if len(uri) > self._budget:
             self._budget = 0

@@ -41,12 +41,12 @@ _BODY_BYTES = 1000
 
 
 class PairServer(http.server.ThreadingHTTPServer):
-    """An HTTP server for the page of pairs. ``serve_forever`` answers requests. It is also a context manager.
+    """An HTTP server for the page of pairs. Call ``serve_forever`` in a ``with`` block to answer requests.
 
     Args:
         source: Pairs to show.
         port: Number of the port; 0 takes a free port.
-        picks_path: File to which the picked pairs are written after each pick. Picks in an existing file are kept.
+        picks_path: JSON file of the picked pairs, written after each pick. Picks in an existing file are kept.
         title: Title of the page; None: the path of the source.
         thumbnail: Maximum width and height of an image in pixels; 0 omits the images.
         max_characters: Maximum number of characters of a text; longer texts are cut, and the page marks them.
@@ -101,7 +101,7 @@ class PairServer(http.server.ThreadingHTTPServer):
             return self.source.read(index)
 
     def pick(self, index: int, *, is_picked: bool) -> int:
-        """Picks a pair or removes it from the picks, writes the file of picks, and returns the number of picks."""
+        """Adds a pair to the picks or removes it, writes the file of picks, and returns the number of picks."""
         _, pair = self.read(index)
         if isinstance(pair, BadLine):
             raise ValueError(f"index must be that of a pair, got {pair}")
@@ -127,7 +127,7 @@ class PairServer(http.server.ThreadingHTTPServer):
         return render_page(TEMPLATE, values)
 
     def find(self, start: int, count: int, query: str, subset: str, *, only_picked: bool) -> dict[str, Any]:
-        """Searches pairs, and returns the next matches and the position at which the next search starts.
+        """Searches the lines of the source for pairs.
 
         Args:
             start: Position in ``source.indices`` of the first line to search.
@@ -136,6 +136,10 @@ class PairServer(http.server.ThreadingHTTPServer):
                 is ignored. "" matches all lines, also bad lines.
             subset: Name of the data set (``Location.subset``) to search; "" for all.
             only_picked: Whether only picked pairs match.
+
+        Returns:
+            A dict with ``pairs`` (the matches, see ``page_entry``), ``next`` (``start`` of the next search), ``total``
+            (length of ``source.indices``) and ``picked`` (number of picked pairs).
         """
         indices = self.source.indices
         query, place = query.lower().strip(), start
@@ -232,7 +236,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._try(lambda: json.dumps(self.server.pick(index, is_picked=is_picked)).encode(), "application/json")
 
     def _request(self) -> tuple[str | None, dict[str, str]]:
-        """Returns the requested path after the secret, and the query. The path is None if the secret is wrong."""
+        """Returns the path of the request without the secret, and the query. The path is None for a wrong secret."""
         url = urllib.parse.urlsplit(self.path)
         token, _, name = url.path.removeprefix("/").partition("/")
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):
@@ -265,4 +269,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Does not log requests. The method that is overridden prints a line for each request."""
+        """Does nothing. The overridden method prints a line for each request."""
