@@ -14,7 +14,7 @@ _PROBE = "from mpo_ext.ops.native import compiled; print(True, bool(compiled().h
 
 
 def ensure_built(out: Path, *, needs_cuda: bool, archs: str | None = None) -> str:
-    """Builds the native module if it is missing or lacks required CUDA kernels. Returns a text that says if it was built.
+    """Builds the native module if it is missing or lacks required CUDA kernels. Returns a message.
 
     CMake, ninja, a compiler and pybind11 must be installed, because nothing is downloaded.
 
@@ -22,6 +22,9 @@ def ensure_built(out: Path, *, needs_cuda: bool, archs: str | None = None) -> st
         out: Folder for build.log.
         needs_cuda: Whether the module must have CUDA kernels.
         archs: Compute capabilities to build for, such as "90". Default: the capability of GPU 0.
+
+    Returns:
+        "built the native module" or "the native module was built before".
 
     Raises:
         RuntimeError: If the build fails. The message has the end of build.log.
