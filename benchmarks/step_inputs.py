@@ -55,7 +55,7 @@ class Sizes:
 
     @property
     def prompt(self) -> int:
-        """Largest number of tokens in a prompt: image tokens, ``text`` + 8 words, and 2 tokens of the chat template."""
+        """Largest number of tokens in a prompt: image tokens, ``text`` + 8 words, and 2 chat template tokens."""
         return self.images * self.image_tokens + self.text + 10
 
     @property
