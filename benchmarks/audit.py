@@ -130,8 +130,7 @@ def run(check: Check, scale: float) -> tuple[dict[str, Any], str]:
     """Runs a check with its numbers of cases multiplied by ``scale``.
 
     Returns:
-        The entry of the check in results/audit.json. Then the last 4,000 characters of the output if the check failed,
-        else "".
+        A tuple: the entry of the check in results/audit.json, and the end of the output if the check failed (else "").
     """
     load, start = os.getloadavg()[0], time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **check.environment(scale)}

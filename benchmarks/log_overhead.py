@@ -45,7 +45,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 
 
 class LogClock:
-    """Adds up the CPU seconds of each part of the log, and stores the sums of each step."""
+    """Measures the CPU seconds that each training step spends in each part of logging."""
 
     def __init__(self) -> None:
         self.seconds: collections.Counter[str] = collections.Counter()

@@ -88,14 +88,15 @@ def _attend(query: torch.Tensor, options: dict[str, Any]) -> None:
 
 
 def sample(runs: int = 5) -> dict[str, list[float]]:
-    """Runs each program of ``programs`` ``runs`` times. Returns the seconds of its runs by program."""
+    """Runs each program that measures the machine ``runs`` times. Returns a list of seconds by program."""
     return {name: timing.seconds for name, timing in interleaved(programs(), runs).items()}
 
 
 def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Machine:
     """Computes the speed of the machine from the seconds of each run, by program.
 
-    Old result files lack the programs for attention and for matmuls of other sizes. Their rates are then left out.
+    Old result files lack the programs for attention and for matmuls with 32 or 1,024 rows. The result then lacks these
+    speeds.
 
     Raises:
         ValueError: If another program is missing.

@@ -219,9 +219,9 @@ def floors(documents: Documents) -> str:
 
 
 def issue(documents: Documents) -> str:
-    """Returns a table of predicted instruction times of the kernels, by GPU.
+    """Returns a table of the predicted time to issue the kernels' instructions, for each GPU.
 
-    They are percentages of the floor, which is the time to move the logits at peak bandwidth.
+    The times are percentages of the floor: the time to move the logits at peak bandwidth.
     """
     counts = documents["machine_code"]["instructions"]["sm_90"]
     names = ("token_logp bfloat16", "token_logp bfloat16 stats", "logits_grad bfloat16")

@@ -61,9 +61,9 @@ class Results:
     beside: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add_machine(self, seconds: Mapping[str, Sequence[float]]) -> None:
-        """Stores the seconds of the programs that measure the machine. Programs have names such as "machine: read".
+        """Stores the seconds of the programs that measure the machine, such as "machine: read".
 
-        ``seconds`` may have other names too, which are ignored.
+        Other names in ``seconds`` are ignored.
         """
         self.beside = {}
         for name, values in seconds.items():

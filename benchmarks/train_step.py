@@ -164,7 +164,7 @@ def summary(steps: Sequence[MeasuredStep]) -> dict[str, Any]:
 
 
 def rates(sizes: Sizes, seconds: float) -> dict[str, float]:
-    """Returns the pairs and the tokens per second of a step. The tokens of a prompt count once per pair."""
+    """Returns ``pairs_per_s`` and ``tokens_per_s`` of a step that takes ``seconds``. A prompt counts once per pair."""
     tokens = sizes.prompt + sizes.response + sizes.least_response
     return {"pairs_per_s": sizes.batch / seconds, "tokens_per_s": sizes.batch * tokens / seconds}
 

@@ -61,7 +61,7 @@ class GpuStage:
     def check(self, case: str, run: Callable[[], list[str] | None]) -> bool:
         """Runs a check, records the result, and returns whether it passed.
 
-        The check fails if ``run`` returns a list of problems that is not empty, or raises an exception.
+        The check fails if ``run`` returns problems, such as ["loss differs"], or raises an exception.
         """
         begin = time.perf_counter()
         self.note(f"{case} ...")  # the last line then names a check that hangs

@@ -82,7 +82,7 @@ class StudyTask:
     """A task of the study: its starting models, its training runs, and its tables.
 
     Attributes:
-        starts: Settings of each starting model, by name, that differ from the settings of the model ``START``.
+        starts: Starting models by name. A value has the settings that differ from those of the model ``START``.
         rows: Settings of each training run by name. All runs are repeated for each seed.
         tables: Tables by name.
         differences: Accuracy differences by name of the table. A difference is (row, row to compare with, column). The
@@ -90,7 +90,7 @@ class StudyTask:
         pair_files: Names of the files of pairs that the model ``START`` has.
         main: Names of the tables whose runs are executed first.
         columns: Additional columns of the tables: (header, kind of questions, quantity in percent).
-        paper: Direction of a difference in the paper, "higher" or "lower", by difference.
+        paper: Differences that the paper reports, each with its direction: "higher" or "lower".
     """
 
     starts: Mapping[str, Mapping[str, Any]]

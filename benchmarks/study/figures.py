@@ -47,8 +47,8 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
     """Returns the standard error over the questions of accuracy(``row``) - accuracy(``other``), in percentage points.
 
-    Uses the step-by-step questions ("cot") of the first seed with results of both, paired by question. Returns None
-    without such a seed, or if the file does not record which answers are correct.
+    Compares the answers to the step-by-step questions ("cot") pairwise, for the first seed that has both results.
+    Returns None if there is no such seed, or if the file does not record which answers are correct.
     """
     answers: dict[str, dict[int, str | None]] = {row: {}, other: {}}
     for result in document["results"]:
@@ -64,7 +64,10 @@ def question_error(document: Mapping[str, Any], row: str, other: str) -> float |
 
 
 def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
-    """Returns the text "mean ± sample standard deviation" with one decimal. A single number has no deviation."""
+    """Returns a text such as "71.3 ± 0.8", the mean and the sample standard deviation.
+
+    For a single number, returns only the mean. For no numbers, returns "".
+    """
     if not numbers:
         return ""
     mean = f"{statistics.fmean(numbers):{'+' if signed else ''}.1f}"

@@ -43,10 +43,10 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 
 
 def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Compares the number of errors of the two responses of each pair. Returns fractions of the pairs.
+    """Returns the fractions of pairs whose chosen response has fewer, as many, or more errors than the rejected one.
 
-    The keys are "right" (the chosen response has fewer errors), "equal", "wrong" (it has more errors), and
-    "chosen_right" (it has no errors). Only step-by-step pairs with images count. Without such pairs, the result is {}.
+    The keys are "right", "equal" and "wrong". "chosen_right" is the fraction whose chosen response has no errors. Only
+    step-by-step pairs with images count. Without such pairs, the result is {}.
     """
     errors = [
         tuple(count_errors(text, pair.question, pair.extra["digits"]) for text in (pair.chosen, pair.rejected))

@@ -21,13 +21,13 @@ class StudySettings(RunSettings):
         sft_digits: Number of training digits for the SFT. The pairs use the other training digits.
         sft_text_share: Fraction of the SFT questions that state the digits and have no image.
         text_questions: Number of questions without an image from which pairs are made.
-        late_continuations: Number of continuations that DropoutNTP samples if it keeps 0.75 of an answer. Most of them
-            are correct, because the kept part names all digits, so several are needed. If it keeps less, it samples
-            one.
+        late_continuations: Number of continuations that DropoutNTP samples if it keeps 0.75 of an answer. The kept
+            part then names all digits, and most continuations are correct, so several are needed. If it keeps less, it
+            samples one.
         pairs: Number of pairs in the file "mixed".
         mixed_shares: Fractions of the pairs in "mixed": correctness pairs with direct answers, correctness pairs with
             step-by-step answers, and DropoutNTP pairs.
-        kind_pairs: Largest number of pairs in each of the files from "correctness" to "DropoutNTP 0.75".
+        kind_pairs: Largest number of pairs in each of the files "correctness" to "DropoutNTP 0.75" of ``PAIR_FILES``.
     """
 
     task: ClassVar[str] = "perception"
@@ -76,7 +76,7 @@ class PriorSettings(Settings):
 
     Attributes:
         kind_questions: Number of step-by-step questions for correctness pairs, and of others for DropoutNTP pairs.
-        kind_pairs: Largest number of pairs in each of the files from "correctness" to "DropoutNTP 0.75".
+        kind_pairs: Largest number of pairs in each of the files "correctness" to "DropoutNTP 0.75" of ``PAIR_FILES``.
         text_questions: Number of questions without an image from which pairs are made.
         text_evaluation_tasks: Number of held-out questions that state the digits and have no image.
     """

@@ -1,7 +1,7 @@
 """Reads result files of the study and makes their tables.
 
-In a result file, ``results`` has an entry for each seed and training run or starting model. ``starts`` has an entry
-for each seed, about the pairs. ``TASKS`` declares the runs and the tables.
+In a result file, ``results`` has the results of each training run and starting model, for each seed. ``starts`` has
+facts about the pairs, for each seed. ``TASKS`` declares the runs and the tables.
 """
 
 import functools

@@ -93,8 +93,8 @@ def evaluate_held_out(
 ) -> Mapping[str, Mapping[str, Any]]:
     """Lets the model answer the held-out questions greedily, and returns accuracy and other measures by column.
 
-    A column is a kind of questions, such as "cot" (step by step). For the task "language-prior", "cot" also has the
-    results of ``measure_digits``, and ``right``, which tells the correct answers as ``encode_right`` encodes them.
+    A column is a kind of questions, such as "cot" (step by step). For the task "language-prior", the column "cot" also
+    has the results of ``measure_digits`` and of ``encode_right`` (key ``right``).
     """
     if not isinstance(settings, PriorSettings):
         tasks = adding_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)

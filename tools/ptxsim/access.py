@@ -31,8 +31,8 @@ class MemoryAccess:
     def _split(self, space, addr):
         """Splits an array of addresses by state space. Returns (space, positions, addresses) tuples.
 
-        positions: indices into addr; None if all addresses are in this space. Shared and local addresses are returned
-        as offsets.
+        positions: indices into addr; None if all addresses are in this space.
+        addresses: offsets into the space, for shared and local memory.
         """
         if space != "generic":
             return ((space, None, addr),)

@@ -59,7 +59,7 @@ class _Not:
 
 
 class Machine(MemoryAccess):
-    """The state and the execution of one kernel launch."""
+    """Executes one kernel launch. Holds its state, such as registers, memory and program counters."""
 
     def __init__(
         self,
@@ -521,7 +521,7 @@ class Machine(MemoryAccess):
         return np.broadcast_to(raw[0], (self.L,))
 
     def address(self, mem, space):
-        """Returns a function that maps selected lanes to their int64 addresses of the memory operand mem."""
+        """Returns a function that takes selected lanes and returns their int64 addresses for the operand mem."""
         base, off = mem.base, np.int64(mem.offset)
         if isinstance(base, (Sym, Imm)):
             v = self.symbol(base) if isinstance(base, Sym) else base.value
@@ -729,8 +729,7 @@ class Machine(MemoryAccess):
     def _gather_warp(self, s, p):
         """Makes the lanes s wait at a warp-synchronous instruction until all lanes of their member mask are there.
 
-        p: pc of the instruction. Returns the lanes that may now execute it (a slice or index array); None if there are
-        none.
+        p: pc of the instruction. Returns the lanes that may now execute it (a slice or index array), or None.
         """
         ln = self.lanes[s]
         w = ln >> 5

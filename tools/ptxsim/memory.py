@@ -81,10 +81,9 @@ def _allocate(nbytes):
 class Buffer:
     """A buffer in device memory.
 
-    ``Buffer(array)`` copies the array. ``Buffer(nbytes=n)`` is zeroed. ``Buffer(nbytes=n, init=None)`` is
-    uninitialized:
-    every byte is 0xFF. With ``check_poison=True``, a launch raises a fault if it reads a byte that was never written.
-    ``buffer + k`` is a device pointer to byte k.
+    ``Buffer(array)`` copies the array. ``Buffer(nbytes=n)`` is zeroed. ``Buffer(nbytes=n, init=None)`` is poisoned:
+    its bytes are 0xFF and count as unwritten. With ``check_poison=True``, a launch raises a fault if it reads an
+    unwritten byte. ``buffer + k`` is a device pointer to byte k.
     """
 
     def __init__(self, array=None, *, nbytes=None, init=0, name=None, readonly=False):
@@ -224,7 +223,7 @@ class Access:
 
 
 def warps_in(s):
-    """Returns the number of warps in the lane selection s (a slice or a sorted index array)."""
+    """Returns the number of warps that have lanes in s, a slice or a sorted index array."""
     if isinstance(s, slice):
         return (s.stop - 1 >> 5) - (s.start >> 5) + 1
     w = s >> 5
@@ -259,9 +258,10 @@ class GlobalMemory:
     def locate(self, addr, size, write):
         """Finds the buffers of the addresses addr. Returns (buffer, positions, offsets) tuples.
 
-        positions: indices into addr; None if all addresses are in this buffer. offsets: bytes from the start of the
-        buffer. Raises a fault for misaligned addresses, for addresses outside of buffers, and for writes to read-only
-        buffers.
+        positions: indices into addr; None if all addresses are in this buffer.
+        offsets: bytes from the start of the buffer.
+
+        Raises a fault for misaligned addresses, addresses outside of buffers, and writes to read-only buffers.
         """
         if size > 1:
             low = addr & (size - 1)

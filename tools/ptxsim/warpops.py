@@ -17,7 +17,7 @@ SYNC = {}
 
 
 def sync(*names, mask=-1):
-    """Registers opcodes that all lanes of a member mask must reach together.
+    """Registers opcodes that all lanes of a member mask execute together.
 
     mask: index of the operand with the member mask; None: the whole warp.
     """
