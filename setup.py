@@ -40,9 +40,9 @@ class CMakeBuild(build_ext):
 
 
 def _belongs_to(work: Path, source: Path) -> bool:
-    """Returns whether the CMake cache in ``work`` was made for the folder ``source``.
+    """Returns whether the CMake cache in the build folder ``work`` was made for the source folder ``source``.
 
-    The result is False if the build folder was copied together with the source tree.
+    CMake rejects the cache of a source tree that was copied to another folder.
     """
     cache = work / "CMakeCache.txt"
     return cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={source}\n" in cache.read_text()

@@ -70,10 +70,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_all(names: list[str], out: Path, args: argparse.Namespace, command: str) -> None:
-    """Runs the benchmarks ``names``, and writes a result file for each to the folder ``out``.
+    """Runs the benchmarks ``names``, and writes a result file NAME.json for each to the folder ``out``.
 
-    Also writes machine.json (the measured speed of the machine) and cost_model.json (the predictions of the cost
-    model). Every file records the command line ``command``.
+    Also writes machine.json (the measured speed of the machine) and cost_model.json (measured beside predicted times).
+    ``command`` is the command line, which every file records. ``args`` are the parsed options.
     """
     begin, whole = time.perf_counter(), sum(SHARES[name] for name in names)
     minutes = min(args.minutes, _QUICK_MINUTES) if args.quick else args.minutes

@@ -1,7 +1,7 @@
-"""Repeats the checks of docs/reliability.md, and writes their results into the page (``make audit``).
+"""Runs the reliability checks, such as ``kill -9`` during training, and updates docs/reliability.md (``make audit``).
 
-Usage: ``python -m benchmarks.audit [WORD ...] [--scale S] [--jobs N]`` runs the checks whose names contain any of the
-words. Without words, it runs all checks. The results are stored in results/audit.json and copied into the page.
+Usage: ``python -m benchmarks.audit [WORD ...] [--scale S] [--jobs N]``. A check runs if its name contains one of the
+words. Without words, all checks run. The results are stored in results/audit.json and copied into the page.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Check:
-    """A check of the audit: a run of pytest or of a sanitizer.
+    """A check of the audit: a run of pytest, or of the native tests under a sanitizer.
 
     Attributes:
-        name: Name of the check on the page.
-        tests: Arguments of pytest; if ``is_sanitizer`` is True, the name of a sanitizer instead.
-        counts: Environment variables that set numbers of test cases. ``--scale`` multiplies these numbers.
+        name: Name of the check, by which the command line selects it.
+        tests: Arguments of pytest. For a sanitizer check, the value of ``SANITIZERS``, such as "thread".
+        counts: Numbers of test cases by environment variable, such as ``{"MPO_KILLS": 20}``.
         settings: Other environment variables.
-        is_sanitizer: Whether ``make sanitize`` runs the check.
+        is_sanitizer: Whether ``make sanitize`` runs the check instead of pytest.
     """
 
     name: str
@@ -64,13 +64,13 @@ class Check:
     is_sanitizer: bool = False
 
     def environment(self, scale: float) -> dict[str, str]:
-        """Returns the environment variables of the check. ``scale`` multiplies the numbers of cases in ``counts``."""
+        """Returns the environment variables of the check, with the numbers in ``counts`` multiplied by ``scale``."""
         return {name: str(max(1, round(scale * count))) for name, count in self.counts.items()} | self.settings
 
     def command(self, scale: float) -> str:
-        """Returns the command line of the check, with its environment variables, for display.
+        """Returns the command line to show for the check, such as "MPO_KILLS=20 pytest tests/test_x.py".
 
-        ``scale`` multiplies the numbers of cases in ``counts``.
+        The numbers in ``counts`` are multiplied by ``scale``.
         """
         words = [f"{name}={value}" for name, value in self.environment(scale).items()]
         words += ["make", "sanitize", f"SANITIZERS={self.tests[0]}"] if self.is_sanitizer else ["pytest", *self.tests]
@@ -127,7 +127,11 @@ CHECKS = (
 
 
 def run(check: Check, scale: float) -> tuple[dict[str, Any], str]:
-    """Runs a check. Returns its entry for results/audit.json, and the end of its output if it failed, else ""."""
+    """Runs a check with its numbers of cases multiplied by ``scale``.
+
+    Returns:
+        A tuple: the entry of the check in results/audit.json, and the end of the output if the check failed (else "").
+    """
     load, start = os.getloadavg()[0], time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **check.environment(scale)}
     with tempfile.TemporaryDirectory() as folder:
@@ -164,10 +168,10 @@ def run(check: Check, scale: float) -> tuple[dict[str, Any], str]:
 
 
 def count_tests(report: Path, output: str) -> dict[str, int]:
-    """Returns the numbers of passed, failed and skipped tests, and the number of tested cases.
+    """Returns the numbers of tested cases and of passed, failed and skipped tests of a pytest run.
 
-    A test may report its number of cases as a property in the JUnit file ``report``. Hypothesis prints its number of
-    cases, which is read from ``output``. If no number is reported, each test that ran counts as one case.
+    A test can have many cases. Their number comes from the properties in the JUnit file ``report``, or from the
+    Hypothesis statistics in ``output``. If neither has a number, each test that ran counts as one case.
     """
     if not report.exists():
         return {"cases": 0, "passed": 0, "failed": 1, "skipped": 0}
@@ -181,7 +185,7 @@ def count_tests(report: Path, output: str) -> dict[str, int]:
 
 
 def count_native(output: str) -> dict[str, int]:
-    """Reads the output of the native tests, and returns the numbers of all, passed, failed and skipped checks."""
+    """Returns the counts of ``count_tests`` for the native tests, which print lines such as "120 checks, 0 failed"."""
     counts = re.findall(r"^(\d+) checks, (\d+) failed$", output, re.MULTILINE)
     failed = sum(int(number) for _, number in counts)
     checks = sum(int(number) for number, _ in counts)

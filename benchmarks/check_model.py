@@ -1,6 +1,6 @@
-"""Compares the predictions of mpo_ext.plan with the measurements in results/.
+"""Compares the times and memory that mpo_ext.plan predicts with the measurements in results/.
 
-A point is a measurement in a result file: the time and memory of a way to compute the loss, or of a trainer.
+A measurement is called a point. It belongs to an implementation of the loss, or to a trainer.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def is_ours(provider: str) -> bool:
 
 
 def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the measurements in the result files, each with the time and memory that the cost model predicts.
+    """Returns the measured points of the benchmarks, each with ``predicted_s`` and ``predicted_bytes``.
 
-    Other programs may slow the machine down. Therefore each prediction uses the speed of the machine that was measured
-    at the same time. Measurements that the cost model does not describe are left out.
+    Each prediction uses the machine speed that was measured together with the point, because other programs may have
+    slowed the machine down. Points that the cost model cannot predict are left out.
     """
     points = []
     for benchmark in ("logits", "linear", "train_step"):
@@ -71,9 +71,9 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) 
 
 @functools.cache
 def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[steps.ModelShape, steps.StepShape]:
-    """Returns the shapes of the model and the training step of ``benchmarks.train_step``, for the cost model.
+    """Returns the inputs with which the cost model predicts a training step of ``benchmarks.train_step``.
 
-    ``precomputed`` tells whether the log-probs of the reference are precomputed.
+    ``precomputed`` tells whether the reference log-probs are computed before training.
     """
     from mpo_ext.plan.memory import MemoryEstimate
 
@@ -111,10 +111,9 @@ def middle(values: Sequence[float]) -> float:
 
 
 def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Groups measurements by kind, and returns (kind, measurements) tuples, sorted by kind.
+    """Groups measurements by implementation and benchmark. Returns (kind, measurements) tuples, sorted by kind.
 
-    A kind names the implementation and the benchmark, for example "mpo_ext, linear" or "peers, linear". Peers are
-    other libraries.
+    A kind is a text such as "mpo_ext, linear", or "peers, linear" for all other libraries.
     """
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
@@ -124,7 +123,7 @@ def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping
 
 
 def summary(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields a dict for each kind of measurement (``by_kind``), with statistics of the prediction errors."""
+    """Yields a dict of error statistics for each kind of ``by_kind``, such as ``median_error``."""
     for kind, members in by_kind(points):
         errors = [error(point) for point in members]
         memory = [

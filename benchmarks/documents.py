@@ -1,8 +1,7 @@
 """Writes the generated blocks of README.md and docs/ from the result files in results/.
 
-A block begins with ``<!-- results: NAME -->`` and ends with ``<!-- end of results -->``, each on its own line.
-tests/benchmarks/test_documents.py fails if a block differs from the text generated from the result files. A block
-with a name that begins with "predicted" holds predictions of mpo_ext.plan, not measurements.
+A block begins with the line ``<!-- results: NAME -->`` and ends with the line ``<!-- end of results -->``. Blocks
+named "predicted..." show predictions of mpo_ext.plan instead of measurements. A test fails if a block is out of date.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Reads and checks the result files in a folder. Returns their contents by file name without suffix."""
+    """Reads and checks the result files in a folder. Returns their contents by name, such as "logits"."""
     loaders = {
         **dict.fromkeys(schema.BENCHMARKS, schema.load),
         "machine_code": machine_code.load,
@@ -116,16 +115,16 @@ def render(name: str, documents: Documents) -> str:
 
 
 def rewrite(text: str, documents: Documents, failed: list[str] | None = None) -> str:
-    """Returns the text of a page in which each block (the text between two markers) is generated again.
+    """Returns the text of a page with all its generated blocks (texts between two markers) updated.
 
     Args:
         text: Text of the page.
         documents: Contents of the result files by name.
-        failed: List that receives an error message for each block that cannot be generated. Such a block stays
-            unchanged. None: the error is raised instead.
+        failed: List to which error messages are added. A block that cannot be generated then stays unchanged. If
+            None, the error is raised instead.
 
     Raises:
-        ValueError: If a block cannot be generated and ``failed`` is None, or a begin or end marker is missing.
+        ValueError: If a marker lacks its partner, or a block cannot be generated and ``failed`` is None.
     """
     list(blocks(text))
 
@@ -143,7 +142,7 @@ def rewrite(text: str, documents: Documents, failed: list[str] | None = None) ->
 
 
 def write_pages(documents: Documents, root: Path = Path()) -> int:
-    """Generates the blocks (texts between two markers) of all pages again, and writes the pages.
+    """Updates the generated blocks (texts between two markers) of all pages in the folder ``root``.
 
     Returns 1 if a block could not be generated, else 0.
     """

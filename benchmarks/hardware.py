@@ -1,4 +1,4 @@
-"""Makes the table of the GPUs that the recipes need, with the memory estimate of mpo_ext.plan."""
+"""Makes the table of the GPUs that the recipes need, from memory predictions of mpo_ext.plan."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ WAYS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 
 
 def needed_memory(name: str, overrides: tuple[str, ...], ranks: int, folder: Path) -> tuple[int, int]:
-    """Returns, for a recipe, the assumed number of tokens per pair and the predicted peak bytes per rank.
+    """Returns the sequence length that a recipe is assumed to have, and the peak bytes predicted per GPU.
+
+    The length counts the tokens of a prompt and one response.
 
     Args:
         name: Name of the recipe, without suffix.
-        overrides: Settings that replace those of the recipe.
+        overrides: Settings that replace those of the recipe, such as "data.max_length=4096".
         ranks: Number of GPUs. With more than one, parameters, gradients and optimizer state are sharded.
-        folder: Folder for a config of the model and a file with one pair.
+        folder: Folder to which a model config and a file with one pair are written.
     """
     model, pairs = folder / name, folder / "pairs.jsonl"
     if not model.exists():

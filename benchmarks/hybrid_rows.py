@@ -1,8 +1,8 @@
 """Measures training steps of a hybrid model (Gated DeltaNet and attention): ``python -m benchmarks.hybrid_rows``.
 
-A small Qwen3.5 text model runs forward, loss and backward on one pair. Two layouts are compared: a single row with the
-prompt and both responses, and a row for each response. Their runs alternate. Peak memory is measured over one step in
-a fresh process. The default vocabulary is small, so that the layers take most of the time.
+A small Qwen3.5 text model trains on one pair, in two ways. "shared" puts the prompt and both responses into one
+sequence. "separate" makes a sequence for each response. The runs of the two ways alternate. The default vocabulary is
+small, so that the layers take most of the time.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def build(vocab: int, hidden: int, layers: int) -> Any:
 
 
 def make_step(layout: Any, vocab: int, hidden: int, layers: int, prompt: int, response: int) -> Callable[[], float]:
-    """Returns a function that runs a training step on one random pair and returns the loss.
+    """Returns a function that runs forward and backward on one random pair, and returns the loss.
 
-    ``layout`` is "shared" (one row for the pair) or "separate" (one row for each response).
+    ``layout`` is "shared" (one sequence for the pair) or "separate" (one sequence for each response).
     """
     model = build(vocab, hidden, layers)
     generator = torch.Generator().manual_seed(0)
@@ -79,7 +79,7 @@ def make_step(layout: Any, vocab: int, hidden: int, layers: int, prompt: int, re
 
 
 def one_step(begin: Callable[[], None], threads: int, *sizes: Any) -> None:
-    """Runs one training step, and calls ``begin`` before it. ``peak_bytes`` runs this function in a fresh process.
+    """Builds the model, calls ``begin``, and runs one training step. ``peak_bytes`` calls it in a fresh process.
 
     ``sizes`` are the arguments of ``make_step``.
     """
@@ -90,7 +90,7 @@ def one_step(begin: Callable[[], None], threads: int, *sizes: Any) -> None:
 
 
 def main() -> None:
-    """Measures both layouts (a row per pair, a row per response), and prints a table of times, memory and losses."""
+    """Measures one sequence per pair and one per response. Prints a table of times, memory and losses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=256)

@@ -1,7 +1,7 @@
-"""Compares the loss from hidden states with other libraries (rivals): ``python -m benchmarks.linear``.
+"""Compares ``linear_mpo_loss`` with other libraries (rivals): ``python -m benchmarks.linear``.
 
-A rival computes the log-probs of one pair, and ``logits.pair_loss`` computes the MPO loss from them. Liger returns no
-log-probs, so its chunked DPO loss is measured instead. The floor, a lower bound, is the time of the necessary matmuls.
+From a rival's log-probs, ``logits.pair_loss`` computes the MPO loss. Liger is an exception: it returns no log-probs,
+so its chunked DPO loss is measured. The floor is a lower bound: the time of the necessary matmuls.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 class HiddenBatch:
     """Random inputs of the loss from hidden states.
 
-    The hidden states are ``[2, B T, D]``, the head ``[V, D]``, ref_logp ``[2]``, and the labels ``[2, B T]``, with
-    hidden size D and vocabulary size V. Only the last fraction ``share`` of each sequence has labels other than -100.
-    B pairs of T tokens are stored as one pair of B * T tokens, which does not change the matmuls.
+    With B pairs of T tokens, hidden size D and vocabulary size V, the shapes are: hidden states ``[2, B T, D]``, head
+    ``[V, D]``, labels ``[2, B T]`` and ref_logp ``[2]``. So B pairs are stored as one long pair. The matmuls have the
+    same sizes. Of each sequence, only the last fraction ``share`` has labels; the other labels are -100.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:
@@ -69,9 +69,10 @@ def ours(batch: HiddenBatch, frozen: bool = False, **options: Any) -> tuple[Tens
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor, Tensor], Tensor]) -> losses.Provider:
-    """Returns a function that computes the MPO loss and its gradients with another library's ``token_logp``.
+    """Returns a function of a batch that computes the MPO loss and its gradients from another library's log-probs.
 
-    ``token_logp(hidden, head, labels)`` takes ``[n, D]``, ``[V, D]`` and ``[n]``; some labels are -100.
+    ``token_logp(hidden, head, labels)`` returns the log-probs. It takes ``[n, D]``, ``[V, D]`` and ``[n]``, and some
+    labels are -100.
     """
 
     def run(batch: HiddenBatch) -> tuple[Tensor, ...]:
@@ -156,7 +157,7 @@ GPU_RIVALS = {"cut-cross-entropy": _cut_cross_entropy("cce")}
 
 
 def provider(name: str) -> losses.Provider:
-    """Returns a function that computes the loss and its gradients with the method ``name``.
+    """Returns the implementation ``name``: a function of a batch that returns the loss and its gradients.
 
     A missing or broken library may raise any exception.
     """
@@ -167,9 +168,9 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Returns functions that each run one matmul of the labelled rows, by name. They measure the floor, a lower bound.
+    """Returns the three matmuls that the loss needs, as functions by name. Their time is a lower bound of the loss.
 
-    The matmuls write to preallocated memory, and have the dtype that mpo_ext uses for them.
+    They multiply only the labelled rows, in the dtype that mpo_ext uses, and write to preallocated memory.
     """
     dtype = matmul_dtype(batch.hidden.dtype, batch.hidden.device)
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100].to(dtype)
@@ -184,9 +185,9 @@ def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
 
 
 def _floor_seconds(name: str, medians: Mapping[str, float]) -> float:
-    """Returns the floor of the method ``name``, a lower bound: the seconds of the matmuls that the method needs.
+    """Returns a lower bound of the time of the implementation ``name``: the seconds of its necessary matmuls.
 
-    A frozen head needs one matmul less. ``medians`` are the median seconds of the matmuls by name.
+    ``medians`` are the median seconds of the runs of ``_floor_runs``. A frozen head needs one matmul less.
     """
     forward_and_hidden = medians["mm forward"] + medians["mm d hidden"]
     return forward_and_hidden if name == FROZEN else forward_and_hidden + medians["mm d weight"]

@@ -1,11 +1,11 @@
-"""Measures the time that a training step spends on its log: ``python -m benchmarks.log_overhead``.
+"""Measures the time that a training step spends on logging: ``python -m benchmarks.log_overhead``.
 
-The steps are complete steps of mpo_ext's trainer, from pairs on the disk to the optimizer. The log has four parts:
-sums of metrics, the log line, the console, and the log file with the trackers. For each part, the CPU time of its
-calls is measured, because other programs hardly change it.
+The steps are complete steps of mpo_ext's trainer, from reading pairs to the optimizer. Logging has four measured
+parts: sums of metrics, the log line, the console, and the log file with the trackers. CPU time is measured, because
+other programs hardly change it.
 
-The statistics entropy and top1 are computed inside the loss. Their time is the difference between calls of the loss
-with and without them, on the first micro-batch. Measure on a CPU, because some parts wait for the device on a GPU.
+The loss also computes the statistics entropy and top1. Their time is the difference between loss calls with and
+without them. Measure on a CPU: on a GPU, some parts also wait for the device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 
 
 class LogClock:
-    """Adds up the CPU seconds of each part of the log, and stores the sums of each step."""
+    """Measures the CPU seconds that each training step spends in each part of logging."""
 
     def __init__(self) -> None:
         self.seconds: collections.Counter[str] = collections.Counter()
@@ -65,7 +65,7 @@ class LogClock:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Measures the time of all logging functions (``PARTS``) inside the ``with`` block."""
+        """Measures the logging functions, listed in ``PARTS``, inside the ``with`` block."""
         with contextlib.ExitStack() as stack:
             for part, functions in PARTS.items():
                 for owner, name in functions:
@@ -73,7 +73,7 @@ class LogClock:
             yield
 
     def end_step(self) -> None:
-        """Stores the CPU seconds of the step and of each part of its log, and starts the next step."""
+        """Stores the CPU seconds of the step and of its logging parts, and starts the next step."""
         now = time.process_time()
         self.steps.append((now - self._begin_s, dict(self.seconds)))
         self._begin_s = now
@@ -84,8 +84,8 @@ def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[f
     """Runs ``steps`` + 1 training steps, and measures all but the first.
 
     Returns:
-        For each step, its CPU seconds and the CPU seconds of each part of its log. Then the CPU seconds that the
-        statistics entropy and top1 take in a step.
+        A list and a number. The list has a tuple for each step: CPU seconds of the step, and a dict of CPU seconds by
+        logging part. The number is the CPU seconds per step of the statistics entropy and top1.
     """
     clock = LogClock()
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -112,7 +112,7 @@ def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[f
 
 
 def _statistics_seconds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Returns the CPU seconds that the statistics, such as entropy, add to a call of the loss with these arguments."""
+    """Returns the CPU seconds that entropy and top1 add to a loss call with these arguments."""
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in args]
 
     def seconds(stats: tuple[str, ...]) -> float:

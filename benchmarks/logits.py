@@ -1,7 +1,7 @@
-"""Compares the loss from logits with other libraries (rivals): ``python -m benchmarks.logits``.
+"""Compares ``mpo_loss`` with other libraries (rivals): ``python -m benchmarks.logits``.
 
-Every rival computes the same MPO loss of one pair, forward and backward. The floor, a lower bound, is the time of
-reading the labelled logits twice and writing them once.
+All compute the same MPO loss of one pair, forward and backward. The floor is a lower bound: the time to read the
+labelled logits twice and to write them once.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ def _compiled() -> LossOf:
 
 
 def pair_loss(logp: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
-    """Returns the MPO loss of the log-probs ``[2B, T]`` of the labels, computed in eager torch."""
+    """Returns the MPO loss, computed in eager torch from the log-probs ``[2B, T]`` of the labels."""
     state = torch.zeros(2, dtype=torch.float64, device=logp.device)
     return eager.pair_loss(logp, labels, ref_logp, BatchShift(state), MPOConfig()).loss
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor], Tensor]) -> LossOf:
-    """Returns a function that computes the MPO loss with another library's ``token_logp(logits, labels)``.
+    """Returns a function that computes the MPO loss from another library's ``token_logp(logits, labels)``.
 
-    ``token_logp`` accepts only labels in the vocabulary, so labels of -100 are replaced before the call.
+    Labels of -100 are replaced by 0 before the call, because some libraries reject them.
     """
 
     def loss_of(values: Tensor, batch: LogitsBatch) -> Tensor:
@@ -127,7 +127,7 @@ OVERWRITING = frozenset({"mpo_ext, reuse_logits", "Liger cross entropy"})
 
 
 def provider(name: str) -> losses.Provider:
-    """Returns a function that computes the loss and its gradient with the method ``name``.
+    """Returns the implementation ``name``: a function of a batch that returns the gradient of the logits.
 
     A missing or broken library may raise any exception.
     """
@@ -135,9 +135,9 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: LogitsBatch) -> dict[str, Callable[[], Any]]:
-    """Returns, by name, a function that reads the labelled logits twice and writes them once.
+    """Returns ``{"floor": run}``, where ``run`` reads the labelled logits twice and writes them once, in place.
 
-    Its time is the floor, a lower bound of the time of the loss. It works in place, and views the logits as float32.
+    Its time is a lower bound of the time of the loss.
     """
     labelled = batch.logits[:, int((batch.labels[0] == -100).sum()) :]
     return {"floor": lambda: (labelled.view(torch.float32).sum(), labelled.view(torch.float32).mul_(1.0))}

@@ -37,16 +37,16 @@ _TRIAL = 16  # the rows and the vocabulary of a trial are smaller by this factor
 class LossBenchmark:
     """A benchmark of the loss from logits or from hidden states.
 
-    A provider is an implementation of the loss: mpo_ext with certain options, or another library. The floor is a lower
-    bound of its time: the time of the necessary work alone.
+    A provider is an implementation of the loss, from mpo_ext or from another library. The floor is a lower bound of
+    the provider's time: the time of the necessary work, such as the matmuls.
 
     Attributes:
         name: "logits" or "linear".
-        providers: Functions that return a provider, by name. A missing or broken library may raise any exception.
+        providers: Functions by name. Each returns a provider. A missing or broken library may raise any exception.
         make_batch: Returns random inputs for a shape on a device.
-        floor_runs: Returns functions that do the necessary work, by name. They may overwrite the batch.
-        floor_seconds: Returns the floor of a provider in seconds. Its arguments are the provider's name, and the
-            median seconds of the functions of ``floor_runs`` by name.
+        floor_runs: Returns functions by name, which do the necessary work on a batch. They may overwrite the batch.
+        floor_seconds: Called with the name of a provider and the median seconds of ``floor_runs`` by name. Returns the
+            floor of the provider in seconds.
         floor: Description of the floor, for the result files.
         overwriting: Names of the providers that overwrite the logits of the batch.
         frozen: Names of the providers that compute no gradient of the head.
@@ -83,13 +83,13 @@ def usable(
     device: str = "cpu",
     most_seconds: float = math.inf,
 ) -> tuple[dict[str, Provider], dict[str, str]]:
-    """Tries each provider (implementation of the loss) on a small shape. Returns those that can run on ``loss``.
+    """Tries each implementation of the loss (provider) on a small shape, and returns those that can run on ``loss``.
 
-    The time on ``loss`` is estimated from this trial, or measured. A provider of another library is not usable if this
-    time exceeds ``most_seconds``.
+    A provider from another library must also be fast enough. It is rejected if a run on ``loss`` takes more than
+    ``most_seconds``, as estimated from the small shape or as measured.
 
     Returns:
-        The usable providers by name, and for each other name the reason why it is not usable.
+        Two dicts: the usable providers by name, and for each rejected name the reason.
     """
     trial = dataclasses.replace(
         loss, tokens=max(loss.tokens // _TRIAL, 8), vocab=max(loss.vocab // _TRIAL, 512), share=1.0
@@ -140,10 +140,9 @@ def _elapsed(run: Provider, batch: Any) -> float:
 def runs_of(
     benchmark: LossBenchmark, cases: Mapping[str, Provider], loss: LossShape, *, device: str = "cpu"
 ) -> dict[str, Run]:
-    """Returns (prepare, run) functions by name: for each implementation of the loss, and for its necessary work alone.
+    """Returns (prepare, run) functions by name: of the implementations ``cases``, and of ``benchmark.floor_runs``.
 
-    All run on the shape ``loss``. If an implementation overwrites the logits, ``prepare`` restores them before the
-    run.
+    All run on the shape ``loss``. ``prepare`` restores the logits if the implementation overwrites them.
     """
     batch = benchmark.make_batch(loss, device)
     work = batch if loss.hidden is not None else benchmark.make_batch(loss, device)
@@ -157,16 +156,16 @@ def runs_of(
 
 
 def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Returns, in seconds, a lower bound of the time of each implementation: the time of the necessary work.
+    """Returns the floor of each implementation, in seconds: a lower bound of its time.
 
-    ``timings`` are the measured times of the runs of ``runs_of``.
+    ``timings`` are the measured times of ``runs_of``.
     """
     medians = {name: timing.median_s for name, timing in timings.items()}
     return {name: benchmark.floor_seconds(name, medians) for name in names}
 
 
 def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape, device: str = "cpu") -> int:
-    """Returns the peak bytes that the implementation ``run`` allocates in one run. Gradients count, inputs do not.
+    """Returns the peak bytes that a run of the implementation ``name`` allocates. Gradients count, inputs do not.
 
     Raises OSError or RuntimeError if the memory cannot be measured.
     """
@@ -180,9 +179,9 @@ def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape,
 def memory_target(
     begin: Callable[[], None], benchmark: LossBenchmark, name: str, loss: LossShape, threads: int
 ) -> None:
-    """Runs the implementation ``name`` twice: once for its setup, then on the shape ``loss``.
+    """Runs the implementation ``name`` once for its setup, calls ``begin``, and runs it on the shape ``loss``.
 
-    ``begin`` is called before the second run. ``peak_bytes`` calls this function in a fresh process.
+    ``peak_bytes`` calls this function in a fresh process.
     """
     torch.set_num_threads(threads)
     run = benchmark.providers[name]()
@@ -262,12 +261,13 @@ def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespa
 
 
 def memory_of_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, int | str]:
-    """Measures and prints the peak memory of each implementation of the loss.
+    """Measures and prints the peak memory of each implementation.
 
-    On a CPU, this is the resident memory of a fresh process; on a GPU, the allocated memory.
+    On a CPU, this is the resident memory of a fresh process. On a GPU, it is the allocated memory.
 
     Returns:
-        For each implementation, the peak bytes beyond inputs and gradients, or the reason why they were not measured.
+        A dict by name of the implementation. A value is the peak bytes beyond inputs and gradients, or the reason why
+        they were not measured.
     """
     trial = dataclasses.replace(loss, tokens=min(loss.tokens, 8), vocab=min(loss.vocab, 512))
     cases, missing = usable(benchmark, args.cases, trial, device=args.device)

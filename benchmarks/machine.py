@@ -1,7 +1,7 @@
-"""Measures the speed of this machine (such as bytes and FLOP per second) for the cost model, mpo_ext.plan.roofline.
+"""Measures the speed of this machine, such as bytes and FLOP per second, for the cost model in mpo_ext.plan.
 
-Small programs measure the speed. Their runs alternate with those of the benchmarks, because other processes may slow
-the machine down.
+The speed is measured with small programs. They alternate with the runs of the benchmarks, because other processes may
+slow the machine down for a while.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ DTYPES = ("float32", "bfloat16")
 
 @functools.cache
 def programs() -> dict[str, Run]:
-    """Returns (prepare, run) functions of the programs that measure the machine, by name.
+    """Returns the programs that measure the machine, as (prepare, run) functions by name. Only ``run`` is timed.
 
-    Some programs measure the speed on data in the cache. Their ``prepare`` is an untimed run, which fills the cache.
+    For programs on cached data, ``prepare`` runs the program once to fill the cache.
     """
     words = torch.ones(_WORDS)
     cached = torch.randn(_CACHED)
@@ -88,15 +88,18 @@ def _attend(query: torch.Tensor, options: dict[str, Any]) -> None:
 
 
 def sample(runs: int = 5) -> dict[str, list[float]]:
-    """Runs each program that measures the machine ``runs`` times, and returns the seconds of the runs by program."""
+    """Runs each program that measures the machine ``runs`` times. Returns a list of seconds by program."""
     return {name: timing.seconds for name, timing in interleaved(programs(), runs).items()}
 
 
 def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Machine:
-    """Computes the speed of the machine from the median seconds of the programs.
+    """Computes the speed of the machine from the seconds of each run, by program.
 
-    ``seconds`` holds the seconds of each run by program. The programs for attention and for matmuls of other sizes may
-    be missing, as in old result files. The result then lacks their rates.
+    Old result files lack the programs for attention and for matmuls with 32 or 1,024 rows. The result then lacks these
+    speeds.
+
+    Raises:
+        ValueError: If another program is missing.
     """
     wanted = ["read", "update", "fill", "fresh", "huge", "kernels", "softmax", "overhead"]
     for key in (*wanted, *(f"product {dtype}" for dtype in DTYPES)):

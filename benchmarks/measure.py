@@ -1,6 +1,6 @@
 """Measures time and memory on a machine that other programs also use.
 
-The runs of the measured cases alternate, times are medians, and peak memory is measured in fresh processes.
+The cases are run in turn, and their times are medians. Peak memory is measured in fresh processes.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _clock: Callable[[], float] = time.perf_counter
 
 
 def use_cpu_time() -> None:
-    """Makes ``interleaved`` measure the CPU time of all threads, which other programs disturb less than elapsed time.
+    """Makes ``interleaved`` measure CPU time instead of elapsed time, because other programs disturb it less.
 
-    On one thread of an idle machine, the CPU time equals the elapsed time.
+    The CPU time of all threads is counted, so a run with several threads must not be compared with elapsed time.
     """
     global _clock
     _clock = time.process_time
@@ -83,12 +83,12 @@ def interleaved(
     """Times the cases in rounds. A round runs each case once. The first round is not counted.
 
     Args:
-        cases: ``(prepare, run)`` by name. Only ``run`` is timed; its result is freed after the clock has stopped.
+        cases: ``(prepare, run)`` by name. Only ``run`` is timed.
         runs: Number of counted rounds.
         seconds_in_all: Time limit in seconds, after which no further round begins.
         least: Minimum number of counted rounds, regardless of the time limit.
-        device: "cpu" or "cuda". A GPU is timed with CUDA events, and its L2 cache is emptied before each run. The
-            host waits for the GPU after a round, not after a run.
+        device: "cpu" or "cuda". On a GPU, times are measured with CUDA events, and the L2 cache is emptied before each
+            run.
 
     Returns:
         The times of each case by name.
@@ -121,15 +121,15 @@ def _cpu_clock(run: Callable[[], Any]) -> Callable[[], float]:
 
 
 def _touch_free_memory() -> None:
-    """Writes to free memory, so that the host of a virtual machine provides it before the next run."""
+    """Writes to 1 GiB of new memory, so that the host of a virtual machine has free memory ready for the next run."""
     fresh_zeros((_FREE_BYTES,), torch.uint8).fill_(1)
 
 
 def _gpu_clock(device: str) -> Callable[[Callable[[], Any]], Callable[[], float]]:
-    """Returns a function ``clock(run)``, which starts ``run`` on the GPU and returns a function ``read()``.
+    """Returns a function ``clock(run)`` that enqueues ``run`` on the GPU and returns a function ``read()``.
 
-    ``read()`` waits for the end of the run and returns its seconds. The GPU spins until the host has enqueued the run,
-    so the time of the host is not measured.
+    ``read()`` waits for the end of the run, and returns its seconds on the GPU. The GPU spins until the host has
+    enqueued the run. So the time of the host is not included.
     """
     cache = torch.empty(_L2_BYTES, dtype=torch.uint8, device=device)
 
@@ -211,7 +211,7 @@ def output_of(command: Sequence[str]) -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """Returns the CPU, the versions of torch and Python, the commit and the command line of this process."""
+    """Returns the CPU, the number of threads, the versions of torch and Python, the commit and the command line."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -250,10 +250,9 @@ def now() -> tuple[str, tuple[float, ...]]:
 
 
 def provenance(command: str, started: str, load_before: tuple[float, ...]) -> dict[str, Any]:
-    """Returns the environment of a benchmark run, in the format that ``benchmarks.schema`` requires.
+    """Returns the field ``environment`` of a result file: machine, versions, commit, times and loads.
 
-    ``command`` is the command line. ``started`` and ``load_before`` are the results of ``now`` at the start of the
-    run.
+    ``command`` is the command line. ``started`` and ``load_before`` are the result of ``now`` at the start of the run.
     """
     short = environment()
     # A run writes these files itself, so they do not count as modified.

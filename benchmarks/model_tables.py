@@ -1,4 +1,4 @@
-"""Makes Markdown tables of the cost model's rates and errors and of the kernels' machine code.
+"""Makes Markdown tables of the cost model (machine speed, prediction errors) and of the compiled CUDA kernels.
 
 ``benchmarks.documents`` uses these tables.
 """
@@ -20,7 +20,7 @@ _ATTENTION_RATES = {
 
 
 def _new_memory(rate: float) -> str:
-    """Returns a table cell for a rate in bytes per second, at which the system provides new memory."""
+    """Returns a table cell such as "3.20 GB/s" for the rate of first accesses to new memory, in bytes per second."""
     is_measured = rate < 1e15  # a larger rate means that new memory took no longer than used memory
     return f"{rate / 1e9:.2f} GB/s" if is_measured else "no additional time measured"
 
@@ -67,7 +67,7 @@ def _error_range(errors: Sequence[float]) -> str:
 
 
 def cost_model(documents: Documents) -> str:
-    """Returns a table of the cost model's errors by kind of measurement, and a table of methods with large errors."""
+    """Returns a table of the cost model's prediction errors, and a table of the methods with large errors."""
     points = documents["cost_model"]["points"]
     within, errors = check_model.WITHIN, [abs(check_model.error(p)) for p in points]
     ours = [abs(check_model.error(p)) for p in points if check_model.is_ours(p["provider"])]

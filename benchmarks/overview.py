@@ -1,6 +1,6 @@
-"""Draws docs/images/overview.svg: a preference pair, the terms of the loss, and the speed in results/logits.json.
+"""Draws docs/images/overview.svg: a preference pair, the terms of the loss, and the measured speed.
 
-Usage: ``python -m benchmarks.overview``. A test checks that the committed picture shows the committed results.
+Usage: ``python -m benchmarks.overview``. A test fails if the picture does not match results/logits.json.
 """
 
 import json
@@ -22,9 +22,9 @@ INK, GREY, GREEN, RED, BLUE = "#1f2937", "#6b7280", "#15803d", "#b91c1c", "#1d4e
 
 
 def times(path: Path = ROOT / "results" / "logits.json") -> dict[str, float]:
-    """Reads results/logits.json, and returns the median seconds of forward and backward, by label of ``PROVIDERS``.
+    """Reads the median seconds of forward and backward from results/logits.json, in float32, on the base shape.
 
-    Only measurements on the base shape in float32 are read.
+    The keys of the result are the labels in ``PROVIDERS``.
     """
     points = json.loads(path.read_text())["points"]
     base = {
@@ -79,7 +79,7 @@ def loss() -> Iterator[str]:
 
 
 def speed() -> Iterator[str]:
-    """Yields the SVG elements on the right of the picture: a bar for the time of each way to compute the loss."""
+    """Yields the SVG elements on the right of the picture: bars with the times of the implementations."""
     seconds = times()
     yield text(644, 34, "Time on a CPU", size=15, bold=True)
     for place, (label, value) in enumerate(seconds.items()):

@@ -1,9 +1,8 @@
-"""Compares training steps with padded rows and with a packed row: ``python -m benchmarks.packing``.
+"""Compares training with padded rows and with a packed row: ``python -m benchmarks.packing``.
 
-Both cases are complete steps of mpo_ext's trainer, from pairs on the disk to the optimizer. Attention runs in causal
-calls without a mask (split attention). A micro-batch has 8 pairs of text. The lengths of prompts and responses are
-uniformly distributed. With padded rows, each row has a prompt and its two responses. A packed row holds all prompts of
-the micro-batch with their responses, without padding.
+A padded row holds one prompt and its two responses. A packed row holds all prompts and responses of a micro-batch,
+without padding. A micro-batch has 8 text pairs of random lengths. Both cases run complete steps of mpo_ext's trainer,
+from reading pairs to the optimizer. Attention is causal, without a mask (split attention).
 """
 
 from __future__ import annotations

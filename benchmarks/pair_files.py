@@ -1,7 +1,7 @@
-"""Measures the commands that read large files of pairs: ``make bench-pairs``, or ``python -m benchmarks.pair_files``.
+"""Measures the commands that read large pair files: ``make bench-pairs``, or ``python -m benchmarks.pair_files``.
 
-Each command is a fresh process, and its time includes the start of Python. The baseline only calls ``json.loads`` on
-each line. The pairs are random words. In a second file, all pairs have the same small image.
+Each command is a fresh process, and its time includes the start of Python. As a baseline, a program only calls
+``json.loads`` on each line. One file has pairs of random words; in the other, the pairs also share a small image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MIB = 1 << 10  # a MiB in the unit of ru_maxrss, which is KiB on Linux
 
 @dataclasses.dataclass(frozen=True)
 class CommandCost:
-    """The cost of a command: wall-clock and CPU seconds (None: not measured), and its peak resident memory in MiB."""
+    """The cost of a command: elapsed seconds, CPU seconds (None if not measured), and peak resident memory in MiB."""
 
     name: str
     seconds: float
@@ -165,10 +165,7 @@ def run(name: str, command: Sequence[str]) -> CommandCost:
 
 
 def serve(command: Sequence[str], folder: Path) -> Iterator[CommandCost]:
-    """Measures ``data view --serve``: the time until the first pairs are served, and the time of a search.
-
-    The search reads all pairs, because no pair matches.
-    """
+    """Measures ``data view --serve``: the time until the first pairs are served, and the time to search all pairs."""
     begin_s = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None

@@ -1,8 +1,7 @@
 """Measures the memory of a rank if 1, 2 or 4 ranks split the vocabulary: ``python -m benchmarks.parallel``.
 
-The ranks run on this machine with gloo. The peak memory during forward and backward is measured. The memory in use
-before the rank makes its tensors is subtracted. Every rank holds all hidden states and their gradient, whose memory is
-listed separately.
+The ranks run on this machine with gloo. The measured memory is the peak during forward and backward, minus the memory
+before the inputs were made. Every rank holds all hidden states and their gradient; their size is printed separately.
 """
 
 from __future__ import annotations

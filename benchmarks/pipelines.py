@@ -1,11 +1,10 @@
 """Compares the pipelines that make preference pairs, on the demo's digits task: ``python -m benchmarks.pipelines``.
 
-The demo's SFT model answers step-by-step questions about grids of digits that it was not trained on. For each
-pipeline, three quantities are measured: generated tokens per pair, pairs per second of CPU time, and the fraction of
-pairs with a wrong label (``benchmarks.study.labels``). For RLAIF-V, ``benchmarks.study.reading_judge`` judges the
-responses.
+The demo's SFT model answers questions about grids of unseen digits, step by step. Three results are measured for each
+pipeline: generated tokens per pair, pairs per CPU second, and the fraction of pairs with a wrong label. The RLAIF-V
+responses are judged by ``benchmarks.study.reading_judge``.
 
-``benchmarks.documents`` imports this module for its table, so slow imports are in the functions that measure.
+Slow imports are inside the measuring functions, because ``benchmarks.documents`` imports this module for its table.
 """
 
 from __future__ import annotations
@@ -32,10 +31,11 @@ _FIELDS = {"environment", "settings", "results"}
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Runs each pipeline ``args.repeat`` times, in alternation, and returns the measurements by pipeline.
+    """Runs the pipelines in turn, ``args.repeat`` times, each time with another seed.
 
-    Each run samples with another seed. The fractions of right, equal and wrong labels (``label_shares``)
-    are over the pairs of all runs.
+    Returns:
+        A dict by pipeline. It has ``runs`` (pairs, tokens and seconds of each run) and the fractions of
+        ``label_shares`` over the pairs of all runs.
     """
     import numpy as np
 
@@ -99,7 +99,7 @@ def pipelines(args: argparse.Namespace, seed: int) -> dict[str, Callable[[], Any
 
 
 def table(documents: Documents) -> str:
-    """Returns the table of results/pipelines.json, with a comparison of the generated tokens with the paper."""
+    """Returns the table of results/pipelines.json, and sentences that compare the token numbers with the MPO paper."""
     document: dict[str, Any] = documents["pipelines"]
     results, environment, settings = (document[name] for name in ("results", "environment", "settings"))
     rows, tokens = [], {}

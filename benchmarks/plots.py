@@ -1,4 +1,4 @@
-"""Plots the result files as PNG and SVG, on a white background, so that the plots are readable on dark web pages."""
+"""Plots the result files as PNG and SVG. The background is white, so that plots are readable on dark web pages."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
 
 
 def _scaling(name: str, points: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Plots the measured time against each size that was varied, with one row of panels per dtype.
+    """Plots the measured times: a column of panels for each varied size, and a row for each dtype.
 
-    Returns the paths of the plot files. Without measurements of varied sizes, returns an empty list.
+    Returns the paths of the plot files; [] if no size was varied.
     """
     measured = [point for point in points if point["status"] == "measured" and point.get("median_s") is not None]
     axes = [axis for axis in _LABELS if any(point["sweep"] == axis for point in measured)]

@@ -70,9 +70,9 @@ _SHARES = (1.0, 0.25, 0.1)
 
 
 def products_of(method: str) -> str:
-    """Returns the number of matmuls with the output head, and their rows, such as "3, labelled rows".
+    """Returns how many matmuls with the output head a method needs, and over which tokens, such as "3, labelled rows".
 
-    A row is the hidden state of one token. ``method`` is a way to compute the loss from hidden states.
+    ``method`` is a way to compute the loss from hidden states. A row is the hidden state of one token.
     """
     counting = machines.Machine(name="counts", is_gpu=True, bandwidth=float("inf"), matmul_rates={"bfloat16": 1.0})
     flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.hidden_size  # at 1 FLOP/s, predicted seconds count FLOP
@@ -104,9 +104,9 @@ def paths(documents: Documents) -> str:
 
 
 def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) -> steps.ModelShape:
-    """Returns the shape of a decoder as large as Qwen2.5-7B, without a vision tower.
+    """Returns the sizes of a text decoder like Qwen2.5-7B, for the cost model.
 
-    ``trainable_share`` is the trainable fraction of the parameters. ``head_learns`` tells whether the output head is
+    ``trainable_share`` is the trained fraction of the parameters. ``head_learns`` tells whether the output head is
     trained.
     """
     layers, width, middle, keys, vocab = 28, 3584, 18944, 512, 152064
@@ -180,7 +180,7 @@ _PUBLISHED = (
 
 
 def published(documents: Documents) -> str:
-    """Returns a table of times that other libraries have published, and our predicted times for the same sizes."""
+    """Returns a table that compares times published by other libraries with our predicted times for the same sizes."""
     rows = []
     for name, gpu, count, hidden, vocab, milliseconds, source in _PUBLISHED:
         loss = cost.LossShape(tokens=count // 2, vocab=vocab, hidden=hidden)
@@ -196,7 +196,7 @@ _ROWS = 8192  # two responses of 4,096 tokens
 
 
 def _floors(name: str) -> tuple[float, float]:
-    """Returns the seconds to read the logits, and to read and write them, at the peak bandwidth of a GPU."""
+    """Returns the seconds in which a GPU at peak bandwidth reads the logits, and in which it reads and writes them."""
     read = 2 * _ROWS * _BIG.vocab / machines.GPUS[name].bandwidth
     return read, 2 * read
 
@@ -204,7 +204,7 @@ def _floors(name: str) -> tuple[float, float]:
 def floors(documents: Documents) -> str:
     """Returns a table of the floor on each GPU: the time to move the logits at peak bandwidth.
 
-    No implementation of the loss can be faster than the floor.
+    It is a lower bound of the time of any loss from logits.
     """
     rows = []
     for name in machines.GPUS:
@@ -219,9 +219,9 @@ def floors(documents: Documents) -> str:
 
 
 def issue(documents: Documents) -> str:
-    """Returns a table of the time that each GPU takes to issue the instructions of the kernels.
+    """Returns a table of the predicted time to issue the kernels' instructions, for each GPU.
 
-    The times are relative to the time to move the logits at peak bandwidth.
+    The times are percentages of the floor: the time to move the logits at peak bandwidth.
     """
     counts = documents["machine_code"]["instructions"]["sm_90"]
     names = ("token_logp bfloat16", "token_logp bfloat16 stats", "logits_grad bfloat16")

@@ -1,9 +1,9 @@
-"""Model configs for the recipes in recipes/. The sizes are those of the checkpoints on the hub.
+"""Model configs for the recipes in recipes/, with the published sizes of the models.
 
 Sources of the sizes: arXiv 2505.09388 (Qwen3, tables 1 and 2), 2511.21631 (Qwen3-VL), 2503.19786 (Gemma 3), and
 2508.18265 (the vision tower InternViT-300M). Only sizes are set. Other values, such as token ids, are defaults.
 
-Three configs were compared with a ``config.json`` of the model or of a model trained from it: Qwen3-VL-8B, and the
+Three configs were compared with the ``config.json`` of the model or of a fine-tuned model: Qwen3-VL-8B, and the
 language models of InternVL3.5-1B and Qwen3.5-9B. The others could not be compared: InternVL3.5-8B and 30B-A3B,
 Qwen3-VL-2B and 30B-A3B, Gemma 3 4B, and the vision tower of Qwen3.5-9B.
 """

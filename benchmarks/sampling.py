@@ -1,14 +1,12 @@
 """Measures the speed of sampling: ``python -m benchmarks.sampling``.
 
-Three quantities are measured in alternating runs of one process. The results are medians.
+It prints three results, from medians of alternating runs.
 
-1. The speed of batches relative to single prompts. The model is the untrained InternVL of the digits demo. The
-   prompts are questions about grids of digits.
-2. The time that a sampling run spends outside ``TransformersEngine.generate``, for example on filters and on
-   writing files. The model and the questions are the same.
-3. The speed of one shared prefill for the samples of a question, relative to a prefill for each sample. The model is
-   an untrained InternVL with as many patches and image tokens as the released models. The question has images and
-   random words.
+1. The speed of batches, relative to single prompts. The model is the untrained InternVL of the digits demo.
+2. The overhead of a sampling run, for example of filters and of writing files. It is the time outside
+   ``TransformersEngine.generate``, as a fraction of the time inside.
+3. The speed of one shared prefill for all samples of a question, relative to a prefill for each sample. The model is
+   an untrained InternVL with as many patches and image tokens as the released models. The question has images.
 """
 
 from __future__ import annotations
@@ -82,9 +80,9 @@ def main() -> None:
 
 
 def _batches_and_overhead(args: argparse.Namespace) -> dict[str, Any]:
-    """Compares batches with single prompts, and measures the fraction of time that a run spends outside generation.
+    """Measures and prints the first two results: batches against single prompts, and the overhead of a sampling run.
 
-    Prints the results, and returns them by case.
+    Returns the seconds and sizes of each case by name.
     """
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -123,7 +121,7 @@ def _batches_and_overhead(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, batch_size: int) -> float:
-    """Runs a sampling pipeline. Returns its time outside generation as a fraction of its generation time."""
+    """Runs a sampling pipeline. Returns the time outside generation divided by the time of generation."""
     engine = TimedEngine(model, tokenizer, batch_size=batch_size)
     pipeline = DropoutNTP(DropoutNTPConfig(sampling=sampling, allow_truncated=True, matcher={"kind": "number"}))
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +134,10 @@ def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, 
 
 
 def _shared_prefill(args: argparse.Namespace) -> dict[str, Any]:
-    """Compares a prefill per question with a prefill per sample. Prints the results, and returns them by case."""
+    """Measures and prints the third result: one prefill for a question against a prefill for each sample.
+
+    Returns the seconds and sizes of each case by name.
+    """
     sizes = Sizes(vocab=4096, hidden=args.hidden, layers=args.layers, images=args.images, vision_hidden=256)
     model, processor = build(sizes)
     processor.tokenizer.eos_token = None  # all responses have the same length
@@ -163,9 +164,9 @@ def _shared_prefill(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _samples(engine: TransformersEngine, sizes: Sizes, args: argparse.Namespace) -> list[Request]:
-    """Returns a request for each sample of one question with images and random words.
+    """Returns ``args.samples`` requests with the same question and different seeds.
 
-    The prompt has ``args.prompt`` tokens.
+    The question has images and random words. Its prompt has ``args.prompt`` tokens.
     """
     rng = np.random.default_rng(0)
     shape = (sizes.images, sizes.pixels, sizes.pixels, 3)

@@ -1,8 +1,8 @@
 """Checks the format of the result files.
 
-A file has ``schema``, ``benchmark``, ``quick``, ``environment``, ``settings``, ``missing`` and ``points``. A point
-holds the measurements of one implementation on one shape, or the reason why it was not measured. In the files of
-``benchmarks.gpu``, a point may also be a check that passed or failed.
+``check`` lists the fields of a file. Its ``points`` hold the measurements, each of one implementation on one shape. A
+point without measurements has a ``reason``. In the files of ``benchmarks.gpu``, a point may also be a check that
+passed or failed.
 """
 
 from __future__ import annotations

@@ -26,16 +26,16 @@ class Sizes:
     """Sizes of the model and of the pairs.
 
     Attributes:
-        vocab: Vocabulary size V, at least that of the tokenizer.
-        hidden: Hidden size of the decoder; each attention head has size 64.
+        vocab: Vocabulary size V, at least the number of words that the tokenizer knows.
+        hidden: Hidden size of the decoder. Each attention head has size 64.
         layers: Number of decoder layers.
         images: Number of images per pair; 0 makes text-only pairs.
-        image_tokens: Number of tokens per image, a square number; a token stands for 2 x 2 patches of 14 x 14 pixels.
-        vision_hidden: Hidden size of the vision tower, which has two layers; each attention head has size 64.
+        image_tokens: Number of tokens per image, a square number. A token covers 28 x 28 pixels.
+        vision_hidden: Hidden size of the vision tower. It has two layers, and each attention head has size 64.
         response: Largest number of tokens per response, including the end token.
         least_response: Smallest number of tokens per response, including the end token.
-        text: Largest number of words that a prompt has in addition to its question of eight words.
-        least_text: Smallest number of these additional words; None: all prompts have ``text`` additional words.
+        text: Largest number of words of a prompt beyond its question of eight words.
+        least_text: Smallest number of these words. None: each prompt has ``text`` of them.
         batch: Number of pairs per optimizer step.
         micro_batch: Number of pairs per forward pass.
     """
@@ -55,7 +55,7 @@ class Sizes:
 
     @property
     def prompt(self) -> int:
-        """Largest number of tokens in a prompt: image tokens, one token per word, and two of the chat template."""
+        """Largest number of tokens in a prompt: image tokens, ``text`` + 8 words, and 2 chat template tokens."""
         return self.images * self.image_tokens + self.text + 10
 
     @property
@@ -119,7 +119,10 @@ def make_pairs(folder: Path, sizes: Sizes, count: int) -> Path:
 
 
 def make_recipe(folder: Path, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> Recipe:
-    """Returns a recipe for the same training as ``trainers.run_trl``. ``settings`` override its values."""
+    """Returns the recipe with which mpo_ext's trainer makes the same steps as TRL in ``trainers.run_trl``.
+
+    ``settings`` override its values.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
     sections = {"model": {"path": "unused"}, "data": {"train": [str(pairs)]}, "output": {"dir": str(folder / "run")}}

@@ -1,8 +1,7 @@
-"""Declares the measurements of ``python -m benchmarks``, and makes the points (entries) of the result files.
+"""Declares the measurements of ``python -m benchmarks``, and makes the entries (points) of the result files.
 
-The implementations in a group, the programs for their floor (a lower bound) and the programs of ``benchmarks.machine``
-run alternately. If an implementation is missing, fails or would take too long, its point has the reason in place of
-measurements.
+A group is a set of implementations that are run in turn on one shape. Programs that measure a lower bound (floor) and
+the speed of the machine run between them. If an implementation could not be measured, its point has the reason.
 """
 
 from __future__ import annotations
@@ -50,11 +49,10 @@ class Results:
     """Results of a benchmark so far.
 
     Attributes:
-        points: Points (entries) of the result file.
-        missing: The reason why an implementation could not run, by its name.
-        machine: Seconds of the programs that measure the machine (``benchmarks.machine``), by program, from all
-            groups.
-        beside: Median seconds of these programs, by program, from the last group.
+        points: Entries of the result file.
+        missing: Reasons by name of the implementations that could not run.
+        machine: Seconds of all runs of the programs that measure the machine, by program.
+        beside: Median seconds of these programs, by program, in the last group only.
     """
 
     points: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -63,7 +61,10 @@ class Results:
     beside: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add_machine(self, seconds: Mapping[str, Sequence[float]]) -> None:
-        """Stores the seconds of the programs that measure the machine, and their medians in ``beside``."""
+        """Stores the seconds of the programs that measure the machine, such as "machine: read".
+
+        Other names in ``seconds`` are ignored.
+        """
         self.beside = {}
         for name, values in seconds.items():
             if name.startswith("machine: "):
@@ -71,19 +72,15 @@ class Results:
                 self.beside[name] = statistics.median(values)
 
     def skip(self, name: str, reason: str, sweep: str, loss: LossShape | None, **values: Any) -> None:
-        """Adds an entry for the implementation ``name``, which could not run.
-
-        The entry has the reason in place of measurements.
-        """
+        """Adds an entry with a ``reason`` instead of measurements, for an implementation that could not run."""
         self.missing.setdefault(name, reason)
         self.points.append(point(sweep, name, loss, **values, reason=reason))
 
 
 def point(sweep: str, provider: str, loss: LossShape | None, **values: Any) -> dict[str, Any]:
-    """Returns a point: an entry of a result file with the measurements of an implementation on one shape.
+    """Returns an entry of a result file: the measurements of one implementation (``provider``) on one shape.
 
-    ``values`` are further fields of the point, such as ``seconds``. A point without ``seconds`` or ``peak_bytes`` must
-    have a ``reason``.
+    ``values`` are further fields. They must include ``seconds`` or ``peak_bytes``, or else a ``reason``.
     """
     shape = {name: getattr(loss, name, None) for name in ("dtype", "pairs", "tokens", "vocab", "hidden", "share")}
     made = {"sweep": sweep, "provider": provider, **shape, "status": "measured", "reason": "", **values}
@@ -108,10 +105,10 @@ def _around(base: LossShape, axes: Mapping[str, Sequence[Any]]) -> Iterator[tupl
 
 
 def logits_groups(*, quick: bool) -> list[Group]:
-    """Returns the measurements of the loss from logits: on the base shape, and with varied sizes.
+    """Returns the groups of implementations and shapes that are measured for the loss from logits.
 
-    The labelled fraction, the vocabulary size, the numbers of tokens and pairs, and the dtype are varied. ``quick``
-    selects small shapes.
+    The first groups have the base shape. The others vary the labelled fraction, the vocabulary, the number of tokens
+    or pairs, or the dtype. ``quick`` selects small shapes.
     """
     rivals = ("eager", "torch.compile", "TRL selective_log_softmax", "Liger cross entropy", "quack cross entropy")
     everyone = ("mpo_ext", "mpo_ext, reuse_logits", logits.STATISTICS, *rivals, "mpo_ext, cuda", "mpo_ext, triton")
@@ -145,10 +142,10 @@ def logits_groups(*, quick: bool) -> list[Group]:
 
 
 def linear_groups(*, quick: bool) -> list[Group]:
-    """Returns the measurements of the loss from hidden states: on the base shape, and with varied sizes.
+    """Returns the groups of implementations and shapes that are measured for the loss from hidden states.
 
-    The labelled fraction, the vocabulary size, the hidden size, and the numbers of tokens and pairs are varied. Only
-    mpo_ext is measured when a size other than the labelled fraction varies. ``quick`` selects small shapes.
+    The first groups have the base shape. The others vary the labelled fraction, the vocabulary, the hidden size, or
+    the number of tokens or pairs. Most of them have only mpo_ext. ``quick`` selects small shapes.
     """
     # F.linear_cross_entropy takes seconds even on the small shapes of a quick run.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))
@@ -181,9 +178,9 @@ def linear_groups(*, quick: bool) -> list[Group]:
 
 
 def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, seconds_in_all: float) -> None:
-    """Measures a group of implementations, and adds the measurements to ``results``.
+    """Measures a group of implementations in rounds, and adds the measurements to ``results``.
 
-    A round runs each implementation once. After ``seconds_in_all``, no further round begins.
+    A round runs each implementation once. After ``seconds_in_all`` seconds, no further round begins.
     """
     loss = group.loss
     cases, missing = losses.usable(benchmark, group.providers, loss, most_seconds=_RUN_SECONDS)
@@ -211,7 +208,7 @@ def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, s
 def _peaks(
     benchmark: losses.LossBenchmark, group: Group, cases: Mapping[str, losses.Provider], seconds_in_all: float
 ) -> dict[str, int | str]:
-    """Returns the peak bytes of each implementation in ``group.memory``, or the reason why they were not measured."""
+    """Returns, for each name in ``group.memory``, the peak bytes or the reason why they were not measured."""
     peaks: dict[str, int | str] = {}
     begin = time.perf_counter()
     for name in group.memory:
@@ -230,10 +227,10 @@ def _peaks(
 def run_groups(
     benchmark: losses.LossBenchmark, groups: Sequence[Group], seconds: float, log: Callable[[str], None]
 ) -> Results:
-    """Measures the groups in their order until ``seconds`` have passed, and returns the results.
+    """Measures the groups in order, and returns the results.
 
-    Groups that have not begun by then are not measured. Their points have the ``reason`` "the N s of this benchmark
-    were over". ``log`` is called with a line of text for each measured group.
+    After ``seconds``, no further group begins. The entries of the remaining groups have a ``reason`` instead of
+    measurements. ``log`` is called with a line of text before each group.
     """
     results = Results()
     begin = time.perf_counter()
@@ -262,10 +259,11 @@ PROMPTS, _TRL_PROMPT = (1024, 2048, 4096, 8192), 2048
 def step_groups(
     *, quick: bool, prompts: Sequence[int] = PROMPTS
 ) -> list[tuple[str, train_step.Sizes, tuple[str, ...], int]]:
-    """Returns (sweep, sizes, cases, steps) for each group of training steps to measure.
+    """Returns (sweep, sizes, cases, steps) tuples, one for each group of training steps to measure.
 
-    ``sweep`` is the size that is varied, ``cases`` the names of trainers and settings, and ``steps`` the number of
-    counted steps. ``prompts`` are prompt lengths in tokens, for steps in which attention is expensive.
+    ``sweep`` is the name of the varied size. ``cases`` are keys of ``train_step.CASES``. ``steps`` is the number of
+    counted steps. ``prompts`` are the prompt lengths, in tokens, of the groups in which attention takes much of the
+    time.
     """
     ours, cases = ("mpo_ext", "mpo_ext, precomputed"), ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
     if quick:
@@ -293,7 +291,7 @@ def run_train_step(
 ) -> Results:
     """Measures complete training steps of mpo_ext's trainer and of TRL's trainer, and returns the results.
 
-    Groups that have not begun after ``seconds`` are not measured. ``step_groups`` describes ``prompts``.
+    After ``seconds``, no further group of steps begins. ``prompts`` is an argument of ``step_groups``.
     """
     results = Results()
     begin = time.perf_counter()
@@ -341,7 +339,7 @@ def run_sampling(*, quick: bool, threads: int, log: Callable[[str], None]) -> Re
 
 
 def machine_points(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Returns an entry of a result file for each program that measures the machine, from the seconds of its runs."""
+    """Returns an entry of machine.json for each program that measures the machine, from the seconds of its runs."""
     return [
         point("machine", name.removeprefix("machine: "), None, seconds=list(values))
         for name, values in seconds.items()

@@ -121,9 +121,9 @@ def _mib(size: float | None) -> str:
 
 
 def _beyond(point: Point | None) -> float | None:
-    """Returns the measured peak bytes beyond the inputs, or None if memory was not measured.
+    """Returns the peak bytes beyond inputs and returned gradients; None if memory was not measured.
 
-    For a loss from hidden states, the bytes of the returned gradients are subtracted.
+    For a loss from logits, the gradient is not subtracted.
     """
     if point is None or point.get("peak_bytes") is None:
         return None
@@ -170,9 +170,9 @@ def _shape(name: str, document: Document) -> str:
 
 
 def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
-    """Returns a table of the times and memory on the base shape, with a row for each implementation of the loss.
+    """Returns the main table of a loss benchmark: times and memory of each implementation on the base shape.
 
-    The last row is the floor, a lower bound. ``is_short`` selects fewer columns, for the README.
+    The last row is the floor, a lower bound of the time. ``is_short`` selects fewer columns, for the README.
     """
     base, swept = _measured(document, "base"), _measured(document, "share")
     few = min({p["share"] for p in swept}, key=lambda share: abs(share - 0.1), default=None)
@@ -214,9 +214,9 @@ def full_table(name: str, documents: Documents) -> str:
 
 
 def sweeps(name: str, documents: Documents) -> str:
-    """Returns the plot of time against varied sizes, and a table with a row for each measured shape.
+    """Returns a link to the plot of time against the varied sizes, and a table with a row for each measured shape.
 
-    The columns of the table are mpo_ext's methods and eager torch.
+    The table has a column for each of mpo_ext's methods and for eager torch.
     """
     document = documents[name]
     points = [p for p in _measured(document) if p["sweep"] in _AXES]
@@ -256,7 +256,7 @@ def readme_logits(documents: Documents) -> str:
 
 
 def _base_steps(document: Document) -> tuple[list[Point], Point | None]:
-    """Returns all measurements of training steps on the base sizes, and then TRL's measurement (None if missing)."""
+    """Returns all measured training steps on the base sizes, and TRL's measurement among them (None if missing)."""
     base = [point for point in _measured(document) if point["sweep"].startswith("base")]
     return base, _find(base, provider="TRL")
 
@@ -275,7 +275,10 @@ def _step_shape(document: Document) -> str:
 
 
 def _loss_gap(base: Sequence[Point], trl: Point | None, names: str) -> str:
-    """Returns a sentence with the largest difference of the losses; ``names`` says what is compared."""
+    """Returns a sentence with the largest difference between our losses and TRL's at the same step.
+
+    ``names`` is a part of the sentence, such as "the losses of mpo_ext and TRL differ".
+    """
     ours = [p for p in base if p is not trl]
     if trl is None or not ours:
         return ""
@@ -332,7 +335,7 @@ _ATTENTION_NAMES = {
 
 
 def attention_steps(documents: Documents) -> str:
-    """Returns the table of training steps in which attention is expensive, by prompt length and case."""
+    """Returns the table of training steps with long prompts, in which attention takes much of the time."""
     document = documents["train_step"]
     points = [point for point in _measured(document) if _is_attention(point)]
     rows = []

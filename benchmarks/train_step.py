@@ -1,17 +1,17 @@
 """Compares training steps of mpo_ext and TRL (time, memory, losses): ``python -m benchmarks.train_step``.
 
-Both trainers run completely, from pairs on the disk to the optimizer. Each runs in its own process, with the same
-model and the same pairs in the same order. The processes take turns: one makes a step while the others wait. TRL 1.16
-computes the MPO loss as the sum of its losses ``sigmoid``, ``bco_pair`` and ``sft``, without a reward shift. The
-reward shift of mpo_ext is therefore fixed at 0.
+Both trainers run completely, from reading pairs to the optimizer. Each runs in its own process. The model, the pairs
+and their order are the same. The processes take turns: one makes a step while the others wait. TRL 1.16 computes the
+MPO loss as the sum of its losses ``sigmoid``, ``bco_pair`` and ``sft``. It has no reward shift, so mpo_ext's reward
+shift is fixed at 0.
 
 The model is a small InternVL with a large vocabulary. A pair has four images of 256 tokens each and responses of 128
 tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because TRL rejects a precomputed reference
 for images. A case that fails is listed with its error.
 
-``--attention`` compares kinds of attention, with a small vocabulary and a long prompt of text: one row per pair
-with split attention (causal calls without a mask), one row per pair with a dense mask, and one row per response. TRL
-is measured too.
+``--attention`` compares three kinds of attention in mpo_ext, and TRL, with a long text prompt and a small vocabulary.
+The kinds are: a row per pair with split attention (causal calls without a mask), a row per pair with a dense mask,
+and a row per response.
 """
 
 from __future__ import annotations
@@ -69,10 +69,7 @@ _DEEP_PROMPT = 4096
 
 
 def attention_sizes(prompt: int) -> Sizes:
-    """Returns sizes for steps in which attention takes much of the time: a long text prompt and a small vocabulary.
-
-    ``prompt`` is the number of tokens of the prompt.
-    """
+    """Returns sizes with which attention takes much of a step: a small vocabulary, and ``prompt`` tokens of text."""
     layers = 8 if prompt <= _DEEP_PROMPT else 2
     sizes = Sizes(vocab=1024, hidden=512, layers=layers, images=0, response=512, least_response=512)
     return dataclasses.replace(sizes, text=prompt - sizes.prompt)
@@ -81,7 +78,10 @@ def attention_sizes(prompt: int) -> Sizes:
 def _side(
     connection: Any, case: TrainerCase, pairs: Path, sizes: Sizes, steps: int, threads: int, with_parts: bool
 ) -> None:
-    """Trains a case in a child process. Sends each measured step, or the error, to ``connection``."""
+    """Trains a case in a child process. Sends a ``MeasuredStep`` to ``connection`` after each step.
+
+    If training fails, sends the error as a text.
+    """
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     try:
@@ -104,12 +104,12 @@ def _side(
 def run_cases(
     cases: Mapping[str, TrainerCase], sizes: Sizes, steps: int, *, threads: int, with_parts: bool = False
 ) -> tuple[dict[str, list[MeasuredStep]], dict[str, str]]:
-    """Trains all cases, each in its own process. The cases take turns after each step.
+    """Trains all cases, each in its own process, and measures their steps. The processes take turns after each step.
 
-    The first step of a case includes all setup.
+    The first step of a case includes its setup.
 
     Returns:
-        The steps of each case that succeeded, and the error of each case that failed.
+        Two dicts: the steps of each case that succeeded, and the error of each case that failed.
     """
     context = multiprocessing.get_context("spawn")
     done: dict[str, list[MeasuredStep]] = {name: [] for name in cases}
@@ -164,7 +164,7 @@ def summary(steps: Sequence[MeasuredStep]) -> dict[str, Any]:
 
 
 def rates(sizes: Sizes, seconds: float) -> dict[str, float]:
-    """Returns the pairs and the tokens per second of a step. The tokens of a prompt count once per pair."""
+    """Returns ``pairs_per_s`` and ``tokens_per_s`` of a step that takes ``seconds``. A prompt counts once per pair."""
     tokens = sizes.prompt + sizes.response + sizes.least_response
     return {"pairs_per_s": sizes.batch / seconds, "tokens_per_s": sizes.batch * tokens / seconds}
 
@@ -175,9 +175,9 @@ def loss_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def table(results: Mapping[str, dict[str, Any]], failed: Mapping[str, str], base: str, sizes: Sizes) -> Iterator[str]:
-    """Yields the lines of the table of all cases. Ratios are relative to the case ``base``.
+    """Yields the lines of the result table. Ratios are relative to the case ``base``.
 
-    ``results`` holds the ``summary`` of each case, ``failed`` the error of each case that failed.
+    ``results`` has the ``summary`` of each case that succeeded. ``failed`` has the error of each other case.
     """
     yield f"base: {base}"
     yield (

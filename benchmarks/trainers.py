@@ -30,9 +30,9 @@ class MeasuredStep:
 
     Attributes:
         loss: Mean loss of the micro-batches.
-        seconds: Wall-clock time.
+        seconds: Elapsed time.
         cpu_seconds: CPU time of all threads.
-        peak: Peak resident memory minus the resident memory before the model was built, in bytes.
+        peak: Peak resident bytes in the step, minus the resident bytes before the model was built.
         parts: Seconds by part of the step; empty if the parts are not measured.
     """
 
@@ -44,14 +44,14 @@ class MeasuredStep:
 
 
 class Gate:
-    """Makes a trainer process wait for its turn before each step, and measures each step.
+    """Measures each step of a trainer, and makes the trainer's process wait for its turn between steps.
 
     The trainer calls the gate with the loss after each step.
 
     Args:
-        connection: Connection to the process that assigns turns. Each measured step is sent to that process. None:
-            the steps are appended to ``steps`` instead, and the trainer never waits.
-        parts: Measures the parts of each step. None: only whole steps are measured.
+        connection: Connection to the process that assigns the turns and receives each measured step. If None, the
+            trainer never waits, and ``steps`` receives the measured steps.
+        parts: Measures the parts of each step. If None, only whole steps are measured.
 
     Attributes:
         steps: Measured steps; empty if ``connection`` is given.
@@ -90,9 +90,9 @@ class Parts:
         self._marks: dict[str, float] = {}
 
     def wrap(self, call: Callable[..., Any], name: str, *, of_policy: bool = False) -> Callable[..., Any]:
-        """Returns a function that calls ``call`` and adds the time to the part ``name``.
+        """Returns a function that calls ``call`` and adds its seconds to the part ``name``.
 
-        If ``of_policy`` is True, calls without gradients are not timed, because the reference model makes them.
+        If ``of_policy`` is True, calls without gradients are not counted. They belong to the reference model.
         """
 
         @functools.wraps(call)
@@ -193,7 +193,7 @@ def _trl_rows(recipe: Any, sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def _trl_options(recipe: Any, sizes: Sizes, steps: int, folder: str) -> dict[str, Any]:
-    """Returns the options of ``DPOConfig`` with which TRL computes the same loss and updates as ``recipe``."""
+    """Returns the options of ``DPOConfig`` that make TRL compute the same losses and updates as ``recipe``."""
     return {
         "output_dir": folder,
         "loss_type": ["sigmoid", "bco_pair", "sft"],
@@ -221,9 +221,9 @@ def _trl_options(recipe: Any, sizes: Sizes, steps: int, folder: str) -> dict[str
 def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
     """Trains with TRL's DPOTrainer, and calls the gate after each of ``steps`` steps.
 
-    TRL keeps its defaults, such as the fused AdamW, with four exceptions: it computes in float32, without gradient
-    checkpointing, without a length limit (by default 1,024 tokens) and without a log. ``pairs`` is the file of pairs.
-    ``settings`` override the options of ``DPOConfig``.
+    Loss, learning rate and order of the pairs are those of mpo_ext's recipe. TRL runs in float32, without gradient
+    checkpointing and without a length limit, and writes no log. Other options, such as the fused AdamW, are TRL's
+    defaults. ``pairs`` is the file of pairs. ``settings`` override the options of ``DPOConfig``.
     """
     from datasets import Dataset
     from datasets import Image as ImageFeature
@@ -271,7 +271,7 @@ def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping
 def _watch_trl(parts: Parts, model: Any, trainer: Any, stack: contextlib.ExitStack) -> None:
     """Makes ``parts`` time the parts of TRL's training steps.
 
-    Replaces a function of TRL. The original function is restored when ``stack`` is closed.
+    To do so, it replaces a function of TRL. Closing ``stack`` restores the function.
     """
     from trl.trainer import utils
 

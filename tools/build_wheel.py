@@ -3,7 +3,7 @@
     python tools/build_wheel.py build/wheels
 
 With Docker, cibuildwheel builds the wheel in the manylinux image, with the settings in pyproject.toml. Without Docker,
-the wheel is built on this machine, and auditwheel gives it the oldest manylinux tag that its symbols allow.
+the wheel is built on this machine. auditwheel then tags it with the oldest manylinux version that it can run on.
 ``MPO_CUDA=ON`` adds the CUDA kernels.
 """
 

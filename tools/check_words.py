@@ -61,7 +61,7 @@ _ADVICE = list(PHRASES.values())
 
 
 def check_text(text: str) -> Iterator[tuple[int, str]]:
-    """Yields line number and message for each banned phrase, also for phrases that continue on the next line."""
+    """Yields (line number, message) for each banned phrase. A phrase may continue on the next line."""
     lines = text.splitlines()
     joined, starts = "", []
     for line in lines:
@@ -74,7 +74,7 @@ def check_text(text: str) -> Iterator[tuple[int, str]]:
 
 
 def check_docstrings(text: str) -> Iterator[tuple[int, str]]:
-    """Yields line number and message for each docstring that begins with a banned word, such as "What"."""
+    """Yields (line number, message) for each docstring that begins with a banned word, such as "What"."""
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -85,7 +85,7 @@ def check_docstrings(text: str) -> Iterator[tuple[int, str]]:
 
 
 def check_file(path: Path) -> Iterator[str]:
-    """Yields the findings in a file, one line of text each."""
+    """Yields a line of text for each finding in a file: "PATH:LINE: MESSAGE"."""
     text = path.read_text(encoding="utf-8")
     findings = list(check_text(text))
     if path.suffix == ".py":

@@ -1,7 +1,8 @@
 """Runs coverage-guided fuzzing with atheris: ``python tools/fuzz.py TARGET [CORPUS] [-max_total_time=3600]``.
 
-TARGET is answers, pairs, recipes, images or journals. The run ends at the first input that breaks a rule of the
-target. libFuzzer writes this input into the current folder. Run ``pip install atheris`` first.
+TARGET is answers, pairs, recipes, images or journals: the code that reads the random bytes. The run ends at the first
+input that breaks a rule of the target, and libFuzzer writes this input into the current folder. Run ``pip install
+atheris`` first.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _KINDS = [kind for kind in MATCHERS if kind not in ("custom", "any")]
 
 
 def answers(content: bytes) -> None:
-    """Checks that extraction and comparison of a response never raise or take long, with every style and matcher."""
+    """Checks that extracting and comparing the answer of a response never raises an error or takes long."""
     text = content.decode("utf-8", "replace")
     response, _, truth = text.partition("\0")
     start = time.process_time()
@@ -52,7 +53,7 @@ def answers(content: bytes) -> None:
 
 
 def pairs(content: bytes) -> None:
-    """Checks that each line of a file gives a pair or a BadLine, and that an unreadable file raises ValueError."""
+    """Checks that each line of a pair file gives a Pair or a BadLine. An unreadable file must raise ValueError."""
     path = _FOLDER / f"p{('.jsonl', '.json', '.csv')[content[:1][0] % 3 if content else 0]}"
     path.write_bytes(content[2:])
     formats = [name for name in FORMATS if name != "hf"]
@@ -66,7 +67,10 @@ def pairs(content: bytes) -> None:
 
 
 def recipes(content: bytes) -> None:
-    """Checks that a recipe is read, written and read again unchanged, or raises ValueError or TypeError."""
+    """Checks that a recipe stays the same when it is written and read again.
+
+    A bad recipe must raise ValueError or TypeError.
+    """
     path = _FOLDER / "r.yaml"
     path.write_bytes(content)
     try:
@@ -87,9 +91,9 @@ def images(content: bytes) -> None:
 
 
 def journals(content: bytes) -> None:
-    """Checks that a journal accepts a new record and keeps its old ones, or is refused.
+    """Checks that a journal (an append-only file of results) keeps its records when a record is appended.
 
-    A journal is an append-only file of results. A refused file may lose only an incomplete last line.
+    A damaged journal may be refused with ValueError. It may then lose only an incomplete last line.
     """
     path = _FOLDER / "journal.jsonl"
     path.write_bytes(content)

@@ -3,10 +3,10 @@
     python tools/hub_kernel.py build/hub
     python tools/hub_kernel.py build/hub --wheels dist/*.whl
 
-The repository has a folder for each build variant, of which ``kernels`` loads the best for a machine. The variant
+The repository has a folder for each build variant. ``kernels`` loads the best variant for a machine. The variant
 torch-universal has the Triton kernels and the loss in plain torch. Wheels of this project, one for each version of
-Python, add a variant with their compiled modules. This variant is for CUDA if the modules have CUDA kernels, otherwise
-for the CPU. It works with all versions of torch (torch-stable-abi), because the modules do not use torch's ABI.
+Python, add a variant with their compiled modules. It is for CUDA if the modules have CUDA kernels, otherwise for the
+CPU. It works with all versions of torch (torch-stable-abi), because the modules do not use torch's ABI.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ or the CUDA kernels of a variant for CUDA. On a CPU, torch-universal runs plain 
 
 
 def sources() -> dict[str, str]:
-    """Returns the source code of the loss, by the path of the module in a build variant."""
+    """Returns the source code of the loss by path, such as "ops/native.py", in a build variant."""
     return {
         Path(folder, path.name).as_posix(): path.read_text(encoding="utf-8")
         for folder, source, pattern in SOURCES
@@ -86,10 +86,10 @@ def sources() -> dict[str, str]:
 
 
 def convert(path: str, text: str, kernel_id: str, *, pure_python: bool) -> str:
-    """Converts a module of mpo_ext to a module of a build variant, and returns its text.
+    """Converts the text of a module of mpo_ext for a build variant.
 
-    Imports become relative, and operators get the namespace ``kernel_id``, because one process may load several
-    versions of the kernel.
+    Imports become relative. Operators move from the namespace ``mpo_ext`` to ``kernel_id``, because one process may
+    load several versions of the kernel. ``pure_python`` tells whether the variant lacks a compiled module.
 
     Raises:
         ValueError: If an import cannot be converted.
@@ -109,9 +109,9 @@ def convert(path: str, text: str, kernel_id: str, *, pure_python: bool) -> str:
 
 
 def write_variant(folder: Path, modules: dict[str, bytes], facts: dict[str, Any], version: int) -> None:
-    """Writes a build variant: its Python modules, the compiled ``modules`` (may be empty), and ``metadata.json``.
+    """Writes a build variant to ``folder``: Python modules, the compiled ``modules`` (may be empty) and metadata.json.
 
-    ``facts`` is the description of the backend from ``backend_of``.
+    ``facts`` describes the backend, as returned by ``backend_of``.
     """
     texts = sources()
     unique = hashlib.sha256(json.dumps([texts, facts, sorted(modules)]).encode())
@@ -157,10 +157,10 @@ def compiled_modules(wheels: list[Path]) -> dict[str, bytes]:
 
 
 def load(modules: dict[str, bytes]) -> ModuleType:
-    """Imports the compiled module for the running version of Python.
+    """Imports the one of the compiled ``modules`` that fits the running version of Python.
 
     Raises:
-        ValueError: If no wheel is for this version.
+        ValueError: If none fits.
     """
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     if name not in modules:
@@ -177,7 +177,10 @@ def load(modules: dict[str, bytes]) -> ModuleType:
 
 
 def backend_of(module: ModuleType) -> tuple[str, dict[str, Any]]:
-    """Returns (backend in the name of a variant, such as "cpu" or "cu130", its description for the metadata)."""
+    """Returns (name, description) of a module's backend.
+
+    The name is "cpu" or, for example, "cu130". The description is the field ``backend`` of metadata.json.
+    """
     if not module.has_cuda:
         return "cpu", {"type": "cpu"}
     version = re.search(r"(\d+)\.(\d+)", module.cuda_compiler)
@@ -187,7 +190,7 @@ def backend_of(module: ModuleType) -> tuple[str, dict[str, Any]]:
 
 
 def build(out: Path, wheels: list[Path], repository: str, version: int) -> Iterator[str]:
-    """Writes the repository and yields the names of its variants."""
+    """Writes the repository to ``out``, and yields the names of its build variants."""
     shutil.rmtree(out / "build", ignore_errors=True)
     rows = ["| torch-universal | Triton on GPUs, plain torch | any |"]
     write_variant(out / "build" / "torch-universal", {}, {"type": "cpu"}, version)

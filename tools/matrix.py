@@ -1,9 +1,8 @@
-"""Builds, imports and tests mpo_ext with several versions of Python and torch: ``python tools/matrix.py``.
+"""Tests mpo_ext with several versions of Python and torch: ``python tools/matrix.py``.
 
-Each pair of versions gets a fresh environment in build/matrix. It installs torch and the test tools, builds the native
-module without CUDA, and runs the tests of the operators. The environment is deleted afterwards. The results are
-written to results/matrix.json after each pair. ``python -m benchmarks.gpu --docs`` writes them into
-docs/reliability.md.
+For each combination, a fresh environment in build/matrix gets torch and the test tools. The native module is built
+without CUDA, the tests of the operators run, and the environment is deleted. Each result is added to
+results/matrix.json. ``python -m benchmarks.gpu --docs`` writes the results into docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _IMPORT = (
 
 
 def find_python(version: str) -> str | None:
-    """Returns the path of a Python of a version such as "3.12", from PATH or pyenv; None if there is none."""
+    """Returns the path of the Python of a version such as "3.12", from PATH or pyenv; None if it is not installed."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [*sorted(versions.glob(f"{version}.*/bin/python{version}")), shutil.which(f"python{version}")]
     for candidate in filter(None, candidates):
@@ -46,9 +45,9 @@ def find_python(version: str) -> str | None:
 
 
 def run_cell(python: str, torch: str, tests: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Builds and tests one pair of versions.
+    """Builds and tests mpo_ext with one version of Python and one of torch.
 
-    Returns its status ("passed", "failed", "not run") and a reason or test counts.
+    Returns an entry of results/matrix.json: ``status`` ("passed", "failed" or "not run"), ``reason`` and other fields.
     """
     cell: dict[str, Any] = {"python": python, "torch": torch, "date": datetime.date.today().isoformat()}
     interpreter = find_python(python)
@@ -65,7 +64,10 @@ def run_cell(python: str, torch: str, tests: Sequence[str], folder: Path) -> dic
 
 
 def _steps(interpreter: str, torch: str, tests: Sequence[str], folder: Path, cell: dict[str, Any]) -> str:
-    """Builds and tests in a new environment. Returns the reason of a failure, or pytest's last line."""
+    """Builds and tests in a new environment, and adds fields such as ``status`` to ``cell``.
+
+    Returns pytest's last line. If a step fails, returns its name and the last line of its log.
+    """
     binaries, source = folder / "environment" / "bin", folder / "source"
     python = str(binaries / "python")
     _copy_tree(source)
@@ -99,7 +101,7 @@ def _steps(interpreter: str, torch: str, tests: Sequence[str], folder: Path, cel
 
 
 def _copy_tree(target: Path) -> None:
-    """Copies the tracked and untracked files of the working tree, without build outputs."""
+    """Copies the working tree to ``target``, without the files that git ignores."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -110,7 +112,7 @@ def _copy_tree(target: Path) -> None:
 
 
 def main() -> int:
-    """Tests the pairs of versions chosen on the command line. Returns 1 if a pair failed, otherwise 0."""
+    """Tests the combinations chosen on the command line. Returns 1 if one failed, otherwise 0."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--cells", nargs="*", metavar="PYTHON:TORCH", help='such as "3.12:2.11" (default: all)')
     parser.add_argument("--tests", nargs="+", default=list(TESTS), help="test files and folders")

@@ -1,4 +1,4 @@
-"""Runs a notebook from top to bottom in an empty folder, and prints the output of its cells.
+"""Runs a notebook from top to bottom in an empty folder, and prints the outputs of its cells.
 
 Usage: ``python tools/run_notebook.py docs/notebooks/first_run.ipynb``.
 """

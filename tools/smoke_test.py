@@ -1,4 +1,7 @@
-"""Checks an installed mpo_ext against plain torch: losses, gradients and the compiled module. Runs in any folder."""
+"""Checks losses and gradients of an installed mpo_ext against plain torch. Also checks the compiled module.
+
+It runs in any folder.
+"""
 
 import torch
 

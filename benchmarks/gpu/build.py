@@ -14,17 +14,20 @@ _PROBE = "from mpo_ext.ops.native import compiled; print(True, bool(compiled().h
 
 
 def ensure_built(out: Path, *, needs_cuda: bool, archs: str | None = None) -> str:
-    """Builds the native module if no suitable module exists. Returns a sentence that says whether it was built.
+    """Builds the native module if it is missing or lacks required CUDA kernels. Returns a message.
 
-    No packages are downloaded: CMake, ninja, a compiler and pybind11 must be installed.
+    CMake, ninja, a compiler and pybind11 must be installed, because nothing is downloaded.
 
     Args:
         out: Folder for build.log.
         needs_cuda: Whether the module must have CUDA kernels.
-        archs: Compute capabilities, such as "90"; None: the capability of GPU 0.
+        archs: Compute capabilities to build for, such as "90". Default: the capability of GPU 0.
+
+    Returns:
+        "built the native module" or "the native module was built before".
 
     Raises:
-        RuntimeError: If the build fails; the message has the end of build.log.
+        RuntimeError: If the build fails. The message has the end of build.log.
     """
     found = subprocess.run([sys.executable, "-c", _PROBE], cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode == 0 and (not needs_cuda or found.stdout.split()[-1] == "True"):

@@ -1,4 +1,4 @@
-"""Stage "correct": compares all operators and backends with a float64 reference, and runs the checks for a GPU."""
+"""Stage "correct": compares the losses on a GPU with a float64 reference, and runs the checks in hardware.py."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _HEADS: tuple[dict[str, Any], ...] = ({}, {"logit_scale": 0.5, "softcap": 20.0, 
 
 
 def difference(found: Tensor, exact: Tensor, rtol: float, atol: float, what: str) -> list[str]:
-    """Compares two tensors. Returns a list with a description of the largest error, or [] if they agree.
+    """Compares two tensors. Returns [] if they agree, else a list with one line of text about the largest error.
 
-    They agree if each error is at most ``atol + rtol * abs(exact)``, or both values are NaN. ``what`` names the
-    tensors in the description.
+    Two values agree if both are NaN, or if their difference is at most ``atol + rtol * abs(exact)``. ``what`` is the
+    name of the tensors in the text.
     """
     found, exact = found.detach().double(), exact.detach().double()
     error = (found - exact).abs()
@@ -67,9 +67,9 @@ def _loss(batch: PairBatch, logits: Tensor, backend: str, **options: Any) -> MPO
 
 
 def _logits_problems(stage: GpuStage, dtype: torch.dtype, vocab: int) -> list[str]:
-    """Compares ``mpo_loss``, its gradient and statistics with a float64 reference, and returns the differences.
+    """Compares ``mpo_loss`` with a float64 reference. Returns a line of text for each difference.
 
-    The logits are contiguous, unaligned, or overwritten by their gradient (``reuse_logits``).
+    Compares the loss, its gradient and its statistics, for contiguous and for unaligned logits.
     """
     wrong = []
     for pairs, tokens, share in ((2, 10, 0.7), (1, 20, 0.1), (3, 5, 1.0)):
@@ -105,11 +105,7 @@ def _logits_problems(stage: GpuStage, dtype: torch.dtype, vocab: int) -> list[st
 
 
 def _input_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Checks ``mpo_loss`` with unusual inputs, and returns the problems.
-
-    The inputs are packed sequences, reference logits, invalid labels and offsets, -inf, very large logits, NaN in
-    ignored rows, and no labels.
-    """
+    """Checks ``mpo_loss`` with unusual inputs, such as infinite logits. Returns a line of text for each problem."""
     wrong = []
     options: dict[str, Any] = {"shift": False, "backend": backend}
     batch = PairBatch.random(stage.device, 2, 6, 1003, torch.bfloat16, 0.8)
@@ -162,7 +158,7 @@ def _input_problems(stage: GpuStage, backend: str) -> list[str]:
 
 
 def _shift_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Compares the reward shift after three calls with a float64 reference, and returns the differences."""
+    """Compares the reward shift after three loss calls with a float64 reference. Returns [] if they agree."""
     batch = PairBatch.random(stage.device, 2, 6, 1003, torch.bfloat16, 0.8)
     shifts = RewardShift(), RewardShift()
     for _ in range(3):
@@ -174,9 +170,10 @@ def _shift_problems(stage: GpuStage, backend: str) -> list[str]:
 def _linear_problems(
     stage: GpuStage, dtype: torch.dtype, vocab: int, head: dict[str, Any], has_bias: bool
 ) -> list[str]:
-    """Compares ``linear_mpo_loss`` and its gradients with a float64 reference, and returns the differences.
+    """Compares ``linear_mpo_loss`` and its gradients with a float64 reference. Returns a line for each difference.
 
-    The calls vary the options ``recompute`` and ``memory_budget``, a frozen head, and the device of the labels.
+    Runs with several values of ``recompute`` and ``memory_budget``, with and without a frozen head, and with labels on
+    the CPU and on the GPU.
     """
     generator = torch.Generator(stage.device).manual_seed(vocab)
     on_device: dict[str, Any] = {"generator": generator, "device": stage.device}
@@ -219,9 +216,9 @@ def _linear_problems(
 
 
 def _large_problems(stage: GpuStage) -> list[str]:
-    """Checks ``mpo_loss`` with the vocabulary of the benchmarks, and returns the problems.
+    """Checks the loss and the gradient of ``mpo_loss`` with V = 151,936. Returns a line of text for each problem.
 
-    Each row of the gradient must sum to 0.
+    The gradient of the logits must sum to 0 over the vocabulary.
     """
     tokens, vocab = (8, 101) if stage.dry else (1024, 151_936)
     batch = PairBatch.random(stage.device, 1, tokens, vocab, torch.bfloat16)
@@ -240,10 +237,7 @@ def _large_problems(stage: GpuStage) -> list[str]:
 
 
 def _beyond_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Checks ``mpo_loss`` on more than 2^31 logits, and returns the problems.
-
-    Only the last positions have labels.
-    """
+    """Checks ``mpo_loss`` on more than 2^31 logits, where 32-bit indices overflow. Returns a line for each problem."""
     vocab, few = 151_936, 4
     tokens = 2**31 // (2 * vocab) + 9
     logits = torch.empty(2, tokens, vocab, dtype=torch.bfloat16, device=stage.device)

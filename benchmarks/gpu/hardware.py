@@ -1,4 +1,4 @@
-"""The checks of the stage "correct" that require a GPU. Each check returns a list of problems."""
+"""Checks that require a GPU, for the stage "correct". Each check returns a list of problems, [] if it passes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ def _batch(*size: Any, **options: Any) -> PairBatch:
 
 
 def bits(backend: str) -> list[str]:
-    """Checks that repeated calls give bitwise equal results.
-
-    The shapes have rows of logits that are split over thread blocks, few rows with labels, and narrow rows.
-    """
+    """Checks that 50 repeated calls of ``mpo_loss`` give bitwise equal losses and gradients, for three shapes."""
     wrong = []
     for vocab, tokens, share in ((151_674, 40, 1.0), (151_936, 300, 0.02), (9001, 7, 1.0)):
         batch = _batch(1, tokens, vocab, torch.bfloat16, share)
@@ -43,7 +40,7 @@ def bits(backend: str) -> list[str]:
 
 
 def streams(backend: str) -> list[str]:
-    """Checks calls on several streams at the same time, and that the kernels run on the current stream."""
+    """Checks that calls on parallel CUDA streams give the same results, and that kernels run on the current stream."""
     batches = [_batch(1, 12 + 7 * i, 32_768 + i, torch.bfloat16, seed=i) for i in range(4)]
     expected = [_loss_and_grad(batch, backend) for batch in batches]
     torch.cuda.synchronize()
@@ -69,10 +66,7 @@ def streams(backend: str) -> list[str]:
 
 
 def graphs(backend: str) -> list[str]:
-    """Checks replays of two calls captured in CUDA graphs.
-
-    The replays of the first call get new logits. Each replay of the second call updates a reward shift.
-    """
+    """Checks ``mpo_loss`` in CUDA graphs: replays with changed logits, and replays that update a reward shift."""
     batch = _batch(2, 9, 1003, torch.float32)
     static = batch.replaced(batch.logits.clone())
     shift = RewardShift()
@@ -109,7 +103,7 @@ def graphs(backend: str) -> list[str]:
 
 
 def capture_of_hidden_states(backend: str) -> list[str]:
-    """Checks that capturing a loss from hidden states in a CUDA graph raises an error with the reason."""
+    """Checks that ``linear_mpo_loss`` refuses to be captured in a CUDA graph, with a clear error."""
     hidden, weight = (torch.randn(*shape, device="cuda") for shape in ((2, 5, 32), (1003, 32)))
     labels, ref_logp = torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, device="cuda")
     linear_mpo_loss(hidden, weight, labels, ref_logp, shift=False, backend=backend)
@@ -152,10 +146,7 @@ def compiled(backend: str) -> list[str]:
 
 
 def waits(backend: str) -> list[str]:
-    """Checks that calls of the losses do not make the host wait for the GPU.
-
-    torch is set to raise an error if the host waits.
-    """
+    """Checks that the losses never make the host wait for the GPU. In this check, torch raises an error on a wait."""
     batch = _batch(1, 16, 32_768, torch.bfloat16)
     hidden, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((2, 16, 64), (32_768, 64)))
     labels, pinned = batch.labels.cpu(), batch.labels.cpu().pin_memory()

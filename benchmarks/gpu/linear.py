@@ -1,7 +1,7 @@
-"""Stage "linear": compares ``linear_mpo_loss`` with other libraries, and with the matmuls of the loss alone.
+"""Stage "linear": compares ``linear_mpo_loss`` with other libraries, and with a lower bound of its time.
 
-The matmuls compute the logits, and the gradients of the hidden states and the head. The stage also measures several
-memory budgets of ``linear_mpo_loss``.
+The lower bound is the time of the matmuls that compute the logits and the gradients of hidden states and head. The
+stage also measures ``linear_mpo_loss`` with several memory budgets.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RUNS, _BUDGET_RUNS = 7, 3
 
 
 def run(stage: GpuStage) -> None:
-    """Measures all implementations of the loss, and its matmuls alone, with labels at 100 % and 10 % of the positions.
+    """Measures all implementations and the matmuls alone, with 100 % and with 10 % of the positions labelled.
 
     Then measures several memory budgets of ``linear_mpo_loss``.
     """
@@ -50,9 +50,9 @@ def run(stage: GpuStage) -> None:
 
 
 def _measure_products(stage: GpuStage, loss: LossShape) -> dict[str, float]:
-    """Measures the matmuls of the loss alone and, on a GPU, the matmuls of single tiles of the vocabulary.
+    """Measures each matmul of the loss alone. On a GPU, also measures matmuls with a part (tile) of the vocabulary.
 
-    Returns the median seconds by name.
+    Returns the median seconds of each matmul by name.
     """
     batch = linear.HiddenBatch(loss, stage.device)
     programs = linear.BENCHMARK.floor_runs(batch)
@@ -71,7 +71,7 @@ def _measure_products(stage: GpuStage, loss: LossShape) -> dict[str, float]:
 
 
 def _tile_programs(batch: linear.HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Returns functions that each run one matmul on a tile of the vocabulary, for several tile widths, by name."""
+    """Returns functions by name. Each runs one matmul of the loss on a tile, which is a part of the vocabulary."""
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100]
     total = torch.zeros(rows.shape, device=rows.device)
     programs: dict[str, Callable[[], Any]] = {}
@@ -97,10 +97,10 @@ def _measure(
     floors: dict[str, float],
     sweep: str = "forward and backward",
 ) -> None:
-    """Measures the time and memory of an implementation of the loss, and adds the result to the result file.
+    """Measures the time and memory of an implementation of the loss, and adds them to the result file.
 
-    ``make(name)`` returns the implementation. ``floors`` holds the median seconds of the matmuls alone.
-    ``sweep`` is the beginning of the case's name in the result file.
+    ``make(name)`` returns the implementation. ``floors`` are the median seconds of the matmuls of the loss. The case's
+    name in the result file begins with ``sweep``.
     """
     case = f"{sweep}, {loss.share:.0%} labelled"
     torch.compiler.reset()

@@ -37,7 +37,7 @@ _FIXED_ROWS = (64, 1024, 8192, 65_536)
 
 
 def bytes_needed(loss: LossShape, what: str) -> int:
-    """Returns the bytes that any implementation must read or write. ``what`` is "forward", "backward" or "both".
+    """Returns the bytes that a pass of any implementation must move: "forward", "backward" or "both".
 
     Forward and backward each read the labelled logits. Backward also writes the gradient of all logits.
     """
@@ -48,9 +48,9 @@ def bytes_needed(loss: LossShape, what: str) -> int:
 
 
 def bandwidths(device: str, nbytes: int = _COPY_BYTES, runs: int = 10) -> dict[str, float]:
-    """Measures the memory bandwidth of a copy, a read and a write, in bytes per second.
+    """Returns the measured memory bandwidths "copy", "read" and "write" in bytes per second.
 
-    For a copy, both the read and the written bytes count.
+    A copy of n bytes counts as 2n bytes.
     """
     source, target = (torch.zeros(nbytes // 4, dtype=torch.float32, device=device) for _ in range(2))
     programs = {"copy": lambda: target.copy_(source), "read": source.sum, "write": target.zero_}
@@ -59,7 +59,7 @@ def bandwidths(device: str, nbytes: int = _COPY_BYTES, runs: int = 10) -> dict[s
 
 
 def run(stage: GpuStage) -> None:
-    """Measures every implementation of the loss on every shape, then the fixed costs of mpo_ext's forward."""
+    """Measures every implementation on every shape, then the fixed costs of mpo_ext's forward pass."""
     stage.settings |= {"bytes_per_s": bandwidths(stage.device, 1 << 20 if stage.dry else _COPY_BYTES)}
     shapes = [LossShape(tokens=8, vocab=203, share=0.5)] if stage.dry else SHAPES
     for loss in shapes:
@@ -77,9 +77,9 @@ def run(stage: GpuStage) -> None:
 
 
 def measure(stage: GpuStage, loss: LossShape, batch: logits.LogitsBatch, pristine: Tensor, name: str) -> None:
-    """Measures forward, backward and both together for one implementation, and adds the results to the result file.
+    """Measures an implementation's forward pass, backward pass and both together. Adds the times to the result file.
 
-    ``pristine`` is a copy of the logits, from which they are restored if the implementation overwrites them.
+    ``pristine`` is a copy of the logits, because some implementations overwrite them.
     """
     runs = 2 if stage.dry else _SLOW_RUNS if name in _SLOW else _RUNS
     try:
@@ -106,9 +106,9 @@ def _case(loss: LossShape, what: str) -> str:
 
 
 def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor | None) -> dict[str, Run]:
-    """Returns (prepare, run) functions for the keys "forward", "backward" and "both".
+    """Returns (prepare, run) functions for "forward", "backward" and "both". Only ``run`` is timed.
 
-    If the implementation overwrites the logits, ``pristine`` is a copy from which ``prepare`` restores them.
+    If ``pristine`` is given, ``prepare`` restores the logits from this copy.
     """
     leaf = batch.logits.detach().requires_grad_()
     losses: list[Tensor] = []
@@ -132,9 +132,9 @@ def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor 
 
 
 def _measure_fixed(stage: GpuStage, rows: int) -> None:
-    """Measures the fixed costs of a forward pass on small logits, and adds the results to the result file.
+    """Measures the fixed costs of a forward pass, with a small vocabulary, and adds them to the result file.
 
-    Calls ``mpo_loss`` and ``token_logp`` on ``rows`` positions, of which few or all have labels.
+    There are ``rows`` positions, of which two or all have labels.
     """
     loss = LossShape(tokens=rows // 2, vocab=1024)
     values = torch.zeros(2, rows // 2, 1024, device=stage.device, dtype=torch.bfloat16)
@@ -160,7 +160,7 @@ def _measure_fixed(stage: GpuStage, rows: int) -> None:
 
 
 def graph_of(call: Callable[[], Any]) -> Callable[[], None]:
-    """Captures a call into a CUDA graph. Returns a function that replays the graph, which has no launch overhead."""
+    """Captures a call into a CUDA graph. Returns a function that replays the graph, without launch overhead."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

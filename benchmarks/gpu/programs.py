@@ -1,4 +1,4 @@
-"""Stages that run other programs: pytest, compute-sanitizer, ncu, and kernels built with other launch settings."""
+"""Stages that start other programs: the tests, compute-sanitizer, ncu, and builds with other launch settings."""
 
 from __future__ import annotations
 
@@ -44,10 +44,9 @@ def _run(
     env: Mapping[str, str] | None = None,
     provider: str = "mpo_ext",
 ) -> Path:
-    """Runs a program, and adds its status (passed, failed or not run) to the result file. Returns the path of its log.
+    """Runs a program, and adds "passed", "failed" or "not run" to the result file. Returns the path of the log.
 
-    The status is "not run" if the program is not installed. ``env`` holds additional environment variables, and
-    ``provider`` is the name of the tested implementation in the result file.
+    ``env`` adds environment variables. ``provider`` is the name of the tested implementation in the result file.
     """
     log = stage.out / (re.sub(r"\W+", "-", f"{stage.name}-{case}") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +85,7 @@ def run_tests(stage: GpuStage) -> None:
 
 
 def run_sanitize(stage: GpuStage) -> None:
-    """Runs ``benchmarks.gpu.sanitize_target`` under each tool of compute-sanitizer, for each backend."""
+    """Runs ``benchmarks.gpu.sanitize_target`` under each compute-sanitizer tool, for each backend."""
     program = [sys.executable, "-m", "benchmarks.gpu.sanitize_target"]
     if stage.dry:
         _run(stage, "without a tool", [*program, "--backend", "cpu"])
@@ -103,7 +102,7 @@ def run_sanitize(stage: GpuStage) -> None:
 
 
 def run_ncu(stage: GpuStage) -> None:
-    """Collects hardware counters of the main kernels with ncu, and writes kernels.ncu-rep to the folder of results."""
+    """Profiles the main kernels with ncu, and writes kernels.ncu-rep to the folder of results."""
     program = [sys.executable, "-m", "benchmarks.gpu.ncu_target"]
     if stage.dry:
         _run(stage, "without ncu", [*program, "--dry"])
@@ -118,10 +117,7 @@ def run_ncu(stage: GpuStage) -> None:
 
 
 def run_tune(stage: GpuStage) -> None:
-    """Builds the native module with several launch settings, and times each build in a separate process.
-
-    The first settings are those of the release.
-    """
+    """Builds the native module with several launch settings, and times each build in a fresh process."""
     for variant in _VARIANTS[:1] if stage.dry else _VARIANTS:
         folder = ROOT / "build" / f"variant-{variant.replace(':', '-')}"
         source = _edited(folder, variant)
@@ -149,9 +145,9 @@ def run_tune(stage: GpuStage) -> None:
 
 
 def _edited(folder: Path, variant: str) -> Path:
-    """Copies the native sources below ``folder``, changes their launch settings, and returns the folder of the copy.
+    """Copies the native sources, and sets the launch settings in the copy. Returns the folder of the copy.
 
-    ``variant`` is "THREADS:BLOCKS:UNROLL": threads per block, blocks per multiprocessor, and the unrolling factor.
+    ``variant`` is "THREADS:BLOCKS:UNROLL": threads per block, blocks per multiprocessor and unrolling factor.
     """
     source = folder / "source"
     shutil.rmtree(source, ignore_errors=True)

@@ -1,8 +1,7 @@
-"""The small program that compute-sanitizer checks. It runs every kernel of mpo_ext, and few other kernels.
+"""A small program for compute-sanitizer. It runs every kernel of mpo_ext.
 
-Inputs and expected values are computed on the CPU, so that few kernels of torch are instrumented. The test cases have
-rows that are split over thread blocks, rows that are not aligned to 16 bytes, and rows that share a thread
-block.
+Inputs and expected values are computed on the CPU, so that compute-sanitizer checks few kernels of torch. The shapes
+cover wide, narrow and unaligned rows of logits.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def loss_and_grad(logits: Tensor, labels: Tensor, ref_logp: Tensor, backend: str
 
 
 def logits_problems(backend: str, device: str) -> list[str]:
-    """Runs ``mpo_loss`` on logits of several dtypes and vocabularies, and returns the differences from float64."""
+    """Compares ``mpo_loss`` with float64 for several dtypes and vocabularies. Returns a line for each difference."""
     wrong = []
     generator = torch.Generator().manual_seed(1)
     ref_logp = torch.tensor([-30.0, -40.0])
@@ -56,9 +55,9 @@ def logits_problems(backend: str, device: str) -> list[str]:
 
 
 def linear_problems(backend: str, device: str) -> list[str]:
-    """Runs ``linear_mpo_loss`` on hidden states of several dtypes, and returns the differences from float64.
+    """Compares ``linear_mpo_loss`` with float64 for several dtypes. Returns a line for each difference.
 
-    The calls vary the option ``recompute`` and whether the head is frozen.
+    Runs with ``recompute`` on and off, and with a frozen head.
     """
     wrong = []
     generator = torch.Generator().manual_seed(2)

@@ -1,4 +1,4 @@
-"""Shared parts of the GPU stages, such as the result file that is rewritten after every case."""
+"""Parts shared by the GPU stages, such as the result file, which is rewritten after every case."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class GpuStage:
     def check(self, case: str, run: Callable[[], list[str] | None]) -> bool:
         """Runs a check, records the result, and returns whether it passed.
 
-        The check fails if ``run`` returns a list of problems that is not empty, or raises an exception.
+        The check fails if ``run`` returns problems, such as ["loss differs"], or raises an exception.
         """
         begin = time.perf_counter()
         self.note(f"{case} ...")  # the last line then names a check that hangs
@@ -85,13 +85,13 @@ class GpuStage:
         timing: Timing | None = None,
         **values: Any,
     ) -> None:
-        """Adds a result and rewrites the result file.
+        """Adds the result of a case, and rewrites the result file.
 
         Args:
             case: Name of the case, such as "forward and backward".
             status: "passed", "failed", "measured" or "not run".
-            reason: Why the case failed or was not run.
-            provider: Name of the implementation that was checked or measured.
+            reason: The cause, if the case failed or was not run.
+            provider: Name of the checked or measured implementation.
             loss: Shape of the inputs.
             timing: Measured times.
             **values: Further fields of the result.
@@ -161,9 +161,9 @@ class PairBatch:
     def random(
         cls, device: str, pairs: int, tokens: int, vocab: int, dtype: torch.dtype, share: float = 1.0, seed: int = 0
     ) -> PairBatch:
-        """Returns a batch with random logits of a realistic spread.
+        """Returns a batch whose logits are normally distributed with a standard deviation of 3.
 
-        Only the last fraction ``share`` of each sequence has labels other than -100.
+        ``share`` is the fraction of each sequence, at its end, that has labels. The other labels are -100.
         """
         generator = torch.Generator(device).manual_seed(seed)
         logits = torch.empty(2 * pairs, tokens, vocab, dtype=dtype, device=device)

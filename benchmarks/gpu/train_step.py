@@ -66,7 +66,7 @@ def _model(loss: LossShape, stage: GpuStage) -> nn.Module:
 
 
 def _ways(model: nn.Module, loss: LossShape, device: str) -> dict[str, Callable[[], Tensor]]:
-    """Returns functions that compute the loss of the model on a random pair, by name of the method."""
+    """Returns functions by name. Each computes the loss of the model on one random pair with another method."""
     ids = torch.randint(loss.vocab, (2, loss.tokens), device=device)
     labels = ids.clone()
     labels[:, : loss.tokens - round(loss.tokens * loss.share)] = -100

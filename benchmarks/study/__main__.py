@@ -1,4 +1,7 @@
-"""Runs or resumes the study: the MPO paper's ablations with a tiny model (``python -m benchmarks.study``)."""
+"""Runs or resumes the study: ``python -m benchmarks.study``.
+
+The study repeats ablations of the MPO paper with a tiny model.
+"""
 
 import argparse
 import importlib.util

@@ -1,4 +1,4 @@
-"""Types that declare the study's training runs and tables, and the losses that are compared."""
+"""Types that declare the study's training runs and tables, and the preference losses that the study compares."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,18 +15,17 @@ EMA_SHIFT = {"mode": "ema", "update": "after", "per": "optimizer_step"}  # as in
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRow:
-    """Settings of a training run of the study.
+    """Settings of a training run of the study. Its results are a row of a table.
 
-    A run begins from a starting model, and its results are a row of a table. The defaults are the
-    settings of the MPO run.
+    The defaults are the settings of the MPO run.
 
     Attributes:
         loss: Fields of ``LossRecipe``.
         pairs: Name of the file of pairs, one of ``StudyTask.pair_files``.
         rate: Factor by which the learning rate is multiplied.
         reward_shift: Fields of ``RewardShiftRecipe``.
-        is_synced: Whether the reference is synced with the policy (TR-DPO), with a mixing weight of 0.6.
-        start: Name of the starting model, a key of ``StudyTask.starts``.
+        is_synced: Whether the reference moves towards the policy in training (TR-DPO), each time by 0.6 of the way.
+        start: Name of the model that the run begins from, a key of ``StudyTask.starts``.
     """
 
     loss: Mapping[str, Any]
@@ -44,8 +43,8 @@ class StudyTable:
     Attributes:
         title: Title of the table.
         rows: (label, name) of each row. A name is a key of ``StudyTask.starts`` or of ``StudyTask.rows``.
-        paper: The paper's numbers (arXiv 2411.10442v2), by name of the row.
-        is_on_page: Whether the documentation shows the table. A table whose rows another table shows is left out.
+        paper: Numbers in the paper (arXiv 2411.10442v2), such as "77.2 / 79.2", by name of the row.
+        is_on_page: Whether docs/ shows the table. False if another table has the same rows.
     """
 
     title: str
@@ -83,15 +82,15 @@ class StudyTask:
     """A task of the study: its starting models, its training runs, and its tables.
 
     Attributes:
-        starts: For each starting model, by name, the settings that differ from those of ``START``.
+        starts: Starting models by name. A value has the settings that differ from those of the model ``START``.
         rows: Settings of each training run by name. All runs are repeated for each seed.
         tables: Tables by name.
-        differences: For each table, the differences that the pages quote: (row, row to compare with, column). The
+        differences: Accuracy differences by name of the table. A difference is (row, row to compare with, column). The
             significance tests of a table are corrected for the number of its differences.
-        pair_files: Names of all files of pairs of the starting model ``START``.
-        main: Names of the tables whose runs are executed first, for all seeds.
-        columns: Additional columns of the tables: (header, form, quantity in percent).
-        paper: The directions that the paper reports: "higher" or "lower", by difference.
+        pair_files: Names of the files of pairs that the model ``START`` has.
+        main: Names of the tables whose runs are executed first.
+        columns: Additional columns of the tables: (header, kind of questions, quantity in percent).
+        paper: Differences that the paper reports, each with its direction: "higher" or "lower".
     """
 
     starts: Mapping[str, Mapping[str, Any]]
@@ -104,16 +103,19 @@ class StudyTask:
     paper: Mapping[tuple[str, str, str], str] = dataclasses.field(default_factory=dict)
 
     def choose(self, names: tuple[str, ...]) -> dict[str, StudyRow]:
-        """Returns the training runs that ``names`` selects: names of tables or of runs. ``()`` selects all runs."""
+        """Returns the training runs that have these names or are in tables with these names.
+
+        Without names, returns the runs in all tables.
+        """
         shown = {name for name in names if name not in self.tables}
         shown |= {row for name in names or self.tables if name in self.tables for _, row in self.tables[name].rows}
         return {name: row for name, row in self.rows.items() if name in shown}
 
 
 def with_sft(losses: Mapping[str, StudyRow]) -> dict[str, StudyRow]:
-    """Returns copies of the preference losses with a next-token term of weight 1, named "NAME + SFT".
+    """Returns copies of the runs with a next-token loss of weight 1 added. The copy of "DPO" is named "DPO + SFT".
 
-    "DPO + BCO" is left out, because with this term it is MPO.
+    "DPO + BCO" is left out, because its copy would be the MPO run.
     """
     return {
         f"{name} + SFT": dataclasses.replace(row, loss={**row.loss, "ntp_weight": 1})

@@ -1,4 +1,4 @@
-"""Reads numbers from the content of a result file of the study, such as accuracies and their differences."""
+"""Functions that read a result file of the study, for example accuracies and their differences."""
 
 import math
 import statistics
@@ -20,7 +20,7 @@ def task_of(document: Mapping[str, Any]) -> StudyTask:
 
 
 def prefix_of(document: Mapping[str, Any]) -> str:
-    """Returns "study" or "prior". Tables in docs/ made from ``document`` have names with this prefix."""
+    """Returns "study" or "prior", depending on the task. Names of its tables in docs/ begin with this prefix."""
     return "study" if document.get("task", OLD_TASK) == OLD_TASK else "prior"
 
 
@@ -45,11 +45,10 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 
 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
-    """Returns the paired standard error, in percentage points, of the accuracy difference of two rows.
+    """Returns the standard error over the questions of accuracy(``row``) - accuracy(``other``), in percentage points.
 
-    The error is taken over the questions. Only the column "cot" (step-by-step questions) and the first seed with
-    results of both rows are used. Returns None if there is no such seed, or if the file does not say which questions
-    were answered correctly.
+    Compares the answers to the step-by-step questions ("cot") pairwise, for the first seed that has both results.
+    Returns None if there is no such seed, or if the file does not record which answers are correct.
     """
     answers: dict[str, dict[int, str | None]] = {row: {}, other: {}}
     for result in document["results"]:
@@ -65,7 +64,10 @@ def question_error(document: Mapping[str, Any], row: str, other: str) -> float |
 
 
 def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
-    """Returns the text "mean ± sample standard deviation" with one decimal. A single number has no deviation."""
+    """Returns a text such as "71.3 ± 0.8", the mean and the sample standard deviation.
+
+    For a single number, returns only the mean. For no numbers, returns "".
+    """
     if not numbers:
         return ""
     mean = f"{statistics.fmean(numbers):{'+' if signed else ''}.1f}"
@@ -73,5 +75,5 @@ def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
 
 
 def start_of(task: StudyTask, row: str) -> str:
-    """Returns the name of the starting model of a training run. If ``row`` is a starting model, returns ``row``."""
+    """Returns the name of the model from which the run ``row`` begins; ``row`` itself if it is a starting model."""
     return row if row in task.starts else task.rows[row].start

@@ -1,6 +1,6 @@
 """Makes the table of the page "When does MPO help?".
 
-For each starting model, it shows the model's errors and the accuracy gain of MPO over SFT.
+It has a line for each starting model, with the model's errors and the accuracy gain of MPO over SFT.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ _HEADER = [
 
 
 def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the Markdown table, with a line for each starting model that has results of SFT and MPO.
+    """Returns the Markdown table. ``documents`` are the result files by name.
 
-    The significance tests are corrected for the number of lines. ``documents`` are the result files by name.
+    Starting models without results of SFT and MPO are left out. The significance tests are corrected for the number of
+    lines.
     """
     lines = [line for name in ("study_prior", "study") for line in _lines(documents[name])]
     found = verdicts([gains for _, gains, _, _ in lines])
@@ -36,10 +37,10 @@ def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _lines(document: Mapping[str, Any]) -> list[tuple[list[str], Sequence[float], float | None, list[str]]]:
-    """Returns the parts of a table line for each starting model in ``document``.
+    """Returns (first cells, gains, error, last cells) for each starting model in ``document``.
 
-    The parts are the cells before the gain, MPO's accuracy gain over SFT in each seed, the gain's standard error over
-    the questions (None with several seeds), and the cells after the gain.
+    ``gains`` are MPO's accuracy gains over SFT, one for each seed. With a single seed, ``error`` is the standard error
+    of the gain over the questions, otherwise None.
     """
     lines: list[tuple[list[str], Sequence[float], float | None, list[str]]] = []
     task = figures.task_of(document)

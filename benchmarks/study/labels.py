@@ -1,6 +1,6 @@
-"""Checks the labels (chosen, rejected) of pairs about grids of digits against the true digits.
+"""Checks with the true digits whether the chosen response of a pair is really the better one.
 
-The pairs store the true digits, but the pipelines that make the pairs do not use them.
+The pairs store the true digits of their grid. The pipelines that make the pairs do not use them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SHARES = {
 
 
 def count_errors(response: str, question: str, values: Sequence[int]) -> int:
-    """Returns the number of errors in a response: wrong digits, missing digits, and a wrong or missing final answer.
+    """Counts the wrong and missing digits in a response. A wrong or missing final answer counts as one more error.
 
     Args:
         response: Step-by-step response.
         question: The question, which names a cell or the largest digit.
-        values: The digits of the grid, in the order of the cells.
+        values: True digits of the grid, in the order of the cells.
     """
     cells = CELLS[round(len(values) ** 0.5)]
     asked = question.removeprefix("Which digit is ").partition(" ? ")[0]
@@ -43,11 +43,10 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 
 
 def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Returns the fractions of pairs with a right, equal and wrong label.
+    """Returns the fractions of pairs whose chosen response has fewer, as many, or more errors than the rejected one.
 
-    The keys are "right", "equal" and "wrong". A label is right if the chosen response has fewer errors than the
-    rejected response, equal if it has as many errors, and otherwise wrong. "chosen_right" is the fraction of chosen
-    responses without errors. Only step-by-step pairs with images count. Without such pairs, the result is empty.
+    The keys are "right", "equal" and "wrong". "chosen_right" is the fraction whose chosen response has no errors. Only
+    step-by-step pairs with images count. Without such pairs, the result is {}.
     """
     errors = [
         tuple(count_errors(text, pair.question, pair.extra["digits"]) for text in (pair.chosen, pair.rejected))
@@ -65,9 +64,9 @@ def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of the generated tokens per pair and of the label fractions, by kind of pairs.
+    """Returns a Markdown table of generated tokens per pair and of label fractions, with a row for each kind of pairs.
 
-    The numbers are means over the starting models in ``document``.
+    The numbers are means over the seeds in ``document``.
     """
     rows = []
     for name in ("correctness", *KEEPS, RLAIF_V):
@@ -81,7 +80,7 @@ def table(document: Mapping[str, Any]) -> str:
 
 
 def cost(document: Mapping[str, Any]) -> str:
-    """Returns sentences that compare the generated tokens per pair of DropoutNTP and RLAIF-V with the paper."""
+    """Returns sentences that compare the tokens per pair of DropoutNTP and RLAIF-V with those in the paper."""
     starts = _starts(document, RLAIF_V)
     if not starts:
         return "Not run yet.\n"
@@ -101,15 +100,12 @@ def cost(document: Mapping[str, Any]) -> str:
 
 
 def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Returns the starting models in ``document`` whose file of pairs ``name`` has checked labels."""
+    """Returns the entries of ``starts`` in a result file that have label fractions for the kind of pairs ``name``."""
     return [start for start in document["starts"] if start.get("labels", {}).get(name)]
 
 
 def _tokens_per_pair(starts: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Returns the number of tokens that a sampling run generated per pair, averaged over the starting models.
-
-    ``name`` is the name of the sampling run.
-    """
+    """Returns the generated tokens per pair of the sampling run ``name``, averaged over ``starts``."""
     runs = [start["sampling"][name] for start in starts]
     made = [sum(count for output, count in run["lines"].items() if output.endswith("pairs")) for run in runs]
     return statistics.fmean(run["generated_tokens"] / count for run, count in zip(runs, made, strict=True))

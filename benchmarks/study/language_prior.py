@@ -1,8 +1,9 @@
-"""Declares the task "language-prior" of the study. It is the demo's task: the model makes up digits from its own text.
+"""Declares the task "language-prior" of the study, which is the demo's task.
 
-The settings are those of the demo. They and this file were fixed before the reported seeds ran (docs/study.md), with
-two exceptions: the tables "alone", "repair" and "rlaif", and the paper's directions for the table "weights". They
-were added later, but before the runs in these tables.
+The starting model makes up digits: it predicts them from its own text instead of reading the image. The settings are
+those of the demo. This file was fixed before the reported seeds ran (docs/study.md), with two exceptions: the tables
+"alone", "repair" and "rlaif", and the paper's directions for the table "weights". They were added later, but before
+the runs in these tables.
 """
 
 from collections.abc import Mapping
@@ -78,9 +79,9 @@ ROWS: dict[str, StudyRow] = {
 
 
 def _of_variants(names: list[str]) -> tuple[tuple[str, str], ...]:
-    """Returns (label, name) of table rows: for each starting model, the model itself, SFT and MPO.
+    """Returns (label, name) of three table rows for each variant of the starting model: the model itself, SFT and MPO.
 
-    ``names`` are the suffixes of the starting models' names; "" is the starting model with the default settings.
+    ``names`` are names of variants, such as "prior 0.5"; "" is the model with the default settings.
     """
     rows = []
     for name in names:

@@ -38,7 +38,7 @@ def make_files(
     """Samples answers of the starting model, and makes pairs from them.
 
     Returns:
-        The pairs of each file, and the summary of each sampling run by kind of pairs.
+        Two dicts: the pairs by name of the file, and a summary of sampling by kind of pairs.
     """
     pool, summaries = _sample(model, processor, settings, rng, folder)
     return choose(pool, settings, rng), summaries
@@ -51,13 +51,12 @@ def train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the starting model, in place, on correct responses to questions.
+    """Trains the starting model in place, with SFT on correct responses.
 
-    Most questions have an image. From some questions, the image is removed. In others, the digits are stated in words
-    instead of the image.
+    The questions show digits in an image, state them in words, or lack the image.
 
     Returns:
-        For each evaluation, ``step``, ``loss`` and the validation accuracy of each kind of questions.
+        A dict for each evaluation, with ``step``, ``loss`` and the validation accuracy by kind of questions.
     """
     splits = digits.load_digits()
     tasks = digits.sample_tasks(digits.part(splits["train"], 0, settings.sft_digits), settings.sft_questions, rng)
@@ -93,7 +92,7 @@ def _sample(
     """Samples answers about digits that the starting model has not seen, and makes pairs from them.
 
     Returns:
-        The pairs and the sampling summaries, both by kind of pairs. ``choose`` lists the kinds.
+        Two dicts: the pairs and a summary of sampling, both by kind of pairs. ``choose`` explains the kinds.
     """
     engine = TransformersEngine(model, processor, name=f"digits study, seed {settings.seed}", batch_size=BATCH_SIZE)
     unseen = digits.part(digits.load_digits()["train"], settings.sft_digits, None)
@@ -129,9 +128,9 @@ def _sample(
 def choose(
     pool: Mapping[str, Sequence[Pair]], settings: StudySettings, rng: np.random.Generator
 ) -> dict[str, list[Pair]]:
-    """Returns the pairs of each file in ``perception.PAIR_FILES``, chosen at random from ``pool``.
+    """Chooses the pairs of each file at random. Returns the pairs by name of the file.
 
-    ``pool`` holds the pairs by kind. The kinds "direct", "cot" (step by step) and "text" (digits stated in words) are
+    ``pool`` holds the pairs by kind. "direct", "cot" (step by step) and "text" (digits stated in words) are
     correctness pairs. The keys of ``perception.KEEPS`` are DropoutNTP pairs.
 
     Raises:

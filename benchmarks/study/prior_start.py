@@ -1,4 +1,4 @@
-"""Trains the starting model of the task "language-prior", and makes its pairs, with the functions of the demo."""
+"""Trains the starting model of the task "language-prior" and makes its pairs, with the code of the demo."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ _SETTINGS = "start.json"
 
 
 def adopt(out: Path, demo: Path, seeds: Sequence[int]) -> None:
-    """Copies the SFT models of ``mpo-ext demo --from-scratch``, so that the study need not train its starting models.
+    """Copies SFT models from a run of ``mpo-ext demo --from-scratch``, so that the study need not train them again.
 
-    ``train_start`` later rejects a copied model with other settings than the study.
+    ``train_start`` later rejects a copied model if its settings differ from the study's settings.
 
     Args:
         out: Folder of the study.
-        demo: Folder of the demo, which may have run with several seeds.
+        demo: Folder of the demo, which may hold several seeds.
         seeds: Seeds of the study.
 
     Raises:
-        FileNotFoundError: If the demo has not trained an SFT model with one of the seeds.
+        FileNotFoundError: If the demo has no SFT model for one of the seeds.
     """
     first, *others = json.loads((demo / "results.json").read_text(encoding="utf-8"))["runs"]
     runs = {run["settings"]["seed"]: (run, demo / f"seed-{run['settings']['seed']}") for run in others}
@@ -73,7 +73,7 @@ def train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the starting model like the demo's SFT model, in place. Loads it instead if ``adopt`` has copied it.
+    """Trains the starting model in place, as the demo trains its SFT model. Loads it if ``adopt`` has copied a model.
 
     Returns:
         ``step`` and ``loss`` of every hundredth step.
@@ -103,12 +103,12 @@ def make_files(
     *,
     has_all: bool,
 ) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
-    """Makes the files of pairs of a starting model.
+    """Makes the pairs of a starting model.
 
-    If ``has_all`` is False, only the file "mixed" is made. It holds the same pairs as the demo.
+    If ``has_all`` is False, only the file "mixed" is made, with the same pairs as in the demo.
 
     Returns:
-        The pairs of each file by name, and the summaries of the sampling runs.
+        Two dicts: the pairs by name of the file, and summaries by name of the sampling run.
 
     Raises:
         RuntimeError: If a file would have no pair.
@@ -136,9 +136,9 @@ def _make_kinds(
     mixed: list[Pair],
     summaries: dict[str, Any],
 ) -> dict[str, list[Pair]]:
-    """Samples pairs of several kinds, and returns the pairs of each file except "mixed" and RLAIF-V.
+    """Makes all files of pairs except "mixed" and RLAIF-V. Returns the pairs by name of the file.
 
-    ``mixed`` holds the pairs of the file "mixed". Some of the returned files are random subsets of these pairs. The
+    Some files are random subsets of ``mixed``, the pairs of the file "mixed". The others are sampled, and their
     sampling summaries are added to ``summaries``.
     """
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
@@ -178,9 +178,9 @@ def _make_kinds(
 def _make_rlaif_v(
     engine: TransformersEngine, settings: PriorSettings, folder: Path, count: int, summaries: dict[str, Any]
 ) -> list[Pair]:
-    """Returns ``count`` RLAIF-V pairs, or fewer if not enough can be made. Adds the sampling summary to ``summaries``.
+    """Samples RLAIF-V pairs about the questions of the DropoutNTP pairs. Returns at most ``count`` pairs.
 
-    The questions are those of the DropoutNTP pairs.
+    Adds the sampling summary to ``summaries``.
     """
     config = reading_judge.config(
         samples=settings.samples, temperature=settings.temperature, seed=settings.seed,
@@ -195,9 +195,9 @@ def _make_rlaif_v(
 
 
 def _text_pipeline(settings: PriorSettings, common: Mapping[str, Any]) -> Correctness:
-    """Returns the correctness pipeline for questions that state the digits. Responses have only a final answer.
+    """Returns the pipeline for correctness pairs about questions that state the digits in words.
 
-    ``common`` holds further fields of ``CorrectnessConfig``.
+    The responses have only a final answer. ``common`` holds further fields of ``CorrectnessConfig``.
     """
     config = CorrectnessConfig(
         samples=settings.samples,

@@ -1,8 +1,8 @@
-"""An engine that judges the claims of a step-by-step response, for the RLAIF-V pairs of the task "language-prior".
+"""An engine that judges the claims in a response, for the RLAIF-V pairs of the task "language-prior".
 
-As in RLAIF-V, each claim becomes a question about the image. Two steps are simpler than in the paper, because the
-starting model is tiny. A program splits a response into claims. The question asks for the digit ("Which digit is
-top-left ?") instead of yes or no. The verdict is yes if the starting model's direct answer agrees with the claim.
+As in RLAIF-V, each claim becomes a question about the image. Because the model is tiny, two steps are simpler than in
+the paper. A program instead of a model splits a response into claims. The question asks for a digit, such as "Which
+digit is top-left ?", instead of yes or no. The verdict is yes if the model's direct answer equals the claimed digit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _VERDICT_START = f"{_VERDICT} {fill(STATEMENT, claim='')}"
 
 
 def config(*, samples: int, temperature: float, seed: int, pairs_per_question: int) -> RlaifVConfig:
-    """Returns the RLAIF-V settings for ``ReadingJudge``, with the given sampling settings and the judge's prompts."""
+    """Returns the RLAIF-V settings that fit ``ReadingJudge``, such as its prompts."""
     sampling = SamplingConfig(temperature=temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     return RlaifVConfig(
         samples=samples, sampling=sampling, seed=seed, pairs_per_question=pairs_per_question,
@@ -35,14 +35,14 @@ def config(*, samples: int, temperature: float, seed: int, pairs_per_question: i
 
 
 class ReadingJudge:
-    """An engine that splits responses into claims, and judges each claim by a direct answer of ``engine``.
+    """An engine that lists the claims of a response, and judges each claim with a direct answer of ``engine``.
 
     Args:
         engine: Engine of the starting model.
         side: Number of rows and columns of a grid.
 
     Attributes:
-        claim_tokens: Number of words in all lists of claims so far. The model's tokenizer has one token per word.
+        claim_tokens: Number of words in all lists of claims so far. A word is a token of the starting model.
     """
 
     name = "direct answers"
@@ -61,7 +61,7 @@ class ReadingJudge:
         return self.engine.decode_response(conversation, token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answers each request. The answer is a list of claims, or "yes" or "no" if the request asks for a verdict."""
+        """Answers each request: with a list of claims, or with "yes" or "no" if a claim is to be judged."""
         generations: dict[int, Generation] = {}
         asked: dict[int, tuple[str, Request]] = {}
         for place, request in enumerate(requests):
@@ -83,7 +83,7 @@ class ReadingJudge:
 
 
 def claims_of(question: str, response: str, cells: Sequence[str]) -> list[str]:
-    """Returns the distinct claims of a step-by-step response: the digit of each cell, and the final answer."""
+    """Returns the distinct claims of a step-by-step response, such as "top-left is 5", with the final answer last."""
     read = zip(cells, read_digits(response, cells), strict=True)
     claims = [f"{cell} is {value}" for cell, value in read if value is not None]
     answer = extract_answer(response, digits.STYLES["cot"])

@@ -1,4 +1,4 @@
-"""Reads and writes the results of the study: one file for each training run, and the files of the whole study."""
+"""Reads and writes the results of the study: a file for each training run, and study.json for the whole study."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ Results = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
 def slug(name: str) -> str:
-    """Returns a file name for ``name``, of lower-case letters, digits, dots and hyphens."""
+    """Returns a file name for ``name``, such as "mpo-rate-x-0.5" for "MPO, rate x 0.5"."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def key_of(settings: AnySettings, row: str) -> str:
-    """Returns a hash of all settings that a result depends on: those of the starting model and of the training run."""
+    """Returns a hash of the settings that determine a result. A saved result with another hash is out of date."""
     rows = tables.TASKS[settings.task].rows
     parts = [dataclasses.asdict(settings), dataclasses.asdict(rows[row]) if row in rows else None]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read(out: Path, settings: AnySettings, row: str) -> dict[str, Any] | None:
-    """Returns the saved result of the training run ``row``, or None if ``out`` has no result with these settings."""
+    """Returns the saved result of a training run or starting model.
+
+    Returns None if ``out`` has no result, or only a result with other settings.
+    """
     path = _file(out, settings, row)
     if not path.exists():
         return None
@@ -47,7 +50,7 @@ def read(out: Path, settings: AnySettings, row: str) -> dict[str, Any] | None:
 
 
 def save(out: Path, settings: AnySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the result of the run ``row``. Returns it with the fields that ``complete_result`` adds."""
+    """Writes the result of a training run or starting model. Returns it, completed by ``complete_result``."""
     complete = complete_result(settings, row, result)
     path = _file(out, settings, row)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,19 +69,19 @@ def complete_result(settings: AnySettings, row: str, result: Mapping[str, Any]) 
 
 @functools.cache
 def current_commit() -> str:
-    """Returns the short hash of the git commit that was checked out at the first call in this process."""
+    """Returns the short hash of the current git commit. Later calls return the result of the first call."""
     return measure.environment()["commit"]
 
 
 def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, AnySettings]) -> int:
-    """Copies results from the result file of an earlier study into the folder ``out``. Returns their number.
+    """Copies results of an earlier study into the folder ``out``, and returns their number.
 
-    Results are skipped if they are failures, if ``settings`` lacks their seed, or if ``out`` already has them. The
-    file does not hold the settings of single runs, so the caller must know that these have not changed.
+    Skips results that ``out`` already has, failures, and seeds that are not in ``settings``. The caller must make sure
+    that the declared training runs have not changed, because ``document`` does not record their settings.
 
     Args:
         out: Folder of the study.
-        document: Content of the result file, whose format has been checked.
+        document: Checked content of the earlier study's result file.
         settings: Settings by seed.
 
     Raises:
@@ -104,7 +107,7 @@ def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, Any
 
 
 def _shared_settings(settings: Mapping[int, AnySettings]) -> dict[str, Any]:
-    """Returns the settings that all seeds share, as JSON values."""
+    """Returns the settings without the seed, as JSON values. All seeds have the same."""
     shared: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(next(iter(settings.values())))))
     del shared["seed"]
     return shared
@@ -122,9 +125,9 @@ def is_measured(result: Mapping[str, Any] | None) -> bool:
 def document_of(
     results: Results, settings: Mapping[int, AnySettings], environment: Mapping[str, Any], quick: bool
 ) -> dict[str, Any]:
-    """Returns the content of ``study.json``. Runs without a result are listed as not run.
+    """Returns the content of ``study.json``. Runs without a result get the reason "not run".
 
-    ``results`` holds the results by (seed, name of the run), and ``settings`` the settings by seed.
+    ``results`` holds results by (seed, name of the run). ``settings`` holds settings by seed.
     """
     starts, listed = [], []
     name = next(iter(settings.values())).task
@@ -158,9 +161,9 @@ def write_document(out: Path, document: Mapping[str, Any]) -> None:
 
 
 def save_plot(path: Path, document: Mapping[str, Any]) -> None:
-    """Plots the held-out accuracy of each training run to the file ``path``, with one panel per table.
+    """Plots the mean accuracy on held-out questions, with one panel for each table, and writes it to ``path``.
 
-    The bars show the mean over the seeds, the whiskers the standard deviation.
+    The whiskers show the standard deviation over the seeds.
     """
     panels = []
     for table in tables.task_of(document).tables.values():

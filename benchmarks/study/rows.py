@@ -1,6 +1,6 @@
 """Executes a training run of the study, and evaluates the trained model.
 
-A run begins from a starting model. The code calls a run a row, because its results are a row of a table.
+The code calls a run a row, because its results are a row of a table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "cho
 
 
 def run_row(folder: Path, settings: AnySettings, row: str) -> dict[str, Any]:
-    """Trains a starting model with the settings of the run ``row``, evaluates the model, and writes the result.
+    """Trains a model as the run ``row`` declares, evaluates it, writes the result and returns it.
 
     Args:
         folder: Folder of the starting model, which ``start.prepare`` has filled.
@@ -34,8 +34,8 @@ def run_row(folder: Path, settings: AnySettings, row: str) -> dict[str, Any]:
         row: Name of the run, a key of ``StudyTask.rows``.
 
     Returns:
-        The result. Its ``evaluation`` has the accuracies. Its ``log`` has the means of the metrics over the first
-        steps and over the last steps.
+        The result. ``evaluation`` has the accuracies. ``log`` has the mean metrics of the first five and of the last
+        five steps.
     """
     lines: list[Mapping[str, float]] = []
     with training.logged(folder), training.Stopwatch() as watch:

@@ -1,7 +1,7 @@
 """Runs the study: for each seed, makes starting models and their pairs, and trains further models from them.
 
-Each result is a file that is written atomically, so the same command resumes an interrupted study. Several runs may be
-executed in parallel, each in its own process.
+The same command resumes an interrupted study, because each result is saved in a file. Runs can be executed in
+parallel processes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ StudyRun = tuple[int, str]  # seed and row
 
 
 class Study:
-    """A study in progress: the results so far, and the runs that are still to do.
+    """A study in progress, with its results so far and the runs that are left.
 
     Args:
         out: Existing folder, in which each seed has a subfolder.
         settings: Settings by seed.
-        only: Names of the tables or runs to execute; an empty tuple: all.
+        only: Names of the tables or runs to execute. Empty: all.
         quick: Whether ``settings`` are those of a quick study.
         environment: Machine, versions and command, to record in the result file.
         say: Function that prints a line.
@@ -77,7 +77,7 @@ class Study:
         self.began = self.written = time.monotonic()
 
     def run(self, jobs: int, threads: int) -> None:
-        """Executes all runs that are still to do, in ``jobs`` processes of ``threads`` CPU threads each."""
+        """Executes all runs that are left, in ``jobs`` processes with ``threads`` CPU threads each."""
         pending: dict[concurrent.futures.Future[dict[str, Any]], StudyRun] = {}
         with Workers(jobs, _begin_process, threads) as workers, sigterm_as_interrupt():
             while self.queue or pending:
@@ -98,10 +98,9 @@ class Study:
                         raise error
 
     def finish(self, seed: int, row: str, result: dict[str, Any]) -> None:
-        """Stores the result of ``row``: a starting model, or a run that begins from a starting model.
+        """Stores the result of ``row``, the name of a starting model or of a training run.
 
-        If a starting model was trained, the runs that begin from it are queued. If it has failed, they count as
-        failed.
+        If it is a trained starting model, its runs are queued. If it is a failed starting model, its runs fail too.
         """
         self.results[seed, row] = result
         is_start = row in self.task.starts
@@ -119,26 +118,20 @@ class Study:
             self.write()
 
     def settings_of(self, seed: int, row: str) -> AnySettings:
-        """Returns the settings of a starting model.
-
-        ``row`` is the starting model, or a run that begins from the starting model.
-        """
+        """Returns the settings of the starting model ``row``, or of the model from which the run ``row`` begins."""
         return dataclasses.replace(self.settings[seed], **self.task.starts[tables.start_of(self.task, row)])
 
     def folder_of(self, seed: int, row: str) -> str:
-        """Returns the folder name of a starting model.
-
-        ``row`` is the starting model, or a run that begins from the starting model.
-        """
+        """Returns the folder name of the starting model ``row``, or of the model from which the run ``row`` begins."""
         variant = tables.start_of(self.task, row).removeprefix(START)
         return f"seed-{seed}" + (f"-{results.slug(variant)}" if variant else "")
 
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
-        """Returns the sort key of a run in the queue.
+        """Returns the sort key of an entry (seed, name) of the queue.
 
-        The models in the main tables (``StudyTask.main``) come first. Each is made for all seeds before the next, so
-        that an interrupted study has complete comparisons. The other training runs follow, ordered by seed. The other
-        starting models come last, also ordered by seed.
+        Models in the main tables come first. Each of them is made for all seeds before the next one, so that an
+        interrupted study has complete comparisons. Then come the other training runs, and last the other starting
+        models, both by seed.
         """
         seed, row = run
         place = [*self.task.starts, *self.task.rows].index(row)
@@ -183,10 +176,9 @@ def run(
     jobs: int,
     command: str,
 ) -> int:
-    """Executes the runs that are still to do, and writes ``study.json``, ``study.md`` and the plot (PNG and SVG).
+    """Executes the runs that are left, and writes ``study.json``, ``study.md`` and the plot (PNG and SVG).
 
-    The arguments are the options of ``python -m benchmarks.study``. ``command`` is the command line to record in the
-    result file.
+    The arguments are the options of ``python -m benchmarks.study``. ``command`` is the command line to record.
 
     Returns:
         0, or 1 if a run failed.
@@ -212,9 +204,9 @@ def run(
 
 
 def take_over(out: Path, path: Path, seeds: Sequence[int], task: str, *, quick: bool, backend: str | None) -> None:
-    """Copies the results in the result file ``path`` to the study in ``out``, so that ``run`` does not repeat them.
+    """Copies the results in the file ``path`` to the folder ``out``, so that ``run`` need not repeat them.
 
-    Call ``run`` with the same arguments.
+    Call ``run`` afterwards, with the same arguments.
 
     Raises:
         ValueError: If the file has a wrong format, another task or other settings.

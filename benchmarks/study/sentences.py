@@ -1,7 +1,7 @@
-"""Makes the texts and tables that summarise the results of the study.
+"""Makes texts and tables that summarise the results of the study.
 
-Each text follows from the results by a rule. ``verdicts.verdicts`` decides whether a difference is higher, lower, or
-not significant. A difference with one seed has no verdict.
+The texts are generated from the results. ``verdicts.verdicts`` decides whether a difference is higher, lower or not
+significant. With one seed, a difference has no verdict.
 """
 
 from __future__ import annotations
@@ -25,31 +25,35 @@ MANY_UNPARSABLE = 1.0
 
 
 def finding(verdict: str, paper: str) -> str:
-    """Returns "same" if ``verdict`` equals ``paper``, the direction in the paper, and otherwise "opposite".
-
-    A verdict that is not significant is returned unchanged.
-    """
+    """Compares a verdict with the direction in the paper. Returns "same", "opposite" or "not significant"."""
     if verdict == NOT_SIGNIFICANT:
         return verdict
     return SAME if verdict == paper else OPPOSITE
 
 
 def family_of(document: Document, name: str) -> list[tuple[Difference, list[float], DifferenceVerdict]]:
-    """Returns (difference, its value in each seed, its verdict) for each difference of the table ``name``."""
+    """Returns (difference, values, verdict) for each difference declared for the table ``name``.
+
+    ``values`` are the accuracy differences, one for each seed.
+    """
     family = figures.task_of(document).differences[name]
     measured = [figures.differences(document, *each) for each in family]
     return list(zip(family, measured, verdicts(measured), strict=True))
 
 
 def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
-    """Returns the text of a verdict. With one seed or without results, returns a text that says so."""
+    """Returns the text of a verdict; "one seed, no verdict" or "not run" if there are too few ``numbers``."""
     if len(numbers) > 1:
         return verdict.text
     return ONE_SEED if numbers else NOT_RUN
 
 
 def findings(document: Document) -> str:
-    """Returns a table of the significant differences that the paper reports, too, and counts the other differences."""
+    """Returns two tables about the directions that the paper reports, such as MPO being better than SFT.
+
+    The first shows the directions for which the study has a significant result. The second counts the others by
+    reason.
+    """
     task = figures.task_of(document)
     rows: dict[str, list[list[str]]] = {SAME: [], OPPOSITE: []}
     counts = dict.fromkeys((NOT_SIGNIFICANT, ONE_SEED, NOT_RUN), 0)
@@ -75,10 +79,10 @@ def findings(document: Document) -> str:
 
 
 def best_rates(document: Document) -> str:
-    """Returns the learning rate with the best step-by-step accuracy for SFT and for MPO, as a table and a sentence.
+    """Returns the best learning rates of SFT and MPO, as a table and a sentence. Accuracy on "cot" questions decides.
 
-    Only seeds with results for all learning rates count. The best learning rate is chosen on these seeds, so its
-    accuracy is a little too high.
+    Only seeds with results for all learning rates count. The accuracy of the best rate is a little too high, because
+    the same seeds select the rate.
     """
     rows = {
         method: {label.removeprefix(f"{method}, "): row for label, row in figures.task_of(document).tables["rate"].rows
@@ -111,7 +115,7 @@ def best_rates(document: Document) -> str:
 
 
 def unparsable(document: Document) -> str:
-    """Returns a table of the rows with many unparsable step-by-step answers."""
+    """Returns a table of the runs and starting models with more than 1 % unparsable step-by-step answers."""
     task = figures.task_of(document)
     shares = {row: figures.values(document, row, "cot", "unparsable") for row in (*task.starts, *task.rows)}
     means = {row: statistics.fmean(values.values()) for row, values in shares.items() if values}

@@ -10,24 +10,24 @@ from mpo_ext.demo.settings import RunSettings, Settings
 class StudySettings(RunSettings):
     """Sizes and learning rates of the task "perception" (adding digits) for one seed.
 
-    They were chosen on the validation digits.
+    They were chosen on the validation digits. The SFT trains the starting model.
 
     Attributes:
-        sft_steps: Number of steps of the SFT, which makes the starting model. Its learning rate falls to zero.
-        sft_warmup: Fraction of these steps in which the learning rate rises from zero.
-        sft_check_steps: Number of steps between two measurements of the validation accuracy.
+        sft_steps: Number of SFT steps. The learning rate falls to zero at the end.
+        sft_warmup: Fraction of the SFT steps in which the learning rate rises from zero.
+        sft_check_steps: Number of SFT steps between two measurements of the validation accuracy.
         sft_blind_share: Fraction of the SFT questions from which the image is removed.
         validation_tasks: Number of validation questions per measurement.
-        sft_digits: Number of training digits in the SFT. The pairs use the other training digits.
+        sft_digits: Number of training digits for the SFT. The pairs use the other training digits.
         sft_text_share: Fraction of the SFT questions that state the digits and have no image.
         text_questions: Number of questions without an image from which pairs are made.
-        late_continuations: Number of times that DropoutNTP continues an answer if it keeps 0.75 of the answer. Few of
-            these continuations are wrong, because the kept part names all digits. If less of an answer is kept, the
-            answer is continued once.
-        pairs: Number of mixed pairs.
-        mixed_shares: Fractions of the mixed pairs that come from three sources: correctness pairs with direct answers,
-            correctness pairs with step-by-step answers, and DropoutNTP pairs.
-        kind_pairs: Largest number of pairs in each of the files that compare kinds of pairs.
+        late_continuations: Number of continuations that DropoutNTP samples if it keeps 0.75 of an answer. The kept
+            part then names all digits, and most continuations are correct, so several are needed. If it keeps less, it
+            samples one.
+        pairs: Number of pairs in the file "mixed".
+        mixed_shares: Fractions of the pairs in "mixed": correctness pairs with direct answers, correctness pairs with
+            step-by-step answers, and DropoutNTP pairs.
+        kind_pairs: Largest number of pairs in each of the files "correctness" to "DropoutNTP 0.75" of ``PAIR_FILES``.
     """
 
     task: ClassVar[str] = "perception"
@@ -72,11 +72,11 @@ class StudySettings(RunSettings):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PriorSettings(Settings):
-    """Settings of the task "language-prior" for one seed: the demo's settings, and sizes of additional files of pairs.
+    """Settings of the task "language-prior" for one seed: the demo's settings, and sizes of further files of pairs.
 
     Attributes:
-        kind_questions: Number of step-by-step questions for each of the files that compare kinds of pairs.
-        kind_pairs: Largest number of pairs in each of these files.
+        kind_questions: Number of step-by-step questions for correctness pairs, and of others for DropoutNTP pairs.
+        kind_pairs: Largest number of pairs in each of the files "correctness" to "DropoutNTP 0.75" of ``PAIR_FILES``.
         text_questions: Number of questions without an image from which pairs are made.
         text_evaluation_tasks: Number of held-out questions that state the digits and have no image.
     """

@@ -1,4 +1,4 @@
-"""Prepares a starting model for a seed: its weights, its files of pairs, and their reference log-probs."""
+"""Prepares a starting model of the study: its weights, its files of pairs, and their reference log-probs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mpo_ext.demo.train import METHODS, make_recipe
 
 
 def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, Any]:
-    """Makes a starting model, its files of pairs and the reference log-probs, unless they exist.
+    """Makes a starting model, its files of pairs and the reference log-probs. If they exist, returns the saved result.
 
-    Files in ``folder`` made with other settings are deleted. If a result exists but the weights are missing, the model
-    is trained again. It must then give the same answers, because new runs are compared with runs from the old weights.
+    If only the weights are missing, the model is trained again. It must then give the same answers as before, because
+    earlier training runs began from the old weights. Files in ``folder`` from other settings are deleted.
 
     Args:
         folder: Folder of the starting model for this seed.
@@ -85,7 +85,7 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
 def _is_same(
     known: Mapping[str, Any], evaluation: Mapping[str, Mapping[str, Any]], files: Mapping[str, Sequence[Pair]]
 ) -> bool:
-    """Returns whether a new evaluation and the numbers of new pairs equal those of ``known``, an earlier result."""
+    """Returns whether an evaluation and the numbers of pairs equal those in ``known``, an earlier result."""
     pairs = {name: len(made) for name, made in files.items()}
     return all(
         evaluation[column][quantity] == value
@@ -101,9 +101,9 @@ def _compute_reference(
     name: str,
     folder: Path,
 ) -> None:
-    """Writes the starting model's log-probs of the file of pairs ``name``. The training runs use them as reference.
+    """Writes the reference log-probs of the file of pairs ``name``: the log-probs under the starting model.
 
-    Runs a single training step with a learning rate of 0, because the trainer computes the log-probs before this step.
+    The trainer computes them before its first step, so one step with a learning rate of 0 is run.
     """
     recipe = make_recipe(
         training.pair_file(folder, name), folder / "runs" / "reference", loss=METHODS["MPO"], steps=1,

@@ -1,7 +1,7 @@
 """Reads result files of the study and makes their tables.
 
-A result file has ``results`` (one for each seed and training run or starting model) and ``starts`` (one for each seed,
-with the pairs of the starting model). ``TASKS`` declares the runs and the tables.
+In a result file, ``results`` has the results of each training run and starting model, for each seed. ``starts`` has
+facts about the pairs, for each seed. ``TASKS`` declares the runs and the tables.
 """
 
 import functools
@@ -38,9 +38,9 @@ SCHEMA = 1
 
 
 def load(path: Path, *, has_all: bool = True) -> dict[str, Any]:
-    """Reads and checks a result file, and returns its content.
+    """Reads and checks a result file of the study, and returns its content.
 
-    If ``has_all`` is False, results of training runs may be missing, as in a file that is older than these runs.
+    If ``has_all`` is False, runs may be missing, as in a file from before they were declared.
 
     Raises:
         ValueError: If the file has a wrong format. The message names the file.
@@ -56,8 +56,7 @@ def load(path: Path, *, has_all: bool = True) -> dict[str, Any]:
 def check(document: Mapping[str, Any], *, has_all: bool = True) -> None:
     """Raises ValueError if the content of a result file has a wrong format.
 
-    If ``has_all`` is True, it must have a result for each seed and run. The message states the field, the rule and the
-    value.
+    If ``has_all`` is True, a result must exist for each seed and run.
     """
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
@@ -100,10 +99,9 @@ def check(document: Mapping[str, Any], *, has_all: bool = True) -> None:
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the Markdown text of each generated block (table or text) of the documentation pages, by name.
+    """Returns the generated Markdown texts and tables of docs/ by name, such as "study_setup" or "prior_differences".
 
-    Among the blocks are "PREFIX_setup", one block for each table, and "PREFIX_differences". ``prefix_of`` returns the
-    prefix.
+    The first word of a name comes from ``prefix_of``.
     """
     prefix, task = prefix_of(document), task_of(document)
     blocks = {f"{prefix}_setup": _setup(document)}
@@ -229,7 +227,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Mapping[str, Any
 
 
 def _setup(document: Mapping[str, Any]) -> str:
-    """Returns a table of settings and machine, a table of the numbers of pairs, and the failed runs."""
+    """Returns a table of settings and machine, a table of the numbers of pairs, and a list of the failed runs."""
     environment, settings = document["environment"], document["settings"]
     count, task = settings["evaluation_tasks"], task_of(document)
     measured = [result for result in document["results"] if result["status"] == "measured"]

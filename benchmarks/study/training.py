@@ -33,7 +33,7 @@ _encoded: dict[str, Sample | SkippedPair] = {}  # by ``Pair.key()``, for all row
 
 
 class CachingEncoder(Encoder):
-    """An encoder that caches encoded pairs, so that later training runs need not encode them again."""
+    """An encoder that caches encoded pairs for all training runs of this process."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.__dict__.update(vars(encoder))
@@ -55,9 +55,10 @@ def train(
     processor: DigitsProcessor,
     on_step: Callable[[int, Mapping[str, float]], object] | None = None,
 ) -> None:
-    """Trains the model in place, and deletes the output folder of the run. ``on_step`` is called after each step.
+    """Trains the model in place, and deletes the output folder of the run.
 
-    Raises KeyboardInterrupt if a signal has stopped the trainer.
+    ``on_step`` is called after each step with the step number and the metrics. Raises KeyboardInterrupt if a signal
+    has stopped the trainer.
     """
     trainer = Trainer(recipe, model=model, processor=processor, on_step=on_step, save=False)
     trainer.data.encoder = CachingEncoder(trainer.data.encoder)
@@ -80,10 +81,9 @@ def evaluate_columns(
     processor: DigitsProcessor,
     tasks: Mapping[str, Sequence[digits.GridTask]],
 ) -> dict[str, dict[str, float]]:
-    """Lets the model answer questions greedily. Returns accuracy and other measures by column.
+    """Lets the model answer questions greedily. Returns the results of ``summarize``, such as the accuracy, by column.
 
     ``tasks`` holds the questions by column. A column is a kind of questions, such as "cot" (step by step).
-    ``summarize`` computes the measures.
     """
     return {column: summarize(asked, respond(model, processor, asked)) for column, asked in tasks.items()}
 
@@ -93,9 +93,8 @@ def evaluate_held_out(
 ) -> Mapping[str, Mapping[str, Any]]:
     """Lets the model answer the held-out questions greedily, and returns accuracy and other measures by column.
 
-    A column is a kind of questions, such as "cot" (step by step). For the task "language-prior", "cot" also has the
-    measures of ``measure_digits``, and ``right``: the result of ``encode_right``, which says which answers are
-    correct.
+    A column is a kind of questions, such as "cot" (step by step). For the task "language-prior", the column "cot" also
+    has the results of ``measure_digits`` and of ``encode_right`` (key ``right``).
     """
     if not isinstance(settings, PriorSettings):
         tasks = adding_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
@@ -112,17 +111,17 @@ def evaluate_held_out(
 
 
 def encode_right(right: Sequence[bool]) -> str:
-    """Encodes which answers are right as a hexadecimal number.
+    """Encodes which answers are right as a hexadecimal text, such as "d" (binary 1101) for right, wrong, right.
 
-    Its bits are a leading 1, then a bit for each question (1: right).
+    The first bit is always 1, so that the number of answers is known.
     """
     return f"{int('1' + ''.join(str(int(value)) for value in right), 2):x}"
 
 
 def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
-    """Returns ``count`` questions of the task "perception" for each column, drawn with a fixed seed.
+    """Returns ``count`` questions about sums of digits for each column, drawn with a fixed seed.
 
-    A column is a kind of questions: "direct", "cot" (step by step) or "text" (digits stated in words, no image).
+    The columns are "direct", "cot" (step by step) and "text" (digits stated in words, no image).
     """
     rng = np.random.default_rng(_EVALUATION_SEED)
     tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
@@ -132,8 +131,8 @@ def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task
 def reading_tasks(settings: PriorSettings) -> dict[str, list[reading.ReadingTask]]:
     """Returns the held-out questions of the task "language-prior" by column.
 
-    A column is a kind of questions: "direct", "cot" (step by step) or "text" (digits stated, no image). The questions
-    with images are those of the demo.
+    The columns are "direct", "cot" (step by step) and "text" (digits stated in words, no image). The questions of the
+    first two are those of the demo.
     """
     tasks = held_out_tasks(settings)
     columns = {form: [task for task in tasks if task.form == form] for form in digits.FORMS}
@@ -163,7 +162,10 @@ def logged(folder: Path) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Measures the wall-clock time and the CPU time of a ``with`` block, and stores them in the dict ``seconds``."""
+    """Measures the elapsed and the CPU time of a ``with`` block.
+
+    Afterwards, the attribute ``seconds`` is a dict with the keys ``seconds`` (elapsed) and ``cpu_seconds``.
+    """
 
     def __enter__(self) -> Stopwatch:
         self._begin = time.perf_counter(), time.process_time()

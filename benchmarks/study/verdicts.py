@@ -1,4 +1,4 @@
-"""The significance test by which the study decides whether a difference is "higher", "lower" or "not significant"."""
+"""A significance test. It decides whether a difference in the study is "higher", "lower" or "not significant"."""
 
 import dataclasses
 import math
@@ -27,8 +27,8 @@ class DifferenceVerdict:
 def verdicts(family: Sequence[Sequence[float]]) -> list[DifferenceVerdict]:
     """Tests several paired differences together, and returns the verdict on each.
 
-    A difference is "higher" or "lower" if its mean over the seeds differs from zero at the 5 % level. Holm's method
-    corrects for the number of differences with at least 2 seeds.
+    A difference is "higher" or "lower" if its mean over the seeds differs from zero at the 5 % level. The p values are
+    corrected by Holm's method for the number of differences; those with fewer than 2 seeds do not count.
 
     Args:
         family: For each difference, its value in each seed.

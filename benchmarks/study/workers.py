@@ -1,4 +1,4 @@
-"""Runs tasks in parallel processes, which end when the parent process ends. Importing this module is fast."""
+"""Runs tasks in parallel processes, which end with their parent process. Importing this module is fast."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Future = concurrent.futures.Future
 class Workers:
     """Runs tasks in several processes, or in this process if ``jobs`` is 1.
 
-    If the ``with`` block raises an exception, all tasks are ended.
+    Use it in a ``with`` block. If the block raises an exception, all processes are ended.
 
     Args:
         jobs: Number of processes.
-        begin: Called once in each process before the first task. ``begin`` and the tasks must be importable.
+        begin: Function that each process calls before its first task. Like the tasks, it must be importable.
         *args: Arguments of ``begin``.
     """
 
@@ -70,7 +70,7 @@ class Workers:
 
 
 def _begin(parent: int, stop: Any, begin: Callable[..., object], args: tuple[Any, ...]) -> None:
-    """Prepares a worker process: calls ``begin(*args)``, and starts a thread that can end the process.
+    """Sets up a worker process: starts a watching thread, then calls ``begin(*args)``.
 
     The thread ends the process when the process ``parent`` has ended or the event ``stop`` is set.
     """

@@ -1,4 +1,4 @@
-"""Memory access of the simulated machine: loads, stores, atomics and cp.async in each state space."""
+"""The part of the simulated machine that accesses memory: loads, stores, atomics and cp.async."""
 
 import numpy as np
 
@@ -9,12 +9,12 @@ from .report import source_of
 
 
 class MemoryAccess:
-    """A part of the class Machine: executes memory instructions and raises their faults."""
+    """A base class of Machine: executes memory instructions and raises their faults."""
 
     def _counters(self, ins, kind):
-        """Returns a function get(space) that returns the Access counters of an instruction.
+        """Returns a function get(space) for one instruction. It returns the Access counters of a state space.
 
-        get returns None if the space is not counted. kind: "load", "store" or "atomic".
+        get returns None if accesses to the space are not counted. kind: "load", "store" or "atomic".
         """
         memo = {}
 
@@ -29,9 +29,10 @@ class MemoryAccess:
         return get
 
     def _split(self, space, addr):
-        """Splits an array of addresses by state space.
+        """Splits an array of addresses by state space. Returns (space, positions, addresses) tuples.
 
-        Returns (space, positions in the array, addresses) for each space; positions None: all.
+        positions: indices into addr; None if all addresses are in this space.
+        addresses: offsets into the space, for shared and local memory.
         """
         if space != "generic":
             return ((space, None, addr),)
@@ -302,5 +303,5 @@ class MemoryAccess:
         self.report.note(self._where(ins), what, n)
 
     def all_present(self, s):
-        """Returns whether the selection s has all lanes of its warps, so that no source lane is missing."""
+        """Returns whether the lanes s are whole warps, so that an instruction can read from any lane of a warp."""
         return isinstance(s, slice) and s.start & 31 == 0 and s.stop & 31 == 0

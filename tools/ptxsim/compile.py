@@ -64,7 +64,7 @@ def compile_cuda(
 class CompiledTriton:
     """A Triton kernel compiled to PTX.
 
-    launch() passes null for the scratch pointers that Triton appends to the parameters.
+    Triton appends parameters for scratch memory to those of the kernel. launch() fills them in.
     """
 
     ptx: str
@@ -88,7 +88,7 @@ class CompiledTriton:
 
     @property
     def hidden_params(self):
-        """The number of parameters that Triton appends (pointers to global and profile scratch memory)."""
+        """The number of scratch memory parameters that Triton has appended."""
         return len(self.kernel.fn.params) - len(self.arg_names)
 
     def launch(self, grid, args, **options):
@@ -121,10 +121,9 @@ class CompiledTriton:
 def compile_triton(jit_fn, signature, constexprs=None, arch=80, num_warps=4, num_stages=None, aligned=(), **options):
     """Compiles a @triton.jit function ahead of time. Returns a CompiledTriton.
 
-    signature: {argument: "*bf16" | "i32" | "fp32" | ... | "constexpr"}; arguments
-    named in constexprs may be left out.
-    aligned: names of pointers and integers that are multiples of 16, which lets
-    Triton vectorise. The JIT would find this out by itself.
+    signature: Triton types by argument, such as {"x": "*bf16", "n": "i32"}. Arguments in constexprs may be left out.
+    constexprs: values of the tl.constexpr arguments, by name.
+    aligned: names of arguments that are multiples of 16, so that Triton can vectorise. The JIT detects them itself.
     arch: 80, 90, 100 ... Kernels with tl.dot can only be simulated for 80 (mma.sync).
     """
     import triton

@@ -1,8 +1,7 @@
 """Control flow: branches, calls, barriers, exit, printf and assert.
 
-The function of a control instruction takes (s, pc): the lanes that run it, and
-its pc. It returns the next pc of these lanes, or None if it has set the
-state of each lane itself.
+Each instruction becomes a function of (s, pc): the selected lanes and their program counter. It returns the next pc
+of these lanes. It returns None if it has set the state of each lane itself.
 """
 
 import re
@@ -81,7 +80,7 @@ def _brx(m, ins):
 
 
 def _bar(m, ins):
-    """Builds the instructions bar.sync/arrive/red and barrier{.cta}.sync/arrive/red."""
+    """Builds the barrier instructions bar and barrier, with .sync, .arrive or .red."""
     parts = [p for p in ins.parts[1:] if p not in ("aligned", "cta")]
     what = parts[0]
     if what not in ("sync", "arrive", "red"):
@@ -100,7 +99,10 @@ def _bar(m, ins):
         raise ValueError("barrier number")
 
     def result(flags, slot):
-        """Combines the predicates of the threads at a barrier, for each resident block (slot)."""
+        """Combines the predicates (flags) of the threads at a barrier with "popc", "or" or "and".
+
+        slot: number of each thread's block. Returns an array with a value for each resident block.
+        """
         yes = np.bincount(slot[flags], minlength=m.R)
         return yes if op_name == "popc" else yes > 0 if op_name == "or" else yes == np.bincount(slot, minlength=m.R)
 
@@ -139,7 +141,7 @@ def _bar(m, ins):
 
 
 def _call_parts(m, ins):
-    """Splits the instruction call (ret), name, (args) into (return operands, name, argument operands)."""
+    """Returns (return operands, function name, argument operands) of a call instruction."""
     if any(isinstance(a, Reg) for a in ins.args):
         raise NotImplementedPTX(ins, "indirect call")
     at, name = next((i, a.name) for i, a in enumerate(ins.args) if isinstance(a, Sym))
@@ -148,7 +150,7 @@ def _call_parts(m, ins):
 
 
 def _link(m, callee, formal, caller, actual, back):
-    """Returns a function that copies one argument into the callee, or (if back) one result to the caller."""
+    """Returns a function that copies an argument of a call to the callee, or (if back) a result to the caller."""
 
     def end(fn, x, typ):
         if isinstance(x, Sym) and (fn.name, x.name) in m.fparams:
@@ -225,7 +227,7 @@ _FORMAT = re.compile(r"%([-+ #0]*)(\*|\d+)?(?:\.(\*|\d+))?(hh|h|ll|l|z|j|t|L)?([
 
 
 def _printf_text(m, fmt, read, lane):
-    """Returns the text of one thread's printf; read(size) returns the next argument's bytes."""
+    """Returns the text that one thread prints. read(size) returns the bytes of the next argument."""
 
     def sub(k):
         flags, width, prec, length, conv = k.groups()

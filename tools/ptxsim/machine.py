@@ -1,10 +1,9 @@
-"""The machine that runs a kernel.
+"""The machine that simulates a kernel.
 
-Each thread of a resident block is a lane, an element of numpy arrays. Warp w
-owns the lanes 32w..32w+31 (blocks are padded to whole warps). Each lane has a
-program counter (pc). The schedule `lockstep` repeatedly runs all lanes with the
-lowest pc. `random` does this for one random warp at a time, for a random
-number of instructions.
+Thread blocks run in groups, the resident blocks. Each of their threads is a lane: an element of numpy arrays. Warp w
+owns the lanes 32w..32w+31, since blocks are padded to whole warps. Each lane has a program counter (pc). The schedule
+`lockstep` repeatedly runs all lanes with the lowest pc. `random` runs one random warp at a time in this way, for a
+random number of instructions.
 """
 
 import random
@@ -39,7 +38,7 @@ PLAIN, WARP, BRANCH = 0, 1, 2  # kinds of instruction
 
 
 class DeadlockError(PTXError):
-    """Raised if no lane can run although not all have exited."""
+    """Raised if some lanes have not exited, but none of them can run."""
 
 
 class LaunchTimeout(PTXError):
@@ -60,7 +59,7 @@ class _Not:
 
 
 class Machine(MemoryAccess):
-    """The state and the execution of one kernel launch."""
+    """Executes one kernel launch. Holds its state, such as registers, memory and program counters."""
 
     def __init__(
         self,
@@ -192,7 +191,7 @@ class Machine(MemoryAccess):
         return buf.base
 
     def _shared_layout(self, dynamic):
-        """Assigns offsets to the shared variables that the kernel uses. Returns [(start, end, name)]."""
+        """Places the shared variables in the shared memory of a block. Returns [(start, end, name)] in bytes."""
         used = set()
         for ins in self.k.code:
             for a in ins.args:
@@ -284,7 +283,7 @@ class Machine(MemoryAccess):
         self.local_stride = (offset + 15) // 16 * 16
 
     def _private(self):
-        """Allocates the memory of each lane: local memory, and the .param variables of calls."""
+        """Allocates the memory that each lane has for itself: local memory, and the .param variables of calls."""
         self.local = np.zeros(max(16, self.L * self.local_stride), np.uint8)
         self.fparams = {}
         for f in self.k.functions:
@@ -437,7 +436,7 @@ class Machine(MemoryAccess):
         return a.view(dt)[:: a.dtype.itemsize // size]
 
     def src(self, arg, typ):
-        """Returns an array of an operand's values in all lanes, interpreted as the PTX type typ."""
+        """Returns the values of an operand as an array with one value per lane. typ: PTX type of the values."""
         dt, packed = dtype_of(typ)
         if isinstance(arg, Reg):
             a = self._view(self.array(arg.name), typ, False)
@@ -487,7 +486,7 @@ class Machine(MemoryAccess):
         raise ValueError(f"destination {arg}")
 
     def symbol(self, sym):
-        """Returns the address of a variable in its state space (an absolute address for global and const)."""
+        """Returns the address of a variable. For shared and local variables, it is an offset into their memory."""
         n = sym.name
         if n in self.shared_at:
             return self.shared_at[n] + sym.offset
@@ -513,7 +512,7 @@ class Machine(MemoryAccess):
         return self.steps * 4 + 1
 
     def param_view(self, name, offset, dt):
-        """Returns the values of a .param variable in all lanes, read at an offset as dtype dt."""
+        """Returns an array with one value per lane: the bytes of a .param variable at offset, read as dtype dt."""
         if (self.cur.name, name) in self.fparams:
             a = self.fparams[self.cur.name, name]
             return a[:, offset : offset + np.dtype(dt).itemsize].view(dt)[:, 0]
@@ -522,7 +521,7 @@ class Machine(MemoryAccess):
         return np.broadcast_to(raw[0], (self.L,))
 
     def address(self, mem, space):
-        """Returns a function that maps a lane selection to the int64 addresses of a memory operand in its space."""
+        """Returns a function that takes selected lanes and returns their int64 addresses for the operand mem."""
         base, off = mem.base, np.int64(mem.offset)
         if isinstance(base, (Sym, Imm)):
             v = self.symbol(base) if isinstance(base, Sym) else base.value
@@ -640,7 +639,7 @@ class Machine(MemoryAccess):
         return idx
 
     def _advance(self, lo, hi, budget):
-        """Runs the lanes lo..hi until none can run, or until about `budget` instructions have run."""
+        """Runs the lanes lo to hi - 1 until none of them can run, or until about `budget` instructions have run."""
         fns, kind, stop = self.fns, self.kind, self.next_stop
         el, ew = self.exec_lanes, self.exec_warps
         starving = 0
@@ -728,10 +727,9 @@ class Machine(MemoryAccess):
                     break
 
     def _gather_warp(self, s, p):
-        """Records that the lanes s have arrived at the warp-synchronous instruction at pc p.
+        """Makes the lanes s wait at a warp-synchronous instruction until all lanes of their member mask are there.
 
-        Returns the lanes (a slice or index array) that may execute it, because all
-        lanes of their member mask have arrived. The others wait.
+        p: pc of the instruction. Returns the lanes that may now execute it (a slice or index array), or None.
         """
         ln = self.lanes[s]
         w = ln >> 5
@@ -790,10 +788,10 @@ class Machine(MemoryAccess):
                 self.pc[at] = self.wpc[at]
 
     def _bar_arrive(self, s, ids, count):
-        """Counts arrivals of the lanes s at a barrier.
+        """Counts arrivals of the lanes s at a barrier. Returns the barrier numbers.
 
-        ids: barrier number, an int or an array with one per lane.
-        count: number of expected threads, 0 (all) or an array with one per lane.
+        ids: barrier number, an int or an array with a number per lane.
+        count: number of threads that the barrier waits for, an array with a number per lane; 0 or None: all threads.
         """
         slot = self.slot[s]
         todo = [(int(ids), None)] if np.ndim(ids) == 0 else [(int(i), ids == i) for i in np.unique(ids)]

@@ -106,7 +106,7 @@ def _st(b, ins):
 
 
 def _serial(view, ix, fn, b, c, need_old):
-    """Executes an atomic operation lane by lane: view[i] = fn(view[i], b, c) for each lane's index i in ix.
+    """Executes an atomic operation lane by lane: view[i] = fn(view[i], b, c), where ix holds the index i of each lane.
 
     Returns the old values. Lanes with the same index run one after the other.
     """

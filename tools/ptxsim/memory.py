@@ -47,7 +47,7 @@ class RaceError(PTXError):
 
 
 class _Bad(Exception):
-    """A fault of one lane. The machine converts it to a MemoryFault, and adds the thread and the source line."""
+    """A fault of one lane. The machine turns it into a MemoryFault that also names the thread and the source line."""
 
     def __init__(self, kind, space, where, address, size, detail=""):
         self.kind, self.space, self.where = kind, space, where
@@ -61,9 +61,9 @@ _next = GLOBAL_BASE
 
 
 def _allocate(nbytes):
-    """Returns a free base address, with a guard range after the buffer.
+    """Returns the address of a new buffer. An unused guard range follows each buffer, so that overruns are faults.
 
-    Addresses are reused only after the address range is used up.
+    Addresses of freed buffers are reused only when no new addresses are left.
     """
     global _next
     span = (nbytes + 255) // 256 * 256 + GUARD
@@ -79,12 +79,11 @@ def _allocate(nbytes):
 
 
 class Buffer:
-    """A device allocation.
+    """A buffer in device memory.
 
-    ``Buffer(array)`` copies the array. ``Buffer(nbytes=n)`` is zeroed.
-    ``Buffer(nbytes=n, init=None)`` is poisoned: every byte is 0xFF, and in launches
-    with ``check_poison=True`` it is a fault to read a byte that was never written.
-    ``buffer + k`` is a device pointer to byte k.
+    ``Buffer(array)`` copies the array. ``Buffer(nbytes=n)`` is zeroed. ``Buffer(nbytes=n, init=None)`` is poisoned:
+    its bytes are 0xFF and count as unwritten. With ``check_poison=True``, a launch raises a fault if it reads an
+    unwritten byte. ``buffer + k`` is a device pointer to byte k.
     """
 
     def __init__(self, array=None, *, nbytes=None, init=0, name=None, readonly=False):
@@ -125,7 +124,7 @@ class Buffer:
         return v
 
     def array(self, dtype=None, shape=None):
-        """Returns the contents as a numpy view."""
+        """Returns the contents as a numpy array that shares the buffer's memory."""
         a = self.raw[: self.nbytes].view(dtype or self.dtype)
         if shape is not None:
             return a.reshape(shape)
@@ -153,7 +152,10 @@ class Pointer:
 
 
 def host_view(arg):
-    """Returns a flat uint8 view of the memory of a numpy array or CPU torch tensor; None for other arguments."""
+    """Returns a numpy view of an argument in host memory; None for other arguments.
+
+    A numpy array is returned unchanged. A CPU torch tensor gives a flat uint8 array, and must be contiguous.
+    """
     if isinstance(arg, np.ndarray):
         return arg
     if hasattr(arg, "data_ptr") and hasattr(arg, "is_contiguous"):  # torch, without importing it
@@ -189,7 +191,7 @@ class BufferStats:
 
     @property
     def read_passes(self):
-        """The average number of times that each byte was read."""
+        """The number of times that each byte was read, on average."""
         return self.bytes_read / max(1, self.nbytes)
 
     @property
@@ -198,7 +200,7 @@ class BufferStats:
 
     @property
     def unique_bytes_read(self):
-        """The bytes of the distinct 32-byte sectors that were read: the traffic with a perfect cache."""
+        """The bytes of all 32-byte sectors that were read, each counted once: the traffic with a perfect cache."""
         return min(int(self._rd.sum()) * 32, self.nbytes)
 
     @property
@@ -207,7 +209,7 @@ class BufferStats:
 
 
 class Access:
-    """Counters of one memory instruction in a launch."""
+    """Counters of one memory instruction and state space in a launch."""
 
     def __init__(self, ins, space, kind):
         self.ins, self.space, self.kind = ins, space, kind
@@ -216,12 +218,12 @@ class Access:
 
     @property
     def efficiency(self):
-        """Requested bytes over the bytes of the touched sectors; 1.0 is fully coalesced."""
+        """Requested bytes divided by the bytes of all touched 32-byte sectors. 1.0 is fully coalesced."""
         return self.bytes / (32 * self.sectors) if self.sectors else 1.0
 
 
 def warps_in(s):
-    """Returns the number of warps in the lane selection s (a slice or a sorted index array)."""
+    """Returns the number of warps that have lanes in s, a slice or a sorted index array."""
     if isinstance(s, slice):
         return (s.stop - 1 >> 5) - (s.start >> 5) + 1
     w = s >> 5
@@ -243,7 +245,7 @@ def _unique_pairs(group, val, shift):
 
 
 class GlobalMemory:
-    """The global memory of a launch: all live buffers in one sparse 64-bit address space."""
+    """The global memory of a launch. All live buffers are in one 64-bit address space."""
 
     def __init__(self, check_poison=False, traffic=True):
         self.bufs = sorted(_live.values(), key=lambda b: b.base)
@@ -254,10 +256,12 @@ class GlobalMemory:
         self.stats = {}
 
     def locate(self, addr, size, write):
-        """Finds the buffers that contain an array of addresses.
+        """Finds the buffers of the addresses addr. Returns (buffer, positions, offsets) tuples.
 
-        Returns (buffer, positions in the array, byte offsets in the buffer) for each; positions None: all.
-        Raises a fault for addresses that are misaligned, outside of buffers, or (if write) read-only.
+        positions: indices into addr; None if all addresses are in this buffer.
+        offsets: bytes from the start of the buffer.
+
+        Raises a fault for misaligned addresses, addresses outside of buffers, and writes to read-only buffers.
         """
         if size > 1:
             low = addr & (size - 1)
@@ -289,7 +293,7 @@ class GlobalMemory:
         return out
 
     def near(self, a):
-        """Describes an address relative to the nearest buffer, for an error message."""
+        """Returns a text that locates an address, such as "4 bytes past the end of <Buffer x 64 bytes>"."""
         a = int(a)
         if not GLOBAL_BASE - GUARD < a < SHARED_BASE or not self.bufs:
             return ""
@@ -337,7 +341,7 @@ class GlobalMemory:
                 st.atomics += off.size
 
     def load(self, addr, lanes, width, vec, access):
-        """Loads vec elements of width bytes for each address. Returns vec arrays of unsigned integers."""
+        """Loads vec elements of width bytes for each lane. Returns vec arrays of unsigned integers."""
         size = width * vec
         pieces = self.locate(addr, size, False)
         if self.traffic and access is not None:
@@ -386,7 +390,7 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """The shared memory of all resident blocks: one byte array with an equal part for each block."""
+    """The shared memory of all resident blocks. It is one byte array, of which each block has an equal part."""
 
     def __init__(self, nslots, size, ranges, check_poison=False, check_races=False, banks=True):
         self.size = size
@@ -436,7 +440,7 @@ class SharedMemory:
             raise _Bad("read of uninitialised bytes", "shared", k, addr[k], size)
 
     def count(self, access, addr, lanes, size):
-        """Counts requests, bytes and bank conflicts of one instruction. A warp is served in phases of 128 bytes."""
+        """Counts the requests, bytes and bank conflicts of one instruction. A warp transfers 128 bytes at a time."""
         access.lanes += lanes.size
         access.bytes += lanes.size * size
         warp = lanes >> 5
@@ -485,11 +489,10 @@ class SharedMemory:
 
 
 class RaceDetector:
-    """Finds races in shared memory: records who last read and wrote each byte, and in which barrier interval.
+    """Finds races in shared memory. For each byte, it records the last accesses: the warp and the barrier interval.
 
-    A race: two warps access the same byte between the same barriers of their
-    block, and at least one of them writes. Atomics count as writes, but two atomics
-    do not race. Two writes of the same value are not reported.
+    In a race, two warps access the same byte between the same barriers of their block, and at least one of them
+    writes. Atomics count as writes, but two atomics do not race. Two writes of the same value are not reported.
     """
 
     MANY = -2
@@ -506,7 +509,7 @@ class RaceDetector:
             self.warp[k][:] = -1
 
     def access(self, at, size, kind, epoch, warp, silent=None, lost=None):
-        """Records an access. Returns a race as (position, other warp, kind of the other access), or None.
+        """Records an access. Returns None, or for a race (lane position, other warp, kind of the other access).
 
         at: byte positions of the lanes.
         kind: 'r' (read), 'w' (write) or 'a' (atomic).

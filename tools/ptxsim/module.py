@@ -63,7 +63,7 @@ class Module:
     def kernel(self, name=None):
         """Returns a kernel of the module.
 
-        name: the kernel's name, or a part of exactly one kernel's name; None: the module's only kernel.
+        name: the kernel's name, or a part that only its name has. None: the only kernel of the module.
         """
         names = self.entries
         hits = [n for n in names if name is None or n == name] or [n for n in names if name in n]
@@ -121,7 +121,7 @@ class Kernel:
         self.functions = order
 
     def callee(self, ins):
-        """Returns the function that a call instruction names; None for external functions and indirect calls."""
+        """Returns the function that a call instruction calls; None if it is external or the call is indirect."""
         for a in ins.args:
             if isinstance(a, Sym):
                 f = self.module.parsed.functions.get(a.name)
@@ -129,7 +129,7 @@ class Kernel:
         return None
 
     def target(self, fn, arg):
-        """Returns the pc of a label operand."""
+        """Returns the pc to which a label operand of the function fn refers."""
         _, name, scopes = arg
         for sc in reversed(scopes):
             if ":" + name in sc:
@@ -137,7 +137,7 @@ class Kernel:
         return self.labels[fn.name, name]
 
     def unsupported(self):
-        """Returns the kernel's instructions that cannot be simulated. A launch fails only if it reaches one."""
+        """Returns a text for each instruction that cannot be simulated. A launch fails only if it reaches one."""
         from .machine import Machine
 
         args = [b"\0" * v.nbytes if v.dims else 0 for v in self.fn.params]
@@ -163,11 +163,11 @@ class Kernel:
     ):
         """Runs the kernel and returns the report. Numpy-array arguments are updated in place.
 
-        resident: how many blocks run at once (default: blocks with a few thousand threads).
-        check_poison: fault on reads of bytes never written (init=None buffers, shared memory).
+        resident: number of blocks that run at once (default: as many as have a few thousand threads).
+        check_poison: raise a fault if a byte is read that was never written (init=None buffers, shared memory).
         check_races: record shared-memory races in report.races; 'raise' stops at the first.
-        traffic: count sectors and bank conflicts (turn off for speed).
-        stdout: where printf goes (default sys.stdout); it is also in report.output.
+        traffic: count sectors and bank conflicts. False is faster.
+        stdout: file to which printf writes (default sys.stdout). The text is also in report.output.
         """
         from .machine import Machine
 

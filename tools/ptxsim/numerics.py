@@ -1,4 +1,7 @@
-"""Correctly rounded, vectorised float functions that numpy lacks."""
+"""Vectorised float functions that numpy lacks, with correct rounding.
+
+"Rounded to odd" means: an inexact result gets an odd last bit. Rounding it again to fewer bits is then correct.
+"""
 
 from fractions import Fraction
 
@@ -67,7 +70,7 @@ def _odd_add(p, c):
 
 
 def narrow(x, mode):
-    """Rounds float64 to float32 in a rounding mode; the input must be exact or rounded to odd."""
+    """Rounds float64 to float32 in the rounding mode "rn", "rz", "rm" or "rp". x must be exact or rounded to odd."""
     r = x.astype(f32)
     if mode == "rn":
         return r
@@ -103,7 +106,7 @@ def fma32_mode(mode):
 
 
 def fma_small(a, b, c):
-    """Returns a * b + c as float64 rounded to odd, for float32 inputs that were converted from f16 or bf16."""
+    """Returns a * b + c in float64, rounded to odd. The inputs are float32 arrays with f16 or bf16 values."""
     return _odd_add(a.astype(f64) * b.astype(f64), c.astype(f64))
 
 
@@ -159,7 +162,7 @@ def _two_sum(a, b):
 
 
 def fma64(a, b, c):
-    """Computes a correctly rounded float64 fma (Boldo-Melquiond). Extreme values use exact fractions."""
+    """Returns a * b + c in float64, correctly rounded (Boldo-Melquiond). Extreme values use exact fractions."""
     a, b, c = np.broadcast_arrays(a, b, c)
     uh, ul = _two_prod(a, b)
     th, tl = _two_sum(c, ul)
@@ -194,7 +197,7 @@ def saturate(x):
 
 
 class Fp8:
-    """Conversion to and from the float8 formats e4m3fn and e5m2, by table."""
+    """Converts to and from a float8 format, e4m3fn or e5m2, with a table."""
 
     def __init__(self, ebits, bias, nan, top):
         mbits = 7 - ebits
@@ -212,7 +215,7 @@ class Fp8:
         return self.table[raw]
 
     def encode(self, x):
-        """Converts to float8, rounded to nearest even; overflow gives the largest finite value."""
+        """Converts to float8, rounded to nearest even. Values that are too large become the largest finite value."""
         x = x.astype(f64)
         a = np.abs(x)
         k = np.searchsorted(self.mid, a, "left")

@@ -1,9 +1,8 @@
 """Instructions for arithmetic, logic, comparison, conversion and data movement.
 
-A builder takes the Machine b and the instruction ins. It returns a function that
-executes the instruction for a lane selection s (a slice or index array). An
-operand is an array with one element per lane. Packed types (f16x2 ...) are
-arrays with a second axis of length 2.
+A lane is a simulated thread. An operand is an array with one element per lane; packed types (f16x2 ...) have a second
+axis of length 2. A builder takes the Machine b and the instruction ins. It returns a function that executes the
+instruction for the selected lanes s (a slice or index array).
 """
 
 import numpy as np
@@ -37,7 +36,7 @@ class NotImplementedPTX(NotImplementedError):
 
 
 def dtype_of(t):
-    """Returns (numpy dtype, whether packed) of a PTX type. bf16 is stored as uint16 bits."""
+    """Returns (numpy dtype, whether it is packed) for a PTX type such as "f16x2". bf16 is stored as uint16 bits."""
     if t in _PACKED:
         return _PACKED[t], True
     if t == "pred":
@@ -61,7 +60,7 @@ def op(*names):
 
 
 def emit(D, fn, srcs):
-    """Returns a function of a lane selection s that executes D[s] = fn(*(src[s] for each src))."""
+    """Returns a function of the selected lanes s that executes D[s] = fn(x[s], y[s], ...), with srcs = (x, y, ...)."""
     if len(srcs) == 1:
         (a,) = srcs
 
@@ -92,9 +91,9 @@ def simple(b, ins, typ, fn, dst_type=None, src_types=None, first=0):
 
 
 def float_fn(typ, fn, ins, exact64=None):
-    """Converts a float32 function to a function on the type typ, with the instruction's .ftz/.sat/.relu modifiers.
+    """Turns a float32 function into a function on values of type typ, with the modifiers .ftz, .sat and .relu of ins.
 
-    exact64: a version of fn with results in float64 rounded to odd, used for f16 and bf16.
+    exact64: version of fn for f16 and bf16 that returns float64, rounded to odd.
     """
     parts = ins.parts
     sat, ftz, relu = "sat" in parts, "ftz" in parts, "relu" in parts
@@ -138,7 +137,10 @@ def mode_of(ins):
 
 
 def _mixed(ins):
-    """Returns a function that converts the bf16 or f16 operand of e.g. add.f32.bf16 to float32; otherwise None."""
+    """Returns the function that converts the narrow operand of add.f32.bf16 or add.f32.f16 to float32.
+
+    Returns None if all operands of the instruction have the same type.
+    """
     wide, narrow = ins.parts[-2:]
     if wide == "f32" and narrow in ("f16", "bf16"):
         return nm.bf16_decode if narrow == "bf16" else lambda x: x.astype(f32)
@@ -220,7 +222,7 @@ def _mul_parts(ins):
 
 
 def _mul_int(how, typ):
-    """Returns (function, destination type) of an integer multiplication; how is "lo", "hi" or "wide"."""
+    """Returns (function, PTX type of the result) for an integer multiplication; how is "lo", "hi" or "wide"."""
     if how == "lo":
         return np.multiply, typ
     n = int(typ[1:])
@@ -406,9 +408,9 @@ BUILD["min"] = BUILD["max"] = _minmax
 
 
 def _unary_float(fn64):
-    """Returns a builder for rcp, ex2 etc., computed in float64 and rounded once.
+    """Returns a builder for instructions such as rcp and ex2, which are computed in float64 and then rounded.
 
-    This is more accurate than the hardware's .approx.
+    The hardware's .approx forms are less accurate.
     """
 
     def build(b, ins):
@@ -725,7 +727,7 @@ _LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 def _compare(cmp, typ, ftz):
-    """Returns a comparison function on raw register values."""
+    """Returns the comparison function of setp, such as "lt". It takes raw register values (bf16 as uint16 bits)."""
     if not is_float(typ):
         return _CMP[cmp]
     base = typ[:-2] if typ.endswith("x2") else typ
@@ -936,7 +938,7 @@ _INT_ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def _decode(t):
-    """Returns a function that converts raw register values of type t to float64."""
+    """Returns a function that converts register values of type t to float64. bf16 values are stored as uint16 bits."""
     if t == "bf16":
         return lambda x: nm.bf16_decode(x).astype(f64)
     return lambda x: x.astype(f64)

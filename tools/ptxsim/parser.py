@@ -205,7 +205,7 @@ class _Parser:
         self.pos = m.end()
 
     def until(self, ch):
-        """Returns the text before the next ch outside of strings, and moves past ch."""
+        """Returns the text before the next character ch that is not in a string, and moves past ch."""
         i, t = self.pos, self.text
         while i < len(t):
             if t[i] == '"':
@@ -219,7 +219,7 @@ class _Parser:
         self.fail(f"missing '{ch}'")
 
     def skip_block(self):
-        """Moves from a '{' at self.pos past the matching '}'."""
+        """Moves past the '}' that matches the '{' at self.pos."""
         depth = 0
         for m in re.compile(r'"(?:\\.|[^"\\])*"|[{}]').finditer(self.text, self.pos):
             if m.group() == "{":
@@ -550,7 +550,7 @@ class _Operands:
         return a
 
     def atom(self):
-        """Parses a register, symbol or number, with optional constants added to it."""
+        """Parses an operand such as "%r1", "name+8" or "3": a register, symbol or number, plus constants."""
         a = self.primary()
         off = 0
         while self.peek() in ("+", "-") and self.peek():

@@ -54,7 +54,7 @@ class Report:
         self._m = None
 
     def source_of(self, ins):
-        """Returns the (file, line) of an instruction's source, or None."""
+        """Returns (file, line) of the source code of an instruction, or None."""
         return source_of(self._files, ins)
 
     def _sum(self, space, kinds, field):
@@ -62,7 +62,7 @@ class Report:
 
     @property
     def instructions(self):
-        """The number of warp instructions that were issued."""
+        """The number of issued instructions. An instruction of a warp counts once, not once per thread."""
         return sum(self.opcodes.values())
 
     @property
@@ -83,7 +83,7 @@ class Report:
 
     @property
     def global_atomics(self):
-        """The number of atomic and reduction operations on global memory, counted per thread."""
+        """The number of atomic and red operations on global memory. Each thread counts."""
         return self._sum("global", ("atomic",), "lanes")
 
     @property
@@ -100,7 +100,7 @@ class Report:
 
     @property
     def bank_conflicts(self):
-        """The number of additional shared-memory wavefronts due to bank conflicts."""
+        """The number of extra shared-memory wavefronts that bank conflicts cause."""
         return sum(a.wavefronts - a.ideal_wavefronts for a in self.accesses if a.space == "shared")
 
     @property
@@ -108,14 +108,14 @@ class Report:
         return max([a.max_ways for a in self.accesses if a.space == "shared"], default=0)
 
     def buffer(self, name):
-        """Returns the statistics of a buffer, given as a Buffer or by name ('arg0' is the first argument)."""
+        """Returns the BufferStats of a buffer. name: a Buffer, or its name, such as 'arg0' for the first argument."""
         for b in self.buffers:
             if b.name == name or b.buffer is name:
                 return b
         raise KeyError(name)
 
     def summary(self, accesses=False):
-        """Returns a small text table. With accesses=True, it has a line for each memory instruction."""
+        """Returns a text with tables of the counts. With accesses=True, it has a line for each memory instruction."""
         g = f"{self.kernel[:60]}  grid {self.grid} block {self.block}  ({self.seconds:.2f} s simulated)"
         out = [
             g,

@@ -14,7 +14,7 @@ NEEDS_NVCC = (
 
 
 def need_nvcc():
-    """Skips the test or the module if nvcc is missing. In CI, fails it instead."""
+    """Skips the calling test or test module if nvcc is missing. In CI, a missing nvcc is a failure."""
     if find_nvcc() is not None:
         return
     if os.environ.get("CI", "").lower() in ("1", "true"):

@@ -1,7 +1,7 @@
 """Warp-level instructions: shuffles, votes, reductions, matrix loads and mma.
 
-The machine runs such an instruction only after every lane in the member mask
-has arrived. So the instruction may read registers of other lanes.
+The machine runs such an instruction only after every lane in the member mask has arrived. Then the registers of the
+other lanes are ready to be read.
 """
 
 import numpy as np
@@ -17,7 +17,10 @@ SYNC = {}
 
 
 def sync(*names, mask=-1):
-    """Marks opcodes as warp-synchronous; mask is the index of the member-mask operand, or None for the whole warp."""
+    """Registers opcodes that all lanes of a member mask execute together.
+
+    mask: index of the operand with the member mask; None: the whole warp.
+    """
     for n in names:
         SYNC[n] = mask
 
@@ -37,21 +40,24 @@ sync("ldmatrix", "stmatrix", "mma", "movmatrix", mask=None)
 
 
 def _dp(b, arg, typ):
-    """Returns (destination, predicate destination) of an operand; without a predicate, the second is None."""
+    """Returns (destination, predicate destination) of an operand such as "%r1|%p1".
+
+    The predicate destination is None if the operand has none.
+    """
     if isinstance(arg, Pair):
         return b.dst(arg.first, typ), b.dst(arg.second, "pred")
     return b.dst(arg, typ), None
 
 
 def present(b, s):
-    """Returns a boolean array over all lanes, True for the lanes of the selection s."""
+    """Returns a boolean array with one value per lane: True for the selected lanes s."""
     p = np.zeros(b.L, bool)
     p[s] = True
     return p
 
 
 def ballot(b, s, flag):
-    """Returns a 32-bit mask for each warp, with the bits of the lanes in s for which flag is set."""
+    """Returns a 32-bit mask for each warp. A bit is set if its lane is in s and its flag is true."""
     p = np.zeros(b.L, bool)
     p[s] = flag
     return np.packbits(p.reshape(-1, 32), axis=1, bitorder="little").view("<u4")[:, 0].astype(np.uint32)
@@ -134,7 +140,7 @@ def _vote(b, ins):
 
 
 def _by_warp(b, s):
-    """Returns (lane numbers of s, warp numbers, position of each lane's warp among the warp numbers)."""
+    """Returns (lanes, warps, positions). Lane lanes[i] belongs to the warp warps[positions[i]]."""
     ln = b.lanes[s]
     w = ln >> 5
     rows, inv = np.unique(w, return_inverse=True)
@@ -308,9 +314,10 @@ def _movmatrix(b, ins):
 
 
 def _fragment(shape_mk, per_reg, nreg, kind):
-    """Returns (row, column) of each element of a matrix fragment, indexed [register][element][lane].
+    """Returns two arrays, row and column, that place the elements of an mma operand in its matrix.
 
-    kind: the operand of mma, "a", "b" or "c". nreg: registers per lane. per_reg: elements per register.
+    They are indexed [register][element][lane].
+    kind: "a", "b" or "c". nreg: registers per lane. per_reg: elements per register.
     """
     lane = np.arange(32)
     g, t = lane >> 2, lane & 3

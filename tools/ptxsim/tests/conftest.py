@@ -18,7 +18,7 @@ def compiled():
 
 @pytest.fixture(scope="session", params=ARCHS)
 def cuda(request, compiled):
-    """Returns the module of the test kernels, compiled for one architecture."""
+    """Returns the module of kernels.cu, compiled for one architecture."""
     mod = ptxsim.Module(compiled[request.param].result())
     mod.arch = request.param
     return mod

@@ -1,4 +1,4 @@
-"""Triton kernels for the tests, in a file because the JIT reads their source."""
+"""Triton kernels for the tests. They are in a file because Triton reads their source code."""
 
 import triton
 import triton.language as tl

@@ -38,7 +38,7 @@ def test_odd_block_size_and_in_place(cuda, resident):
 
 
 class FakeTorch:
-    """A fake tensor with the attributes and methods that ptxsim uses."""
+    """A stand-in for a torch tensor, with only the attributes and methods that ptxsim uses."""
 
     device = type("Device", (), {"type": "cpu"})
 

@@ -31,7 +31,10 @@ NP = {
 
 
 def run(text, tin, tout, *cols):
-    """Runs PTX instructions with inputs %a %b %c and output %d, in one thread for each row of cols."""
+    """Runs PTX instructions that compute %d from %a, %b and %c. Returns the values of %d.
+
+    cols: an array of values for each input; each element gets a thread. tin, tout: types of the inputs and of %d.
+    """
     n = len(cols[0])
     reg = {
         t: t if t[0] in "fb" and t not in ("f16", "bf16", "f16x2", "bf16x2") else f"b{8 * np.dtype(d).itemsize}"
