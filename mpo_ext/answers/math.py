@@ -45,8 +45,8 @@ _SYMBOLS |= {
 class MathMatcher(Matcher):
     """Compares mathematical expressions with the package math-verify (the extra ``math``).
 
-    Numbers are compared by the rules of ``NumberMatcher``, with two differences. A unit may be missing after one of the
-    numbers ("7" equals "7 cm"), and 50% equals both 50 and 0.5.
+    Numbers are compared by the rules of ``NumberMatcher``, with two differences. A unit may be missing after one of
+    the numbers ("7" equals "7 cm"), and 50% equals both 50 and 0.5.
 
     Words are compared as text. As expressions, "no" and "on" would be equal products of letters.
 
