@@ -57,7 +57,7 @@ def check_integer(name: str, value: object, *, least: int | None = None) -> None
 
 
 def check_index(index: int, size: int) -> int:
-    """Returns the index counted from 0, ``size - 1`` for -1. Raises IndexError if the index is out of range."""
+    """Converts a negative index: -1 becomes ``size - 1``. Raises IndexError if the index is out of range."""
     if not -size <= index < size:
         raise IndexError(f"index must be in [{-size}, {size}), got {index}")
     return index % size

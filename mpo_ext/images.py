@@ -133,8 +133,8 @@ def image_exists(source: str) -> bool:
 def missing_image_advice(source: str) -> str:
     """Returns advice for an error message about the missing image file ``source``, or "".
 
-    The advice is to write ``data:image/...;base64,`` before base64 text. In ``source``, the path of a folder may
-    precede the text.
+    ``source`` may be base64 text, perhaps after the path of a folder. The advice is then to write
+    ``data:image/...;base64,`` before the text.
     """
     match = _BASE64_IMAGE.search(source)
     if match is None:

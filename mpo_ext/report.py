@@ -26,7 +26,7 @@ class Line:
         y: Values, one per position.
         color: Any matplotlib colour.
         style: A matplotlib line style, such as "-" or "--".
-        smooth: Number of values in the running mean that is drawn over the raw values; 1 draws only the raw values.
+        smooth: Window length of a running mean, which is drawn over the raw values; 1 draws only the raw values.
         errors: Lengths of the error bars to either side, one per position; None: no error bars.
     """
 

@@ -119,8 +119,7 @@ class MathProcess:
 
         Returns:
             - "equal" or "different".
-            - "rounded" if one expression is a rounded decimal number of the other, such as 1.41 of the square root of
-              2.
+            - "rounded" if one expression is the other, rounded to a decimal number: "1.41" and the square root of 2.
             - "unread" if math-verify cannot read or compare the expressions.
             - "unfinished" if the time limit is reached or the helper process dies.
         """

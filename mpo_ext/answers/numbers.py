@@ -60,7 +60,7 @@ class NumberRule:
 
     Attributes:
         percent: As in ``NumberMatcher``, or "either": 50% equals both 0.5 and 50.
-        is_rounding_wrong: Whether numbers that are equal only after rounding (3.14 and 3.14159) are different. If
+        is_rounding_wrong: Whether numbers that are equal only after rounding (3.14 and 3.14159) count as different. If
             False, it is unclear whether they are equal.
     """
 
@@ -249,8 +249,8 @@ class ChartMatcher(Matcher):
         absolute: Absolute tolerance, used only if the truth is 0.
         years: "relaxed" treats a year like any other number, as the ChartQA paper does. "auto" requires the exact
             number if the truth has four digits and lies between 1800 and 2100. "exact" always requires the text of the
-            truth; the exact number in another form ("2,010") is unreadable. ChartQAPro's script requires the same text
-            for answers that its data marks as years.
+            truth, as ChartQAPro's script does for answers that its data marks as years. The exact number in another
+            form ("2,010") is then unreadable.
     """
 
     kind: ClassVar[str] = "chart"

@@ -46,7 +46,7 @@ class Digits:
     Attributes:
         images: ``[N, 8, 8]`` float32 in [0, 1].
         values: ``[N]`` the digits, 0 to 9.
-        indices: ``[N]`` indices of the digits in scikit-learn's data set. They show that splits are disjoint.
+        indices: ``[N]`` indices of the digits in scikit-learn's data set.
     """
 
     images: np.ndarray
@@ -148,7 +148,7 @@ def load_digits() -> dict[str, Digits]:
 
 
 def part(split: Digits, begin: int, end: int | None) -> Digits:
-    """Returns the digits ``begin`` to ``end - 1`` of a split. If ``end`` is None, returns all from ``begin`` on."""
+    """Returns the digits of a split from index ``begin`` to ``end - 1``, or to the last digit if ``end`` is None."""
     chosen = slice(begin, end)
     return Digits(split.images[chosen], split.values[chosen], split.indices[chosen])
 

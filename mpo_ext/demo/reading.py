@@ -1,4 +1,4 @@
-"""The demo's task: reading the digits of a grid, although the model has learned to guess digits from its own text.
+"""The demo's task: a model that has learned to guess digits from its own text must read the digits of a grid.
 
 A step-by-step response names the digits of all cells in order and then gives the answer. The SFT corpus of the demo
 has a *language prior*: in these responses, the next digit is often the previous digit + 1. In the preference pairs and
@@ -179,10 +179,10 @@ def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
 
 
 def hallucinated_cells(task: ReadingTask, response: str, prior_step: int) -> list[int]:
-    """Returns the indices of the cells whose digit the response names wrongly, as the language prior predicts it.
+    """Returns the indices of the cells that the response hallucinates.
 
-    The prior predicts the digit of a cell as the digit that the response names for the previous cell + ``prior_step``,
-    modulo 10.
+    The response hallucinates a cell if it names a wrong digit, which the language prior predicts. The prediction is
+    the digit that the response names for the previous cell + ``prior_step``, modulo 10.
     """
     read = read_digits(response, task.cells)
     return [

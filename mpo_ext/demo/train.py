@@ -84,8 +84,8 @@ def train_branch(
 ) -> list[dict[str, float]]:
     """Trains the SFT model further on the pairs, with the loss weights of a method. An interrupted run resumes.
 
-    All methods use the same pairs, their order, the number of steps and the learning rate. The reference model is the
-    SFT model. Its log-probabilities are stored in ``folder/reference.jsonl``.
+    All methods use the same pairs in the same order, the same number of steps and the same learning rate. The
+    reference model is the SFT model. Its log-probabilities are stored in ``folder/reference.jsonl``.
 
     Args:
         model: The SFT model, which is trained in place.

@@ -22,8 +22,8 @@ class EvaluationRun:
 
     Attributes:
         block_size: Maximum number of responses that are saved at once; a single question may have more. A killed
-            process loses the responses that are not saved yet. With vLLM or an OpenAI server, these are several times
-            ``block_size``.
+            process loses the responses that are not saved yet: at most ``block_size``, or several times this number
+            with vLLM or an OpenAI server.
         rank: Rank of this process. For example, rank 1 of 4 processes asks the questions 1, 5, 9, ..., counted from 0.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.

@@ -40,7 +40,7 @@ class StageRunner:
     a checkpoint. On Linux, the group is killed if this process is killed.
 
     Entering the context locks the folder against other processes. If an earlier process was killed, it then waits
-    until the commands of this process have ended.
+    until the commands of the killed process have ended.
 
     Raises:
         LockedError: If another process holds the lock of the folder.

@@ -250,7 +250,7 @@ class EngineRecipe:
         device: Device of "transformers"; None: the GPU of the process, or the CPU.
         batch_size: Samples per batch of "transformers"; None: 16.
         block_size: Number of responses that are saved at once. A killed process loses the responses that are not saved
-            yet. With "vllm", these are several times ``block_size``.
+            yet: at most ``block_size``, or several times this number with "vllm".
         options: Arguments of ``from_pretrained`` or ``VLLMEngine``, such as ``{tensor_parallel_size: 2}``.
     """
 
