@@ -10,7 +10,7 @@ _INTERVAL_RULES = {"(-inf, inf)": "finite", "(0, inf)": "positive and finite", "
 
 
 def install_hint(extra: str) -> str:
-    """Returns the advice in error messages on how to install an extra of mpo-ext, such as "train"."""
+    """Returns advice for an error message, such as "install the extra 'train' of mpo-ext (...)"."""
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
 
 
@@ -27,10 +27,10 @@ class LinesError(ValueError):
 
 
 def check_number(name: str, value: object, interval: str = "") -> None:
-    """Raises unless a value is a real number and lies in an interval.
+    """Checks that a value is a real number in an interval.
 
     ``name`` is the name of the argument in the message. ``interval`` is in mathematical notation, such as ``"[0, 1)"``
-    or ``"(0, inf)"``. NaN lies in no interval. The empty string allows every number.
+    or ``"(0, inf)"``. NaN lies in no interval. If ``interval`` is empty, every number is allowed, even NaN.
 
     Raises:
         TypeError: If the value is a bool or not a real number.
@@ -57,7 +57,7 @@ def check_integer(name: str, value: object, *, least: int | None = None) -> None
 
 
 def check_index(index: int, size: int) -> int:
-    """Converts a negative index to the equivalent index from 0; raises IndexError if it is out of range."""
+    """Converts a negative index: -1 becomes ``size - 1``. Raises IndexError if the index is out of range."""
     if not -size <= index < size:
         raise IndexError(f"index must be in [{-size}, {size}), got {index}")
     return index % size
@@ -80,7 +80,10 @@ def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str
 
 
 def check_model_path(name: str, path: str) -> None:
-    """Raises FileNotFoundError if a model's path does not exist and does not look like a model id on the hub."""
+    """Raises FileNotFoundError if a model's path, such as "./model", does not exist.
+
+    A path that may be a model id on the hub, such as "OpenGVLab/InternVL3-1B-hf", is accepted.
+    """
     if os.path.exists(path) or "://" in path:
         return
     parent = os.path.dirname(path)
@@ -127,7 +130,7 @@ def is_nested_deeply(value: object) -> bool:
 
 
 def check_json(name: str, value: object) -> None:
-    """Raises unless a value can be stored as JSON and read back unchanged.
+    """Checks that a value can be stored as JSON and read back unchanged.
 
     Messages refer to parts of the value as ``name.key`` and ``name[index]``.
 

@@ -18,8 +18,8 @@ def atomic_write(path: str | os.PathLike[str], *, is_locked: bool = False) -> It
 
     Args:
         path: Path of the file to write. Its folder is created if it does not exist.
-        is_locked: Whether the caller holds a lock on ``path``. If True, the temporary file has a fixed name, so that
-            the next writer overwrites the file that a killed process left.
+        is_locked: Whether the caller holds a lock on ``path``. The temporary file then has a fixed name, so that it
+            replaces the temporary file of a killed process.
     """
     target = Path(path)
     token = "partial" if is_locked else f"{secrets.token_hex(6)}.tmp"
@@ -58,7 +58,7 @@ def check_outputs(
     inputs: Iterable[str | os.PathLike[str]] = (),
     is_ours: bool = True,
 ) -> None:
-    """Raises if writing the outputs would destroy files of the user.
+    """Checks that writing the outputs destroys no file of the user.
 
     Args:
         name: Name of the argument with the output path, for messages.
@@ -85,7 +85,7 @@ def check_outputs(
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns the device and inode numbers of a file. All paths of the file have the same numbers.
+    """Returns the device and inode numbers of a file, which are equal for all paths of the file.
 
     For a broken link, they are the numbers of the link itself.
     """
@@ -137,13 +137,13 @@ class LockedError(RuntimeError):
 class FileLock:
     """A context manager that holds a lock between processes. The operating system releases it when the process dies.
 
-    The lock file contains the process id of the holder. The message of LockedError names this id.
+    The lock file contains the process id of the holder. The message of LockedError names this id. The lock file is
+    never deleted. Otherwise, two processes could lock two different files at the same path.
 
     Args:
-        path: Path of the lock file. The file is never deleted: if it were, two processes could hold locks on different
-            files at this path.
+        path: Path of the lock file.
         what: Name of the locked resource for the error message.
-        wait: Whether to wait until the lock is free. If False, a lock held by another process raises.
+        wait: Whether to wait until the lock is free.
 
     Raises:
         LockedError: If another process holds the lock and ``wait`` is False.

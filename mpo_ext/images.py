@@ -55,8 +55,8 @@ class ImageError(ValueError):
 def load_image(source: Any) -> Any:
     """Returns the pixels that a model sees: a PIL image of mode RGB, upright, in sRGB, on white.
 
-    EXIF orientation is applied, transparency is composited on white, an embedded colour profile is converted to sRGB,
-    16-bit grey is scaled to 8 bits, and only the first frame of an animation is used. A PIL image that needs no
+    EXIF orientation is applied. Transparency is composited on white. An embedded colour profile is converted to sRGB.
+    16-bit grey is scaled to 8 bits. Of an animation, only the first frame is used. A PIL image that needs no
     conversion is returned unchanged.
 
     Args:
@@ -74,7 +74,7 @@ def load_image(source: Any) -> Any:
 
 
 def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
-    """Checks an image, and returns the kind and the text of each warning.
+    """Checks an image, and returns (kind, text) for each warning.
 
     The kinds are "animated image" (only the first frame is used) and "colour profile" (it cannot be applied).
 
@@ -131,10 +131,10 @@ def image_exists(source: str) -> bool:
 
 
 def missing_image_advice(source: str) -> str:
-    """Returns advice for an error message about the missing image file ``source``.
+    """Returns advice for an error message about the missing image file ``source``, or "".
 
-    The advice is for base64 text without the prefix ``data:image/...;base64,``. The path of a folder may precede the
-    text. In all other cases, the result is "".
+    ``source`` may be base64 text, perhaps after the path of a folder. The advice is then to write
+    ``data:image/...;base64,`` before the text.
     """
     match = _BASE64_IMAGE.search(source)
     if match is None:
@@ -334,7 +334,7 @@ def _data_bytes(url: str) -> bytes:
 def _to_rgb(image: Any) -> Any:
     """Converts an opened image as ``load_image`` describes.
 
-    The messages of its ImageErrors lack the words "image must" at the beginning; ``_named_errors`` adds them.
+    Its ImageErrors begin without "image must". ``_named_errors`` adds these words and the source.
     """
     pillow = _pillow()
     raw_mode = _raw_mode(image)
@@ -355,7 +355,7 @@ def _to_rgb(image: Any) -> Any:
 
 
 def _raw_mode(image: Any) -> str:
-    """Returns an image's pixel layout, such as "L;4", or "" if it is unknown or Pillow's ``load`` has discarded it."""
+    """Returns an image's pixel layout, such as "L;4"; "" if it is unknown or the image is already loaded."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else None
     raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -407,7 +407,7 @@ def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
 
 
 def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
-    """Scales a grey image of more than 8 bits to mode L. Returns it with its opacity (mode L; None: opaque)."""
+    """Returns a grey image of more than 8 bits scaled to mode L, and its opacity (mode L; None: opaque)."""
     import numpy as np
 
     values, pillow = np.asarray(image), _pillow()
@@ -445,7 +445,7 @@ def _range(image: Any) -> str:
 
 
 def _color_mode(mode: str) -> str:
-    """Returns the mode of the colours that ``_color_and_alpha`` returns for an image of mode ``mode``."""
+    """Returns the mode of the colours from ``_color_and_alpha``, such as "RGB" for an image of mode "P"."""
     return "L" if mode in _GREYS else mode if mode in ("CMYK", "LAB") else "RGB"
 
 
@@ -461,10 +461,10 @@ def _to_srgb(color: Any, profile: bytes | None) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _profile_transform(profile: bytes, mode: str) -> tuple[Any, str | None]:
-    """Returns the transform from a profile to sRGB, and the reason why the profile cannot be applied.
+    """Returns (transform, problem) for a colour profile; ``mode`` is the mode of the image's colours.
 
-    If the profile can be applied, the reason is None. If the profile equals sRGB up to rounding, the transform is
-    None, too, so no pixel changes. ``mode`` is the mode of the image's colours.
+    ``transform`` converts the colours to sRGB. It is None if they need no conversion or the profile cannot be applied.
+    ``problem`` is the reason why the profile cannot be applied, or None.
     """
     cms, pillow = _image_cms(), _pillow()
     try:

@@ -28,7 +28,7 @@ class SettingsMismatchError(LinesError):
     """Raised if the settings in a journal file differ from the requested settings.
 
     Attributes:
-        differences: For each setting that differs: its name, its value in the file, and its requested value.
+        differences: (name, value in the file, requested value) of each setting that differs.
     """
 
     def __init__(self, path: Path, differences: Sequence[tuple[str, Any, Any]]) -> None:
@@ -106,7 +106,10 @@ class Journal:
 
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
-    """Returns a record as a line of JSON in UTF-8. If a text cannot be encoded, all non-ASCII text is escaped."""
+    """Returns a record as a line of JSON in UTF-8.
+
+    If a text contains a lone surrogate, which UTF-8 cannot encode, all non-ASCII characters are escaped.
+    """
     try:
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which JSON can express and UTF-8 cannot
@@ -196,9 +199,9 @@ def _line_start(file: int, end: int) -> int:
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields ``(dotted name, old value, new value)`` for each difference between nested settings.
+    """Yields (name, old value, new value) for each difference between nested settings, such as ("lora.rank", 8, 16).
 
-    "(absent)" stands for a missing value. ``name`` is the prefix of the dotted names.
+    "(absent)" stands for a missing value. ``name`` is a prefix of the yielded names.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):

@@ -59,14 +59,17 @@ def load_config(path: str, **options: Any) -> Any:
 
 
 def check_on_hub(name: str, path: str) -> None:
-    """Raises FileNotFoundError if ``path`` is neither a local path, nor a model in the cache or on the hub.
+    """Checks that a model exists locally, in the cache, or on the hub.
 
-    The hub is asked once. ``from_pretrained`` would ask several times, and its message would not say that the folder
-    does not exist.
+    This function asks the hub once. ``from_pretrained`` would ask several times, and its message would not say that
+    the folder does not exist.
 
     Args:
         name: Name of the argument in messages.
         path: Folder or hub name of the model.
+
+    Raises:
+        FileNotFoundError: If the model is not found.
     """
     if os.path.exists(path) or "://" in path:
         return
@@ -116,7 +119,7 @@ def load_processor(path: str, config: Any, **options: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadedProcessor:
-    """The processor of a model, with its config and settings of token ids.
+    """A model's processor and config, with the token ids that end a response or must not be generated.
 
     Attributes:
         processor: Processor, or the tokenizer of a text model.
@@ -135,7 +138,7 @@ class LoadedProcessor:
 
 
 def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
-    """Loads and returns a model's processor, config and settings of token ids, but not its weights.
+    """Loads and returns a ``LoadedProcessor``: a model's processor, config and special token ids, without the weights.
 
     ``options`` are arguments of ``from_pretrained``. Only those in ``HUB_OPTIONS``, such as ``revision``, are used.
 
@@ -204,7 +207,7 @@ def check_supported(config: Any, processor: Any = None) -> None:
 
     Raises:
         ValueError: If the model is an encoder, has an encoder and a decoder, attends to images by cross-attention, or
-            attends to its prompt in both directions (PaliGemma). If its processor returns labels.
+            attends to its prompt in both directions (PaliGemma). Also if its processor returns labels.
     """
     configs = [config, *(getattr(config, name, None) for name in _TEXT_CONFIGS)]
 

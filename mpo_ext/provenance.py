@@ -47,9 +47,9 @@ def library_versions() -> dict[str, str]:
 def processor_parts(chat: ChatEncoder, end_ids: Iterable[int]) -> dict[str, Any]:
     """Returns the parts of a processor that determine token ids and pixels, as JSON values.
 
-    Large parts (the tokenizer and the chat template) are represented by hashes. Paths, versions and class names are
-    left out. Fields of a tokenizer that are null or false are left out, too, because later library versions may add
-    such fields. The date is included if the chat template writes it.
+    The tokenizer and the chat template are represented by hashes. The date is included if the chat template writes it.
+    Paths, versions and class names are left out. So are null and false fields of the tokenizer, because later library
+    versions may add such fields.
 
     Args:
         chat: Encoder with the processor, the chat template and its settings.
@@ -92,8 +92,8 @@ def reads_date(chat_template: str | None) -> bool:
 def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Returns a message for each difference between two results of ``processor_parts``.
 
-    The keys are the dotted names of settings, such as ``image_processor.size.height``. If ``old`` has no video
-    processor, it was recorded by an earlier version, and the video processor is not compared.
+    The keys are the dotted names of settings, such as ``image_processor.size.height``. The video processor is not
+    compared if ``old`` has none, because earlier versions of mpo_ext did not record it.
     """
     if _VIDEO_PROCESSOR not in old:
         new = {name: value for name, value in new.items() if name != _VIDEO_PROCESSOR}
@@ -103,7 +103,7 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, s
 
 
 def changed_independently(names: Iterable[str]) -> list[str]:
-    """Returns those of ``names`` whose settings a new library version cannot change.
+    """Returns the names of changed parts that a new library version cannot have changed, such as "chat_template".
 
     ``names`` are keys of a result of ``changed_parts``.
     """

@@ -26,7 +26,7 @@ class Line:
         y: Values, one per position.
         color: Any matplotlib colour.
         style: A matplotlib line style, such as "-" or "--".
-        smooth: Number of values in the running mean that is drawn over the raw values; 1 draws only the raw values.
+        smooth: Window length of a running mean, which is drawn over the raw values; 1 draws only the raw values.
         errors: Lengths of the error bars to either side, one per position; None: no error bars.
     """
 
@@ -194,9 +194,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Returns whether a terminal table right-aligns a column: each cell is empty or begins with a digit.
+    """Returns whether a terminal table right-aligns a column, because each cell is empty or begins with a digit.
 
-    The result is False for the first column, and in a table with fewer than three columns.
+    The first column and tables with one or two columns are never right-aligned.
     """
     return column > 0 and len(rows[0]) > 2 and all(not row[column] or row[column][0].isdigit() for row in rows)
 

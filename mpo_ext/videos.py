@@ -58,7 +58,7 @@ class Video:
 
     Raises:
         TypeError: If a field has a wrong type. The message names the field, the rule and the value.
-        ValueError: If not exactly one of ``path`` and ``frames`` is given, or a number is out of its range.
+        ValueError: If both ``path`` and ``frames`` are given, or neither, or if a number is out of its range.
     """
 
     path: str = ""
@@ -181,9 +181,9 @@ class LoadedVideo:
 def load_video(source: Any) -> LoadedVideo:
     """Returns the frames of a video that a model sees.
 
-    A file of D seconds gives ``round(D * fps)`` frames, but at least one and at most ``max_frames``. They are the
-    frames shown at equally spaced times from the start. A list gives all its frames, or ``max_frames`` evenly spaced
-    frames. Each frame is converted like an image by ``mpo_ext.images.load_image``.
+    A file of D seconds gives ``round(D * fps)`` frames at equal intervals, but at least one and at most
+    ``max_frames``. A list gives all its frames, or ``max_frames`` evenly spaced frames if it is longer. Each frame is
+    converted like an image by ``mpo_ext.images.load_image``.
 
     Args:
         source: A ``Video``, a value that ``Video.from_value`` takes, or a ``LoadedVideo``, which is returned
@@ -203,7 +203,7 @@ def load_video(source: Any) -> LoadedVideo:
 
 
 def key_frames(source: Any, count: int) -> LoadedVideo:
-    """Returns at most ``count`` evenly spaced frames of a video, and at most as many as ``load_video`` returns.
+    """Returns ``count`` evenly spaced frames of a video, or fewer if ``load_video`` returns fewer.
 
     Only these frames are decoded. The function raises the same errors as ``load_video``.
     """
@@ -214,7 +214,7 @@ def key_frames(source: Any, count: int) -> LoadedVideo:
 
 
 def check_video(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
-    """Checks a video, and returns the kind and the text of each warning. At present, the list is always empty.
+    """Checks a video, and returns warnings like ``check_image``. At present, the list is always empty.
 
     Args:
         source: As in ``load_video``.
@@ -445,7 +445,7 @@ class _PacketIndex:
         return list(dict.fromkeys(places))
 
     def decode(self, places: Sequence[int]) -> list[Any]:
-        """Decodes the frames with the given indices, in ascending order, to PIL images of mode RGB."""
+        """Decodes frames to PIL images of mode RGB. The indices ``places`` must be in ascending order."""
         images = self._with_seeks(places) if self._has_stamps else None
         if images is None:  # a container without a usable index, or a raw stream
             images = self._in_order(places)
@@ -456,7 +456,7 @@ class _PacketIndex:
         return images
 
     def _with_seeks(self, places: Sequence[int]) -> list[Any] | None:
-        """Decodes the frames at ``places`` after seeking to keyframes. Returns None if a seek misses a frame."""
+        """Decodes frames after seeking to the keyframes before them. Returns None if a seek misses a frame."""
         images: list[Any] = []
         position = -1  # timestamp of the last decoded frame
         frames: Iterator[Any] = iter(())

@@ -67,8 +67,10 @@ class Matcher(abc.ABC):
     def _early_verdict(self, prediction: str, truths: Sequence[str]) -> Verdict | None:
         """Returns the verdict if a text is blank or too long to compare, otherwise None.
 
-        An answer is unreadable if it is blank, or if every truth is blank. If a text is longer than ``longest``, the
-        answer is right if it equals a truth apart from case and spaces, and otherwise unreadable.
+        A blank answer is unreadable. So is every answer if all truths are blank.
+
+        If the answer or a truth is longer than ``longest``, only equality apart from case and spaces is checked. An
+        answer that is not equal is then unreadable.
         """
         if is_empty(prediction, truths):
             return self._verdict(None, "empty", prediction, truths[0])
@@ -79,9 +81,9 @@ class Matcher(abc.ABC):
         return self._verdict(True if same else None, "length", folded, [*same, *truths][0])
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "Matcher":
-        """Returns the matcher for a question with these answer options.
+        """Returns this matcher, adapted to a question with the answer options ``options``.
 
-        Only ``ChoiceMatcher`` depends on the options.
+        Only ``ChoiceMatcher`` uses the options; all other matchers return themselves.
         """
         return self
 

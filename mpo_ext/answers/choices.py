@@ -45,10 +45,10 @@ class Choice:
     """The options that an answer selects.
 
     Attributes:
-        letters: Letters of the selected options, sorted, without repetitions; "" if the answer shows no option.
-        text: Normalized text of the answer. For an answer such as "B. Paris", only the text after the letter.
-        is_unclear: Whether the selection is unclear. The answer then names several options without deciding ("A or
-            B"), names an option that does not exist, or pairs a letter with the text of another option.
+        letters: Letters of the selected options, sorted, such as "AC"; "" if the answer selects no option.
+        text: Normalized text of the answer, such as "paris" for "B. Paris".
+        is_unclear: Whether the selection is unclear, as in "A or B", or in "B. Paris" if Paris is option C. A letter
+            that no option has is also unclear.
     """
 
     letters: str
@@ -70,8 +70,8 @@ class ChoiceMatcher(Matcher):
     - A text that differs from the texts of all known options.
 
     Attributes:
-        options: Option texts in the order A, B, ..., or a mapping from letter to text. None: unknown; sampling and
-            evaluation then pass the options of each question to ``with_options``.
+        options: Option texts in the order A, B, ..., or a mapping from letter to text. If None, sampling and
+            evaluation use the options of each question.
     """
 
     kind: ClassVar[str] = "choice"
@@ -112,10 +112,10 @@ class ChoiceMatcher(Matcher):
 
 
 def _read_boxes(answer: str, boxes: Sequence[str], labels: tuple[tuple[str, str], ...]) -> Choice:
-    r"""Returns the selection in an answer with several different ``\boxed{}``, whose contents are ``boxes``.
+    r"""Returns the selection in an answer with several ``\boxed{}`` of different contents. ``boxes`` are the contents.
 
-    If all boxes have the same letter, this letter is selected. If the boxes form a list ("\boxed{A}, \boxed{C}"), all
-    their letters are selected. Otherwise, the selection is unclear.
+    Boxes with the same letter select this letter. A list of boxes ("\boxed{A}, \boxed{C}") selects all its letters. In
+    all other cases, such as "\boxed{A} or \boxed{C}", the selection is unclear.
     """
     choices = {read_choice(box, labels) for box in boxes}
     letters = {choice.letters for choice in choices}
@@ -204,7 +204,10 @@ def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
 
 
 def _may_name_option(text: str, texts: Mapping[str, str]) -> bool:
-    """Returns whether a text equals or may mean an option. ``texts`` maps letters to option texts."""
+    """Returns whether a text may mean one of the options, such as "a brown dog" for the option "dog".
+
+    ``texts`` maps letters to option texts.
+    """
     return any(compare_texts(text, option) is not False for option in texts.values() if option)
 
 
@@ -219,7 +222,7 @@ def _lone_letter(answer: str) -> str:
 
 
 def _without_phrases(answer: str) -> str:
-    """Returns the answer without "The answer is" at its beginning and "is correct" at its end, or similar phrases."""
+    """Removes phrases such as "The answer is" at the beginning and "is correct" at the end of an answer."""
     lead = _LEAD.match(answer)
     if lead and 0 < lead.end() < len(answer):
         answer = answer[lead.end() :]
@@ -242,9 +245,9 @@ def _letter_and_text(letter: str, rest: str, whole: str, texts: Mapping[str, str
     """Returns the selection in an answer that consists of a letter and a text, such as "B. Paris".
 
     Args:
-        letter: The letter.
-        rest: The text after the letter.
-        whole: Normalized text of the whole answer.
+        letter: The letter, such as "B".
+        rest: The text after the letter, such as "Paris".
+        whole: Normalized text of the whole answer, such as "b. paris".
         texts: Option texts by letter; empty if the options are unknown.
     """
     text = _option_text(rest)

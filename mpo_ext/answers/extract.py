@@ -20,12 +20,19 @@ _MATH_BLOCKS = (("\\[", "\\]"), ("$$", "$$"))
 def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer") -> str | None:
     r"""Extracts the answer from a response.
 
+    The style is the form of the answer that the prompt asked for:
+
+    - "final_answer": the text after the last "Final answer:", up to the end of the line. If the rest of this line is
+      empty, the next line with text.
+    - "answer": the same after the last "Answer:".
+    - "boxed": the content of the last ``\boxed{...}``.
+    - "direct": the whole response.
+    - ``regex:...`` or a compiled pattern: the content of its group in the last match. The pattern must have exactly
+      one group.
+
     Args:
         response: Text that the model generated.
-        style: Form of the answer that the prompt asked for. "final_answer" and "answer" take the text after the last
-            "Final answer:" or "Answer:" up to the end of the line, or the next line if that text is empty. "boxed"
-            takes the content of the last ``\boxed{...}``. "direct" takes the whole response. ``regex:...``, or a
-            compiled pattern, must have exactly one group; its content in the last match is taken.
+        style: Style of the answer.
 
     Returns:
         The answer without markdown, math delimiters and a final period; None if it is unreadable, for example because

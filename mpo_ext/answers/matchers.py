@@ -1,4 +1,4 @@
-"""The table of all matchers, matchers that call a function or other matchers, and ``is_same_answer``."""
+"""Defines ``CustomMatcher``, ``AnyMatcher``, the table ``MATCHERS`` of all matchers, and ``is_same_answer``."""
 
 import dataclasses
 import functools
@@ -73,8 +73,8 @@ class AnyMatcher(Matcher):
     An answer is wrong only if every matcher calls it wrong.
 
     Attributes:
-        matchers: The matchers in the order of their calls. Each is a ``Matcher``, a kind such as "number", or a
-            mapping with a ``kind`` and the options of the matcher.
+        matchers: The matchers, called in this order. Each is a ``Matcher``, a kind such as "number", or a mapping with
+            the kind and options, such as ``{"kind": "number", "relative": 0.01}``.
     """
 
     kind: ClassVar[str] = "any"
@@ -87,7 +87,10 @@ class AnyMatcher(Matcher):
         object.__setattr__(self, "matchers", tuple(map(_build, self.matchers)))
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Returns the verdict of the first matcher that accepts the answer, otherwise the best verdict by ``rank``."""
+        """Calls the matchers in order until one of them accepts the answer, and returns its verdict.
+
+        If none accepts the answer, returns the verdict with the highest ``rank``.
+        """
         best: Verdict | None = None
         for rule in cast(Sequence[Matcher], self.matchers):
             verdict = rule(prediction, truth)
@@ -99,7 +102,10 @@ class AnyMatcher(Matcher):
         return best
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "AnyMatcher":
-        """Returns an ``AnyMatcher`` with these answer options in each ``ChoiceMatcher`` that has no options."""
+        """Returns an ``AnyMatcher`` whose matchers know the answer options of a question.
+
+        A ``ChoiceMatcher`` that already has options keeps them.
+        """
         rules = cast(Sequence[Matcher], self.matchers)
         changed = [rule.with_options(options) for rule in rules]
         return self if all(map(operator.is_, rules, changed)) else AnyMatcher(matchers=changed)

@@ -45,9 +45,12 @@ _SYMBOLS |= {
 class MathMatcher(Matcher):
     """Compares mathematical expressions with the package math-verify (the extra ``math``).
 
-    Numbers are compared by the rules of ``NumberMatcher``. A unit may be missing after one of the numbers, and 50%
-    equals both 50 and 0.5. Words are compared as text, because "no" and "on" would be equal as products of letters. An
-    answer is unreadable if it is a sentence, or if math-verify cannot read the answer or the truth.
+    Numbers are compared by the rules of ``NumberMatcher``, with two differences. A unit may be missing after one of
+    the numbers ("7" equals "7 cm"), and 50% equals both 50 and 0.5.
+
+    Words are compared as text. As expressions, "no" and "on" would be equal products of letters.
+
+    An answer is unreadable if it is a sentence, or if math-verify cannot read the answer or the truth.
 
     Expressions are compared in a helper process, which can be stopped at the time limit.
 
@@ -110,14 +113,20 @@ class MathMatcher(Matcher):
 
 
 def _are_numbers(first: Number, second: Number) -> bool:
-    """Returns whether two numbers are compared by value. Otherwise, they are compared as expressions with symbols."""
+    """Returns whether two numbers can be compared by value.
+
+    The result is False for "x = 7" and "y = 7", and for numbers with letters that may be variables ("2a" and "2b").
+    """
     if first.name != second.name and first.name and second.name:
         return False
     return first.unit == second.unit or not (is_symbol(first) or is_symbol(second))
 
 
 def _is_other_unit(first: Number, second: Number) -> bool:
-    """Returns whether the units of two numbers differ only in case, but may be different ("m/s" and "m/S")."""
+    """Returns whether two numbers have units such as "m/s" and "m/S".
+
+    Such units differ only in case, but the case may change their meaning.
+    """
     is_same_text = first.unit.casefold() == second.unit.casefold()
     return first.unit != second.unit and is_same_text and compare_units(first.unit, second.unit) != 1
 
@@ -127,7 +136,7 @@ def _is_named(text: str) -> bool:
 
 
 def _is_sentence(text: str) -> bool:
-    """Returns whether a text has words of ordinary language, and not only names of functions and symbols."""
+    """Returns whether a text has words of ordinary language. Names of functions and symbols ("sin x") do not count."""
     if re.search(r"\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*\b(?:or|and)\b", text):
         text = re.sub(r"\b(?:or|and)\b", "", text)  # "x = 1 \text{ or } x = 2"
     if re.fullmatch(r"[^\W\d_]+(?:\s+[^\W\d_]+)+", text) and re.search(r"[^\W\d_]{3}", text):

@@ -16,10 +16,12 @@ from typing import Any
 def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, prediction_text: str) -> str:
     """Corrects the result of math-verify, and returns "equal", "different", "rounded" or "unread".
 
-    ``MathProcess.compare`` explains these results. math-verify rounds to six decimals, so all tiny numbers are equal
-    for it. This function compares the values of two expressions with a relative tolerance of 1e-6. If one is an
-    inequality and the other a set such as an interval, the result is "unread", because math-verify cannot compare
-    them.
+    ``MathProcess.compare`` explains these results. Two errors of math-verify are corrected:
+
+    - It rounds to six decimals, so all tiny numbers are equal. The values of equal expressions must therefore also
+      agree within a relative tolerance of 1e-6.
+    - It calls an inequality and a set such as an interval different, although it cannot compare them. The result is
+      then "unread".
 
     Args:
         is_equal: Result of math-verify: whether the prediction equals the truth.
@@ -116,9 +118,10 @@ class MathProcess:
         """Compares two expressions within a time limit of ``seconds``.
 
         Returns:
-            "equal" or "different"; "rounded" if one expression is a decimal number to which the other can be rounded;
-            "unread" if math-verify cannot read or compare the expressions; "unfinished" if the time limit is reached
-            or the helper process dies.
+            - "equal" or "different".
+            - "rounded" if one expression is the other, rounded to a decimal number: "1.41" and the square root of 2.
+            - "unread" if math-verify cannot read or compare the expressions.
+            - "unfinished" if the time limit is reached or the helper process dies.
         """
         request = {"prediction": prediction, "truth": truth, "seconds": seconds}
         with self._lock:
@@ -182,7 +185,7 @@ class MathProcess:
 
 
 def _import_path() -> list[str]:
-    """Returns ``sys.path`` without the current folder, followed by the folder that holds mpo_ext."""
+    """Returns ``sys.path`` for the helper process, without the current folder but with mpo_ext's parent folder."""
     here = os.path.realpath(os.curdir)
     folders = [folder for folder in sys.path if folder and os.path.realpath(folder) != here]
     return [*folders, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]

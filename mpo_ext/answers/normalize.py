@@ -20,7 +20,7 @@ def fold(text: str) -> str:
 
 
 def clean_answer(answer: str) -> str:
-    r"""Returns an answer without a final period, markdown, math delimiters, ``\boxed{}`` and ``\text{}`` around it."""
+    r"""Removes a final period, markdown, math delimiters, ``\boxed{}`` and ``\text{}`` around an answer."""
     if not _MARKUP.search(answer):
         return answer.strip()
     for _ in range(_MAX_WRAPPINGS if len(answer) <= _LONG else _MAX_WRAPPINGS_OF_LONG):

@@ -75,7 +75,7 @@ class Number:
         unit: The unit as the text writes it, "%", or a currency ("$", "EUR"); "" without a unit.
         is_currency: Whether ``unit`` is a currency.
         is_approximate: Whether the text calls the number approximate ("about 7").
-        decimals: Number of digits after the decimal point of a plain decimal number; 0 for all other forms.
+        decimals: Number of digits after the decimal point: 2 for "3.14", but 0 for "3.14e5".
         others: Other values that the text may mean. "1,234" may be 1.234 with a decimal comma. "7 million" may be 7 if
             the question asks for millions.
         name: Variable that has this value in the text ("x" in "x = 7"), or "".
@@ -116,7 +116,10 @@ def _parse(text: str) -> Number | None:
 
 
 def _normalize(text: str) -> str | None:
-    r"""Returns an answer without markup, in ASCII where possible. Returns None if ``_unbox`` returns None."""
+    r"""Removes the markup of an answer, and converts it to ASCII where possible.
+
+    Returns None if the answer has boxes that ``_unbox`` cannot read.
+    """
     text = text.translate(TO_ASCII).translate(_SPACES)
     if not text.isascii():
         text = "".join(map(_ascii_digit, text))
@@ -154,7 +157,7 @@ def _ascii_digit(character: str) -> str:
 def _unbox(text: str) -> str | None:
     r"""Returns the content of the ``\boxed{}`` in a text, followed by the text after the box.
 
-    Returns None if the contents of several boxes differ, or if a closing brace is missing.
+    "so \boxed{7} cm" gives "7 cm". Boxes with different contents, or without a closing brace, give None.
     """
     contents, rest = set(), ""
     for box in re.finditer(r"\\boxed\s*(?=\{)", text):
@@ -194,7 +197,7 @@ def _read_answer(text: str) -> Number | None:
 
 
 def _read_amount(text: str) -> Number | None:
-    """Returns the number and its unit if the text has nothing else, otherwise None."""
+    """Reads a text that consists of a number and an optional unit, such as "5 km". Returns None for other texts."""
     text = _NEGATIVE.sub("-", text)
     head = _HEAD.match(text)
     assert head is not None  # every part of the pattern is optional
@@ -276,18 +279,18 @@ def _read_power(text: str, start: int) -> tuple[Fraction, int] | None:
 
 
 def _exponent(match: re.Match[str], first: int) -> int:
-    """Returns the exponent from the first non-empty group of a match, starting at group ``first``; 0 if all are empty.
+    """Returns the exponent, in digits or superscripts, that a regular expression has matched.
 
-    The exponent may be in digits or superscripts.
+    It is the first non-empty group of the match from the group number ``first`` on. It is 0 if all are empty.
     """
     text = next((group for group in match.groups()[first - 1 :] if group), "0")
     return int(text.translate(_FROM_RAISED))
 
 
 def _other_values(digits: str, sign: int) -> tuple[Fraction, ...]:
-    """Returns other values that digits with separators may mean, multiplied by ``sign`` (1 or -1).
+    """Returns other values that a number with separators may have, multiplied by ``sign`` (1 or -1).
 
-    "1,234" may also mean 1.234, and "1 234" may also mean the numbers 1 and 234.
+    "1,234" gives 1.234, "1.234" gives 1234, and "1 234" gives 1 and 234.
     """
     if _TWO_WAYS.fullmatch(digits):
         other = digits.replace(",", ".") if "," in digits else digits.replace(".", "")

@@ -56,11 +56,12 @@ def _to_float(value: Fraction) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NumberRule:
-    """Compares two numbers. All attributes that are not listed here are described in ``NumberMatcher``.
+    """Compares two numbers. ``NumberMatcher`` describes the attributes that are not listed here.
 
     Attributes:
-        percent: As in ``NumberMatcher``. With the additional value "either", 50% equals both 0.5 and 50.
-        is_rounding_wrong: Whether an answer that is the truth rounded to fewer decimals is wrong. False: unreadable.
+        percent: As in ``NumberMatcher``, or "either": 50% equals both 0.5 and 50.
+        is_rounding_wrong: Whether numbers that are equal only after rounding (3.14 and 3.14159) count as different. If
+            False, it is unclear whether they are equal.
     """
 
     relative: float
@@ -74,7 +75,8 @@ class NumberRule:
         """Compares two numbers.
 
         Returns:
-            True if they are equal, False if not, None if this is unclear; and the name of the comparison that decided.
+            (is_equal, rule). ``is_equal`` is None if it is unclear whether the numbers are equal. ``rule`` names the
+            comparison that decided, such as "value" or "unit".
         """
         if prediction.name != truth.name and prediction.name and truth.name:
             return None, "name"
@@ -105,7 +107,7 @@ class NumberRule:
         return (None, "unclear value") if self._is_unclear(first, second, prediction, truth) else (False, "value")
 
     def _one_unit(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
-        """Compares two numbers, only one of which has a unit. Returns a result of ``compare``.
+        """Compares a number with a unit and a number without a unit. Returns a result of ``compare``.
 
         ``first`` and ``second`` are the results of ``_without_percent`` for ``prediction`` and ``truth``.
         """
@@ -121,7 +123,7 @@ class NumberRule:
         return correct, rule
 
     def _is_unclear(self, first: Number, second: Number, prediction: Number, truth: Number) -> bool:
-        """Returns whether two numbers with different values may still mean the same number.
+        """Returns whether two different numbers may be equal if one is read in another way: "1,234" as 1.234.
 
         The arguments are those of ``_one_unit``.
         """
@@ -148,7 +150,7 @@ class NumberRule:
 
 
 def _is_rounded(rounded: Number, exact: Number) -> bool:
-    """Returns whether ``rounded`` is ``exact``, rounded to the number of decimals that ``rounded`` has."""
+    """Returns whether ``rounded`` is the rounded value of ``exact``, as 3.14 is of 3.14159."""
     if not rounded.decimals or exact.value.denominator == 1 or 0 < exact.decimals <= rounded.decimals:
         return False
     return abs(rounded.value - exact.value) * 2 <= Fraction(1, 10**rounded.decimals)
@@ -160,7 +162,7 @@ def _folded(units: tuple[str, ...]) -> frozenset[str]:
 
 
 def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> bool | None:
-    """Returns whether an answer equals the truth, if one or both are not numbers. None means that this is unclear.
+    """Compares an answer with a truth that is not a number. Returns None if it is unclear whether they are equal.
 
     ``number`` is the number in the answer, or None.
     """
@@ -186,15 +188,18 @@ class NumberMatcher(Matcher):
     A number is right if ``|prediction - truth| <= relative * |truth|``, or ``<= absolute`` if the truth is 0. If both
     numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong.
 
-    If the truth is a number, an answer with no number or several numbers is unreadable. An answer that may be right in
-    another notation is unreadable, too. Such an answer has a decimal comma or a unit that the truth lacks, or is
-    rounded to fewer decimals than the truth.
+    If the truth is a number, an answer with no number or several numbers is unreadable. An answer is also unreadable
+    in the following cases:
+
+    - It has a decimal comma ("1,5").
+    - Only the answer or the truth has a unit, and both may be equal ("7" or "700" for "7 m").
+    - The answer and the truth are equal only after rounding ("3.14" and "3.14159").
 
     Attributes:
         relative: Tolerance as a fraction of the truth. With 1e-3, which the authors of MPO use, 2023 matches 2024.
         absolute: Absolute tolerance, used only if the truth is 0.
-        percent: "ignore" drops the percent sign, "ratio" reads 5% as 0.05, and "keep" reads the sign as a unit: a
-            number with the sign never equals a number without it.
+        percent: "ignore" drops the percent sign, so 5% equals 5. "ratio" reads 5% as 0.05. "keep" reads the sign as a
+            unit: a number with the sign never equals a number without it.
         degrees: Whether a degree sign, or the word "degree", "degrees" or "deg", may be missing after one of the
             numbers.
         units: Units that may be missing after one of the numbers; "any" means every unit.
@@ -242,9 +247,10 @@ class ChartMatcher(Matcher):
     Attributes:
         relative: Tolerance as a fraction of the truth.
         absolute: Absolute tolerance, used only if the truth is 0.
-        years: "auto" requires the exact number if the truth has four digits and lies between 1800 and 2100. "exact"
-            always requires the exact number; ChartQAPro's script does this for answers that its data marks as years.
-            "relaxed" treats a year like any other number, as the ChartQA paper does.
+        years: "relaxed" treats a year like any other number, as the ChartQA paper does. "auto" requires the exact
+            number if the truth has four digits and lies between 1800 and 2100. "exact" always requires the text of the
+            truth, as ChartQAPro's script does for answers that its data marks as years. The exact number in another
+            form ("2,010") is then unreadable.
     """
 
     kind: ClassVar[str] = "chart"

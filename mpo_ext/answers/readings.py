@@ -41,12 +41,12 @@ def is_symbol(number: Number) -> bool:
 def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
     """Compares two answers that differ as expressions, under other readings of both.
 
-    Other readings are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
+    The readings are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
     number ("1-1/4"), a quantity in several units ("5 ft 6 in"), and a word for 0 ("none").
 
     Returns:
-        True if they are equal, False if not, None if they may be equal; and the name of the comparison that decided.
-        Only quantities in several units give True.
+        (is_equal, rule). ``is_equal`` is None if the answers may be equal. It is True only for quantities in several
+        units. ``rule`` names the comparison that decided, such as "value" or "unit".
     """
     prediction, truth = (clean_answer(text.translate(TO_ASCII)) for text in (prediction, truth))
     first, second = parse_number(prediction), parse_number(truth)
@@ -87,7 +87,7 @@ def without_unknown_unit(text: str) -> str:
 
 
 def _may_have_unit(number: Number, text: str) -> bool:
-    """Returns whether the letters after a number may be an unknown unit ("7 pcs"). A variable ("2b") gives False."""
+    """Returns whether the letters after a number may be an unknown unit: True for "7 pcs", False for "2b"."""
     if not is_symbol(number):
         return False
     is_variable = len(number.unit) == 1 and number.unit.islower() and re.search(rf"[0-9]{number.unit}", text)

@@ -40,8 +40,8 @@ class ExactMatcher(Matcher):
 class AnlsMatcher(Matcher):
     """Scores answers by DocVQA's normalized Levenshtein similarity: ``1 - distance / length of the longer text``.
 
-    An answer that is not right is either unreadable or wrong. It is unreadable if it may be another form of the truth,
-    such as "Total: $5" for "$5", or if it has the digits of the truth and a positive score.
+    An answer that is not right is unreadable in two cases: it may be another form of the truth ("Total: $5" for "$5"),
+    or it has the digits of the truth and a positive score. In all other cases it is wrong.
 
     Attributes:
         threshold: Similarity below which the score is 0.
@@ -150,8 +150,11 @@ class VqaMatcher(Matcher):
     For another number of annotators, n is scaled to ten; with a single truth, the score is 0 or 1. If a text is empty
     after normalization, the original texts are compared.
 
-    An answer with a score below ``accept`` is unreadable if some annotators gave it, or if it may be a truth in other
-    words. It then contains the truth ("a brown dog" for "dog") or the same number.
+    An answer with a score below ``accept`` is unreadable in the following cases; otherwise, it is wrong:
+
+    - Some annotators gave it.
+    - It contains a truth ("a brown dog" for "dog"), or a truth contains it.
+    - It has the same number as a truth.
 
     Attributes:
         accept: Minimum score counted as correct.

@@ -91,7 +91,8 @@ class Unit:
     """A unit of measurement.
 
     Attributes:
-        dimension: Pairs of a base unit and its power, sorted by name. An unknown word counts as a base unit.
+        dimension: (base unit, power) pairs, sorted by name: ``(("m", 1), ("s", -1))`` for "km/h". An unknown word
+            counts as a base unit.
         factor: Value of the unit in its base units: 1/100 for "cm".
         is_known: Whether every word of the unit is a known unit.
     """
@@ -187,7 +188,7 @@ def parse_unit(text: str) -> Unit | None:
 def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
     """Returns the factor and the dimension of the unit ``word``, or None if the unit is unknown.
 
-    ``text`` is the whole unit, which shows whether "degrees" means a temperature ("degrees Celsius").
+    ``text`` is the whole unit. It shows whether "degrees" means an angle or a temperature ("degrees Celsius").
     """
     name = word.replace(" ", "").rstrip(".")
     scale = "kelvin" if name in ("K", "\u00b0K") else _TEMPERATURES.get(name.casefold())
@@ -209,7 +210,7 @@ def _fold_word(word: str) -> str:
 
 
 def is_case_off(first: str, second: str) -> bool:
-    """Returns whether two texts differ only in case, and the case may change a unit ("5 M" and "5 m")."""
+    """Returns whether two texts differ only in case, as "5 M" and "5 m" do, and the case may change a unit."""
     if first == second or first.casefold() != second.casefold():
         return False
     symbols = zip(_AFTER_NUMBER.findall(first), _AFTER_NUMBER.findall(second), strict=False)
@@ -267,11 +268,14 @@ _CONVERSIONS = frozenset(map(Fraction, _FACTORS.split()))
 
 
 def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
-    """Returns whether two values may be the same quantity if only one of them has a unit, ``unit``.
+    """Returns whether a value with the unit ``unit`` may be the same quantity as a value without a unit.
 
-    The result is True if the values differ only in the sign, or if ``unit`` does not name a unit. Temperatures may be
-    in two scales (Celsius, Fahrenheit, kelvin). For other units, the ratio of the values must be a power of ten or, if
-    ``unit`` is known, a usual factor between units.
+    The result is True in the following cases:
+
+    - The values differ only in the sign, or ``unit`` does not name a unit.
+    - Both may be the same temperature in different scales (Celsius, Fahrenheit, kelvin).
+    - Their ratio is a power of ten, and ``unit`` is not a temperature.
+    - ``unit`` is known, and their ratio is a usual factor between units, such as 60.
     """
     parsed = parse_unit(unit)
     if first == -second or parsed is None:

@@ -33,8 +33,8 @@ def without_lead(text: str) -> str:
 def compare_texts(first: str, second: str) -> bool | None:
     """Returns whether two answers in words are equal, ignoring case and phrases such as "The answer is".
 
-    The result is None (unclear) if all words of one answer occur consecutively in the other ("dog" and "a brown dog").
-    It is also None if one of the texts is empty or declines to answer.
+    The result is None (unclear) if one answer contains the other ("a brown dog" and "dog"). It is also None if one of
+    the texts is empty or declines to answer.
     """
     return compare_folded(fold(clean_answer(first)), fold(clean_answer(second)))
 

@@ -1,4 +1,4 @@
-"""Grids of handwritten digits, and the task of adding them: questions that are answered directly or step by step.
+"""Grids of four handwritten digits, and questions about the sum of some of them ("the adding task").
 
 An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. The splits share no digit image.
 Benchmarks and tests use this task. The demo uses the task of ``mpo_ext.demo.reading`` instead, with the same digits,
@@ -46,8 +46,7 @@ class Digits:
     Attributes:
         images: ``[N, 8, 8]`` float32 in [0, 1].
         values: ``[N]`` the digits, 0 to 9.
-        indices: ``[N]`` indices of the digits in scikit-learn's data set. Tests check with them that splits are
-            disjoint.
+        indices: ``[N]`` indices of the digits in scikit-learn's data set.
     """
 
     images: np.ndarray
@@ -56,10 +55,7 @@ class Digits:
 
 
 class GridTask(Protocol):
-    """Protocol of a question about a grid of digits, with the correct answer.
-
-    ``Task`` and ``reading.ReadingTask`` implement it.
-    """
+    """The common interface of ``Task`` and ``reading.ReadingTask``: a question about a grid, with its answer."""
 
     @property
     def values(self) -> tuple[int, ...]: ...
@@ -85,9 +81,10 @@ class Task:
         image: ``[1, 32, 32]`` float32 in [0, 1]; None: the prompt has no image.
         values: The four digits, in the order of ``CELLS``.
         operation: Key of ``OPERATIONS``, such as "sum".
-        region: Key of ``REGIONS``, such as "top row": the cells that the question is about.
+        region: The cells that the question is about, a key of ``REGIONS`` such as "top row".
         form: Form of the response that the question asks for, "direct" or "cot" (step by step).
-        is_named: Whether the question states the digits, so that it can be answered without the image.
+        is_named: Whether the text of the question states the digits. The question can then be answered without the
+            image.
     """
 
     image: Tensor | None
@@ -107,7 +104,7 @@ class Task:
 
     @property
     def style(self) -> str:
-        """The argument ``style`` of ``extract_answer``: the form in which a response states its answer."""
+        """The style with which ``extract_answer`` finds the answer in a response to the question."""
         return STYLES[self.form]
 
     @property
@@ -151,7 +148,7 @@ def load_digits() -> dict[str, Digits]:
 
 
 def part(split: Digits, begin: int, end: int | None) -> Digits:
-    """Returns the digits of a split from index ``begin`` to ``end`` (exclusive; None: up to the last digit)."""
+    """Returns the digits of a split from index ``begin`` to ``end - 1``, or to the last digit if ``end`` is None."""
     chosen = slice(begin, end)
     return Digits(split.images[chosen], split.values[chosen], split.indices[chosen])
 

@@ -1,7 +1,7 @@
 """Runs the demo and writes its results.
 
-The demo trains a model by SFT, makes preference pairs from its answers, trains it further on the pairs with each
-method (SFT, DPO, MPO), and evaluates the four models.
+The demo trains a model by SFT and makes preference pairs from its answers. Each method (SFT, DPO, MPO) then trains
+this model further on the pairs. Finally, the four models are evaluated.
 """
 
 import copy
@@ -60,7 +60,8 @@ def run(
 
     Args:
         out: Existing folder for the results.
-        seeds: Seeds of the runs. The curves and the page show the first seed; files of other seeds are in ``seed-N``.
+        seeds: Seeds of the runs. Files of the first seed are in ``out``, files of another seed N in ``out/seed-N``.
+            The curves and the page show the first seed.
         quick: Whether to use ``Settings.quick``.
         threads: Number of CPU threads.
         backend: Backend of the loss; None: the best installed backend.
@@ -96,7 +97,7 @@ def run_seed(settings: Settings, folder: Path, console: Console) -> tuple[DemoRe
     """Runs or resumes the demo with one seed, and writes the pairs and the training runs to ``folder``.
 
     Returns:
-        The results, and for each method the model's responses to the questions of ``held_out_tasks``.
+        (result, responses). ``responses`` maps each method to the responses of its model to ``held_out_tasks``.
     """
     console.rule(f"seed {settings.seed}")
     stages = Stages(console, folder, settings)
@@ -157,7 +158,8 @@ def _make_start(
 ) -> tuple[InternVLForConditionalGeneration, DigitsProcessor, list[dict[str, float]]]:
     """Loads or trains the SFT model. Returns the model, its processor and its training log.
 
-    ``info`` is the result of ``shipped_start``. If it is None, the model is trained. A loaded model has an empty log.
+    ``info`` describes the SFT model in the package (``shipped_start``). If it is None, a model is trained. The log of
+    a loaded model is empty.
     """
     model, processor = new_model(settings)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -177,7 +179,7 @@ def _make_start(
 
 
 def held_out_tasks(settings: Settings) -> list[reading.ReadingTask]:
-    """Returns the held-out questions that evaluate the models: direct questions, then step-by-step questions."""
+    """Returns the questions for the evaluation, about held-out digits: first direct, then step-by-step questions."""
     rng = np.random.default_rng(_EVALUATION_SEED)
     split = digits.load_digits()["held-out"]
     counts = {"direct": settings.direct_evaluation_tasks, "cot": settings.evaluation_tasks}

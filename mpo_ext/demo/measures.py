@@ -17,15 +17,16 @@ def measure(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: 
     The language prior predicts each digit as the previous digit + ``prior_step`` modulo 10.
 
     Returns:
-        A dict for each form:
+        A dict for each form, "direct" or "cot":
 
-        - ``accuracy``, ``unparsable``: Fractions of the questions.
+        - ``accuracy``: Fraction of the questions with a correct answer.
+        - ``unparsable``: Fraction of the questions with an unreadable answer.
         - ``right``: A character per question, "1" if its answer is correct, else "0".
         - ``count``: Number of questions.
-        - ``digits_right`` (form "cot" only): Fraction of all digits that the responses name correctly.
+        - ``digits_right`` (form "cot" only): Fraction of the digits in the images that the responses name correctly.
         - ``hallucinated`` (form "cot" only): Fraction of the responses with a wrong digit that the prior predicts.
-        - ``follow_prior`` (form "cot" only): Fraction of the named digits that the prior predicts, not counting the
-          first digit of a response. Chance is 0.1.
+        - ``follow_prior`` (form "cot" only): Fraction of the named digits, except for the first in each
+          response, that the prior predicts. Chance is 0.1.
     """
     result: dict[str, dict[str, Any]] = {}
     for form in FORMS:
@@ -66,9 +67,10 @@ def measure_digits(tasks: Sequence[ReadingTask], responses: Sequence[str], prior
 
 
 def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float]:
-    """Returns accuracy(``first``) - accuracy(``second``) in percentage points, and its paired standard error.
+    """Returns the accuracy of ``first`` minus the accuracy of ``second``, and the paired standard error.
 
-    Both arguments are results of ``measure`` for one form, on the same questions.
+    Both numbers are in percentage points. Both arguments are results of ``measure`` for one form, on the same
+    questions.
     """
     differences = [int(ours) - int(theirs) for ours, theirs in zip(first["right"], second["right"], strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan

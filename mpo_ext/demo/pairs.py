@@ -1,7 +1,8 @@
 """Makes the demo's preference pairs with ``mpo_ext.generate``: correctness, format and DropoutNTP pairs.
 
-The rejected response has a wrong answer in a correctness pair, and no readable answer in a format pair. In a
-DropoutNTP pair, it is the beginning of the chosen response, continued by the model without the image.
+- Correctness pair: the rejected response has a wrong answer.
+- Format pair: the rejected response has no readable answer.
+- DropoutNTP pair: the rejected response begins like the chosen response, but the model continued it without the image.
 """
 
 import collections
@@ -43,7 +44,7 @@ class MadePairs:
 
     Attributes:
         path: Path of the file of pairs, ``pairs.jsonl``.
-        counts: Number of pairs by form and pipeline; a key is for example "cot dropout_ntp".
+        counts: Number of pairs by form and pipeline, such as ``{"cot dropout_ntp": 900}``.
         left_out: Number of pairs that were made but are not in the file, by reason.
         summaries: Summary of each sampling run, by the name of the run's folder.
         report: Result of ``check_pairs`` for the file.
@@ -72,9 +73,12 @@ def make_pairs(
     answers, like the paper's data without ground truth. DropoutNTP cannot check answers, so some of its chosen
     responses are wrong and some of its rejected responses are right.
 
-    Writes to ``folder``: the questions (``images`` and a ``.jsonl`` file for each sampling run), a folder for each
-    sampling run, ``pairs.jsonl``, ``check.json`` and ``pairs.html``. The image paths in the files are relative to
-    ``folder``. An interrupted sampling run resumes.
+    An interrupted sampling run resumes. The following files are written to ``folder``; their image paths are relative
+    to it:
+
+    - ``images`` and a ``.jsonl`` file of questions for each sampling run.
+    - A folder with the output of each sampling run.
+    - ``pairs.jsonl``, its check ``check.json`` and its page ``pairs.html``.
 
     Args:
         model: The SFT model.
@@ -82,8 +86,8 @@ def make_pairs(
         settings: Settings of the demo.
         rng: Random generator that draws the questions.
         folder: Folder to write to.
-        name: Name of the model. Use another name for other weights. Otherwise, the responses of an interrupted run
-            with the old weights are kept.
+        name: Name of the model. Other weights need another name, because a resumed run keeps the responses of a model
+            with the same name.
         stream: Output of the progress display; None disables the display.
 
     Raises:
@@ -142,7 +146,7 @@ def sample(
         engine: Engine that answers the questions.
         folder: Folder with the file of questions. The output is written to its subfolder ``run``.
         run: Name of the sampling run.
-        items: Name of the file of questions without ``.jsonl``; None: the name ``run``.
+        items: Name of the file of questions, without ``.jsonl``. None: the same name as ``run``.
         limit: Maximum number of questions; None: all.
         stream: Output of the progress display; None disables the display.
     """
@@ -180,7 +184,7 @@ def read_made(path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _with_subset(pair: Pair) -> Pair:
-    """Returns a copy of the pair whose subset is its form ("direct" or "cot"). Reports group pairs by subset."""
+    """Returns a copy of a pair with the form ("direct" or "cot") as its subset, by which reports group pairs."""
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 
 

@@ -1,9 +1,9 @@
-"""The demo's task: reading the digits of a grid, by a model that has learned to guess a digit from its own text.
+"""The demo's task: a model that has learned to guess digits from its own text must read the digits of a grid.
 
 A step-by-step response names the digits of all cells in order and then gives the answer. The SFT corpus of the demo
-has a *language prior*: in these responses, the next digit is often the previous digit + 1. In all other questions
-(preference pairs, evaluation), the digits are drawn uniformly. So the SFT model hallucinates: it guesses the next
-digit from its own text instead of the image. A direct response is a single digit, so this error cannot occur.
+has a *language prior*: in these responses, the next digit is often the previous digit + 1. In the preference pairs and
+in the evaluation, the digits are drawn uniformly. So the SFT model hallucinates: it guesses the next digit from its
+own text instead of the image. A direct response is a single digit, so this error cannot occur.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ class ReadingTask:
     Attributes:
         image: ``[H, W]`` uint8; None: the prompt has no image.
         values: The digits of the cells, in the order of ``CELLS``.
-        asked: Name of the cell that the question asks for, or ``LARGEST`` for the largest digit.
+        asked: Cell whose digit the question asks for, such as "top-left"; ``LARGEST`` asks for the largest digit.
         form: Form of the response that the question asks for, "direct" or "cot" (step by step).
-        is_named: Whether the question states the digits, so that it can be answered without the image. The response
-            then consists of the final answer.
+        is_named: Whether the text of the question states the digits. The question can then be answered without the
+            image, and the response has only the final answer.
     """
 
     image: np.ndarray | None
@@ -64,7 +64,7 @@ class ReadingTask:
 
     @property
     def style(self) -> str:
-        """The argument ``style`` of ``extract_answer``: the form in which a response states its answer."""
+        """The style with which ``extract_answer`` finds the answer in a response to the question."""
         return STYLES["final" if self.is_named else self.form]
 
     @property
@@ -128,7 +128,7 @@ def sample_tasks(
 
 
 def _draw_digits(split: Digits, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a random image of each digit in ``values``, from the split.
+    """Draws an image ``[8, 8]`` from the split for each digit in ``values``.
 
     ``values`` has the shape ``[N, cells]``, the result ``[N, cells, 8, 8]``.
     """
@@ -165,9 +165,9 @@ def without_image(task: ReadingTask) -> ReadingTask:
 
 
 def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
-    """Returns the digit that a step-by-step response names for each cell.
+    """Returns the digit that a step-by-step response names for each cell in ``cells``.
 
-    The response must name the cells in the order of ``cells``. The digit of a missing or misplaced cell is None.
+    The digit is None if the response does not name the cell at the expected position.
     """
     words = response.split()
     read: list[int | None] = []
@@ -179,9 +179,10 @@ def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
 
 
 def hallucinated_cells(task: ReadingTask, response: str, prior_step: int) -> list[int]:
-    """Returns the indices of the cells for which the response names a wrong digit predicted by the language prior.
+    """Returns the indices of the cells that the response hallucinates.
 
-    The prior predicts a cell's digit as (digit of the previous cell in the response + ``prior_step``) modulo 10.
+    The response hallucinates a cell if it names a wrong digit, which the language prior predicts. The prediction is
+    the digit that the response names for the previous cell + ``prior_step``, modulo 10.
     """
     read = read_digits(response, task.cells)
     return [

@@ -14,11 +14,11 @@ class DemoResult:
         settings: Settings of the run.
         seconds: Duration of each stage in seconds.
         start: Description of the SFT model in the package; None if the run trained the SFT model itself.
-        sft_curve: Log that ``train_start`` returned; empty if the SFT model was loaded from the package.
+        sft_curve: Training log of the SFT model; empty if the model was loaded from the package.
         pair_counts: Number of pairs by form and pipeline, as in ``MadePairs.counts``.
         pairs_left_out: Number of pairs that were made but not used, by reason.
         sampling: Summary of each sampling run, by the run's folder.
-        branch_curves: Log that ``train_branch`` returned, by method.
+        branch_curves: Training log of the model of each method.
         accuracy: Result of ``measure`` on held-out questions, by method; the key ``tables.START`` is the SFT model.
     """
 

@@ -8,11 +8,13 @@ from typing import Any
 class RunSettings:
     """Settings that the demo shares with the study of the paper's ablations (``benchmarks.study``).
 
+    The SFT is the first training run. A branch then trains the SFT model further on the pairs with one method.
+
     Attributes:
         seed: Seed of weights, questions, sampled answers and the order of pairs; the split of the digits is fixed.
         hidden_size: Hidden size of the language model.
         layers: Number of layers of the language model.
-        sft_rate: Peak learning rate of the SFT, the first training run.
+        sft_rate: Peak learning rate of the SFT.
         sft_batch: Number of questions per step of the SFT.
         sft_questions: Number of different questions of the SFT, each used in several epochs.
         questions: Number of step-by-step questions that the model answers to make correctness pairs.
@@ -20,11 +22,11 @@ class RunSettings:
         dropout_ntp_questions: Number of step-by-step questions for DropoutNTP. Some of them give no pair.
         samples: Number of answers per question of the correctness pairs.
         temperature: Sampling temperature of the answers and of the continuations without an image.
-        pairs_per_question: Maximum number, per question, of pairs with a wrong rejected answer. The same maximum
-            holds for pairs with an unreadable rejected answer.
-        branch_steps: Number of steps of each branch. A branch trains the SFT model further on the pairs.
+        pairs_per_question: Maximum number of correctness pairs per question. The same maximum holds for format pairs,
+            whose rejected answer is unreadable.
+        branch_steps: Number of steps of each branch.
         branch_batch: Number of pairs per step of a branch.
-        branch_rate: Learning rate of all branches.
+        branch_rate: Peak learning rate of all branches.
         branch_warmup: Fraction of a branch's steps in which the learning rate rises from zero.
         evaluation_tasks: Number of held-out questions.
         backend: Backend of the loss, see ``mpo_loss``; None: the best installed backend.
@@ -58,20 +60,20 @@ class Settings(RunSettings):
 
     Attributes:
         side: Number of rows and columns of a grid.
-        prior: Strength of the language prior. In the step-by-step texts of the SFT, it is the probability that a digit
+        prior: Strength of the language prior in the step-by-step texts of the SFT. It is the probability that a digit
             is the previous digit + ``prior_step`` modulo 10. Otherwise the digit is drawn uniformly.
         prior_step: Difference of two digits that follow the language prior.
         sft_digits: Number of training digits in the SFT. The pairs use the other training digits.
         sft_steps: Number of steps of the SFT. Its learning rate falls to zero.
         sft_warmup: Fraction of the steps of the SFT in which the learning rate rises from zero.
-        sft_named_share: Fraction of the SFT questions that state the digits and have no image, so that the model
-            learns to answer from its own text.
+        sft_named_share: Fraction of the SFT questions that state the digits and have no image. They teach the model to
+            answer from its own text.
         sft_direct_share: Fraction of the other SFT questions that ask for a direct answer.
-        sft_blind_share: Fraction of the step-by-step SFT questions from which the image is removed. From these
-            questions, the model learns to continue a response without an image, as DropoutNTP requires.
+        sft_blind_share: Fraction of the step-by-step SFT questions without an image. They teach the model to continue
+            a response without an image, as DropoutNTP requires.
         keep: Fraction of the tokens of a sampled response that DropoutNTP keeps.
-        direct_evaluation_tasks: Number of held-out questions that ask for a direct answer; ``evaluation_tasks`` counts
-            step-by-step questions.
+        evaluation_tasks: Number of held-out step-by-step questions.
+        direct_evaluation_tasks: Number of held-out direct questions.
         uses_shipped_start: Whether to load the SFT model in the package, if it was trained with these settings.
     """
 

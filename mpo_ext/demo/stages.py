@@ -26,9 +26,11 @@ _KEYS = "settings.json"
 class Stages:
     """Runs stages of the demo, such as the SFT, and stores the result of each stage in a file in ``folder/stages``.
 
-    Prints an explanation before each stage, a progress bar during it, and its duration after it. A stage that already
-    has a file is not run again. Files made with other settings or another version of mpo_ext are deleted first. The
-    SFT model is kept if the settings that determine it have not changed.
+    A stage that already has a file is not run again. Prints an explanation before each stage, a progress bar during
+    it, and its duration after it.
+
+    The constructor deletes files made with other settings or another version of mpo_ext. It keeps the SFT model if the
+    settings of the SFT have not changed.
 
     Attributes:
         seconds: Duration of each stage in seconds, including stages that an earlier run finished.
@@ -53,7 +55,8 @@ class Stages:
         Args:
             name: Name of the stage, the key of its duration in ``seconds``.
             explanation: Text to print before the stage.
-            make: Runs the stage, and returns its result. Its argument is a function that advances the progress bar.
+            make: Function that runs the stage and returns its result. Its argument ``advance`` is a function:
+                ``advance(n)`` advances the progress bar by n steps.
             total: Number of steps of the progress bar; None: no progress bar.
         """
         path = self.folder / _file(name)

@@ -35,7 +35,7 @@ def new_model(settings: Settings) -> tuple[InternVLForConditionalGeneration, Dig
 
 
 def shipped_start(settings: Settings) -> dict[str, Any] | None:
-    """Returns the description of the SFT model in the package, or None if it cannot be used with ``settings``."""
+    """Returns the description of the SFT model in the package; None if this model does not fit ``settings``."""
     if not settings.uses_shipped_start or not INFO.exists():
         return None
     info: dict[str, Any] = json.loads(INFO.read_text(encoding="utf-8"))

@@ -24,14 +24,14 @@ _MENDED, _BROKEN = 7, 2  # maximum numbers of examples; the first mended example
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Examples:
-    """Step-by-step questions that only one of two models, the SFT model or the MPO model, answered correctly.
+    """Step-by-step questions that either the SFT model or the MPO model, but not both, answered correctly.
 
-    The attributes are indices into the tasks.
+    The attributes are indices into the questions.
 
     Attributes:
         mended: Questions that only the MPO model answered correctly.
         broken: Questions that only the SFT model answered correctly.
-        shown: The first few of ``mended`` in which the SFT model hallucinated a digit and the MPO model reads all
+        shown: The first few of ``mended`` in which the SFT model hallucinated a digit and the MPO model named all
             digits correctly.
     """
 
@@ -43,9 +43,9 @@ class Examples:
 def find_examples(
     tasks: Sequence[ReadingTask], before: Sequence[str], after: Sequence[str], prior_step: int
 ) -> Examples:
-    """Returns the step-by-step questions for which only one of two models gave the correct answer.
+    """Returns the step-by-step questions that only the SFT model or only the MPO model answered correctly.
 
-    ``before`` and ``after`` are the responses of the two models to ``tasks``.
+    ``before`` are the responses of the SFT model to ``tasks``, and ``after`` are the responses of the MPO model.
     """
     old, new = score(tasks, before), score(tasks, after)
     stepwise = [index for index, task in enumerate(tasks) if task.form == "cot"]
@@ -148,9 +148,10 @@ def _bar(result: DemoResult, method: str, label: str) -> dict[str, Any]:
 
 
 def _dropout_pair(folder: Path) -> dict[str, Any] | None:
-    """Returns the parts of the first DropoutNTP pair: image, question, kept text, and two continuations of this text.
+    """Returns the first DropoutNTP pair for the page: image, question, and both responses.
 
-    Returns None if there is no such pair.
+    The responses have a common beginning, ``kept``, and continue with ``chosen`` or ``rejected``. Returns None if
+    there is no such pair.
     """
     for _, pair in open_pairs(folder / "pairs.jsonl").scan():
         if not isinstance(pair, Pair) or (pair.provenance or {}).get("pipeline") != "dropout_ntp":

@@ -44,8 +44,8 @@ def measures_table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[
 def differences_table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of a table of accuracy differences between two methods, in percentage points.
 
-    The methods answered the same questions. With one seed, a cell has the difference and its paired standard error
-    over the questions. With several seeds, a cell has the mean and the standard deviation over the seeds.
+    With one seed, a cell has the difference and its paired standard error, such as "+3.1 ± 0.9". With several seeds,
+    it has the mean and the standard deviation over the seeds. Both methods answered the same questions.
     """
     rows = []
     for method, other in DIFFERENCES:
@@ -66,9 +66,9 @@ def _mean(values: Sequence[float], *, signed: bool = False) -> str:
 
 
 def markdown(results: Sequence[DemoResult]) -> str:
-    """Returns the tables of measures and differences as Markdown, for all seeds together.
+    """Returns the tables of measures and differences as Markdown.
 
-    With several seeds, the tables of each seed follow.
+    With several seeds, these tables have means over the seeds, and the tables of each seed follow.
     """
     text = _section(results)
     if len(results) > 1:

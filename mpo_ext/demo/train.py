@@ -36,10 +36,9 @@ def train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains an untrained model by SFT, in place, on the correct responses to the questions of ``sample_corpus``.
+    """Trains an untrained model by SFT, in place, on the questions of ``sample_corpus`` and their correct responses.
 
-    Writes ``sft.jsonl`` (questions with responses) and the run ``runs/SFT-start`` to ``folder``. An interrupted run
-    resumes.
+    Writes ``sft.jsonl`` (the corpus) and the run ``runs/SFT-start`` to ``folder``. An interrupted run resumes.
 
     Returns:
         The log, one dict per step.
@@ -60,7 +59,8 @@ def start_recipe(settings: Settings, rng: np.random.Generator, folder: Path) -> 
 def sample_corpus(split: digits.Digits, settings: Settings, rng: np.random.Generator) -> list[reading.ReadingTask]:
     """Returns the questions of the SFT: step-by-step questions, direct questions, and questions that state the digits.
 
-    Only the digits of the step-by-step questions follow the language prior. Some of these questions have no image.
+    Some of the step-by-step questions have no image. Only the digits of step-by-step questions follow the language
+    prior.
     """
     named = int(settings.sft_named_share * settings.sft_questions)
     direct = int(settings.sft_direct_share * (settings.sft_questions - named))
@@ -84,8 +84,8 @@ def train_branch(
 ) -> list[dict[str, float]]:
     """Trains the SFT model further on the pairs, with the loss weights of a method. An interrupted run resumes.
 
-    All methods share the pairs, their order, the number of steps and the learning rate. The reference is the SFT
-    model. Its log-probabilities are stored in ``reference.jsonl`` in ``folder``.
+    All methods use the same pairs in the same order, the same number of steps and the same learning rate. The
+    reference model is the SFT model. Its log-probabilities are stored in ``folder/reference.jsonl``.
 
     Args:
         model: The SFT model, which is trained in place.
@@ -138,9 +138,9 @@ def make_recipe(
         loss: Weights of the loss.
         steps: Number of steps.
         batch: Number of pairs per step.
-        rate: Learning rate.
+        rate: Peak learning rate.
         schedule: Schedule of the learning rate, as in ``OptimRecipe``.
-        settings: Settings of the demo or the study.
+        settings: Settings of the demo or the study, for the seed and the backend of the loss.
         warmup: Fraction of the steps in which the learning rate rises from zero.
         reference: File of the reference model's log-probabilities. None: the default ``ReferenceRecipe``.
         save_every: Number of steps between two checkpoints; 0: only a checkpoint at the end or after a signal.
@@ -169,9 +169,9 @@ def make_recipe(
 
 
 def write_sft(folder: Path, tasks: Sequence[digits.GridTask]) -> Path:
-    """Writes questions to ``sft.jsonl`` in ``folder``, and returns the path of this file.
+    """Writes questions and their correct responses to ``sft.jsonl`` in ``folder``, and returns the path of this file.
 
-    Each question becomes a pair of a correct chosen response and an empty rejected response.
+    Each line is a pair: the chosen response is correct, and the rejected response is empty.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     pairs = []
@@ -193,7 +193,7 @@ def respond(
     *,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> list[tuple[str, int]]:
-    """Lets the model answer the questions by greedy decoding, and returns each response and its number of tokens.
+    """Lets the model answer the questions by greedy decoding. Returns (response, number of tokens) per question.
 
     After each batch, ``on_batch`` is called with the number of questions in the batch.
     """
@@ -221,11 +221,15 @@ def score(tasks: Sequence[digits.GridTask], responses: Sequence[str]) -> list[bo
 def evaluate(
     model: InternVLForConditionalGeneration, processor: DigitsProcessor, tasks: Sequence[digits.GridTask]
 ) -> dict[str, dict[str, float]]:
-    """Lets the model answer the questions by greedy decoding, and returns statistics of the answers by form.
+    """Lets the model answer the questions by greedy decoding, and returns statistics for each form of question.
 
     Returns:
-        For each form: ``accuracy`` and ``unparsable`` (fractions of the questions), ``tokens`` (mean number of tokens
-        of a response) and ``count`` (number of questions).
+        For each form, "direct" or "cot", a dict with the following keys:
+
+        - ``accuracy``: Fraction of correct answers.
+        - ``unparsable``: Fraction of unreadable answers.
+        - ``tokens``: Mean number of tokens of a response.
+        - ``count``: Number of questions.
     """
     result = {}
     for form in digits.FORMS:
@@ -236,9 +240,9 @@ def evaluate(
 
 
 def summarize(tasks: Sequence[digits.GridTask], responses: Sequence[tuple[str, int]]) -> dict[str, float]:
-    """Returns accuracy, fraction of unreadable answers, mean number of tokens and number of questions.
+    """Returns the statistics that ``evaluate`` describes for questions of one form.
 
-    ``responses`` is the output of ``respond`` for ``tasks``. ``evaluate`` describes the keys of the result.
+    ``responses`` is the output of ``respond`` for ``tasks``.
     """
     right = score(tasks, [text for text, _ in responses])
     return {

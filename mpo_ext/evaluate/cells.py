@@ -21,10 +21,10 @@ class EvaluationRun:
     """Settings of one process of an evaluation. They do not change the results.
 
     Attributes:
-        block_size: Maximum number of responses that are sampled and then saved together (a block). A block of a single
-            question may have more. A killed process loses the blocks that it is sampling: one block, or several with
-            vLLM or an OpenAI server.
-        rank: Rank of this process. It asks the questions whose position modulo ``world_size`` equals the rank.
+        block_size: Maximum number of responses that are saved at once; a single question may have more. A killed
+            process loses the responses that are not saved yet: at most ``block_size``, or several times this number
+            with vLLM or an OpenAI server.
+        rank: Rank of this process. For example, rank 1 of 4 processes asks the questions 1, 5, 9, ..., counted from 0.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
     """
@@ -59,16 +59,16 @@ class QuestionFile:
 
 @dataclasses.dataclass(slots=True)
 class Cell:
-    """The responses of a model to the questions of a file, asked with one prompt template, and their scores.
+    """A combination of a model, a file of questions and a prompt template, with its scores.
 
     Attributes:
         model: Name of the model.
         data: The file of questions.
-        evaluation: Asks the questions with the cell's prompt and scores the responses.
-        folder: Folder of the journals, the files to which sampled responses are appended.
-        scores: Scores of the questions in the order of the file; empty until the journals are read.
-        details: For each reason why a question could not be asked, the details of the first question with this reason.
-        offsets: Byte offset of each question's lines in the file of predictions; empty until the journals are read.
+        evaluation: Asks the questions with the prompt template and scores the responses.
+        folder: Folder of the files to which sampled responses are appended (the journals).
+        scores: Score of each question, in the order of the file; empty until the responses are read.
+        details: For each reason why questions could not be asked, the details of the first such question.
+        offsets: Byte offset of each question's lines in ``predictions-MODEL.jsonl``; empty until this file is written.
     """
 
     model: str
@@ -90,7 +90,7 @@ class Cell:
         return self.evaluation.questions.with_image
 
     def ask(self, engine: Engine, run: EvaluationRun) -> None:
-        """Samples the missing responses of this process, and appends them to its file of responses."""
+        """Asks the questions of this process that have not been asked yet, and saves the responses."""
         evaluation, source = self.evaluation, self.data.source
         ranks = {"rank": run.rank, "world_size": run.world_size}
         right, answered, skipped = 0.0, 0, 0
@@ -110,11 +110,11 @@ class Cell:
                 progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
 
     def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
-        """Reads the journals (files of sampled responses) of all ``world_size`` processes.
+        """Reads and scores the responses that all ``world_size`` processes have sampled.
 
         Yields:
-            (item, problem, responses) of each question. ``item`` is the question. ``problem`` is the reason why it
-            could not be asked, or None.
+            (question, problem, responses) for each question. ``problem`` is the reason why the question could not be
+            asked, or None.
         """
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             for record in records:
@@ -139,7 +139,7 @@ def open_questions(
         path: Path of a file of questions, or of a meta file (.json) that lists such files.
         limit: Maximum number of questions; None: all.
         image_root: Folder at which relative image paths start; not used for a meta file.
-        root_map: (old, new) path prefixes, for folders in a meta file that have moved.
+        root_map: The (old, new) paths of folders in a meta file that have moved.
         system: System prompt of the questions that have none; None: no system prompt.
     """
     is_meta = Path(path).suffix == ".json"

@@ -24,10 +24,14 @@ _NO_ANSWER = "[invalid]"  # the value of lm-eval's and lmms-eval's filters for a
 def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
     """Writes VLMEvalKit's prediction tables ``vlmevalkit/MODEL/MODEL_TASK.tsv``, a file for each sample.
 
-    The context manager yields a function that adds a question to the tables. The columns are index, question, the
-    options, all scalar fields of the question, answer, prediction (the whole response), extracted (the extracted
-    answer) and hit (1 if this answer is correct). VLMEvalKit does not have the last two columns. The index is the
-    question's field ``index`` if it exists, otherwise the question's position in the file.
+    The context manager yields a function that adds a question to the tables. The columns are:
+
+    - index: the question's field ``index``, or its position in the file if it does not have this field.
+    - question, the options A, B, ..., and all other scalar fields of the question.
+    - answer: the true answer.
+    - prediction: the whole response.
+    - extracted: the extracted answer. VLMEvalKit does not have this column.
+    - hit: 1 if the extracted answer is correct, otherwise 0. VLMEvalKit does not have this column.
 
     Args:
         out: Folder of the evaluation.
@@ -68,9 +72,10 @@ def vlmevalkit_columns(items: Iterator[Item]) -> list[str]:
 def lmms_eval(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
     """Writes lmms-eval's sample log ``lmms-eval/MODEL/mpo-ext_samples_TASK.jsonl``, a line for each question.
 
-    A line has doc_id, target, input, resps, filtered_resps (the extracted answers), doc_hash, prompt_hash and
-    target_hash as in lmms-eval. The metric exact_match is the fraction of responses that the evaluation's matcher
-    accepts. ``columns`` is unused; the other arguments and the yielded function are those of ``vlmevalkit``.
+    A line has lmms-eval's fields doc_id, target, input, resps, filtered_resps (the extracted answers), doc_hash,
+    prompt_hash and target_hash. It also has exact_match, the fraction of correct responses.
+
+    The arguments and the yielded function are those of ``vlmevalkit``. ``columns`` is unused.
     """
     with atomic_write(out / "lmms-eval" / model / f"mpo-ext_samples_{task}.jsonl") as file:
 
@@ -107,9 +112,9 @@ def _text_of(binary: Any) -> Iterator[io.TextIOWrapper]:
 
 
 def _fields(number: int, item: Item) -> dict[str, Any]:
-    """Returns the fields of a question by column name. ``number`` is the question's position.
+    """Returns the fields of a question by column name, including its answer options.
 
-    Non-scalar values are left out, except for the answer options.
+    Other fields that are not scalar are left out. ``number`` is the question's position in the file.
     """
     options = item.extra.get("options")
     options_by_label = label_options(options) if isinstance(options, (list, tuple, Mapping)) and options else {}

@@ -32,7 +32,7 @@ class ModelSource:
 def find_model(name: str) -> ModelSource:
     """Returns the location of the model ``name``.
 
-    ``name`` is a hub name, or a folder: of a whole model, of adapters, or of a training run with a subfolder
+    ``name`` is a hub name or a folder. The folder holds a whole model, adapters, or a training run with a subfolder
     ``final``.
 
     Raises:
@@ -75,10 +75,12 @@ def find_model(name: str) -> ModelSource:
 def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
     """Creates and returns the engine of a model, with the adapters of ``source`` merged into the model.
 
+    A chat template in the folder of the adapters replaces the template of the whole model. It does not replace another
+    template that ``make`` has set.
+
     Args:
         source: Location of the model.
-        make: Function that creates an engine from the path of a whole model. If this engine uses the chat template of
-            the whole model, the template in the folder of the adapters replaces it.
+        make: Function that creates an engine from the path of a whole model.
 
     Raises:
         ImportError: If the model has adapters and peft is missing.

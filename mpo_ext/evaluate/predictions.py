@@ -27,7 +27,7 @@ def write_predictions(
     data_files: Mapping[str, str],
     world_size: int,
 ) -> None:
-    """Reads the sampled responses, writes a line for each response, and sets the scores of ``cells``.
+    """Writes the sampled responses into ``predictions-MODEL.jsonl``, and sets the scores of ``cells``.
 
     Args:
         cells: Cells of the evaluation (combinations of model, file of questions and prompt). Cells of the same model
@@ -39,8 +39,8 @@ def write_predictions(
         world_size: Number of processes that sampled responses.
 
     Raises:
-        IncompleteRunError: If a process has not finished yet. The files of the models before the incomplete model have
-            then been written.
+        IncompleteRunError: If a process has not sampled all its responses. The files of earlier models are then
+            written.
     """
     columns: dict[str, list[str]] = {}
     for model, model_cells in itertools.groupby(cells, key=lambda cell: cell.model):
@@ -69,11 +69,12 @@ def predictions_path(out: Path, model_file: str) -> Path:
 
 
 def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator[list[dict[str, Any]]]:
-    """Yields the lines of each question: one per response, or a single line if the question could not be asked.
+    """Yields the lines of each question, as dicts: a line per response, or one line if it could not be asked.
 
     Args:
         path: Path of the predictions of a model.
-        cell: Combination of this model, a file of questions and a prompt, with ``scores`` and ``offsets`` set.
+        cell: Combination of this model, a file of questions and a prompt. ``write_predictions`` must have set its
+            scores.
         indices: Positions of the questions in the file of questions.
     """
     with open(path, "rb") as file:

@@ -108,7 +108,7 @@ def markdown_report(results: Mapping[str, Any]) -> str:
 
 
 def console_notes(results: Mapping[str, Any]) -> list[str]:
-    """Returns notes to print after the accuracies: unreadable responses, and questions that were not asked."""
+    """Returns notes to print below the accuracies, such as the number of questions that were not asked."""
     settings = results["settings"]
     rows = [row for row in results["results"] if not row["prompt"].endswith(WITHOUT_IMAGE)]
     notes = []
@@ -153,9 +153,10 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
 
 
 def without_image_table(results: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of the accuracies with and without the image, and of the fraction of unchanged answers.
+    """Returns a Markdown table that compares the answers with and without the image.
 
-    The text after the table gives the frequency of the most frequent true answer.
+    The columns are both accuracies, the fraction of equal answers, and the difference of the accuracies. The text
+    below the table gives the fraction of questions that have the most frequent true answer.
     """
     lines = []
     for row in results["without_image"]:
@@ -193,7 +194,7 @@ def _percent(row: Mapping[str, Any]) -> str:
 def _is_shown(comparison: Mapping[str, Any], baseline: str) -> bool:
     """Returns whether ``table.md`` shows a comparison.
 
-    It shows comparisons of two prompts of a model, and comparisons of the model ``baseline`` with other models.
+    It shows the comparison of two prompts of the same model, and of any model with the model ``baseline``.
     """
     first, second = comparison["first"], comparison["second"]
     return first["model"] in (baseline, second["model"])
@@ -246,8 +247,7 @@ def _without_chance(svg: str) -> str:
 def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, str], limit: int, seed: int) -> None:
     """Writes ``failures.html``: the questions with a wrong answer, and the responses of all models and prompts.
 
-    The page also shows the responses without the image. A question is left out if only responses without the
-    image are wrong.
+    A question is shown only if a response with the image is wrong. Its responses without the image are then shown too.
     """
     by_data: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -301,7 +301,7 @@ def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, s
 
 
 def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -> Iterator[dict[str, Any]]:
-    """Yields the page's data for the questions at the positions ``indices``, without the models' responses."""
+    """Yields the page's data of the questions at the positions ``indices``: question, true answer and images."""
     for index, item in enumerate(cell.data.source.items()):
         if index in indices:
             yield {
@@ -319,9 +319,9 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
 
 
 def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the page's data for a model's responses to a question: counts, and at most ``_MAX_SAMPLES`` responses.
+    """Returns the page's data of a model's responses to a question.
 
-    Wrong responses are selected first.
+    The data holds counts and at most ``_MAX_SAMPLES`` responses. Wrong responses are preferred to correct ones.
     """
     problem = lines[0].get("problem")
     samples = [] if problem else lines

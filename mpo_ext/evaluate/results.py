@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers")
 
 
 class _Answered(NamedTuple):
-    """A question asked with and without its image: whether the two answers are equal, and the true answers."""
+    """The true answers of a question, and whether its answers with and without the image are equal."""
 
     is_same: bool
     truths: tuple[str, ...]
@@ -96,8 +96,7 @@ def compute_results(
 def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[str, str, str], list[_Answered]]:
     """Compares the answers with and without the image.
 
-    Returns an entry for each question, by (model, file, prompt). Questions that could not be asked both ways are left
-    out.
+    Returns a list for each (model, file, prompt). It has an entry for each question that could be asked both ways.
     """
     by_key = {cell.key: cell for cell in cells}
     same: dict[tuple[str, str, str], list[_Answered]] = {}
@@ -119,12 +118,13 @@ def _without_image(
     key: tuple[str, str, str],
     config: EvaluationConfig,
 ) -> dict[str, Any]:
-    """Returns the accuracies with and without the image on the same questions, and the fraction of unchanged answers.
+    """Returns the accuracies with and without the image, their comparison, and the fraction of unchanged answers.
 
-    ``same`` is the result of ``_unchanged``. ``key`` is (model, file, prompt).
+    Only questions that could be asked both ways count. ``same`` is the result of ``_unchanged``. ``key`` is (model,
+    file, prompt).
 
-    ``most_frequent_truth`` is the fraction of the questions that have the most frequent true answer. It is None if a
-    question has several true answers.
+    ``most_frequent_truth`` in the result is the accuracy of always giving the most frequent true answer. It is None if
+    a question has several true answers.
     """
     model, name, prompt = key
     both = zip(scores[key], scores[model, name, f"{prompt}{WITHOUT_IMAGE}"], strict=True)
@@ -177,7 +177,7 @@ def _comparisons(
     names: Sequence[str],
     config: EvaluationConfig,
 ) -> Iterator[dict[str, Any]]:
-    """Yields, for each file, the comparisons of two models with the same prompt, and of two prompts of a model."""
+    """Yields the comparisons on each file: of two models with the same prompt, and of two prompts of a model."""
     prompts = config.prompts
     sides = [((first, prompt), (second, prompt)) for prompt in prompts for first, second in combinations(models, 2)]
     sides += [((model, first), (model, second)) for model in models for first, second in combinations(prompts, 2)]

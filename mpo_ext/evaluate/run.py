@@ -55,9 +55,10 @@ def evaluate(
         config: Prompts, sampling and matcher; None: the default ``EvaluationConfig``.
         limit: Maximum number of questions per file; None: all questions.
         image_root: Folder at which relative image paths start. A meta file (.json) names its own folders instead.
-        root_map: (old, new) path prefixes, for folders in meta files that have moved.
+        root_map: The (old, new) paths of folders in meta files that have moved.
         system: System prompt of the questions that have none; None: no system prompt.
-        exports: Evaluation toolkits, "vlmevalkit" or "lmms-eval". Predictions are also written in their formats.
+        exports: Other evaluation toolkits in whose formats the predictions are also written: "vlmevalkit",
+            "lmms-eval".
         page_limit: Maximum number of questions on ``failures.html``; if there are more, they are drawn at random.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Processes, progress display, and how often responses are saved; None: the default ``EvaluationRun``.
@@ -137,7 +138,7 @@ def _free_memory() -> None:
 
 
 def _file_names(what: str, named: Mapping[str, Any]) -> dict[str, str]:
-    """Maps each name to its form in file names, with only letters, digits and ``_.-``.
+    """Returns the form of each name in file names: "a b/c" becomes "a-b-c".
 
     ``what`` is the name of the argument in error messages.
     """

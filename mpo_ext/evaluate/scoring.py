@@ -30,15 +30,15 @@ class EvaluationConfig:
         prompts: Names of prompt templates (``mpo_ext.generate.prompts``); "none" asks the question without a template.
         samples: Number of responses per question.
         temperature: Temperature of sampling; 0 is greedy decoding, which allows only a single sample.
-        top_p: Probability mass of the tokens from which tokens are drawn, in (0, 1].
-        top_k: Number of the most probable tokens from which tokens are drawn; 0: all tokens.
+        top_p: Total probability of the most probable tokens from which a token is drawn, in (0, 1].
+        top_k: Number of the most probable tokens from which a token is drawn; 0: all tokens.
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
         seed: Seed of the sampling of responses.
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of each template.
-        matcher: Kind and options of the matcher that compares an answer with the ground truth.
-        without_image: Whether to ask every question with an image a second time, under each prompt, without its image.
-            The results then show how many answers do not depend on the image.
+        matcher: Kind and options of the matcher that compares answers with the truth, such as ``{"kind": "vqa"}``.
+        without_image: Whether questions with an image are also asked without it. The results then show how many
+            answers do not depend on the image.
     """
 
     prompts: tuple[str, ...] = ("direct",)
@@ -72,7 +72,7 @@ class EvaluationConfig:
         return [Evaluation(self, prompt, with_image=side) for side in sides for prompt in self.prompts]
 
     def sampling(self, template: PromptTemplate | None) -> SamplingConfig:
-        """Returns the sampling settings for prompts made from ``template``, or for plain questions if it is None."""
+        """Returns the sampling settings for a prompt template. None stands for questions without a template."""
         max_new_tokens = self.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = _MAX_NEW_TOKENS.get(template.answer_style if template else "", _DEFAULT_MAX_NEW_TOKENS)
@@ -89,10 +89,10 @@ class ScoredResponse:
         text: The whole response.
         answer: Extracted answer; None if the response has no answer.
         correct: Whether the answer is correct; False for an unreadable answer.
-        rule: Name of the rule by which the answers were compared; None if there is no answer.
+        rule: Comparison that decided, such as "number:value"; None if there is no answer.
         tokens: Number of generated tokens.
         finish: "stop", or "length" if ``max_new_tokens`` truncated the response.
-        unreadable: Whether the response has no answer, or an answer that the matcher cannot judge.
+        unreadable: Whether the response has no answer, or the matcher cannot tell whether the answer is correct.
     """
 
     text: str
@@ -109,13 +109,14 @@ class QuestionScore:
     """The score of a model on a question, over all sampled responses.
 
     Attributes:
-        problem: Reason why the question could not be asked, or None. With a problem, the other attributes are empty.
+        problem: Reason why the question could not be asked, or None. With a problem, the other attributes keep their
+            defaults.
         right: For each sampled response, whether its answer is correct.
         unreadable: Number of unreadable responses; they count as not correct.
         cut_off: Number of responses that ``max_new_tokens`` truncated.
         tokens: Number of generated tokens in all responses.
         majority: Whether the most frequent answer is correct.
-        answer: The most frequent answer, or None if no response has a readable answer.
+        answer: The most frequent answer, or None if no answer could be extracted.
     """
 
     problem: str | None = None
@@ -170,10 +171,11 @@ class Evaluation:
     def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[ScoredResponse]]:
         """Scores the responses to a question.
 
-        ``records`` are the stored responses: dicts with ``text``, or with the ``problem`` that prevented a response.
+        ``records`` are the stored responses, as dicts. If the question could not be asked, a dict holds the reason,
+        ``problem``.
 
         Returns:
-            The reason why the question could not be asked (or None), and the scored responses.
+            (problem, responses). ``problem`` is the reason why the question could not be asked, or None.
         """
         problem = next((record["problem"] for record in records if "problem" in record), None)
         if problem is not None:
@@ -213,9 +215,9 @@ class Evaluation:
         )
 
     def is_same(self, item: Item, first: QuestionScore, second: QuestionScore) -> bool:
-        """Returns whether the most frequent answers in two scores of a question are equal.
+        """Returns whether two scores of a question, such as with and without its image, have the same answer.
 
-        Returns False if a score has no answer.
+        The answer of a score is its most frequent answer. Returns False if a score has no answer.
         """
         if first.answer is None or second.answer is None:
             return False

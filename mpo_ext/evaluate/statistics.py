@@ -23,7 +23,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]
 
 
 def wilson(fraction: float, count: int) -> tuple[float, float]:
-    """Returns the bounds of Wilson's 95 % interval for a fraction of ``count`` questions.
+    """Returns the bounds of Wilson's 95 % interval for an accuracy ``fraction`` on ``count`` questions.
 
     The interval has a positive width even at 0 and 1. It is conservative if each question has several samples.
     """
@@ -34,9 +34,10 @@ def wilson(fraction: float, count: int) -> tuple[float, float]:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Returns the unbiased estimate of pass@k (arXiv 2107.03374), with ``right`` correct among ``samples`` responses.
+    """Returns the unbiased estimate of pass@k (arXiv 2107.03374) if ``right`` of ``samples`` responses are correct.
 
-    The estimate is the probability that ``k`` of the responses, drawn without replacement, contain a correct response.
+    The estimate is the probability that at least one of ``k`` of these responses, drawn without replacement, is
+    correct.
     """
     if not 1 <= k <= samples:
         raise ValueError(f"k must be in [1, {samples}], got {k}")
@@ -44,10 +45,10 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool]) -> int | None:
-    """Returns the index in ``answers`` of the first occurrence of the most frequent answer.
+    """Returns the index of the most frequent answer: ``["4", "7", "7", None]`` gives 1, its first occurrence.
 
-    ``is_same`` decides whether two answers are equal. Unreadable answers (None) do not count; if all are unreadable,
-    the result is None. Among equally frequent answers, the earliest wins.
+    ``is_same`` decides whether two answers are equal. Missing answers (None) do not count; if all are missing, the
+    result is None. Among equally frequent answers, the earliest wins.
     """
     groups: dict[int, int] = {}
     known: dict[str, int] = {}

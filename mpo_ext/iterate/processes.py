@@ -34,11 +34,13 @@ class InterruptedStageError(Exception):
 
 
 class StageRunner:
-    """A context manager that runs commands, and locks ``folder`` against other processes.
+    """Runs commands while it holds the lock of ``folder``; a context manager.
 
-    Each command runs in a process group. SIGINT and SIGTERM are forwarded to this group, so that training writes a
-    checkpoint. If this process is killed, the group is also killed. Entering the context waits until the commands of
-    an earlier, killed process have ended.
+    Each command runs in its own process group. SIGINT and SIGTERM are forwarded to this group, so that training writes
+    a checkpoint. On Linux, the group is killed if this process is killed.
+
+    Entering the context locks the folder against other processes. If an earlier process was killed, it then waits
+    until the commands of the killed process have ended.
 
     Raises:
         LockedError: If another process holds the lock of the folder.
@@ -93,9 +95,10 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _wait_for_old_stages(self) -> Iterator[FileLock]:
-        """Locks ``stage.lock`` and yields the lock, which every command inherits.
+        """Locks ``stage.lock``, which every command inherits, and yields the lock.
 
-        First waits until all commands of an earlier, killed process have released the lock.
+        A command of an earlier, killed process may still hold the lock. This method then waits until the command has
+        ended.
         """
         path, what = self.folder / "stage.lock", f"the stages of {self.folder}"
         lock = FileLock(path, what)
@@ -120,7 +123,7 @@ class StageRunner:
 
 
 def _wait_for_group(group: int) -> None:
-    """Waits until all processes of a process group have ended. Kills the processes left after ``_GROUP_S`` seconds."""
+    """Waits until all processes of a process group have ended, and kills the rest after ``_GROUP_S`` seconds."""
     deadline_s = time.monotonic() + _GROUP_S
     while time.monotonic() < deadline_s:
         try:

@@ -89,7 +89,7 @@ class QuestionsRecipe:
         path: File of questions, as ``mpo-ext sample`` reads it, or a list with a file for each round.
         image_root: Folder at which relative image paths start. A meta file (.json), which lists files of questions,
             sets a folder for each of them instead.
-        root_map: (old, new) path prefixes, for folders in a meta file that have moved.
+        root_map: The (old, new) paths of folders in a meta file that have moved.
         limit: Maximum number of questions, taken from the beginning of the file; None: all.
     """
 
@@ -114,9 +114,10 @@ class CorrectnessRecipe:
 
     Attributes:
         questions: Questions of this pipeline; None: ``sample.questions``.
-        format_pairs: Whether to train also on ``format_pairs.jsonl``. Its rejected responses have no readable answer.
-        repeat_time: Average number of visits to each pair per epoch.
-        max_pairs: Maximum number of pairs per epoch, drawn again in each epoch; None: no limit.
+        format_pairs: Whether to train also on pairs whose rejected response has no readable answer
+            (``format_pairs.jsonl``).
+        repeat_time: Average number of times that an epoch visits each pair.
+        max_pairs: Maximum number of pairs per epoch; None: no limit. Each epoch draws these pairs again.
     """
 
     questions: _Questions | None = None
@@ -143,7 +144,7 @@ class CorrectnessRecipe:
         _ = self.pipeline(0)  # checks the values
 
     def pipeline(self, seed: int) -> Any:
-        """Returns the pipeline of ``mpo_ext.generate`` with these settings."""
+        """Creates the pipeline of ``mpo_ext.generate`` with these settings and the sampling seed ``seed``."""
         from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 
         names = ("samples", "template", "style", "matcher", "pairs_per_question", "accuracy", "length_balance")
@@ -156,14 +157,14 @@ class CorrectnessRecipe:
 class DropoutNTPRecipe:
     """Settings of the pipeline "dropout-ntp".
 
-    A rejected response is the beginning of the chosen response, continued by the model without the image. Fields not
-    listed here are options of ``mpo-ext sample dropout-ntp``.
+    The model continues the beginning of the chosen response without seeing the image. The result is the rejected
+    response. Fields not listed here are options of ``mpo-ext sample dropout-ntp``.
 
     Attributes:
         questions: Questions of this pipeline; None: ``sample.questions``.
         sample_chosen: Whether the round's model generates a chosen response for each question that has none.
-        repeat_time: Average number of visits to each pair per epoch.
-        max_pairs: Maximum number of pairs per epoch, drawn again in each epoch; None: no limit.
+        repeat_time: Average number of times that an epoch visits each pair.
+        max_pairs: Maximum number of pairs per epoch; None: no limit. Each epoch draws these pairs again.
     """
 
     questions: _Questions | None = None
@@ -188,7 +189,7 @@ class DropoutNTPRecipe:
         _ = self.pipeline(0)  # checks the values
 
     def pipeline(self, seed: int) -> Any:
-        """Returns the pipeline of ``mpo_ext.generate`` with these settings."""
+        """Creates the pipeline of ``mpo_ext.generate`` with these settings and the sampling seed ``seed``."""
         from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 
         names = ("samples", "keep", "unit", "with_image", "sample_chosen", "allow_wrong_chosen", "allow_truncated")
@@ -248,8 +249,8 @@ class EngineRecipe:
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: Device of "transformers"; None: the GPU of the process, or the CPU.
         batch_size: Samples per batch of "transformers"; None: 16.
-        block_size: Number of responses that are sampled and then saved together (a block). A killed process loses the
-            blocks that it is sampling: one block, or several with "vllm".
+        block_size: Number of responses that are saved at once. A killed process loses the responses that are not saved
+            yet: at most ``block_size``, or several times this number with "vllm".
         options: Arguments of ``from_pretrained`` or ``VLLMEngine``, such as ``{tensor_parallel_size: 2}``.
     """
 
@@ -278,7 +279,7 @@ class RoundEvaluationRecipe:
         prompts: Names of prompt templates; "none" asks the question without a template.
         image_root: Folder at which relative image paths start. A meta file (.json), which lists files of questions,
             sets a folder for each of them instead.
-        root_map: (old, new) path prefixes, for folders in meta files that have moved.
+        root_map: The (old, new) paths of folders in meta files that have moved.
         limit: Maximum number of questions of each file; None: all.
     """
 
@@ -308,15 +309,14 @@ class RoundEvaluationRecipe:
 
 @section
 class LaunchRecipe:
-    """Launch commands for sampling, training and evaluation, as lists of words.
+    """Launch commands, such as ``[torchrun, --nproc-per-node, "4"]``. ``-m MODULE`` and its arguments follow.
 
-    ``-m MODULE`` and its arguments are appended to a command. An empty list starts one process with the current
-    Python.
+    An empty list starts a single process with the current Python.
 
     Attributes:
-        sample: For the pipelines, such as ``[torchrun, --nproc-per-node, "4"]``.
-        train: For training, such as ``[accelerate, launch, --config_file, recipes/accelerate/fsdp2.yaml]``.
-        evaluate: For the evaluation, such as ``[torchrun, --nproc-per-node, "4"]``.
+        sample: Launch command of the pipelines that make pairs.
+        train: Launch command of training, such as ``[accelerate, launch, --config_file, fsdp2.yaml]``.
+        evaluate: Launch command of the evaluation.
     """
 
     sample: Strings = ()
@@ -338,10 +338,11 @@ class IterateRecipe:
         evaluate: Settings of the evaluation of ``model`` and of the model of each round.
         reference: Reference model of a round: "round" is the model that the round starts from, as in on-policy DPO;
             "first" is the model that the first round starts from.
-        seed: Seed of the samples of the first round; each later round adds 1.
+        seed: Sampling seed of the first round. The seed of each later round is larger by 1.
         engine: Settings of the engine that samples and evaluates.
         launch: Launch commands for sampling, training and evaluation on several GPUs.
-        page_pairs: Maximum number of pairs on the HTML page of a pipeline's pairs in a round; 0 writes no pages.
+        page_pairs: Maximum number of pairs per HTML page; 0 writes no pages. A page shows the pairs that a pipeline
+            made in a round.
         keep_checkpoints: Whether the checkpoints of a round are kept after its training. Final models are always kept.
     """
 
@@ -393,7 +394,7 @@ class IterateRecipe:
         return self.folder / f"round-{number}"
 
     def model_of(self, number: int) -> str:
-        """Returns the path of the model that the round ``number`` trains. For round 0, returns ``model``."""
+        """Returns the path of the model at the end of a round. Round 0 has the first model, ``model``."""
         if number == 0:
             return self.model
         final = self.round_folder(number) / "train" / "final"
@@ -404,7 +405,8 @@ class IterateRecipe:
 
         Args:
             number: Number of the round, from 1.
-            sources: Sources of the round's pairs. The sources in ``train.data.train`` are appended.
+            sources: Settings of each file of the round's pairs, such as ``{"path": ..., "repeat_time": 1.0}``. The
+                sources in ``train.data.train`` are appended.
         """
         values = copy.deepcopy(self.train)
         for name in ("model", "data", "output", "reference"):
@@ -434,7 +436,7 @@ class IterateRecipe:
 
     @property
     def chat(self) -> dict[str, Any]:
-        """Settings in ``train.model`` that sampling and evaluation use too, such as the chat template."""
+        """Settings in ``train.model`` that sampling and evaluation also use, such as ``chat_template``, by name."""
         model = self.train_recipe(1, [{"path": "pairs.jsonl"}]).model
         names = ("trust_remote_code", "chat_template", "chat_template_kwargs", "revision")
         return {name: getattr(model, name) for name in names}

@@ -29,10 +29,14 @@ _PAIRS_OF = {"reward_accuracy": "averaged_pairs", "eval_reward_accuracy": "eval_
 def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, Any]:
     """Returns the content of ``rounds.json`` as JSON values. The rounds ``numbers`` must be finished.
 
-    Each round has its ``model`` and its ``accuracy``, in the format of an evaluation's ``results.json``. A round after
-    round 0 also has its ``sources`` of pairs, its ``training`` metrics, and ``comparisons``. An entry of
-    ``comparisons`` compares the round's model with the first model, or with the model of the previous round, on the
-    same questions.
+    Each round has the following entries; round 0 has only the first two:
+
+    - ``model``: the path of its model.
+    - ``accuracy``: the accuracies, in the format of an evaluation's ``results.json``.
+    - ``sources``: the files of pairs.
+    - ``training``: the training metrics.
+    - ``comparisons``: comparisons with the model of the previous round and with the first model, on the same
+      questions.
     """
     rounds: list[dict[str, Any]] = []
     shares: list[dict[tuple[str, str], dict[int, float]]] = []
@@ -65,7 +69,7 @@ def read_json(path: Path) -> Any:
 def _question_accuracies(path: Path) -> dict[tuple[str, str], dict[int, float]]:
     """Reads a file of predictions, and returns the fraction of correct responses to each question.
 
-    The keys are (data, prompt), and in the inner dict the index of the question.
+    The result has the form ``{(data, prompt): {index of the question: fraction}}``.
     """
     right: dict[tuple[str, str], dict[int, list[bool]]] = {}
     with open(path, encoding="utf-8") as file:
@@ -95,7 +99,7 @@ def _compare(
 
 
 def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
-    """Returns the sources of ``round_sources``. Adds the pairs per epoch and the counts in ``summary.json``."""
+    """Returns the files of pairs of a round (``round_sources``), with pairs per epoch and counts of the sampling."""
     rows = []
     for source in stages.round_sources(recipe, number):
         summary = read_json(recipe.round_folder(number) / source["pipeline"] / "summary.json")
@@ -113,7 +117,7 @@ def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
 
 
 def _training(path: Path) -> dict[str, Any]:
-    """Reads a training log, and returns the number of steps, mean metrics and the metrics of the last evaluation.
+    """Returns the last step, mean metrics, and the metrics of the last evaluation from a training log.
 
     The means cover the last tenth of the logged steps, weighted by the pairs per step. ``averaged_pairs`` is the
     number of pairs in these steps.
@@ -146,7 +150,7 @@ def accuracy_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 
 
 def percent(row: Mapping[str, Any], name: str = "accuracy", sign: str = "") -> str:
-    """Returns the text of the fraction ``row[name]`` in percent with its standard error, or "-" if it is None.
+    """Returns the fraction ``row[name]`` in percent with its standard error, such as "53.1 ± 2.0"; "-" if it is None.
 
     ``sign`` is the sign option of the number format: "+" for differences.
     """
@@ -157,7 +161,10 @@ def percent(row: Mapping[str, Any], name: str = "accuracy", sign: str = "") -> s
 
 
 def _training_cells(training: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns (name, text) of each metric of a training run. Fractions are shown in percent."""
+    """Returns the name and the text of each training metric, such as ("loss", "0.5123").
+
+    Fractions are shown in percent, such as ("reward_accuracy in %", "71.2 ± 1.3").
+    """
     cells = []
     for name, value in training.items():
         if name in _COUNTS:
@@ -174,7 +181,7 @@ def _training_cells(training: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _share_error(training: Mapping[str, Any], name: str) -> float | None:
-    """Returns the standard error of the metric ``name``, a fraction of pairs or answers; None if it is unknown."""
+    """Returns the standard error of a metric that is a fraction, such as "reward_accuracy"; None if it is unknown."""
     if name == "eval_answer_accuracy":
         return training.get("eval_answer_standard_error")
     count = training.get(_PAIRS_OF.get(name, ""), 0)

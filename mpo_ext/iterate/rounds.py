@@ -80,10 +80,10 @@ def folder_results(recipe: IterateRecipe) -> dict[str, Any]:
 
 
 def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
-    """Checks the model, without its weights, and all files of questions.
+    """Checks all files of questions, and the model without its weights.
 
     Returns:
-        For each file of questions, by path: the number of questions and the hash of the file.
+        ``{path: {"items": number of questions, "blake2b": hash of the file}}``.
 
     Raises:
         OSError: If a file or the model is missing.
@@ -164,7 +164,7 @@ def _is_longer_list(before: Any, after: Any) -> bool:
 
 
 def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | None) -> None:
-    """Writes the training recipe of a round, with the files of pairs that the round's pipelines have made.
+    """Writes the training recipe of a round. Its training data are the pairs that the round's pipelines have made.
 
     Raises:
         ValueError: If no pipeline has made a pair.

@@ -139,10 +139,10 @@ def chat_template_path(recipe: IterateRecipe) -> Path:
 
 
 def round_sources(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
-    """Returns the files of pairs of a round: pipeline, path, number of pairs and ``repeat_time`` of each file.
+    """Returns the files of pairs of a round, as dicts with ``pipeline``, ``path``, ``pairs`` and ``repeat_time``.
 
-    ``repeat_time`` is the average number of visits to each pair per epoch; 0 for a file without pairs. The numbers of
-    pairs come from the pipelines' ``summary.json``.
+    ``pairs`` is the number of pairs. ``repeat_time`` is the average number of times that an epoch visits each pair; it
+    is 0 for a file without pairs.
     """
     sources = []
     for name, pipeline in recipe.sample.pipelines.items():
@@ -164,7 +164,9 @@ def round_sources(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
 
 
 def _repeat_time(pipeline: PipelineRecipe, pairs: int) -> float:
-    """Returns the pipeline's ``repeat_time``, lowered if an epoch would otherwise have more than ``max_pairs`` pairs.
+    """Returns how often an epoch visits each pair on average.
+
+    This is the pipeline's ``repeat_time``, or less if an epoch would have more than ``max_pairs`` pairs.
 
     ``pairs`` is the number of pairs that the pipeline has made.
     """
@@ -176,7 +178,7 @@ def _repeat_time(pipeline: PipelineRecipe, pairs: int) -> float:
 def _engine_options(recipe: IterateRecipe, model: int) -> list[str]:
     """Returns the command-line options for the engine and the chat template.
 
-    ``model`` is the number of the round that trained the model; 0 is the first model.
+    ``model`` is the number of the round whose trained model the engine loads; 0 is the first model.
     """
     engine, chat = recipe.engine, recipe.chat
     arguments = ["--engine", engine.name, "--block-size", str(engine.block_size)]
