@@ -299,7 +299,7 @@ def test_samples_have_no_special_tokens(processor: DigitsProcessor, model) -> No
 
 
 class Scripted(TransformersEngine):
-    """The demo's engine, with scripted answers (some of them wrong) in place of a model.
+    """The demo's engine with scripted answers, some of them wrong, in place of a model.
 
     ``blind`` collects the requests without an image.
     """
@@ -329,7 +329,7 @@ SCRIPTED = Settings(direct_questions=40, questions=40, samples=4, dropout_ntp_qu
 
 @pytest.fixture
 def made(processor: DigitsProcessor, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Returns the pairs that the demo makes with the scripted engine."""
+    """Makes pairs as the demo does, with the scripted engine. Returns the result of ``make_pairs``, such as counts."""
     Scripted.truths, Scripted.blind = {}, []  # type: ignore[attr-defined]
     written = demo_pairs.write_items
 

@@ -89,7 +89,10 @@ def test_every_documented_name_exists() -> None:
 
 
 def row_of(name: str) -> str:
-    """Returns the table row of a documented function or class: name, first paragraph of its docstring, file."""
+    """Returns the Markdown table row of a function or class: name, first paragraph of its docstring, and file.
+
+    ``name`` is the full name, such as "mpo_ext.mpo_loss".
+    """
     import importlib
     import inspect
 

@@ -81,7 +81,7 @@ def make_engine(build: Callable[[], tuple[Any, Any]], **options: Any) -> Transfo
 def requests_of(
     counts: Sequence[int], *, images: int = 0, sampling: SamplingConfig = SAMPLING, prefix_ids: tuple[int, ...] = ()
 ) -> list[Request]:
-    """Returns ``counts[i]`` requests for question i, interleaved. The questions have different lengths."""
+    """Returns ``counts[i]`` requests for question i. The questions alternate, and differ in length."""
     rng = np.random.default_rng(0)
     by_question = []
     for number, count in enumerate(counts):

@@ -97,9 +97,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def kill_when(cwd: Path, pattern: str, delay_s: float, *words: str) -> None:
-    """Starts the command with the arguments ``words``, and kills it after a file matching ``pattern`` appears.
+    """Starts the command, waits for a file that matches ``pattern``, and kills the command ``delay_s`` seconds later.
 
-    The kill comes ``delay_s`` seconds later. Fails if the command ends before the file appears.
+    The file must not be empty. ``words`` are the arguments. Fails if the command ends before the file appears.
     """
     process = start(cwd, *words)
     while not any(path.stat().st_size for path in cwd.glob(pattern)):

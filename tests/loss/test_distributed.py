@@ -57,7 +57,8 @@ def rewards(rank: int, step: int) -> list[float]:
 def expected(settings: dict[str, Any]) -> list[dict[str, float]]:
     """Returns the expected reward shift of each step: "used" by the loss, and "value" after the step.
 
-    Computes it in plain Python: the authors' mean of rank means, or NeMo-RL's mean over all ranks' rewards.
+    With the settings of the authors, the value is the mean of all ranks' means so far. With "ema" or "optimizer_step",
+    it is computed from each step's mean over both ranks.
     """
     value, log, means = 0.0, [], []
     for step in range(STEPS):

@@ -493,7 +493,7 @@ def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(
 
 
 def die_at(folder: Path, number: int, step: int) -> None:
-    """Saves a checkpoint of ``step``, and exits right before the call ``number`` (from 0) that changes the disk."""
+    """Saves a checkpoint of ``step``, and exits right before the change on disk with this number, counted from 0."""
     store = Checkpoints(folder, keep_last=1)
     model = Small()
     optimizer = moved(model)

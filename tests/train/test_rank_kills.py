@@ -29,9 +29,9 @@ SETTINGS = {
 
 
 def die_on_rank(victim: int, number: int | None, events: Path, rank: int) -> None:
-    """Kills rank ``victim`` right before its event ``number``; ``die_at_event`` lists the events.
+    """Kills rank ``victim`` right before an event of this rank, such as an optimizer update. ``number`` counts from 0.
 
-    If ``number`` is None, only counts the events.
+    If ``number`` is None, only counts the events, which are those of ``die_at_event``.
     """
     if rank == victim:
         die_at_event(number, events, rank)
