@@ -18,7 +18,7 @@ BACKENDS = os.environ.get("MPO_TEST_BACKENDS", "reference,cpu").split(",")
 
 
 def _engines() -> list[str]:
-    """Returns the backends to test. "cpu" is listed once for each instruction set that this machine supports."""
+    """Returns the backends to test. The CPU backend occurs once for each supported instruction set."""
     engines = [name for name in BACKENDS if name != "cpu"]
     if "cpu" in BACKENDS:
         try:

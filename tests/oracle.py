@@ -50,7 +50,7 @@ def wide(tensor: Tensor | Array) -> Array:
 
 
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
-    """Returns the machine epsilon in which kernels accumulate: that of float64 for float64 logits, else of float32.
+    """Returns the machine epsilon with which kernels accumulate: that of float64 for float64 logits, else of float32.
 
     ``dtype`` is the torch dtype of the logits, or the numpy dtype of exact logits: long double for float64 inputs.
     """
@@ -225,7 +225,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def sequence_slices(labels: Tensor, cu_seqlens: Tensor | None) -> list[Any]:
-    """Returns an index into logits and labels for each sequence."""
+    """Returns an index into logits and labels for each sequence: a number, or a slice for packed sequences."""
     if cu_seqlens is None:
         return list(range(labels.shape[0]))
     bounds = cu_seqlens.tolist()

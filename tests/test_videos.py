@@ -69,7 +69,10 @@ def test_frames_of_a_variable_rate(tmp_path: Path) -> None:
 
 
 def test_rotated_video(tmp_path: Path) -> None:
-    """The stored frames are white in the upper half. After the rotation, the left part is white."""
+    """Loads a video with a rotation of 90 degrees.
+
+    Its stored frames are white in the upper half, so the loaded frames must be white in the left part.
+    """
     path = write_video(tmp_path / "a.mp4", [0] * 4, rotation=90)
     frame = np.asarray(load_video(str(path)).frames[0])
     assert frame.shape == (64, 48, 3)

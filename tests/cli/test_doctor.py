@@ -1,4 +1,4 @@
-"""Tests the report of ``mpo-ext doctor``, also for modules that were compiled with or without CUDA kernels."""
+"""Tests the report of ``mpo-ext doctor``, also for imitated builds with and without CUDA kernels."""
 
 from __future__ import annotations
 

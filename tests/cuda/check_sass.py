@@ -172,7 +172,10 @@ def report(module: str, cuobjdump: str) -> str:
 
 
 def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, float]]:
-    """Maps each kernel to its main loop's instructions and exponentials per logit, and to its number of spills."""
+    """Maps each kernel to the instructions and exponentials of its main loop per logit, and to the kernel's spills.
+
+    The keys are "per_logit", "exponentials" and "spills".
+    """
     found = {}
     for kernel, code in disassembly(module, cuobjdump, arch).items():
         name, body = name_of(kernel), main_loop(code)

@@ -421,7 +421,10 @@ def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
 
 
 def exact_rows(rows: Rows) -> dict[str, np.ndarray]:
-    """Computes log-probs, probabilities and statistics of each row in float64, from their definitions."""
+    """Computes log-probs, probabilities and statistics of each row in float64, from their definitions.
+
+    Rows with an ignored label hold zeros, and rows with an invalid label NaN.
+    """
     n = rows.rows
     found = {name: np.zeros(n) for name in ("logp", "entropy", "mean_logit", "top1", "sum_p_squared")}
     found["p"] = np.zeros((n, rows.vocab))

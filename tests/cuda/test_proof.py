@@ -29,9 +29,10 @@ def bytes_of(report: object, buffer: object) -> tuple[int, int]:
 
 
 def efficiency(report: object, kind: str, width: int) -> float:
-    """Returns which fraction of the touched memory sectors (32 bytes each) vector loads or stores of logits request.
+    """Returns the requested bytes divided by the bytes of the memory sectors that contain them.
 
-    ``kind`` is "load" or "store", and ``width`` is the size of a vector in bytes.
+    Counts vector accesses to logits in global memory, whose sectors have 32 bytes. ``kind`` is "load" or "store", and
+    ``width`` is the size of a vector in bytes.
     """
     accesses = [
         a for a in report.accesses if a.space == "global" and a.kind == kind and f".v{width // 4}." in a.ins.text

@@ -476,7 +476,7 @@ def mean_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def train(model: nn.Module, inner: nn.Module, rank: int, steps: int) -> None:
     """Runs AdamW steps on the rank's batches, and checks that the ranks end with equal parameters.
 
-    The batches have inputs for ``inner``, a copy of the model without wrappers.
+    ``inner`` is a copy of the model without wrappers, for which the batches are made.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = [parameter.detach().clone() for parameter in model.parameters()]

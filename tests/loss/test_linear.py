@@ -219,7 +219,7 @@ def run_rows(
 
 
 def eager_gradients(case: Linear, logits: Tensor, by_logits: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the gradients of ``tensors`` by name, backpropagated from the gradient of the logits ``by_logits``."""
+    """Returns the gradients of ``tensors`` by name, backpropagated from ``by_logits``, the gradient of the logits."""
     return dict(zip(tensors, torch.autograd.grad(logits, list(tensors.values()), by_logits), strict=True))
 
 

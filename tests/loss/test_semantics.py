@@ -138,7 +138,10 @@ def test_trl_since_0_29(run: list[Batch], backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_llama_factory(run: list[Batch], backend: str, device: str, label_smoothing: float) -> None:
-    """Compares with LLaMA-Factory: (dpo + w * bco) / (1 + w), plus pref_ftx times the mean NTP loss per response."""
+    """Compares with LLaMA-Factory's loss: (dpo + w * bco) / (1 + w) + pref_ftx * ntp, for w = ``pref_bco_weight``.
+
+    The NTP loss is averaged over each response, and then over the responses.
+    """
     pref_bco_weight, pref_ftx, beta = 0.25, 0.6, 0.2
     running = RunningMoments()
 

@@ -42,7 +42,7 @@ class Counts:
         launches: Number of kernel launches, including matrix products.
         products: Number of launches of matrix products.
         moved: Bytes that all other kernels read and write.
-        passes: Number of reads and writes of a float32 tensor of the shape of the labelled hidden states.
+        passes: Number of reads and writes of float32 tensors ``[n, D]``, the shape of the labelled hidden states.
         peak: Peak bytes of the tensors that the calls allocate.
         tile: (rows, columns) of a tile of logits.
     """

@@ -84,7 +84,7 @@ def wandb_records(content: bytes) -> Iterator[bytes]:
 
 
 def read_wandb(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Returns the history rows and the settings from the file of an offline wandb run."""
+    """Reads the file of an offline wandb run. Returns (history rows, settings)."""
     from wandb.proto import wandb_internal_pb2
 
     def values(items: Any) -> dict[str, Any]:

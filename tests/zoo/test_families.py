@@ -74,7 +74,7 @@ def responses_of(family: Family) -> tuple[str, ...]:
 
 
 def written(family: Family, response: str) -> str:
-    """Returns a response as the conversation has it, which includes a ``<think>`` at the end of the prompt."""
+    """Returns a response as the conversation has it: with the ``<think>`` that is at the end of the prompt."""
     return f"<think>{response}" if family.needs_thoughts and not response.startswith("<think>") else response
 
 
