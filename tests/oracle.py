@@ -1,4 +1,4 @@
-"""Defines the expected results of the tests: the whole loss in numpy, eager torch, and the allowed error.
+"""Defines the expected results of the tests: exact values in numpy, values of eager torch, and the allowed errors.
 
 Nothing here imports the package. Tests use three groups of functions:
 
@@ -250,7 +250,7 @@ def mpo_exact(
         labels: ``[2B, T]`` or ``[N]``.
         ref_logp: ``[2B]``, or None if ref_logits is given.
         ref_logits: Like logits.
-        reward_shift: Delta, or a function of the sum and the number of the batch's rewards that returns delta.
+        reward_shift: Delta, or a function that returns delta for the sum and the number of the batch's rewards.
         cu_seqlens: ``[2B + 1]`` for packed logits.
         shift: Whether position t is scored against label t + 1 of the same sequence.
         options: Settings of the loss; DEFAULTS has all of them.

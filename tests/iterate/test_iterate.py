@@ -171,7 +171,7 @@ def test_the_page_shows_the_rounds_and_links_to_existing_files(whole: Path) -> N
 def test_a_run_that_is_killed_anywhere_gives_the_same_bytes(folder: Path, whole: Path, tmp_path: Path) -> None:
     """Kills the command while it samples, trains or evaluates; the process that it started must end too.
 
-    MPO_KILLS sets the random seed and adds a second round.
+    MPO_KILLS sets the random seed, and then the run continues with a second round, which is killed too.
     """
     name = write_recipe(folder, tmp_path)
     rng = random.Random(SEED)

@@ -222,7 +222,10 @@ BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8}
 
 
 def check_case(rank: int, seed: int) -> dict[str, float]:
-    """Compares a random case on several ranks with one process. Returns each result's error divided by its bound."""
+    """Computes a random case on several ranks and in one process. Returns the errors of all results by name.
+
+    An error is divided by its bound.
+    """
     case = make_case(seed)
     truth = compute(case, case.tensors, case.options)
     options = {**case.options, **case.split.groups}

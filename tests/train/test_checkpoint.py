@@ -1,4 +1,7 @@
-"""Tests that checkpoints restore all bits, also on other numbers of ranks, and are complete or absent after a kill."""
+"""Tests that checkpoints restore all bits, also on another number of ranks.
+
+After a kill during a save, the checkpoint must be complete or absent.
+"""
 
 from __future__ import annotations
 

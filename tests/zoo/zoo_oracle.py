@@ -35,7 +35,7 @@ def messages_of(processor: Any, turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def template_ids(
     processor: Any, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = False, **kwargs: Any
 ) -> list[int]:
-    """Returns the ids of ``apply_chat_template(..., tokenize=True)``, with all image tokens of each image."""
+    """Returns the ids of ``apply_chat_template(..., tokenize=True)``. An image has all of its image tokens."""
     out = processor.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, add_generation_prompt=generation_prompt, **kwargs
     )
