@@ -18,7 +18,7 @@ BACKENDS = os.environ.get("MPO_TEST_BACKENDS", "reference,cpu").split(",")
 
 
 def _engines() -> list[str]:
-    """Returns the backends to test. "cpu" is listed once for each instruction set that this machine supports."""
+    """Returns the backends to test. The CPU backend occurs once for each supported instruction set."""
     engines = [name for name in BACKENDS if name != "cpu"]
     if "cpu" in BACKENDS:
         try:
@@ -47,7 +47,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture(params=[name for name in ENGINES if name != "reference"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Returns the name of a backend other than "reference", for properties that only the kernels have."""
+    """Returns the name of a backend with kernels, which are all backends except "reference" (plain torch)."""
     return _select(request.param, monkeypatch)
 
 
@@ -74,9 +74,9 @@ def threads() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups the test cases that differ only in the backend, so that they share the oracle's cached result.
+    """Runs each test case on all backends in succession, so that the oracle's cached result is reused.
 
-    Skips float64 cases on GPU kernels.
+    Skips float64 cases on GPU kernels, which do not support float64.
     """
     for item in items:
         if hasattr(item, "callspec") and is_left_out(item.callspec.params):

@@ -13,7 +13,7 @@ def device_of(backend: str) -> str:
 
 
 def is_left_out(parameters: dict[str, Any]) -> bool:
-    """Returns whether to skip a test: GPU kernels do not support float64."""
+    """Returns whether to skip a test case with these parameters, because GPU kernels do not support float64."""
     backends = [value for name, value in parameters.items() if name in ("backend", "engine", "kernel")]
     values = [*parameters.values()]
     values += [each for value in values if isinstance(value, dict) for each in value.values()]

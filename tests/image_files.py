@@ -142,7 +142,10 @@ def from_lab(lab: np.ndarray) -> np.ndarray:
 
 
 def cmyk_profile() -> bytes:
-    """Returns an ICC profile for CMYK that maps inks to grey: C, M and Y each lower L by 20, and K by 40."""
+    """Returns an ICC profile that maps CMYK inks to grey.
+
+    The lightness L is 100 without ink. Full C, M and Y lower it by 20 each, and full K lowers it by 40.
+    """
     lightness = [100 - 20 * (c + m + y) - 40 * k for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
     table = b"".join(bytes([round(255 * value / 100), 128, 128]) for value in lightness)
     head = (

@@ -1,4 +1,4 @@
-"""Defines the expected results of the tests: the whole loss in numpy, eager torch, and the allowed error.
+"""Defines the expected results of the tests: exact values in numpy, values of eager torch, and the allowed errors.
 
 Nothing here imports the package. Tests use three groups of functions:
 
@@ -37,9 +37,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def wide(tensor: Tensor | Array) -> Array:
-    """Returns the values of a tensor in a wider type: long double for float64, otherwise float64.
+    """Converts a tensor to a wider numpy array: long double for float64, otherwise float64.
 
-    A numpy array is returned as it is: it holds exact logits, which are wide already.
+    A numpy array is returned unchanged, because it already holds exact logits.
     """
     if isinstance(tensor, np.ndarray):
         return tensor
@@ -50,9 +50,9 @@ def wide(tensor: Tensor | Array) -> Array:
 
 
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
-    """Returns the machine epsilon of the accumulation dtype: float64 for float64 logits, otherwise float32.
+    """Returns the machine epsilon with which kernels accumulate: that of float64 for float64 logits, else of float32.
 
-    A numpy dtype belongs to exact logits, which are long double for float64 inputs.
+    ``dtype`` is the torch dtype of the logits, or the numpy dtype of exact logits: long double for float64 inputs.
     """
     is_double = dtype == (torch.float64 if isinstance(dtype, torch.dtype) else np.longdouble)
     return torch.finfo(torch.float64 if is_double else torch.float32).eps
@@ -152,7 +152,7 @@ def token_logp_exact(
 
 
 class ExactShift:
-    """The definition of RewardShift in Python numbers."""
+    """Computes the reward shift with Python numbers, from the definition of RewardShift."""
 
     def __init__(
         self,
@@ -167,13 +167,13 @@ class ExactShift:
         self.pending: list[tuple[float, int]] = []
 
     def __call__(self, reward_sum: float, count: int) -> float:
-        """Adds a micro-batch of ``count`` rewards with the given sum. Returns the delta that its loss uses."""
+        """Adds the rewards of a micro-batch, given their sum and number. Returns the delta that its loss uses."""
         before = self.value
         self.update(reward_sum, count)
         return self.value if self.order == "before" else before
 
     def update(self, reward_sum: float, count: int) -> None:
-        """Adds ``count`` rewards. The value changes now, or at the next ``step`` if ``per`` is "optimizer_step"."""
+        """Adds ``count`` rewards. Changes the value now; if ``per`` is "optimizer_step", ``step`` changes it later."""
         self.pending.append((reward_sum, count))
         if self.per == "micro_batch":
             self.step()
@@ -225,7 +225,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def sequence_slices(labels: Tensor, cu_seqlens: Tensor | None) -> list[Any]:
-    """Returns an index into logits and labels for each sequence."""
+    """Returns an index into logits and labels for each sequence: a number, or a slice for packed sequences."""
     if cu_seqlens is None:
         return list(range(labels.shape[0]))
     bounds = cu_seqlens.tolist()
@@ -250,7 +250,7 @@ def mpo_exact(
         labels: ``[2B, T]`` or ``[N]``.
         ref_logp: ``[2B]``, or None if ref_logits is given.
         ref_logits: Like logits.
-        reward_shift: Delta, or a function of the sum and the number of the batch's rewards that returns delta.
+        reward_shift: Delta, or a function that returns delta for the sum and the number of the batch's rewards.
         cu_seqlens: ``[2B + 1]`` for packed logits.
         shift: Whether position t is scored against label t + 1 of the same sequence.
         options: Settings of the loss; DEFAULTS has all of them.
@@ -348,9 +348,9 @@ def mpo_exact(
 
 
 def _sum_noise(rows: ExactRows, eps: float) -> float:
-    """Returns the possible error of a sequence's log-prob sum: ``eps`` times the sum of the absolute log-probs.
+    """Returns the possible error of a sequence's log-prob: ``eps`` times the sum of the tokens' absolute log-probs.
 
-    Each log-prob counts as at least 1, because the argument of the logarithm is rounded too.
+    Each token counts as at least 1, because the argument of its logarithm is rounded too.
     """
     finite = np.abs(rows.logp[rows.labelled & np.isfinite(rows.logp)])
     return float(eps * np.maximum(finite, 1).sum())
@@ -367,9 +367,11 @@ def _noise(
 ) -> dict[str, float]:
     """Returns the unavoidable absolute error of each result, by name.
 
-    A reward is a small difference of two large sums. So one rounding of a sum causes a large relative error of the
-    reward, and of all results computed from it. Eager torch's error may be small by chance, so it cannot serve as the
-    bound. With respect to a reward, a loss term's first derivative is at most 1, and its second at most 1/4.
+    A reward is a small difference of two large sums. Rounding a sum once therefore causes a large relative error of
+    the reward and of the losses computed from it. Eager torch's error may be small by chance, so it cannot serve as
+    the bound.
+
+    The bounds use the derivatives of a loss term with respect to a reward: at most 1, and the second one at most 1/4.
     """
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)
@@ -408,7 +410,7 @@ def _noise(
 
 @dataclasses.dataclass(frozen=True)
 class ExactHead:
-    """Exact logits from hidden states and a head, and the quantities that their gradients need."""
+    """Exact logits of hidden states and a head. Methods compute exact gradients."""
 
     hidden: Array  # [..., D]
     weight: Array  # [V, D]
@@ -430,7 +432,10 @@ class ExactHead:
         }
 
     def sizes(self, gradient: Array) -> dict[str, Array]:
-        """Returns the gradients with the absolute value of each term, so that no terms cancel."""
+        """Returns the gradients computed from the absolute values of all inputs, so that no terms cancel.
+
+        Kernels may have errors in proportion to these values.
+        """
         positive = dataclasses.replace(
             self, hidden=np.abs(self.hidden), weight=np.abs(self.weight), slope=np.abs(self.slope)
         )
@@ -597,9 +602,11 @@ def assert_as_accurate(
 ) -> None:
     """Raises if the error of a result exceeds ``factor`` times the error of eager torch in the same dtype.
 
-    The allowed error is at least one unit in the last place of the largest exact value. ``noise``, the unavoidable
-    absolute error, is added. Infinities and NaN must match. A fixed ``atol`` would not do. With a vocabulary of 150k a
-    typical gradient entry is 1e-5, so a kernel that writes zeros would pass ``atol=5e-5``.
+    One unit in the last place of the largest exact value is also allowed, and ``noise``, the unavoidable absolute
+    error. Infinities and NaN must match.
+
+    A fixed ``atol`` would hide mistakes. With a vocabulary of 150k, a typical gradient entry is 1e-5, so a kernel that
+    writes zeros would pass ``atol=5e-5``.
     """
     exact = np.asarray(exact)
     assert tuple(actual.shape) == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {exact.shape}"
@@ -635,11 +642,11 @@ def assert_gradient_as_accurate(
     noise: float = 0.0,
     name: str = "gradient",
 ) -> None:
-    """Checks a gradient of logits: the entries of the labels, and separately the many small entries.
+    """Checks a gradient of logits: the entries of the labels, and separately the many small other entries.
 
-    In half precision, one unit in the last place of a label's entry exceeds the sum of all other entries, if the
-    vocabulary is large. So the relative error of the other entries is checked too. The limit is ``factor`` times
-    eager torch's largest relative error, plus two roundings: of the entry, and of the exponent in its softmax.
+    In half precision, rounding a label's entry can change it by more than the sum of all other entries. So the
+    relative error of the other entries is checked too. The limit is ``factor`` times eager torch's largest relative
+    error, plus two roundings: of the entry, and of the exponent in its softmax.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.
@@ -701,11 +708,11 @@ def assert_product_as_accurate(
     extra: Array | float = 0.0,
     name: str = "product",
 ) -> None:
-    """Checks a matrix product; the error of each entry is divided by the sum of its absolute terms.
+    """Checks a matrix product. The error of an entry is divided by the sum of the entry's absolute terms.
 
-    The division makes errors visible in rows of confident tokens and columns of rare tokens. Their entries are many
-    orders of magnitude smaller than the largest one. The largest quotient may be ``factor`` times that of eager torch,
-    plus one unit in the last place and ``noise``. An entry without terms must be 0.
+    So errors are visible in small entries too, such as those of confident or rare tokens, which are many orders of
+    magnitude smaller than the largest entry. The largest quotient may be ``factor`` times that of eager torch, plus
+    one unit in the last place and ``noise``. An entry without terms must be 0.
 
     Args:
         actual: Any shape.

@@ -29,7 +29,10 @@ def make_rows(dtype: torch.dtype, vocab: int, edges: tuple[int, ...]) -> tuple[T
 
 
 def check_shards(backend: str, dtype: torch.dtype, vocab: int, edges: tuple[int, ...]) -> None:
-    """Compares merged results and gradients of the shards with those of the whole vocabulary."""
+    """Compares log-probs, statistics and gradients of merged shards with those of the whole vocabulary.
+
+    ``edges`` are the first columns of all shards but the first.
+    """
     logits, labels = make_rows(dtype, vocab, edges)
     mask = ops.stats_mask(STATS)
     whole = ops.token_logp(logits, labels, IGNORE, mask, backend)

@@ -114,7 +114,10 @@ def test_a_layout_keeps_the_values(layout: str) -> None:
 
 
 def wrong_gradient(name: str, logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Returns a wrong gradient of the weighted log-probs; ``name`` selects a mistake that released kernels had."""
+    """Returns a gradient of the weighted log-probs with a mistake, such as "no label".
+
+    The mistake "nothing" leaves the gradient right.
+    """
     p = logits.float().softmax(-1)
     onehot = torch.zeros_like(p).scatter(-1, labels.unsqueeze(-1), 1.0)
     gradient = weight.unsqueeze(-1) * (onehot - p)

@@ -63,7 +63,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a wheel, built twice from the same checkout; also builds one from the source distribution."""
+    """Returns a wheel, built twice from the same checkout.
+
+    Also checks the files of the source distribution, and builds a wheel from it.
+    """
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(out), str(checkout), cwd=out)
     (sdist,) = out.glob("*.tar.gz")

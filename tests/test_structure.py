@@ -50,7 +50,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yields the modules of mpo_ext and benchmarks that a file imports, also inside functions."""
+    """Yields the modules of mpo_ext and benchmarks that a file imports, also inside functions or by importlib."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

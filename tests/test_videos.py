@@ -49,7 +49,7 @@ def test_frames_at_equal_distances(tmp_path: Path, suffix: str) -> None:
 
 
 def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path: Path) -> None:
-    """Includes the frames on both sides of each keyframe, which a wrong seek would miss."""
+    """Loads 1 to 30 frames of a video of 30, including those beside each keyframe, which a wrong seek would miss."""
     path = str(write_video(tmp_path / "a.mp4", 30, keyframes=7))
     for count in range(1, 31):
         expected = [number * 30 // count for number in range(count)]
@@ -57,7 +57,10 @@ def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path: Path) -> None:
 
 
 def test_frames_of_a_variable_rate(tmp_path: Path) -> None:
-    """At each sampling time, the latest earlier frame is taken, with its time from the file."""
+    """Loads the frame that is shown at each sampling time, with its time from the file.
+
+    A frame that is shown at several sampling times is loaded once.
+    """
     path = write_video(tmp_path / "a.mkv", 6, stamps=[0, 1, 2, 10, 12, 14], codec="ffv1")
     video = load_video(Video(str(path), fps=4.0))
     # 8 times in 1.875 s. Frame 2 is shown from 0.25 s to 1.25 s, at four of these times, and taken once.
@@ -66,7 +69,10 @@ def test_frames_of_a_variable_rate(tmp_path: Path) -> None:
 
 
 def test_rotated_video(tmp_path: Path) -> None:
-    """The stored frames are white in the upper half. After the rotation, the left part is white."""
+    """Loads a video with a rotation of 90 degrees.
+
+    Its stored frames are white in the upper half, so the loaded frames must be white in the left part.
+    """
     path = write_video(tmp_path / "a.mp4", [0] * 4, rotation=90)
     frame = np.asarray(load_video(str(path)).frames[0])
     assert frame.shape == (64, 48, 3)

@@ -103,7 +103,7 @@ def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
 
 
 def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    """Compares linear_mpo_loss on the GPU code path with float64. Matrix products write float32 tiles there.
+    """Compares linear_mpo_loss on the GPU code path with float64. On this path, the tiles of logits are float32.
 
     Torch computes the matrix products on the CPU, and ``backend`` runs the kernels.
     """
@@ -146,7 +146,10 @@ def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
 
 
 def exp_logits_case(vocab: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Returns logits ``[7, vocab]``, labels ``[7]``, and the edges of three tiles, with hard cases for exp_logits."""
+    """Returns hard cases for exp_logits: logits ``[7, vocab]``, labels ``[7]``, and the edges of three tiles.
+
+    Examples are tiles of -inf, a maximum that rises from tile to tile, and logits of magnitude 1e9.
+    """
     edges = [0, vocab // 3 + 1, vocab // 3 + 1 + vocab // 4, vocab]
     logits = 3 * torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab))
     labels = torch.tensor([0, vocab - 1, edges[1], edges[1] - 1, edges[2], vocab // 2, 1])

@@ -35,8 +35,8 @@ def write_video(
 ) -> Path:
     """Encodes a video with frames of uniform grey or color, and returns its path.
 
-    ``values`` are the grey values, or a number of frames with values from ``grey``. ``colours`` replaces them by
-    colors. ``stamps`` are the times of the frames in units of 1 / rate seconds.
+    ``values`` are the grey values of the frames. A number n stands for ``grey(0)`` to ``grey(n - 1)``. ``colours``, if
+    given, are the colors of the frames instead. ``stamps`` are the times of the frames in units of 1 / rate seconds.
     """
     import av
 
@@ -65,7 +65,7 @@ def write_video(
 
 
 def write_frames(folder: Path, count: int, size: tuple[int, int] = SIZE) -> list[str]:
-    """Writes image files of the first ``count`` frames, with values from ``grey``, and returns their paths."""
+    """Writes image files of the first ``count`` frames, with the grey values of ``grey``, and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(count):

@@ -32,7 +32,7 @@ MIN_PIXELS, MAX_PIXELS = 28 * 28, 84 * 84
 class QwenVideoStandIn:
     """Replaces transformers' Qwen2-VL and Qwen3-VL video processors without torchvision.
 
-    Its inputs are sampled frames.
+    It expects frames that are already sampled from the video.
     """
 
     merge_size, temporal_patch_size = 2, 2

@@ -1,4 +1,7 @@
-"""Long answers that slow regular expressions down. They repeat parts that the patterns of mpo_ext.answers match."""
+"""Defines long answers that are slow to match with regular expressions.
+
+They repeat texts that mpo_ext.answers looks for, such as "final answer".
+"""
 
 import random
 
@@ -28,7 +31,7 @@ FOUND = (
 
 
 def hostile_answer(rng: random.Random) -> str:
-    """Returns a random answer that repeats a few hostile parts, up to 100,000 characters long."""
+    """Returns a random answer of up to 100,000 characters, which mainly repeats one to four texts from ``PARTS``."""
     parts = rng.choices(PARTS, k=rng.randint(1, 4))
     if rng.random() < 0.3:
         rng.shuffle(parts)

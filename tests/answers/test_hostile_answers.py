@@ -31,9 +31,10 @@ def _without_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def seconds_of(answer: str, truths: tuple[str, ...] = TRUTHS) -> dict[str, float]:
-    """Returns the CPU seconds of each extraction style and each matcher on an answer.
+    """Measures the CPU seconds of each extraction style and each matcher. Returns them by name.
 
-    A matcher compares the answer with each truth. Its time is that of the slowest comparison.
+    Matchers compare texts with the correct answers ``truths``. The time of a matcher is that of its slowest
+    comparison.
     """
     seconds = {}
 

@@ -1,4 +1,4 @@
-"""Tests benchmarks/audit.py: it counts the test cases of each check, and its table lists the checks that ran."""
+"""Tests ``make audit``: the tests that it names exist, it counts their cases, and its table lists those that ran."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Tests tools/matrix.py, which tests pairs of Python and torch versions, and the table of its results.
+"""Tests tools/matrix.py, which runs the tests with several versions of Python and torch.
 
-A pair that cannot run gets a reason, and the result of each pair is saved.
+If a combination of versions cannot run, its result has a reason. Results of earlier calls are kept.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Tests the pictures of README.md and docs/: the overview agrees with results/, and each main page has a picture."""
+"""Tests the pictures of README.md and docs/: they are up to date, and their texts do not overlap.
+
+Each main page must have a picture.
+"""
 
 import re
 from collections.abc import Iterator
@@ -33,9 +36,9 @@ Area = tuple[float, float, float, float]  # left, top, right and bottom
 
 
 def areas(svg: str) -> Iterator[tuple[str, Area]]:
-    """Yields the text and the bounding box of each SVG text and rectangle; the text of a rectangle is "".
+    """Yields (text, bounding box) of each text and each rectangle in an SVG picture. A rectangle has an empty text.
 
-    Widths are measured in DejaVu Sans, a wide font.
+    The width of a text is measured in DejaVu Sans, a wide font.
     """
     image_font = pytest.importorskip("PIL.ImageFont")
     folder = Path(pytest.importorskip("matplotlib").get_data_path(), "fonts", "ttf")

@@ -1,6 +1,7 @@
 """Tests the benchmark suite on tiny shapes.
 
-Each implementation gets a time, or a reason why it has none. Also tests the time limit and the rates.
+Each implementation gets a measured time, or the reason why it was not measured. Also tests the time limit, and the
+measured rates of the machine, such as the speed of matrix products.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests what ``mpo-ext doctor`` reports for other builds of the compiled module."""
+"""Tests the report of ``mpo-ext doctor``, also for imitated builds with and without CUDA kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tests exit statuses: 2 if the user must change arguments, settings or paths; 1 for failed work or a found defect."""
+"""Tests the exit statuses of the commands.
+
+2: the user must change arguments, settings or paths. 1: the work failed, or a check found a defect.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Changes the current folder to one with a model, data and a recipe. Blocks access to the Hugging Face hub."""
+    """Changes to a folder with a model, data and a recipe, and returns it. Blocks access to the Hugging Face hub."""
     monkeypatch.chdir(written)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

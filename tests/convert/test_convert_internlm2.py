@@ -1,4 +1,7 @@
-"""Tests the conversion of a tiny InternVL2.5 with InternLM2, against a reimplementation of its authors' model code."""
+"""Tests the conversion of a tiny InternVL2.5 with InternLM2.
+
+The expected logits come from a reimplementation of the authors' ``modeling_internlm2.py``.
+"""
 
 from __future__ import annotations
 

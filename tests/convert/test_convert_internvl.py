@@ -1,6 +1,6 @@
 """Tests the conversion of tiny checkpoints in the format of InternVL's authors.
 
-This file has a second mapping of the weight names, independent of the converter's.
+The expected weight names come from a second mapping in this file, which does not use the converter.
 """
 
 from __future__ import annotations

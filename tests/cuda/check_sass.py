@@ -1,11 +1,15 @@
-"""Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE ...]`` prints a table or fails.
+"""Checks the machine code (SASS) of the built CUDA module, and prints a table of registers.
 
-Innermost loops over logits or rows must not access local memory, which holds spilled registers. Other code may spill,
-because kernels that run four thread blocks per multiprocessor have only 64 registers per thread. In code for sm_80 and
-sm_90, the main loops must load 128 bits at a time. The main loops of logits_grad and exp_logits must also store 128
-bits at a time. If the output has half the width of the logits, they must store 64 bits.
-``--json results/machine_code.json`` writes registers, spills and instructions per logit, for docs/performance.md.
-cuobjdump is taken from PATH or from the triton package.
+    python tests/cuda/check_sass.py [FILE ...] [--json results/machine_code.json]
+
+Innermost loops over logits or rows must not spill registers to local memory. Spills elsewhere are allowed. They are
+expected, because kernels that run four thread blocks per multiprocessor have only 64 registers per thread.
+
+In code for sm_80 and sm_90, the main loops must load 128 bits at a time. The main loops of logits_grad and exp_logits
+must also store 128 bits at a time, or 64 bits if the output has half the width of the logits.
+
+``--json`` writes registers, spills and instructions per logit, for docs/performance.md. The program cuobjdump is
+taken from PATH or from the triton package.
 """
 
 from __future__ import annotations
@@ -45,7 +49,10 @@ def find_cuobjdump() -> str | None:
 
 
 def _output(command: list[str], module: str) -> list[str]:
-    """Runs a command on each file in ``module``, separated by ``os.pathsep``. Returns the lines that it prints."""
+    """Runs a command once for each file, and returns the lines that it prints.
+
+    ``module`` has the paths of the files, separated by ``os.pathsep``.
+    """
     lines = []
     for file in module.split(os.pathsep):
         lines += subprocess.run([*command, file], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -140,7 +147,7 @@ def problems(module: str, cuobjdump: str) -> list[str]:
 
 
 def _narrow_accesses(name: str, arch: str, body: list[str]) -> list[str]:
-    """Returns a list with a message if the main loop has too few vector loads or stores; otherwise an empty list."""
+    """Checks the number of vector loads and stores in a main loop. Returns a list with a message, or an empty list."""
     loads = sum(bool(re.search(r"\bLDG\.E\S*\.128", text)) for text in body)
     # Half of a vector of float32 logits.
     is_narrow = name.startswith("logits_grad float32 to") or name in ("exp_logits bfloat16", "exp_logits float16")
@@ -165,7 +172,10 @@ def report(module: str, cuobjdump: str) -> str:
 
 
 def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, float]]:
-    """Maps each kernel to its main loop's instructions and exponentials per logit, and to its number of spills."""
+    """Maps each kernel to the instructions and exponentials of its main loop per logit, and to the kernel's spills.
+
+    The keys are "per_logit", "exponentials" and "spills".
+    """
     found = {}
     for kernel, code in disassembly(module, cuobjdump, arch).items():
         name, body = name_of(kernel), main_loop(code)

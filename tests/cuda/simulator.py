@@ -1,8 +1,8 @@
-"""Runs the CUDA backend without a GPU, by executing its compiled PTX on the simulator ptxsim.
+"""Runs the CUDA backend without a GPU: the simulator ptxsim executes its compiled PTX.
 
-``SimulatedNative`` replaces ``mpo_ext._C``. The real module computes the grid, the block and the argument bytes of
-each launch, so launches are the same as on a GPU. Tests call the class directly or through
-``mpo_ext.ops``. In direct calls, it is an error to read a byte that was never written.
+``SimulatedNative`` replaces ``mpo_ext._C``. Grid, block size and kernel arguments of each launch come from the real
+module, as on a GPU. Tests launch kernels directly, or through ``mpo_ext.ops``. In direct launches, it is an error to
+read a byte that was never written.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ MULTIPROCESSORS = 2  # of the simulated GPU; a real GPU has about a hundred
 def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> str:
     """Returns the compiled PTX of a kernel file.
 
-    ``edit`` is (old, new): text to replace in the source or a header, which tests use to break the kernel.
+    ``edit`` is (old text, new text). Tests use it to put a mistake into the source or into a header.
     """
     source = ROOT / "csrc" / "mpo" / "cuda" / f"{file}.cu"
     if edit is None:
@@ -77,9 +77,9 @@ def module(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) 
 
 
 def _mangled_pair(dtype: str, grad_dtype: str) -> str:
-    """Returns the first two template arguments of a mangled kernel name: the dtypes of logits and gradient.
+    """Returns the dtypes of logits and gradient as they are encoded in the mangled C++ name of a kernel.
 
-    C++ mangling abbreviates a class type that is repeated.
+    C++ abbreviates a class that occurs a second time.
     """
     second = _MANGLED[grad_dtype] if dtype != grad_dtype else "f" if dtype == "float32" else "S"
     return _MANGLED[dtype] + second
@@ -106,7 +106,7 @@ class SimulatedNative:
         return {"has_cuda": True}.get(name) or getattr(self.real, name)
 
     def launch(self, name: str, arguments: dict[str, Any]) -> Any:
-        """Runs a kernel on ptxsim and returns its report; the addresses in ``arguments`` belong to ptxsim buffers."""
+        """Runs a kernel on ptxsim and returns its report. ``arguments`` has addresses of ptxsim buffers."""
         launch = getattr(self.real, f"describe_{name}_cuda")(**arguments)
         kernel = {
             "token_logp": lambda: f"I{_MANGLED[arguments['dtype']]}Lb{int(arguments['stats'] != 0)}ELb0E",
@@ -123,7 +123,7 @@ class SimulatedNative:
         return report
 
     def launch_on_host_memory(self, name: str, **arguments: Any) -> None:
-        """Runs a kernel for mpo_ext.ops, which passes host addresses: copies all buffers to the simulator and back."""
+        """Runs a kernel that mpo_ext.ops launches on host memory: copies all buffers to the simulator and back."""
         arguments.pop("stream")
         sizes = {key: size for key, size in _sizes(self.real, name, arguments).items() if arguments.get(key)}
         extents: dict[int, int] = {}  # the gradient may be the logits
@@ -189,7 +189,7 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
 class Rows:
     """Random logits for a kernel, in a buffer in which only rows with a valid label may be read.
 
-    A read of any other byte is an error: rows with an ignored or invalid label, gaps between rows, bytes before row 0.
+    The simulator raises if a kernel reads another row, a gap between rows, or the bytes before the first row.
     """
 
     def __init__(self, dtype: str, labels: list[int], vocab: int, stride: int, offset: int = 0, seed: int = 0) -> None:
@@ -421,7 +421,10 @@ def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
 
 
 def exact_rows(rows: Rows) -> dict[str, np.ndarray]:
-    """Computes log-probs, probabilities and statistics of each row in float64, from their definitions."""
+    """Computes log-probs, probabilities and statistics of each row in float64, from their definitions.
+
+    Rows with an ignored label hold zeros, and rows with an invalid label NaN.
+    """
     n = rows.rows
     found = {name: np.zeros(n) for name in ("logp", "entropy", "mean_logit", "top1", "sum_p_squared")}
     found["p"] = np.zeros((n, rows.vocab))

@@ -1,6 +1,6 @@
 """Tests the compiled CUDA kernels on the simulator against the definitions in float64.
 
-It is an error to read uninitialized memory or bytes outside labelled rows, and to leave a part of an output unwritten.
+Kernels must not read uninitialized memory or bytes outside labelled rows. They must write every part of an output.
 MPO_PTXSIM_ALL=1 runs every combination of parameters; CI runs a selection.
 """
 
@@ -65,7 +65,7 @@ def check_token_logp(rows: Rows, out: dict[str, np.ndarray], stats: int) -> None
 def check_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray, scale: float = 1.0) -> None:
     """Checks a gradient of logits. The allowed error is the rounding of its dtype and of float32 arithmetic.
 
-    ``place`` tells where each row lies in ``buffer``. Ignored rows must be 0, and rows with an invalid label NaN.
+    ``place`` has the layout of the gradient in ``buffer``. Ignored rows must be 0, and rows with an invalid label NaN.
     """
     exact = exact_rows(rows)
     unit = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}[rows.dtype]
@@ -137,9 +137,9 @@ def test_a_gradient_may_be_narrower_than_its_logits(arch: str, dtype: str, grad_
 
 
 def check_narrow_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray) -> None:
-    """Checks a gradient whose dtype, that of ``place``, is narrower than the dtype of the logits.
+    """Checks a gradient with a narrower dtype than the logits.
 
-    ``place`` tells where each row lies in ``buffer``.
+    ``place`` has the dtype of the gradient, and its layout in ``buffer``.
     """
     smallest = 2.0**-25 if place.dtype == "float16" else 0
     unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[place.dtype]

@@ -1,4 +1,4 @@
-"""Tests properties that results do not show: memory traffic, fences, and that broken kernels fail the tests."""
+"""Tests memory traffic and fences of the CUDA kernels, and that the tests detect deliberate mistakes in kernels."""
 
 import re
 
@@ -29,7 +29,11 @@ def bytes_of(report: object, buffer: object) -> tuple[int, int]:
 
 
 def efficiency(report: object, kind: str, width: int) -> float:
-    """Returns requested bytes divided by the bytes of the touched sectors, for vector loads or stores of logits."""
+    """Returns the requested bytes divided by the bytes of the memory sectors that contain them.
+
+    Counts vector accesses to logits in global memory, whose sectors have 32 bytes. ``kind`` is "load" or "store", and
+    ``width`` is the size of a vector in bytes.
+    """
     accesses = [
         a for a in report.accesses if a.space == "global" and a.kind == kind and f".v{width // 4}." in a.ins.text
     ]
@@ -94,12 +98,11 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
 
 
 def fence_problems(text: str) -> list[str]:
-    """Returns the increments of arrival counters in PTX text that are not between two fences.
+    """Returns a message for each increment of an arrival counter in PTX text that lacks a fence before or after it.
 
-    A thread block stores its results, and may wait at a barrier for its threads' stores. Then it executes a fence,
-    increments an arrival counter, executes a second fence, and reads the results of other blocks. So a fence must be
-    between the last global store or barrier and the increment. A second one must be between the increment and the next
-    global load or barrier.
+    A thread block writes its results, increments a counter, and then reads the results of other blocks. A fence must
+    be between the last write or barrier and the increment. Another must be between the increment and the next read or
+    barrier.
     """
     publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")
     reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")

@@ -1,4 +1,4 @@
-"""Fixtures with MMPR files: each published form of a line, and each kind of defect."""
+"""Defines fixtures with MMPR files: lines in each published form, and lines with each kind of defect."""
 
 # ruff: noqa: RUF001 - Chinese has its own punctuation
 import json
@@ -115,7 +115,7 @@ def images(tmp_path: Path) -> Path:
 def mmpr(tmp_path: Path, images: Path) -> Path:
     """Returns the path of an MMPR meta file, which lists the data files made from ``LINES``.
 
-    The file "text" writes non-ASCII characters as ASCII escapes.
+    The data file "text" has JSON escapes in place of non-ASCII characters.
     """
     meta = {}
     for name, lines in LINES.items():
@@ -147,6 +147,6 @@ def write_lines(tmp_path: Path, images: Path) -> WriteLines:
 
 @pytest.fixture
 def broken(write_lines: Any, images: Path) -> Path:
-    """Returns the meta file of a data file with one good line, then one line for each kind of defect."""
+    """Returns a meta file whose data file has one good line, and then the line of each entry in ``DEFECTS``."""
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:40])
     return write_lines("broken", [GOOD, *(line for _, line, _ in DEFECTS)])

@@ -1,6 +1,6 @@
 """Tests pairs with videos, or with separate images for the rejected response, in every format.
 
-Each format reads and writes such pairs, or rejects them if it cannot hold them.
+Formats that cannot store such pairs must reject them.
 """
 
 import dataclasses

@@ -233,7 +233,7 @@ def test_a_response_in_another_form_is_unparsable(text: str, form: str) -> None:
 
 
 def test_every_word_has_its_token(processor: DigitsProcessor, tasks: list[digits.Task]) -> None:
-    """Each word is one token, so a response can be split between any two tokens and joined again."""
+    """Checks that each word is one token, so that a response can be split between any two words and joined again."""
     tokenizer = processor.tokenizer
     for task in tasks:
         for text in (task.question, task.response):
@@ -299,7 +299,7 @@ def test_samples_have_no_special_tokens(processor: DigitsProcessor, model) -> No
 
 
 class Scripted(TransformersEngine):
-    """The demo's engine, with scripted answers (some of them wrong) in place of a model.
+    """The demo's engine with scripted answers, some of them wrong, in place of a model.
 
     ``blind`` collects the requests without an image.
     """
@@ -329,7 +329,7 @@ SCRIPTED = Settings(direct_questions=40, questions=40, samples=4, dropout_ntp_qu
 
 @pytest.fixture
 def made(processor: DigitsProcessor, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Returns the pairs that the demo makes with the scripted engine."""
+    """Makes pairs as the demo does, with the scripted engine. Returns the file and the counts of the pairs."""
     Scripted.truths, Scripted.blind = {}, []  # type: ignore[attr-defined]
     written = demo_pairs.write_items
 

@@ -32,9 +32,9 @@ class Block:
         page: Path of the page from the root of the repository.
         line: Line number of the fence, from 1.
         language: Language after the fence; "" for none.
-        title: Name of the file that the block becomes; None if it is not a file.
+        title: Name of the file to which the block is written; None: the block is run instead.
         text: Content of the block.
-        reason: Why the block is not run; None if it is run.
+        reason: Why the tests skip the block; None: they run it.
         number: Number among the blocks of the same language on the page, from 1.
     """
 

@@ -1,4 +1,7 @@
-"""Tests that the code in docs/how-to/loss-only.md detects mistakes that do not change the first loss value."""
+"""Runs the code of docs/how-to/loss-only.md on wrong batches.
+
+It must detect mistakes that do not change the first loss value.
+"""
 
 from __future__ import annotations
 

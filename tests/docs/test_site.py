@@ -89,7 +89,10 @@ def test_every_documented_name_exists() -> None:
 
 
 def row_of(name: str) -> str:
-    """Returns the table row of a documented function or class: name, first paragraph of its docstring, file."""
+    """Returns the Markdown table row of a function or class: name, first paragraph of its docstring, and file.
+
+    ``name`` is the full name, such as "mpo_ext.mpo_loss".
+    """
     import importlib
     import inspect
 
@@ -102,7 +105,7 @@ def row_of(name: str) -> str:
 
 @pytest.mark.parametrize("path", sorted((DOCS / "reference").glob("*.md")), ids=lambda path: path.stem)
 def test_every_documented_name_is_in_the_table_of_its_page(path: Path) -> None:
-    """GitHub does not render the lines with ``:::``, so the page must also list the names in a table."""
+    """Checks that a page lists its documented names in a table. GitHub does not render the lines with ``:::``."""
     text = path.read_text(encoding="utf-8")
     names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
     rows = [row_of(name) for name in names]

@@ -13,9 +13,8 @@ from mpo_ext.generate.engine import Generation, Request
 class ScriptedEngine(StubEngine):
     """Answers with prepared texts.
 
-    ``answers`` maps the first line of a question to its responses, one for each sample.
-
-    A response that ends in "..." counts as cut off at the length limit.
+    ``answers`` maps the first line of a question to its responses, one for each sample. A response that ends in "..."
+    counts as cut off at the length limit.
     """
 
     def __init__(self, answers: Mapping[str, Sequence[str]], *, name: str = "scripted") -> None:

@@ -227,9 +227,9 @@ def test_other_answers_under_a_name_are_refused(items: Path, tmp_path: Path) -> 
 
 
 def test_the_journal_has_only_settings_that_the_responses_depend_on(items: Path, tmp_path: Path) -> None:
-    """Checks which settings the journal, the file of sampled responses, has in its header.
+    """Checks the settings in the first line of the journal, the file of sampled responses.
 
-    An evaluation resumes from a journal of an earlier version only if the settings in its header are unchanged.
+    An evaluation resumes only from a journal with equal settings, so settings of the scoring must not be among them.
     """
     evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "out", config=COT)
     (journal,) = (tmp_path / "out").rglob("journal-*.jsonl")
@@ -366,7 +366,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_unreadable_answers_are_counted_and_are_not_right(tmp_path: Path) -> None:
-    """Two of the four responses are unreadable: one has no answer, and the other's answer is ambiguous."""
+    """Evaluates four responses. Two are unreadable: "7 apples" is ambiguous, and "It is 7" has no final answer."""
     data = write_lines(tmp_path / "d.jsonl", [{"question": each, "answer_gt": "7"} for each in "abcd"])
     answers = {"a": [final("seven")], "b": [final("7 apples")], "c": [final(8)], "d": ["It is 7"]}
     config = EvaluationConfig(prompts=("cot",), matcher={"kind": "number"})

@@ -27,15 +27,15 @@ class Server:
         takes_extensions: Whether the server accepts request fields that OpenAI does not have.
         continues: Whether the server continues an unfinished assistant message.
         applies_top_k: Whether ``top_k`` has an effect.
-        seed_bits: Number of bits of the largest seed.
-        limit: Name of the field for the maximum number of tokens.
+        seed_bits: Seeds must be below ``2**seed_bits``.
+        limit: Name of the request field with the maximum number of tokens.
         image: Text that stands for an image in the prompt.
         template: Chat template to use instead of the tokenizer's.
         key: API key that requests must have; None: any.
         fault: Function that maps a request body to a fault. None: no fault. (status, headers): an HTTP error. "cut":
             the connection closes without an answer. "half": it closes after half of the answer. "text": the answer
             is not JSON. "empty": the answer has no choices.
-        finish: Finish reason to report instead of the actual one.
+        finish: Finish reason that all answers report; None: the actual one.
         message: Further fields of a chat message.
         bodies: Path and body of each request that was answered.
     """

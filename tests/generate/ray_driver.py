@@ -1,7 +1,7 @@
 """Runs a pipeline on a local Ray cluster: ``python ray_driver.py QUESTIONS OUT PIDS DELAY_S``.
 
-Each engine creates a file in the folder PIDS that is named after its process id. DELAY_S is the time in seconds that
-an engine waits for each request.
+Each engine creates a file in the folder PIDS, with its process id as the name. DELAY_S is the time in seconds that
+each request takes.
 """
 
 import functools
@@ -21,7 +21,10 @@ from mpo_ext.generate.engine import Generation, Request
 
 
 class RayStub(StubEngine):
-    """A stub engine that raises at the question ``broken``, dies at ``deadly``, and waits at ``slow``."""
+    """A stub engine with faults, which depend on the question.
+
+    It raises at the question ``broken``, kills its process at ``deadly``, and waits two seconds at ``slow``.
+    """
 
     def __init__(
         self,

@@ -49,7 +49,10 @@ def test_right_samples_meet_wrong_and_unreadable_ones() -> None:
 
 
 def test_the_same_answer_is_never_on_both_sides() -> None:
-    """Tests that 7.4 and 7.5 make no pair: for the truth 7 only 7.4 is right, but the two count as the same answer."""
+    """Tests that 7.4 and 7.5 make no pair, because they count as the same answer.
+
+    For the truth 7 and a tolerance of 6%, 7.4 is right and 7.5 is wrong.
+    """
     options = {"matcher": {"kind": "number", "relative": 0.06}}
     outcome = judged([answered("7.4"), answered("7.5"), answered("12")], **options)
     assert pairs(outcome) == [(answered("7.4"), answered("12"))]
@@ -252,9 +255,9 @@ def test_only_surely_wrong_samples_are_rejected() -> None:
 
 
 def test_samples_of_older_journals_are_scored_again() -> None:
-    """Scores that older versions stored are computed again, because some were wrong.
+    """Tests that stored scores are computed again, because earlier versions stored some wrong ones.
 
-    For the truth 7, "7 apples" was stored as wrong. For the truth 1.2e-9, 2e-9 was stored as right.
+    For the truth 7, "7 apples" was stored as wrong. It is unreadable, so it must not be the rejected response.
     """
     pipeline = Correctness(CorrectnessConfig(samples=3, matcher={"kind": "number"}))
     old = [("7", True), ("7 apples", False), ("8", False)]

@@ -19,7 +19,7 @@ CHOSEN = "The left bar is 3, the right bar is 4. Together they are 7.\nFinal ans
 
 
 def pairs_of(item: Item, text: str, finish: str = "stop", **options: Any) -> ItemResult:
-    """Returns the pipeline's result for a question if the model continues with ``text``."""
+    """Returns the pipeline's result for a question to which the model always gives the continuation ``text``."""
     pipeline = DropoutNTP(DropoutNTPConfig(**options))
     engine = StubEngine(script=dict.fromkeys(pipeline.keys(item), Generation(tuple(map(ord, text)), text, finish)))
     (records,) = pipeline.sample([item], engine)

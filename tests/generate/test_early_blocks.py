@@ -1,6 +1,6 @@
-"""Tests that the journal, the file of sampled responses, keeps the order of the questions, also after a kill.
+"""Tests that the journal, the file of sampled responses, has the order of the questions, also after a kill.
 
-Questions are sampled in blocks, which may finish in any order.
+Questions are sampled in groups, called blocks. Blocks may finish in any order.
 """
 
 import random
@@ -17,7 +17,7 @@ SIZES = (3, 1, 4, 2, 2)
 
 
 def block_records() -> list[tuple[int, list[dict[str, Any]]]]:
-    """Returns (index of the first record, records) for each block of questions. A record is a line of the journal."""
+    """Returns (index of the first record, records) for each block. A record is a line of the journal."""
     starts = [sum(SIZES[:number]) for number in range(len(SIZES))]
     return [
         (start, [{"key": f"k{start + place}", "text": "t" * place} for place in range(size)])
@@ -30,10 +30,9 @@ def open_files(folder: Path) -> tuple[Journal, Path]:
 
 
 def announce_all(early: EarlyBlocks, journal: Journal) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Announces each block of questions whose records are not all in the journal.
+    """Announces the blocks that are not in the journal, as a resuming run does. Returns those that must be sampled.
 
-    A second file holds blocks that finished before an earlier block. Returns the blocks whose records are in neither
-    file.
+    Blocks that finished before an earlier block are in a second file, and need not be sampled again.
     """
     stored = list(journal.records())
     missing = []

@@ -103,7 +103,11 @@ def test_prompts_are_token_ids_with_the_prefix(server: Server) -> None:
 
 @pytest.mark.parametrize("pipeline", ["correctness", "dropout_ntp"])
 def test_the_forms_of_requests_give_the_same_pairs(server: Server, tmp_path: Path, pipeline: str) -> None:
-    """Compares three request forms: ids in and out; ids in and text out; chat messages that the server continues."""
+    """Tests that three forms of requests give the same pairs.
+
+    The forms are: token ids in and out; token ids in and text out; chat messages in and text out. In the last form,
+    the server continues an assistant message. A server that supports only shorter seeds gives other pairs.
+    """
     config = DropoutNTPConfig(samples=2, sampling=SAMPLING, matcher={"kind": "number"})
     made: Any = Correctness(CORRECTNESS) if pipeline == "correctness" else DropoutNTP(config)
     source, results = write_items(tmp_path, 12), []
@@ -139,7 +143,7 @@ TOOL_TEMPLATE = (
 
 @pytest.mark.parametrize("takes_ids", [True, False])
 def test_conversations_and_tools_reach_the_server_whole(server: Server, takes_ids: bool) -> None:
-    """The engine checks that the server's prompt has the same token ids as the processor's prompt."""
+    """Checks that requests to the server contain all messages, tools and tool calls, as token ids or as JSON."""
     server.takes_ids, server.template = takes_ids, TOOL_TEMPLATE
     engine = engine_of(server, chat_options={"chat_template": TOOL_TEMPLATE})
     prefix = tuple(TOKENIZER.encode("As one sees", add_special_tokens=False))

@@ -220,7 +220,11 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_a_meta_file_of_prompts_is_a_source(prompts: Path, tmp_path: Path) -> None:
-    """Each pair keeps the name and the image folder of its data file, also a pair made from an unsolved question."""
+    """Makes pairs from an MMPR meta file. Each pair has the name and the image folder of its data file.
+
+    Questions without a right answer are written to ``unsolved.jsonl``. Pairs that DropoutNTP makes from these
+    questions have the same fields.
+    """
     correctness = Correctness(CorrectnessConfig(samples=4, pairs_per_question=1))
     summary = run(correctness, prompts, tmp_path / "out")
     assert summary.items == 8
@@ -359,9 +363,10 @@ def test_images_of_pairs_start_at_the_folder_of_their_file(
 
 
 def test_a_journal_from_before_gives_relative_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second run reads the stored responses of the first, and writes the same relative image paths into the pairs.
+    """Runs twice with the same output folder. The image paths in the pairs must be relative to that folder both times.
 
-    ``unsolved.jsonl`` has the image paths of the input, because other runs use it as their input.
+    The second run reads the stored responses of the first. ``unsolved.jsonl`` has the image paths of the input,
+    because other runs use it as their input.
     """
     Image = pytest.importorskip("PIL.Image")  # noqa: N806
     monkeypatch.chdir(tmp_path)

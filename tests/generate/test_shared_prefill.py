@@ -1,4 +1,4 @@
-"""Tests that the samples of a question share one prefill, and get the same tokens as in separate rows."""
+"""Tests that the samples of a question share one prefill, and get the same tokens as without sharing."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import dataclasses
@@ -81,7 +81,7 @@ def make_engine(build: Callable[[], tuple[Any, Any]], **options: Any) -> Transfo
 def requests_of(
     counts: Sequence[int], *, images: int = 0, sampling: SamplingConfig = SAMPLING, prefix_ids: tuple[int, ...] = ()
 ) -> list[Request]:
-    """Returns ``counts[i]`` requests for question i, interleaved. The questions have different lengths."""
+    """Returns ``counts[i]`` requests for question i. The questions alternate, and differ in length."""
     rng = np.random.default_rng(0)
     by_question = []
     for number, count in enumerate(counts):

@@ -1,4 +1,4 @@
-"""Imports one module of a large package without running the package's __init__ code and its many imports."""
+"""Registers a large package without running its __init__ code, so that a single module of it can be imported."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import ModuleType
 
 
 def add_bare_packages(*names: str) -> None:
-    """Registers empty packages, so that their modules can be imported without the packages' __init__ code.
+    """Registers a package and subpackages without running their __init__ code.
 
-    ``names`` starts with the outermost package.
+    ``names`` has their full names, the outermost package first.
     """
     spec = importlib.util.find_spec(names[0])
     assert spec is not None

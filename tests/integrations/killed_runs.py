@@ -14,9 +14,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def kill_in_step(step: int, module: str, *arguments: Any) -> None:
-    """Calls ``module.run_until_killed(*arguments)`` in a process that is killed right before the update of ``step``.
+    """Trains in a separate process, which SIGKILL ends right before the optimizer update of ``step``.
 
-    The function must train with transformers' Trainer. The arguments are passed as strings.
+    The process calls ``module.run_until_killed(*arguments)``, with the arguments as strings. This function must train
+    with transformers' Trainer.
     """
     words = [sys.executable, __file__, str(step), module, *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -1,10 +1,9 @@
-"""Runs the code blocks of sections of docs/how-to/other-trainers.md with this Python, as a new user would.
+"""Runs code blocks of docs/how-to/other-trainers.md with this Python, as a new user would.
 
     PYTHON tests/integrations/run_page.py SECTION...
 
-Runs the blocks of "A toy model" and then the blocks of each section in an empty folder, unchanged. Includes the
-blocks that tests/docs skips because they need another environment. Fails if a block fails, or if a section logs no
-terms of the loss.
+Runs the section "A toy model" and then each given section, in an empty folder. This includes blocks that tests/docs
+skips because they need another environment. Fails if a block fails, or if a section logs no terms of the loss.
 """
 
 from __future__ import annotations

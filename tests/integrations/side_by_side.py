@@ -1,11 +1,12 @@
-"""Compares time and memory of another trainer with its own loss and with mpo_ext's loss, on a CPU.
+"""Compares another trainer's time and memory with its own loss and with mpo_ext's loss, on a CPU.
 
     python tests/integrations/side_by_side.py trl [--rounds 3] [--steps 4] [--length 4] [--pairs 2] [--save]
 
-Each run is a separate process with one thread, and runs with the two losses alternate. The model is a Qwen2 with two
-layers of width 256 and 151,936 tokens. Both runs use the same data and compute the same loss: mpo_ext uses the
-trainer's rule for the reward shift. Prints the median wall time and CPU time of a step (the first is not counted),
-and the peak memory of the process.
+Both kinds of runs compute the same loss on the same data: mpo_ext uses the trainer's rule for the reward shift. The
+model is a Qwen2 with two layers, width 256 and 151,936 tokens. Each run is a separate process with one thread, and the
+two kinds alternate.
+
+Prints the median wall time and CPU time of a step, without the first step, and the peak memory of the process.
 """
 
 from __future__ import annotations

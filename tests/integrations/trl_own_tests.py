@@ -2,9 +2,9 @@
 
     python tests/integrations/trl_own_tests.py TRL_CHECKOUT [--trainer DPOTrainer] [options of pytest]
 
-The tests load models and data sets from the Hugging Face hub. This script replaces them by local stand-ins. The
-data sets come from TRL's own scripts. The models have the same classes, with random weights and a byte tokenizer.
-Models that are not in the lists below, such as those with a video processor, are not found.
+The tests need models and data sets from the Hugging Face hub. This script makes local replacements. The data sets come
+from TRL's own scripts. The models have the same classes, with random weights and a byte tokenizer. Only the models in
+the lists below are replaced. Tests of other models, such as those with a video processor, do not find their model.
 """
 
 from __future__ import annotations

@@ -97,9 +97,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def kill_when(cwd: Path, pattern: str, delay_s: float, *words: str) -> None:
-    """Starts the command with the arguments ``words``, and kills it after a file matching ``pattern`` appears.
+    """Starts the command, waits for a file that matches ``pattern``, and kills the command ``delay_s`` seconds later.
 
-    The kill comes ``delay_s`` seconds later. Fails if the command ends before the file appears.
+    The file must not be empty. ``words`` are the arguments. Fails if the command ends before the file appears.
     """
     process = start(cwd, *words)
     while not any(path.stat().st_size for path in cwd.glob(pattern)):
@@ -171,7 +171,7 @@ def test_the_page_shows_the_rounds_and_links_to_existing_files(whole: Path) -> N
 def test_a_run_that_is_killed_anywhere_gives_the_same_bytes(folder: Path, whole: Path, tmp_path: Path) -> None:
     """Kills the command while it samples, trains or evaluates; the process that it started must end too.
 
-    MPO_KILLS sets the random seed and adds a second round.
+    MPO_KILLS sets the random seed, and then the run continues with a second round, which is killed too.
     """
     name = write_recipe(folder, tmp_path)
     rng = random.Random(SEED)

@@ -36,7 +36,7 @@ def build(**settings: Any) -> IterateRecipe:
 
 
 def parse(stage: stages.RoundStage) -> argparse.Namespace:
-    """Returns the arguments of a stage (sampling, evaluation ...) of a round, parsed by the command that it runs."""
+    """Returns the parsed arguments of a stage's command, such as ``mpo-ext sample`` for sampling in a round."""
     parser = argparse.ArgumentParser()
     subcommands = parser.add_subparsers(required=True)
     for module in (data, sample, evaluate):

@@ -34,7 +34,7 @@ class Letters:
 
 
 def batch(seed: int, pairs: int = 3, *, confidence: float = 6.0, packed: bool = False) -> dict[str, Any]:
-    """Returns a correct batch: the model predicts most tokens, and the reference is close to the policy."""
+    """Returns a batch without mistakes: most labels are likely, and the reference is close to the policy."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     prompts = [[rng.randrange(1, VOCAB) for _ in range(rng.randint(2, 9))] for _ in range(pairs)]
     rows, masks = [], []

@@ -181,9 +181,10 @@ def assert_same_gradients(ours: dict[str, torch.Tensor], truth: dict[str, torch.
 
 
 def check_against_logits(model: nn.Module, tol: float = 1e-9, inner: nn.Module | None = None) -> HiddenAndHead:
-    """Compares logits, loss and gradients from hidden_and_head(model) with those from model(...).logits.
+    """Compares logits, loss and gradients with and without hidden_and_head.
 
-    If ``model`` is a wrapper, ``inner`` is the model in it, for which the inputs are made.
+    The inputs are made for ``inner``, which is the model without its wrapper. None means that ``model`` has no
+    wrapper.
     """
     inputs, labels = batch_of(inner if inner is not None else model)
     logits = model(**inputs).logits
@@ -475,7 +476,7 @@ def mean_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def train(model: nn.Module, inner: nn.Module, rank: int, steps: int) -> None:
     """Runs AdamW steps on the rank's batches, and checks that the ranks end with equal parameters.
 
-    The batches have inputs for ``inner``, a copy of the model without wrappers.
+    ``inner`` is a copy of the model without wrappers, for which the batches are made.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -553,9 +554,9 @@ def fsdp2_head_by_itself(rank: int, is_kept: bool) -> None:
 
 
 def fsdp2_in_forward(rank: int, family: str) -> None:
-    """Tests FSDP2 with each linear layer sharded separately and its weight freed after each forward.
+    """Tests FSDP2 with each linear layer sharded separately, also an untied head.
 
-    An untied head is sharded too.
+    The full weight of a layer is freed after each forward.
     """
     from torch.distributed.fsdp import fully_shard
 

@@ -60,7 +60,10 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
-    """A test case of the linear losses. Instances compare by identity, so that cached results can be reused."""
+    """A test case of the losses from hidden states.
+
+    Instances compare by identity, so that functions can cache results by instance.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -94,12 +97,12 @@ class Linear:
 
     @functools.cached_property
     def exact_head(self) -> ExactHead:
-        """The oracle's exact logits, with the data for exact gradients."""
+        """The exact logits, with methods for exact gradients."""
         return head_exact(self.hidden, self.weight, self.bias, **self.head)
 
     @property
     def logit_noise(self) -> float:
-        """The unavoidable error of a logit: the machine epsilon times the largest sum of a logit's absolute terms."""
+        """The unavoidable error of a logit ``h @ w``: the machine epsilon times the largest sum of ``|h_i w_i|``."""
         return self.eps * float(self.exact_head.magnitude.max(initial=1.0))
 
 
@@ -142,7 +145,10 @@ def make_linear(
 
 
 def leaves(case: Linear, wanted: tuple[str, ...], layout: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, Any]:
-    """Returns new tensors of a case, by name. Those named in ``wanted`` require a gradient."""
+    """Copies the tensors of a case with the function ``layout``, and returns them by name.
+
+    Only the tensors named in ``wanted`` require a gradient.
+    """
     return {name: layout(tensor).requires_grad_(name in wanted) for name, tensor in case.tensors.items()}
 
 
@@ -213,20 +219,20 @@ def run_rows(
 
 
 def eager_gradients(case: Linear, logits: Tensor, by_logits: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the gradients of ``tensors``, by name, given the gradient of the logits."""
+    """Returns the gradients of ``tensors`` by name, backpropagated from ``by_logits``, the gradient of the logits."""
     return dict(zip(tensors, torch.autograd.grad(logits, list(tensors.values()), by_logits), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Reference gradients of hidden, weight and bias, and magnitudes that determine the allowed errors.
+    """Reference gradients of hidden, weight and bias, and the scales of the allowed errors.
 
     Attributes:
-        exact: Gradients of the oracle.
+        exact: Exact gradients.
         eager: Gradients of eager torch.
-        size: For each entry of a gradient, the sum of the absolute values of its terms.
-        share: Like ``size``, but with 1 in place of each upstream gradient other than 0.
-        certain: Like ``size``, but the logits' gradient is the upstream gradient at the label and 0 elsewhere.
+        size: Sum of the absolute values of the terms of each gradient entry.
+        share: Like ``size``, but as if each upstream gradient other than 0 were 1.
+        certain: Like ``size``, but as if the logits' gradient were the upstream gradient at the label and 0 elsewhere.
     """
 
     exact: dict[str, Array]
@@ -256,13 +262,12 @@ class Judgement:
         return Judgement(head.gradients(gradient), eager, head.sizes(gradient), head.sizes(used), certain)
 
     def judge(self, case: Linear, gradients: dict[str, Tensor], noise: float) -> None:
-        """Raises if a gradient's error is too large.
+        """Raises if a gradient is too inaccurate in comparison with eager torch.
 
         ``noise`` is the possible error of the upstream gradient of a row's log-prob.
 
-        In float64, eager torch and the kernels both round a label's probability before they subtract 1. With few rows
-        of almost certain labels, eager torch's error may be small by chance. Float64 gradients therefore get an extra
-        allowance.
+        In float64, eager torch and the kernels round a label's probability before they subtract 1. By chance, eager
+        torch's error may be small. So float64 gradients may have a larger error.
         """
         rounding = case.eps / 2 if case.result_dtype == torch.float64 else 0.0
         for name, tensor in gradients.items():
@@ -278,7 +283,7 @@ class Judgement:
 
 
 def eager_logits(case: Linear, is_widened: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the logits of plain torch, and the input tensors that require a gradient.
+    """Returns (logits of plain torch, the input tensors by name). The inputs require a gradient.
 
     ``is_widened`` converts the inputs to float32 first, because kernels do not round logits to a narrower dtype.
     """
@@ -514,10 +519,7 @@ def test_backward_cuts_the_same_tiles_as_forward_where_they_are_kept(kernel: str
 
 
 def confident(dtype: torch.dtype, probability: float, *, vocab: int = 1003, depth: int = 65) -> Linear:
-    """Returns a batch in which each label has about the given probability.
-
-    Rounding of the hidden states to ``dtype`` changes it slightly.
-    """
+    """Returns a batch whose labels have about the given probability; rounding to ``dtype`` changes it slightly."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(vocab, depth, generator=generator, dtype=torch.float64) / math.sqrt(depth)).to(dtype)
     labels = torch.randint(vocab, (6,), generator=generator)

@@ -203,8 +203,8 @@ def local(case: Case, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | N
 def error(name: str, ours: Tensor, truth: Tensor, *, may_have_more_nan: bool = False) -> float:
     """Returns the largest absolute error, divided by the largest absolute value of ``truth``.
 
-    Results other than gradients are divided by at least 1. ``may_have_more_nan`` allows NaN in ``ours`` where
-    ``truth`` is finite.
+    The divisor of a loss or log-prob is at least 1. NaN must be at the same places in both tensors. With
+    ``may_have_more_nan``, ``ours`` may have more.
     """
     assert ours.shape == truth.shape, f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
     if may_have_more_nan:
@@ -222,7 +222,10 @@ BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8}
 
 
 def check_case(rank: int, seed: int) -> dict[str, float]:
-    """Compares a random case on several ranks with one process. Returns each result's error divided by its bound."""
+    """Computes a random case on several ranks and in one process. Returns the errors of all results by name.
+
+    An error is divided by its bound.
+    """
     case = make_case(seed)
     truth = compute(case, case.tensors, case.options)
     options = {**case.options, **case.split.groups}
@@ -300,11 +303,10 @@ def pairs(seed: int, vocab: int = 24) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> list[float]:
-    """Runs three steps on two data-parallel groups of two ranks.
+    """Runs three steps on four ranks: two data-parallel groups of two ranks each.
 
-    The ranks of a group split the sequences if ``sequence`` is True, otherwise the vocabulary. Returns
-    three numbers per step, in a flat list: the delta that the loss used, and then the ``value`` and the ``count`` in
-    the shift's state after the step.
+    The ranks of a group split the sequences if ``sequence`` is True, otherwise the vocabulary. Returns a flat list
+    with three numbers per step: delta in the loss, and ``value`` and ``count`` of the shift's state after the step.
     """
     shift = RewardShift(**settings)
     replica, part = divmod(rank, 2)
@@ -515,7 +517,11 @@ def test_a_compiled_function_may_call_the_loss(pool: RankPool) -> None:
 
 
 def tp_plan(rank: int, style: str) -> dict[str, Any]:
-    """Compares a model sharded over two ranks by transformers or torch (tensor parallelism) with the whole model."""
+    """Compares a tensor-parallel model on two ranks with the whole model. Returns the errors of loss and gradients.
+
+    With ``style`` "transformers", transformers shards all layers. With "torch" and "local", torch shards only the
+    head. With "local", the loss takes each rank's slice of the logits.
+    """
     if rank >= 2:
         return {}
     from torch.distributed.device_mesh import DeviceMesh

@@ -39,7 +39,7 @@ def make_pairs(seed: int = 0, pairs: int = 6, dtype: torch.dtype = torch.float64
 
 
 def compute(name: str, case: Case, beta: float = BETA, **settings: Any) -> Tensor:
-    """Computes a loss with mpo_ext. ``settings`` override the label smoothing and delta used in the tests."""
+    """Computes a loss with mpo_ext. ``settings`` replace the tests' default label smoothing and delta."""
     defaults = {"label_smoothing": SMOOTHING.get(name, 0.0), "delta": DELTA.get(name, 0.0)}
     return preference_loss(name, **case, beta=beta, **{**defaults, **settings})
 
@@ -510,7 +510,7 @@ def trl_case() -> Case:
 
 
 def as_in_trl(name: str) -> dict[str, float]:
-    """Returns settings that TRL supports: no delta, and no label smoothing for "sigmoid"."""
+    """Returns settings for which TRL computes the same loss: delta 0, and no label smoothing for "sigmoid"."""
     return {"delta": 0.0, "label_smoothing": 0.0} if name == "sigmoid" else {"delta": 0.0}
 
 

@@ -1,7 +1,7 @@
 """Tests mpo_loss against the MPO of four trainers, each reimplemented here from its code or description.
 
-The functions below use torch's log-probs in float64 and each trainer's order of operations. They use no code of the
-package and share little code with each other, so a mistake does not affect all of them.
+The functions compute float64 log-probs with torch, and then follow each trainer's order of operations. They use no
+code of the package, and share little code with each other, so a mistake does not affect all of them.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ IGNORED = -100
 
 
 class RunningMoments:
-    """The running mean of TRL 0.9 to 0.28: the mean of all numbers so far."""
+    """The mean of all numbers so far, like the class of this name in TRL 0.9 to 0.28."""
 
     def __init__(self) -> None:
         self.mean = 0.0
@@ -138,7 +138,10 @@ def test_trl_since_0_29(run: list[Batch], backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_llama_factory(run: list[Batch], backend: str, device: str, label_smoothing: float) -> None:
-    """Compares with LLaMA-Factory: (dpo + w * bco) / (1 + w), plus pref_ftx times the mean NTP loss per response."""
+    """Compares with LLaMA-Factory's loss: (dpo + w * bco) / (1 + w) + pref_ftx * ntp, for w = ``pref_bco_weight``.
+
+    The NTP loss is averaged over each response, and then over the responses.
+    """
     pref_bco_weight, pref_ftx, beta = 0.25, 0.6, 0.2
     running = RunningMoments()
 
@@ -204,7 +207,10 @@ def test_one_pair_makes_the_two_averages_equal(backend: str, device: str) -> Non
 
 
 def test_gradient_accumulation_with_a_fixed_shift_equals_one_large_batch(backend: str, device: str) -> None:
-    """Compares the mean of two one-pair micro-batches with a batch of two pairs, with NTP averaged over responses."""
+    """Compares the gradient of a batch of two pairs with the mean over two micro-batches of one pair each.
+
+    The reward shift is fixed, and the NTP loss is averaged over responses.
+    """
     batch = Batch(seed=6, pairs=2)
     config = MPOConfig(ntp_average="sequence")
     logits, labels = batch.logits.float().to(device), batch.labels.to(device)

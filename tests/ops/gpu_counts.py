@@ -1,8 +1,8 @@
 """Counts the GPU work of ``linear_mpo_loss`` without a GPU: ``python tests/ops/gpu_counts.py``.
 
 The operators take the GPU code path on meta tensors, which have shapes but no memory. Counts kernel launches, peak
-memory, and the bytes that kernels other than matrix products move. Also counts how often a float32 tensor ``[n, D]``
-is read or written: n is the number of labelled positions, D the hidden size.
+memory, and the bytes that kernels move. Matrix products count as launches, but their bytes are not counted. Also
+counts reads and writes of float32 tensors ``[n, D]``: n is the number of labelled positions, D the hidden size.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Counts:
     """Counts of one forward and backward pass.
 
     Attributes:
-        launches: Number of kernel launches.
-        products: Number of launches that are matrix products.
-        moved: Bytes that the other kernels read and write.
-        passes: Number of reads and writes of a float32 tensor ``[n, D]`` by all kernels.
+        launches: Number of kernel launches, including matrix products.
+        products: Number of launches of matrix products.
+        moved: Bytes that all other kernels read and write.
+        passes: Number of reads and writes of float32 tensors ``[n, D]``, the shape of the labelled hidden states.
         peak: Peak bytes of the tensors that the calls allocate.
-        tile: Rows and columns of a tile of logits.
+        tile: (rows, columns) of a tile of logits.
     """
 
     launches: int = 0
@@ -115,13 +115,13 @@ class Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def recorded_kernels(counter: Counter, rows: int) -> Iterator[None]:
-    """Replaces the functions that need a GPU (kernels, device properties, search for labels) by counting stand-ins."""
+    """Replaces the functions that need a GPU. Kernels are only counted, and ``rows`` positions count as labelled."""
 
     def score(z: Tensor, *rest: Any, **options: Any) -> None:
         counter.kernel("token_logp", [z], [])
 
     def write_exp_logits(z: Tensor, *rest: Any, is_last: bool) -> Tensor:
-        """Counts a launch of exp_logits. Assumes that only the last tile rescales sums, and rescales all of them."""
+        """Counts a launch of exp_logits. Assumes that the last tile rescales all sums, and other tiles none."""
         sums = [rest[3]] if is_last else []
         counter.kernel("exp_logits", [z, *sums], [rest[5], *sums])
         return torch.empty_like(rest[1])
@@ -152,8 +152,8 @@ def count(
 ) -> Counts:  # fmt: skip
     """Counts a forward and backward pass with ``rows`` labelled positions.
 
-    ``mode`` is a key of MODES. ``positions`` is the number of all positions; None means ``rows``.
-    ``budget`` is the memory budget in bytes. ``head`` has logit_scale, softcap and temperature.
+    ``mode`` is a key of MODES. ``positions`` is the number of positions with or without a label; None: ``rows``.
+    ``budget`` is the memory budget in bytes. ``head`` may have logit_scale, softcap and temperature.
     """
     counter = Counter((rows, hidden_size))
     scales = [head.get("logit_scale", 1.0), head.get("softcap", 0.0), head.get("temperature", 1.0)]

@@ -176,7 +176,7 @@ def test_hidden_states_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_packed_labels_are_shifted_without_index_fill() -> None:
-    """Avoids index_fill, which inductor of torch 2.11 cannot compile."""
+    """Checks that packed labels are shifted by scatter. Inductor of torch 2.11 cannot compile index_fill."""
     labels, offsets = torch.arange(12), torch.tensor([0, 3, 7, 12], dtype=torch.int32)
     for cu_seqlens in (offsets, offsets.long(), torch.tensor([0, 0, 7, 12])):
         expected = torch.tensor([*range(1, 12), -100]).index_fill(0, cu_seqlens[1:].long() - 1, -100)

@@ -1,4 +1,4 @@
-"""Tests that the next step reuses the memory of a head's gradient, unless the gradient is still alive."""
+"""Tests that a step reuses the memory of the previous step's gradients, if they have been freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tests the count of errors in responses about digit grids, and the check of a pair's labels (chosen, rejected)."""
+"""Tests how the study counts errors in responses about digit grids.
+
+A pair's labels are wrong if its chosen response has more errors than its rejected response.
+"""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import pytest

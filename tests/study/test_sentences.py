@@ -1,4 +1,4 @@
-"""The summaries on the study's page follow from the tables by the written rule."""
+"""Tests that the summaries on the study's page follow from its tables by the written rule."""
 
 import re
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ Accuracies = Mapping[str, Mapping[int, float] | float]  # by row: by seed, or th
 
 
 def make_document(cot: Accuracies, seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **more: Accuracies) -> dict[str, Any]:
-    """Returns the contents of a study result file in which only the runs in ``cot`` were measured.
+    """Returns the contents of a study result file. Only the runs named in ``cot`` were measured.
 
-    ``cot`` maps the name of a run to its accuracy in percent, for all seeds or by seed. ``more`` has other percentages
-    in the same form: "direct", "hallucinated" and "unparsable".
+    ``cot`` maps the name of a run to its accuracy in percent: a number for all seeds, or a dict from seed to number.
+    ``more`` has other percentages in the same form: "direct", "hallucinated" and "unparsable".
     """
 
     def of(values: Accuracies, row: str, seed: int, default: float) -> float:
@@ -157,6 +157,6 @@ def test_the_table_of_starts_is_sorted_by_the_gap() -> None:
     ],
 )
 def test_the_pages_have_the_blocks(page: str, block: str) -> None:
-    """Checks that each page has the marker of its generated section; other tests check the section's text."""
+    """Checks that the page has the HTML comment that marks a generated section, exactly once."""
     text = (PAGES / page).read_text(encoding="utf-8")
     assert len(re.findall(rf"^<!-- results: {block} -->$", text, re.MULTILINE)) == 1

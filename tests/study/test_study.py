@@ -400,9 +400,9 @@ def test_verdicts_are_corrected_for_their_number() -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch):
-    """Replaces the study's runs by instant ones.
+    """Replaces the study's runs by instant ones. Returns (list, set).
 
-    Returns a list that collects (seed, name) of each run, and a set to which tests add names of runs that must fail.
+    The list collects (seed, name) of each run. Tests add the names of runs that must fail to the set.
     """
     asked: list[tuple[int, str]] = []
     failing: set[str] = set()

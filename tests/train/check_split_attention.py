@@ -1,9 +1,14 @@
-"""Compares split attention with separate rows and with the dense mask, for many model families.
+"""Compares split attention with separate rows and with a dense mask, for many model families.
 
 Split attention handles a row with several responses to one prompt, without building a mask. Run with
-``make check-attention``. For each family, compares loss and gradients in four layouts. "shared" (padded rows) and
-"packed" (one row without padding) use split attention, "masked" uses a dense mask, and "separate" has a row for each
-response. Prints the largest relative error of loss and gradients. All gradients together count as one vector.
+``make check-attention``. For each family, compares loss and gradients in four layouts:
+
+- "separate": a row for each response.
+- "masked": rows with several responses, and a dense mask.
+- "shared": split attention on padded rows.
+- "packed": split attention on one row without padding.
+
+Prints the largest relative error of loss and gradients. All gradients together count as one vector.
 
 A batch has one to four pairs with the same prompt, and two pairs with other prompts. A prompt has up to two images.
 Responses differ in length. Sliding windows are shorter or longer than a prompt. In float64 runs, the models' norms
@@ -47,9 +52,10 @@ def result(model: nn.Module, samples: list[Sample], layout: str) -> tuple[torch.
 
 
 def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], float]:
-    """Maps (layout, reference layout), such as ("packed", "separate"), to the larger error of loss and gradients.
+    """Compares the layouts of a batch. Returns a dict from (layout, reference layout) to the relative error.
 
-    Errors are relative to the loss and to the norm of the gradients.
+    A key is for example ("packed", "separate"). The error is the larger one of loss and gradients. Gradients are
+    compared as one vector.
     """
     results = {layout: result(model, samples, layout) for layout in ("separate", "masked", "shared", "packed")}
     found = {}
@@ -65,7 +71,10 @@ def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], flo
 
 
 def check(name: str, dtype: torch.dtype) -> dict[tuple[str, str], float]:
-    """Maps (layout, reference layout), such as ("packed", "separate"), to a family's largest relative error."""
+    """Compares a family on batches with several numbers of pairs and images. Returns the largest errors.
+
+    They have the form of the result of ``errors``.
+    """
     model = build(name, "eager" if name.startswith(EAGER) else "sdpa", dtype)
     switch_off_dropout(model)
     if hasattr(model, "set_experts_implementation"):

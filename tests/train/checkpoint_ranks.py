@@ -53,7 +53,11 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(model: nn.Module, optimizer: Any, steps: int, *, rank: int | None = None) -> None:
-    """Trains on random tokens, seeded by ``rank``; if it is None, by the Python, numpy and torch generators."""
+    """Trains on random tokens.
+
+    Their seed depends on the step and on ``rank``. If it is None, the Python, numpy and torch generators draw the
+    seed.
+    """
     for step in range(steps):
         if rank is None:
             torch.manual_seed(random.randrange(1 << 30) + int(np.random.randint(1 << 30)) + int(torch.randint(9, ())))

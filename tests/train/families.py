@@ -166,7 +166,7 @@ Images = Callable[[int, torch.Generator], tuple[list[list[int]], dict[str, torch
 def tiles(tokens: int, *, axis: bool = False) -> Images:
     """Returns a function that makes 8 x 8 images with ``tokens`` image tokens each.
 
-    ``axis`` adds a leading axis to the pixel values, which Idefics needs.
+    ``axis`` adds a leading axis of size 1 to the pixel values, which Idefics needs.
     """
 
     def images(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
@@ -177,7 +177,10 @@ def tiles(tokens: int, *, axis: bool = False) -> Images:
 
 
 def patches(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """Returns token ids and inputs of images of several sizes, with 2 x 2 patches per token, as in Qwen-VL."""
+    """Returns images of several sizes in Qwen-VL's format: the token ids of each image, and the model inputs of all.
+
+    Each image token stands for 2 x 2 patches.
+    """
     grids = [[1, 2 * int(side), 4] for side in torch.randint(1, 4, (count,), generator=generator)]
     total = sum(t * h * w for t, h, w in grids)
     pixels = torch.randn(total, 16, generator=generator)
@@ -419,7 +422,7 @@ def samples_of(family: str) -> list[Sample]:
 
 
 def image_rows(samples: Sequence[Sample]) -> int:
-    """Returns the number of rows of the samples' pixel values: images, tiles or patches."""
+    """Returns the number of images, tiles or patches of the samples, which are the rows of their pixel values."""
     return sum(
         value.shape[0] * (value.shape[1] if value.ndim == 5 else 1)
         for one in samples

@@ -37,7 +37,7 @@ def attend(
 
 
 class FlashAttention:
-    """Installs the replacement as ``flash_attn``, and records the calls for packed sequences."""
+    """Replaces the package ``flash_attn``, and records the calls for packed sequences."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from transformers import modeling_flash_attention_utils as utils

@@ -31,9 +31,9 @@ def llava_onevision() -> nn.Module:
 
 
 def onevision_images(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """Returns token ids and inputs of 8 x 8 images in LLaVA-OneVision's format.
+    """Returns 8 x 8 images in LLaVA-OneVision's format: the token ids of each image, and the model inputs of all.
 
-    A single image gets ten image tokens, because it is also used as a tile; each of several images gets five.
+    A single image has ten image tokens, because it is also used as a tile. Each of several images has five.
     """
     pixels = torch.randn(count, 2, 1, 8, 8, generator=generator)
     inputs = {"image_sizes": torch.full((count, 2), 8), "batch_num_images": torch.tensor([count])}

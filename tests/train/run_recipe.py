@@ -1,6 +1,6 @@
-"""Runs recipes in separate processes, with one or several ranks, which tests kill or signal at a chosen moment.
+"""Runs recipes in separate processes with one or several ranks. Tests kill or signal them at a chosen moment.
 
-The processes are forked from a server that has already imported the trainer, to save time. ``write_text_run`` writes a
+To save time, the processes are forked from a server that has already imported the trainer. ``write_text_run`` writes a
 small text model with tokenizer and pairs, for tests of the command line.
 """
 
@@ -48,8 +48,8 @@ class Job:
     """A training run with the tiny model from ``digits_run``, or with a model in a folder.
 
     Attributes:
-        out: Folder of the run. Files beside it: ``.text`` (its output), ``.rank0`` ... (the result of each rank)
-            and ``.events``.
+        out: Folder of the run. Files beside it have its name and a suffix: ``.text`` (printed output), ``.rank0`` ...
+            (final parameters of each rank), ``.events`` (number of events, see ``die_at_event``).
         pairs: File to train on.
         settings: Overrides of the recipe, as in ``digits_run.recipe``.
         hook: Called in each process with its rank, before the run.
@@ -74,7 +74,7 @@ class Job:
 
 @functools.lru_cache(None)
 def server() -> Any:
-    """Returns a multiprocessing context that forks from a server process, which has imported the trainer.
+    """Returns a multiprocessing context. Its processes are forked from a server that has imported the trainer.
 
     The server has no threads. A fork of the test process could wait forever for a lock that another thread holds.
     """
@@ -136,7 +136,7 @@ def log_of(job: Job) -> list[dict[str, Any]]:
 
 
 def result_of(job: Job, rank: int = 0) -> dict[str, Any]:
-    """Returns the final parameters of a rank, by name, and the final state of its reward shift."""
+    """Returns the final state of a rank: "weights" (parameters by name) and "reward_shift" (the shift's state)."""
     import torch
 
     return torch.load(job.beside(f"rank{rank}"))
@@ -238,7 +238,7 @@ def _count_calls(owner: Any, name: str, before: Callable[[], None]) -> None:
 def die_at_event(number: int | None, events: Path, rank: int) -> None:
     """Kills this process right before an event.
 
-    Events are policy losses, reference forwards, optimizer updates, log lines, and changes on disk.
+    Events are policy losses, reference forwards, optimizer updates, lines of the log, and changes on disk.
 
     Args:
         number: Number of the event, from 0; None: kill nothing, but count all events.
@@ -348,9 +348,9 @@ def write_text_run(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def program(command: Sequence[str], text: Path) -> Iterator[Any]:
-    """Runs a program in a new session for the duration of a ``with`` block, with its output in the file ``text``.
+    """Runs a program in a new session for the duration of a ``with`` block. Writes its output into the file ``text``.
 
-    At the end, sends SIGTERM, so that a launcher ends its workers in other sessions, and then kills the session.
+    At the end, sends SIGTERM and waits, so that a launcher can end workers in other sessions. Then kills the session.
     """
     import subprocess
 

@@ -1,4 +1,4 @@
-"""Modules that the server of ``run_recipe`` imports before it forks."""
+"""Imports modules for the server of ``run_recipe``, so that forked processes need not import them."""
 
 import accelerate.state
 import digits_run

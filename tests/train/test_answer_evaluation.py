@@ -212,7 +212,7 @@ def test_fsdp2_trains_the_same_with_and_without_it(tmp_path: Path, pairs: Path, 
 def refuse_inference_mode(rank: int) -> None:
     """Makes ``generate`` fail in inference mode.
 
-    If FSDP2 gathered parameters there for the first time, they could not be trained later.
+    Parameters that FSDP2 gathers there for the first time could not be trained later.
     """
     generate = GenerationMixin.generate
 

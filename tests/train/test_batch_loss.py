@@ -56,7 +56,10 @@ def assert_same(one: Any, other: Any, *names: str) -> None:
 def test_each_micro_batch_has_its_share_of_the_step(
     tmp_path: Path, settings: dict[str, Any], of_pairs: list[float], of_tokens: list[float]
 ) -> None:
-    """The loss weights include the number of ranks as a factor, because accelerate averages gradients over ranks."""
+    """Checks the loss weights of each micro-batch: its share of the step's pairs or tokens, times the number of ranks.
+
+    The number of ranks cancels accelerate's mean of the gradients over ranks.
+    """
     recipe = digits_run.recipe(tmp_path / "run", tmp_path / "pairs.jsonl", **settings)
     counts = [BatchCounts(2, 5, 2), BatchCounts(1, 9, 1), BatchCounts(2, 1, 1)]
     size = StepSize(BatchCounts(5, 15, 4), micro_steps=2, micro_batches=3)

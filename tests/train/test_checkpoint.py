@@ -1,4 +1,7 @@
-"""Tests that checkpoints restore all bits, also on other numbers of ranks, and are complete or absent after a kill."""
+"""Tests that checkpoints restore all bits, also on another number of ranks.
+
+After a kill during a save, the checkpoint must be complete or absent.
+"""
 
 from __future__ import annotations
 
@@ -493,7 +496,7 @@ def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(
 
 
 def die_at(folder: Path, number: int, step: int) -> None:
-    """Saves a checkpoint of ``step``, and exits right before the call ``number`` (from 0) that changes the disk."""
+    """Saves a checkpoint of ``step``, and exits right before the change on disk with this number, counted from 0."""
     store = Checkpoints(folder, keep_last=1)
     model = Small()
     optimizer = moved(model)

@@ -141,9 +141,9 @@ def test_no_damage_is_silent(
 def check_one(
     store: Checkpoints, accelerator: Any, older: Path, newest: Path, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Asserts that loading a damaged checkpoint fails and changes nothing.
+    """Asserts that a damaged checkpoint is rejected, and that ``resume="auto"`` takes the older checkpoint instead.
 
-    Also asserts that ``resume="auto"`` takes the older checkpoint.
+    The rejected load must not change the model.
     """
     other = nn.Linear(8, 8)
     before = [parameter.detach().clone() for parameter in other.parameters()]

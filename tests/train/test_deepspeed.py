@@ -135,7 +135,10 @@ def check(
 def test_zero3_trains_an_image_model_as_one_process_does(
     job_of: Callable[..., Job], single: Callable[..., Job]
 ) -> None:
-    """Some pairs have no image, so a rank may have a batch without images. The reference is a copy of the policy."""
+    """Compares two ranks with one process. Some pairs have no image, so a rank may have a batch without images.
+
+    The reference is a copy of the policy.
+    """
     job = check(job_of, single, "llava", 3)
     assert "(shared prefix), checked on the first pairs" in text_of(job)
     assert "agree" in text_of(job)

@@ -196,7 +196,10 @@ def test_the_prompt_is_the_one_that_is_sampled_from(family: Any, count: int, ima
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_stand_where_the_question_has_them(family: Any, images: tuple[str, ...]) -> None:
-    """Each ``<image>`` becomes image tokens. Image inputs equal the concatenated inputs of the single images."""
+    """Checks that each ``<image>`` of a question becomes image tokens at its place.
+
+    The image inputs must equal the concatenated inputs of the single images.
+    """
     encoder = Encoder(family())
     got = sample(encoder, Pair("<image>\none <image>\ntwo <image>\nthree", "yes", "no", images[1:]))
     token = IMAGE_TOKENS[family.__name__]
@@ -227,7 +230,10 @@ def test_an_image_without_a_place_comes_first(family: Any, images: tuple[str, ..
 
 
 def test_nested_images_lie_as_the_model_flattens_them(images: tuple[str, ...]) -> None:
-    """Idefics3 gives equal features for N rows with one image, ``[N, 1, ...]``, and for one row with N images."""
+    """Checks that Idefics3 gives the same features for N rows with one image each as for one row with N images.
+
+    The encoder makes inputs of the first form, ``[N, 1, ...]``.
+    """
     processor = idefics3()
     both = sample(Encoder(processor), Pair("?", "yes", "no", images[:2])).image_inputs
     assert both["pixel_values"].shape[1:] == (1, 3, 32, 32)
@@ -480,7 +486,10 @@ def test_the_digest_changes_if_and_only_if_the_inputs_do(images: tuple[str, ...]
 
 
 def test_the_digest_tells_apart_where_one_response_ends() -> None:
-    """A sample's digest changes if a token moves between prompt and responses, or if a field changes its dtype."""
+    """Checks that a sample's digest changes if a token moves between prompt and responses, or if a tensor changes.
+
+    A changed name, shape or dtype of a tensor changes the digest; its memory layout does not.
+    """
     encoder = text_encoder()
     fields = {"prompt": [5, 6], "chosen": [7], "rejected": [8]}
     from mpo_ext.train.encode import _digest

@@ -1,8 +1,8 @@
 """Compares the trainer with the float64 script plain.py: loss, rewards, delta, gradient norms and final weights.
 
-In float32 the two must agree to 1e-5 over 20 steps. In float64 they must agree to 1e-9, so that rounding cannot hide
-an error. By default, a selection of settings is tested. MPO_EXACTNESS_ALL=1 tests all combinations of reward-shift
-mode, reference and gradient accumulation, over 20 steps in float32.
+In float32 the two must agree to 1e-5 over 20 steps. In float64 they must agree to 1e-9, which finds errors that
+float32 rounding could hide. By default, a selection of settings is tested. MPO_EXACTNESS_ALL=1 tests all combinations
+of reward-shift mode, reference and gradient accumulation, over 20 steps in float32.
 """
 
 import dataclasses
@@ -210,7 +210,7 @@ class Run:
 
 
 def run_script(data: Data, overrides: Mapping[str, Any], *, steps: int = STEPS) -> Run:
-    """Runs the script plain.py with the settings that a recipe with these overrides has."""
+    """Runs the script plain.py with the settings of a recipe that has these overrides."""
     grouped = bool(overrides.get("data__group_prompts"))
     order = data.steps(steps, overrides.get("optim__micro_batch_size", 4), grouped=grouped)
     base = plain.widen(digits_run.tiny()[0])

@@ -275,7 +275,10 @@ FEATURES = torch.arange(6.0).view(3, 2)
 
 
 class Reader(nn.Module):
-    """A model whose ``get_image_features`` returns features in one of the forms used by versions of transformers."""
+    """A model whose ``get_image_features`` returns features in a form such as "tensor" or "list".
+
+    mpo_ext supports all forms except "strange" and "tensor and list".
+    """
 
     def __init__(self, form: str) -> None:
         super().__init__()

@@ -41,9 +41,9 @@ def steps(model: nn.Module, made: torch.optim.Optimizer, count: int = 3) -> dict
 
 
 def one_by_one(model: nn.Module, make: Any) -> dict[str, torch.Tensor]:
-    """Runs three steps with a separate optimizer ``make(name, parameter)`` for each parameter.
+    """Runs three steps with a separate optimizer for each parameter. Returns the parameters by name.
 
-    Returns the parameters by name.
+    ``make(name, parameter)`` returns the optimizer.
     """
     for name, parameter in model.named_parameters():
         made = make(name, parameter)

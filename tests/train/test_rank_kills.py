@@ -29,16 +29,16 @@ SETTINGS = {
 
 
 def die_on_rank(victim: int, number: int | None, events: Path, rank: int) -> None:
-    """Kills rank ``victim`` right before its event ``number``; ``die_at_event`` lists the events.
+    """Kills rank ``victim`` right before an event of this rank, such as an optimizer update. ``number`` counts from 0.
 
-    If ``number`` is None, only counts the events.
+    If ``number`` is None, only counts the events, which are those of ``die_at_event``.
     """
     if rank == victim:
         die_at_event(number, events, rank)
 
 
 def end_like_a_launcher(processes: list[Any]) -> list[int]:
-    """Waits for all processes. If one fails, kills the others, as torchrun does. Returns the exit codes."""
+    """Waits for all processes, and kills them if one fails, as torchrun does. Returns the exit codes."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline and all(process.exitcode in (None, 0) for process in processes):
         if all(process.exitcode == 0 for process in processes):

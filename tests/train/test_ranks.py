@@ -96,7 +96,7 @@ def test_what_two_ranks_began_one_ends(sharded: bool, job_of: Callable[..., Job]
 
 
 def test_a_cumulative_shift_counts_each_rank(job_of: Callable[..., Job]) -> None:
-    """By the authors' rule, the shift averages the mean rewards of all micro-batches so far, on all ranks."""
+    """Checks the authors' reward shift: the mean over all micro-batches so far, on all ranks, of their mean reward."""
     settings = {
         "reward_shift__mode": "cumulative", "reward_shift__update": "before", "reward_shift__per": "micro_batch",
         "optim__batch_size": 4, "optim__max_steps": 3, "optim__warmup_ratio": 0, "data__eval": [],

@@ -538,7 +538,7 @@ def test_the_package_and_its_extras_are_installed() -> None:
 
 
 def alias_bomb(levels: int) -> str:
-    """Returns a short YAML text that expands to more than 9 ** levels values through its aliases."""
+    """Returns a short YAML text whose aliases expand to more than ``9 ** levels`` values."""
     parts = ["&a0 [x, x, x, x, x, x, x, x, x]"]
     parts += [f"&a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, levels)]
     return f"[{', '.join(parts)}]"

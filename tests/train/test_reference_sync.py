@@ -229,7 +229,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     data: exactness.Data,
     tmp_path: Path,
 ) -> None:
-    """Resumes from a checkpoint before, and from one right after, an update of the reference."""
+    """Resumes from two checkpoints: one before an update of the reference, and one right after it."""
     trainer, lines = whole
     resume = {"output__resume": str(checkpoint_of(trainer, step)), "output__save_every": 0}
     rest: list[dict[str, float]] = []

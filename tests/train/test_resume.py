@@ -112,9 +112,9 @@ def job_of(folder: Path) -> Callable[..., Job]:
 
 @pytest.fixture(scope="module")
 def whole(job_of: Callable[..., Job]) -> Callable[[str], Job]:
-    """Returns a function that runs a job without interruption, cached by name.
+    """Returns a function that runs the job with this name without interruption. Results are cached.
 
-    The run writes the number of its events (see ``die_at_event``) into the job's file ``.events``.
+    The run counts its events, such as optimizer updates, and writes the number into the job's file ``.events``.
     """
 
     @functools.lru_cache(None)
@@ -213,7 +213,10 @@ def test_a_kill_in_the_write_of_a_checkpoint(at: str, job_of: Callable[..., Job]
 
 
 def die_in_write(at: str, number: int, rank: int) -> None:
-    """Kills the process during the write of its checkpoint ``number``, from 1; ``at`` names the stage of the write."""
+    """Kills the process while it writes its checkpoint ``number``, counted from 1.
+
+    ``at`` is the next step of the write: "rename", "fsync" or "manifest".
+    """
     from mpo_ext.train import checkpoint
 
     target, name = {
@@ -303,7 +306,7 @@ def test_sigterm_ends_after_the_current_step_and_the_run_resumes(
 
 
 def assert_same_but_extra_checkpoints(job: Job, truth: Job) -> None:
-    """Compares two runs. Ignores checkpoints that only one of them has, such as a checkpoint made by a signal."""
+    """Compares two runs, without the checkpoints that only one of them has, such as a checkpoint made by a signal."""
     ours, theirs = checkpoints(job), checkpoints(truth)
     assert max(ours) == max(theirs)
     assert all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())
@@ -423,7 +426,10 @@ def test_a_finished_run_ends_as_it_did(job_of: Callable[..., Job], whole: Callab
 
 
 def test_the_clock_does_not_tell_whether_a_model_is_exported(tmp_path: Path) -> None:
-    """Two runs use one folder, and the clock is set back or forward between them."""
+    """Checks that file times do not decide whether the model of a checkpoint was exported.
+
+    Two runs use one folder, and the clock is set back or forward between them.
+    """
     folder, accelerator = tmp_path / "final", accelerate.Accelerator(cpu=True)
     folder.mkdir()
     (folder / "config.json").write_text("{}")

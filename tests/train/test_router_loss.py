@@ -378,7 +378,10 @@ def test_a_run_logs_the_loss_and_trains_on_it(folder: Path, capsys: pytest.Captu
 
 
 def test_accumulation_has_the_gradient_of_one_micro_batch_up_to_the_use_of_experts(folder: Path) -> None:
-    """The other loss terms agree exactly. The router loss differs slightly: it uses a micro-batch's expert load."""
+    """Compares micro-batches of one pair with a micro-batch of six pairs.
+
+    Losses agree, except that the router loss differs by up to 5%: it uses the expert load of its micro-batch.
+    """
     coef = {"loss__router_aux_loss_coef": 1.0, "reward_shift__mode": "fixed"}
     whole, parts = (run(folder, f"{size}", optim__micro_batch_size=size, **coef)[0] for size in (6, 1))
     assert parts["dpo_loss"] == pytest.approx(whole["dpo_loss"], rel=1e-5)
@@ -391,9 +394,9 @@ def test_accumulation_has_the_gradient_of_one_micro_batch_up_to_the_use_of_exper
 
 
 def test_two_ranks_train_as_one_does(folder: Path) -> None:
-    """Uses micro-batches of one pair, so that each has the same expert load with one rank and with two.
+    """Compares two ranks with one rank, in micro-batches of one pair. Larger ones would differ in their expert load.
 
-    A step has five pairs, so one of two ranks has one pair less.
+    A step has five pairs, so one of the two ranks has one pair less.
     """
     settings = {
         "loss__router_aux_loss_coef": 1.0, "reward_shift__mode": "fixed", "optim__batch_size": 5,

@@ -75,9 +75,9 @@ def test_pairs_of_a_prompt_stand_next_to_each_other() -> None:
 
 
 def test_copies_of_a_pair_stand_in_groups_of_their_own() -> None:
-    """Every four consecutive pairs are different pairs of one prompt.
+    """Checks that every four consecutive pairs are different pairs of one prompt.
 
-    There are 300 pairs, four per prompt, and an epoch has each pair three times.
+    There are 300 pairs, four for each prompt. An epoch has each pair three times.
     """
     times = np.repeat(np.arange(300), 3)
     groups = np.arange(300) // 4

@@ -162,7 +162,10 @@ def leaking(inner: nn.Module, segments: torch.Tensor) -> Any:
 
 
 def by_row(inner: nn.Module, segments: torch.Tensor) -> Any:
-    """Builds masks with a mistake: the distance in sliding attention is measured by the position in the row."""
+    """Builds wrong masks for sliding-window attention: distances are counted in the row, not in the sequence.
+
+    In a row with two responses, the second one is then too far from its prompt.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks, "sequence_positions", lambda s: torch.arange(s.shape[1]).expand_as(s))
         return MASKS(inner, segments)

@@ -125,7 +125,10 @@ def test_a_layer_runs_once_over_each_prompt_and_each_group_of_responses() -> Non
 
 
 def lost(what: str) -> Callable[[Any], _States]:
-    """Returns a replacement for ``_States.join`` that makes the mistake ``what``."""
+    """Returns a replacement for ``_States.join`` with a mistake.
+
+    ``what`` names the mistake, such as "no states" or "no gradient of recurrent".
+    """
 
     def wrong(states: Any) -> _States:
         joined = JOIN(states)

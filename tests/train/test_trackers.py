@@ -68,7 +68,7 @@ def test_wandb_has_all_values_offline(run: Any, tmp_path: Path, monkeypatch: pyt
 def wandb_records(content: bytes) -> Iterator[bytes]:
     """Yields the records of a wandb file, which has the format of LevelDB's log.
 
-    A record may have several parts, which lie in blocks of 32 KiB.
+    The file consists of blocks of 32 KiB. A record that does not fit into a block has parts in several blocks.
     """
     block, place, whole = 1 << 15, 7, b""  # the file begins with 7 other bytes
     while place + 7 <= len(content):
@@ -84,7 +84,7 @@ def wandb_records(content: bytes) -> Iterator[bytes]:
 
 
 def read_wandb(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Returns the history rows and the settings from the file of an offline wandb run."""
+    """Reads the file of an offline wandb run. Returns (history rows, settings)."""
     from wandb.proto import wandb_internal_pb2
 
     def values(items: Any) -> dict[str, Any]:

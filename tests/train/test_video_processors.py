@@ -116,7 +116,10 @@ def test_prompts_are_those_of_the_processor(family: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", ["Qwen2.5-VL", "Qwen3-VL"])
 def test_the_stand_in_gives_the_same_inputs(family: str, tmp_path: Path) -> None:
-    """The frames need no resizing, so the pixels agree too."""
+    """Compares token ids and pixels of the stand-in with those of the real video processor.
+
+    The frames need no resizing, so the pixels agree too.
+    """
     _, stand_in = video_models.BUILDERS[family]()
     paths = tuple(write_frames(tmp_path, 5, size=(56, 84)))
     pair = Pair("<video>\nWhat?", "It moves.", "No.", videos=(Video(frames=paths, fps=3.0),))

@@ -1,6 +1,6 @@
 """Tests the Triton kernels without a GPU: in Triton's interpreter, and compiled to PTX that a simulator runs.
 
-Triton chooses between interpreting and compiling when it is imported. So `make test` runs pytest twice: with
+Triton decides when it is imported whether it interprets or compiles kernels. So ``make test`` runs pytest twice: with
 TRITON_INTERPRET=1 for the tests in interpreter/, and without it for the others.
 """
 

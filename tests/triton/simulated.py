@@ -90,7 +90,10 @@ def _named(buffers: dict, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Any
 
 @contextmanager
 def simulation(arch: int = 80, **options: Any) -> Iterator[dict[str, Any]]:
-    """Makes ``mpo_ext.kernels`` run in the simulator. Yields a dict: kernel name to (last report, buffers by name)."""
+    """Makes ``mpo_ext.kernels`` run in the simulator. Yields a dict with the last launch of each kernel.
+
+    The dict maps the kernel's name to (report, buffers by argument name).
+    """
     import importlib
 
     reports: dict[str, Any] = {}

@@ -163,7 +163,7 @@ def test_each_labelled_logit_is_read_once_and_written_once(dtype: torch.dtype, v
 
 
 def test_cuda_triton_and_cpu_kernels_agree_on_random_cases() -> None:
-    """Runs the same cases with all three. Each is within the accuracy bound, so two differ by at most twice that."""
+    """Checks random cases with all three kinds of kernels. Compares CUDA and Triton with the CPU kernels."""
     random = np.random.default_rng(0)
     for _ in range(CASES):
         dtype = DTYPES[random.integers(3)]
@@ -287,7 +287,10 @@ def test_compiled_code_has_wide_loads_and_no_spills(dtype: torch.dtype, target: 
 
 
 def test_training_does_not_recompile() -> None:
-    """Checks that 1,000 steps with changing lengths, labels and reward shift compile one variant per alignment."""
+    """Checks that 1,000 steps compile at most two variants of each kernel.
+
+    Lengths, labels and the reward shift change from step to step.
+    """
     variants: dict[str, set] = {}
 
     class Recorder:
@@ -328,7 +331,7 @@ def test_training_does_not_recompile() -> None:
 
 
 def _specialisation(parameter: Any, value: Any) -> Any:
-    """Returns the properties of an argument for which Triton's JIT compiles a separate variant."""
+    """Returns the properties of an argument for which Triton's JIT compiles, such as dtype and alignment."""
     if isinstance(value, Tensor):
         return (value.dtype, value.data_ptr() % 16 == 0)
     assert parameter.annotation_type, f"{parameter.name} must be annotated, or the JIT specialises on its width"

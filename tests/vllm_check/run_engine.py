@@ -74,7 +74,7 @@ def conversations_of(items: Path) -> list[Request]:
 def run_all(engine: Engine, items: Path, out: Path) -> None:
     """Runs the requests and the pipelines, and writes all results into the folder ``out``.
 
-    TransformersEngine skips the request that is too long, because it has no context limit. It also skips the pipeline
+    TransformersEngine gets no request that is too long, because it has no context limit. It does not run the pipeline
     "drawn", because its random samples differ from vLLM's.
     """
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Compares vLLM with TransformersEngine: text, images, adapters, suppressed tokens, kills, and vLLM's server.
 
 ``make vllm-check`` runs these tests. They print the number of equal continuations. Where continuations differ, they
-print the gap between the two most probable tokens in both engines.
+print the gap between the two largest logits.
 """
 
 import functools
@@ -74,7 +74,7 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 
 
 def gap_at(engine: TransformersEngine, request: Request, ids: Sequence[int]) -> float:
-    """Returns the difference of the two largest logits after the prompt, its prefix and the tokens ``ids``."""
+    """Returns the gap between the two largest logits for the token after the prompt, its prefix and ``ids``."""
     inputs = engine._inputs([Request(**{**vars_of(request), "prefix_ids": (*request.prefix_ids, *ids)})],
                             [engine.chat.prompt(request)])  # fmt: skip
     with torch.inference_mode():
@@ -90,7 +90,10 @@ def vars_of(request: Request) -> dict[str, Any]:
 def require_equal_or_tied(
     kind: str, engine: TransformersEngine, requests: Sequence[Request], ours: list[Any], theirs: list[Any]
 ) -> None:
-    """Asserts that continuations are equal up to a near tie, where rounding decides between two tokens."""
+    """Asserts that continuations are equal, or differ first where rounding decides between two tokens.
+
+    At that place, the gap between the two largest logits must be below ``TIE``.
+    """
     differences = []
     for request, our, their in zip(requests, ours, theirs, strict=False):
         if our != their:
@@ -181,9 +184,9 @@ def test_suppressed_tokens_and_adapters(folder: Path) -> None:
 
 @pytest.fixture
 def command(folder: Path) -> list[object]:
-    """Returns a command that samples like the pipeline "drawn" of run_engine.py.
+    """Returns the arguments of a command that samples like the pipeline "drawn" of run_engine.py.
 
-    Tests replace "OUT" by the output folder.
+    Tests replace the argument "OUT" by the output folder.
     """
     options = ["--engine", "vllm", "--dtype", "float32", "--samples", "8", "--temperature", "1", "--allow-truncated",
                "--max-new-tokens", "12", "--matcher", "exact", "--style", "regex:([a-z])"]  # fmt: skip

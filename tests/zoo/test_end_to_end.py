@@ -76,7 +76,7 @@ def smolvlm() -> tuple[nn.Module, Any]:
 
 
 def text_examples(*thoughts: str) -> Callable[[Path], list[Example]]:
-    """Returns a function that makes examples. Their responses begin with the given thoughts in turn."""
+    """Returns a function that makes examples. Each response begins with one of the ``thoughts``, in turn."""
 
     def examples(folder: Path) -> list[Example]:
         return [
@@ -148,7 +148,7 @@ def train_in_own_form(model: nn.Module, examples: Sequence[dict[str, torch.Tenso
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[Example], Any]:
-    """Returns the folder of a trained model, its examples, and its loss on them without mpo_ext."""
+    """Returns (folder of a trained model, its examples, its loss on them computed without mpo_ext)."""
     build, make_examples, end = FORMS[request.param]
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)

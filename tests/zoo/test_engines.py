@@ -89,7 +89,7 @@ def test_both_engines_get_the_images_of_training(name: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ENCODED)
 def test_the_end_of_the_turn_stops_both_engines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's generation_config has no end token."""
+    """Checks that generation ends at the token that ends the turn, although the generation_config has no end token."""
     family, ours, theirs, fake = engines(name, monkeypatch)
     request = request_of(ours.processor)
     for response in responses_of(family):
@@ -106,7 +106,7 @@ def test_the_end_of_the_turn_stops_both_engines(name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ENCODED)
 def test_sampled_ids_become_the_trained_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In DropoutNTP, a rejected response has the ids of its prefix, followed by the sampled ids."""
+    """Checks that a rejected response of DropoutNTP is trained with the ids of its prefix and the sampled ids."""
     family, ours, _, _ = engines(name, monkeypatch)
     chosen = (*family.responses, "The cat sat on the mat. It is red.")[0]
     rejected = chosen.replace("red", "blue").replace("7", "8")

@@ -74,7 +74,7 @@ def responses_of(family: Family) -> tuple[str, ...]:
 
 
 def written(family: Family, response: str) -> str:
-    """Returns a response as written in the conversation, with the ``<think>`` that the prompt already opens."""
+    """Returns a response as the conversation has it: with the ``<think>`` that is at the end of the prompt."""
     return f"<think>{response}" if family.needs_thoughts and not response.startswith("<think>") else response
 
 
@@ -227,7 +227,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def image_prompts(pictures: list[str]) -> Iterator[tuple[str, list[Any], list[Turn]]]:
-    """Yields (question or turns of a pair, image paths, the same turns with loaded images for the chat template)."""
+    """Yields (question, image paths, turns) for prompts with one or two images.
+
+    A question is a text, or the turns of a pair. The last item has the same turns with loaded images, for the chat
+    template.
+    """
     first, second = ([path, Image.open(path).convert("RGB")] for path in pictures)
     yield "<image>\nWhat is shown?", [first[0]], [("user", [first[1], "What is shown?"])]
     yield "What is shown?", [first[0]], [("user", [first[1], "What is shown?"])]

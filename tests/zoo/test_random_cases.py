@@ -33,7 +33,7 @@ transformers.logging.set_verbosity_error()
 
 
 def responses_of(case: Any) -> tuple[str, str]:
-    """Returns the chosen and the rejected response. An empty response of the case is the rejected one."""
+    """Returns (chosen, rejected): the case's response and another one. An empty response is the rejected one."""
     return (case.response, OTHER) if case.response.strip() else (OTHER, case.response)
 
 
@@ -83,7 +83,10 @@ def encode(case: Case) -> str:
 
 
 def written(case: Case, processor: Any, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the assistant's message. If the prompt ends with ``<think>``, the message may begin with it instead."""
+    """Returns the assistant's message of a case.
+
+    Adds the ``<think>`` that ends the prompt, if the response has only ``</think>`` and the template does not add it.
+    """
     (plain,) = messages_of(processor, [("assistant", case.response)])
     block = re.search(r"<think>\s*$", case.template.generation or "")
     continues = "</think>" in case.response and not case.response.lstrip().startswith("<think>")

@@ -76,10 +76,11 @@ class TemplateForm:
         header: Text before the content of each message.
         end: Jinja after the content of each message.
         generation: Text of the generation prompt; None: the assistant's header.
-        ignores: Whether the template ignores ``add_generation_prompt``. "no": it supports it. "yes": it never writes a
-            generation prompt. "header": it always writes the assistant's header after a user message.
+        ignores: How the template treats ``add_generation_prompt``. "no": it obeys. "yes": it never writes a generation
+            prompt. "header": it always writes the assistant's header after a user message.
         trim: Whether the template trims contents.
-        thoughts: How thoughts are written: "text", unchanged; "always", as a block in the last response; or "dropped".
+        thoughts: How thoughts are written. "text": unchanged. "always": as a block in the last response, even if it is
+            empty. "dropped": not at all.
     """
 
     begin: str = ""

@@ -26,18 +26,19 @@ class Family:
 
     Attributes:
         models: Names of the models, for the table.
-        build: Returns the tokenizer, or the processor of a multimodal family.
-        config: Class of the model's config, which determines the table's column "rows".
+        build: Function that returns the tokenizer, or the processor of a multimodal family.
+        config: Class of the model's config, without "Config". It determines the table's column "rows".
         end: The token that ends a response.
         image: Whether the tests use images with this family.
         system: Whether the template supports a system message; otherwise the encoder refuses it.
         responses: Responses besides those of ``test_families``, such as responses with thoughts.
         needs_thoughts: Whether the family refuses responses without thoughts.
         thinking: How the family thinks, for the table.
-        separate_rows: Reason why a pair's responses need separate rows; empty: one row holds the prompt and both.
+        separate_rows: Why a pair's responses need separate rows; "": one row holds the prompt and both.
         options: Options of the encoder.
         notices: A regular expression for each notice of the encoder.
-        refused: Responses or images that the encoder refuses, each with a regular expression for the message.
+        refused: What the encoder refuses, and a regular expression for its message. A key is a response, "system" for
+            system messages, or "family" for the whole family.
         rule: A rule of the family in addition to its template, for the table.
     """
 

@@ -35,7 +35,7 @@ def messages_of(processor: Any, turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def template_ids(
     processor: Any, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = False, **kwargs: Any
 ) -> list[int]:
-    """Returns the ids of ``apply_chat_template(..., tokenize=True)``, with all image tokens of each image."""
+    """Returns the ids of ``apply_chat_template(..., tokenize=True)``. An image has all of its image tokens."""
     out = processor.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, add_generation_prompt=generation_prompt, **kwargs
     )
@@ -75,8 +75,8 @@ def compare(
         response: The assistant's message.
         prompt_ids: The encoder's ids of the prompt.
         response_ids: The encoder's ids of the response.
-        is_split: Whether the response was tokenized separately. Then the template's ids must not begin with the ids
-            of the prompt, and the texts are compared instead of the ids.
+        is_split: Whether the response was tokenized separately. Then texts are compared instead of ids, and the ids of
+            the template must not begin with those of the prompt.
         adds_header: Whether the encoder adds the assistant's header, because the template's generation prompt lacks
             it. Then the encoder's prompt may be longer than the template's.
         suffix: Number of special tokens that the tokenizer adds at the end of a text; they are not compared.
@@ -127,7 +127,10 @@ def _text(processor: Any, messages: Sequence[Mapping[str, Any]], kwargs: Mapping
 
 
 def _adds_special_tokens(processor: Any, text: str) -> bool:
-    """Returns whether ``apply_chat_template`` makes the tokenizer add special tokens to this text."""
+    """Returns whether ``apply_chat_template`` adds special tokens to a text.
+
+    It does so with a processor, if the text does not begin with the begin token.
+    """
     begin = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
     return is_processor(processor) and not (begin and text.startswith(begin))
 
@@ -135,7 +138,7 @@ def _adds_special_tokens(processor: Any, text: str) -> bool:
 def _without_white_end(
     processor: Any, messages: Sequence[Mapping[str, Any]], suffix: int, kwargs: Mapping[str, Any]
 ) -> Iterator[list[int]]:
-    """Yields the token ids of the conversation, and again after removing each white-space character at its end."""
+    """Yields the token ids of the conversation, then of its text without the last white-space character, and so on."""
     text = _text(processor, messages, kwargs)
     tokenizer = getattr(processor, "tokenizer", processor)
     special = _adds_special_tokens(processor, text)

@@ -126,9 +126,9 @@ def sentencepiece(
 
     Args:
         *special: Special tokens.
-        scheme: Where a space is prepended. "legacy": at each piece between special tokens, by a normalizer, as in the
-            tokenizer.json of Llama 2 and Mistral v0.1. "always": at each piece, by Metaspace. "first": at the
-            beginning of the text, by Metaspace. "never": nowhere.
+        scheme: Where the tokenizer prepends a space. "legacy": to each piece of text between special tokens, by a
+            normalizer, as in the tokenizer.json of Llama 2 and Mistral v0.1. "always": to each piece, by the
+            pre-tokenizer Metaspace. "first": to the beginning of the text, by Metaspace. "never": nowhere.
         add_bos: Whether encoding with special tokens adds the begin token.
         add_eos: Whether encoding with special tokens adds the end token.
         rstrip: Whether special tokens absorb the white space after them, as in Phi-3.
