@@ -79,7 +79,8 @@ class MPOTrainingConfig(DPOConfig):
         default="token", metadata={"help": "Next-token loss: mean over all tokens, or over each sequence first."}
     )
     memory_budget_mib: int | None = dataclasses.field(
-        default=None, metadata={"help": "MiB for a tile of logits. None: 64 on a CPU, 256 on a GPU."}
+        default=None,
+        metadata={"help": "MiB for a tile of logits. None: 64 on a CPU; 1/160 of the memory of a GPU, 256 to 1024."},
     )
     recompute: bool = dataclasses.field(
         default=True, metadata={"help": "Whether backward computes the tiles of logits again."}
@@ -96,7 +97,7 @@ class MPOTrainingConfig(DPOConfig):
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
-    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. In addition to
+    It supports full and LoRA training on text and images, DDP, FSDP2 and DeepSpeed's ZeRO. In addition to
     ``DPOTrainer``, it has the paper's reward shift, which checkpoints save, and supports ``precompute_ref_log_probs``
     with images. It logs each term of the loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
 
