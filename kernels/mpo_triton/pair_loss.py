@@ -72,10 +72,7 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes the rewards, the NTP term and the reward shift delta. Grid (1,): one program for all pairs.
-
-    Both rewards of a pair are 0 if one of its responses has no labelled token.
-    """
+    """Computes the rewards (0 if a response of the pair has no labelled token), the NTP term and delta. Grid (1,)."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means

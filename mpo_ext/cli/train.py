@@ -8,6 +8,7 @@ from mpo_ext.cli.shared import add_debug, add_recipe, command
 
 if TYPE_CHECKING:
     from mpo_ext.evaluate.cells import QuestionFile
+    from mpo_ext.train.encode import Encoder
     from mpo_ext.train.recipe import Recipe
 
 
@@ -66,9 +67,15 @@ def run_train(args: argparse.Namespace) -> int:
     questions = _open_questions(recipe)
     print_plan(planned)
     is_valid = print_data(recipe)
+    from mpo_ext.train.dry_run import check_resume, load_encoder
+
+    encoder = load_encoder(recipe)
+    is_valid = print_encoding(recipe, encoder) and is_valid
     if questions is not None:
         print(f"  {questions.path}: {questions.source.count:,} lines of questions for output.eval_generate")
-    print(f"\nOutput\n  {_position(recipe, planned.steps)}")
+    print("\nOutput")
+    for line in check_resume(recipe, encoder, planned.steps):
+        print(f"  {line}")
     return 0 if is_valid else 1
 
 
@@ -80,19 +87,16 @@ def _open_questions(recipe: "Recipe") -> "QuestionFile | None":
     return open_eval_questions(recipe.output.eval_generate)
 
 
-def _position(recipe: "Recipe", steps: int) -> str:
-    """Returns a line that tells whether a run of ``steps`` steps would be new, resume, or already be finished."""
-    from pathlib import Path
+def print_encoding(recipe: "Recipe", encoder: "Encoder") -> bool:
+    """Encodes some pairs of the data as the run would, and prints the result. Returns whether the run can use them."""
+    from mpo_ext.train.dry_run import check_encoding
 
-    from mpo_ext.train.checkpoint import Checkpoints
-
-    folder = Path(recipe.output.dir)
-    step = Checkpoints(folder / "checkpoints").resume_step(recipe.output.resume)
-    if step is None:
-        return f"{folder}: a new run of {steps} steps"
-    if step >= steps:
-        return f"{folder}: already finished (step {step} of {steps}), so the run would train nothing"
-    return f"{folder}: the run would resume after step {step} of {steps}"
+    report = check_encoding(recipe, encoder)
+    for line in report.lines:
+        print(f"  {line}")
+    for problem in report.problems:
+        print(f"  NOT VALID: {problem}")
+    return not report.problems
 
 
 def print_data(recipe: "Recipe") -> bool:
@@ -130,7 +134,7 @@ def print_data(recipe: "Recipe") -> bool:
     for line in stored_lines(inspected):
         print(f"  {line}")
     rest = "" if is_complete else ", and the lines between those that were read"
-    print(f"  not checked: whether images can be opened (mpo-ext data check does that), lengths in tokens{rest}")
+    print(f"  not checked: whether images can be opened (mpo-ext data check does that){rest}")
     if not is_valid:
         result = "would skip every pair" if recipe.data.skip_bad else "would stop at the first of them"
         print(f"  NOT VALID: the run {result}")

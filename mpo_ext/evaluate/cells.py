@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from mpo_ext.checks import check_integer
 from mpo_ext.evaluate.scoring import Evaluation, QuestionScore, ScoredResponse
 from mpo_ext.generate.engine import Engine
-from mpo_ext.generate.items import Item, ItemSource, open_items
+from mpo_ext.generate.items import Item, ItemSource, is_meta, open_items
 from mpo_ext.generate.outputs import problem_detail
 from mpo_ext.generate.progress import SamplingProgress
 from mpo_ext.generate.sampler import open_journal, read_samples, sample_items
@@ -142,8 +142,7 @@ def open_questions(
         root_map: The (old, new) paths of folders in a meta file that have moved.
         system: System prompt of the questions that have none; None: no system prompt.
     """
-    is_meta = Path(path).suffix == ".json"
-    roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta else {"image_root": image_root}
+    roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta(path) else {"image_root": image_root}
     source = open_items(os.fspath(path), limit=limit, system=system, **roots)
     problems: collections.Counter[str] = collections.Counter()
     details: dict[str, str] = {}

@@ -23,7 +23,7 @@ from mpo_ext.evaluate.results import ALL, compute_results
 from mpo_ext.evaluate.scoring import EvaluationConfig
 from mpo_ext.files import FileLock, check_outputs, write_json
 from mpo_ext.generate.engine import Engine
-from mpo_ext.generate.items import item_files
+from mpo_ext.generate.items import is_meta, item_files
 from mpo_ext.generate.sampler import IncompleteRunError, holds_run, keep_date
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
@@ -57,8 +57,7 @@ def evaluate(
         image_root: Folder at which relative image paths start. A meta file (.json) names its own folders instead.
         root_map: The (old, new) paths of folders in meta files that have moved.
         system: System prompt of the questions that have none; None: no system prompt.
-        exports: Other evaluation toolkits in whose formats the predictions are also written: "vlmevalkit",
-            "lmms-eval".
+        exports: Other toolkits in whose formats predictions are also written: "vlmevalkit", "lmms-eval".
         page_limit: Maximum number of questions on ``failures.html``; if there are more, they are drawn at random.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Processes, progress display, and how often responses are saved; None: the default ``EvaluationRun``.
@@ -122,7 +121,7 @@ def _check_outputs(
     """Raises an error if the evaluation would replace an input, or a file that no evaluation has written."""
     inputs: list[str | os.PathLike[str]] = []
     for path in data:
-        files = item_files(os.fspath(path), root_map=root_map if Path(path).suffix == ".json" else ())
+        files = item_files(os.fspath(path), root_map=root_map if is_meta(path) else ())
         inputs += [path, *(item_file.path for item_file in files)]
     outputs = [*(predictions_path(out, file) for file in model_files), *(out / name for name in _OUTPUTS)]
     check_outputs("out", outputs, inputs=inputs, is_ours=holds_run(out))

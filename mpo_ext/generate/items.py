@@ -356,7 +356,9 @@ def item_files(
         raise ValueError(f"system must be a text, got {system!r}")
     if os.path.isdir(source):
         raise ValueError(f"path must be a file of items or questions, got {describe_folder(source)}")
-    if not _is_meta(source):
+    if not os.path.exists(source):
+        raise FileNotFoundError(f"path must be a file of items or questions, got {source}: it does not exist")
+    if not is_meta(source):
         if root_map:
             raise ValueError(f"root_map must be left out unless source is a meta file (.json), got {root_map}")
         return (ItemFile(str(source), image_root, system=system),)
@@ -368,12 +370,12 @@ def item_files(
     )
 
 
-def _is_meta(source: str | Path) -> bool:
+def is_meta(source: str | os.PathLike[str]) -> bool:
     """Returns whether a file is an MMPR meta file, which lists data sets: a .json file that is not a JSON array.
 
     Raises ValueError for a meta file that is not in UTF-8.
     """
-    if Path(source).suffix != ".json":
+    if Path(source).suffix != ".json" or not os.path.exists(source):
         return False
     with open(source, "rb") as file:
         head = file.read(1 << 12)

@@ -97,9 +97,7 @@ def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
         questions = recipe.sample.questions_of(pipeline)
         for number in range(1, recipe.rounds + 1):
             path = questions.path_of(number)
-            is_meta = Path(path).suffix == ".json"
-            roots: dict[str, Any] = {"root_map": questions.root_map} if is_meta else {}
-            roots |= {"image_root": questions.image_root} if questions.image_root else {}
+            roots: dict[str, Any] = {"root_map": questions.root_map, "image_root": questions.image_root}
             if number > 1 and path in inputs:
                 continue
             check_run(pipeline.pipeline(recipe.seed), path, recipe.round_folder(number) / name, **roots)

@@ -214,10 +214,8 @@ class Checkpoints:
             raise _bad_resume(resume, error) from error
         return Path(resume)
 
-    def resume_step(self, resume: str) -> int | None:
-        """Returns the step number of the checkpoint that ``resolve`` would select, or None for a new run.
-
-        This method reads only manifests, so it does not notice files with damaged contents.
+    def find(self, resume: str) -> Path | None:
+        """Returns the checkpoint that ``resolve`` selects, or None for a new run. Reads only manifests.
 
         Raises:
             FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
@@ -227,12 +225,12 @@ class Checkpoints:
             self.check_unused()
             return None
         if resume == "auto":
-            latest = self.latest()
-            return None if latest is None else Manifest.read(latest).step
+            return self.latest()
         try:
-            return Manifest.read(Path(resume)).step
+            Manifest.read(Path(resume))
         except CheckpointError as error:
             raise _bad_resume(resume, error) from error
+        return Path(resume)
 
     def check_unused(self) -> None:
         """Raises ``FileExistsError`` if the folder has a checkpoint, for a run that must not resume."""
@@ -313,6 +311,12 @@ class Checkpoints:
                 delete_folder(path)
             except OSError as error:
                 _LOG.warning("the old checkpoint %s could not be deleted: %s", path, error)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Returns the ``state`` of the checkpoint in a folder, and does not compare files with their digests."""
+    state: dict[str, Any] = json.loads((path / _STATE).read_bytes())
+    return state
 
 
 def _bad_resume(resume: str, error: CheckpointError) -> ValueError:

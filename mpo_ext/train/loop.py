@@ -42,7 +42,7 @@ from mpo_ext.train.reference_model import AdapterReference, CopyReference, Refer
 from mpo_ext.train.resume import RunState
 from mpo_ext.train.router_loss import make_router_loss
 from mpo_ext.train.setup import choose_layout, make_accelerator, set_up
-from mpo_ext.train.signals import INTERRUPTED, InterruptedRunError, StopRequests
+from mpo_ext.train.signals import InterruptedRunError, StopRequests
 from mpo_ext.train.trackers import start_trackers
 
 _COUNTED_LINES = 10_000  # number of lines per source in which pairs with images are counted
@@ -65,7 +65,7 @@ def train(
             None: no call.
 
     Returns:
-        The exit status: 0 if the run finished; ``INTERRUPTED`` if SIGTERM or SIGINT ended the run. The progress of an
+        The exit status: 0 if the run finished; 143 if SIGTERM ended the run, and 130 if SIGINT did. The progress of an
         interrupted run is saved.
 
     Raises:
@@ -145,8 +145,10 @@ class Trainer:
                 position = f"step {state.step} of {self.data.total_steps}"
                 if state.step > self.data.total_steps:
                     say(f"the recipe asks for {self.data.total_steps} steps, but the model has {state.step}")
+                # A recipe with fewer steps does not describe the exported model, which therefore stays as it is.
+                is_same = not has_changed or state.step > self.data.total_steps
                 is_done = state.step >= self.data.total_steps or state.has_stalled()
-                if is_done and not has_changed and self.output.is_finished(checkpoint):
+                if is_done and is_same and self.output.is_finished(checkpoint):
                     say(f"already finished ({position}): the model is in {self.output.final}")
                     self.output.push()
                     return self._close()
@@ -362,13 +364,13 @@ class Trainer:
             self.output.save_checkpoint(self.model, self.optimizer, self._moving_reference())
 
     def _interrupted(self, position: str) -> int:
-        """Prints that a signal ended the run, closes the run and returns ``INTERRUPTED``.
+        """Prints that a signal ended the run, closes the run and returns the exit status.
 
         ``position`` is the end of the printed sentence, such as "after step 3 of 9".
         """
         advice = "" if self.recipe.output.resume == "never" else "; the same command resumes from here"
         self.output.console.say(f"{self.stop.name()}: ended {position}{advice}")
-        return self._close() or INTERRUPTED
+        return self._close() or self.stop.status()
 
     def _close(self) -> int:
         """Ends the trackers and the process group. Returns 0, the exit status of a finished run."""

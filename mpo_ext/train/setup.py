@@ -157,18 +157,16 @@ def set_up(
 
 def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, date: datetime.date) -> RunData:
     tokenizer = getattr(processor, "tokenizer", processor)
-    encoder = Encoder(
+    inner = unwrap_model(model)
+    encoder = make_encoder(
+        recipe,
         processor,
-        max_length=recipe.data.max_length,
-        too_long=recipe.data.too_long,
-        image_token_id=getattr(unwrap_model(model).config, "image_token_id", None),
-        chat_template=recipe.model.chat_template,
-        chat_template_kwargs=recipe.model.chat_template_kwargs,
+        inner.config,
         date=date,
-        stop_ids=stop_ids_of(unwrap_model(model)),
-        embedding_rows=embedding_rows_of(unwrap_model(model)),
+        stop_ids=stop_ids_of(inner),
+        embedding_rows=embedding_rows_of(inner),
     )
-    _add_stop_id(unwrap_model(model), encoder.end_id)
+    _add_stop_id(inner, encoder.end_id)
     pad_id = tokenizer.pad_token_id
     collator = Collator(
         "shared",
@@ -177,6 +175,26 @@ def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: An
         positions=prompt_positions(model),
     )
     return RunData(recipe, accelerator, encoder, collator)
+
+
+def make_encoder(recipe: Recipe, processor: Any, config: Any, **options: Any) -> Encoder:
+    """Returns the encoder of a run.
+
+    Args:
+        recipe: Recipe of the run.
+        processor: Processor of the model, or tokenizer of a text model.
+        config: Config of the model.
+        **options: Arguments of ``Encoder``: ``date``, ``stop_ids`` and ``embedding_rows``.
+    """
+    return Encoder(
+        processor,
+        max_length=recipe.data.max_length,
+        too_long=recipe.data.too_long,
+        image_token_id=getattr(config, "image_token_id", None),
+        chat_template=recipe.model.chat_template,
+        chat_template_kwargs=recipe.model.chat_template_kwargs,
+        **options,
+    )
 
 
 def _add_stop_id(model: Any, end_id: int) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from mpo_ext.train.ranks import gather
 
-INTERRUPTED = 128 + signal.SIGTERM  # exit status that shells report for SIGTERM
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAFE_PATH = "PYTHONSAFEPATH"  # environment variable of Python
 
@@ -43,6 +42,10 @@ class StopRequests:
         self.agreed = next((received for received, _ in requests if received is not None), None)
         self.is_over = any(is_over for _, is_over in requests)
         return self.agreed is not None
+
+    def status(self) -> int:
+        """Returns the exit status of a run that the signal ended, as shells report it: 143 for SIGTERM."""
+        return 128 + (self.agreed or signal.SIGTERM)
 
     def name(self) -> str:
         """Returns the name of the signal that ends the run, such as "SIGTERM"."""

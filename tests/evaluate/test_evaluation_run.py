@@ -403,6 +403,19 @@ def pictures(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "seen.jsonl", [*lines, {"question": "no image", "answer_gt": "7"}])
 
 
+def test_a_json_array_of_questions_takes_the_image_root(pictures: Path, tmp_path: Path) -> None:
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps([json.loads(line) for line in pictures.read_text().splitlines()]))
+    answers = {name: [final(7)] for name in [*(f"Q{n}" for n in range(4)), "no image"]}
+    config = EvaluationConfig(prompts=("cot",), matcher={"kind": "number"})
+    (cell,) = evaluate(
+        {"m": SeeingEngine(answers, answers)}, {"d": array}, tmp_path / "out", config=config, image_root=str(tmp_path)
+    )["results"]
+    assert (cell["questions"], cell.get("refused", {})) == (5, {})
+    with pytest.raises(FileNotFoundError, match=r"file of items or questions, got .*none.json: it does not exist"):
+        evaluate({"m": SeeingEngine({}, {})}, {"d": tmp_path / "none.json"}, tmp_path / "out", config=config)
+
+
 def test_without_the_image_the_same_questions_are_compared(pictures: Path, tmp_path: Path) -> None:
     questions = [*(f"Q{n}" for n in range(4)), "no image"]
     answers = dict(zip(questions, ([final(7)], [final(7)], [final(5)], ["?"], [final(7)]), strict=True))

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import families
 import pytest
 import torch
 import transformers
 from families import IMAGE, TEXT, VISION, VOCAB
+from model_folders import write_llava, write_qwen2
+from PIL import Image
 from torch import nn
 
 from mpo_ext.__main__ import main
@@ -26,9 +30,13 @@ from mpo_ext.plan.memory import Memory, MemoryEstimate
 from mpo_ext.plan.planner import plan
 from mpo_ext.plan.report import Plan, format_bytes
 from mpo_ext.train.checkpoint_files import Manifest
+from mpo_ext.train.dataset import Collator, RunData
+from mpo_ext.train.dry_run import load_encoder
+from mpo_ext.train.inputs import collect_inputs
 from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.model import prepare_model
 from mpo_ext.train.recipe import Recipe, load_recipe
+from mpo_ext.train.resume import plain_values
 from mpo_ext.train.sampler import StepSampler, micro_batches
 
 GIB = 1 << 30
@@ -57,6 +65,14 @@ def make(folder: Path, *overrides: str, family: str = "Qwen2", pairs: int = 50, 
         f"output: {{dir: {folder / 'out'}}}\noptim: {{batch_size: 8}}\n"
     )
     return load_recipe(folder / "r.yaml", overrides)
+
+
+def make_llava(folder: Path) -> Recipe:
+    """Writes a model with its processor, an image, and a recipe; returns the recipe."""
+    recipe = make(folder)
+    write_llava(folder / "model")
+    Image.new("RGB", (30, 20), "red").save(folder / "no_such_image.png")
+    return recipe
 
 
 def real_model(recipe: Recipe) -> nn.Module:
@@ -432,18 +448,19 @@ def test_sizes_are_readable() -> None:
 def test_the_command_prints_the_plan_and_trains_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
-    recipe = make(tmp_path)
-    (tmp_path / "no_such_image.png").write_bytes(b"not an image")
+    recipe = make_llava(tmp_path)
+    capsys.readouterr()
     monkeypatch.setitem(sys.modules, "mpo_ext.train.loop", None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     assert main(["train", str(tmp_path / "r.yaml"), "--dry-run", "--world", "2"]) == 0
     text = capsys.readouterr().out
     assert "Memory per rank (an estimate)" in text
-    assert "Qwen2ForCausalLM" in text
+    assert "LlavaForConditionalGeneration" in text
     if not terminal:
         assert text.startswith(f"{plan(recipe, world=2)}\n")
     assert "a.jsonl: format pairs (detected); 50 of 50 pairs with images\n    1 different images: all exist" in text
-    assert "not checked: whether images can be opened (mpo-ext data check does that), lengths in tokens\n" in text
+    assert "not checked: whether images can be opened (mpo-ext data check does that)\n" in text
+    assert "50 pairs were encoded: 50 can be trained, " in text
     assert f"Output\n  {tmp_path / 'out'}: a new run of 7 steps\n" in text
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -460,23 +477,59 @@ def test_the_command_prints_the_plan_and_trains_nothing(
 def test_a_dry_run_tells_where_the_run_stands(
     step: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make(tmp_path)
-    (tmp_path / "no_such_image.png").touch()
+    recipe = make_llava(tmp_path)
+    encoder = load_encoder(recipe)
+    inputs = collect_inputs(
+        RunData(recipe, accelerate.Accelerator(cpu=True), encoder, Collator("separate", 0, True, None)), None, {}
+    )
     folder = tmp_path / "out" / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
+    state = {"step": step, "recipe": plain_values(recipe.to_dict()), "inputs": inputs}
+    (folder / "state.json").write_text(json.dumps(state))
     Manifest(number=1, step=step, world_size=1, score=None, files={}, deepspeed=False, digests={}).write(folder)
     run = ["train", str(tmp_path / "r.yaml"), "--dry-run"]
     assert main(run) == 0
     assert f"Output\n  {tmp_path / 'out'}: {told}" in capsys.readouterr().out
+    assert main([*run, "optim.learning_rate=0.5", "output.keep_last=5"]) == 2
+    assert "optim.learning_rate was" in (refused := capsys.readouterr().err)
+    assert "output.keep_last" not in refused
+    assert main([*run, "output.keep_last=5"]) == 0
+    assert "since the checkpoint: output.keep_last was 2, is 5" in capsys.readouterr().out
     assert main([*run, "output.resume=never"]) == 2
     assert '"auto" or a checkpoint if the folder has a checkpoint, got "never"' in capsys.readouterr().err
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join([*lines[:4], lines[4].replace("yes", "yeah"), *lines[5:]]))
+    assert main(run) == 2
+    assert "the first change is line 5" in capsys.readouterr().err
+    assert main([*run, "output.resume_changed_data=true"]) == 0
+    assert "accepted by output.resume_changed_data" in capsys.readouterr().out
+
+
+def test_a_dry_run_finds_pairs_that_the_model_cannot_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_llava(tmp_path)
+    run = ["train", str(tmp_path / "r.yaml"), "--dry-run"]
+    assert main([*run, "data.max_length=5"]) == 1
+    text = capsys.readouterr().out
+    assert "50 pairs were encoded: 0 can be trained\n  skipped 50: " in text
+    assert "NOT VALID: no pair can be trained" in text
+    shutil.rmtree(tmp_path / "model")
+    write_qwen2(tmp_path / "model")
+    pairs = [Pair(f"q{index}", "yes", "no", ("no_such_image.png",) * (index == 7)) for index in range(50)]
+    write_pairs(tmp_path / "a.jsonl", pairs)
+    assert main(run) == 1
+    text = capsys.readouterr().out
+    assert "a.jsonl:8: images must be none for a text model, got 1" in text
+    assert "NOT VALID: the run would stop at the first pair that cannot be encoded" in text
+    assert main([*run, "data.skip_bad=true"]) == 0
+    assert "49 can be trained" in capsys.readouterr().out
 
 
 def test_a_dry_run_finds_images_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make(tmp_path)
+    make_llava(tmp_path)
     write_pairs(tmp_path / "b.jsonl", [Pair("q", "yes", "no", (f"{number}.png",)) for number in range(30)])
     for number in range(20):
-        (tmp_path / f"{number}.png").touch()
+        shutil.copy(tmp_path / "no_such_image.png", tmp_path / f"{number}.png")
+    (tmp_path / "no_such_image.png").unlink()
     run = ["train", str(tmp_path / "r.yaml"), "--dry-run", f"data.train={tmp_path / 'b.jsonl'}"]
     assert main(run) == 1
     text = capsys.readouterr().out

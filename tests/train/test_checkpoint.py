@@ -314,12 +314,12 @@ def test_resume_finds_what_it_says(accelerator: Any, save: Callable[..., Path], 
     store = Checkpoints(tmp_path / "a")
     assert store.resolve(accelerator, "auto") is None
     assert store.resolve(accelerator, "never") is None
-    assert store.resume_step("auto") is store.resume_step("never") is None
+    assert store.find("auto") is store.find("never") is None
     path, newest = save(store, 1), save(store, 2)
     assert store.resolve(accelerator, "auto") == newest
     assert store.resolve(accelerator, str(path)) == path
-    assert (store.resume_step("auto"), store.resume_step(str(path))) == (2, 1)
-    for resolve in (lambda resume: store.resolve(accelerator, resume), store.resume_step):
+    assert (store.find("auto"), store.find(str(path))) == (newest, path)
+    for resolve in (lambda resume: store.resolve(accelerator, resume), store.find):
         with pytest.raises(FileExistsError, match=r'"auto" or a checkpoint .* got "never" with .*step-00000002'):
             resolve("never")
         with pytest.raises(ValueError, match=r'"auto", "never" or the path of a checkpoint, got .*manifest\.json'):

@@ -329,7 +329,7 @@ def test_a_second_sigint_ends_at_once(job_of: Callable[..., Job], whole: Callabl
     assert "KeyboardInterrupt" in text_of(job)
     assert not checkpoints(job)
     hook = functools.partial(signal_at_forward, 4, [signal.SIGINT], None)
-    assert run(dataclasses.replace(job, hook=hook)) == [INTERRUPTED]
+    assert run(dataclasses.replace(job, hook=hook)) == [128 + signal.SIGINT]
     assert "SIGINT: ended after step 2 of 6" in text_of(job)
     assert run(job) == [0], text_of(job)
     assert_same_but_extra_checkpoints(job, whole("copy"))
@@ -423,6 +423,7 @@ def test_a_finished_run_ends_as_it_did(job_of: Callable[..., Job], whole: Callab
     shorter = job_of("finished", "copy", optim__max_steps=STEPS - 1)
     assert run(shorter) == [0], text_of(shorter)
     assert f"the recipe asks for {STEPS - 1} steps, but the model has {STEPS}" in text_of(shorter)
+    assert (final / "config.json").stat().st_ino == inodes[-1]  # its card names the recipe that made it
 
 
 def test_the_clock_does_not_tell_whether_a_model_is_exported(tmp_path: Path) -> None:

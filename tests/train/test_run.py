@@ -39,6 +39,8 @@ from mpo_ext.train.recipe import ModelRecipe
 from mpo_ext.train.reference_file import reference_settings
 from mpo_ext.train.split_attention import base_implementation
 
+INTERRUPTED = 128 + signal.SIGTERM  # exit status
+
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -390,7 +392,7 @@ def test_a_signal_while_log_probs_are_computed_ends_the_run_and_loses_none(
 
     monkeypatch.setattr(reference_file, "sequence_logp", counted)
     settings = {"reference__kind": "precomputed", "optim__max_steps": 1}
-    assert trainer_of(tmp_path / "out", pairs, **settings).run() == loop.INTERRUPTED
+    assert trainer_of(tmp_path / "out", pairs, **settings).run() == INTERRUPTED
     assert len(computed) == 8  # those of a step
     assert trainer_of(tmp_path / "out", pairs, **settings).run() == 0
     assert len(computed) == len(set(computed)) == 20
@@ -851,7 +853,7 @@ def test_a_signal_in_an_evaluation_ends_the_run_behind_it(
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     trainer = trainer_of(tmp_path / "out", pairs, data__eval=[str(pairs)], output__eval_every=1)
-    assert trainer.run() == loop.INTERRUPTED
+    assert trainer.run() == INTERRUPTED
     assert trainer.state.step == 1
 
 
@@ -920,7 +922,7 @@ def test_a_run_interrupted_before_it_stops_early_counts_on(
     values_of_evaluations(monkeypatch, [0.5, 0.4])
     trainer = trainer_of(tmp_path / "out", pairs, **settings, output__save_every=1)
     trainer.on_step = lambda step, line: signal.raise_signal(signal.SIGTERM) if step == 3 else None
-    assert trainer.run() == loop.INTERRUPTED
+    assert trainer.run() == INTERRUPTED
     values_of_evaluations(monkeypatch, [0.4, 0.4, 0.4])
     trainer = trainer_of(tmp_path / "out", pairs, **settings)
     assert trainer.run() == 0

@@ -1,0 +1,138 @@
+"""The checks of ``mpo-ext train --dry-run`` that need the model's processor, but not its weights."""
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mpo_ext.data.reader import BadLine
+from mpo_ext.data.records import Pair
+from mpo_ext.processors import load_without_weights
+from mpo_ext.train.checkpoint import Checkpoints, read_state
+from mpo_ext.train.dataset import Collator, RunData
+from mpo_ext.train.encode import BAD_PAIR, BadPairError, Encoder, Sample
+from mpo_ext.train.inputs import collect_inputs, compare_inputs, stored_date
+from mpo_ext.train.mixture import Mixture
+from mpo_ext.train.pair_counts import PairCounts
+from mpo_ext.train.proof import prove
+from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.resume import changed_settings
+from mpo_ext.train.setup import make_encoder
+from mpo_ext.train.unknown_tokens import find_unknown
+
+_ENCODED_PAIRS = 100
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EncodingReport:
+    """The result of ``check_encoding``.
+
+    Attributes:
+        lines: Lines of text about the encoded pairs: lengths in tokens, skipped pairs, warnings.
+        problems: Reasons why the run would stop.
+    """
+
+    lines: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def load_encoder(recipe: Recipe) -> Encoder:
+    """Returns the encoder of a run. Loads the processor of the model, but no weights.
+
+    Raises the errors of ``load_without_weights`` and ``ChatEncoder``.
+    """
+    loaded = load_without_weights(recipe.model.path, **recipe.model.hub_options)
+    checkpoint = _checkpoints(recipe).find(recipe.output.resume)
+    inputs = None if checkpoint is None else read_state(checkpoint).get("inputs")
+    return make_encoder(
+        recipe,
+        loaded.processor,
+        loaded.config,
+        date=stored_date(inputs) or datetime.date.today(),
+        stop_ids=loaded.stop_ids,
+        embedding_rows=loaded.embedding_rows,
+    )
+
+
+def check_encoding(recipe: Recipe, encoder: Encoder) -> EncodingReport:
+    """Encodes 100 training pairs, spread evenly over an epoch, as the run would.
+
+    Bad lines are left out. Like the run, this function compares the first three pairs with the model's own processor.
+    """
+    pairs = list(_spread_pairs(recipe))
+    counts, lengths = PairCounts(), []
+    for pair, name in pairs:
+        try:
+            result = encoder.encode(pair, name)
+        except BadPairError as error:
+            counts.add(error)
+            continue
+        counts.add(result)
+        if isinstance(result, Sample):
+            lengths.append(len(result.prompt_ids) + max(len(result.chosen_ids), len(result.rejected_ids)))
+    size = f", {min(lengths):,} to {max(lengths):,} tokens (prompt and longer response)" if lengths else ""
+    proof = prove(encoder, pairs)
+    lines = [f"{len(pairs):,} pairs were encoded: {counts.kept:,} can be trained{size}", *counts.lines()]
+    lines += [f"chat template: {notice}" for notice in proof.notices]
+    if (unknown := find_unknown(encoder.chat, pairs)) is not None:
+        lines.append(f"WARNING: {unknown}")
+    problems = [*proof.problems]
+    if counts.kept == 0:
+        problems.append("the run would skip every pair" if recipe.data.skip_bad else "no pair can be trained")
+    elif counts.skipped[BAD_PAIR] and not recipe.data.skip_bad:
+        problems.append("the run would stop at the first pair that cannot be encoded")
+    return EncodingReport(tuple(lines), tuple(problems))
+
+
+def check_resume(recipe: Recipe, encoder: Encoder, steps: int) -> Iterator[str]:
+    """Yields lines of text about the start of the run: new, resumed or already finished after ``steps`` steps.
+
+    Compares the recipe and the data with those of the checkpoint from which the run would resume, as the run does.
+    Weights and the contents of the checkpoint are not compared.
+
+    Raises:
+        LinesError: If the run would refuse a change since the checkpoint.
+        FileExistsError: If ``output.resume`` is "never" and the folder has a checkpoint.
+        ValueError: If ``output.resume`` is a path without a checkpoint.
+    """
+    folder = Path(recipe.output.dir)
+    checkpoint = _checkpoints(recipe).find(recipe.output.resume)
+    if checkpoint is None:
+        yield f"{folder}: a new run of {steps} steps"
+        return
+    state = read_state(checkpoint)
+    changed = changed_settings(state, recipe, checkpoint)
+    yield from (f"since the checkpoint: {text}" for text in changed.values())
+    if state.get("inputs") is not None and "LOCAL_RANK" not in os.environ:
+        from accelerate import Accelerator
+
+        collator = Collator("separate", encoder.end_id, recipe.loss.has_preference, positions=None)
+        data = RunData(recipe, Accelerator(cpu=True), encoder, collator)
+        changes = compare_inputs(state["inputs"], collect_inputs(data, state["inputs"], {}))
+        if any(name.startswith("data.eval") for name in changed):
+            changes.evaluation.clear()  # the message about the changed setting suffices
+        changes.check(checkpoint, accept=recipe.output.resume_changed_data)
+        yield from changes.lines()
+    step = state["step"]
+    if step > steps:
+        yield f"the recipe asks for {steps} steps, but the model has {step}"
+    if step >= steps:
+        yield f"{folder}: already finished (step {step} of {steps}), so the run would train nothing"
+    else:
+        yield f"{folder}: the run would resume after step {step} of {steps}"
+
+
+def _checkpoints(recipe: Recipe) -> Checkpoints:
+    return Checkpoints(Path(recipe.output.dir) / "checkpoints")
+
+
+def _spread_pairs(recipe: Recipe) -> Iterator[tuple[Pair, str]]:
+    mixture = Mixture(recipe.data.train, seed=recipe.optim.seed, name="data.train")
+    epoch = mixture.epoch(0)
+    for place in np.unique(np.linspace(0, len(epoch) - 1, _ENCODED_PAIRS).round().astype(int)):
+        pair, name = mixture.read(int(epoch[place]))
+        if not isinstance(pair, BadLine):
+            yield pair, name
