@@ -203,7 +203,11 @@ _OF_ALL_MODELS = {
 
 
 def _settings_of_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of a config that define the architecture, without values that configs of all models have."""
+    """Returns the entries of a config that define the architecture.
+
+    Entries that the configs of all models have are left out, except the ids of special tokens. Entries that are None
+    are left out, too.
+    """
     import transformers
 
     others = {*transformers.PretrainedConfig().to_dict(), *vars(transformers.GenerationConfig()), *_OF_ALL_MODELS}

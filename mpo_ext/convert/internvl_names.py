@@ -1,4 +1,7 @@
-"""Renames the weights of InternVL's authors for transformers, and splits joint query-key-value projections."""
+"""Converts the weights in a checkpoint of InternVL's authors to the names and shapes that transformers uses.
+
+A joint query-key-value projection is split into three weights. All other weights are only renamed.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -45,12 +48,12 @@ INTERNLM2 = "InternLM2ForCausalLM"
 
 
 def converted(name: str, tensor: Any, language: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts a tensor of the authors' checkpoint, and returns a dict from transformers' names to tensors.
+    """Converts a weight of the authors' checkpoint, and returns a dict from names in transformers to tensors.
 
     A joint projection becomes three tensors, for queries, keys and values. Any other tensor is only renamed.
 
     Args:
-        name: The authors' name.
+        name: Name of the weight in the authors' checkpoint.
         tensor: The tensor, on any device; a tensor on the meta device gives the shapes.
         language: Section ``llm_config`` of the checkpoint's ``config.json``.
 

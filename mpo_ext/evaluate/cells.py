@@ -139,7 +139,7 @@ def open_questions(
         path: Path of a file of questions, or of a meta file (.json) that lists such files.
         limit: Maximum number of questions; None: all.
         image_root: Folder at which relative image paths start; not used for a meta file.
-        root_map: The (old, new) paths of folders in a meta file that have moved.
+        root_map: Tuples (old, new) for a meta file: paths in the folder ``old`` are looked up in the folder ``new``.
         system: System prompt of the questions that have none; None: no system prompt.
     """
     roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta(path) else {"image_root": image_root}

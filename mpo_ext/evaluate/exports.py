@@ -22,7 +22,10 @@ _NO_ANSWER = "[invalid]"  # the value of lm-eval's and lmms-eval's filters for a
 
 @contextlib.contextmanager
 def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
-    """Writes VLMEvalKit's prediction tables ``vlmevalkit/MODEL/MODEL_TASK.tsv``, a file for each sample.
+    """Writes VLMEvalKit's prediction tables into the folder ``vlmevalkit/MODEL``.
+
+    With one sample per question, there is one table, ``MODEL_TASK.tsv``. With several samples, the table
+    ``MODEL_TASK_sampleN.tsv`` holds sample N of each question, counted from 0.
 
     The context manager yields a function that adds a question to the tables. The columns are:
 

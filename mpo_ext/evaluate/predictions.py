@@ -34,8 +34,8 @@ def write_predictions(
             must be adjacent.
         out: Folder of the evaluation.
         exports: Evaluation toolkits to write files for, keys of ``EXPORTS``.
-        model_files: The name of each model as it appears in file names.
-        data_files: The name of each file of questions as it appears in file names.
+        model_files: Spelling of each model's name in file names.
+        data_files: Spelling of the name of each file of questions in file names.
         world_size: Number of processes that sampled responses.
 
     Raises:

@@ -301,7 +301,10 @@ def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, s
 
 
 def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -> Iterator[dict[str, Any]]:
-    """Yields the page's data of the questions at the positions ``indices``: question, true answer and images."""
+    """Yields a dict for ``failures.html`` with the text, true answers and images of each question in ``indices``.
+
+    ``indices`` are positions in the file of questions.
+    """
     for index, item in enumerate(cell.data.source.items()):
         if index in indices:
             yield {
@@ -319,9 +322,10 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
 
 
 def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the page's data of a model's responses to a question.
+    """Returns a dict for ``failures.html`` with a model's responses to a question.
 
-    The data holds counts and at most ``_MAX_SAMPLES`` responses. Wrong responses are preferred to correct ones.
+    The dict holds counts and at most ``_MAX_SAMPLES`` responses. If there are more, correct responses are left out
+    first. ``lines`` are the stored predictions of the question.
     """
     problem = lines[0].get("problem")
     samples = [] if problem else lines

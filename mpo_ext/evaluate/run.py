@@ -55,7 +55,7 @@ def evaluate(
         config: Prompts, sampling and matcher; None: the default ``EvaluationConfig``.
         limit: Maximum number of questions per file; None: all questions.
         image_root: Folder at which relative image paths start. A meta file (.json) names its own folders instead.
-        root_map: The (old, new) paths of folders in meta files that have moved.
+        root_map: Tuples (old, new) for meta files: paths in the folder ``old`` are looked up in the folder ``new``.
         system: System prompt of the questions that have none; None: no system prompt.
         exports: Other toolkits in whose formats predictions are also written: "vlmevalkit", "lmms-eval".
         page_limit: Maximum number of questions on ``failures.html``; if there are more, they are drawn at random.
@@ -137,9 +137,10 @@ def _free_memory() -> None:
 
 
 def _file_names(what: str, named: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the form of each name in file names: "a b/c" becomes "a-b-c".
+    """Returns a dict from each name to its spelling in file names: "a b/c" becomes "a-b-c".
 
-    ``what`` is the name of the argument in error messages.
+    ``what`` is the name of the argument in error messages. Raises ValueError if there is no name, if a name has no
+    usable characters, or if two names have the same spelling.
     """
     if not named:
         raise ValueError(f"{what} must name at least one, got none")

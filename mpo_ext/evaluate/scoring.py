@@ -171,8 +171,8 @@ class Evaluation:
     def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[ScoredResponse]]:
         """Scores the responses to a question.
 
-        ``records`` are the stored responses, as dicts. If the question could not be asked, a dict holds the reason,
-        ``problem``.
+        ``records`` are the stored responses, as dicts. If the question could not be asked, at least one dict has the
+        reason under the key "problem".
 
         Returns:
             (problem, responses). ``problem`` is the reason why the question could not be asked, or None.

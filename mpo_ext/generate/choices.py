@@ -18,7 +18,7 @@ _FIRST_WORD = re.compile(r"\W*(\w+)")
 
 
 def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None:
-    """Returns the first tokens of each choice of a request, in all its spellings.
+    """Returns the tokens with which each choice of a request can begin: the first token of each spelling.
 
     For the choice ``("Yes", "yes")``, these are the first token of "Yes" and the first token of "yes". Tokens that two
     choices share, the unknown token and the end-of-turn token are removed.
@@ -44,11 +44,11 @@ def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None
 
 
 def measured(ids_of: Sequence[Sequence[int]], probs: Mapping[int, float]) -> tuple[float, ...] | None:
-    """Returns the probability of each choice: the sum of the probabilities of its first tokens.
+    """Returns the probability of each choice: the summed probabilities of the tokens with which it can begin.
 
     Args:
-        ids_of: Token ids of each choice, from ``choice_tokens``.
-        probs: Probability of each token id at the first position. Missing tokens count as 0.
+        ids_of: For each choice, the ids of the tokens with which it can begin, from ``choice_tokens``.
+        probs: Probability of each token id as the first token of the response. Missing tokens count as 0.
 
     Returns:
         The probabilities in the order of ``ids_of``, or None if all of them are 0.

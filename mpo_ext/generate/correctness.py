@@ -1,4 +1,4 @@
-"""The correctness pipeline, which pairs right samples with wrong samples. ``mpo_ext.generate.runner`` runs it.
+"""The correctness pipeline, which makes pairs of a right and a wrong sample. ``mpo_ext.generate.runner`` runs it.
 
 If more pairs are possible than requested, a hash of the seed, the item and the responses selects the pairs. The order
 of the input has no effect.
@@ -34,7 +34,7 @@ class CorrectnessConfig:
         sampling: Settings for drawing tokens.
         seed: Seed of all draws and choices.
         template: Name of the prompt template (``mpo_ext.generate.prompts``). None: the prompt is the question,
-            followed by its options. In both cases, the question of a written pair is this prompt.
+            followed by its options. The whole prompt is stored in the pairs as their ``question``.
         style: How to find the answer in a response, such as "boxed"; see ``extract_answer``. None: the style of the
             template, or "final_answer" without a template.
         matcher: Kind and options of the matcher that compares an answer with the truth.
@@ -80,7 +80,8 @@ class ScoredSample:
     Attributes:
         text: The response.
         answer: The extracted answer; None if the response has no answer.
-        correct: True for a right answer, False for a wrong answer, None for a missing or unreadable answer.
+        correct: True for a right answer, False for a wrong answer. None if there is no answer, or if the matcher
+            cannot tell.
         rule: Name of the comparison that decided, such as "choice:letter"; None without an answer.
         record: JSON object of the response, as stored on disk.
     """
@@ -93,15 +94,17 @@ class ScoredSample:
 
 
 class Correctness:
-    """Pairs right samples with wrong samples; ``mpo_ext.generate.runner.run`` runs this pipeline.
+    """Makes pairs of a right and a wrong sample; ``mpo_ext.generate.runner.run`` runs this pipeline.
 
-    A sample whose answer the matcher cannot read is in no pair, because its answer may be right. The output files,
-    ``<name>.jsonl``, are:
+    If a sample has an answer, but the matcher cannot tell whether it is right, the sample is in no pair. The output
+    files, ``<name>.jsonl``, are:
 
-    - ``pairs``: right samples against wrong samples.
-    - ``format_pairs``: right samples against responses without an answer in the form that ``style`` requires.
-    - ``unsolved``: questions without a right sample, as input for ``DropoutNTP``. A question without a ``chosen``
-      response gets a wrong sample as ``chosen``, if it has one.
+    - ``pairs``: a right sample is chosen, a wrong sample is rejected.
+    - ``format_pairs``: a right sample is chosen. The rejected sample has no answer in the form that ``style``
+      requires.
+    - ``unsolved``: questions without a right sample, as input for ``DropoutNTP``, which needs a ``chosen`` response.
+      If the input has none, one of the wrong samples (if any) takes its place. The field ``chosen_source`` marks it as
+      wrong.
     """
 
     name = "correctness"
@@ -125,7 +128,7 @@ class Correctness:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples responses to each item, scores them, and returns a list of records for each item.
+        """Samples responses to each item, scores them, and returns one list of records per item.
 
         A record is a JSON object with a response and its score. If an item cannot be used, its records hold the reason
         as ``problem`` instead.
@@ -214,9 +217,10 @@ class Correctness:
             yield chosen, rejected
 
     def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
-        """Returns how much the lengths of two responses differ; 0 without ``length_balance``.
+        """Returns the difference in length of two responses on a logarithmic scale; 0 without ``length_balance``.
 
-        The result is 4 if one response has twice as many characters as the other, and 8 if it has four times as many.
+        It is 4 times the base-2 logarithm of the ratio of their numbers of characters, rounded to an integer: 4 if one
+        response is twice as long as the other, 8 if it is four times as long.
         """
         if not self.config.length_balance:
             return 0
@@ -242,9 +246,10 @@ class Correctness:
         return item.pair(self.questions.prompt(item), chosen.text, rejected.text, provenance)
 
     def _unsolved_line(self, item: Item, wrong: Sequence[ScoredSample]) -> dict[str, Any]:
-        """Returns the item as an input line for DropoutNTP.
+        """Returns the item as an input line for DropoutNTP, which needs a chosen response.
 
-        If the item has no chosen response, one of the wrong samples becomes its chosen response.
+        If the item has none, one of the wrong samples (if any) takes its place. ``chosen_source`` marks it as wrong,
+        and DropoutNTP uses it only with ``allow_wrong_chosen``.
         """
         source = "input"
         if item.chosen is None and wrong:

@@ -43,8 +43,8 @@ class DropoutNTPConfig:
             writes such items to ``unsolved.jsonl``.
         style: How to find the answer in a response, such as "final_answer"; see ``extract_answer``.
         matcher: Kind and options of the matcher that compares the answer of a continuation with the true answer, if
-            the item has one. Continuations whose answer is right or unreadable are skipped. Continuations without an
-            answer are used. None: no comparison.
+            the item has one. A continuation is skipped if its answer is right, or if the matcher cannot tell. It is
+            used if its answer is wrong, or if no answer is found in it. None: no comparison.
     """
 
     keep: float = 0.5
@@ -145,7 +145,7 @@ class DropoutNTP:
         return Prefix(tuple(ids[:count]), text)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Truncates the chosen responses, samples their continuations, and returns a list of records for each item.
+        """Truncates the chosen responses, samples their continuations, and returns one list of records per item.
 
         A record is a JSON object with a continuation. If an item cannot be used, its records hold the reason as
         ``problem`` instead.

@@ -1,8 +1,8 @@
 """Stores a run's samples in the order of the input, even if they are generated in another order.
 
 Items (questions) are sampled in groups, called blocks. The samples are appended to the journal, a file with one JSON
-object per line. If a block is complete before an earlier block, its samples wait in a second file. After a killed run,
-the next run reads them from this file.
+object per line. If a block is complete before an earlier block, its samples wait in a second file, the file of waiting
+blocks. After a killed run, the next run reads them from this file.
 """
 
 import collections
@@ -24,8 +24,8 @@ class _Place:
 
     Attributes:
         start: Index of the block's first sample among all samples of the run.
-        n_stored: Number of the block's samples that the run's main file, the journal, already holds.
-        is_finished: Whether all samples of the block wait in the second file.
+        n_stored: Number of the block's samples that the journal already holds.
+        is_finished: Whether the file of waiting blocks holds all samples of the block.
     """
 
     start: int
@@ -37,8 +37,8 @@ class EarlyBlocks:
     """Appends samples to a journal in the order of the input, even if they arrive in another order.
 
     The samples arrive in blocks. A block holds the samples of a few items. If a block is complete before an earlier
-    block, its samples wait in a second file, ``early-RANK-of-WORLD.jsonl``. A later run reads this file instead of
-    sampling the block again. At the end, the file is deleted if no block waits in it.
+    block, its samples wait in a second file, the file of waiting blocks (``early-RANK-of-WORLD.jsonl``). A later run
+    reads this file instead of sampling the block again. At the end, the file is deleted if no block waits in it.
 
     Use an instance as a context manager inside the context of the journal. Call ``announce`` for each block, in the
     order of the input, and ``finish`` when the block is complete.

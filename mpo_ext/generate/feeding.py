@@ -45,7 +45,7 @@ def run_steps(steps: Steps, engine: Engine) -> Records:
     """Runs the requests that a pipeline's generator yields, and returns the generator's return value.
 
     Each yielded list of requests goes to ``engine.generate``, and its generations go back to the generator. The return
-    value is a list of records (JSON objects) for each item.
+    value holds one list of records (JSON objects) per item.
     """
     generations: Any = None
     while True:
@@ -141,10 +141,10 @@ class Feeder:
         self._advance(self._blocks[-1], None)
 
     def take(self, *, in_order: bool) -> list[tuple[Any, Records]]:
-        """Removes the complete blocks (groups of items), and returns the tag and the result of each.
+        """Removes the complete blocks (groups of items), and returns a tuple (tag, result) for each of them.
 
-        The result is the return value of the block's generator. With ``in_order``, the blocks after the first
-        incomplete block stay.
+        The tag is the object that was given to ``add`` with the block. The result is the return value of the block's
+        generator. With ``in_order``, the blocks after the first incomplete block stay.
         """
         complete: list[_Block] = []
         rest: collections.deque[_Block] = collections.deque()

@@ -267,7 +267,7 @@ def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
 def _place_numbered(
     turns: list[Turn], options: list[str] | dict[str, str] | None, images: Mapping[int, Any]
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
-    """Replaces placeholders such as ``<image 2>`` by ``<image>``, and sorts the images like the placeholders.
+    """Replaces placeholders such as ``<image 2>`` by ``<image>``, and orders the images by their placeholders.
 
     Images without a placeholder come first. If only some images have a placeholder, the first user turn gets an
     ``<image>`` for each of the others.

@@ -119,12 +119,12 @@ def read_conversation(
 
 
 def read_chosen(chosen: Any) -> Any:
-    """Returns a chosen response as a text.
+    """Returns the text of a chosen response that is a message or a list with one message.
 
-    A message, or a list with one message, is replaced by its text. All other values are returned unchanged.
+    A value that is neither a dict nor a list, such as a text, is returned unchanged. So is an empty value.
 
     Raises:
-        FormError: If there are several messages, or the message has tool calls.
+        FormError: If a message cannot be read, if there are several messages, or if the message has tool calls.
     """
     if not isinstance(chosen, (Mapping, list, tuple)) or not chosen:
         return chosen

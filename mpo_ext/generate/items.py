@@ -46,8 +46,8 @@ class Item:
         extra: Other fields of the input line. ``options`` is a list of texts, or a dict from letter to text.
         image_root: Folder to which relative image paths are joined.
         subset: Name of the item's data set, if the item comes from an MMPR meta file (a JSON file that lists data
-            sets); otherwise None. If set, pairs from this item store ``subset`` and ``image_root``, and their image
-            paths are absolute.
+            sets); otherwise None. If set, ``subset`` and ``image_root`` are stored in the item's pairs, and the paths
+            of images and videos in the pairs are absolute.
         problem: Reason why the item cannot be used, or None.
         detail: Further explanation of ``problem``, or None.
     """
@@ -67,7 +67,7 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """Image paths that pairs from this item store: absolute if ``subset`` is set, otherwise as in the input."""
+        """The image paths that are stored in pairs: absolute if ``subset`` is set, otherwise as in the input."""
         if self.subset is None:
             return self.images
         return self.image_sources
@@ -84,7 +84,7 @@ class Item:
 
     @property
     def pair_videos(self) -> tuple[Video, ...]:
-        """Videos that pairs from this item store: absolute paths if ``subset`` is set, otherwise as in the input."""
+        """The videos that are stored in pairs: with absolute paths if ``subset`` is set, otherwise as in the input."""
         return self.videos if self.subset is None else self.video_sources
 
     @property
@@ -119,7 +119,7 @@ class Item:
 
     @property
     def pair_extra(self) -> dict[str, Any]:
-        """Extra fields that pairs from this item store.
+        """The extra fields that are stored in pairs.
 
         These are ``extra`` and, if ``subset`` is set, the field ``"$source"`` with ``subset`` and ``image_root``.
         """
@@ -344,8 +344,8 @@ def item_files(
         source: Path of JSON lines, a JSON array (.json), TSV, CSV or Parquet. Or path of an MMPR meta file, a JSON
             object that lists such files with their image folders.
         image_root: Folder to which relative image paths are joined. Must be empty for a meta file.
-        root_map: Tuples (old path, new path) of folders that have moved since the meta file was written. Must be empty
-            without a meta file.
+        root_map: Tuples (old, new) for a meta file: paths in the folder ``old`` are looked up in the folder ``new``.
+            Must be empty without a meta file.
         system: System prompt for items without a system prompt; None: no system prompt.
 
     Raises:
@@ -410,10 +410,11 @@ def _is_path(image: object) -> bool:
 
 
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """Returns the data set's name and the image folder that a pair from a meta file stores.
+    """Returns (data set name, image folder) from an input line that is a pair made from an MMPR meta file.
 
-    ``source`` is the field ``"$source"`` of the input line, which holds them. If one of them is missing, or if an
-    image is outside the folder or has a relative path, returns (None, ``image_root``).
+    ``source`` is the field ``"$source"`` of the line, a dict with the name and the folder. ``images`` are the paths of
+    the images and videos. If the name or the folder is missing, or if a path is relative or outside the folder,
+    returns (None, ``image_root``).
     """
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):

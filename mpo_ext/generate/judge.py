@@ -123,7 +123,7 @@ class _Verdict:
 
 
 class Judge:
-    """Pairs responses by the preference of a judge model; ``mpo_ext.generate.runner.run`` runs this pipeline.
+    """Makes pairs of responses by the preference of a judge model; ``mpo_ext.generate.runner.run`` runs this pipeline.
 
     The only output file is ``pairs.jsonl``.
     """
@@ -148,7 +148,7 @@ class Judge:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples responses to the items, asks the judge about them, and returns a list of records for each item.
+        """Samples responses to the items, asks the judge about them, and returns one list of records per item.
 
         A record is a JSON object with a response and its verdicts.
         """

@@ -53,7 +53,8 @@ class ServerOptions:
 
     Attributes:
         base_url: Address of the interface, such as ``http://localhost:8000/v1``.
-        api_key_env: Name of the environment variable that holds the API key. Only the default variable may be unset.
+        api_key_env: Name of the environment variable that holds the API key. It must be set unless it is the default
+            variable, ``OPENAI_API_KEY``.
         concurrency: Maximum number of requests at the same time.
         timeout_s: Seconds to wait for the answer to a request.
         max_retries: Maximum number of retries after a temporary failure: status 408, 409, 425, 429 or 500 and above, a
@@ -79,10 +80,12 @@ class ServerOptions:
                              "an environment variable (api_key_env)")  # fmt: skip
 
     def key(self) -> str:
-        """Returns the API key, or "none" if the default variable is not set.
+        """Returns the API key from the environment variable ``api_key_env``.
+
+        Returns "none" if this is the default variable, ``OPENAI_API_KEY``, and it is not set.
 
         Raises:
-            ValueError: If a variable other than the default is not set, or the key cannot be sent in a header.
+            ValueError: If any other variable is not set, or the key cannot be sent in a header.
         """
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.api_key_env != DEFAULT_KEY_ENV:
@@ -182,8 +185,8 @@ class OpenAIClient:
         A pause is at least as long as the server requests.
 
         Raises:
-            RequestRefusedError: If the server refuses the request. Also if all attempts fail, although the server
-                still answers another request.
+            RequestRefusedError: If the server refuses the request. Also if all attempts fail, but the server then
+                answers the latest successful request of ``post``. This is not tried after status 429 or 503.
             ServerError: If the server cannot be used.
         """
         attempt = 0

@@ -90,9 +90,9 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Form:
-    """A set of optional request fields, because servers accept different sets.
+    """A set of optional request fields. ``_Prober`` tries several sets, because servers accept different fields.
 
-    The attributes are those of ``ServerFeatures``.
+    The attributes have the same meaning as in ``ServerFeatures``.
     """
 
     extensions: bool

@@ -24,14 +24,14 @@ class ItemResult:
 
     Attributes:
         lines: Tuples (name, JSON object) of the output lines, where ``name`` is the file's name without ".jsonl".
-        skipped: Number of skipped samples or pairs by reason. If the item as a whole is skipped, its reason counts
-            once, too.
+        skipped: Number of skipped samples or pairs for each reason. If the item as a whole is skipped, its reason
+            counts once, too.
         is_skipped: Whether the item as a whole is skipped.
-        notes: Number of pairs or comparisons by remark, for the summary.
+        notes: For each remark in the summary, the number of pairs or comparisons to which the remark applies.
         tokens: Number of generated tokens.
-        stage_tokens: Number of generated tokens by step of the pipeline, such as "responses" and "verdicts"; empty for
-            a pipeline with one step.
-        details: An example for a reason in ``skipped``, such as the path of an unreadable image.
+        stage_tokens: Number of generated tokens in each step of the pipeline, such as "responses" and "verdicts";
+            empty for a pipeline with one step.
+        details: Examples for reasons in ``skipped``, such as the path of an unreadable image; at most one per reason.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -78,12 +78,12 @@ class Summary:
         lines: Number of lines in each output file, by the file's name without ".jsonl".
         chosen_chars: Number of characters in the chosen responses of all pairs.
         rejected_chars: Number of characters in the rejected responses of all pairs.
-        skipped: Number of skipped items and samples by reason.
+        skipped: Number of skipped items and samples for each reason.
         skipped_items: Number of items skipped as a whole.
-        notes: Number of pairs or comparisons by remark.
-        stage_tokens: Number of generated tokens by step of the pipeline, such as "responses" and "verdicts"; empty for
-            a pipeline with one step.
-        examples: The first example for a reason in ``skipped``, if there is one.
+        notes: For each remark, the number of pairs or comparisons to which the remark applies.
+        stage_tokens: Number of generated tokens in each step of the pipeline, such as "responses" and "verdicts";
+            empty for a pipeline with one step.
+        examples: The first example for each reason in ``skipped``. Reasons without an example are left out.
     """
 
     items: int = 0
@@ -221,9 +221,9 @@ class PairOutputs:
             self._files[name].write(encode_line(line))
 
     def _relative_path(self, image: str, root: str) -> str:
-        """Converts an image path relative to ``root`` to a path relative to the output folder.
+        """Returns the path of an image or video relative to the output folder.
 
-        Absolute paths and URLs are returned unchanged.
+        ``image`` is the path relative to ``root``. Absolute paths and URLs are returned unchanged.
         """
         if os.path.isabs(image) or is_url(image):
             return image

@@ -71,7 +71,8 @@ class QuestionSampler:
         seed: Seed of all draws.
         template: Template of the prompts; None: the question with its options.
         needs_truths: Whether to skip questions without a true answer.
-        with_image: Whether the model sees the images and videos. False also skips items that have neither.
+        with_image: Whether the model sees the images and videos. If False, items without images and videos are
+            skipped, because nothing can be hidden from the model.
     """
 
     name: str
@@ -115,7 +116,7 @@ class QuestionSampler:
         return None
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples responses to the questions, and returns a list of records for each item.
+        """Samples responses to the questions, and returns one list of records per item.
 
         A record is a JSON object with a response, or with the reason why the item cannot be used.
         """
@@ -124,9 +125,9 @@ class QuestionSampler:
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields one list with all requests, and receives their generations by ``send``.
 
-        The generator's return value is a list of records (JSON objects) for each item. A record has ``key``, ``text``,
-        ``finish`` and ``tokens``. If the item cannot be used, or the engine refuses the request, it has ``key`` and
-        ``problem`` instead.
+        The generator's return value holds one list of records (JSON objects) per item. A record has ``key``, ``text``,
+        ``finish`` and ``tokens``. If the item cannot be used, or the engine refuses the request, the record has
+        ``key`` and ``problem`` instead.
         """
         problems: dict[int, dict[str, str]] = {}
         requests: list[Request] = []
@@ -215,7 +216,8 @@ class AnswerScorer:
     def score_fields(self, text: str, item: Item) -> dict[str, Any]:
         """Returns a dict with the ``answer`` in a response and the result of its comparison with the true answers.
 
-        ``correct`` is None if there is no answer, or if the matcher cannot read it; otherwise it is True or False.
+        ``correct`` is True for a right answer and False for a wrong answer. It is None if there is no answer, or if
+        the matcher cannot tell.
         ``score`` and ``rule`` are those of the matcher's ``Verdict``.
         """
         answer, verdict = self.score(text, item)

@@ -43,7 +43,7 @@ class RayPool:
         arguments: Arguments of ``RayWorker``.
         engines: Number of actors.
         gpus: Number of GPUs of each actor.
-        block_size: Number of samples in a block, the group of items that an actor samples together.
+        block_size: Maximum number of samples per block, a group of items that are sent to an actor together.
         stream: Output for remarks to the user, or None.
     """
 
@@ -140,9 +140,9 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether one more actor that dies with a block of items makes the run fail.
+        """Returns whether the run fails if one more actor dies while it samples this block of items.
 
-        Such a block is sent to an actor without other blocks. ``start`` identifies the block.
+        ``start`` identifies the block. An actor gets such a block only without other blocks.
         """
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 
@@ -183,7 +183,7 @@ class RayPool:
     def _replace(self, actor: _Actor, error: Exception) -> None:
         """Replaces a dead actor by a new one, and queues the dead actor's blocks of items again.
 
-        If three actors have died with the same block, the run fails.
+        If three actors have died while they sampled the same block, the run fails.
         """
         self._ray.kill(actor.handle)
         self._actors.remove(actor)

@@ -46,7 +46,7 @@ class BlockResult:
 
     Attributes:
         start: The block's ``start``.
-        records: A list of samples (JSON objects) for each item; empty after an error.
+        records: One list of samples (JSON objects) per item; empty after an error.
         error: The message of an error, or None.
     """
 
@@ -122,10 +122,11 @@ class RayWorker:
             return BlockResult(block.start, [], f"{block}: {describe_error(error)}{self._culprit(block)}")
 
     def _culprit(self, block: Block) -> str:
-        """Finds the item because of which a block of items failed, by sampling the items one by one.
+        """Finds the item that makes a block of items fail, by sampling the items one by one.
 
-        Returns a text that names the first item that fails alone. Returns "" if no item fails alone. Also returns ""
-        if the item next to it fails, because the cause is then not this item.
+        Returns a text that names the first item that fails when it is sampled alone. Returns "" if no item fails.
+        Returns "" also if a neighbour of the first failing item fails, because the error then does not depend on the
+        item.
         """
         if len(block.items) < 2:
             return ""

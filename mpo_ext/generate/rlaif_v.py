@@ -1,8 +1,8 @@
 """The RLAIF-V pipeline (arXiv 2405.17220), which checks the claims of each response one by one.
 
-The model answers a question several times. Each response is split into claims, and each claim becomes a yes-or-no
-question. A model that sees the image answers this question. The score of a response is minus the number of its wrong
-claims. ``mpo_ext.generate.runner`` runs the pipeline.
+The model answers the question of an item several times. Each response is split into claims, and each claim becomes a
+yes-or-no question. A model that sees the image answers this yes-or-no question. The score of a response is minus the
+number of its wrong claims. ``mpo_ext.generate.runner`` runs the pipeline.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ class RlaifVConfig:
         template: Name of the prompt template (``mpo_ext.generate.prompts``); None: the question with its options.
         claims: "model": a model lists the claims of a response, as in the paper; "sentences": each sentence is a
             claim.
-        questions: "model": a model turns the claims of a response into questions, as in the paper; "statement": the
-            question is whether the claim is correct.
-        rewriting: Settings for drawing tokens when a model lists claims or writes questions.
+        questions: "model": a model turns the claims of a response into yes-or-no questions, as in the paper;
+            "statement": the yes-or-no question is whether the claim is correct.
+        rewriting: Settings for drawing tokens when a model lists claims or writes yes-or-no questions.
         min_gap: The rejected response must have at least this many more wrong claims than the chosen response. A claim
             is wrong if P(no) is at least P(yes).
         pairs_per_question: Maximum number of pairs per question; 0: no limit.
@@ -61,7 +61,7 @@ class RlaifVConfig:
             and loads no model. None: the name of the model that wrote the responses.
         claims_prompt: Prompt with ``{question}`` and ``{answer}``.
         questions_prompt: Prompt with ``{claims}``, a list with one claim per line.
-        verdict_prompt: Prompt with ``{question}``, a question about a claim.
+        verdict_prompt: Prompt with ``{question}``, a yes-or-no question about a claim.
     """
 
     samples: int = 10
@@ -104,7 +104,7 @@ class _Draft:
         item: The item of the response.
         record: JSON object of the response, to which the claims and the verdicts are added.
         claims: The claims of the response.
-        questions: The question about each claim.
+        questions: The yes-or-no question about each claim.
     """
 
     item: Item
@@ -116,7 +116,7 @@ class _Draft:
         self.record["failure"] = reason
 
     def is_whole(self, generation: Generation, name: str) -> bool:
-        """Returns whether a generated list of claims or questions is complete.
+        """Returns whether a generated list of claims or yes-or-no questions is complete.
 
         If it was refused or cut off, stores this in ``record``. ``name`` is "claims" or "questions".
         """
@@ -133,10 +133,11 @@ class _Draft:
 
 
 class RlaifV:
-    """Pairs responses by the number of their wrong claims. ``mpo_ext.generate.runner.run`` runs this pipeline.
+    """Makes pairs of responses by the number of their wrong claims.
 
-    The only output file is ``pairs.jsonl``. Equal responses to a question are checked once. Equal questions about an
-    item are asked once.
+    ``mpo_ext.generate.runner.run`` runs this pipeline. The only output file is ``pairs.jsonl``. Equal responses to an
+    item are checked only once. If several claims about an item give the same yes-or-no question, it is asked only
+    once.
     """
 
     name = "rlaif_v"
@@ -158,7 +159,7 @@ class RlaifV:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples responses to the items, checks their claims, and returns a list of records for each item.
+        """Samples responses to the items, checks their claims, and returns one list of records per item.
 
         A record is a JSON object with a response, its claims and the verdicts on them.
         """
@@ -209,9 +210,9 @@ class RlaifV:
                 draft.fail("response without a claim")
 
     def _ask(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
-        """Turns the claims into questions.
+        """Turns the claims into yes-or-no questions.
 
-        If a model writes the questions, yields the requests to the model and receives the generations.
+        If a model writes them, yields the requests to the model and receives the generations.
         """
         alive = [draft for draft in drafts if draft.is_alive]
         if self.config.questions == "statement":
@@ -237,7 +238,7 @@ class RlaifV:
     def _check(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
         """Asks a model that sees the item's images about each claim, and stores the verdicts in the records.
 
-        Yields one request for each different question about an item, and receives the generations.
+        Yields one request for each different yes-or-no question about an item, and receives the generations.
         """
         media: dict[int, dict[str, Any]] = {}
         users: dict[tuple[int, str], list[_Draft]] = {}

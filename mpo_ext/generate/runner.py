@@ -35,7 +35,7 @@ _CHECKED_ITEMS = 100
 
 
 class PairPipeline(Pipeline, Protocol):
-    """The interface of a pipeline that makes pairs: ``steps`` samples, and ``make_pairs`` pairs the samples.
+    """The interface of a pipeline: ``steps`` draws samples, and ``make_pairs`` makes pairs of them.
 
     Attributes:
         needs_truths: Whether the items must have a true answer.
@@ -78,8 +78,9 @@ def run(
         engine: Engine that answers the requests.
         source: File of items, or an MMPR meta file (.json) that lists such files; see ``item_files``.
         out: Folder of the run.
-        block_size: Number of samples in a group that is sampled and stored together. All samples of an item are in the
-            same group, even if they exceed this number. A killed run loses its unfinished groups.
+        block_size: Maximum number of samples in a group. The samples of a group are drawn and stored together. All
+            samples of an item are in the same group, even if they exceed this number. A killed run loses its
+            unfinished groups.
         limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
         rank: Rank of this process. It takes the items at the positions ``rank``, ``rank + world_size``, and so on.
         world_size: Number of processes, which need not run at the same time.

@@ -43,8 +43,8 @@ class Pipeline(Protocol):
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields the requests for the items, a list at a time, and receives their generations by ``send``.
 
-        The generator's return value is a list of records for each item. A record is the JSON object of a sample. There
-        is one record for each of the item's ``keys``.
+        The generator's return value holds one list of records per item, with one record for each of the item's
+        ``keys``. A record is the JSON object of a sample.
         """
 
 
@@ -120,8 +120,8 @@ def open_journal(
 
     Args:
         pipeline: The pipeline that samples.
-        engine_settings: Result of the engine's ``settings()``. The field "processor" is left out if the existing
-            journal lacks it, as journals of earlier versions do.
+        engine_settings: Result of the engine's ``settings()``. The field "processor" is ignored if the journal exists
+            without this field. Earlier versions wrote such journals.
         source: The items.
         out: Folder of the run.
         rank: Rank of the process.

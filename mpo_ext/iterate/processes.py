@@ -39,8 +39,8 @@ class StageRunner:
     Each command runs in its own process group. SIGINT and SIGTERM are forwarded to this group, so that training writes
     a checkpoint. On Linux, the group is killed if this process is killed.
 
-    Entering the context locks the folder against other processes. If an earlier process was killed, it then waits
-    until the commands of the killed process have ended.
+    Entering the context locks the folder against other processes. If an earlier process was killed, its commands may
+    still run. Entering then waits until these commands have ended.
 
     Raises:
         LockedError: If another process holds the lock of the folder.

@@ -89,7 +89,7 @@ class QuestionsRecipe:
         path: File of questions, as ``mpo-ext sample`` reads it, or a list with a file for each round.
         image_root: Folder at which relative image paths start. A meta file (.json), which lists files of questions,
             sets a folder for each of them instead.
-        root_map: The (old, new) paths of folders in a meta file that have moved.
+        root_map: Tuples (old, new) for a meta file: paths in the folder ``old`` are looked up in the folder ``new``.
         limit: Maximum number of questions, taken from the beginning of the file; None: all.
     """
 
@@ -108,16 +108,16 @@ _Questions = Annotated[QuestionsRecipe, BeforeValidator(_to_questions)]
 
 @section
 class CorrectnessRecipe:
-    """Settings of the pipeline "correctness", which pairs correct with wrong responses.
+    """Settings of the pipeline "correctness", which makes pairs of a correct and a wrong response.
 
     Fields not listed here are options of ``mpo-ext sample correctness``.
 
     Attributes:
         questions: Questions of this pipeline; None: ``sample.questions``.
-        format_pairs: Whether to train also on pairs whose rejected response has no readable answer
-            (``format_pairs.jsonl``).
+        format_pairs: Whether to train also on pairs whose rejected response has no answer in the form that ``style``
+            requires (``format_pairs.jsonl``).
         repeat_time: Average number of times that an epoch visits each pair.
-        max_pairs: Maximum number of pairs per epoch; None: no limit. Each epoch draws these pairs again.
+        max_pairs: Maximum number of pairs per epoch; None: no limit. Each epoch draws a new random selection.
     """
 
     questions: _Questions | None = None
@@ -164,7 +164,7 @@ class DropoutNTPRecipe:
         questions: Questions of this pipeline; None: ``sample.questions``.
         sample_chosen: Whether the round's model generates a chosen response for each question that has none.
         repeat_time: Average number of times that an epoch visits each pair.
-        max_pairs: Maximum number of pairs per epoch; None: no limit. Each epoch draws these pairs again.
+        max_pairs: Maximum number of pairs per epoch; None: no limit. Each epoch draws a new random selection.
     """
 
     questions: _Questions | None = None
@@ -249,8 +249,9 @@ class EngineRecipe:
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: Device of "transformers"; None: the GPU of the process, or the CPU.
         batch_size: Samples per batch of "transformers"; None: 16.
-        block_size: Number of responses that are saved at once. A killed process loses the responses that are not saved
-            yet: at most ``block_size``, or several times this number with "vllm".
+        block_size: Maximum number of responses that are saved at once; a single question may have more. A killed
+            process loses the responses that are not saved yet: usually at most ``block_size``, or several times this
+            number with "vllm".
         options: Arguments of ``from_pretrained`` or ``VLLMEngine``, such as ``{tensor_parallel_size: 2}``.
     """
 
@@ -279,7 +280,7 @@ class RoundEvaluationRecipe:
         prompts: Names of prompt templates; "none" asks the question without a template.
         image_root: Folder at which relative image paths start. A meta file (.json), which lists files of questions,
             sets a folder for each of them instead.
-        root_map: The (old, new) paths of folders in meta files that have moved.
+        root_map: Tuples (old, new) for meta files: paths in the folder ``old`` are looked up in the folder ``new``.
         limit: Maximum number of questions of each file; None: all.
     """
 

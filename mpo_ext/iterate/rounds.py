@@ -1,9 +1,9 @@
 """Runs the stages (commands, such as sampling or training) of all rounds in order.
 
-Each stage runs once. The same call resumes an interrupted or killed run.
-
-When a stage has ended with status 0, a file ``STAGE.done`` is written. Stages without this file run with the same
-command as before. Every stage resumes from the files that it has written.
+When a stage has ended with status 0 and has written its result, a file ``STAGE.done`` is written. The same call
+resumes
+an interrupted or killed run: it starts only the stages without this file. An interrupted stage resumes from the files
+that it has written.
 """
 
 import shutil
@@ -183,7 +183,7 @@ def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | Non
 def _run_stage(runner: StageRunner, recipe: IterateRecipe, stage: RoundStage, stream: TextIO | None) -> None:
     """Runs a stage and marks it as done.
 
-    If a pipeline has made no pairs, the stage that writes the page of these pairs is skipped.
+    The stage that writes the page of a pipeline's pairs is skipped if the pipeline has made no pairs.
     """
     is_page = stage.name.startswith("page of ")
     if is_page and Path(stage.arguments[2]).stat().st_size == 0:
