@@ -94,7 +94,7 @@ def check_model_path(name: str, path: str) -> None:
 def check_is_no_run(name: str, path: str) -> None:
     """Raises ValueError if ``path`` is the output folder of a training run instead of the folder of a model.
 
-    The error message names the run's model, the subfolder ``final``.
+    The error message names the subfolder ``final``, which holds the run's model.
     """
     final = os.path.join(path, "final")
     if not os.path.exists(os.path.join(path, "config.json")) and os.path.exists(os.path.join(final, "config.json")):

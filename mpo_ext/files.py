@@ -94,7 +94,7 @@ def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a value atomically as indented JSON."""
+    """Atomically writes a value as indented JSON."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
 

@@ -65,7 +65,7 @@ def load_image(source: Any) -> Any:
     Raises:
         FileNotFoundError: If the file does not exist.
         ImageError: If the image cannot be read, is not a regular file in a known format, has more pixels than the
-            limit, or has values of an unknown range. If the source is another URL, because URLs are not fetched.
+            limit, or has values of an unknown range. Also if the source is another kind of URL, such as ``https://``.
         TypeError: If the source has another type.
         ImportError: If Pillow is not installed.
     """
@@ -133,8 +133,8 @@ def image_exists(source: str) -> bool:
 def missing_image_advice(source: str) -> str:
     """Returns advice for an error message about the missing image file ``source``, or "".
 
-    ``source`` may be base64 text, perhaps after the path of a folder. The advice is then to write
-    ``data:image/...;base64,`` before the text.
+    If ``source`` is the base64 text of an image, the advice is to write ``data:image/...;base64,`` before the text.
+    The image folder may already be in front of the text, as if the text were a relative path.
     """
     match = _BASE64_IMAGE.search(source)
     if match is None:
@@ -167,7 +167,7 @@ def read_source(source: str) -> bytes:
 
     Raises:
         OSError: If the file cannot be read.
-        ImageError: If the ``data:`` URL is malformed, the path is not a regular file, or the source is another URL.
+        ImageError: If the ``data:`` URL is malformed, the path is not a regular file, or the source is a remote URL.
     """
     if is_data_url(source):
         return _data_bytes(source)
@@ -239,7 +239,7 @@ def _pillow() -> Any:
 
 @contextlib.contextmanager
 def _opened(source: Any) -> Iterator[Any]:
-    """Opens an image, checks its size, and yields it as a PIL image. Errors in the block name the source."""
+    """Opens an image, checks its size, and yields it as a PIL image. Converts errors as ``_named_errors`` does."""
     pillow, limit = _pillow(), max_pixels()
     if isinstance(source, pillow.Image):
         with _named_errors(source), warnings.catch_warnings():
@@ -334,7 +334,7 @@ def _data_bytes(url: str) -> bytes:
 def _to_rgb(image: Any) -> Any:
     """Converts an opened image as ``load_image`` describes.
 
-    Its ImageErrors begin without "image must". ``_named_errors`` adds these words and the source.
+    The messages of its ImageErrors lack the source and the first words "image must". ``_named_errors`` adds both.
     """
     pillow = _pillow()
     raw_mode = _raw_mode(image)
@@ -407,7 +407,7 @@ def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
 
 
 def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
-    """Returns a grey image of more than 8 bits scaled to mode L, and its opacity (mode L; None: opaque)."""
+    """Scales a grey image of more than 8 bits to mode L. Returns it and its opacity (mode L; None: opaque)."""
     import numpy as np
 
     values, pillow = np.asarray(image), _pillow()

@@ -194,9 +194,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Returns whether a terminal table right-aligns a column, because each cell is empty or begins with a digit.
+    """Returns whether a terminal table right-aligns a column.
 
-    The first column and tables with one or two columns are never right-aligned.
+    A column is right-aligned if each of its cells is empty or begins with a digit. Exceptions are the first column,
+    and all columns of a table with one or two columns.
     """
     return column > 0 and len(rows[0]) > 2 and all(not row[column] or row[column][0].isdigit() for row in rows)
 

@@ -192,7 +192,7 @@ def load_video(source: Any) -> LoadedVideo:
     Raises:
         FileNotFoundError: If a file does not exist.
         VideoError: If the video cannot be decoded, is not a regular file in a known container, exceeds a limit, or has
-            frames of different sizes. If the source is a URL, because URLs are not fetched.
+            frames of different sizes. Also if the path is a URL other than ``file://``.
         ImageError: If a frame image cannot be used.
         ImportError: If PyAV or Pillow is not installed.
     """
@@ -357,7 +357,7 @@ def _check_pixels(size: tuple[int, int], count: int, name: str) -> None:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[Any, Any]]:
-    """Opens a video file and yields its container and first video stream. Errors in the block name the file."""
+    """Opens a video file, and yields its container and first video stream. Converts read errors to VideoError."""
     av, name = _av(), describe_source(path)
     if is_url(path) and (is_remote(path) or local_path(path) == path):
         raise VideoError(f"video must be a file, got the URL {name}: download it first")

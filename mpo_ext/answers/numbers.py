@@ -61,7 +61,7 @@ class NumberRule:
     Attributes:
         percent: As in ``NumberMatcher``, or "either": 50% equals both 0.5 and 50.
         is_rounding_wrong: Whether numbers that are equal only after rounding (3.14 and 3.14159) count as different. If
-            False, it is unclear whether they are equal.
+            False, ``compare`` returns None ("unclear") for such numbers.
     """
 
     relative: float
@@ -107,7 +107,7 @@ class NumberRule:
         return (None, "unclear value") if self._is_unclear(first, second, prediction, truth) else (False, "value")
 
     def _one_unit(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
-        """Compares a number with a unit and a number without a unit. Returns a result of ``compare``.
+        """Compares two numbers of which only one has a unit. Returns (is_equal, rule), like ``compare``.
 
         ``first`` and ``second`` are the results of ``_without_percent`` for ``prediction`` and ``truth``.
         """
@@ -150,7 +150,7 @@ class NumberRule:
 
 
 def _is_rounded(rounded: Number, exact: Number) -> bool:
-    """Returns whether ``rounded`` is the rounded value of ``exact``, as 3.14 is of 3.14159."""
+    """Returns whether ``rounded`` is the rounded value of ``exact``, such as 3.14 for 3.14159."""
     if not rounded.decimals or exact.value.denominator == 1 or 0 < exact.decimals <= rounded.decimals:
         return False
     return abs(rounded.value - exact.value) * 2 <= Fraction(1, 10**rounded.decimals)
@@ -189,11 +189,11 @@ class NumberMatcher(Matcher):
     numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong.
 
     If the truth is a number, an answer with no number or several numbers is unreadable. An answer is also unreadable
-    in the following cases:
+    in cases such as the following:
 
     - It has a decimal comma ("1,5").
-    - Only the answer or the truth has a unit, and both may be equal ("7" or "700" for "7 m").
-    - The answer and the truth are equal only after rounding ("3.14" and "3.14159").
+    - Only one of the two has a unit, and the other may mean the same quantity ("7" or "700" for "7 m").
+    - The two differ by more than the tolerance, but are equal after rounding ("3.14" and "3.14159").
 
     Attributes:
         relative: Tolerance as a fraction of the truth. With 1e-3, which the authors of MPO use, 2023 matches 2024.
@@ -249,8 +249,8 @@ class ChartMatcher(Matcher):
         absolute: Absolute tolerance, used only if the truth is 0.
         years: "relaxed" treats a year like any other number, as the ChartQA paper does. "auto" requires the exact
             number if the truth has four digits and lies between 1800 and 2100. "exact" always requires the text of the
-            truth, as ChartQAPro's script does for answers that its data marks as years. The exact number in another
-            form ("2,010") is then unreadable.
+            truth, as ChartQAPro's script does for answers that its data marks as years. With "exact", the same number
+            in another form ("2,010") is unreadable.
     """
 
     kind: ClassVar[str] = "chart"

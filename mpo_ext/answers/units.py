@@ -210,7 +210,7 @@ def _fold_word(word: str) -> str:
 
 
 def is_case_off(first: str, second: str) -> bool:
-    """Returns whether two texts differ only in case, as "5 M" and "5 m" do, and the case may change a unit."""
+    """Returns whether two texts differ only in case, and the case may change a unit, as in "5 M" and "5 m"."""
     if first == second or first.casefold() != second.casefold():
         return False
     symbols = zip(_AFTER_NUMBER.findall(first), _AFTER_NUMBER.findall(second), strict=False)
@@ -272,10 +272,13 @@ def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
 
     The result is True in the following cases:
 
-    - The values differ only in the sign, or ``unit`` does not name a unit.
-    - Both may be the same temperature in different scales (Celsius, Fahrenheit, kelvin).
-    - Their ratio is a power of ten, and ``unit`` is not a temperature.
-    - ``unit`` is known, and their ratio is a usual factor between units, such as 60.
+    - The values differ only in the sign.
+    - ``parse_unit`` cannot read ``unit``.
+    - ``unit`` is a temperature, and the values may be the same temperature in different scales (Celsius, Fahrenheit,
+      kelvin).
+    - ``unit`` is "K", and one value is 1000 times the other, because "K" may mean thousand.
+    - ``unit`` is not a temperature, and the ratio of the values is a power of ten.
+    - ``unit`` is another known unit, and the ratio of the values is a usual factor between units, such as 60.
     """
     parsed = parse_unit(unit)
     if first == -second or parsed is None:

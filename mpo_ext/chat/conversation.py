@@ -46,9 +46,9 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
             False: the content is text, and the conversation must have no images or videos.
 
     Raises:
-        ValueError: If a message has no role or content, or the last message is the assistant's. If the messages have
-            image or video placeholders, but not one for each image or video. If ``as_parts`` is False, and there are
-            images or videos.
+        ValueError: If a message has no role or content, if the last message is the assistant's, or if there are images
+            or videos although ``as_parts`` is False. Also if there are placeholders, but not one for each image or
+            video.
     """
     counts = {"image": len(conversation.images), "video": len(conversation.videos)}
     for kind, count in counts.items():

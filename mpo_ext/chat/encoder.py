@@ -72,8 +72,8 @@ class EncodedResponse(NamedTuple):
 class ChatEncoder:
     """Turns conversations and responses into token ids, and token ids into responses. Instances can be pickled.
 
-    The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``. The ids
-    of a response follow the prompt in the ids of the whole conversation, up to the token that ends the turn.
+    The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``. The
+    ids of a response are the next ids of the whole conversation, up to and including the token that ends the turn.
 
     The encoder deviates from the template in five cases. ``notices`` reports those that hold for all conversations:
 

@@ -209,7 +209,7 @@ def find_end(form: TurnForm, tokenizer: Any) -> tuple[int, int]:
     If the template writes no such token, returns ``eos_token_id`` and 0.
 
     Raises:
-        ChatError: If the template ends a turn with ordinary text. If the template writes nothing after a turn, and the
+        ChatError: If the template ends a turn with ordinary text, or if it writes nothing after a turn and the
             tokenizer has no ``eos_token``.
     """
     tail = form.tail

@@ -32,7 +32,11 @@ def response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: i
 
 
 def check_written(response: str, prompt: str, whole: str) -> None:
-    """Raises ``ChatError`` if the response is missing in ``whole``, the text of the conversation, after the prompt."""
+    """Raises ``ChatError`` if the template has not written the response unchanged after the prompt.
+
+    ``whole`` is the text that the template has written for prompt and response. Differences in white space and in the
+    Unicode form are ignored.
+    """
     block = OPEN_TAG.search(prompt)  # a response may begin with the block that the prompt opens
     if squash(response) not in squash(whole[block.start() if block else len(prompt) :]):
         raise ChatError(
@@ -54,9 +58,9 @@ def renderings(response: str, opened: str) -> list[str]:
 
 
 def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
-    """Raises ``ChatError`` if the text of a turn is missing in ``text``, the text of the prompt.
+    """Raises ``ChatError`` if the rendered prompt ``text`` lacks the content or a tool call of a turn in ``messages``.
 
-    The reasoning of an assistant's turn, up to ``</think>``, may be missing.
+    Only the reasoning of an assistant's turn, up to ``</think>``, may be missing.
     """
     written = squash(text)
 
@@ -84,9 +88,9 @@ def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 
 
 def check_response_turn(turn: Mapping[str, Any], before: str, whole: str) -> None:
-    """Raises ``ChatError`` if the text of a response's turn is missing in ``whole``, the text of the conversation.
+    """Raises ``ChatError`` if the rendered conversation ``whole`` lacks the content or a tool call of ``turn``.
 
-    ``before`` is the beginning of ``whole``, up to this turn.
+    ``turn`` is a turn of the response. ``before`` is the beginning of ``whole``, up to this turn.
     """
     content = turn["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)
@@ -100,7 +104,7 @@ def _json_text(text: str) -> str:
 
 
 def check_tools(tools: Tools, text: str) -> None:
-    """Raises ``ChatError`` if the name of a tool is missing in ``text``, the text of the prompt."""
+    """Raises ``ChatError`` if the rendered prompt ``text`` lacks the name of a tool."""
     for tool in tools:
         name = str(tool.get("function", tool).get("name"))
         if name not in text:

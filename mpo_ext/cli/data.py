@@ -175,7 +175,7 @@ def _open_with_stored(
 
 
 def _say_stored(stored: Any) -> None:
-    """Prints in which folder the images that were extracted from the data are stored, if there are any.
+    """Prints the folder of the images that were extracted from the data. Prints nothing if there are none.
 
     ``stored`` is a ``StoredMedia``.
     """

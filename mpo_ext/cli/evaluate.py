@@ -128,7 +128,8 @@ def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
 
     Args:
         what: Name of the argument in error messages.
-        texts: The arguments. Without NAME, the name is the last part of PATH without suffix, or RUN for RUN/final.
+        texts: The arguments. Without NAME, a file gets its file name without suffix, and a folder gets its own name. A
+            folder ``final`` gets the name of its parent folder.
     """
     named: dict[str, str] = {}
     for text in texts:

@@ -100,7 +100,10 @@ def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
-    """Returns the first ``_SEARCHED_PAIRS`` entries, with the first entry that has images or videos at the front."""
+    """Returns the first ``_SEARCHED_PAIRS`` entries of ``pairs``.
+
+    If any of them has images or videos, the first such entry is moved to the front.
+    """
     searched = list(itertools.islice(pairs, _SEARCHED_PAIRS))
     with_images = next((entry for entry in searched if entry[0].media_paths), None)
     return (

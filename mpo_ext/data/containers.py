@@ -1,4 +1,4 @@
-"""Converts files to JSON lines: JSON arrays, CSV, TSV, compressed files, and text in UTF-16 or UTF-32.
+"""Converts JSON arrays, CSV, TSV, compressed files, and text in UTF-16 or UTF-32 to JSON lines.
 
 The converted file is cached, and reused until the original file changes. Files with JSON lines in UTF-8 are read
 directly. ``hub.py`` reads parquet files.
@@ -77,7 +77,9 @@ def is_parquet(path: str) -> bool:
 
 
 def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
-    """Returns the path of a JSON lines file with the rows of a file. Converts the file into the cache if necessary.
+    """Returns the path of a JSON lines file that has the rows of the file ``path``.
+
+    If ``path`` is in another format, it is converted, and the result is stored in the cache.
 
     Args:
         path: Path of a file that is not parquet.
@@ -140,8 +142,8 @@ def _encoding(head: bytes) -> str:
 def _kind(name: str, text: str) -> str:
     """Returns the kind of a file: "csv", "tsv", "array", "object" or "lines".
 
-    "array" is a .json file with a JSON array. "object" is a .json file with one object, or with one object per line.
-    "lines" is any file with another suffix.
+    "array" is a .json file with a JSON array. "object" is any other .json file, with one object, or with one
+    object per line. "lines" is any file whose suffix is not .json, .csv or .tsv.
 
     Args:
         name: Name of the file without a compression suffix such as ".gz".
@@ -317,8 +319,8 @@ def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
 def _cell(name: str, text: str) -> Any:
     """Parses a cell in the CSV column ``name``.
 
-    In the columns ``_LISTS``, such as ``images``, lists and objects are parsed, and an empty cell becomes None. In
-    other columns, only messages are parsed. The notation is JSON or Python. Every other cell stays text.
+    In the columns ``_LISTS``, each list or object is parsed, and an empty cell becomes None. In other columns, only
+    messages are parsed. Lists, objects and messages may be in JSON or Python notation. Every other cell stays text.
     """
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):

@@ -146,9 +146,10 @@ class LineFile(PairSequence):
             return os.pread(self._opened().fileno(), size, position)
 
     def _index(self) -> "tuple[array[int], np.ndarray | None]":
-        """Returns the byte offsets of the lines, followed by the file size, and the indices of the non-empty lines.
+        """Returns (starts, numbers).
 
-        The indices are None if no line is empty.
+        ``starts`` has the byte offset of each line, and the file size as its last element. ``numbers`` has the indices
+        of the non-empty lines; None: no line is empty.
         """
         if self._starts is None:
             self._starts, self._numbers = self._build_index()
@@ -177,8 +178,8 @@ def parse_object(text: str) -> dict[str, Any]:
 
     Raises:
         TypeError: If the text is JSON but not an object.
-        ValueError: If the text is not JSON (json.JSONDecodeError). If a field is repeated, a number is not finite, or
-            the object is nested too deeply (FieldError).
+        json.JSONDecodeError: If the text is not JSON.
+        FieldError: If a field is repeated, a number is not finite, or the object is nested too deeply.
     """
     if text.startswith("\ufeff"):  # json.loads refuses it, too
         raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
@@ -241,12 +242,12 @@ def parse_pair(values: dict[str, Any], line: str) -> Pair:
 
 
 def write_pairs(path: str | os.PathLike[str], pairs: Iterable[Pair]) -> int:
-    """Writes pairs to a file in the format "pairs" atomically, and returns their number."""
+    """Atomically writes pairs to a file in the format "pairs". Returns the number of pairs."""
     return write_lines(path, (pair.to_dict() for pair in pairs))
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]) -> int:
-    """Writes objects to a JSON lines file atomically, and returns their number."""
+    """Atomically writes objects to a JSON lines file. Returns the number of objects."""
     count = 0
     with atomic_write(path) as file:
         for values in lines:

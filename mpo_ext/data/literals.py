@@ -13,7 +13,8 @@ def read_literal(text: str) -> Any:
     """Parses a value in Python notation. Also parses a printed numpy array of strings such as ``['cat' 'dog']``.
 
     Raises:
-        ValueError: If the text has neither notation. If strings outside such an array lack a comma, as in ``'a''b'``.
+        ValueError: If the text has neither notation, or if a comma is missing between strings that are not in such an
+            array, as in ``'a''b'``.
     """
     text = text.strip()
     try:

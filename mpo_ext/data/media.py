@@ -79,9 +79,9 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
         The pair, with numbered placeholders such as ``<image 1>`` replaced by ``<image>``; see ``marks.check_marks``.
 
     Raises:
-        FieldError: If an unused field may hold an image, video or audio. If the prompt has ``<image>`` but the pair
-            has no images, or ``<video>`` but no videos. If the prompt has ``<audio>``. If a response has ``<image>``.
-            If a response has ``<video>`` and the pair has videos. If ``marks.check_marks`` raises it.
+        FieldError: If ``marks.check_marks`` raises it, or in one of these cases: an unused field may hold an image,
+            video or audio; the prompt has ``<audio>``; the prompt has ``<image>`` but the pair has no images, or
+            ``<video>`` but no videos; a response has ``<image>``; a response has ``<video>`` and the pair has videos.
     """
     has_media = bool(pair.media_paths)
     for name, value in values.items():
@@ -168,9 +168,9 @@ def _unread(name: str, value: object) -> FieldError:
 
 
 def _check_value(name: str, value: object, read: Collection[str]) -> None:
-    """Raises FieldError if a field names or contains an image, video or audio, at any depth.
+    """Raises FieldError if the value of a field is or contains an image, video or audio, at any depth.
 
-    The medium may be a path, a URL, a data URL, base64 or bytes.
+    The medium may be a path, a URL, a data URL, base64 text, or an object with ``bytes`` and ``path``.
 
     Args:
         name: Name of the field, for the error message.
@@ -219,7 +219,8 @@ def _is_media(name: str, text: str) -> bool:
 def _check_field(name: str, value: object, *, has_media: bool) -> None:
     """Raises FieldError if an unknown field has a name like "image", "video" or "audio" and is not empty.
 
-    If the pair has media, numbers such as ``image_width`` are allowed. Otherwise, nested fields are checked, too.
+    If the pair has media, numbers such as ``image_width`` are allowed, and nested fields are not checked. If it has no
+    media, numbers are not allowed, and nested fields are checked.
     """
     # In a row with images or videos, a number such as "image_width" or "image_id" describes one of them.
     if _MEDIA_NAME.search(name) and not is_empty(value) and not (has_media and isinstance(value, (int, float))):

@@ -171,9 +171,11 @@ def is_conversation(value: object) -> bool:
 def read_response(name: str, value: object) -> list[Turn]:
     """Converts a response, which is a text, a message or a list of messages, to turns.
 
+    The first and the last turn must be the assistant's. User and assistant alternate. After an assistant's turn with
+    tool calls, tool results must follow, unless it is the last turn.
+
     Raises:
-        FieldError: If the first or the last turn is not the assistant's. If the roles do not alternate; after an
-            assistant's turn with tool calls, the tool results must follow.
+        FieldError: If a message is invalid, or the turns break one of these rules.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]

@@ -194,7 +194,10 @@ class MMPRDataset(PairSequence):
 
 
 def read_annotation(subset: MMPRSubset, **options: Any) -> LineFile:
-    """Opens the JSON lines file of an MMPR data set. Each line occurs once. ``options`` are passed to ``LineFile``."""
+    """Opens the JSON lines file of an MMPR data set. ``options`` are passed to ``LineFile``.
+
+    The result has each line once; the ``repeat_time`` of the data set is ignored.
+    """
     return LineFile(subset.annotation, line_parser(subset), **{"subset": subset.name, **options})
 
 
@@ -460,7 +463,7 @@ def _has_subset(source: Mapping[str, Any]) -> bool:
 
 
 def _file_name(subset: str, taken: set[str]) -> str:
-    """Returns a file name for a data set, which is not in ``taken``, and adds it to ``taken``."""
+    """Returns a file name for a data set, different from all names in ``taken``, and adds it to ``taken``."""
     plain = re.sub(r"[^\w.-]", "_", subset, flags=re.ASCII).lstrip(".")[:100] or "subset"
     for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         if (candidate := f"{plain}{suffix}.jsonl").lower() not in taken:

@@ -64,7 +64,7 @@ def absolute_path(image: str, root: str) -> str:
 
 
 def path_from(folder: str, path: str) -> str:
-    """Returns a path relative to ``folder``, or unchanged if it is outside the folder or a URL."""
+    """Returns a path relative to ``folder``. URLs, and paths outside the folder, are returned unchanged."""
     if is_url(path):
         return path
     inside = os.path.relpath(path, folder)

@@ -39,7 +39,7 @@ class Picks:
     digests: dict[int, str]
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the picks to a JSON file atomically."""
+        """Atomically writes the picks to a JSON file."""
         write_json(path, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:

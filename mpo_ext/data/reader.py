@@ -58,7 +58,10 @@ class FieldError(ValueError):
 
 @contextlib.contextmanager
 def raise_bad_line(where: Location) -> Iterator[None]:
-    """Returns a context manager that raises parsing errors of its block as BadLine with the location ``where``."""
+    """Returns a context manager that converts a parsing error in its block to a BadLine.
+
+    ``where`` is the location of the line.
+    """
     try:
         yield
     except BadLine:

@@ -26,7 +26,7 @@ class Pair:
 
     Attributes:
         question: Whole prompt as the model sees it, with ``<image>`` at the position of each image. If a prompt with
-            one image has no ``<image>``, the image comes first.
+            one image has no ``<image>``, the image comes before the text.
         chosen: The preferred response.
         rejected: The response to avoid.
         images: Paths of the images, in order.
@@ -36,14 +36,15 @@ class Pair:
             ``chosen`` that DropoutNTP kept, such as 17 or ``{"characters": 17, "tokens": 4}``.
         extra: Unknown fields of the source. The key ``"$source"`` holds a dict for a lossless conversion back to the
             source's format, with values such as the name and the settings of an MMPR data set.
-            If a prompt or response has several turns, this dict also holds the list of its turns, as ``messages``
-            (prompt), ``chosen_messages`` or ``rejected_messages``. A turn is ``{"role": ..., "content": ...}``. An
-            assistant's turn may have ``tool_calls``, and a turn with the role "tool" holds a result. ``question`` is
-            then the last user turn, and ``chosen`` and ``rejected`` are the joined contents of their turns.
-            ``tools`` in this dict describes the functions that the assistant may call, as in
+            If a prompt or response has several turns, ``extra["$source"]`` also holds the list of its turns, as
+            ``messages`` (prompt), ``chosen_messages`` or ``rejected_messages``. A turn is
+            ``{"role": ..., "content": ...}``. An assistant's turn may have ``tool_calls``. A turn with the role "tool"
+            holds a result. ``question`` is then the last user turn, and ``chosen`` and ``rejected`` are the joined
+            contents of their turns.
+            ``extra["$source"]["tools"]`` describes the functions that the assistant may call, as in
             ``mpo_ext.chat.Conversation``.
         videos: Videos, in order. ``question`` and the turns have ``<video>`` at the position of each video. A single
-            video without ``<video>`` comes first, but after a single image without ``<image>``.
+            video without ``<video>`` comes before the text. A single image without ``<image>`` precedes this video.
         rejected_images: Images of the rejected response, as in mDPO: one path for each of ``images``. Empty: the
             rejected response has the same images.
 

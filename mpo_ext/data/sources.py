@@ -145,9 +145,10 @@ class MissingImages:
 
 
 class StoredMedia:
-    """Detects whether pairs use files in ``image_dir``, where images and videos are stored that rows hold as bytes.
+    """Detects whether pairs use files in ``image_dir``.
 
-    Pass ``add`` as ``on_pair`` to the ``PairSource``.
+    If rows hold images or videos as bytes, these are stored in ``image_dir``. Pass ``add`` as ``on_pair`` to the
+    ``PairSource``.
 
     Attributes:
         folder: ``image_dir`` if a pair uses such a file, otherwise "".

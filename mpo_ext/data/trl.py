@@ -59,8 +59,8 @@ def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True
             False: the row has no column ``images``, and the content is text.
 
     Raises:
-        ValueError: If ``kind`` is "standard" and the pair has tools, or a prompt or response of several turns. If
-            ``has_images`` is False and the pair has images. If the pair has videos or rejected images.
+        ValueError: If the pair has videos or rejected images, if it has images and ``has_images`` is False, or if it
+            has tools or several turns and ``kind`` is "standard".
     """
     check_choice("kind", kind, get_args(Kind))
     for name in ("videos", "rejected_images"):
@@ -210,7 +210,10 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
 
 
 def _placed(turns: list[Turn], count: int) -> list[Turn]:
-    """Adds ``<image>`` for each of several images to the first user turn if no turn has a placeholder, as TRL does."""
+    """Adds ``<image>`` once per image to the first user turn, before its text, as TRL does.
+
+    Returns the turns unchanged if ``count``, the number of images, is below 2, or if a turn has a placeholder.
+    """
     first = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), None)
     if count < 2 or first is None or any(has_mark(turn["content"]) for turn in turns):
         return turns
@@ -219,7 +222,7 @@ def _placed(turns: list[Turn], count: int) -> list[Turn]:
 
 
 def _is_same_prompt(original: object, prompt: object) -> bool:
-    """Returns whether ``prompt`` is the list of messages to which ``to_trl`` converts the turns ``original``."""
+    """Returns whether ``to_trl`` would convert the turns ``original`` to the messages ``prompt``."""
     if not is_conversation(original) or not isinstance(original, list) or not isinstance(prompt, list):
         return False
     if not all(isinstance(turn.get("content"), str) and isinstance(turn.get("role"), str) for turn in original):
@@ -282,7 +285,7 @@ def _json(name: str, value: object) -> dict[str, Any]:
 def read_trl(
     path: str | os.PathLike[str], *, root_map: RootMap = (), max_line_bytes: int = MAX_LINE_BYTES
 ) -> LineFile:
-    """Opens a file with one row of TRL's preference format per line, standard or conversational.
+    """Opens a JSON lines file with rows in TRL's preference format, standard or conversational.
 
     Args:
         path: Path of the file.
@@ -299,7 +302,7 @@ def _parse_row(values: dict[str, Any], line: str) -> Pair:
 def write_trl(
     path: str | os.PathLike[str], pairs: Iterable[Pair], kind: Kind = "conversational", **options: Any
 ) -> int:
-    """Writes pairs to a file with one row of TRL's preference format per line atomically, and returns their number.
+    """Atomically writes pairs to a JSON lines file with rows in TRL's preference format. Returns the number of pairs.
 
     ``options`` are arguments of ``to_trl``. With the default ``has_images=True``, every row has a list ``images``.
     """

@@ -36,7 +36,7 @@ def write_view(
     image_budget: int = 64 << 20,
     max_characters: int = 20_000,
 ) -> tuple[int, Skipped]:
-    """Writes an HTML page with the pairs of a source atomically.
+    """Atomically writes an HTML page that shows the pairs of a source.
 
     Args:
         path: Path of the HTML file.

@@ -236,7 +236,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._try(lambda: json.dumps(self.server.pick(index, is_picked=is_picked)).encode(), "application/json")
 
     def _request(self) -> tuple[str | None, dict[str, str]]:
-        """Returns the path of the request without the secret, and the query. The path is None for a wrong secret."""
+        """Returns (path, query) of the request.
+
+        ``path`` is the part after the secret; None: the secret is wrong. ``query`` has the values by name.
+        """
         url = urllib.parse.urlsplit(self.path)
         token, _, name = url.path.removeprefix("/").partition("/")
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):

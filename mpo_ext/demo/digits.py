@@ -154,7 +154,7 @@ def part(split: Digits, begin: int, end: int | None) -> Digits:
 
 
 def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str | None = None) -> list[Task]:
-    """Draws and returns questions about random grids.
+    """Returns random questions about random grids.
 
     On average, half of the questions are about the whole grid, and half about two cells.
 

@@ -1,7 +1,7 @@
 """Runs the demo and writes its results.
 
-The demo trains a model by SFT and makes preference pairs from its answers. Each method (SFT, DPO, MPO) then trains
-this model further on the pairs. Finally, the four models are evaluated.
+The demo trains a model by SFT and makes preference pairs from its answers. Each of three methods (SFT, DPO, MPO)
+then trains a copy of this model further on the pairs. Finally, the first model and the three copies are evaluated.
 """
 
 import copy

@@ -14,19 +14,20 @@ from mpo_ext.demo.train import score
 def measure(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: int) -> dict[str, dict[str, Any]]:
     """Measures the responses to the questions, separately for each form of question.
 
-    The language prior predicts each digit as the previous digit + ``prior_step`` modulo 10.
+    The language prior predicts each digit as (previous digit + ``prior_step``) modulo 10.
 
     Returns:
         A dict for each form, "direct" or "cot":
 
-        - ``accuracy``: Fraction of the questions with a correct answer.
-        - ``unparsable``: Fraction of the questions with an unreadable answer.
+        - ``accuracy``: Fraction of the questions that are answered correctly.
+        - ``unparsable``: Fraction of the questions whose answer is unreadable.
         - ``right``: A character per question, "1" if its answer is correct, else "0".
         - ``count``: Number of questions.
-        - ``digits_right`` (form "cot" only): Fraction of the digits in the images that the responses name correctly.
-        - ``hallucinated`` (form "cot" only): Fraction of the responses with a wrong digit that the prior predicts.
-        - ``follow_prior`` (form "cot" only): Fraction of the named digits, except for the first in each
-          response, that the prior predicts. Chance is 0.1.
+        - ``digits_right`` (form "cot" only): Of the digits in the images, the fraction that the responses name
+          correctly.
+        - ``hallucinated`` (form "cot" only): Fraction of the responses that name a wrong digit predicted by the prior.
+        - ``follow_prior`` (form "cot" only): Of the digits that follow another named digit, the fraction that
+          the prior predicts. Chance is 0.1.
     """
     result: dict[str, dict[str, Any]] = {}
     for form in FORMS:

@@ -67,7 +67,7 @@ def make_pairs(
     name: str = "digits demo",
     stream: TextIO | None = None,
 ) -> MadePairs:
-    """Makes pairs from the model's answers to questions about unseen digits, writes them, and returns their counts.
+    """Makes pairs from the model's answers to questions about unseen digits, and writes them to ``folder``.
 
     The correctness pairs come from questions with a true answer. The DropoutNTP pairs come from questions without true
     answers, like the paper's data without ground truth. DropoutNTP cannot check answers, so some of its chosen

@@ -95,7 +95,9 @@ def sample_tasks(
     prior_step: int = 1,
     is_named: bool = False,
 ) -> list[ReadingTask]:
-    """Draws and returns questions about random grids: half about one cell, half about the largest digit.
+    """Returns random questions about random grids.
+
+    On average, half of the questions are about one cell, and half about the largest digit.
 
     Args:
         split: Digits that the grids show.
@@ -103,7 +105,7 @@ def sample_tasks(
         rng: Random generator.
         form: Form of the responses, "direct" or "cot".
         side: Number of rows and columns of a grid, a key of ``CELLS``.
-        prior: Probability that a digit is the previous digit + ``prior_step`` modulo 10. Otherwise the digit is drawn
+        prior: Probability that a digit is (previous digit + ``prior_step``) modulo 10. Otherwise the digit is drawn
             uniformly. The first digit is always drawn uniformly.
         prior_step: Difference of two digits that follow the prior.
         is_named: Whether the questions state the digits and have no image.
@@ -128,7 +130,7 @@ def sample_tasks(
 
 
 def _draw_digits(split: Digits, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws an image ``[8, 8]`` from the split for each digit in ``values``.
+    """Returns a random image ``[8, 8]`` of the split for each digit in ``values``.
 
     ``values`` has the shape ``[N, cells]``, the result ``[N, cells, 8, 8]``.
     """
@@ -181,8 +183,8 @@ def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
 def hallucinated_cells(task: ReadingTask, response: str, prior_step: int) -> list[int]:
     """Returns the indices of the cells that the response hallucinates.
 
-    The response hallucinates a cell if it names a wrong digit, which the language prior predicts. The prediction is
-    the digit that the response names for the previous cell + ``prior_step``, modulo 10.
+    The response hallucinates a cell if it names a wrong digit, and the language prior predicts this digit. If the
+    response names the digit d for the previous cell, the prior predicts (d + ``prior_step``) modulo 10.
     """
     read = read_digits(response, task.cells)
     return [

@@ -27,7 +27,7 @@ class RunSettings:
         branch_steps: Number of steps of each branch.
         branch_batch: Number of pairs per step of a branch.
         branch_rate: Peak learning rate of all branches.
-        branch_warmup: Fraction of a branch's steps in which the learning rate rises from zero.
+        branch_warmup: Length of the warmup (the learning rate rises from zero), as a fraction of a branch's steps.
         evaluation_tasks: Number of held-out questions.
         backend: Backend of the loss, see ``mpo_loss``; None: the best installed backend.
     """
@@ -61,16 +61,17 @@ class Settings(RunSettings):
     Attributes:
         side: Number of rows and columns of a grid.
         prior: Strength of the language prior in the step-by-step texts of the SFT. It is the probability that a digit
-            is the previous digit + ``prior_step`` modulo 10. Otherwise the digit is drawn uniformly.
+            is (previous digit + ``prior_step``) modulo 10. Otherwise the digit is drawn uniformly.
         prior_step: Difference of two digits that follow the language prior.
         sft_digits: Number of training digits in the SFT. The pairs use the other training digits.
         sft_steps: Number of steps of the SFT. Its learning rate falls to zero.
-        sft_warmup: Fraction of the steps of the SFT in which the learning rate rises from zero.
-        sft_named_share: Fraction of the SFT questions that state the digits and have no image. They teach the model to
-            answer from its own text.
-        sft_direct_share: Fraction of the other SFT questions that ask for a direct answer.
-        sft_blind_share: Fraction of the step-by-step SFT questions without an image. They teach the model to continue
-            a response without an image, as DropoutNTP requires.
+        sft_warmup: Length of the warmup (the learning rate rises from zero), as a fraction of the SFT's steps.
+        sft_named_share: Of the SFT questions, the fraction that states the digits and has no image. These questions
+            teach the model to answer from its own text.
+        sft_direct_share: Of the SFT questions that do not state the digits, the fraction that asks for a direct
+            answer.
+        sft_blind_share: Of the step-by-step SFT questions that do not state the digits, the fraction that has no
+            image. These questions teach the model to continue a response without an image, as DropoutNTP requires.
         keep: Fraction of the tokens of a sampled response that DropoutNTP keeps.
         evaluation_tasks: Number of held-out step-by-step questions.
         direct_evaluation_tasks: Number of held-out direct questions.

@@ -73,7 +73,7 @@ def weights_digest(model: InternVLForConditionalGeneration) -> str:
 
 
 def ship(folder: Path) -> None:
-    """Copies the SFT model that the demo in ``folder`` has trained into the package.
+    """Copies an SFT model into the package. The demo run in ``folder`` must have trained this model.
 
     Raises:
         ValueError: If the demo did not train an SFT model.

@@ -141,7 +141,7 @@ def make_recipe(
         rate: Peak learning rate.
         schedule: Schedule of the learning rate, as in ``OptimRecipe``.
         settings: Settings of the demo or the study, for the seed and the backend of the loss.
-        warmup: Fraction of the steps in which the learning rate rises from zero.
+        warmup: Length of the warmup (the learning rate rises from zero), as a fraction of the steps.
         reference: File of the reference model's log-probabilities. None: the default ``ReferenceRecipe``.
         save_every: Number of steps between two checkpoints; 0: only a checkpoint at the end or after a signal.
     """
