@@ -12,7 +12,7 @@ _INTEGERS = ["vocab", "first", "hidden_size", *_STRIDES, "out_misalignment"]
 
 @triton.jit
 def rescale_part(sums_ptr, scale, size, BLOCK: tl.constexpr):
-    """Multiplies this program's part of a row's ``size`` sums by ``scale``."""
+    """Multiplies this program's part of the sums of a row by ``scale``. The whole row has ``size`` sums."""
     stop = size * (tl.program_id(1) + 1) // tl.num_programs(1)
     for at in range(size * tl.program_id(1) // tl.num_programs(1), stop, BLOCK):
         columns = at + tl.arange(0, BLOCK)
@@ -46,8 +46,9 @@ def exp_logits_kernel(
 ):
     """Writes exp(z - reference) for CHUNK columns of a row, and 0 for the label.
 
-    If the row's largest logit exceeds the reference by more than ``slack``, the reference rises to it. The programs of
-    the row then multiply the row's sums by exp(old reference - new reference), each program a part of them.
+    If the row's largest logit exceeds the reference by more than ``slack``, the reference rises to this logit. The
+    sums of the row are then multiplied by exp(old reference - new reference). Each program of the row multiplies a
+    part of them.
 
     Grid    (rows, chunks)
     Reads   each logit once

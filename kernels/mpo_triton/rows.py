@@ -1,8 +1,9 @@
 """Computes aligned positions in rows of logits, which let Triton kernels read 16-byte vectors.
 
-A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Positions are therefore
-counted from the last multiple before its start. Column c is at position ``shift + c``, where ``shift`` is less than
-the length of a vector. Only the first and the last block of positions need a mask.
+A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Positions are numbers of
+elements. Position 0 is at the last multiple of 16 bytes that does not lie after the start of the row. Column c is at
+position ``shift + c``, where ``shift`` is less than the number of elements in 16 bytes. Only the first and the last
+block of positions need a mask.
 """
 
 from typing import NamedTuple

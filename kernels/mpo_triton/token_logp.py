@@ -40,7 +40,7 @@ def token_logp_chunk_kernel(
 
     Grid    (rows, chunks); the second axis of a grid is limited to 65,535
     Reads   each logit of a row with a valid label once, in 16-byte vectors except near the ends of the row
-    Writes  STATE floats per chunk, which ``merge_chunks`` describes
+    Writes  STATE float32 values per chunk, which ``merge_chunks`` describes
     """
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
@@ -232,7 +232,7 @@ def token_logp_kernel(
 
     Grid    (rows,)
     Reads   the states of the chunks and one logit per row with a valid label
-    Writes  three floats per row and one per statistic; ROW_STATE doubles if IS_TILE
+    Writes  three float32 values per row, and one for each statistic; if IS_TILE, also the row's float64 state
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)

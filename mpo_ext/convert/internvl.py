@@ -286,7 +286,7 @@ def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[s
 
 
 def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) -> Any:
-    """Returns the tensor of the authors' checkpoint that is called ``name`` in transformers.
+    """Returns a tensor of the authors' checkpoint. ``name`` is the name that transformers gives to the tensor.
 
     Use this function only for tensors that the conversion renames without splitting.
     """

@@ -103,7 +103,7 @@ TEMPLATES: dict[str, PromptTemplate] = {
 
 
 def get_template(name: str, templates: Mapping[str, PromptTemplate] = TEMPLATES) -> PromptTemplate:
-    """Returns the template called ``name``. ``templates`` are the built-in templates by default."""
+    """Returns the template with the given name. ``templates`` are the built-in templates by default."""
     check_choice("template", name, templates)
     return templates[name]
 

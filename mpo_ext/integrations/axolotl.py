@@ -1,4 +1,4 @@
-"""The loss of mpo_ext in axolotl's ``rl: dpo``: the functions of ``mpo_ext.patch("axolotl")``."""
+"""Implements ``mpo_ext.patch("axolotl")``: axolotl's ``rl: dpo`` then computes its loss with mpo_ext."""
 
 from __future__ import annotations
 

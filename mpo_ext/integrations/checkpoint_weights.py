@@ -1,4 +1,4 @@
-"""Loads the weights of a checkpoint whose names differ from those of the model."""
+"""Loads a checkpoint in which the weights have other names than in the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 @contextlib.contextmanager
 def renamed_weights_loaded(trainer: Any, model: nn.Module, checkpoint: str) -> Iterator[None]:
-    """Loads a checkpoint even if its weights have other names than those of the model.
+    """Loads a checkpoint even if the weights have other names in it than in the model.
 
     The ``with`` block calls ``_load_from_checkpoint`` or ``_load_best_model`` of Trainer. If ``save_pretrained`` has
     renamed the weights (as for LLaVA and InternVL), Trainer finds none of them, warns, and keeps the weights that the
@@ -45,7 +45,7 @@ def renamed_weights_loaded(trainer: Any, model: nn.Module, checkpoint: str) -> I
 
 
 def _load_renamed(model: nn.Module, checkpoint: str, unknown: list[str]) -> None:
-    """Loads the weights with ``from_pretrained``. ``unknown`` are the checkpoint's names that the model lacks."""
+    """Loads the weights with ``from_pretrained``. ``unknown`` are names in the checkpoint that the model lacks."""
     wrong = unknown
     if isinstance(model, PreTrainedModel):
         dtype = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)

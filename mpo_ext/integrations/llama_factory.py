@@ -1,4 +1,4 @@
-"""The loss of mpo_ext in LLaMA-Factory's DPO stage: the functions of ``mpo_ext.patch("llama-factory")``."""
+"""Implements ``mpo_ext.patch("llama-factory")``: LLaMA-Factory's DPO stage then computes its loss with mpo_ext."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of mpo_ext in ms-swift's ``--rlhf_type dpo``: the functions of ``mpo_ext.patch("ms-swift")``."""
+"""Implements ``mpo_ext.patch("ms-swift")``: ms-swift's ``--rlhf_type dpo`` then computes its loss with mpo_ext."""
 
 from __future__ import annotations
 

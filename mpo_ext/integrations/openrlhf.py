@@ -1,4 +1,4 @@
-"""Computes OpenRLHF's log-probs of tokens with ``token_logp``: the function of ``mpo_ext.patch("openrlhf")``."""
+"""Implements ``mpo_ext.patch("openrlhf")``: OpenRLHF then computes the log-probs of tokens with ``token_logp``."""
 
 from __future__ import annotations
 

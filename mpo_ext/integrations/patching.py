@@ -50,7 +50,8 @@ def patch(name: str, **options: Any) -> None:
 
     Raises:
         ImportError: If the trainer's package is not installed.
-        RuntimeError: If the package has a version or source that mpo_ext does not know, or is already patched.
+        RuntimeError: If the package has a version or source that mpo_ext does not know (see ``check_sources``). If the
+            trainer is already patched, or another patch of mpo_ext has replaced one of the functions.
         TypeError: If an option does not exist.
         ValueError: If ``name`` is unknown, or an option has a value that is not allowed.
     """
@@ -104,7 +105,7 @@ def unpatch(name: str) -> None:
 
 
 def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replacement]:
-    """Returns a replacement by ``value`` for each module attribute whose value is ``function``.
+    """Returns a ``Replacement`` with the new value ``value`` for each module attribute that is ``function``.
 
     All imported modules of the packages are searched. The attributes may have any name.
     """
@@ -112,13 +113,15 @@ def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replac
 
 
 def check_sources(name: str) -> str:
-    """Returns the version of a trainer's package, after checking that mpo_ext knows this version and its source.
+    """Returns the version of a trainer's package, after checking the version and the source of its functions.
 
-    An untested later version also passes, if its functions have the same source as in the last tested version.
+    In a tested version, the functions must have the source that was tested. A version later than all tested versions
+    is allowed if the functions have the same source as in the last tested version.
 
     Raises:
         ImportError: If the package is not installed.
-        RuntimeError: If the version is unknown, or the source of a function differs from the known source.
+        RuntimeError: If the version is neither tested nor later than all tested versions, or a function has another
+            source.
         ValueError: If ``name`` is unknown.
     """
     package, _, versions = _known(name)

@@ -1,4 +1,4 @@
-"""The loss of mpo_ext in TRL's DPOTrainer: ``MPOTrainer``, and the functions of ``mpo_ext.patch("trl")``."""
+"""The loss of mpo_ext in TRL's ``DPOTrainer``. Defines ``MPOTrainer``, and implements ``mpo_ext.patch("trl")``."""
 
 from __future__ import annotations
 
@@ -257,8 +257,8 @@ def loss_of_batch(
 def reference_logp(trainer: Any, mpo: LossSettings, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Returns the summed log-probs of the responses under the reference, ``[2B]`` float64, chosen first.
 
-    ``model`` is the reference model, or the policy. The policy then runs with its adapter "ref", or without adapters.
-    Replaces ``DPOTrainer.compute_ref_log_probs``.
+    ``model`` is the reference model or the policy. A policy with adapters runs with its adapter "ref"; if it has no
+    such adapter, it runs without adapters. Replaces ``DPOTrainer.compute_ref_log_probs``.
     """
     labels, model_inputs = _labels_and_inputs(inputs)
     checkpointing = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
@@ -269,8 +269,8 @@ def reference_logp(trainer: Any, mpo: LossSettings, model: nn.Module, inputs: di
 def _model_and_inputs(trainer: Any, *model_and_inputs: Any) -> tuple[nn.Module, dict[str, Any]]:
     """Returns the model and the inputs from the arguments of ``compute_ref_log_probs``.
 
-    TRL before 1.9 passes only the inputs. The result is then the trainer's reference model (without one, the policy)
-    and the inputs.
+    TRL before 1.9 passes only the inputs. In this case, the model is the trainer's reference model, or the policy if
+    the trainer has no reference model.
     """
     *model, inputs = model_and_inputs
     return (model[0] if model else trainer.ref_model or trainer.model), inputs

@@ -1,4 +1,4 @@
-"""Computes Unsloth's log-probs of tokens with ``token_logp``: the function of ``mpo_ext.patch("unsloth")``."""
+"""Implements ``mpo_ext.patch("unsloth")``: Unsloth then computes the log-probs of tokens with ``token_logp``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Computes verl's log-probs of tokens with ``token_logp``: the function of ``mpo_ext.patch("verl")``."""
+"""Implements ``mpo_ext.patch("verl")``: verl then computes the log-probs of tokens with ``token_logp``."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def _gradients_over_ranks(
     hidden_grad: Tensor | None,
     logits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of hidden states, weight and bias if each rank holds a shard of the head.
+    """Returns the gradients of hidden states, weight and bias for a head that is sharded over the ranks.
 
     The gradient of the hidden states is summed over the ranks, then rounded to their dtype. Only labelled tokens take
     part in the sum. ``rows`` is ``(row_max, row_sum, row_weight)``. ``hidden_grad`` is d logp / d hidden if forward
@@ -215,8 +215,8 @@ def _gradients_over_ranks(
 class OnceDifferentiable(torch.autograd.Function):
     """Returns a gradient unchanged; differentiating the result again raises an error.
 
-    torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. Otherwise it returns a
-    constant, and a gradient penalty would be wrong without a warning.
+    torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. Otherwise, its result has
+    no autograd graph, so a gradient penalty is wrong without a warning. This class raises in both cases.
     """
 
     @staticmethod

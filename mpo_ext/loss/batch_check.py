@@ -288,10 +288,11 @@ def _share_of_equal(sequences: Sequence[BatchSequence], offset: int, ignore_inde
 def _check_alignment_by_logp(
     sequences: Sequence[BatchSequence], ahead: int, ignore_index: int
 ) -> Iterator[BatchFinding]:
-    """Yields a finding if another shift of the labels gives them much higher log-probs.
+    """Yields a finding if the labels have much higher log-probs with another value of ``ahead``.
 
-    The loss scores the label at position ``t + ahead`` with the logits at position t. This function also tries the
-    distances -1, 0, 1 and 2. A gain of more than 2 nats in the mean log-prob is a finding.
+    The loss scores the label at position ``t + ahead`` with the logits at position t. This function computes the mean
+    log-prob of the labels for -1, 0, 1 and 2 in place of ``ahead``. If the best mean exceeds that of ``ahead`` by more
+    than 2 nats, it yields a finding.
     """
     means = {}
     for other in range(-1, 3):

@@ -238,8 +238,9 @@ def linear_mpo_loss(
             which saves one matmul. None: True on a GPU. On a CPU, forward then keeps as many logits as fit into the
             memory of the gradient of ``weight``, and backward computes the others again. A kept logit takes 2 bytes if
             hidden states and weight are bfloat16, otherwise usually 4. Kept logits and the gradient of ``weight``
-            share memory, which is as large as the larger of the two plus a tile. ``recompute`` has no effect on a
-            second backward, which computes all logits again. It has no effect if ``weight`` needs no gradient.
+            share one buffer. It is as large as the larger of the two, plus a part of ``memory_budget``. ``recompute``
+            has no effect on a second backward, which computes all logits again. It has no effect if ``weight`` needs
+            no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.

@@ -63,8 +63,9 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     """Runs the model without its output head, and returns the arguments of ``linear_mpo_loss``.
 
     The model's logits would be ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``, without the
-    tanh if softcap is None. To find ``logit_scale`` and ``softcap``, the head returns a few known numbers (the probe)
-    in place of logits. The first call with a model reads the model's output for them, and waits for the device.
+    tanh if softcap is None. The head's forward is replaced: it returns a few known numbers, the probe. The model turns
+    the probe into its output ``logits``, which reveal ``logit_scale`` and ``softcap``. The first call with a model
+    reads these logits, and therefore waits for the device.
 
     Compute the loss from ``hidden``. Its backward then runs the backward hooks of wrappers such as FSDP. If the model
     runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the matmul with
@@ -261,7 +262,7 @@ class _GradientCell:
 
 
 class _LossProbe(torch.autograd.Function):
-    """Returns fixed numbers in place of logits. Backward returns ``cell.gradient`` as the gradient of ``value``."""
+    """Returns the probe in place of logits. Backward returns ``cell.gradient`` as the gradient of ``value``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
@@ -274,7 +275,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Returns ``value``. Backward stores its gradient in ``cell.gradient``, and sends zeros to ``logits``."""
+    """Returns ``value``. Backward stores the gradient of ``value`` in ``cell``, and returns zeros for ``logits``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
@@ -425,7 +426,7 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
 
 
 def _scale_and_softcap(model: nn.Module, logits: Tensor, dtypes: list[torch.dtype]) -> tuple[float, float | None]:
-    """Returns the model's logit scale and softcap: cached, or read from its ``logits`` for the probe."""
+    """Returns the model's logit scale and softcap, from the cache or from ``logits``, its output for the probe."""
     numbers = _config_numbers(model)
     known = _KNOWN.setdefault(model, {})
     key = (type(model), *dtypes, logits.dtype, *numbers)
@@ -485,7 +486,7 @@ def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | N
 
 
 def _measured_scale(logits: Tensor, softcap: float | None) -> float:
-    """Returns the logit scale for a given softcap, computed from the logit that the model returns for 0.25."""
+    """Returns the logit scale for a given softcap. It follows from the model's logit for the probe's number 0.25."""
     value = logits[_PROBE.index(0.25)].item()
     if softcap is not None:
         value = softcap * math.atanh(value / softcap) if abs(value) < softcap else math.nan

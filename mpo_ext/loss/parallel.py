@@ -44,7 +44,10 @@ from mpo_ext.ops.memory import VocabShard, result_dtype
 
 
 class _Rows(NamedTuple):
-    """The outputs of ``ops.linear.linear_token_logp`` for this rank's tokens. They cover the whole vocabulary."""
+    """The log-probs and statistics of this rank's tokens over the whole vocabulary, and the tensor for backward.
+
+    The fields have the order of the outputs of ``ops.linear.linear_token_logp``.
+    """
 
     logp: Tensor
     row_max: Tensor
@@ -64,7 +67,10 @@ def mpo_loss(
     vocab_parallel: Any,
     sequence_parallel: Any,
 ) -> MPOOutput:
-    """Returns the MPO loss of logits that are split over the ranks of one or both process groups."""
+    """Returns the MPO loss. ``vocab_parallel`` splits the columns of the logits, ``sequence_parallel`` the sequences.
+
+    At least one of the two process groups is given.
+    """
     groups = RankGroups(vocab_parallel, sequence_parallel)
     config, is_part = options.config, groups.sequence is not None
 
@@ -112,7 +118,10 @@ def linear_mpo_loss(
     vocab_parallel: Any,
     sequence_parallel: Any,
 ) -> MPOOutput:
-    """Returns the MPO loss of a head or hidden states that are split over the ranks of one or both process groups."""
+    """Returns the MPO loss. ``vocab_parallel`` splits the rows of the head, ``sequence_parallel`` the sequences.
+
+    At least one of the two process groups is given.
+    """
     groups = RankGroups(vocab_parallel, sequence_parallel)
     config, is_part = options.config, groups.sequence is not None
 
@@ -413,9 +422,9 @@ def _totals(
 def _loss_of_rows(
     logp: Tensor, labels: Tensor, ref_logp: Tensor, options: LossOptions, backend: str, shift: BatchShift
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Returns the pair loss, and d loss / d logp of each token, if each rank has whole sequences.
+    """Computes the pair loss on ranks that hold whole sequences. ``logp`` are the log-probs of the tokens.
 
-    ``logp`` are the log-probs of the tokens. For the backend "reference", the second result is None.
+    Returns the pair loss, and d loss / d logp of each token. For the backend "reference", the second result is None.
     """
     if backend == "reference":
         pair = eager.pair_loss(logp, labels, ref_logp.detach(), shift, options.config, options.cu_seqlens)
@@ -433,9 +442,10 @@ def _loss_of_sums(
     backend: str,
     shift: BatchShift,
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Returns the pair loss, and d loss / d logp of this rank's tokens, if the ranks have parts of the sequences.
+    """Computes the pair loss on ranks that hold only parts of the sequences.
 
-    ``totals`` are the first three results of ``_totals``. For the backend "reference", the second result is None.
+    ``totals`` are the first three results of ``_totals``. Returns the pair loss, and d loss / d logp of this rank's
+    tokens. For the backend "reference", the second result is None.
     """
     sums, tokens, ref_logp = totals
     config = options.config

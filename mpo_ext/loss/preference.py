@@ -33,7 +33,8 @@ class Pairs:
         ref_chosen_logp: ``[B]`` summed log-probs of the chosen responses under the reference model, without gradient;
             zeros if the loss needs no reference model.
         ref_rejected_logp: ``[B]`` the same for the rejected responses.
-        chosen_tokens: ``[B]`` number of labels in each chosen response, at least 1, in the dtype of the log-probs.
+        chosen_tokens: ``[B]`` number of labels in each chosen response, or 1 if it has no label. The dtype is that of
+            the log-probs.
         rejected_tokens: ``[B]`` the same for the rejected responses.
         has_both_sides: ``[B]`` bool, whether both responses of the pair have labels.
         beta: Temperature, as in ``preference_loss``.
@@ -100,8 +101,8 @@ def preference_loss(
     """Returns the preference loss ``name`` of each pair. Training minimises the mean over pairs.
 
     If a response has no label, the loss and the gradient of its pair are 0. The pair then has no effect on other
-    pairs. (In ``mpo_loss``, the DPO and BCO of such a pair are constants, also with gradient 0.) If a log-prob is NaN,
-    the loss of its pair and the mean over the batch are not finite.
+    pairs. (In ``mpo_loss``, the DPO and BCO terms of such a pair are constants above 0, whose gradient is 0, too.) If
+    a log-prob is NaN, the loss of its pair and the mean over the batch are not finite.
 
     Args:
         name: Name of the loss, a key of ``LOSSES``, such as "ipo". TRL 1.16 uses the same name if it has the loss.
@@ -222,8 +223,8 @@ def _aot(pairs: Pairs) -> Tensor:
     """Returns the AOT loss for paired data (arXiv 2406.05882): sorted policy margins against sorted reference margins.
 
     The policy margins ``a`` are ``chosen_logp - rejected_logp``, and the reference margins ``b`` are
-    ``ref_chosen_logp - ref_rejected_logp``. Both are sorted over the pairs. The k-th loss is
-    ``-log sigmoid(beta * (a[k] - b[k]))``. Label smoothing works as in ``_sigmoid``.
+    ``ref_chosen_logp - ref_rejected_logp``. Let ``a[k]`` and ``b[k]`` be their k-th smallest values. The pair to which
+    ``a[k]`` belongs has the loss ``-log sigmoid(beta * (a[k] - b[k]))``. Label smoothing works as in ``_sigmoid``.
     """
     return _sorted_logistic(
         pairs, pairs.chosen_logp - pairs.rejected_logp, pairs.ref_chosen_logp - pairs.ref_rejected_logp
@@ -240,10 +241,10 @@ def _aot_unpaired(pairs: Pairs) -> Tensor:
 
 
 def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
-    """Returns the logistic loss of each pair, ``[B]``, after sorting ``better`` and ``worse`` over the pairs.
+    """Returns the logistic loss of each value of ``better``, ``[B]``, in the given order of ``better``.
 
-    The k-th smallest value of ``better`` is compared with the k-th smallest value of ``worse``. Element i of the
-    result is the loss of ``better[i]``. Pairs with an empty response are excluded.
+    The k-th smallest value of ``better`` is compared with the k-th smallest value of ``worse``. Pairs with an empty
+    response are excluded from the comparison.
     """
     better, order = torch.where(pairs.has_both_sides, better, torch.inf).sort()
     worse = torch.where(pairs.has_both_sides, worse, torch.inf).sort().values

@@ -191,7 +191,7 @@ def _check_config(config: MPOConfig) -> None:
 
 
 class PairInputs(NamedTuple):
-    """The arguments that the operators ``pair_loss`` and ``forward`` have in common, in their order."""
+    """Arguments of the operators ``pair_loss`` and ``forward``: ``ref_logp`` to ``ignore_index``, in this order."""
 
     ref_logp: Tensor
     state: Tensor
@@ -201,7 +201,7 @@ class PairInputs(NamedTuple):
 
 
 def pair_inputs(ref_logp: Tensor, shift: BatchShift, cu_seqlens: Tensor | None, config: MPOConfig) -> PairInputs:
-    """Returns the arguments of the operator ``pair_loss`` that follow logp and labels.
+    """Returns the arguments ``ref_logp`` to ``ignore_index`` of the operator ``pair_loss``.
 
     ``shift`` is the reward shift.
     """
@@ -223,8 +223,9 @@ def end_pairs(
 ) -> tuple[eager.PairLoss, Tensor]:
     """Updates the reward shift with a batch. Returns the pair loss, and d loss / d logp of each token.
 
-    ``outputs`` are the outputs of the operator ``pair_loss`` for ``inputs``. On several ranks with
-    ``update="before"``, the pair loss is computed again, because the updated delta includes the rewards of all ranks.
+    ``outputs`` are the outputs of the operator ``pair_loss`` for ``inputs``. On several ranks, the update of the
+    reward shift needs the rewards of all ranks. With ``update="before"``, the pair loss is therefore computed again
+    after the update.
     """
     *fields, weight = outputs
     pair = eager.PairLoss(*fields)

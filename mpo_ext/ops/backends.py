@@ -24,7 +24,7 @@ with suppress(ImportError):
 def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") -> str:
     """Returns ``backend``, or the fastest backend for ``logits`` (or hidden states) if ``backend`` is None.
 
-    Error messages call the tensor ``name``.
+    ``name`` is the name of the argument ``logits`` in error messages.
 
     Raises:
         TypeError: If the backend does not support the dtype of ``logits``.

@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_logits(name: str, logits: Tensor, axis: str = "vocabulary") -> None:
     """Raises unless ``logits`` (or hidden states) has a supported dtype and a last axis that is not empty.
 
-    Error messages call the tensor ``name`` and its last axis ``axis``.
+    ``name`` is the name of the tensor in error messages, and ``axis`` the name of its last axis.
     """
     _check_float_tensor(name, logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
@@ -34,7 +34,7 @@ def check_logits(name: str, logits: Tensor, axis: str = "vocabulary") -> None:
 def check_labels(logits: Tensor, labels: Tensor, name: str = "logits", *, may_be_on_cpu: bool = False) -> None:
     """Raises unless ``labels`` is int64, has the shape of the logits without the last axis, and is on their device.
 
-    With ``may_be_on_cpu``, labels on the CPU are also allowed. Error messages call the logits ``name``.
+    With ``may_be_on_cpu``, labels on the CPU are also allowed. ``name`` is the name of the logits in error messages.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
@@ -235,7 +235,10 @@ def check_rows(labels: Tensor, dtype: torch.dtype, device: torch.device, **value
 
 
 def check_kernel(backend: str, tensor: Tensor, name: str = "logits") -> None:
-    """Raises unless the kernels of ``backend`` support ``tensor``. Error messages call the tensor ``name``."""
+    """Raises unless the kernels of ``backend`` support ``tensor``.
+
+    ``name`` is the name of the tensor in error messages.
+    """
     if backend not in KERNELS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, KERNELS))}, got {backend!r}")
     if backend == "cpu" and tensor.device.type != "cpu":

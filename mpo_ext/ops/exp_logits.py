@@ -1,9 +1,9 @@
 """Computes exponentials of tiles of logits on a GPU, for the gradient of hidden states under a frozen head.
 
-Forward sums ``exp(z - r) @ weight`` over the tiles of each row (token position). The reference r must be close to the
-row's largest logit so far, so that ``exp`` does not overflow. But if r changes, the sum so far must be rescaled. To
-make this rare, r rises only if the largest logit exceeds it by more than a slack: 40, or 0 for float16 and in the last
-tile.
+Forward sums ``exp(z - r) @ weight`` over the tiles of each row (token position). r is the reference of the row. If the
+row's largest logit so far exceeds r by more than a slack, r rises to this logit, so that ``exp`` does not overflow.
+The sum so far must then be rescaled. A slack of 40 makes this rare. The slack is 0 in the last tile, and in all tiles
+if the exponentials are float16.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def write_exp_logits(
 ) -> Tensor:
     """Writes ``exp(z - reference)`` for each logit z to ``exp_logits``, and 0 for the label's logit.
 
-    Each row (token position) has a reference. If the row's largest logit exceeds it by more than a slack, the
-    reference rises to this logit, and the row of ``sums`` is multiplied by ``exp(old reference - new reference)``.
-    After the last tile, the reference is the row's largest logit. If a label is out of range, the values of its row
-    are undefined.
+    Each row (token position) has a reference. If the row's largest logit exceeds it by more than the slack (see the
+    module's docstring), the reference rises to this logit. The row of ``sums`` is then multiplied by
+    ``exp(old reference - new reference)``. After the last tile, the reference is the row's largest logit. If a label
+    is out of range, the values of its row are undefined.
 
     Args:
         logits: ``[n, columns]``, a tile of labelled rows, float32.
@@ -44,7 +44,7 @@ def write_exp_logits(
         reference: ``[n]`` float32, the result of the call for the previous tile; None for the first tile.
         sums: ``[n, D]`` float32, contiguous: the sums of ``exp(z - reference) @ weight`` over the earlier tiles.
         backend: "cuda" or "triton".
-        exp_logits: Output, ``[n, columns]``, contiguous, float32 or half precision. It may be the tensor ``logits``.
+        exp_logits: Output, ``[n, columns]``, contiguous; float32, bfloat16 or float16. May be the tensor ``logits``.
         tile: The part of the vocabulary that the tile covers.
         is_last: Whether this is the last tile.
 

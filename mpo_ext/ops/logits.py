@@ -43,7 +43,7 @@ RowOutputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def stats_mask(stats: Sequence[str]) -> int:
-    """Returns the argument ``stats`` of ``token_logp``, a bit mask: bit i is set if ``STATS[i]`` is requested."""
+    """Returns the requested statistics as a bit mask: bit i is set if ``stats`` contains the name ``STATS[i]``."""
     return sum(1 << STATS.index(name) for name in set(stats))
 
 
@@ -275,10 +275,10 @@ def write_grad(
 ) -> None:
     """Writes the result of ``logits_grad`` to ``grad``. The first eight arguments are those of ``logits_grad``.
 
-    ``grad`` has the shape and dtype of the logits, and may be the logits themselves. On a GPU, ``grad`` may also be
-    half precision for float32 logits, or bfloat16 for float16 logits. If ``is_zeroed``, ``grad`` is already filled
-    with zeros, and ignored rows are not written. ``tile`` is the part of the vocabulary that the logits cover; None
-    means the whole vocabulary.
+    ``grad`` has the shape of the logits, and may be the logits themselves. On a CPU, it has the dtype of the logits. A
+    GPU also allows float16 or bfloat16 for float32 logits, and bfloat16 for float16 logits. If ``is_zeroed``, ``grad``
+    is already filled with zeros, and ignored rows are not written. ``tile`` is the part of the vocabulary that the
+    logits cover; None means the whole vocabulary.
     """
     if labels.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""Matrix products for losses from hidden states: the dtype of their inputs, and float32 results."""
+"""Chooses the dtype for the inputs of matrix products, and computes float32 products of half-precision inputs."""
 
 from __future__ import annotations
 

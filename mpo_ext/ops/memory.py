@@ -139,8 +139,9 @@ def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def reused_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Returns a contiguous uninitialised tensor on the CPU, in the memory of an earlier freed tensor if possible.
 
-    New memory causes page faults, which take longer than writing the gradient. The last freed block of at least 16 MiB
-    is therefore kept until ``empty_cache``. A new tensor reuses the block if it fills at least half of it.
+    The memory is for gradients. In new memory, page faults take longer than writing the gradient. The last freed block
+    of at least 16 MiB is therefore kept until ``empty_cache``. A new tensor reuses the block if it fills at least half
+    of it.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < REUSED_BYTES:

@@ -86,7 +86,7 @@ def fewest_waves(rows: int, vocab: int, hidden_size: int, widest: int, multiproc
     """
 
     def seconds(columns: int) -> int:
-        """Returns the time of all matmuls for the logits and the gradient of weight, in arbitrary units."""
+        """Returns a number proportional to the seconds that all matmuls for logits and gradient of weight take."""
         total = 0
         for width, count in ((columns, vocab // columns), (vocab % columns, 1)):
             logits = product_waves(rows, width, multiprocessors) * hidden_size

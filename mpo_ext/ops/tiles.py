@@ -68,7 +68,7 @@ class Head(NamedTuple):
 
     @property
     def inner_scale(self) -> float:
-        """Factor of ``hidden @ weight.T + bias`` in the argument of tanh, or in the logit if there is no softcap."""
+        """Factor of ``hidden @ weight.T + bias``: gives the argument of tanh, or the logit without a softcap."""
         return self.logit_scale / (self.softcap or self.temperature)
 
     @property
@@ -89,9 +89,10 @@ class KeptLogits:
     gradient of weight into the same buffer. The gradient starts at byte 0, and the logits start at an offset.
     Therefore the gradient never overwrites logits that backward has not read yet.
 
-    Let n be the number of labelled rows (token positions). If a logit and a gradient value have equal size, the buffer
-    holds ``max(n, D)`` values per column, plus a tile. With ``only_fitting`` and n larger than D, it holds only D
-    values per column. Forward then keeps only the logits of the first columns.
+    Let n be the number of labelled rows (token positions), and D the hidden size. If a logit and a gradient value have
+    equal size, the buffer holds ``max(n, D)`` values for each column of the vocabulary, and at most ``min(n, D)``
+    additional values for each column of one tile. With ``only_fitting`` and n larger than D, it holds only D values
+    for each column of the vocabulary. Forward then keeps only the logits of the first columns.
 
     ``store_`` stores float32 logits in float16, as distances from the row's maximum over this tile and all earlier
     tiles. These maxima lie after the logits. Rounding changes a distance by at most 2^-11 of its value. For distances
@@ -172,8 +173,8 @@ class TiledRows:
         head: Output head.
         ignore_index: Label of rows that are skipped.
         memory_budget: Bytes for a tile and the tensors computed from it.
-        converts_weight_grad: Whether the gradient of weight is computed. A float32 sum of it may then take a part of
-            the memory budget, before it is converted to the dtype of weight.
+        converts_weight_grad: Whether the gradient of weight is computed. It may be summed in float32, which takes a
+            part of the memory budget, and is then converted to the dtype of weight.
         keeps_logits: Whether forward keeps logits for backward.
         only_fitting: As in ``KeptLogits``.
     """
@@ -249,7 +250,7 @@ class TiledRows:
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the logits of a tile, and the values of the softcap's tanh (None without a softcap).
 
-        ``weight_rows`` is the result of the method ``weight_rows`` for the same columns. The logits are written to
+        The argument ``weight_rows`` is the result of ``self.weight_rows(first, end)``. The logits are written to
         ``out``, if given. Otherwise, they lie in a buffer that the next tile overwrites. The tanh always lies in such
         a buffer.
         """
@@ -287,10 +288,10 @@ class TiledRows:
         return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's part of the gradient of weight: ``grad.T`` times the hidden states of the slice ``rows``.
+        """Adds ``grad.T`` times the hidden states of the slice ``rows`` to a part of the gradient of weight.
 
-        Call it for each slice of rows from ``chunks``. The last call (``is_last``) writes the sum to ``target``, the
-        gradient of the tile's columns.
+        The part belongs to the columns of a tile. Call this method for each slice of rows from ``chunks``. After the
+        last call (``is_last``), ``target`` holds the sum.
         """
         # A single product may be rounded directly; the sum of several products is formed in float32.
         is_direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)
@@ -300,10 +301,10 @@ class TiledRows:
             target.copy_(total)
 
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
-        """Adds ``grad.sum(0)``, a tile's contribution to the gradient of bias.
+        """Adds ``grad.sum(0)`` to a part of the gradient of bias.
 
-        Call it for each slice of rows from ``chunks``. The last call (``is_last``) writes the sum to ``target``, the
-        gradient of the tile's columns.
+        The part belongs to the columns of a tile. Call this method for each slice of rows from ``chunks``. After the
+        last call (``is_last``), ``target`` holds the sum.
         """
         total = self._buffer("bias grad", (1, target.shape[0]), self.like.dtype)[0]
         if is_first:

@@ -307,7 +307,10 @@ def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, con
 
 
 def _linear_of_logits(of_logits: _Method) -> _Method:
-    """Returns a method that computes the logits of all tokens, followed by the loss with the method ``of_logits``."""
+    """Converts ``of_logits``, a method that starts from logits, to a method that starts from hidden states.
+
+    The result first computes the logits of all tokens. It then computes the loss from the logits like ``of_logits``.
+    """
 
     def method(loss: LossShape, machine: Machine) -> Parts:
         stages, memory = of_logits(loss, machine)
