@@ -52,7 +52,7 @@ class Check:
     Attributes:
         name: Name of the check, by which the command line selects it.
         tests: Arguments of pytest. For a sanitizer check, the value of ``SANITIZERS``, such as "thread".
-        counts: Numbers of test cases by environment variable, such as ``{"MPO_KILLS": 20}``.
+        counts: Environment variables that set a number of test cases, such as ``{"MPO_KILLS": 20}``.
         settings: Other environment variables.
         is_sanitizer: Whether ``make sanitize`` runs the check instead of pytest.
     """

@@ -168,9 +168,10 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Returns the three matmuls that the loss needs, as functions by name. Their time is a lower bound of the loss.
+    """Returns the three matmuls that the loss needs, as functions by name.
 
-    They multiply only the labelled rows, in the dtype that mpo_ext uses, and write to preallocated memory.
+    The sum of their times is a lower bound of the time that the loss takes. They multiply only the labelled rows, in
+    the dtype that mpo_ext uses, and write to preallocated memory.
     """
     dtype = matmul_dtype(batch.hidden.dtype, batch.hidden.device)
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100].to(dtype)
@@ -185,7 +186,7 @@ def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
 
 
 def _floor_seconds(name: str, medians: Mapping[str, float]) -> float:
-    """Returns a lower bound of the time of the implementation ``name``: the seconds of its necessary matmuls.
+    """Returns the seconds of the matmuls that the implementation ``name`` needs: a lower bound of its time.
 
     ``medians`` are the median seconds of the runs of ``_floor_runs``. A frozen head needs one matmul less.
     """

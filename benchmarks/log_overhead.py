@@ -85,7 +85,7 @@ def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[f
 
     Returns:
         A list and a number. The list has a tuple for each step: CPU seconds of the step, and a dict of CPU seconds by
-        logging part. The number is the CPU seconds per step of the statistics entropy and top1.
+        logging part. The number is the CPU time, in seconds per step, that the statistics entropy and top1 take.
     """
     clock = LogClock()
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

@@ -137,7 +137,7 @@ def provider(name: str) -> losses.Provider:
 def _floor_runs(batch: LogitsBatch) -> dict[str, Callable[[], Any]]:
     """Returns ``{"floor": run}``, where ``run`` reads the labelled logits twice and writes them once, in place.
 
-    Its time is a lower bound of the time of the loss.
+    Its time is a lower bound of the time that the loss takes.
     """
     labelled = batch.logits[:, int((batch.labels[0] == -100).sum()) :]
     return {"floor": lambda: (labelled.view(torch.float32).sum(), labelled.view(torch.float32).mul_(1.0))}

@@ -45,8 +45,8 @@ class LossBenchmark:
         providers: Functions by name. Each returns a provider. A missing or broken library may raise any exception.
         make_batch: Returns random inputs for a shape on a device.
         floor_runs: Returns functions by name, which do the necessary work on a batch. They may overwrite the batch.
-        floor_seconds: Called with the name of a provider and the median seconds of ``floor_runs`` by name. Returns the
-            floor of the provider in seconds.
+        floor_seconds: Function that returns the floor of a provider in seconds. Its arguments are the provider's name,
+            and a dict from the name of each function in ``floor_runs`` to its median seconds.
         floor: Description of the floor, for the result files.
         overwriting: Names of the providers that overwrite the logits of the batch.
         frozen: Names of the providers that compute no gradient of the head.
@@ -83,13 +83,14 @@ def usable(
     device: str = "cpu",
     most_seconds: float = math.inf,
 ) -> tuple[dict[str, Provider], dict[str, str]]:
-    """Tries each implementation of the loss (provider) on a small shape, and returns those that can run on ``loss``.
+    """Tries each provider on a small shape, and returns the providers that can run on the shape ``loss``.
 
-    A provider from another library must also be fast enough. It is rejected if a run on ``loss`` takes more than
-    ``most_seconds``, as estimated from the small shape or as measured.
+    A provider from another library must also be fast enough. It is rejected if a run on the shape ``loss`` takes more
+    than ``most_seconds``. This time is estimated from the small shape, or measured.
 
     Returns:
-        Two dicts: the usable providers by name, and for each rejected name the reason.
+        Two dicts: one from the name of each usable provider to the provider, and one from the name of each rejected
+        provider to the reason.
     """
     trial = dataclasses.replace(
         loss, tokens=max(loss.tokens // _TRIAL, 8), vocab=max(loss.vocab // _TRIAL, 512), share=1.0
@@ -140,9 +141,10 @@ def _elapsed(run: Provider, batch: Any) -> float:
 def runs_of(
     benchmark: LossBenchmark, cases: Mapping[str, Provider], loss: LossShape, *, device: str = "cpu"
 ) -> dict[str, Run]:
-    """Returns (prepare, run) functions by name: of the implementations ``cases``, and of ``benchmark.floor_runs``.
+    """Returns a dict from name to (prepare, run) functions, which run on inputs with the shape ``loss``.
 
-    All run on the shape ``loss``. ``prepare`` restores the logits if the implementation overwrites them.
+    The dict has an entry for each implementation in ``cases``, and for each function of ``benchmark.floor_runs``.
+    ``prepare`` restores the logits if the implementation overwrites them.
     """
     batch = benchmark.make_batch(loss, device)
     work = batch if loss.hidden is not None else benchmark.make_batch(loss, device)
@@ -266,8 +268,8 @@ def memory_of_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Na
     On a CPU, this is the resident memory of a fresh process. On a GPU, it is the allocated memory.
 
     Returns:
-        A dict by name of the implementation. A value is the peak bytes beyond inputs and gradients, or the reason why
-        they were not measured.
+        A dict. A key is the name of an implementation. A value is the peak bytes beyond inputs and gradients, or the
+        reason why they were not measured.
     """
     trial = dataclasses.replace(loss, tokens=min(loss.tokens, 8), vocab=min(loss.vocab, 512))
     cases, missing = usable(benchmark, args.cases, trial, device=args.device)

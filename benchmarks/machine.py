@@ -88,12 +88,12 @@ def _attend(query: torch.Tensor, options: dict[str, Any]) -> None:
 
 
 def sample(runs: int = 5) -> dict[str, list[float]]:
-    """Runs each program that measures the machine ``runs`` times. Returns a list of seconds by program."""
+    """Measures ``runs`` runs of each program. Returns a dict from the name of a program to the seconds of its runs."""
     return {name: timing.seconds for name, timing in interleaved(programs(), runs).items()}
 
 
 def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Machine:
-    """Computes the speed of the machine from the seconds of each run, by program.
+    """Computes the speed of the machine. ``seconds`` maps the name of a measuring program to the seconds of its runs.
 
     Old result files lack the programs for attention and for matmuls with 32 or 1,024 rows. The result then lacks these
     speeds.

@@ -45,7 +45,8 @@ _clock: Callable[[], float] = time.perf_counter
 def use_cpu_time() -> None:
     """Makes ``interleaved`` measure CPU time instead of elapsed time, because other programs disturb it less.
 
-    The CPU time of all threads is counted, so a run with several threads must not be compared with elapsed time.
+    The CPU times of all threads are added. So the CPU time of a run with several threads must not be compared with an
+    elapsed time.
     """
     global _clock
     _clock = time.process_time

@@ -41,7 +41,7 @@ class CommandCost:
 
 
 def main() -> None:
-    """Writes two files of pairs, runs the measured commands on each, and prints a table in Markdown."""
+    """Writes two pair files, runs the measured commands on each, and prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="folder for the files (default: a temporary folder)")
@@ -127,7 +127,7 @@ def _save_model(folder: Path) -> None:
 
 
 def measure(path: Path, model: Path) -> Iterator[CommandCost]:
-    """Runs each command on the file of pairs ``path``, and yields its time and memory."""
+    """Runs each command on the pair file ``path``, and yields its time and memory."""
     command = [sys.executable, "-m", "mpo_ext"]
     recipe = path.with_suffix(".yaml")
     settings = {

@@ -19,7 +19,7 @@ _LABELS = {
 def draw(documents: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
     """Draws the plots of the result files to ``folder``, and returns the paths of the PNG and SVG files.
 
-    ``documents`` holds the contents of the result files by name of the benchmark.
+    ``documents`` maps the name of a benchmark to the content of its result file.
     """
     written = []
     for name in ("logits", "linear"):

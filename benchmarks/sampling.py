@@ -80,9 +80,9 @@ def main() -> None:
 
 
 def _batches_and_overhead(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures and prints the first two results: batches against single prompts, and the overhead of a sampling run.
+    """Compares batches with single prompts, and measures the overhead of a sampling run. Prints both results.
 
-    Returns the seconds and sizes of each case by name.
+    Returns a dict from the name of a case to its seconds and sizes.
     """
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -134,9 +134,9 @@ def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, 
 
 
 def _shared_prefill(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures and prints the third result: one prefill for a question against a prefill for each sample.
+    """Compares one shared prefill for all samples of a question with one prefill per sample. Prints the result.
 
-    Returns the seconds and sizes of each case by name.
+    Returns a dict from the name of a case to its seconds and sizes.
     """
     sizes = Sizes(vocab=4096, hidden=args.hidden, layers=args.layers, images=args.images, vision_hidden=256)
     model, processor = build(sizes)

@@ -1,8 +1,8 @@
 """Checks the format of the result files.
 
-``check`` lists the fields of a file. Its ``points`` hold the measurements, each of one implementation on one shape. A
-point without measurements has a ``reason``. In the files of ``benchmarks.gpu``, a point may also be a check that
-passed or failed.
+``check`` lists the fields of a file. The field ``points`` holds the measurements. A point has the measurements of one
+implementation on one shape. A point without measurements has a ``reason``. In the files of ``benchmarks.gpu``, a point
+may also be a check that passed or failed.
 """
 
 from __future__ import annotations

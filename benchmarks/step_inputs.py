@@ -34,8 +34,8 @@ class Sizes:
         vision_hidden: Hidden size of the vision tower. It has two layers, and each attention head has size 64.
         response: Largest number of tokens per response, including the end token.
         least_response: Smallest number of tokens per response, including the end token.
-        text: Largest number of words of a prompt beyond its question of eight words.
-        least_text: Smallest number of these words. None: each prompt has ``text`` of them.
+        text: Largest number of extra words in a prompt. Every prompt has eight words besides these.
+        least_text: Smallest number of extra words in a prompt. None: each prompt has ``text`` extra words.
         batch: Number of pairs per optimizer step.
         micro_batch: Number of pairs per forward pass.
     """
@@ -55,7 +55,10 @@ class Sizes:
 
     @property
     def prompt(self) -> int:
-        """Largest number of tokens in a prompt: image tokens, ``text`` + 8 words, and 2 chat template tokens."""
+        """Largest number of tokens in a prompt.
+
+        These are the image tokens, 8 + ``text`` words of one token each, and 2 tokens of the chat template.
+        """
         return self.images * self.image_tokens + self.text + 10
 
     @property

@@ -1,7 +1,8 @@
 """Declares the measurements of ``python -m benchmarks``, and makes the entries (points) of the result files.
 
-A group is a set of implementations that are run in turn on one shape. Programs that measure a lower bound (floor) and
-the speed of the machine run between them. If an implementation could not be measured, its point has the reason.
+A group is a set of implementations that are run in turn on one shape. Between the implementations, small programs run.
+They measure the speed of the machine, and a lower bound of the implementations' times (floor). If an implementation
+could not be measured, its point has the reason.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Group:
 
     Attributes:
         sweep: Name of the size that is varied, such as "vocab"; "base" for the base shape.
-        loss: The shape.
+        loss: Shape of the inputs.
         providers: Names of the implementations.
         runs: Number of counted rounds; a round runs each implementation once.
         memory: Names of the implementations whose peak memory is also measured, each in a fresh process.
@@ -50,9 +51,9 @@ class Results:
 
     Attributes:
         points: Entries of the result file.
-        missing: Reasons by name of the implementations that could not run.
-        machine: Seconds of all runs of the programs that measure the machine, by program.
-        beside: Median seconds of these programs, by program, in the last group only.
+        missing: Dict from the name of each implementation that could not run to the reason.
+        machine: Dict from the name of each program that measures the machine to the seconds of all its runs.
+        beside: Dict from the name of each of these programs to its median seconds in the last group.
     """
 
     points: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -262,8 +263,8 @@ def step_groups(
     """Returns (sweep, sizes, cases, steps) tuples, one for each group of training steps to measure.
 
     ``sweep`` is the name of the varied size. ``cases`` are keys of ``train_step.CASES``. ``steps`` is the number of
-    counted steps. ``prompts`` are the prompt lengths, in tokens, of the groups in which attention takes much of the
-    time.
+    counted steps. Some groups have long text prompts, so that attention takes much of the time. ``prompts`` are the
+    prompt lengths of these groups, in tokens.
     """
     ours, cases = ("mpo_ext", "mpo_ext, precomputed"), ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
     if quick:

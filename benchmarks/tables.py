@@ -277,7 +277,7 @@ def _step_shape(document: Document) -> str:
 def _loss_gap(base: Sequence[Point], trl: Point | None, names: str) -> str:
     """Returns a sentence with the largest difference between our losses and TRL's at the same step.
 
-    ``names`` is a part of the sentence, such as "the losses of mpo_ext and TRL differ".
+    ``names`` is the subject and verb of the sentence, such as "the losses of mpo_ext and TRL differ".
     """
     ours = [p for p in base if p is not trl]
     if trl is None or not ours:

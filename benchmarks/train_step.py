@@ -9,9 +9,9 @@ The model is a small InternVL with a large vocabulary. A pair has four images of
 tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because TRL rejects a precomputed reference
 for images. A case that fails is listed with its error.
 
-``--attention`` compares three kinds of attention in mpo_ext, and TRL, with a long text prompt and a small vocabulary.
+``--attention`` compares three kinds of attention in mpo_ext. The prompt is a long text, and the vocabulary is small.
 The kinds are: a row per pair with split attention (causal calls without a mask), a row per pair with a dense mask,
-and a row per response.
+and a row per response. To compare them with TRL, name TRL and the kinds with ``--cases``.
 """
 
 from __future__ import annotations

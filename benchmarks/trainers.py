@@ -148,7 +148,7 @@ class _DoneError(Exception):
 def run_ours(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
     """Trains with mpo_ext's trainer, and calls the gate after each of ``steps`` steps.
 
-    ``pairs`` is the file of pairs. ``settings`` override the recipe.
+    ``pairs`` is the pair file. ``settings`` override the recipe.
     """
     from mpo_ext.train import batch_loss, dataset, loop
     from mpo_ext.train import reference_model as references
@@ -223,7 +223,7 @@ def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping
 
     Loss, learning rate and order of the pairs are those of mpo_ext's recipe. TRL runs in float32, without gradient
     checkpointing and without a length limit, and writes no log. Other options, such as the fused AdamW, are TRL's
-    defaults. ``pairs`` is the file of pairs. ``settings`` override the options of ``DPOConfig``.
+    defaults. ``pairs`` is the pair file. ``settings`` override the options of ``DPOConfig``.
     """
     from datasets import Dataset
     from datasets import Image as ImageFeature

@@ -5,8 +5,8 @@
 
 The repository has a folder for each build variant. ``kernels`` loads the best variant for a machine. The variant
 torch-universal has the Triton kernels and the loss in plain torch. Wheels of this project, one for each version of
-Python, add a variant with their compiled modules. It is for CUDA if the modules have CUDA kernels, otherwise for the
-CPU. It works with all versions of torch (torch-stable-abi), because the modules do not use torch's ABI.
+Python, add a variant with their compiled modules. This variant is for CUDA if the modules have CUDA kernels, otherwise
+for the CPU. It works with torch 2.6 or later (torch-stable-abi26), because the modules do not use torch's ABI.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ or the CUDA kernels of a variant for CUDA. On a CPU, torch-universal runs plain 
 
 
 def sources() -> dict[str, str]:
-    """Returns the source code of the loss by path, such as "ops/native.py", in a build variant."""
+    """Returns the files of the loss as a dict from path to source code.
+
+    A path, such as "ops/native.py", is relative to the folder of a build variant.
+    """
     return {
         Path(folder, path.name).as_posix(): path.read_text(encoding="utf-8")
         for folder, source, pattern in SOURCES
@@ -136,7 +139,7 @@ def write_variant(folder: Path, modules: dict[str, bytes], facts: dict[str, Any]
 
 
 def compiled_modules(wheels: list[Path]) -> dict[str, bytes]:
-    """Returns the compiled module of each wheel, by file name.
+    """Returns the compiled modules in the wheels, as a dict from file name to content.
 
     Raises:
         ValueError: If a wheel has no compiled module, or two wheels are for the same version of Python.
@@ -157,10 +160,10 @@ def compiled_modules(wheels: list[Path]) -> dict[str, bytes]:
 
 
 def load(modules: dict[str, bytes]) -> ModuleType:
-    """Imports the one of the compiled ``modules`` that fits the running version of Python.
+    """Imports the compiled module for the running version of Python, and returns it.
 
     Raises:
-        ValueError: If none fits.
+        ValueError: If ``modules`` has no such module.
     """
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     if name not in modules:

@@ -37,9 +37,10 @@ _FIXED_ROWS = (64, 1024, 8192, 65_536)
 
 
 def bytes_needed(loss: LossShape, what: str) -> int:
-    """Returns the bytes that a pass of any implementation must move: "forward", "backward" or "both".
+    """Returns the bytes that any implementation must move in a pass.
 
-    Forward and backward each read the labelled logits. Backward also writes the gradient of all logits.
+    ``what`` is the pass: "forward", "backward" or "both". Forward and backward each read the labelled logits. Backward
+    also writes the gradient of all logits.
     """
     row = loss.vocab * loss.size
     forward = loss.labelled * row
@@ -134,7 +135,7 @@ def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor 
 def _measure_fixed(stage: GpuStage, rows: int) -> None:
     """Measures the fixed costs of a forward pass, with a small vocabulary, and adds them to the result file.
 
-    There are ``rows`` positions, of which two or all have labels.
+    Measures ``rows`` positions twice: once with labels at two of them, once with labels at all of them.
     """
     loss = LossShape(tokens=rows // 2, vocab=1024)
     values = torch.zeros(2, rows // 2, 1024, device=stage.device, dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ class StudyRow:
 
     Attributes:
         loss: Fields of ``LossRecipe``.
-        pairs: Name of the file of pairs, one of ``StudyTask.pair_files``.
+        pairs: Name of the pair file, one of ``StudyTask.pair_files``.
         rate: Factor by which the learning rate is multiplied.
         reward_shift: Fields of ``RewardShiftRecipe``.
         is_synced: Whether the reference moves towards the policy in training (TR-DPO), each time by 0.6 of the way.
@@ -43,7 +43,7 @@ class StudyTable:
     Attributes:
         title: Title of the table.
         rows: (label, name) of each row. A name is a key of ``StudyTask.starts`` or of ``StudyTask.rows``.
-        paper: Numbers in the paper (arXiv 2411.10442v2), such as "77.2 / 79.2", by name of the row.
+        paper: Dict from the name of a row to its numbers in the paper (arXiv 2411.10442v2), such as "77.2 / 79.2".
         is_on_page: Whether docs/ shows the table. False if another table has the same rows.
     """
 
@@ -85,9 +85,9 @@ class StudyTask:
         starts: Starting models by name. A value has the settings that differ from those of the model ``START``.
         rows: Settings of each training run by name. All runs are repeated for each seed.
         tables: Tables by name.
-        differences: Accuracy differences by name of the table. A difference is (row, row to compare with, column). The
-            significance tests of a table are corrected for the number of its differences.
-        pair_files: Names of the files of pairs that the model ``START`` has.
+        differences: Dict from the name of a table to its accuracy differences. A difference is (row, row to compare
+            with, column). The significance tests of a table are corrected for the number of its differences.
+        pair_files: Names of the pair files that are made for the model ``START``.
         main: Names of the tables whose runs are executed first.
         columns: Additional columns of the tables: (header, kind of questions, quantity in percent).
         paper: Differences that the paper reports, each with its direction: "higher" or "lower".

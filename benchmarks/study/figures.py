@@ -25,7 +25,7 @@ def prefix_of(document: Mapping[str, Any]) -> str:
 
 
 def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
-    """Returns a measured quantity of the training run or starting model ``row``, by seed.
+    """Returns a dict from seed to a measured quantity of the training run or starting model ``row``.
 
     Seeds without a measured result are left out. ``column`` is one of ``COLUMNS``, and ``quantity`` one of
     ``QUANTITIES``. Fractions are returned in percent.
@@ -45,10 +45,11 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 
 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
-    """Returns the standard error over the questions of accuracy(``row``) - accuracy(``other``), in percentage points.
+    """Returns the standard error of accuracy(``row``) - accuracy(``other``), in percentage points.
 
-    Compares the answers to the step-by-step questions ("cot") pairwise, for the first seed that has both results.
-    Returns None if there is no such seed, or if the file does not record which answers are correct.
+    The error is computed over the step-by-step questions ("cot"), by comparing the two answers to each question. It
+    uses the first seed that has both results. Returns None if no seed has both, or if the file does not record which
+    answers are correct.
     """
     answers: dict[str, dict[int, str | None]] = {row: {}, other: {}}
     for result in document["results"]:
@@ -75,5 +76,5 @@ def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
 
 
 def start_of(task: StudyTask, row: str) -> str:
-    """Returns the name of the model from which the run ``row`` begins; ``row`` itself if it is a starting model."""
+    """Returns the name of the model from which the run ``row`` begins. If ``row`` is a starting model, returns it."""
     return row if row in task.starts else task.rows[row].start

@@ -20,10 +20,10 @@ _HEADER = [
 
 
 def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the Markdown table. ``documents`` are the result files by name.
+    """Returns the Markdown table. ``documents`` maps the name of a result file to its content.
 
-    Starting models without results of SFT and MPO are left out. The significance tests are corrected for the number of
-    lines.
+    A starting model is left out if no seed has results of both SFT and MPO for it. The significance tests are
+    corrected for the number of lines.
     """
     lines = [line for name in ("study_prior", "study") for line in _lines(documents[name])]
     found = verdicts([gains for _, gains, _, _ in lines])
@@ -40,7 +40,7 @@ def _lines(document: Mapping[str, Any]) -> list[tuple[list[str], Sequence[float]
     """Returns (first cells, gains, error, last cells) for each starting model in ``document``.
 
     ``gains`` are MPO's accuracy gains over SFT, one for each seed. With a single seed, ``error`` is the standard error
-    of the gain over the questions, otherwise None.
+    that ``figures.question_error`` returns for the gain. With several seeds, it is None.
     """
     lines: list[tuple[list[str], Sequence[float], float | None, list[str]]] = []
     task = figures.task_of(document)

@@ -100,12 +100,12 @@ def cost(document: Mapping[str, Any]) -> str:
 
 
 def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Returns the entries of ``starts`` in a result file that have label fractions for the kind of pairs ``name``."""
+    """Returns the entries of ``document["starts"]`` in which pairs of the kind ``name`` have label fractions."""
     return [start for start in document["starts"] if start.get("labels", {}).get(name)]
 
 
 def _tokens_per_pair(starts: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Returns the generated tokens per pair of the sampling run ``name``, averaged over ``starts``."""
+    """Returns how many tokens the sampling run ``name`` generated per pair, as the mean over ``starts``."""
     runs = [start["sampling"][name] for start in starts]
     made = [sum(count for output, count in run["lines"].items() if output.endswith("pairs")) for run in runs]
     return statistics.fmean(run["generated_tokens"] / count for run, count in zip(runs, made, strict=True))

@@ -1,9 +1,10 @@
 """Declares the task "language-prior" of the study, which is the demo's task.
 
 The starting model makes up digits: it predicts them from its own text instead of reading the image. The settings are
-those of the demo. This file was fixed before the reported seeds ran (docs/study.md), with two exceptions: the tables
-"alone", "repair" and "rlaif", and the paper's directions for the table "weights". They were added later, but before
-the runs in these tables.
+those of the demo. This file was fixed before the reported seeds ran (docs/study.md), with two exceptions. The first is
+the tables "alone", "repair" and "rlaif". The second is the entries of ``PAPER`` for the table "weights". An entry
+says whether the paper reports a higher or a lower accuracy. Both were added later, but before the runs in these
+tables.
 """
 
 from collections.abc import Mapping
@@ -79,9 +80,10 @@ ROWS: dict[str, StudyRow] = {
 
 
 def _of_variants(names: list[str]) -> tuple[tuple[str, str], ...]:
-    """Returns (label, name) of three table rows for each variant of the starting model: the model itself, SFT and MPO.
+    """Returns three table rows, as (label, name), for each variant of the starting model.
 
-    ``names`` are names of variants, such as "prior 0.5"; "" is the model with the default settings.
+    The rows are the variant itself, SFT from it, and MPO from it. ``names`` are names of variants, such as "prior
+    0.5"; "" is the model with the default settings.
     """
     rows = []
     for name in names:

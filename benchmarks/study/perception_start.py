@@ -38,7 +38,7 @@ def make_files(
     """Samples answers of the starting model, and makes pairs from them.
 
     Returns:
-        Two dicts: the pairs by name of the file, and a summary of sampling by kind of pairs.
+        Two dicts: one from file name to pairs, and one from kind of pairs to the summary of their sampling.
     """
     pool, summaries = _sample(model, processor, settings, rng, folder)
     return choose(pool, settings, rng), summaries
@@ -56,7 +56,7 @@ def train_start(
     The questions show digits in an image, state them in words, or lack the image.
 
     Returns:
-        A dict for each evaluation, with ``step``, ``loss`` and the validation accuracy by kind of questions.
+        A dict for each evaluation, with ``step``, ``loss`` and a validation accuracy for each kind of questions.
     """
     splits = digits.load_digits()
     tasks = digits.sample_tasks(digits.part(splits["train"], 0, settings.sft_digits), settings.sft_questions, rng)
@@ -92,7 +92,8 @@ def _sample(
     """Samples answers about digits that the starting model has not seen, and makes pairs from them.
 
     Returns:
-        Two dicts: the pairs and a summary of sampling, both by kind of pairs. ``choose`` explains the kinds.
+        Two dicts, whose keys are kinds of pairs. The first has the pairs, the second the summaries of their sampling.
+        ``choose`` explains the kinds.
     """
     engine = TransformersEngine(model, processor, name=f"digits study, seed {settings.seed}", batch_size=BATCH_SIZE)
     unseen = digits.part(digits.load_digits()["train"], settings.sft_digits, None)
@@ -128,9 +129,9 @@ def _sample(
 def choose(
     pool: Mapping[str, Sequence[Pair]], settings: StudySettings, rng: np.random.Generator
 ) -> dict[str, list[Pair]]:
-    """Chooses the pairs of each file at random. Returns the pairs by name of the file.
+    """Chooses the pairs of each file at random. Returns a dict from file name to pairs.
 
-    ``pool`` holds the pairs by kind. "direct", "cot" (step by step) and "text" (digits stated in words) are
+    ``pool`` maps each kind to its pairs. "direct", "cot" (step by step) and "text" (digits stated in words) are
     correctness pairs. The keys of ``perception.KEEPS`` are DropoutNTP pairs.
 
     Raises:

@@ -73,7 +73,9 @@ def train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the starting model in place, as the demo trains its SFT model. Loads it if ``adopt`` has copied a model.
+    """Trains the starting model in place, as the demo trains its SFT model.
+
+    If ``adopt`` has copied a trained model, loads its weights into ``model`` instead of training.
 
     Returns:
         ``step`` and ``loss`` of every hundredth step.
@@ -108,7 +110,7 @@ def make_files(
     If ``has_all`` is False, only the file "mixed" is made, with the same pairs as in the demo.
 
     Returns:
-        Two dicts: the pairs by name of the file, and summaries by name of the sampling run.
+        Two dicts: one from file name to pairs, and one from the name of a sampling run to its summary.
 
     Raises:
         RuntimeError: If a file would have no pair.
@@ -136,10 +138,10 @@ def _make_kinds(
     mixed: list[Pair],
     summaries: dict[str, Any],
 ) -> dict[str, list[Pair]]:
-    """Makes all files of pairs except "mixed" and RLAIF-V. Returns the pairs by name of the file.
+    """Makes the pairs of all files except "mixed" and "RLAIF-V". Returns a dict from file name to pairs.
 
-    Some files are random subsets of ``mixed``, the pairs of the file "mixed". The others are sampled, and their
-    sampling summaries are added to ``summaries``.
+    Some files are random subsets of ``mixed``, the pairs of the file "mixed". The pairs of the others are sampled, and
+    the summaries of sampling are added to ``summaries``.
     """
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}

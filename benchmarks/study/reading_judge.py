@@ -35,10 +35,12 @@ def config(*, samples: int, temperature: float, seed: int, pairs_per_question: i
 
 
 class ReadingJudge:
-    """An engine that lists the claims of a response, and judges each claim with a direct answer of ``engine``.
+    """An engine that lists the claims of a response, and judges each claim.
+
+    To judge a claim, it asks the starting model for a direct answer.
 
     Args:
-        engine: Engine of the starting model.
+        engine: Engine that runs the starting model.
         side: Number of rows and columns of a grid.
 
     Attributes:

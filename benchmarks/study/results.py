@@ -76,7 +76,7 @@ def current_commit() -> str:
 def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, AnySettings]) -> int:
     """Copies results of an earlier study into the folder ``out``, and returns their number.
 
-    Skips results that ``out`` already has, failures, and seeds that are not in ``settings``. The caller must make sure
+    Skips failures, seeds that are not in ``settings``, and results that ``out`` already has. The caller must make sure
     that the declared training runs have not changed, because ``document`` does not record their settings.
 
     Args:
@@ -107,7 +107,7 @@ def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, Any
 
 
 def _shared_settings(settings: Mapping[int, AnySettings]) -> dict[str, Any]:
-    """Returns the settings without the seed, as JSON values. All seeds have the same."""
+    """Returns the settings without the seed, as JSON values. The settings of all seeds differ only in the seed."""
     shared: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(next(iter(settings.values())))))
     del shared["seed"]
     return shared
@@ -127,7 +127,7 @@ def document_of(
 ) -> dict[str, Any]:
     """Returns the content of ``study.json``. Runs without a result get the reason "not run".
 
-    ``results`` holds results by (seed, name of the run). ``settings`` holds settings by seed.
+    The keys of ``results`` are (seed, name of a training run or starting model). The keys of ``settings`` are seeds.
     """
     starts, listed = [], []
     name = next(iter(settings.values())).task

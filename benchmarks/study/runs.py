@@ -98,9 +98,9 @@ class Study:
                         raise error
 
     def finish(self, seed: int, row: str, result: dict[str, Any]) -> None:
-        """Stores the result of ``row``, the name of a starting model or of a training run.
+        """Stores the result of a starting model or training run. ``row`` is its name.
 
-        If it is a trained starting model, its runs are queued. If it is a failed starting model, its runs fail too.
+        When a starting model is trained, its runs are queued. When a starting model has failed, its runs fail too.
         """
         self.results[seed, row] = result
         is_start = row in self.task.starts
@@ -118,20 +118,20 @@ class Study:
             self.write()
 
     def settings_of(self, seed: int, row: str) -> AnySettings:
-        """Returns the settings of the starting model ``row``, or of the model from which the run ``row`` begins."""
+        """Returns the settings of a starting model. ``row`` names the model, or a run that begins from it."""
         return dataclasses.replace(self.settings[seed], **self.task.starts[tables.start_of(self.task, row)])
 
     def folder_of(self, seed: int, row: str) -> str:
-        """Returns the folder name of the starting model ``row``, or of the model from which the run ``row`` begins."""
+        """Returns the folder name of a starting model. ``row`` names the model, or a run that begins from it."""
         variant = tables.start_of(self.task, row).removeprefix(START)
         return f"seed-{seed}" + (f"-{results.slug(variant)}" if variant else "")
 
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
         """Returns the sort key of an entry (seed, name) of the queue.
 
-        Models in the main tables come first. Each of them is made for all seeds before the next one, so that an
-        interrupted study has complete comparisons. Then come the other training runs, and last the other starting
-        models, both by seed.
+        Models in the main tables come first, model by model: all seeds of a model, then all seeds of the next. So an
+        interrupted study has complete comparisons. Then come the remaining training runs, seed by seed. Last come the
+        remaining starting models, seed by seed.
         """
         seed, row = run
         place = [*self.task.starts, *self.task.rows].index(row)

@@ -49,10 +49,10 @@ def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
 
 
 def findings(document: Document) -> str:
-    """Returns two tables about the directions that the paper reports, such as MPO being better than SFT.
+    """Returns two tables about the differences that the paper reports, such as MPO being better than SFT.
 
-    The first shows the directions for which the study has a significant result. The second counts the others by
-    reason.
+    The first shows the differences that are significant in the study. The second counts the other differences, by the
+    reason why they have no significant result: "not significant", "one seed, no verdict" or "not run".
     """
     task = figures.task_of(document)
     rows: dict[str, list[list[str]]] = {SAME: [], OPPOSITE: []}

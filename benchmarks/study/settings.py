@@ -20,14 +20,15 @@ class StudySettings(RunSettings):
         validation_tasks: Number of validation questions per measurement.
         sft_digits: Number of training digits for the SFT. The pairs use the other training digits.
         sft_text_share: Fraction of the SFT questions that state the digits and have no image.
-        text_questions: Number of questions without an image from which pairs are made.
+        text_questions: Number of questions without an image. The pairs of the file "text" are made from them.
         late_continuations: Number of continuations that DropoutNTP samples if it keeps 0.75 of an answer. The kept
             part then names all digits, and most continuations are correct, so several are needed. If it keeps less, it
             samples one.
         pairs: Number of pairs in the file "mixed".
         mixed_shares: Fractions of the pairs in "mixed": correctness pairs with direct answers, correctness pairs with
             step-by-step answers, and DropoutNTP pairs.
-        kind_pairs: Largest number of pairs in each of the files "correctness" to "DropoutNTP 0.75" of ``PAIR_FILES``.
+        kind_pairs: Maximum number of pairs per file, for the files from "correctness" through "DropoutNTP 0.75" in
+            ``perception.PAIR_FILES``. These files have equally many pairs.
     """
 
     task: ClassVar[str] = "perception"
@@ -72,12 +73,14 @@ class StudySettings(RunSettings):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PriorSettings(Settings):
-    """Settings of the task "language-prior" for one seed: the demo's settings, and sizes of further files of pairs.
+    """Settings of the task "language-prior" for one seed: the demo's settings, and sizes of further pair files.
 
     Attributes:
-        kind_questions: Number of step-by-step questions for correctness pairs, and of others for DropoutNTP pairs.
-        kind_pairs: Largest number of pairs in each of the files "correctness" to "DropoutNTP 0.75" of ``PAIR_FILES``.
-        text_questions: Number of questions without an image from which pairs are made.
+        kind_questions: Number of step-by-step questions for correctness pairs. As many further questions are drawn for
+            DropoutNTP and RLAIF-V pairs.
+        kind_pairs: Maximum number of pairs per file, for the files from "correctness" through "DropoutNTP 0.75" in
+            ``language_prior.PAIR_FILES``. These files have equally many pairs.
+        text_questions: Number of questions without an image. The pairs of the file "text" are made from them.
         text_evaluation_tasks: Number of held-out questions that state the digits and have no image.
     """
 

@@ -1,4 +1,4 @@
-"""Prepares a starting model of the study: its weights, its files of pairs, and their reference log-probs."""
+"""Prepares a starting model of the study: its weights, its pair files, and their reference log-probs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mpo_ext.demo.train import METHODS, make_recipe
 
 
 def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, Any]:
-    """Makes a starting model, its files of pairs and the reference log-probs. If they exist, returns the saved result.
+    """Makes a starting model, its pair files and the reference log-probs. If they exist, returns the saved result.
 
     If only the weights are missing, the model is trained again. It must then give the same answers as before, because
     earlier training runs began from the old weights. Files in ``folder`` from other settings are deleted.
@@ -101,7 +101,7 @@ def _compute_reference(
     name: str,
     folder: Path,
 ) -> None:
-    """Writes the reference log-probs of the file of pairs ``name``: the log-probs under the starting model.
+    """Writes the reference log-probs of the pair file ``name``: the log-probs under the starting model.
 
     The trainer computes them before its first step, so one step with a learning rate of 0 is run.
     """

@@ -14,7 +14,7 @@ class DifferenceVerdict:
     """The verdict on a difference over several seeds.
 
     Attributes:
-        error: Standard error of the mean difference over the seeds; None for fewer than 2 seeds.
+        error: Standard error of the mean difference, computed over the seeds; None for fewer than 2 seeds.
         p: Two-sided p value of a t test over the seeds, corrected by Holm's method; None for fewer than 2 seeds.
         text: "higher", "lower" or "not significant".
     """

@@ -1,9 +1,9 @@
 """The machine that simulates a kernel.
 
-Thread blocks run in groups, the resident blocks. Each of their threads is a lane: an element of numpy arrays. Warp w
-owns the lanes 32w..32w+31, since blocks are padded to whole warps. Each lane has a program counter (pc). The schedule
-`lockstep` repeatedly runs all lanes with the lowest pc. `random` runs one random warp at a time in this way, for a
-random number of instructions.
+Thread blocks run group by group. The blocks of the running group are called resident. Each thread of a resident block
+is a lane: an element of numpy arrays. Warp w owns the lanes 32w..32w+31, since blocks are padded to whole warps. Each
+lane has a program counter (pc). The schedule `lockstep` repeatedly runs all lanes with the lowest pc. The schedule
+`random` runs one random warp at a time in this way, for a random number of instructions.
 """
 
 import random

@@ -209,7 +209,7 @@ class BufferStats:
 
 
 class Access:
-    """Counters of one memory instruction and state space in a launch."""
+    """Counters of one memory instruction in one state space, during a launch."""
 
     def __init__(self, ins, space, kind):
         self.ins, self.space, self.kind = ins, space, kind
@@ -509,7 +509,9 @@ class RaceDetector:
             self.warp[k][:] = -1
 
     def access(self, at, size, kind, epoch, warp, silent=None, lost=None):
-        """Records an access. Returns None, or for a race (lane position, other warp, kind of the other access).
+        """Records an access. Returns None if it does not race with another access.
+
+        For a race, returns (lane position, other warp, kind of the other access). MANY stands for several other warps.
 
         at: byte positions of the lanes.
         kind: 'r' (read), 'w' (write) or 'a' (atomic).

@@ -163,7 +163,8 @@ class Kernel:
     ):
         """Runs the kernel and returns the report. Numpy-array arguments are updated in place.
 
-        resident: number of blocks that run at once (default: as many as have a few thousand threads).
+        resident: number of blocks that run at once. Default: as many as fit into 8,192 lanes (65,536 for the schedule
+            random) and 512 MiB, at least one.
         check_poison: raise a fault if a byte is read that was never written (init=None buffers, shared memory).
         check_races: record shared-memory races in report.races; 'raise' stops at the first.
         traffic: count sectors and bank conflicts. False is faster.

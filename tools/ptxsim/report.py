@@ -83,7 +83,7 @@ class Report:
 
     @property
     def global_atomics(self):
-        """The number of atomic and red operations on global memory. Each thread counts."""
+        """The number of `atom` and `red` operations on global memory, summed over the threads that execute them."""
         return self._sum("global", ("atomic",), "lanes")
 
     @property
