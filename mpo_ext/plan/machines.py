@@ -67,8 +67,8 @@ class Machine:
         matmul_shares: Fraction of ``matmul_rates`` that a matmul reaches, by the smallest of its three sizes m, n, k.
             Between two sizes, the fraction is interpolated over the logarithm of the size. Empty: 1 for all sizes.
         attention_rates: FLOP per second of attention kernels, by kind and dtype. Kind "plain": causal or full
-            attention, whose FLOP are those of the scores that the result needs. Kind "masked": attention with a dense
-            mask, whose FLOP are those of all scores. A missing rate is the rate of matmuls.
+            attention; only the scores that the result needs count as FLOP. Kind "masked": attention with a dense mask;
+            all scores count as FLOP. A missing rate is the rate of matmuls.
         kernel_rate: Logits per second that mpo_ext's kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
         fresh: Bytes per second of page faults: the operating system provides new memory in small pages. Writing to the

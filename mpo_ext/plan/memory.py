@@ -314,7 +314,7 @@ class MemoryEstimate:
 def has_split_attention(model: nn.Module) -> bool:
     """Returns whether the decoder uses split attention (``mpo_ext.train.split_attention``).
 
-    Split attention handles a prompt with several responses in one row without a mask.
+    With split attention, a row with a prompt and several responses needs no mask.
     """
     return is_split(getattr(decoder_config(unwrap_model(model)), "_attn_implementation", None))
 

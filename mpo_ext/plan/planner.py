@@ -129,7 +129,7 @@ def _sync_notes(recipe: Recipe, memory: Sequence[Memory]) -> Iterator[str]:
 
 
 def _variants(estimate: MemoryEstimate) -> Iterator[Variant]:
-    """Yields the planned run, variants of this run with one changed setting each, and TRL's trainer."""
+    """Yields the planned run, then variants of this run with one changed setting each, then TRL's trainer."""
     recipe, loss, kind = estimate.recipe, estimate.recipe.loss, estimate.recipe.reference_kind
     yield _variant(estimate, "this recipe")
     if kind is not None:

@@ -49,8 +49,8 @@ class Plan:
         micro_batches: Maximum number of micro-batches of a rank per step.
         world: Number of processes (ranks).
         layout: "shared": one row of the batch holds a prompt and both responses. "separate": each response has a row
-            with its prompt. The prediction uses the model's config and code. The trainer verifies "shared" on the
-            first pairs.
+            with its prompt. The layout is predicted from the recipe and from the model's config and code. The trainer
+            verifies "shared" on the first pairs.
         tokens: Assumed number of tokens of a prompt plus a response (see docs/train.md).
         positions: Number of decoder positions of a micro-batch whose pairs all have ``tokens`` tokens.
         memory: Parts of a rank's memory.
@@ -58,7 +58,7 @@ class Plan:
         eager_loss: Peak bytes of the same loss in plain torch, if each response is a separate row of the batch.
         cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.steps``.
         cost_step: Shape of a rank's step in which all pairs have the assumed length, for ``mpo_ext.plan.steps``.
-        variants: The unchanged run, followed by runs with a changed setting and TRL's trainer.
+        variants: The planned run, then runs with one changed setting each, then TRL's trainer.
         notes: Remarks that are printed after the tables.
     """
 
@@ -111,7 +111,7 @@ class Plan:
         return step_cost(trainer, self.cost_model, dataclasses.replace(self.cost_step, **changes), machine)
 
     def times(self, machine: Machine) -> list[tuple[str, ...]]:
-        """Returns the rows of the table of predicted times: the planned run, followed by its variants."""
+        """Returns the rows of the table of predicted times, one for each entry of ``variants``."""
         costs = [self.predict(variant.trainer, machine, **variant.changes) for variant in self.variants]
         first = costs[0]
         rows: list[tuple[str, ...]] = []

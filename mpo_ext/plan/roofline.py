@@ -147,7 +147,10 @@ def loss_gradients(loss: LossShape, *, has_head: bool = True) -> float:
 
 
 def _kept_width(loss: LossShape, machine: Machine) -> int:
-    """Returns the bytes of a logit that forward keeps for backward: 2 for bfloat16 inputs, otherwise as in a tile."""
+    """Returns the number of bytes in which forward keeps a logit for backward.
+
+    The number is 2 for bfloat16 inputs. Otherwise, it is the same as in a tile of logits.
+    """
     product = loss.dtype if loss.matmul_dtype is None else loss.matmul_dtype
     width = 4 if machine.is_gpu or product == "float32" else loss.size
     return 2 if loss.dtype == "bfloat16" else width
@@ -210,7 +213,7 @@ class GpuTiles:
     def of(cls, loss: LossShape, machine: Machine, *, keeps_logits: bool) -> GpuTiles:
         """Returns the tiles of a loss with the default memory budget.
 
-        ``keeps_logits`` is True for ``recompute=False``.
+        ``keeps_logits`` is True if forward keeps the logits for backward (``recompute=False``).
         """
         budget, rows = gpu_memory_budget(machine.memory), max(loss.labelled, 1)
         is_half, keeps_half = loss.size < 4, keeps_logits and loss.dtype == "bfloat16"
@@ -233,7 +236,8 @@ _TILE_LAUNCHES = {"recompute": 2 + 4, "keep": 7 + 4, "frozen": 4}
 def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = False, has_head: bool = True) -> Parts:
     """Returns the stages of the work and the peak bytes of ``linear_mpo_loss`` on a GPU.
 
-    ``keeps_logits`` is True for ``recompute=False``. ``has_head`` is False for a frozen head.
+    ``keeps_logits`` is True if forward keeps the logits for backward (``recompute=False``). ``has_head`` is True if
+    backward computes the gradient of the head's weight; it is False for a frozen head.
 
     Tiles do not fit into the cache, so reading and writing them takes time. A matmul writes a tile of logits in
     float32. Kernels read it and write its gradient, in the dtype of the inputs, for the next matmuls. If the

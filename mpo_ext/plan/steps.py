@@ -178,8 +178,10 @@ class _Layers:
         """Yields the stages of ``forwards`` forward passes and, if ``with_backward`` is True, of one backward pass.
 
         A backward pass counts as two forward passes in matrix products and memory traffic, and as 2.5 in attention
-        kernels (five products instead of two). If ``of_vision`` is False, the vision tower has only one forward pass.
-        The name of each stage ends in ``name``.
+        kernels (five products instead of two). The name of each stage ends in ``name``.
+
+        The vision tower runs these passes only if ``with_backward`` and ``of_vision`` are True. Otherwise, it runs a
+        single forward pass and no backward pass.
         """
         model, positions = self.model, self.positions
         times = forwards + 2 * with_backward

@@ -48,8 +48,8 @@ class Batch:
             otherwise 1.
         segment_lengths: For each row, a tuple with an entry for each prompt: the number of tokens of the prompt, then
             of each non-empty response. For example, ``((10, 4, 6),)`` is a row with a prompt of 10 tokens and two
-            responses. The entry of an empty prompt is ``()``. Only a row of the layout "packed" can have several
-            prompts.
+            responses. An entry is ``()`` if the prompt and its responses have no tokens. Only a row of the layout
+            "packed" can have several prompts.
         image_blocks: Like ``segment_lengths``, but the entry of a prompt holds ``(start, end)`` for each run of image
             tokens (type 1 in ``token_type_ids``), as token indices in the prompt; ``end`` is exclusive. ``()`` if no
             prompt in the batch has ``token_type_ids``.
@@ -211,7 +211,7 @@ class _RowPlan(NamedTuple):
 
     @property
     def ends(self) -> list[int]:
-        """The number of tokens of each row."""
+        """The position after the last token of each row, which is the number of tokens of the row."""
         ends = [0] * (self.prompts[-1].row + 1)
         for prompt in self.prompts:
             ends[prompt.row] = max(ends[prompt.row], prompt.end)
@@ -379,7 +379,7 @@ def _fill_rows(plan: _RowPlan, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _label_rows(responses: Sequence[_PlacedResponse], length: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Returns ``Batch.index``, ``Batch.labels`` and the number of labels per response. ``length`` is that of a row."""
+    """Returns ``Batch.index``, ``Batch.labels`` and the number of labels per response. A row has ``length`` tokens."""
     index, labels = [], []
     for response in responses:
         places = torch.arange(len(response.ids) or 1) + response.start - 1

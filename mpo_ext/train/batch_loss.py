@@ -146,9 +146,9 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
 def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size: StepSize, world_size: int) -> float:
     """Returns the weight of the auxiliary router loss for a micro-batch.
 
-    The weight is ``coef * world_size`` times the micro-batch's fraction of the step. With ``loss.average_over``
-    "step", this is its fraction of the tokens in the router loss. With "micro_batch", it is the fraction of the DPO
-    and BCO terms in ``weighted_config``.
+    The weight is ``coef * world_size * fraction``. With ``loss.average_over`` "step", ``fraction`` is the number of
+    tokens in the router loss of the micro-batch, divided by this number for the whole step. With "micro_batch",
+    ``fraction`` is the same as for the DPO and BCO terms; see ``weighted_config``.
 
     Args:
         recipe: The recipe of the run.
@@ -169,12 +169,12 @@ def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size:
 
 
 def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, counts: BatchCounts) -> MPOOutput:
-    """Returns ``out`` with the ``ntp_loss`` for the log, averaged as ``recipe.ntp_average`` says.
+    """Returns ``out`` with the ``ntp_loss`` for the log, averaged according to ``recipe.ntp_average``.
 
     Args:
         out: Output of the loss for a micro-batch.
-        used: Settings of this loss, from ``weighted_config``. They may average over responses where the recipe says
-            tokens.
+        used: Settings of this loss, from ``weighted_config``. They may average the NTP term over responses although
+            the recipe averages it over tokens.
         recipe: Loss settings of the recipe.
         counts: Sizes of the micro-batch.
     """
@@ -241,9 +241,9 @@ def _micro_batch_setting(recipe: Recipe) -> str:
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, recipe: Recipe, step: int) -> Iterator[None]:
-    """Adds the sizes of ``batch`` and advice to out-of-memory errors in the ``with`` block.
+    """Adds advice and the sizes of ``batch`` to the message of an out-of-memory error in the ``with`` block.
 
-    The error is raised again as ``RuntimeError``. Its message names ``step``, counted from 1.
+    The error is raised again as ``RuntimeError``. Its message also names ``step``, counted from 1.
     """
     try:
         yield

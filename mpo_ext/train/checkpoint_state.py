@@ -390,7 +390,7 @@ def restore_random_state(accelerator: Any, state: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _without_warning() -> Iterator[None]:
-    """Suppresses torch's warning that torch.distributed is disabled, during the ``with`` block."""
+    """Suppresses torch's warning "torch.distributed is disabled" during the ``with`` block."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -52,7 +52,7 @@ def open_answers(
 ) -> "AnswerEvaluation | None":
     """Returns the evaluation by generated answers, or None if ``output.eval_generate`` is None.
 
-    The arguments are those of ``AnswerEvaluation``.
+    For the arguments, see ``AnswerEvaluation``.
     """
     if recipe.output.eval_generate is None:
         return None

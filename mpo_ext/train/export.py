@@ -51,10 +51,10 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
 
     With LoRA, the export contains the adapters. With ``merged``, ``folder/merged`` also contains the merged model. To
     merge, the main rank loads the base model again, in the dtype of training. This needs memory for a second model.
-    Quantized weights are replaced by their dequantized values.
+    If the base model is quantized, the merged model has the dequantized weights.
 
-    A base model without a name or path cannot be loaded again, so it is copied in memory. A sharded or quantized model
-    cannot be merged in this way.
+    A base model without a name or path cannot be loaded again. In this case, the model in memory is copied and merged.
+    If that model is sharded or quantized, it cannot be copied, and ``CheckpointError`` is raised.
 
     Args:
         accelerator: accelerate's ``Accelerator``.
@@ -65,7 +65,8 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
 
     Raises:
         CheckpointError: If any rank fails: the folder holds files other than an export, the disk is full, parameters
-            besides the adapters were trained, or the base model cannot be loaded. The folder stays unchanged.
+            besides the adapters were trained, or the base model cannot be loaded or copied. The folder stays
+            unchanged.
     """
     folder = Path(os.path.abspath(folder))
     partial = temporary_path(folder)
@@ -168,7 +169,7 @@ def _write_export(
 def _merge(inner: Any, base: Any, adapters: Path, state_dict: dict[str, Tensor] | None) -> Any:
     """Loads or copies the base model, merges the adapters into it and returns the merged model.
 
-    4-bit base weights are replaced by their dequantized values.
+    The merged model has the dequantized values of 4-bit base weights.
     """
     from peft import PeftModel
 

@@ -67,8 +67,8 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Runs the model once on a batch and returns the logits that predict the labels, ``[N, V]``.
 
     The loss is ``mpo_loss(logits, batch.labels.to(logits.device), ..., cu_seqlens=batch.cu_seqlens, shift=False)``.
-    The model computes the logits of all positions, ``[R, L, V]``, although only some of them predict labels. Arguments
-    and errors are those of ``forward``.
+    The model computes the logits of all positions, ``[R, L, V]``, although only some of them predict labels. For the
+    arguments and errors, see ``forward``.
     """
     with model_inputs(unwrap_model(model), batch) as inputs:
         logits = model(**inputs).logits

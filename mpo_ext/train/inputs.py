@@ -124,7 +124,7 @@ def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> InputChang
 
 
 def stored_date(inputs: Mapping[str, Any] | None) -> datetime.date | None:
-    """Returns the date that a checkpoint's ``inputs`` record for the chat template; None if ``inputs`` is None."""
+    """Returns the date in the prompts of a run, from the ``inputs`` of its checkpoint; None if ``inputs`` is None."""
     return None if inputs is None else datetime.date.fromisoformat(inputs["date"])
 
 

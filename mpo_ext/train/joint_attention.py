@@ -1,4 +1,4 @@
-"""Attention on a CPU for rows with several responses to a prompt, without a mask tensor.
+"""Attention on a CPU that needs no mask tensor for rows with several responses to a prompt.
 
 In a row ``[prompt | chosen | rejected]``, a rejected token attends to the prompt and to earlier rejected tokens, but
 not to the chosen response. A single causal call of SDPA's flash kernel on the CPU cannot compute this: its first query
@@ -21,14 +21,14 @@ from torch import Tensor
 
 
 class TokenPart(NamedTuple):
-    """Consecutive tokens that attend causally to each other and, optionally, to a prompt in another part.
+    """Consecutive tokens that attend causally to each other and, optionally, to a prompt in another part; or padding.
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the part that starts with this prompt, in the list of parts; None if the tokens attend to no
-            other part.
+        prompt: Index of the other part in the list of parts. The prompt is the beginning of that part. None: the
+            tokens attend to no other part.
         prompt_length: Number of tokens of the prompt.
-        is_padding: Whether the tokens attend to nothing.
+        is_padding: Whether this part is padding, whose tokens attend to nothing.
     """
 
     size: int

@@ -83,8 +83,7 @@ def train(
 class Trainer:
     """A training run. The function ``train`` is the usual entry point.
 
-    If ``save`` is False, no checkpoint, final model or model card is written. The other arguments are those of
-    ``train``.
+    If ``save`` is False, no checkpoint, final model or model card is written. For the other arguments, see ``train``.
 
     Attributes:
         model: Policy, as ``accelerator.prepare`` returned it.
@@ -305,10 +304,10 @@ class Trainer:
     def _handle_nonfinite(
         self, losses: list[tuple[tuple[str, ...], Tensor]], grad_norm: float, shift_before: RewardShift
     ) -> None:
-        """Skips a step with a non-finite loss or gradient if ``output.on_nonfinite`` is "skip".
+        """Handles a step with a non-finite loss or gradient: skips it, or raises ``FloatingPointError``.
 
-        Otherwise, raises ``FloatingPointError``. ``losses`` holds the pair names and the loss of each micro-batch. The
-        reward shift is reset to ``shift_before``, its value before the step.
+        The step is skipped if ``output.on_nonfinite`` is "skip". In both cases, the reward shift is first reset to
+        ``shift_before``, its value before the step. ``losses`` holds the pair names and the loss of each micro-batch.
         """
         state = self.state
         state.reward_shift = shift_before

@@ -258,7 +258,7 @@ def _by_kind(masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
 
 
 def use_split_attention(model: nn.Module) -> str | None:
-    """Changes a model so that it can run over rows with several responses without a mask.
+    """Changes a model so that rows with several responses need no mask.
 
     In such rows, each response has one or more causal attention calls. Recurrent and convolutional layers start each
     response from their states at the end of the prompt. All other rows go through the model as before.

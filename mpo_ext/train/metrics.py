@@ -104,10 +104,10 @@ def means(
 
 
 def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
-    """Returns the reward accuracy, balanced between pairs with a longer chosen and a longer rejected response.
+    """Returns the mean of the reward accuracies on two kinds of pairs.
 
-    It is the mean of the accuracies on these two kinds of pairs. If only one kind occurs, it is the accuracy on this
-    kind. If no pair has responses of unequal lengths, it is ``accuracy``.
+    In the first kind, the chosen response is longer; in the second kind, the rejected response is longer. If only one
+    kind occurs, the result is the accuracy on this kind. If neither occurs, the result is ``accuracy``.
     """
     kinds = [name for name in ("longer_chosen", "longer_rejected") if sums[name]]
     parts = [sums[f"accurate_{name}"] / sums[name] for name in kinds]

@@ -37,8 +37,8 @@ class MixtureSubset:
         name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
         first: Index of the subset's first line among the lines of all sources.
         lines: Number of lines.
-        repeat_time: Average number of visits to each line per epoch. This is ``repeat_time`` in the recipe; for an
-            MMPR meta file, times the subset's value in this file.
+        repeat_time: Average number of visits to each line per epoch: the source's ``repeat_time`` in the recipe. For
+            an MMPR meta file, this value is multiplied by the subset's ``repeat_time`` in the meta file.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
         label: Name for display: ``name``, or with a part of the path if other subsets have the same name.
     """
@@ -252,7 +252,11 @@ class Mixture(Sequence[Pair | BadLine]):
         return overviews
 
     def lines(self) -> Iterator[str]:
-        """Yields a text table, line by line: name, lines, ``repeat_time`` and pairs per epoch of each data subset."""
+        """Yields the lines of a text table with a row for each data subset.
+
+        The columns are the subset's label, its number of lines, its ``repeat_time`` and its pairs per epoch. The last
+        row holds the total numbers of lines and pairs.
+        """
         width = max(len(subset.label) for subset in self.subsets)
         yield f"{'subset':<{width}}  {'lines':>11}  {'repeat_time':>11}  {'pairs/epoch':>11}"
         for subset in self.subsets:
@@ -298,7 +302,7 @@ def stored_lines(overviews: Iterable[SourceOverview]) -> list[str]:
 
 
 def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: SourceOverview) -> bool:
-    """Returns whether all image and video files of a pair exist. Adds missing files to ``overview``.
+    """Returns whether all image and video files of a pair exist. Counts missing files in ``overview``.
 
     ``file_exists`` caches whether a file exists, by the hash of its path. ``name`` is the file and line number of the
     pair.
@@ -340,7 +344,7 @@ def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _subsets_of(source: PairSource, recipe: SourceRecipe) -> Iterator[tuple[str, int, float]]:
-    """Yields the name, the number of lines and the ``repeat_time`` of each subset in a data source."""
+    """Yields ``(name, number of lines, repeat_time)`` for each subset in a data source; see ``MixtureSubset``."""
     if isinstance(source.pairs, MMPRDataset):
         for subset, file in zip(source.pairs.subsets, source.pairs.files, strict=True):
             yield subset.name, len(file), recipe.repeat_time * subset.repeat_time

@@ -60,7 +60,7 @@ def loader_of(config: Any) -> Any:
 
 
 def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
-    """Disables dropout, freezes parts or adds adapters as the recipe says, and returns the model to train.
+    """Disables dropout, and freezes parts or adds adapters as the recipe says. Returns the model to train.
 
     If the model supports split attention, this function enables it (``use_split_attention``).
     """

@@ -36,12 +36,12 @@ class OptimRecipe:
     """Settings of the optimizer and of the learning rate schedule. The defaults are those of InternVL2.5-MPO.
 
     Attributes:
-        name: One of these optimizers, or the import path of a class, such as "torch.optim.SGD". Such a class is called
-            with parameter groups, ``lr`` and ``args``.
+        name: Name of an optimizer in the following list, or the import path of a class, such as "torch.optim.SGD".
             "adamw": AdamW of torch.
             "adamw_8bit", "paged_adamw_8bit": AdamW of bitsandbytes.
             "adafactor": Adafactor of transformers, with ``learning_rate`` instead of relative step sizes.
             "muon": Muon for the matrices of hidden layers, AdamW for all other parameters.
+            Import path: the class is called with parameter groups, ``lr`` and ``args``.
         args: Additional keyword arguments of the optimizer.
         learning_rate: Maximum learning rate, reached at the end of warmup.
         groups: Settings for parts of the model, such as ``{vision_tower: {learning_rate: 2e-6}}``. The parts are

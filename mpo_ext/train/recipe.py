@@ -171,9 +171,10 @@ class LossRecipe:
             authors' code does; with ``optim.micro_batch_tokens``, each pair counts as a micro-batch.
         from_logits: True: the model computes all logits for ``mpo_loss``. False: ``linear_mpo_loss`` computes the loss
             from the hidden states.
-        shared_prefix: Arrangement of a pair in ``input_ids``.
+        shared_prefix: Arrangement of a pair in ``input_ids``. If the model does not support a value, the next value in
+            this list is used.
             True: both responses follow a single copy of the prompt (``[prompt | chosen | rejected]``). All pairs of a
-            micro-batch are joined to one row. A model that does not support this falls back to the other values.
+            micro-batch are joined to one row.
             "padded": like True, but each prompt has a row, padded to the longest (for comparisons).
             "masked": like "padded", with a dense attention mask (for comparisons).
             False: each response has a separate row with its prompt.

@@ -175,7 +175,8 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a log-prob file. Raises ``LinesError`` if they differ from ``settings``.
 
     The error lists all differences. The date and the library versions may differ. Another library version may save the
-    same processor in another form. If the versions differ, only the version-independent parts of it are compared.
+    same processor in another form. If the versions differ, only the version-independent parts of the processor are
+    compared.
     """
     old, new = read_header(path) or {}, json.loads(json.dumps(settings))
     texts = [

@@ -1,4 +1,4 @@
-"""The state of a run that checkpoints store as JSON, and the settings that may change when a run resumes."""
+"""Run state that checkpoints store as JSON, and the settings that may change when a run resumes."""
 
 import contextlib
 import dataclasses

@@ -1,6 +1,6 @@
 """The load-balancing loss of mixture-of-experts models, which makes routers use all experts.
 
-The loss is that of Switch Transformers (arXiv 2101.03961, equations 4 to 6), as transformers computes it
+It is the loss of Switch Transformers (arXiv 2101.03961, equations 4 to 6), as transformers computes it
 (``load_balancing_loss_func``). Hooks record the logits of the routers. The model argument ``output_router_logits`` is
 not used, because it needs a dense attention mask and some models do not return the logits.
 """
@@ -165,7 +165,7 @@ class _LoadBalancing(torch.autograd.Function):
     """Autograd function of ``RouterLoss``. It does not store the probabilities; backward computes them again.
 
     For logits z with probabilities p, the gradient is d loss / d z[t,j] = E / T * p[t,j] * (f_j - sum_e f_e * p[t,e]).
-    T is the number of counted tokens times the number of routers; E and f are those of ``RouterLoss``.
+    T is the number of counted tokens times the number of routers; ``RouterLoss`` defines E and f.
     """
 
     @staticmethod

@@ -24,8 +24,8 @@ class StepSampler:
         batch_size: Number of pairs per step, summed over all ranks.
         seed: Seed of the pair order.
         groups: ``groups[i]`` is the group number of pair i, such as ``Mixture.prompt_groups()``. The pairs of a group
-            become adjacent in an epoch. If an epoch contains a pair twice, its second copy joins another group. None:
-            pairs are not grouped.
+            become adjacent in an epoch. If an epoch repeats pairs, the second copies of a group's pairs form a
+            separate group, and so do the third copies. None: pairs are not grouped.
 
     Attributes:
         pairs_per_epoch: Number of pairs per epoch.
@@ -84,10 +84,10 @@ class StepSampler:
 
 
 def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a permutation ``p`` such that the pairs of a group are adjacent in ``pairs[p]``, groups in random order.
+    """Returns a permutation ``p`` such that the pairs of a group are adjacent in ``pairs[p]``.
 
-    ``groups[i]`` is the group number of pair i. If ``pairs`` contains a pair twice, its second copy joins another
-    group.
+    ``groups[i]`` is the group number of pair i. If ``pairs`` repeats pairs, the second copies of a group's pairs form
+    a separate group, and so do the third copies. The groups are in random order.
     """
     # The c-th copy of each pair goes to the c-th group of its prompt, because a step should not contain a pair twice.
     by_pair = np.argsort(pairs, kind="stable")
@@ -131,8 +131,9 @@ def token_micro_batches(
     """Divides the pairs of a rank into micro-batches with at most ``limit`` token positions.
 
     The method is first-fit decreasing bin packing. Prompts are sorted by their longest pair, the longest first. All
-    pairs of a prompt go into the first micro-batch with enough room. They are divided if they exceed the limit, or in
-    the layout "separate". A pair that exceeds the limit gets a separate micro-batch.
+    pairs of a prompt go together into the first micro-batch with enough room. If they exceed the limit together, they
+    are spread over several micro-batches. In the layout "separate", each pair goes into the first micro-batch with
+    enough room. A single pair that exceeds the limit gets a micro-batch without other pairs.
 
     Args:
         prompts: Number of prompt tokens of each pair.

@@ -158,7 +158,7 @@ def _describe(error: pydantic.ValidationError, kind: type) -> Exception:
 
 
 def _dotted(parts: Sequence[int | str]) -> str:
-    """Joins the parts of a setting's location to its dotted name, such as ``data.train[1].root``."""
+    """Returns the dotted name of a setting, such as ``data.train[1].root``, from the parts of its location."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
 
 
@@ -166,7 +166,8 @@ def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
     """Returns a hint for the error message about the unknown setting ``key`` in the section at ``parents``.
 
     The hint suggests a similar name in this section, or the same name in another section. Otherwise, it lists all
-    names in this section. ``kind`` is the class of the whole recipe or section.
+    names in this section. ``kind`` is the class that was validated: the recipe, or a section that was created without
+    a recipe. The location ``parents`` starts at ``kind``.
     """
     settings = _settings(kind)
     path = [parent for parent in parents if isinstance(parent, str)]
@@ -183,10 +184,10 @@ def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
 
 
 def _settings(kind: type, where: str = "") -> dict[str, list[str]]:
-    """Returns the names of all settings in ``kind`` and its subsections, as a dict with a list per section.
+    """Returns a dict from the dotted name of each section in ``kind`` to the names of the settings in this section.
 
-    A key is the dotted name of a section; ``where`` is that of ``kind``. In a key, ``*`` stands for any key of a
-    mapping, as in ``optim.groups.*``.
+    ``where`` is the dotted name of ``kind``; "" for the outermost section. In a dotted name, ``*`` stands for any
+    entry of a mapping, as in ``optim.groups.*``.
     """
     hints = typing.get_type_hints(kind)
     settings = {where: list(hints)}

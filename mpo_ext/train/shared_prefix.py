@@ -62,9 +62,10 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
 
 
 def shared_layouts(models: Sequence[nn.Module], setting: SharedPrefix, reasons: list[str]) -> Iterator[SharedLayout]:
-    """Yields the layouts with shared prompts to check, such as "packed"; ``Batch`` describes them.
+    """Yields the names of layouts, such as "packed", that the caller should check.
 
-    Before each layout, the function enables or disables split attention in the models, as the layout needs.
+    In these layouts, responses share a prompt; see ``Batch``. Before it yields a layout, the function enables or
+    disables split attention in the models, as the layout needs.
 
     Args:
         models: Models that will run on the batches.
@@ -117,9 +118,9 @@ def check_shared_prefix(
         positions: See ``collate``.
         device: Device of the batches; None: the device of the model's parameters.
         tolerance: Maximum root mean square difference of the log-probs, in nats. None: 16 times the machine epsilon of
-            the arithmetic, at least 1e-3. If half the effect of a broken mask is smaller, the maximum is lowered to
-            it, but not below ``tolerance / 4``.
-        layout: Layout with shared prompts to check; see ``Batch``.
+            the arithmetic, but at least 1e-3. If half the effect of a broken mask is smaller than this maximum, a
+            stricter limit applies: half of this effect, but at least a quarter of the maximum.
+        layout: The layout that is checked, in which responses share a prompt; see ``Batch``.
         from_logits: Whether the model computes logits; see ``loss.from_logits``.
 
     Raises:

@@ -84,7 +84,7 @@ def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None
 def blocked_in_new_workers() -> Iterator[None]:
     """Blocks SIGTERM and SIGINT during the ``with`` block, which starts worker processes.
 
-    The workers inherit the blocked signals, until ``init_worker`` has set their handlers. The block also sets
+    In the workers, the signals stay blocked until ``init_worker`` has set its handlers. The context manager also sets
     PYTHONSAFEPATH, so that workers do not import modules from the current folder (Python 3.11 or later).
     """
     safe_path = os.environ.get(_SAFE_PATH)

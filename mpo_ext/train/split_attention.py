@@ -1,8 +1,8 @@
-"""Split attention: attention in sequence rows ``[prompt | response | response ...]`` without a mask of the row.
+"""Split attention: attention in sequence rows ``[prompt | response | response ...]`` that needs no mask of the row.
 
 Each row is computed by several causal calls of an attention function. The first call covers a prompt and its first
-response. Each further response has a separate call: its queries are the tokens of the response, its keys are those of
-the prompt and the response. A row may hold several prompts, each with its responses.
+response. Each further response has a separate call. The queries of this call belong to the tokens of the response, its
+keys to the tokens of the prompt and the response. A row may hold several prompts, each with its responses.
 
 The functions of this module are registered in transformers' ``AttentionInterface`` under the names in ``NAMES``.
 Without the keyword argument ``row_segments``, they call the original function of transformers.
@@ -42,11 +42,12 @@ _NOT_IN_SDPA = ("softcap", "s_aux", "position_bias")
 
 
 class _Part(NamedTuple):
-    """The tokens of a row whose queries form one causal attention call, or the padding at the end of the row.
+    """A part of a row: tokens whose queries form one causal attention call, or the padding at the end of the row.
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the part that begins with the prompt of these tokens; None if this part begins with it.
+        prompt: Index of the part that begins with the prompt of these tokens. None if this part begins with the prompt
+            or is padding.
         prompt_length: Number of prompt tokens in the part ``prompt``; 0 if ``prompt`` is None.
         is_padding: Whether the part is padding, for which attention is not computed.
         blocks: Images whose tokens attend to each other: the start and the end (exclusive) of each, as token indices
@@ -137,7 +138,7 @@ def join_decoder(config: Any) -> None:
 def split_decoder(decoder: nn.Module, config: Any) -> str | None:
     """Switches the attention implementation of a decoder to split attention.
 
-    Split attention supports rows with several responses without a mask. Calls without ``row_segments`` still run the
+    With split attention, rows with several responses need no mask. Calls without ``row_segments`` still run the
     previous implementation. The name of the split implementation is not saved with the model.
 
     Args:
@@ -325,9 +326,10 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 
 
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
-    """Returns whether ``joint_attention`` computes a call instead of an attention call for each part.
+    """Returns whether one call of ``joint_attention`` replaces the separate attention calls of the parts.
 
-    The function must support the call, and at least one part must attend to a prompt in another part.
+    ``joint_attention`` must support the tensors, and at least one part must attend to a prompt in another part.
+    Dropout, sliding windows and images whose tokens attend to each other are not supported.
     """
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)

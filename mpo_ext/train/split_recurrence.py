@@ -102,8 +102,8 @@ class _Piece(NamedTuple):
 def _pieces(segments: RowSegments) -> list[_Piece]:
     """Divides the rows into pieces, each of which a layer processes as one sequence.
 
-    A prompt with a single response forms one piece with it. Otherwise, the prompt and each response are separate
-    pieces.
+    A prompt and its response are one piece if the prompt has only this response. Otherwise, the prompt and each of its
+    responses are separate pieces.
     """
     parts = segments.parts
     lengths = {part.prompt: part.prompt_length for part in parts if part.prompt is not None and part.prompt_length}
@@ -215,11 +215,12 @@ class _SplitForward:
         return {number: out[row, : len(inputs[number])] for row, number in enumerate(group)}
 
     def _check(self, hidden: Tensor, options: dict[str, Any]) -> None:
-        """Raises ``RuntimeError`` if a prompt and its response give other results in two runs than in one run.
+        """Raises ``RuntimeError`` if the layer does not continue correctly from the states of a prompt.
 
-        A kernel may ignore the initial state, or the gradient of the final state. The check uses random inputs. It
-        compares the outputs of the response, and their gradients with respect to the prompt. The difference must be
-        small compared with the effect of omitting the states.
+        A kernel may ignore the initial state, or the gradient of the final state. The check calls the layer on a
+        random prompt, and then on its response. The outputs of the response, and their gradients with respect to the
+        prompt, are compared with a single call on both together. The difference must be small compared with the effect
+        of omitting the states.
         """
         if self._is_checked or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return
