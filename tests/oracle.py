@@ -173,7 +173,7 @@ class ExactShift:
         return self.value if self.order == "before" else before
 
     def update(self, reward_sum: float, count: int) -> None:
-        """Adds ``count`` rewards. Changes the value now; if ``per`` is "optimizer_step", ``step`` changes it later."""
+        """Adds ``count`` rewards. If ``per`` is "micro_batch", also calls ``step``, which updates the value."""
         self.pending.append((reward_sum, count))
         if self.per == "micro_batch":
             self.step()
@@ -371,7 +371,8 @@ def _noise(
     the reward and of the losses computed from it. Eager torch's error may be small by chance, so it cannot serve as
     the bound.
 
-    The bounds use the derivatives of a loss term with respect to a reward: at most 1, and the second one at most 1/4.
+    For each term of the loss, the absolute derivative with respect to a reward is at most 1. The absolute second
+    derivative is at most 1/4. The bounds follow from these limits.
     """
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)
@@ -602,8 +603,8 @@ def assert_as_accurate(
 ) -> None:
     """Raises if the error of a result exceeds ``factor`` times the error of eager torch in the same dtype.
 
-    One unit in the last place of the largest exact value is also allowed, and ``noise``, the unavoidable absolute
-    error. Infinities and NaN must match.
+    The limit also includes ``noise``, the unavoidable absolute error, and a rounding error of the largest exact value:
+    this value times the machine epsilon. Infinities and NaN must match.
 
     A fixed ``atol`` would hide mistakes. With a vocabulary of 150k, a typical gradient entry is 1e-5, so a kernel that
     writes zeros would pass ``atol=5e-5``.
@@ -645,8 +646,8 @@ def assert_gradient_as_accurate(
     """Checks a gradient of logits: the entries of the labels, and separately the many small other entries.
 
     In half precision, rounding a label's entry can change it by more than the sum of all other entries. So the
-    relative error of the other entries is checked too. The limit is ``factor`` times eager torch's largest relative
-    error, plus two roundings: of the entry, and of the exponent in its softmax.
+    relative error of the other entries is checked too. It may be ``factor`` times eager torch's largest relative
+    error. The limit also includes the error from rounding the entry, and from rounding the exponent in the softmax.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.
@@ -708,17 +709,17 @@ def assert_product_as_accurate(
     extra: Array | float = 0.0,
     name: str = "product",
 ) -> None:
-    """Checks a matrix product. The error of an entry is divided by the sum of the entry's absolute terms.
+    """Checks a matrix product. An entry is a sum of terms; its error is divided by the sum of their absolute values.
 
     So errors are visible in small entries too, such as those of confident or rare tokens, which are many orders of
     magnitude smaller than the largest entry. The largest quotient may be ``factor`` times that of eager torch, plus
-    one unit in the last place and ``noise``. An entry without terms must be 0.
+    the machine epsilon and ``noise``. An entry whose terms are all 0 must be 0.
 
     Args:
         actual: Any shape.
         eager: The same shape; its dtype may be wider.
         exact: The same shape.
-        size: The same shape, the sum of the absolute terms.
+        size: The same shape, the sum of the absolute values of each entry's terms.
         factor: Allowed multiple of the error of eager torch.
         noise: Unavoidable relative error of a term.
         extra: Unavoidable absolute error of each entry.

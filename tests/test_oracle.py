@@ -114,9 +114,9 @@ def test_a_layout_keeps_the_values(layout: str) -> None:
 
 
 def wrong_gradient(name: str, logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Returns a gradient of the weighted log-probs with a mistake, such as "no label".
+    """Returns a deliberately wrong gradient of the weighted log-probs.
 
-    The mistake "nothing" leaves the gradient right.
+    ``name`` is the mistake, such as "no label". With "nothing", the gradient is right.
     """
     p = logits.float().softmax(-1)
     onehot = torch.zeros_like(p).scatter(-1, labels.unsqueeze(-1), 1.0)

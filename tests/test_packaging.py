@@ -63,9 +63,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a wheel, built twice from the same checkout.
+    """Builds the wheel twice from the same checkout, and returns it. The second build must succeed too.
 
-    Also checks the files of the source distribution, and builds a wheel from it.
+    Also checks the files of the source distribution, and builds another wheel from the source distribution.
     """
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(out), str(checkout), cwd=out)

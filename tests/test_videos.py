@@ -49,7 +49,10 @@ def test_frames_at_equal_distances(tmp_path: Path, suffix: str) -> None:
 
 
 def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path: Path) -> None:
-    """Loads 1 to 30 frames of a video of 30, including those beside each keyframe, which a wrong seek would miss."""
+    """Loads 1, 2, ... or all 30 frames of a video with 30 frames.
+
+    Some of the loaded frames lie right before or after a keyframe. A wrong seek would miss them.
+    """
     path = str(write_video(tmp_path / "a.mp4", 30, keyframes=7))
     for count in range(1, 31):
         expected = [number * 30 // count for number in range(count)]

@@ -82,7 +82,7 @@ def _with_stand_in(processor: Any) -> Any:
 
 
 def with_videos(template: str) -> str:
-    """Returns a Qwen-VL chat template extended by videos."""
+    """Returns a Qwen-VL chat template, changed so that messages may contain videos."""
     image = "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
     assert image in template
     return template.replace(image, image + "{% elif p.type == 'video' %}" + image.replace("image", "video"))

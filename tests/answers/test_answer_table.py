@@ -1,4 +1,4 @@
-"""Tests the matchers on the table of answers, and on numbers against an independent implementation."""
+"""Tests the matchers on the table of answers, and on random numbers with exact values from Python's fractions."""
 
 import decimal
 import importlib.util

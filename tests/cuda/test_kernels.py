@@ -65,7 +65,8 @@ def check_token_logp(rows: Rows, out: dict[str, np.ndarray], stats: int) -> None
 def check_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray, scale: float = 1.0) -> None:
     """Checks a gradient of logits. The allowed error is the rounding of its dtype and of float32 arithmetic.
 
-    ``place`` has the layout of the gradient in ``buffer``. Ignored rows must be 0, and rows with an invalid label NaN.
+    ``place`` describes how the gradient is stored in ``buffer``: its dtype and its layout. Ignored rows must be 0, and
+    rows with an invalid label NaN.
     """
     exact = exact_rows(rows)
     unit = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}[rows.dtype]
@@ -139,7 +140,7 @@ def test_a_gradient_may_be_narrower_than_its_logits(arch: str, dtype: str, grad_
 def check_narrow_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray) -> None:
     """Checks a gradient with a narrower dtype than the logits.
 
-    ``place`` has the dtype of the gradient, and its layout in ``buffer``.
+    ``place`` describes how the gradient is stored in ``buffer``: its dtype and its layout.
     """
     smallest = 2.0**-25 if place.dtype == "float16" else 0
     unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[place.dtype]

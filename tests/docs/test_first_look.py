@@ -1,6 +1,6 @@
 """Runs the code of docs/how-to/loss-only.md on wrong batches.
 
-It must detect mistakes that do not change the first loss value.
+This code must detect mistakes that do not change the first loss value.
 """
 
 from __future__ import annotations

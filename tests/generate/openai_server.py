@@ -32,9 +32,9 @@ class Server:
         image: Text that stands for an image in the prompt.
         template: Chat template to use instead of the tokenizer's.
         key: API key that requests must have; None: any.
-        fault: Function that maps a request body to a fault. None: no fault. (status, headers): an HTTP error. "cut":
-            the connection closes without an answer. "half": it closes after half of the answer. "text": the answer
-            is not JSON. "empty": the answer has no choices.
+        fault: Function of a request body that returns a fault. It returns (status, headers) for an HTTP error.
+            "cut" closes the connection without an answer, and "half" closes it after half of the answer. "text" gives
+            an answer that is not JSON, and "empty" an answer without choices. None means no fault.
         finish: Finish reason that all answers report; None: the actual one.
         message: Further fields of a chat message.
         bodies: Path and body of each request that was answered.

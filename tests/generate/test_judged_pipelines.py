@@ -28,7 +28,7 @@ JUDGED: dict[str, Callable[[], Any]] = {
 
 
 class ScriptedEngine(StubEngine):
-    """Answers questions with the texts ``answers`` in turn, and requests to the judge with the function ``judge``."""
+    """Answers questions with the texts ``answers`` in turn. Answers all other requests with the function ``judge``."""
 
     def __init__(self, answers: Sequence[str], judge: Callable[[Request], str | tuple[float, ...]]) -> None:
         super().__init__()

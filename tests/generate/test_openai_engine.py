@@ -106,7 +106,9 @@ def test_the_forms_of_requests_give_the_same_pairs(server: Server, tmp_path: Pat
     """Tests that three forms of requests give the same pairs.
 
     The forms are: token ids in and out; token ids in and text out; chat messages in and text out. In the last form,
-    the server continues an assistant message. A server that supports only shorter seeds gives other pairs.
+    the server continues an assistant message.
+
+    Also tests a server that accepts only seeds below 2**31. The engine sends it other seeds, so the pairs differ.
     """
     config = DropoutNTPConfig(samples=2, sampling=SAMPLING, matcher={"kind": "number"})
     made: Any = Correctness(CORRECTNESS) if pipeline == "correctness" else DropoutNTP(config)

@@ -365,8 +365,8 @@ def test_images_of_pairs_start_at_the_folder_of_their_file(
 def test_a_journal_from_before_gives_relative_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs twice with the same output folder. The image paths in the pairs must be relative to that folder both times.
 
-    The second run reads the stored responses of the first. ``unsolved.jsonl`` has the image paths of the input,
-    because other runs use it as their input.
+    The second run reads the stored responses of the first. Only ``unsolved.jsonl`` keeps the image paths of the
+    questions unchanged, because another run can read its questions from this file.
     """
     Image = pytest.importorskip("PIL.Image")  # noqa: N806
     monkeypatch.chdir(tmp_path)

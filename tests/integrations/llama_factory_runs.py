@@ -71,7 +71,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Trains a model and returns the logged values of each step.
 
-    ``kind`` selects the loss: "own" is LLaMA-Factory's, and "mpo" is mpo_ext's.
+    ``kind`` selects the loss: "own" is the loss built into LLaMA-Factory, and "mpo" is mpo_ext's loss.
     ``shift`` has mpo_ext's settings of the reward shift.
     """
     from llamafactory.train.tuner import run_exp

@@ -56,7 +56,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Trains a model and returns the logged values of each step.
 
-    ``kind`` selects the loss: "own" is ms-swift's, and "mpo" is mpo_ext's.
+    ``kind`` selects the loss: "own" is the loss built into ms-swift, and "mpo" is mpo_ext's loss.
     ``shift`` has mpo_ext's settings of the reward shift.
     """
     from swift.pipelines import rlhf_main

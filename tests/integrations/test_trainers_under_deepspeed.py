@@ -1,4 +1,8 @@
-"""Compares MPOTrainer with TRL's DPOTrainer, and MPOLossMixin with DDP, under DeepSpeed on two ranks."""
+"""Tests MPOTrainer and MPOLossMixin under DeepSpeed on two ranks.
+
+MPOTrainer is compared with TRL's DPOTrainer, which also runs under DeepSpeed. A Trainer with MPOLossMixin is compared
+with the same Trainer under DDP.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ _NAMES = sorted({*SAME_NAMES} - {"rewards/accuracies"})
 
 
 def _join(rank: int, folder: str, stage: int) -> dict[str, Any]:
-    """Joins two ranks for training under DeepSpeed on a CPU. Returns settings of DeepSpeed."""
+    """Makes this process one of two ranks that train under DeepSpeed on a CPU. Returns the DeepSpeed settings."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text(),

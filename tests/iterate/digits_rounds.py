@@ -28,7 +28,10 @@ def write_model(folder: Path) -> Path:
 
 
 def write_questions(folder: Path, name: str, count: int, *, seed: int) -> Path:
-    """Writes step-by-step questions with images and answers to a file. Image paths are relative to ``folder``."""
+    """Writes a file of questions that ask for step-by-step responses. Returns its path.
+
+    Each question has an image and the correct answer. Image paths are relative to ``folder``.
+    """
     split = digits.load_digits()["train"]
     tasks = reading.sample_tasks(split, count, np.random.default_rng(seed), "cot")
     write_items(folder, name, tasks)

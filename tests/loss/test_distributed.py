@@ -57,8 +57,8 @@ def rewards(rank: int, step: int) -> list[float]:
 def expected(settings: dict[str, Any]) -> list[dict[str, float]]:
     """Returns the expected reward shift of each step: "used" by the loss, and "value" after the step.
 
-    By default, the value is the mean of the mean rewards of all ranks and steps so far. With "ema" or
-    "optimizer_step", the rewards of both ranks have one mean per step.
+    By default, each rank has a mean reward per step, and the value is the mean of all these means so far. With "ema"
+    or "optimizer_step", a step has one mean over the rewards of both ranks.
     """
     value, log, means = 0.0, [], []
     for step in range(STEPS):

@@ -466,7 +466,7 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mean_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the mean of both ranks' gradients, computed from logits in one process."""
+    """Returns the gradients that two ranks must get after averaging. Computes them from logits in this process."""
     for seed in range(2):
         inputs, labels = batch_of(model, seed)
         (mpo_loss(model(**inputs).logits, labels, REF_LOGP, backend="reference").loss / 2).backward()
@@ -516,7 +516,7 @@ def ddp_without_images(rank: int) -> None:
 
 
 def fsdp2(rank: int, family: str) -> None:
-    """Tests FSDP2 with each decoder layer sharded separately, and all other modules, with the head, in the root."""
+    """Tests FSDP2 with each decoder layer sharded separately. The root shards all other modules, also the head."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))

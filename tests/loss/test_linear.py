@@ -266,8 +266,8 @@ class Judgement:
 
         ``noise`` is the possible error of the upstream gradient of a row's log-prob.
 
-        In float64, eager torch and the kernels round a label's probability before they subtract 1. By chance, eager
-        torch's error may be small. So float64 gradients may have a larger error.
+        In float64, eager torch and the kernels round a label's probability before they subtract 1. Eager torch's
+        error can be small by chance. So for float64 gradients, the allowed error also includes this rounding.
         """
         rounding = case.eps / 2 if case.result_dtype == torch.float64 else 0.0
         for name, tensor in gradients.items():

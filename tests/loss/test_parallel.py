@@ -1,4 +1,7 @@
-"""Tests the losses with the vocabulary, the sequences or both split over ranks, against one process."""
+"""Tests the losses when the vocabulary, the sequences or both are split over ranks.
+
+The expected results are those of one process.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,10 @@ def run() -> list[Batch]:
 def assert_steps_match(
     run: list[Batch], expected: list[tuple[Tensor, Tensor]], backend: str, device: str, shift: Any, config: MPOConfig
 ) -> None:
-    """Runs mpo_loss on the same batches and compares loss and gradient, in float64 (on a GPU in float32)."""
+    """Runs mpo_loss on the batches of ``run``. Compares each loss and gradient with the values in ``expected``.
+
+    Computes in float64 on a CPU, and in float32 on a GPU.
+    """
     dtype = torch.float64 if device == "cpu" else torch.float32
     tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-7}
     for batch, (loss, gradient) in zip(run, expected, strict=True):
@@ -93,7 +96,10 @@ def with_gradient(loss_of: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def test_the_authors(run: list[Batch], backend: str, device: str) -> None:
-    """Compares with InternVL 2.5 and 3's training code: cumulative shift updated before its use, mean over tokens."""
+    """Compares mpo_loss with the loss in the training code of InternVL 2.5 and 3.
+
+    Its reward shift is cumulative, and is updated before the loss uses it. The NTP loss is a mean over tokens.
+    """
     running = RunningMoments()
 
     def loss_of(batch: Batch, logits: Tensor) -> Tensor:
@@ -121,7 +127,7 @@ def test_the_authors(run: list[Batch], backend: str, device: str) -> None:
 
 
 def test_trl_since_0_29(run: list[Batch], backend: str, device: str) -> None:
-    """Compares with TRL since 0.29: loss_type ["sigmoid", "bco_pair", "sft"] without a reward shift."""
+    """Compares mpo_loss with TRL since 0.29: loss_type ["sigmoid", "bco_pair", "sft"], without a reward shift."""
 
     def loss_of(batch: Batch, logits: Tensor) -> Tensor:
         logp, mask = batch.token_logp(logits)
@@ -138,9 +144,10 @@ def test_trl_since_0_29(run: list[Batch], backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_llama_factory(run: list[Batch], backend: str, device: str, label_smoothing: float) -> None:
-    """Compares with LLaMA-Factory's loss: (dpo + w * bco) / (1 + w) + pref_ftx * ntp, for w = ``pref_bco_weight``.
+    """Compares mpo_loss with LLaMA-Factory's loss.
 
-    The NTP loss is averaged over each response, and then over the responses.
+    That loss is (dpo + w * bco) / (1 + w) + pref_ftx * ntp, where w is ``pref_bco_weight``. The NTP loss is averaged
+    over each response, and then over the responses.
     """
     pref_bco_weight, pref_ftx, beta = 0.25, 0.6, 0.2
     running = RunningMoments()
@@ -174,7 +181,10 @@ def test_llama_factory(run: list[Batch], backend: str, device: str, label_smooth
 
 
 def test_nemo_rl(run: list[Batch], backend: str, device: str) -> None:
-    """Compares with NeMo-RL: a moving average, updated by each optimizer step after the loss has used it."""
+    """Compares mpo_loss with NeMo-RL's loss.
+
+    Its reward shift is a moving average, which each optimizer step updates after the loss has used it.
+    """
     momentum, beta = 0.9, 0.05
     value = 0.3
 

@@ -115,7 +115,10 @@ class Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def recorded_kernels(counter: Counter, rows: int) -> Iterator[None]:
-    """Replaces the functions that need a GPU. Kernels are only counted, and ``rows`` positions count as labelled."""
+    """Replaces the functions that need a GPU. Kernels are counted instead of launched.
+
+    ``rows`` is the number of positions that are treated as labelled.
+    """
 
     def score(z: Tensor, *rest: Any, **options: Any) -> None:
         counter.kernel("token_logp", [z], [])
@@ -152,7 +155,7 @@ def count(
 ) -> Counts:  # fmt: skip
     """Counts a forward and backward pass with ``rows`` labelled positions.
 
-    ``mode`` is a key of MODES. ``positions`` is the number of positions with or without a label; None: ``rows``.
+    ``mode`` is a key of MODES. ``positions`` is the number of all positions; None: ``rows``, so all are labelled.
     ``budget`` is the memory budget in bytes. ``head`` may have logit_scale, softcap and temperature.
     """
     counter = Counter((rows, hidden_size))

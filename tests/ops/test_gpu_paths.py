@@ -143,7 +143,7 @@ def out_of_memory() -> None:
 
 
 def test_a_reward_shift_keeps_its_memory() -> None:
-    """The shift must keep its memory, because a replayed CUDA graph reads and writes the addresses of its capture."""
+    """Checks that the tensors of a shift stay at the same addresses. A replayed CUDA graph uses the old addresses."""
     logits, labels, ref_logp = torch.randn(2, 3, 7), torch.ones(2, 3, dtype=torch.int64), torch.tensor([-9.0, -4.0])
     for options in ({}, {"mode": "ema"}, {"per": "optimizer_step", "update": "after"}):
         shift = RewardShift(**options)
@@ -228,7 +228,10 @@ def test_counters_lie_outside_of_torchs_allocator(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Simulates a GPU of compute capability 9.0. Returns a list of one string: the CUDA error, which tests set."""
+    """Simulates a GPU of compute capability 9.0. Returns a list with one string.
+
+    The string is the CUDA error that the simulated GPU reports; "" means no error. Tests replace it.
+    """
     error = [""]
     built = SimpleNamespace(
         has_cuda=True, cuda_archs="80 and PTX", cuda_compiler="nvcc 13", cuda_device_error=lambda: error[0]

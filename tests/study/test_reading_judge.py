@@ -38,7 +38,7 @@ def test_the_claims_of_a_response_are_its_digits_and_its_answer() -> None:
 
 @dataclasses.dataclass
 class ScriptedEngine:
-    """Answers step-by-step questions alternately right and wrong, and direct questions with ``truth``."""
+    """Gives right and wrong answers in turn to step-by-step questions. Answers direct questions with ``truth``."""
 
     truth: dict[str, str]
     name: str = "scripted"

@@ -38,7 +38,7 @@ ALL: dict[str, Family] = {**FAMILIES, **MORE}
 
 
 def pairs(family: str, count: int, images: int) -> list[Sample]:
-    """Returns pairs of unequal lengths: ``count`` pairs of one prompt, and two pairs with other prompts."""
+    """Returns pairs of unequal lengths: ``count`` pairs that share a prompt, and two pairs with other prompts."""
     same = [
         sample(family, seed, prompt=3, text=9, chosen=1 + 3 * seed % 7, rejected=6 - seed, images=images)
         for seed in range(count)
@@ -54,8 +54,8 @@ def result(model: nn.Module, samples: list[Sample], layout: str) -> tuple[torch.
 def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], float]:
     """Compares the layouts of a batch. Returns a dict from (layout, reference layout) to the relative error.
 
-    A key is for example ("packed", "separate"). The error is the larger one of loss and gradients. Gradients are
-    compared as one vector.
+    A key is for example ("packed", "separate"). The error is that of the loss or that of the gradients, whichever is
+    larger. Gradients are compared as one vector.
     """
     results = {layout: result(model, samples, layout) for layout in ("separate", "masked", "shared", "packed")}
     found = {}
@@ -71,9 +71,9 @@ def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], flo
 
 
 def check(name: str, dtype: torch.dtype) -> dict[tuple[str, str], float]:
-    """Compares a family on batches with several numbers of pairs and images. Returns the largest errors.
+    """Compares the layouts of a family's batches, which differ in the numbers of pairs and images.
 
-    They have the form of the result of ``errors``.
+    Returns the largest relative errors, with the same keys as in the result of ``errors``.
     """
     model = build(name, "eager" if name.startswith(EAGER) else "sdpa", dtype)
     switch_off_dropout(model)

@@ -55,8 +55,8 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 def train(model: nn.Module, optimizer: Any, steps: int, *, rank: int | None = None) -> None:
     """Trains on random tokens.
 
-    Their seed depends on the step and on ``rank``. If it is None, the Python, numpy and torch generators draw the
-    seed.
+    The seed of the tokens depends on the step and on ``rank``. If ``rank`` is None, the seed is drawn with the random
+    generators of Python, numpy and torch.
     """
     for step in range(steps):
         if rank is None:

@@ -411,7 +411,11 @@ def sample(
 
 
 def samples_of(family: str) -> list[Sample]:
-    """Returns four pairs of unequal lengths: two share a prompt with two images, one has an image, one has none."""
+    """Returns four pairs of unequal lengths.
+
+    Two pairs share a prompt with two images. The third pair has one image, and the fourth has none. Families without
+    images have none at all.
+    """
     some = 1 if ALL[family].images else 0
     return [
         sample(family, 1, prompt=9, text=8, chosen=6, rejected=3, images=2 * some),
@@ -422,7 +426,7 @@ def samples_of(family: str) -> list[Sample]:
 
 
 def image_rows(samples: Sequence[Sample]) -> int:
-    """Returns the number of images, tiles or patches of the samples, which are the rows of their pixel values."""
+    """Returns how many images, tiles or patches the pixel values contain. The model family decides which of them."""
     return sum(
         value.shape[0] * (value.shape[1] if value.ndim == 5 else 1)
         for one in samples

@@ -1,4 +1,7 @@
-"""More model families for ``check_split_attention.py``, too many for the regular tests."""
+"""Model families besides those of ``families.py``, for ``check_split_attention.py``.
+
+They are too many for the regular tests, which use only a few of them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ def llava_onevision() -> nn.Module:
 def onevision_images(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     """Returns 8 x 8 images in LLaVA-OneVision's format: the token ids of each image, and the model inputs of all.
 
-    A single image has ten image tokens, because it is also used as a tile. Each of several images has five.
+    A single image has ten image tokens: four for the whole image, and six for its only tile, with line breaks. If
+    there are several images, each has five: four for the whole image, and one for a line break.
     """
     pixels = torch.randn(count, 2, 1, 8, 8, generator=generator)
     inputs = {"image_sizes": torch.full((count, 2), 8), "batch_num_images": torch.tensor([count])}

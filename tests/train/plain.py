@@ -83,7 +83,7 @@ def read_pixels(path: Path) -> Tensor:
 
 
 class WideNorm(nn.Module):
-    """RMSNorm in the dtype of its input; transformers' RMSNorm always rounds to float32."""
+    """RMSNorm that computes in its input's dtype. transformers' RMSNorm rounds float64 inputs to float32."""
 
     weight: nn.Parameter
     variance_epsilon: float

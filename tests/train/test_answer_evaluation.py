@@ -210,9 +210,9 @@ def test_fsdp2_trains_the_same_with_and_without_it(tmp_path: Path, pairs: Path, 
 
 
 def refuse_inference_mode(rank: int) -> None:
-    """Makes ``generate`` fail in inference mode.
+    """Makes ``generate`` fail in inference mode, which the trainer must not use.
 
-    Parameters that FSDP2 gathers there for the first time could not be trained later.
+    If FSDP2 gathered parameters for the first time in inference mode, they could not be trained later.
     """
     generate = GenerationMixin.generate
 

@@ -1,4 +1,4 @@
-"""Tests joint_attention.py: CPU attention for several responses to one prompt in a row, without a mask.
+"""Tests joint_attention.py: attention on CPUs for rows that hold a prompt and several responses, without a mask.
 
 Results and gradients equal those with a dense mask.
 """

@@ -29,9 +29,10 @@ SETTINGS = {
 
 
 def die_on_rank(victim: int, number: int | None, events: Path, rank: int) -> None:
-    """Kills rank ``victim`` right before an event of this rank, such as an optimizer update. ``number`` counts from 0.
+    """Calls ``die_at_event`` if ``rank`` is ``victim``; otherwise does nothing.
 
-    If ``number`` is None, only counts the events, which are those of ``die_at_event``.
+    That kills the process right before its event ``number``, counted from 0. If ``number`` is None, it only counts the
+    events. An event is for example an optimizer update.
     """
     if rank == victim:
         die_at_event(number, events, rank)

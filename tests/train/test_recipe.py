@@ -428,7 +428,7 @@ def test_the_recipes_have_the_authors_hyperparameters() -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """Replaces the trainer. Returns a list that collects the recipes that it is called with."""
+    """Replaces the trainer by a function that only records its recipe. Returns the list of recorded recipes."""
     calls: list[Recipe] = []
     monkeypatch.setattr("mpo_ext.train.preflight.check_needs", lambda recipe: None)  # no such data, no such model
     loop = types.ModuleType("mpo_ext.train.loop")

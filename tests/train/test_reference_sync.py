@@ -1,4 +1,4 @@
-"""Tests TR-DPO, whose reference follows the policy: against plain.py, through checkpoints, and on two ranks."""
+"""Tests TR-DPO, whose reference follows the policy: results equal to plain.py's, resumed runs, and two ranks."""
 
 from __future__ import annotations
 

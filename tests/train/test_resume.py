@@ -215,7 +215,7 @@ def test_a_kill_in_the_write_of_a_checkpoint(at: str, job_of: Callable[..., Job]
 def die_in_write(at: str, number: int, rank: int) -> None:
     """Kills the process while it writes its checkpoint ``number``, counted from 1.
 
-    ``at`` is the next step of the write: "rename", "fsync" or "manifest".
+    The process dies right before the step ``at`` of the write: "rename", "fsync" or "manifest".
     """
     from mpo_ext.train import checkpoint
 

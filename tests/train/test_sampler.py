@@ -75,7 +75,7 @@ def test_pairs_of_a_prompt_stand_next_to_each_other() -> None:
 
 
 def test_copies_of_a_pair_stand_in_groups_of_their_own() -> None:
-    """Checks that every four consecutive pairs are different pairs of one prompt.
+    """Splits the order of an epoch into blocks of four pairs. Checks that a block has the four pairs of one prompt.
 
     There are 300 pairs, four for each prompt. An epoch has each pair three times.
     """

@@ -33,7 +33,7 @@ FLASH = [family for family in FAMILIES if family not in VISION or family in ("in
 
 
 def several_pairs(family: str, count: int) -> list[Sample]:
-    """Returns pairs of unequal lengths: ``count`` pairs of one prompt, and two pairs with other prompts."""
+    """Returns pairs of unequal lengths: ``count`` pairs that share a prompt, and two pairs with other prompts."""
     some = 1 if family in VISION else 0
     shared = [
         sample(family, seed, prompt=3, text=9, chosen=1 + 3 * seed % 7, rejected=6 - seed, images=2 * some)

@@ -28,7 +28,10 @@ from mpo_ext.train.split_recurrence import _groups, _pieces, _SplitForward, _Sta
 
 
 def pairs_of(family: str, count: int = 3) -> list[Sample]:
-    """Returns pairs of unequal lengths: ``count`` of one prompt, one with a short prompt, one with a long prompt."""
+    """Returns pairs of unequal lengths.
+
+    ``count`` pairs share a prompt. Of the two other pairs, the first has a shorter prompt and the second a longer one.
+    """
     some = 1 if ALL[family].images else 0
     shared = [
         sample(family, seed, prompt=3, text=9, chosen=1 + 3 * seed % 7, rejected=6 - seed, images=2 * some)
@@ -125,9 +128,9 @@ def test_a_layer_runs_once_over_each_prompt_and_each_group_of_responses() -> Non
 
 
 def lost(what: str) -> Callable[[Any], _States]:
-    """Returns a replacement for ``_States.join`` with a mistake.
+    """Returns a deliberately wrong replacement for ``_States.join``.
 
-    ``what`` names the mistake, such as "no states" or "no gradient of recurrent".
+    ``what`` is the mistake, such as "no states" or "no gradient of recurrent".
     """
 
     def wrong(states: Any) -> _States:
@@ -330,7 +333,7 @@ def test_a_layer_called_with_more_than_the_segments_is_refused(changed: dict[str
 
 
 def hybrid() -> tuple[Any, Any]:
-    """Returns a tiny InternVL with Qwen3.5's decoder for images of digits, and its processor."""
+    """Returns a tiny InternVL model for images of digits, and its processor. The model has Qwen3.5's decoder."""
     processor = build_processor()
     tokenizer = processor.tokenizer
     text = {"model_type": "qwen3_5_text", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -1,4 +1,7 @@
-"""Tests training on pairs with videos: inputs, rows with a shared prompt, and the trainer against separate rows."""
+"""Tests training on pairs with videos.
+
+Checks the model inputs. Rows with a shared prompt and separate rows must give the same training results.
+"""
 
 import dataclasses
 import json

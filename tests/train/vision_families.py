@@ -1,4 +1,4 @@
-"""Small vision models of more families, for the processors of ``tiny_processors``."""
+"""Small LLaVA, Qwen2.5-VL and Idefics3 models, which take the inputs that ``tiny_processors`` makes."""
 
 from typing import Any
 

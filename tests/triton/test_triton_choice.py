@@ -1,4 +1,4 @@
-"""Tests when the backend "triton" is chosen, and the errors if it cannot run."""
+"""Tests the conditions under which the backend "triton" is chosen, and the errors if it cannot run."""
 
 import importlib.util
 import subprocess

@@ -74,7 +74,10 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 
 
 def gap_at(engine: TransformersEngine, request: Request, ids: Sequence[int]) -> float:
-    """Returns the gap between the two largest logits for the token after the prompt, its prefix and ``ids``."""
+    """Returns the gap between the two largest logits of the next token.
+
+    This token follows the request's prompt, the request's response prefix, and ``ids``.
+    """
     inputs = engine._inputs([Request(**{**vars_of(request), "prefix_ids": (*request.prefix_ids, *ids)})],
                             [engine.chat.prompt(request)])  # fmt: skip
     with torch.inference_mode():
@@ -90,9 +93,9 @@ def vars_of(request: Request) -> dict[str, Any]:
 def require_equal_or_tied(
     kind: str, engine: TransformersEngine, requests: Sequence[Request], ours: list[Any], theirs: list[Any]
 ) -> None:
-    """Asserts that continuations are equal, or differ first where rounding decides between two tokens.
+    """Asserts that the two continuations of each request are equal, except for differences that rounding can cause.
 
-    At that place, the gap between the two largest logits must be below ``TIE``.
+    If they differ, the gap between the two largest logits at the first different token must be below ``TIE``.
     """
     differences = []
     for request, our, their in zip(requests, ours, theirs, strict=False):

@@ -74,7 +74,11 @@ def responses_of(family: Family) -> tuple[str, ...]:
 
 
 def written(family: Family, response: str) -> str:
-    """Returns a response as the conversation has it: with the ``<think>`` that is at the end of the prompt."""
+    """Returns a response as the conversation has it.
+
+    If the family needs thoughts, its prompt ends with ``<think>``. Then ``<think>`` is put before a response that does
+    not begin with it.
+    """
     return f"<think>{response}" if family.needs_thoughts and not response.startswith("<think>") else response
 
 
@@ -229,8 +233,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def image_prompts(pictures: list[str]) -> Iterator[tuple[str, list[Any], list[Turn]]]:
     """Yields (question, image paths, turns) for prompts with one or two images.
 
-    A question is a text, or the turns of a pair. The last item has the same turns with loaded images, for the chat
-    template.
+    ``question`` is a text, or a list of turns as in a file of pairs. ``turns`` is the same conversation with loaded
+    images, for the chat template.
     """
     first, second = ([path, Image.open(path).convert("RGB")] for path in pictures)
     yield "<image>\nWhat is shown?", [first[0]], [("user", [first[1], "What is shown?"])]

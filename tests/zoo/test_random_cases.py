@@ -85,7 +85,8 @@ def encode(case: Case) -> str:
 def written(case: Case, processor: Any, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the assistant's message of a case.
 
-    Adds the ``<think>`` that ends the prompt, if the response has only ``</think>`` and the template does not add it.
+    If the prompt ends with ``<think>``, a response may have only ``</think>``. Then the message also begins with
+    ``<think>``, unless the template writes it before the response.
     """
     (plain,) = messages_of(processor, [("assistant", case.response)])
     block = re.search(r"<think>\s*$", case.template.generation or "")

@@ -79,8 +79,8 @@ class TemplateForm:
         ignores: How the template treats ``add_generation_prompt``. "no": it obeys. "yes": it never writes a generation
             prompt. "header": it always writes the assistant's header after a user message.
         trim: Whether the template trims contents.
-        thoughts: How thoughts are written. "text": unchanged. "always": as a block in the last response, even if it is
-            empty. "dropped": not at all.
+        thoughts: How thoughts are written. "text": unchanged. "always": as a block in the last response; without
+            thoughts, the block is empty. "dropped": not at all.
     """
 
     begin: str = ""
@@ -238,7 +238,10 @@ plain_texts = st.lists(st.sampled_from(PLAIN), min_size=1, max_size=3).map("".jo
 
 @st.composite
 def image_cases(draw: st.DrawFn, families: Sequence[str], images: int) -> ImageCase:
-    """Draws a conversation with one or more of ``images`` images, at any places in the user's turns."""
+    """Draws a conversation that shows images at random places in the user's turns.
+
+    ``images`` is the number of images to choose from. The last turn has at least one image.
+    """
     part = st.one_of(plain_texts, st.integers(0, images - 1))
     turns: list[tuple[str, tuple[str | int, ...]]] = []
     for _ in range(draw(st.integers(0, 1))):

@@ -127,9 +127,9 @@ def _text(processor: Any, messages: Sequence[Mapping[str, Any]], kwargs: Mapping
 
 
 def _adds_special_tokens(processor: Any, text: str) -> bool:
-    """Returns whether ``apply_chat_template`` adds special tokens to a text.
+    """Returns whether ``apply_chat_template`` adds special tokens to the text of a conversation.
 
-    It does so with a processor, if the text does not begin with the begin token.
+    A processor's method adds them, unless the text already starts with BOS. A tokenizer's method never adds them.
     """
     begin = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
     return is_processor(processor) and not (begin and text.startswith(begin))

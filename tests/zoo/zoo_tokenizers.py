@@ -97,7 +97,7 @@ def gpt2(*special: str, **options: Any) -> Any:
 
 
 def llama3(*special: str, bos: str = "<|begin_of_text|>", eos: str = "<|eot_id|>", **options: Any) -> Any:
-    """Returns a tokenizer with Llama 3's split pattern; its post-processor adds the begin token."""
+    """Returns a tokenizer with Llama 3's split pattern; its post-processor adds BOS."""
     vocabulary, merges = byte_level_bpe()
     tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=list(merges), ignore_merges=True))
     tokenizer.pre_tokenizer = _split(LLAMA3_PATTERN)
@@ -129,8 +129,8 @@ def sentencepiece(
         scheme: Where the tokenizer prepends a space. "legacy": to each piece of text between special tokens, by a
             normalizer, as in the tokenizer.json of Llama 2 and Mistral v0.1. "always": to each piece, by the
             pre-tokenizer Metaspace. "first": to the beginning of the text, by Metaspace. "never": nowhere.
-        add_bos: Whether encoding with special tokens adds the begin token.
-        add_eos: Whether encoding with special tokens adds the end token.
+        add_bos: Whether encoding with special tokens adds BOS.
+        add_eos: Whether encoding with special tokens adds EOS.
         rstrip: Whether special tokens absorb the white space after them, as in Phi-3.
         **options: Passed to the tokenizer class.
     """
