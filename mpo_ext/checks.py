@@ -4,6 +4,7 @@ import difflib
 import math
 import numbers
 import os
+import re
 from collections.abc import Iterable
 
 _INTERVAL_RULES = {"(-inf, inf)": "finite", "(0, inf)": "positive and finite", "[0, inf)": "finite and not negative"}
@@ -75,8 +76,20 @@ def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str
 
     Returns ``otherwise`` if no known word is similar.
     """
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else otherwise
+    close = closest(str(word), known)
+    return otherwise if close is None else f"; did you mean {close!r}?"
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Returns the known word most similar to ``word``, or the only one with these initials; None if there is none.
+
+    For example, ``lr`` has the initials of ``learning_rate``.
+    """
+    names = list(known)
+    abbreviated = [name for name in names if len(word) > 1 and "".join(re.findall(r"(?<![a-z])[a-z]", name)) == word]
+    if len(abbreviated) == 1:
+        return abbreviated[0]
+    return next(iter(difflib.get_close_matches(word, names, n=1)), None)
 
 
 def check_model_path(name: str, path: str) -> None:

@@ -77,6 +77,10 @@ def test_a_wrong_choice_suggests_the_most_similar() -> None:
     with pytest.raises(ValueError, match=r"^mode must be one of fixed, ema, got 7$"):
         check_choice("mode", 7, iter(("fixed", "ema")))
     assert did_you_mean("zzz", ["fixed"], otherwise="; see the docs") == "; see the docs"
+    settings = ["learning_rate", "batch_size", "betas", "micro_batch_size"]
+    assert did_you_mean("lr", settings) == "; did you mean 'learning_rate'?"
+    assert did_you_mean("bs", settings) == "; did you mean 'batch_size'?"
+    assert did_you_mean("lr", [*settings, "log_root"]) == ""  # two names have these initials
 
 
 @pytest.mark.parametrize(

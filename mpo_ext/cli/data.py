@@ -92,7 +92,9 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 def _add_convert(commands: Any) -> None:
     parser = _add_command(commands, "convert", "write pairs in another format", _convert)
-    parser.add_argument("out", type=Path, help="folder for mmpr and hf, file for pairs and trl")
+    parser.add_argument(
+        "out", type=Path, help="folder for mmpr and hf, file for pairs and trl; for hf also a file .parquet"
+    )
     parser.add_argument("--to", choices=_WRITABLE, required=True, help="format to write")
     text = "for trl and hf: messages, to which TRL applies the chat template, or texts (default: conversational)"
     parser.add_argument("--kind", choices=_KINDS, default="conversational", help=text)

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from typing import NoReturn
 
 import mpo_ext
@@ -9,11 +10,24 @@ from mpo_ext.checks import did_you_mean
 
 
 class _Parser(argparse.ArgumentParser):
+    command = ""  # the subcommand that was given
+
     def error(self, message: str) -> NoReturn:
         """Prints the usage and the message, and exits. For an unknown option, also suggests a similar option."""
         if unknown := re.match(r"unrecognized arguments:.*?--([\w-]+)", message):
-            message += did_you_mean(unknown[1], _options(self))
+            message += did_you_mean(unknown[1], _options(self), self._setting_hint(unknown[1]))
         super().error(message)
+
+    def _setting_hint(self, option: str) -> str:
+        """Returns a hint if an unknown option of ``train``, such as ``learning-rate``, is a setting; otherwise ""."""
+        if self.command not in ("train", "plan"):
+            return ""
+        from mpo_ext.train.recipe import Recipe
+        from mpo_ext.train.settings import setting_names
+
+        name = option.replace("-", "_")
+        found = next((setting for setting in setting_names(Recipe) if setting.rpartition(".")[2] == name), None)
+        return "" if found is None else f"; settings of a recipe have no dashes: {found}=VALUE"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     for module in (doctor, data, convert_model, sample, train, plan, evaluate, iterate, demo):
         module.add_parser(subcommands)
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser.command = next(iter(words), "")
+    args = parser.parse_args(words)
     return args.run(args)
 
 

@@ -42,7 +42,7 @@ def convert(
 
     Args:
         source: Pairs to write.
-        out: Folder to write for "mmpr" and "hf", file to write for "pairs" and "trl".
+        out: Folder to write for "mmpr" and "hf", file to write for "pairs" and "trl". For "hf", also a file .parquet.
         format: Format to write, one of ``WRITABLE``.
         kind: For "trl" and "hf": "standard" or "conversational".
         skip_bad: Whether to skip bad lines and pairs that the format cannot hold. For "hf", this includes pairs with
@@ -62,6 +62,8 @@ def convert(
     """
     check_choice("format", format, WRITABLE)
     suffix = Path(out).suffix.lower()
+    if format == "hf" and suffix in _OTHER_SUFFIXES | {".json", ".jsonl"} and suffix != ".parquet":
+        raise ValueError(f"out must be a folder or a file .parquet for the format hf, got {os.fspath(out)}")
     if format in ("pairs", "trl") and suffix in _OTHER_SUFFIXES:
         raise ValueError(
             f"out must be the name of a JSON lines file, such as pairs.jsonl, for the format {format}, got "

@@ -122,10 +122,13 @@ def _encoded(path: str, embed: bool) -> dict[str, Any]:
 def save_dataset(
     folder: str | os.PathLike[str], pairs: Callable[[], Iterator[Pair]] | Sequence[Pair], kind: Kind = "conversational"
 ) -> int:
-    """Writes a dataset with its images for ``datasets.load_from_disk``. The folder appears only when it is complete.
+    """Writes a dataset with its images for ``datasets.load_from_disk``, or a parquet file.
+
+    The output appears only when it is complete.
 
     Args:
-        folder: Folder of the dataset. An existing folder is replaced if it holds only a dataset.
+        folder: Folder of the dataset. An existing folder is replaced if it holds only a dataset. If the name ends with
+            ".parquet", a parquet file is written instead, for ``datasets.load_dataset``.
         pairs: The pairs, or a function that returns a new iterator over the pairs.
         kind: "standard" or "conversational".
 
@@ -136,15 +139,19 @@ def save_dataset(
         FileExistsError: If ``folder`` is a file, or a folder that holds anything besides a dataset.
     """
     target = Path(folder)
-    if target.exists() and not (target.is_dir() and all(map(_is_dataset_file, target.iterdir()))):
+    is_parquet = target.suffix == ".parquet"
+    if not is_parquet and target.exists() and not (target.is_dir() and all(map(_is_dataset_file, target.iterdir()))):
         raise FileExistsError(f"folder must be empty or hold only a dataset, got {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as work:
         dataset = to_dataset(pairs, kind, embed=True, cache_dir=Path(work, "cache"))
         written = Path(work, "dataset")
-        dataset.save_to_disk(str(written))
+        if is_parquet:
+            dataset.to_parquet(str(written))
+        else:
+            dataset.save_to_disk(str(written))
         sync_tree(written)
-        if target.exists():
+        if target.is_dir():
             shutil.rmtree(target)
         os.replace(written, target)
     sync_folder(target.parent)

@@ -118,7 +118,10 @@ def console_notes(results: Mapping[str, Any]) -> list[str]:
         unreadable = sum(row["unreadable"] * row["questions"] for row in own)
         if unreadable:
             share = f"{100 * unreadable / asked:.1f} % of the responses unreadable"
-            notes.append(f"{model}, {prompt}: {share}: do --prompt, --style and --matcher fit the model?")
+            notes.append(
+                f"{model}, {prompt}: {share}: do --prompt, --style and --matcher fit the model? failures.html shows "
+                "the responses"
+            )
     examples = results.get("refused_examples", {})
     for (data, reason), count in _skipped(rows).items():
         if data != ALL:

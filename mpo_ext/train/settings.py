@@ -1,7 +1,6 @@
 """Building blocks of recipe sections: types of settings, the decorator ``section``, and error messages."""
 
 import dataclasses
-import difflib
 import functools
 import math
 import typing
@@ -14,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, PlainValidator, StrictFloa
 from pydantic_core import PydanticCustomError
 from typing_extensions import dataclass_transform
 
-from mpo_ext.checks import shorten
+from mpo_ext.checks import closest, shorten
 
 T = TypeVar("T")
 
@@ -174,13 +173,18 @@ def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
     known = settings.get(".".join(path))
     names = settings[".".join([*path[:-1], "*"])] if known is None else known
     prefix = _dotted((*parents, ""))
-    close = difflib.get_close_matches(key, names, n=1)
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
+    close = closest(key, names)
+    if close is not None:
+        return f"; did you mean {prefix}{close}?"
     elsewhere = [f"{where}.{key}".lstrip(".") for where, others in settings.items() if key in others]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
     return f"; known settings: {', '.join(f'{prefix}{name}' for name in names)}"
+
+
+def setting_names(kind: type) -> list[str]:
+    """Returns the dotted names of all settings of a recipe, such as ``optim.learning_rate``."""
+    return [f"{where}.{name}".lstrip(".") for where, names in _settings(kind).items() for name in names]
 
 
 def _settings(kind: type, where: str = "") -> dict[str, list[str]]:

@@ -120,6 +120,22 @@ def test_convert_leaves_out_what_check_finds(
     assert "--skip-findings must leave a line of " in capsys.readouterr().err
 
 
+def test_convert_writes_a_parquet_file_with_its_images(
+    write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the extra data")
+    meta, out = write_lines("good", [GOOD, {**GOOD, "question": "<image>\nanother?"}]), tmp_path / "out.parquet"
+    assert run_data("convert", meta, tmp_path / "out.jsonl", "--to", "hf") == 2
+    assert "out must be a folder or a file .parquet for the format hf" in capsys.readouterr().err
+    assert run_data("convert", meta, out, "--to", "hf") == 0
+    assert run_data("convert", meta, out, "--to", "hf") == 2  # the file exists
+    assert run_data("convert", meta, out, "--to", "hf", "--force") == 0
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.parquet"]
+    rows = datasets.load_dataset("parquet", data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows[0]["images"][0].size == (40, 30)
+    assert run_data("check", out, "--image-dir", tmp_path / "stored") == 0
+
+
 def test_a_dataset_with_a_missing_image_is_not_written(
     write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

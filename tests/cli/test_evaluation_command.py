@@ -156,7 +156,8 @@ def test_unreadable_responses_and_skipped_questions_are_told(
     assert status == 0
     *_, unreadable, skipped, number = capsys.readouterr().err.splitlines()
     assert unreadable == (
-        "m, cot: 75.0 % of the responses unreadable: do --prompt, --style and --matcher fit the model?"
+        "m, cot: 75.0 % of the responses unreadable: do --prompt, --style and --matcher fit the model? "
+        "failures.html shows the responses"
     )
     assert skipped.startswith("d: 2 questions not asked: image cannot be read, for example: image must be a file that")
     assert "gone.png" in skipped

@@ -266,6 +266,11 @@ def test_a_fresh_process_checks_a_local_model_and_names_the_model_of_a_run(tmp_p
         ("train r.yaml --dryrun", "--dryrun; did you mean 'dry-run'?"),
         ("data check --form trl p", "--form p; did you mean 'from'?"),
         ("data check p --nonsense", "--nonsense"),
+        (
+            "train r.yaml --learning-rate 1e-3",
+            "--learning-rate 1e-3; settings of a recipe have no dashes: optim.learning_rate=VALUE",
+        ),
+        ("data check p --learning-rate 1", "--learning-rate 1"),
         ("data check p q", "q"),
     ],
 )

@@ -164,6 +164,7 @@ def test_overrides_reach_every_depth(load: Callable[..., Recipe]) -> None:
     ("override", "message"),
     [
         ("optim.learning_rat=1", r"unknown setting optim\.learning_rat; did you mean optim\.learning_rate\?"),
+        ("optim.lr=1", r"unknown setting optim\.lr; did you mean optim\.learning_rate\?"),
         ("learning_rate=1", r"unknown setting learning_rate; did you mean optim\.learning_rate\?"),
         ("loss.micro_batch_size=1", r"unknown setting loss\.micro_batch_size; did you mean optim\.micro_batch_size"),
         ("optims.seed=1", r"unknown setting optims; did you mean optim\?"),
