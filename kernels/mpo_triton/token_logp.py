@@ -135,7 +135,7 @@ def merge_tile(
     the first.
 
     Returns new_max, row_sum, e_d, z_sum, squared and z_label over all tiles so far. z_label is the logit of the label;
-    ``merge_chunks`` defines the other values.
+    the other values are explained in ``merge_chunks``.
     """
     old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
     old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
@@ -179,10 +179,11 @@ def store_stats(
     filler,
     STATS: tl.constexpr,
 ):
-    """Stores the statistics of a row that the bit mask STATS selects, or ``filler`` if the row is not valid.
+    """Stores the statistics of a row whose bits are set in STATS. If the row is not valid, stores ``filler`` instead.
 
-    The statistics of a row are ``rows`` elements apart in memory. ``total`` is the size of the vocabulary.
-    ``merge_chunks`` defines the values from ``row_max`` to ``squared``; ``log_sum`` is the logarithm of ``row_sum``.
+    The statistics of a row lie ``rows`` elements apart in memory. ``total`` is the size of the vocabulary. ``log_sum``
+    is the logarithm of ``row_sum``. ``z_label`` is the logit of the label. The other values, from ``row_max`` to
+    ``squared`` in the signature, are explained in ``merge_chunks``.
     """
     if STATS & 1:
         entropy = log_sum - e_d / row_sum

@@ -8,9 +8,9 @@ from mpo_ext.loss.steps import MPOOutput
 
 
 def loss_metrics(out: MPOOutput) -> dict[str, Tensor]:
-    """Returns metrics by name: the terms of the loss, and the means of rewards and log-probs over the pairs.
+    """Returns the terms of the loss, and the means of rewards and log-probs over the pairs.
 
-    Each metric is a 0-d tensor.
+    The result is a dict from the name of a metric to a 0-d tensor.
     """
     margins = out.chosen_reward - out.rejected_reward
     return {

@@ -110,7 +110,7 @@ def logp_of_rows(
 ) -> Tensor:
     """Returns the summed log-probs of the labels of each response, ``[2B]`` float64, without gradient.
 
-    ``options`` are keyword arguments of ``linear_token_logp``. ``loss_of_rows`` describes the other arguments.
+    ``options`` are keyword arguments of ``linear_token_logp``. The other arguments are those of ``loss_of_rows``.
     """
     targets = shift_labels(labels, cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device))
 

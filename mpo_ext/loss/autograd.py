@@ -16,7 +16,7 @@ _WHOLE = VocabShard(0, 0)  # for operators, a total of 0 means that the logits a
 
 
 class LossOfLogits(torch.autograd.Function):
-    """Attaches the gradient with respect to the logits to a precomputed loss.
+    """Makes a precomputed loss differentiable with respect to the logits.
 
     Backward returns ``weight * (onehot(label) - softmax(logits))``, where ``weight`` is d loss / d logp of each token.
     Forward saves the logits (without a copy), the labels, and three values per token: ``row_max``, ``row_sum`` and
@@ -54,7 +54,7 @@ class LossOfLogits(torch.autograd.Function):
 
 
 class LogpOfLogits(torch.autograd.Function):
-    """Attaches the gradient with respect to the logits to the log-probs of the labels.
+    """Makes the precomputed log-probs of the labels differentiable with respect to the logits.
 
     Backward computes ``weight * (onehot(label) - softmax(logits))``, as in ``LossOfLogits``. The weight of a row
     (token position) is the incoming gradient of its log-prob.
@@ -118,11 +118,11 @@ class HiddenPlan(NamedTuple):
 
 
 class ValueOfHidden(torch.autograd.Function):
-    """Attaches the gradients of hidden states, weight and bias to ``value``, a loss or log-probs computed beforehand.
+    """Makes a precomputed ``value`` differentiable with respect to hidden states, weight and bias.
 
-    For a loss, ``row_weight`` is d loss / d logp of each token. For log-probs, ``row_weight`` is None: backward then
-    uses the incoming gradient, which has one value per token. ``kept`` is the last output of
-    ``ops.linear.linear_token_logp``.
+    The value is a loss or log-probs. For a loss, ``row_weight`` is d loss / d logp of each token. For log-probs,
+    ``row_weight`` is None: backward then uses the incoming gradient, which has one value per token. ``kept`` is the
+    last output of ``ops.linear.linear_token_logp``.
     """
 
     @staticmethod
@@ -215,8 +215,8 @@ def _gradients_over_ranks(
 class OnceDifferentiable(torch.autograd.Function):
     """Returns a gradient unchanged; differentiating the result again raises an error.
 
-    torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. Otherwise, its result has
-    no autograd graph, so a gradient penalty is wrong without a warning. This class raises in both cases.
+    torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. If it does not, the
+    result has no autograd graph, and a gradient penalty is wrong without an error. This class raises in both cases.
     """
 
     @staticmethod

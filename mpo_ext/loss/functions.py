@@ -235,12 +235,12 @@ def linear_mpo_loss(
             memory, at least 256 MiB and at most 1 GiB. The budget changes the speed, and the result only by rounding.
             On a CPU, less than about 4 MiB is slow, and less than about 256 KiB is very slow.
         recompute: Whether backward computes the logits again. False: forward keeps the logits of the labelled rows,
-            which saves one matmul. None: True on a GPU. On a CPU, forward then keeps as many logits as fit into the
+            which saves one matmul. None: like True on a GPU. On a CPU, None keeps as many logits as fit into the
             memory of the gradient of ``weight``, and backward computes the others again. A kept logit takes 2 bytes if
             hidden states and weight are bfloat16, otherwise usually 4. Kept logits and the gradient of ``weight``
-            share one buffer. It is as large as the larger of the two, plus a part of ``memory_budget``. ``recompute``
-            has no effect on a second backward, which computes all logits again. It has no effect if ``weight`` needs
-            no gradient.
+            share one buffer. It has the size of the logits or of the gradient, whichever is larger, plus a part of
+            ``memory_budget``. ``recompute`` has no effect on a second backward, which computes all logits again. It
+            has no effect if ``weight`` needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.
@@ -374,7 +374,7 @@ def linear_token_logp(
 ) -> Tensor:
     """Returns ``token_logp`` from hidden states and the output head, without storing all logits.
 
-    ``linear_mpo_loss`` describes the logits, the number of matmuls and the memory.
+    The logits, the number of matmuls and the memory are explained in ``linear_mpo_loss``.
 
     Args:
         hidden: ``[..., D]`` float32, bfloat16, float16 or float64.

@@ -83,7 +83,7 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
         TypeError: If the model has no output head, the head is not a plain linear layer, or an input is positional.
         ValueError: If labels are among the inputs.
         RuntimeError: If the model's forward does not call the head exactly once, or changes the logits in an unknown
-            way. If the head's weight is sharded in forward or freed before backward.
+            way. If a wrapper, such as FSDP, does not keep the head's whole weight until backward.
     """
     if positional:
         raise TypeError(
@@ -125,7 +125,7 @@ def value_in_forward(
         TypeError: As in ``hidden_and_head``.
         ValueError: As in ``hidden_and_head``.
         RuntimeError: If the model's forward does not call the head exactly once, or changes the logits in an unknown
-            way. If the head's weight is sharded in the head's own forward.
+            way. If a wrapper, such as FSDP2, does not hold the head's whole weight in the head's own forward.
     """
     inner = unwrap_model(model)
     known = _KNOWN_IN_FORWARD.setdefault(inner, {})
@@ -262,7 +262,7 @@ class _GradientCell:
 
 
 class _LossProbe(torch.autograd.Function):
-    """Returns the probe in place of logits. Backward returns ``cell.gradient`` as the gradient of ``value``."""
+    """Returns the probe (see ``_Probe``) in place of logits. Backward gives ``value`` the gradient in ``cell``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
@@ -275,7 +275,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Returns ``value``. Backward stores the gradient of ``value`` in ``cell``, and returns zeros for ``logits``."""
+    """Returns ``value``. Backward stores the incoming gradient in ``cell``, and returns zeros for ``logits``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
@@ -486,7 +486,7 @@ def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | N
 
 
 def _measured_scale(logits: Tensor, softcap: float | None) -> float:
-    """Returns the logit scale for a given softcap. It follows from the model's logit for the probe's number 0.25."""
+    """Returns the logit scale at which the probe's number 0.25 becomes the model's logit, for a given softcap."""
     value = logits[_PROBE.index(0.25)].item()
     if softcap is not None:
         value = softcap * math.atanh(value / softcap) if abs(value) < softcap else math.nan

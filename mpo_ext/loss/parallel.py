@@ -312,8 +312,8 @@ def _score_hidden(
 ) -> _Rows:
     """Returns the log-probs and statistics of this rank's tokens over the whole vocabulary.
 
-    ``inputs`` are the hidden states, weight and bias. The result also holds the tensor for backward. ``_score_logits``
-    describes ``shard``, ``same`` and ``names``.
+    ``inputs`` are the hidden states, weight and bias. The result also holds the tensor for backward. ``shard``,
+    ``same`` and ``names`` are explained in ``_score_logits``.
     """
     hidden, weight, bias = inputs
     if options.backend == "reference":

@@ -189,8 +189,8 @@ class RewardShift:
             batch: ``[2]`` sum and count of the rewards of this rank's batch.
 
         Returns:
-            None, or the updated state. If it is a state, the caller must compute the pair loss again with it, because
-            its delta includes the rewards of all ranks.
+            None, or the updated state. With a state, the caller must compute the pair loss again from this state. The
+            updated delta includes the rewards of all ranks; the delta of the first computation did not.
         """
         if shift.rule != HOLD:
             self._state.copy_(new_state)

@@ -33,7 +33,8 @@ class MPOOutput(NamedTuple):
         rejected_reward: ``[B]`` reward of each rejected response, defined like ``chosen_reward``.
         reward_shift: 0-d reward shift delta that the loss used.
         tokens: ``[2B]`` int64 number of labelled tokens of each sequence.
-        stats: Requested statistics by name, 0-d, averaged over the labelled tokens of the batch (0 without tokens).
+        stats: Dict from the name of a requested statistic to its mean over the labelled tokens of the batch. Each mean
+            is 0-d; without labelled tokens, it is 0.
         backend: Name of the backend that ran.
     """
 
@@ -191,7 +192,7 @@ def _check_config(config: MPOConfig) -> None:
 
 
 class PairInputs(NamedTuple):
-    """Arguments of the operators ``pair_loss`` and ``forward``: ``ref_logp`` to ``ignore_index``, in this order."""
+    """Arguments of the operators ``pair_loss`` and ``forward``, in the order of their signatures."""
 
     ref_logp: Tensor
     state: Tensor
@@ -201,10 +202,7 @@ class PairInputs(NamedTuple):
 
 
 def pair_inputs(ref_logp: Tensor, shift: BatchShift, cu_seqlens: Tensor | None, config: MPOConfig) -> PairInputs:
-    """Returns the arguments ``ref_logp`` to ``ignore_index`` of the operator ``pair_loss``.
-
-    ``shift`` is the reward shift.
-    """
+    """Returns the arguments of the operator ``pair_loss`` that ``PairInputs`` lists. ``shift`` is the reward shift."""
     settings = pair_ops.PairLossSettings(
         config.beta, config.dpo_weight, config.bco_weight, config.ntp_weight, config.label_smoothing,
         config.ntp_average == "sequence", shift.rule, shift.update_first, shift.decay,

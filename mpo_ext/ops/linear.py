@@ -304,8 +304,8 @@ def kept_hidden_rows(
 ) -> tuple[Tensor, Tensor]:
     """Returns the flat indices of the n labelled rows, and the gradient of their hidden states, ``[n, D]``.
 
-    ``kept_hidden_grad`` describes the gradient and the arguments before ``dtype``. ``dtype`` is the dtype of the
-    gradient; None means the dtype of ``kept``.
+    The gradient and the arguments before ``dtype`` are explained in ``kept_hidden_grad``. ``dtype`` is the dtype of
+    the gradient; None means the dtype of ``kept``.
     """
     check_not_capturing(hidden)
     index = labelled_rows(labels, ignore_index).to(hidden.device, non_blocking=True)
@@ -371,7 +371,7 @@ def linear_grad_rows(
     options: LinearOptions,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of ``linear_grad``; that of the hidden states has only the n labelled rows.
+    """Like ``linear_grad``, but the gradient of the hidden states has only the n labelled rows.
 
     The arguments are those of ``linear_grad``. ``row_values`` are row_max, row_sum and row_weight. With ``shard``,
     weight and bias are a rank's shard of the head. The gradient of hidden states must then be summed over the ranks.
@@ -418,11 +418,11 @@ def _fill_gradients(
     options: LinearOptions,
     shard: VocabShard,
 ) -> Tensor:
-    """Writes the gradients of weight and bias to ``head_grads``. Returns that of the hidden states, ``[n, D]``.
+    """Writes the gradients of weight and bias to ``head_grads``. Returns the gradient of hidden states, ``[n, D]``.
 
     ``row_values`` are row_max, row_sum and row_weight of the n labelled rows. Each gradient is multiplied by
-    ``factor``, a 0-d tensor. ``wanted`` selects the gradients of hidden states, weight and bias. If that of the hidden
-    states is not wanted, the result is empty.
+    ``factor``, a 0-d tensor. ``wanted`` selects the gradients of hidden states, weight and bias. The result is empty
+    if ``wanted[0]`` is False.
     """
     row_max, row_sum, row_weight = row_values
     d_weight, d_bias = head_grads

@@ -103,7 +103,7 @@ def merge_shards(
 ) -> RowOutputs:
     """Merges the states of all shards, ``[shards, ..., ROW_STATE]``, into the outputs of ``token_logp`` in ``dtype``.
 
-    ``mpo_ext.loss.eager.shard_state`` describes a state. ``total`` is the size of the whole vocabulary. Only the
+    A state is explained in ``mpo_ext.loss.eager.shard_state``. ``total`` is the size of the whole vocabulary. Only the
     output logp is differentiable.
     """
     maxima, sums, e_d, z_sum, squared, z_label = states.unbind(-1)

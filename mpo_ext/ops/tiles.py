@@ -68,7 +68,7 @@ class Head(NamedTuple):
 
     @property
     def inner_scale(self) -> float:
-        """Factor of ``hidden @ weight.T + bias``: gives the argument of tanh, or the logit without a softcap."""
+        """Factor of ``hidden @ weight.T + bias``. The product is the argument of tanh, or without tanh the logit."""
         return self.logit_scale / (self.softcap or self.temperature)
 
     @property
@@ -78,7 +78,10 @@ class Head(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """Derivative of a logit with respect to ``hidden @ weight.T + bias``, without the derivative of tanh."""
+        """Constant factor in the derivative of a logit with respect to ``hidden @ weight.T + bias``.
+
+        With a softcap, the derivative also contains the derivative of tanh, which depends on the logit.
+        """
         return self.logit_scale / self.temperature
 
 
@@ -90,9 +93,9 @@ class KeptLogits:
     Therefore the gradient never overwrites logits that backward has not read yet.
 
     Let n be the number of labelled rows (token positions), and D the hidden size. If a logit and a gradient value have
-    equal size, the buffer holds ``max(n, D)`` values for each column of the vocabulary, and at most ``min(n, D)``
-    additional values for each column of one tile. With ``only_fitting`` and n larger than D, it holds only D values
-    for each column of the vocabulary. Forward then keeps only the logits of the first columns.
+    equal size, the buffer holds ``vocab * max(n, D)`` values, and at most ``columns * min(n, D)`` additional values.
+    With ``only_fitting`` and n larger than D, it holds only the ``vocab * D`` values of the gradient. The logits of
+    all columns do not fit into this memory, so forward keeps only those of the first columns.
 
     ``store_`` stores float32 logits in float16, as distances from the row's maximum over this tile and all earlier
     tiles. These maxima lie after the logits. Rounding changes a distance by at most 2^-11 of its value. For distances

@@ -1,8 +1,8 @@
 """Rates of machines, and the time that a stage of work takes at these rates.
 
-A stage is a part of the work, such as a forward pass. Its time is the longest of three times: matmuls and attention,
-memory traffic, and arithmetic on logits. Page faults on a CPU and kernel launches on a GPU are added. The rates do not
-depend on how the loss is computed.
+A stage is a part of the work, such as a forward pass. Three kinds of work are assumed to overlap: (1) matmuls and
+attention, (2) memory traffic, (3) arithmetic on logits. The slowest of the three determines the time. The times of
+page faults on a CPU and of kernel launches on a GPU are added. The rates do not depend on how the loss is computed.
 """
 
 import dataclasses
@@ -64,16 +64,16 @@ class Machine:
         is_gpu: Whether the machine is a GPU. The stages of a loss differ between CPU and GPU.
         bandwidth: Bytes per second of reads and writes, without page faults.
         matmul_rates: FLOP per second of large matmuls, by dtype.
-        matmul_shares: Fraction of ``matmul_rates`` that a matmul reaches, by the smallest of its three sizes m, n, k.
-            Between two sizes, the fraction is interpolated over the logarithm of the size. Empty: 1 for all sizes.
+        matmul_shares: Dict from the smallest of a matmul's sizes m, n, k to the fraction of ``matmul_rates`` that it
+            reaches. Between two sizes, the fraction is interpolated over the logarithm of the size. Empty: 1 for all.
         attention_rates: FLOP per second of attention kernels, by kind and dtype. Kind "plain": causal or full
             attention; only the scores that the result needs count as FLOP. Kind "masked": attention with a dense mask;
             all scores count as FLOP. A missing rate is the rate of matmuls.
         kernel_rate: Logits per second that mpo_ext's kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
-        fresh: Bytes per second of page faults: the operating system provides new memory in small pages. Writing to the
-            memory is not included.
-        huge: Like ``fresh``, in huge pages.
+        fresh: Bytes per second at which the operating system provides new memory in small pages (page faults). Writing
+            to the memory is not included.
+        huge: Bytes per second at which the operating system provides new memory in huge pages, without writing to it.
         overhead: Constant number of seconds added to each forward plus backward.
         launch: Seconds between two kernels of a GPU.
         multiprocessors: Number of multiprocessors of a GPU; 0: unknown. Idle multiprocessors are then not counted.

@@ -25,7 +25,8 @@ class Variant:
         name: The changed setting, such as "loss.from_logits=true"; otherwise "this recipe" or "TRL's DPOTrainer".
         trainer: Key of ``steps.STEPS``.
         changes: Fields of ``Plan.cost_step`` that differ from the planned run, as a dict from name to value.
-        bytes: Estimated memory of a rank without sharding. None (TRL): ``mpo_ext.plan.steps`` predicts the memory.
+        bytes: Estimated memory of a rank without sharding. None for TRL's trainer, whose memory
+            ``mpo_ext.plan.steps`` predicts.
     """
 
     name: str

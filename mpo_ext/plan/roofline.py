@@ -31,7 +31,7 @@ class Cost:
         seconds: Total seconds of all stages.
         memory: Peak bytes. For a loss, gradients are included, and inputs are not. For a step, parameters and
             optimizer state are included.
-        parts: Seconds of each stage of the work, by name.
+        parts: Dict from the name of a stage to its seconds.
     """
 
     seconds: float
@@ -147,9 +147,9 @@ def loss_gradients(loss: LossShape, *, has_head: bool = True) -> float:
 
 
 def _kept_width(loss: LossShape, machine: Machine) -> int:
-    """Returns the number of bytes in which forward keeps a logit for backward.
+    """Returns the bytes per logit that forward keeps for backward.
 
-    The number is 2 for bfloat16 inputs. Otherwise, it is the same as in a tile of logits.
+    For bfloat16 inputs, a kept logit takes 2 bytes. Otherwise, it takes as many bytes as a logit in a tile.
     """
     product = loss.dtype if loss.matmul_dtype is None else loss.matmul_dtype
     width = 4 if machine.is_gpu or product == "float32" else loss.size
@@ -234,7 +234,7 @@ _TILE_LAUNCHES = {"recompute": 2 + 4, "keep": 7 + 4, "frozen": 4}
 
 
 def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = False, has_head: bool = True) -> Parts:
-    """Returns the stages of the work and the peak bytes of ``linear_mpo_loss`` on a GPU.
+    """Returns ``(stages, memory)`` of ``linear_mpo_loss`` on a GPU: the stages of its work, and its peak bytes.
 
     ``keeps_logits`` is True if forward keeps the logits for backward (``recompute=False``). ``has_head`` is True if
     backward computes the gradient of the head's weight; it is False for a frozen head.

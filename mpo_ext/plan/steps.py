@@ -36,7 +36,7 @@ class ModelShape:
         decoder: Number of weights in the decoder's linear layers, without the output head and experts.
         experts: Number of weights in the experts of all mixture-of-experts layers.
         expert_share: Fraction of the experts' weights that process a token.
-        expert_width: Smallest size of an expert's matrices.
+        expert_width: Smallest number of rows or columns of an expert's matrices.
         layers: Number of decoder layers.
         width: Hidden size of the decoder, D.
         vocab: Size of the vocabulary, V.
@@ -167,7 +167,7 @@ def _positions(step: StepShape, rows: Rows) -> _Positions:
 
 
 class _Layers:
-    """Divides the work of the decoder and the vision tower in a micro-batch into stages."""
+    """Divides the work on a micro-batch into stages, for the decoder and for the vision tower."""
 
     def __init__(self, model: ModelShape, step: StepShape, rows: Rows) -> None:
         self.model, self.step = model, step
@@ -290,7 +290,10 @@ def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine
 
 
 def _logits_of_all(loss: LossShape, positions: int, machine: Machine) -> Parts:
-    """Returns the stages of work and peak bytes of ``mpo_loss``, with the matmuls of the head for all positions."""
+    """Returns ``(stages, memory)`` of ``mpo_loss``: the stages of its work, and its peak bytes.
+
+    The head's matmuls for all positions are included.
+    """
     stages, _ = logits_ours(loss, machine)
     every, grads = loss.size * positions * loss.vocab, loss_gradients(loss)
     products = head_products(loss, positions, 3, "matrix products", loss.dtype)

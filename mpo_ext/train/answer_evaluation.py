@@ -165,7 +165,7 @@ def shards_parameters(accelerator: Any, path: str) -> bool:
 
 
 def answer_metrics(scores: Sequence[QuestionScore]) -> dict[str, float]:
-    """Returns the metrics of an evaluation by generation, such as ``answer_accuracy``, by name.
+    """Returns the metrics of generated answers as a dict from name, such as ``answer_accuracy``, to value.
 
     ``scores`` has a score for each question. A question that could not be asked counts only in ``questions_refused``.
     ``answer_accuracy`` is NaN if no question could be asked. ``answer_standard_error`` needs at least two questions

@@ -435,7 +435,7 @@ def _positions(values: Sequence[Tensor], plan: _RowPlan, rows: int, length: int)
 
 
 def _token_inputs(prompts: Sequence[_PlacedPrompt], rows: int, length: int) -> dict[str, Tensor]:
-    """Returns the additional per-token inputs of the model, such as ``token_type_ids``, by name: ``[R, L]`` each.
+    """Returns a dict from the name of an additional per-token input, such as ``token_type_ids``, to ``[R, L]`` values.
 
     The values are 0 for responses, for padding, and for prompts that lack the input.
     """

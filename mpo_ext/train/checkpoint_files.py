@@ -115,7 +115,10 @@ def _digest_of(values: Any) -> str:
 
 
 def file_digests(accelerator: Any, folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Returns the SHA-256 of the files that this rank hashes, by name. Together, the ranks hash all of ``names``."""
+    """Hashes a part of the files on each rank, so that the ranks together hash all of ``names``.
+
+    Returns a dict from the name of each file that this rank hashes to its SHA-256.
+    """
     return {
         name: _file_digest(folder / name) for name in names[accelerator.process_index :: accelerator.num_processes]
     }

@@ -69,8 +69,8 @@ class StateReader:
     """Restores the model and the optimizer of a run from a checkpoint.
 
     The constructor raises ``CheckpointError`` if the checkpoint does not fit them. All ranks must call each method.
-    ``folder`` is the folder of the checkpoint, and ``manifest`` its manifest. ``Checkpoints.load`` describes the other
-    arguments.
+    ``folder`` is the folder of the checkpoint, and ``manifest`` its manifest. The other arguments are those of
+    ``Checkpoints.load``.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ def unwrapped(accelerator: Any, model: nn.Module) -> Any:
 
 
 def _model_tensors(accelerator: Any, model: nn.Module, reference: nn.Module | None) -> dict[str, Tensor]:
-    """Returns the tensors that a checkpoint stores, by name (``model.NAME``, ``reference.NAME``).
+    """Returns a dict from name (``model.NAME``, ``reference.NAME``) to the tensor that a checkpoint stores.
 
     The tensors share memory with the models, so loading a checkpoint into them changes the models.
     """
@@ -231,7 +231,7 @@ def _optimizer_state(
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Returns the entries of the optimizer's state that are tensors, by name."""
+    """Returns a dict from name to value for the entries of the optimizer's state that are tensors."""
     tensors = {}
     for name, parameter, value in _optimizer_state(optimizer, parameters):
         if not isinstance(value, Tensor):
@@ -246,7 +246,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
 
 
 def _optimizer_values(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """Returns the entries of the optimizer's state that are not tensors (numbers, strings or None), by name."""
+    """Returns a dict from name to value for the entries of the optimizer's state that are numbers, strings or None."""
     values = {}
     for name, _, value in _optimizer_state(optimizer, parameters):
         if isinstance(value, Tensor):
@@ -258,7 +258,7 @@ def _optimizer_values(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 
 
 def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns uninitialized tensors, by name, into which the saved optimizer state can be loaded.
+    """Returns a dict from name to uninitialized tensor, into which the saved optimizer state can be loaded.
 
     ``saved`` is the metadata of the saved tensors. A tensor with the shape of its parameter is sharded like the
     parameter.

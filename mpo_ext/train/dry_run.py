@@ -88,7 +88,9 @@ def check_encoding(recipe: Recipe, encoder: Encoder) -> EncodingReport:
 
 
 def check_resume(recipe: Recipe, encoder: Encoder, steps: int) -> Iterator[str]:
-    """Yields lines of text about the start of the run: new, resumed or already finished after ``steps`` steps.
+    """Yields lines of text that say whether the run would be new, would resume, or would have no steps left.
+
+    ``steps`` is the total number of steps of the run.
 
     Compares the recipe and the data with those of the checkpoint from which the run would resume, as the run does.
     Weights and the contents of the checkpoint are not compared.

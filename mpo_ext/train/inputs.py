@@ -80,8 +80,8 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
         data: Data and encoder of the run.
         known: Inputs that a checkpoint stores, or None. Files with the same path, size and modification time as in the
             checkpoint are not read again.
-        fixed_weights: Hashes of weights that checkpoints do not store, by the setting that names the model, such as
-            ``model.path``.
+        fixed_weights: Dict from a setting that names a model, such as ``model.path``, to the hash of the model's
+            weights. It contains only models with weights that no checkpoint stores.
 
     Raises:
         CheckpointError: If a rank cannot read a file.

@@ -336,7 +336,7 @@ class Trainer:
             self.output.log_step(line)
 
     def _end_step(self) -> bool:
-        """Runs the evaluations and writes the checkpoint that are due. Returns whether a signal ends the run."""
+        """Runs due evaluations, and writes a checkpoint if one is due. Returns whether a signal ends the run."""
         if self.stop.agree():
             return True
         if self.stop.is_over or self.state.step == self.data.total_steps:

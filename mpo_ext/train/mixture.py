@@ -40,7 +40,8 @@ class MixtureSubset:
         repeat_time: Average number of visits to each line per epoch: the source's ``repeat_time`` in the recipe. For
             an MMPR meta file, this value is multiplied by the subset's ``repeat_time`` in the meta file.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
-        label: Name for display: ``name``, or with a part of the path if other subsets have the same name.
+        label: Name for display: ``name``. If other subsets have the same name, the label also contains a part of
+            the path.
     """
 
     source: int

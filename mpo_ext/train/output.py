@@ -94,7 +94,10 @@ class RunOutput:
             yield
 
     def _check_outputs(self) -> None:
-        """Raises an error if the run would overwrite one of its inputs, or files that no earlier run wrote."""
+        """Raises ``ValueError`` if the run would overwrite one of its inputs.
+
+        Raises ``FileExistsError`` if output files exist that are not from an earlier run.
+        """
         recipe, names = (
             self.recipe,
             ("log.jsonl", "first_pairs.txt", "final", "checkpoints", "answers", "exported.json"),
@@ -151,12 +154,12 @@ class RunOutput:
     def check_inputs(self, data: RunData, checkpoint: Path | None, fixed_weights: Mapping[str, str]) -> None:
         """Compares settings and inputs, such as the data, with those in a checkpoint.
 
-        Later checkpoints of the run store the inputs.
+        Also keeps the inputs, which the run's next checkpoints store.
 
         Args:
             data: Data of the run.
             checkpoint: Folder of the checkpoint. None: the run is new, and nothing is compared.
-            fixed_weights: Hashes of weights that checkpoints do not store, such as frozen parameters.
+            fixed_weights: As in ``collect_inputs``.
 
         Raises:
             LinesError: If a setting that must stay the same in a run has changed, or if ``output.resume_changed_data``

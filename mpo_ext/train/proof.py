@@ -64,9 +64,10 @@ class Proof:
     Attributes:
         notices: Messages about encoder rules that the chat template does not contain, and about checks that could not
             run.
-        pairs: The first pairs, decoded.
-        skipped: Messages about the first pairs that could not be encoded.
-        reasons: Dict from reason to the number of pairs that could not be encoded.
+        pairs: The first pairs that could be encoded, as decoded text.
+        skipped: Messages about pairs that could not be encoded; at most ``count`` messages (see ``prove``).
+        reasons: Dict from the reason why pairs could not be encoded to their number. Pairs without a message in
+            ``skipped`` are counted, too.
         problems: Messages about failed checks, such as token ids that differ from those of the processor.
     """
 
@@ -77,7 +78,10 @@ class Proof:
     reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def lines(self, most: int | None = None) -> Iterator[str]:
-        """Yields the messages and the decoded pairs as lines of text. ``ProvedPair.lines`` describes ``most``."""
+        """Yields the messages and the decoded pairs as lines of text.
+
+        The argument ``most`` is that of ``ProvedPair.lines``.
+        """
         yield from (f"chat template: {notice}" for notice in self.notices)
         yield from (f"not encoded: {message}" for message in self.skipped)
         for pair in self.pairs:
@@ -108,7 +112,8 @@ def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3
     Args:
         encoder: Encoder of the run.
         pairs: Pairs with absolute image paths, each with its name for messages.
-        count: Number of pairs to check. Pairs that cannot be encoded do not count.
+        count: Number of pairs to check. Pairs that cannot be encoded do not count. At most ``50 * count``
+            pairs are read.
     """
     proved: list[ProvedPair] = []
     skipped: list[str] = []

@@ -166,9 +166,9 @@ class LossRecipe:
         preference: Name of a loss in ``mpo_ext.loss.preference`` that replaces the DPO term; None: the DPO term.
         router_aux_loss_coef: Weight of the load-balancing loss of mixture-of-experts routers; 0 disables this loss.
             None: ``router_aux_loss_coef`` of the model's config.
-        average_over: "step" averages over all pairs of an optimizer step, and over their tokens or sequences for NTP
-            (``ntp_average``). "micro_batch" computes the loss of each micro-batch and averages these losses, as the
-            authors' code does; with ``optim.micro_batch_tokens``, each pair counts as a micro-batch.
+        average_over: "step": the DPO and BCO terms are averaged over all pairs of an optimizer step, and the NTP term
+            over the step's tokens or sequences (see ``ntp_average``). "micro_batch": the losses of the micro-batches
+            are averaged, as in the authors' code. With ``optim.micro_batch_tokens``, each pair is such a micro-batch.
         from_logits: True: the model computes all logits for ``mpo_loss``. False: ``linear_mpo_loss`` computes the loss
             from the hidden states.
         shared_prefix: Arrangement of a pair in ``input_ids``. If the model does not support a value, the next value in

@@ -174,9 +174,9 @@ def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a log-prob file. Raises ``LinesError`` if they differ from ``settings``.
 
-    The error lists all differences. The date and the library versions may differ. Another library version may save the
-    same processor in another form. If the versions differ, only the version-independent parts of the processor are
-    compared.
+    The error lists all differences. Another date or other library versions do not raise it. With other versions, only
+    the version-independent parts of the processor are compared, because a library may save the same processor
+    differently in each version.
     """
     old, new = read_header(path) or {}, json.loads(json.dumps(settings))
     texts = [

@@ -1,4 +1,4 @@
-"""The kinds of reference "copy" (a separate frozen model) and "adapter" (the policy without its LoRA adapters).
+"""Two kinds of reference model: "copy", a separate frozen model, and "adapter", the policy without its LoRA adapters.
 
 ``reference_file.py`` implements the third kind, "precomputed".
 """

@@ -87,7 +87,9 @@ class RouterLoss:
 
 
 def make_router_loss(model: nn.Module, coef: float | None, say: Callable[[str], object]) -> RouterLoss | None:
-    """Returns the auxiliary router loss of a model; None if the model has none or its weight is 0.
+    """Returns the auxiliary router loss of a model, or None if the loss is disabled.
+
+    The loss is disabled if its weight is 0, or if ``coef`` is None and the model has no such loss.
 
     Args:
         model: Model, possibly wrapped (DDP, FSDP, DeepSpeed, peft).
@@ -165,7 +167,7 @@ class _LoadBalancing(torch.autograd.Function):
     """Autograd function of ``RouterLoss``. It does not store the probabilities; backward computes them again.
 
     For logits z with probabilities p, the gradient is d loss / d z[t,j] = E / T * p[t,j] * (f_j - sum_e f_e * p[t,e]).
-    T is the number of counted tokens times the number of routers; ``RouterLoss`` defines E and f.
+    T is the number of counted tokens times the number of routers; E and f are explained in ``RouterLoss``.
     """
 
     @staticmethod

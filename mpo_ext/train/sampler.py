@@ -86,8 +86,8 @@ class StepSampler:
 def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns a permutation ``p`` such that the pairs of a group are adjacent in ``pairs[p]``.
 
-    ``groups[i]`` is the group number of pair i. If ``pairs`` repeats pairs, the second copies of a group's pairs form
-    a separate group, and so do the third copies. The groups are in random order.
+    ``groups[i]`` is the group number of pair i. A pair may occur several times in ``pairs``. The first occurrences of
+    a group's pairs form a group, the second occurrences form another group, and so on. The groups are in random order.
     """
     # The c-th copy of each pair goes to the c-th group of its prompt, because a step should not contain a pair twice.
     by_pair = np.argsort(pairs, kind="stable")
@@ -189,9 +189,10 @@ def _rows_of_group(
 
 
 def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:
-    """Returns the indices of ``lengths`` in groups. In each group, and among the groups, the longest comes first.
+    """Returns the indices of ``lengths`` in groups.
 
-    Indices with equal values in ``groups`` form a group. If ``groups`` is None, each index is a group.
+    Indices with equal values in ``groups`` form a group. If ``groups`` is None, each index is a group. In each group,
+    the index with the largest length comes first. The groups are sorted by their largest length, the largest first.
     """
     if groups is not None and len(groups) != len(lengths):
         raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")

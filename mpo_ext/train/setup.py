@@ -54,9 +54,9 @@ class RunSetup(NamedTuple):
         groups: Parameter groups of the optimizer.
         reference_model: Separate reference model, or None.
         reference_fingerprint: Hash of the weights that give precomputed reference log-probs; may be "" for other kinds
-            of reference.
-        fixed_weights: Hashes of weights that checkpoints do not store, as a dict from the setting that names the
-            model, such as ``model.path``, to a hash.
+            of reference models.
+        fixed_weights: Dict from a setting that names a model, such as ``model.path``, to the hash of the model's
+            weights. It contains only models with weights that no checkpoint stores.
     """
 
     model: nn.Module
@@ -223,10 +223,10 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
 
 
 def _fixed_weights(recipe: Recipe, policy: nn.Module, reference: nn.Module | None) -> dict[str, str]:
-    """Returns hashes of weights that checkpoints do not store, as a dict from setting (``model.path``) to hash.
+    """Returns a dict from a setting that names a model, such as ``model.path``, to the hash of the model's weights.
 
-    These weights are frozen parameters and a reference model without updates. A resuming run loads them again. The
-    dict is empty for quantized models.
+    It contains only models with weights that no checkpoint stores: a policy with frozen parameters, and a reference
+    model without updates. A resuming run loads these weights again. The dict is empty for quantized models.
     """
     if recipe.model.lora is not None and recipe.model.lora.quantization is not None:
         return {}

@@ -1,4 +1,4 @@
-"""Split attention: attention in sequence rows ``[prompt | response | response ...]`` that needs no mask of the row.
+"""Split attention computes attention in rows ``[prompt | response | response ...]`` without a mask over the row.
 
 Each row is computed by several causal calls of an attention function. The first call covers a prompt and its first
 response. Each further response has a separate call. The queries of this call belong to the tokens of the response, its
@@ -46,8 +46,8 @@ class _Part(NamedTuple):
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the part that begins with the prompt of these tokens. None if this part begins with the prompt
-            or is padding.
+        prompt: For a further response: index of the earlier part that begins with the response's prompt. None if this
+            part begins with its own prompt, or is padding.
         prompt_length: Number of prompt tokens in the part ``prompt``; 0 if ``prompt`` is None.
         is_padding: Whether the part is padding, for which attention is not computed.
         blocks: Images whose tokens attend to each other: the start and the end (exclusive) of each, as token indices
@@ -70,8 +70,8 @@ class RowSegments:
     Attributes:
         parts: The parts of all rows, in order.
         sizes: The number of tokens of each part; their sum is R * L.
-        cu_seqlens: Offsets in the packed queries and in the packed keys of the C attention calls: two tensors
-            ``[C + 1]`` int32.
+        cu_seqlens: Offsets of the attention calls in the packed queries and in the packed keys: two int32 tensors
+            ``[C + 1]``, where C is the number of calls.
         longest: Maximum number of queries of a call, and maximum number of keys of a call.
     """
 

@@ -69,7 +69,10 @@ def _texts(chat: ChatEncoder, pair: Pair, name: str) -> Iterator[tuple[str, str]
 
 
 def _unknown_pieces(tokenizer: Any, text: str) -> list[str]:
-    """Returns the parts of a text that become unknown tokens. A slow tokenizer only tells in which words they are."""
+    """Returns the parts of a text that become unknown tokens.
+
+    A slow tokenizer does not give the positions of tokens. Then the words that contain unknown tokens are returned.
+    """
     unknown, token = tokenizer.unk_token_id, tokenizer.unk_token
     if unknown not in tokenizer.encode(text, add_special_tokens=False, verbose=False):
         return []
