@@ -51,7 +51,7 @@ class Matcher(abc.ABC):
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
         """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
 
-        The answer is wrong only if it is wrong for every truth.
+        An answer that equals no truth is wrong if it is wrong for every truth. Otherwise it is unreadable.
 
         Args:
             prediction: The extracted answer. A missing answer (None) raises a TypeError.

@@ -142,9 +142,10 @@ def _draw_digits(split: Digits, values: np.ndarray, rng: np.random.Generator) ->
 
 
 def _render(cells: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns the grids ``[N, side * 16, side * 16]`` uint8 of digits ``[N, side**2, 8, 8]`` in [0, 1].
+    """Draws each grid of digits as an image, and returns the images ``[N, side * 16, side * 16]`` uint8.
 
-    Each digit is enlarged, rotated, scaled and shifted at random, and noise is added to each pixel.
+    ``cells`` holds the pixels of the digits, ``[N, side**2, 8, 8]``, with values from 0 to 1. Each digit is
+    enlarged, and rotated, scaled and shifted at random. Noise is added to each pixel.
     """
     digits = torch.from_numpy(cells.reshape(-1, 1, *cells.shape[-2:]))
     count = len(digits)

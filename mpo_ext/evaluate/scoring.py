@@ -217,7 +217,7 @@ class Evaluation:
     def is_same(self, item: Item, first: QuestionScore, second: QuestionScore) -> bool:
         """Returns whether two scores of a question, such as with and without its image, have the same answer.
 
-        The answer of a score is its most frequent answer. Returns False if a score has no answer.
+        A score covers several responses. Their most frequent answer is compared. Returns False if a score has none.
         """
         if first.answer is None or second.answer is None:
             return False
