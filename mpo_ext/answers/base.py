@@ -69,8 +69,8 @@ class Matcher(abc.ABC):
 
         A blank answer is unreadable. So is every answer if all truths are blank.
 
-        If the answer or a truth is longer than ``longest``, only equality apart from case and spaces is checked. An
-        answer that is not equal is then unreadable.
+        If the answer or a truth is longer than ``longest``, an answer that equals a truth apart from case and spaces
+        is right. Any other answer is unreadable.
         """
         if is_empty(prediction, truths):
             return self._verdict(None, "empty", prediction, truths[0])

@@ -49,8 +49,8 @@ class AnlsMatcher(Matcher):
     Attributes:
         threshold: Similarity below which the score is 0.
         accept: Minimum similarity counted as correct.
-        exact_digits: Whether a correct answer must have the same digits as the truth. "10 May 2001" is then wrong for
-            "10 May 2011", although it is similar. This option does not change the score.
+        exact_digits: Whether a correct answer must have the same digits as the truth. If so, "10 May 2001" is not
+            correct for "10 May 2011", although it is similar. This option does not change the score.
     """
 
     kind: ClassVar[str] = "anls"

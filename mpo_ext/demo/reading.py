@@ -38,8 +38,8 @@ class ReadingTask:
         values: The digits of the cells, in the order of ``CELLS``.
         asked: Cell whose digit the question asks for, such as "top-left"; ``LARGEST`` asks for the largest digit.
         form: Form of the response that the question asks for, "direct" or "cot" (step by step).
-        is_named: Whether the text of the question states the digits. The question can then be answered without the
-            image, and the response has only the final answer.
+        is_named: Whether the text of the question states the digits. If so, it can be answered without the image,
+            and the response has only the final answer.
     """
 
     image: np.ndarray | None

@@ -252,7 +252,8 @@ def _without_chance(svg: str) -> str:
 def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, str], limit: int, seed: int) -> None:
     """Writes ``failures.html``: the questions with a wrong answer, and the responses of all models and prompts.
 
-    A question is shown only if a response with the image is wrong. Its responses without the image are then shown too.
+    A question is shown only if a response with the image is wrong. The page also shows the responses to this question
+    without the image.
     """
     by_data: dict[str, list[Cell]] = {}
     for cell in cells:

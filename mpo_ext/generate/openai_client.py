@@ -186,9 +186,9 @@ class OpenAIClient:
         A pause is at least as long as the server requests.
 
         Raises:
-            RequestRefusedError: If the server refuses the request. After the last attempt has failed, the latest
-                successful request of ``post`` is sent again as a test, except after status 429 or 503. If the server
-                answers the test, this error is raised, too.
+            RequestRefusedError: If the server refuses the request. Also raised if all attempts fail, but the server
+                answers a test: the latest successful request of ``post``, sent again. There is no test after status
+                429 or 503.
             ServerError: If the server cannot be used.
         """
         attempt = 0

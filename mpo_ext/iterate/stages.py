@@ -30,8 +30,8 @@ class RoundStage:
 
     Attributes:
         round: Number of the round; 0 is the evaluation of the first model.
-        name: "evaluate", "train", the name of a pipeline, or "page of " and the name of a pipeline, for the stage that
-            writes the HTML page with the pipeline's pairs.
+        name: "evaluate", "train" or the name of a pipeline. For the stage that writes the HTML page with a pipeline's
+            pairs: "page of " and the name of the pipeline.
         module: Module that Python runs.
         arguments: Arguments of the module.
         launcher: Words of the command before ``-m MODULE``; empty: the Python of this process.
