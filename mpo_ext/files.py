@@ -18,7 +18,7 @@ def atomic_write(path: str | os.PathLike[str], *, is_locked: bool = False) -> It
 
     Args:
         path: Path of the file to write. Its folder is created if it does not exist.
-        is_locked: Whether the caller holds a lock on ``path``. The temporary file then has a fixed name, so that it
+        is_locked: Whether the caller holds a lock on ``path``. If so, the temporary file has a fixed name, so that it
             replaces the temporary file of a killed process.
     """
     target = Path(path)

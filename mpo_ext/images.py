@@ -65,7 +65,7 @@ def load_image(source: Any) -> Any:
     Raises:
         FileNotFoundError: If the file does not exist.
         ImageError: If the image cannot be read, is not a regular file in a known format, has more pixels than the
-            limit, or has values of an unknown range. Also if the source is another kind of URL, such as ``https://``.
+            limit, or has values of an unknown range. Also raised for other kinds of URL, such as ``https://``.
         TypeError: If the source has another type.
         ImportError: If Pillow is not installed.
     """
@@ -134,7 +134,7 @@ def missing_image_advice(source: str) -> str:
     """Returns advice for an error message about the missing image file ``source``, or "".
 
     If ``source`` is the base64 text of an image, the advice is to write ``data:image/...;base64,`` before the text.
-    The image folder may already be in front of the text, as if the text were a relative path.
+    The text is also detected after an image folder, to which callers join it like a relative path.
     """
     match = _BASE64_IMAGE.search(source)
     if match is None:

@@ -207,7 +207,7 @@ def check_supported(config: Any, processor: Any = None) -> None:
 
     Raises:
         ValueError: If the model is an encoder, has an encoder and a decoder, attends to images by cross-attention, or
-            attends to its prompt in both directions (PaliGemma). Also if the model's processor returns labels.
+            attends to its prompt in both directions (PaliGemma). Also raised if the processor returns labels.
     """
     configs = [config, *(getattr(config, name, None) for name in _TEXT_CONFIGS)]
 

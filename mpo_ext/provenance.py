@@ -1,7 +1,7 @@
 """Records the processor and the library versions that turn text and images into token ids and pixels.
 
-Each run stores this record. A later run that resumes it, or uses its samples or log-probs, compares the stored record
-with its own, and names the parts that have changed.
+Each run stores this record. A later run may resume this run, or use its samples or log-probs. The later run compares
+the stored record with a new record of its processor and libraries, and names the parts that have changed.
 """
 
 import enum
@@ -103,7 +103,7 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, s
 
 
 def changed_independently(names: Iterable[str]) -> list[str]:
-    """Returns the names of changed parts that a new library version cannot have changed, such as "chat_template".
+    """Returns those of the changed parts ``names`` that do not depend on library versions, such as "chat_template".
 
     ``names`` are keys of a result of ``changed_parts``.
     """
@@ -137,7 +137,7 @@ def _without_defaults(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Returns settings as JSON values, without null values and settings that do not change pixels."""
+    """Returns settings as JSON values. Leaves out settings that are None or have no effect on the pixels."""
     if isinstance(value, Mapping):
         return {
             str(name): _plain(setting)

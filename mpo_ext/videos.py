@@ -192,7 +192,7 @@ def load_video(source: Any) -> LoadedVideo:
     Raises:
         FileNotFoundError: If a file does not exist.
         VideoError: If the video cannot be decoded, is not a regular file in a known container, exceeds a limit, or has
-            frames of different sizes. Also if the path is a URL other than ``file://``.
+            frames of different sizes. Also raised if the path is a URL other than ``file://``.
         ImageError: If a frame image cannot be used.
         ImportError: If PyAV or Pillow is not installed.
     """

@@ -51,7 +51,7 @@ class Matcher(abc.ABC):
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
         """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
 
-        The answer is wrong only if it is wrong for every truth.
+        An answer that equals no truth is wrong if it is wrong for every truth. Otherwise it is unreadable.
 
         Args:
             prediction: The extracted answer. A missing answer (None) raises a TypeError.
@@ -69,8 +69,8 @@ class Matcher(abc.ABC):
 
         A blank answer is unreadable. So is every answer if all truths are blank.
 
-        If the answer or a truth is longer than ``longest``, only equality apart from case and spaces is checked. An
-        answer that is not equal is then unreadable.
+        If the answer or a truth is longer than ``longest``, an answer that equals a truth apart from case and spaces
+        is right. Any other answer is unreadable.
         """
         if is_empty(prediction, truths):
             return self._verdict(None, "empty", prediction, truths[0])

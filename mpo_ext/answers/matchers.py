@@ -70,7 +70,7 @@ def load_function(name: str) -> Callable[[str, str], bool | float | Verdict | No
 class AnyMatcher(Matcher):
     """Accepts an answer if at least one of several matchers accepts it.
 
-    An answer is wrong only if every matcher calls it wrong.
+    An answer that no matcher accepts is wrong if every matcher calls it wrong. Otherwise it is unreadable.
 
     Attributes:
         matchers: The matchers, called in this order. Each is a ``Matcher``, a kind such as "number", or a mapping with

@@ -183,7 +183,7 @@ def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> boo
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NumberMatcher(Matcher):
-    """Compares numbers with a tolerance, and other answers as text without regard to case.
+    """Compares numbers with a tolerance. If the truth is not a number, compares texts without regard to case.
 
     A number is right if ``|prediction - truth| <= relative * |truth|``, or ``<= absolute`` if the truth is 0. If both
     numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong.
@@ -192,8 +192,9 @@ class NumberMatcher(Matcher):
     in cases such as the following:
 
     - It has a decimal comma ("1,5").
-    - Only one of the two has a unit, and the other may mean the same quantity ("7" or "700" for "7 m").
-    - The two differ by more than the tolerance, but are equal after rounding ("3.14" and "3.14159").
+    - Only the answer or only the truth has a unit. The number without a unit may mean the same quantity in some unit
+      ("7" or "700" for "7 m").
+    - The numbers differ by more than the tolerance, but are equal after rounding ("3.14" and "3.14159").
 
     Attributes:
         relative: Tolerance as a fraction of the truth. With 1e-3, which the authors of MPO use, 2023 matches 2024.
@@ -241,8 +242,8 @@ class NumberMatcher(Matcher):
 class ChartMatcher(Matcher):
     """Applies the relaxed accuracy of ChartQA: numbers within 5 % of the truth are right.
 
-    Other answers are compared as text, ignoring case. An answer is unreadable in the same cases as for
-    ``NumberMatcher``, with one exception: a rounded number outside the tolerance is wrong.
+    If the truth is not a number, the answer is compared as text, ignoring case. An answer is unreadable in the same
+    cases as for ``NumberMatcher``, with one exception: a rounded number outside the tolerance is wrong.
 
     Attributes:
         relative: Tolerance as a fraction of the truth.

@@ -39,14 +39,15 @@ def is_symbol(number: Number) -> bool:
 
 
 def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
-    """Compares two answers that differ as expressions, under other readings of both.
+    """Compares two answers that differ as expressions, by reading both in other ways.
 
-    The readings are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
+    These ways are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
     number ("1-1/4"), a quantity in several units ("5 ft 6 in"), and a word for 0 ("none").
 
     Returns:
-        (is_equal, rule). ``is_equal`` is None if the answers may be equal. It is True only for quantities in several
-        units. ``rule`` names the comparison that decided, such as "value" or "unit".
+        (is_equal, rule). ``is_equal`` is False if the answers differ. Most of these ways are guesses: if they make
+        the answers equal, ``is_equal`` is None. It is True only for equal quantities in several units. ``rule`` names
+        the comparison that decided, such as "value" or "unit".
     """
     prediction, truth = (clean_answer(text.translate(TO_ASCII)) for text in (prediction, truth))
     first, second = parse_number(prediction), parse_number(truth)

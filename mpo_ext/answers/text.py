@@ -40,14 +40,17 @@ class ExactMatcher(Matcher):
 class AnlsMatcher(Matcher):
     """Scores answers by DocVQA's normalized Levenshtein similarity: ``1 - distance / length of the longer text``.
 
-    An answer that is not right is unreadable in two cases: it may be another form of the truth ("Total: $5" for "$5"),
-    or it has the digits of the truth and a positive score. In all other cases it is wrong.
+    An answer that is not accepted counts as unreadable (neither right nor wrong) in two cases. Otherwise, it is wrong.
+
+    - It may be another form of the truth ("Total: $5" for "$5").
+    - Its score is positive, and it has the same digits as the truth. If ``exact_digits`` is False, the digits may
+      differ.
 
     Attributes:
         threshold: Similarity below which the score is 0.
         accept: Minimum similarity counted as correct.
-        exact_digits: Whether a correct answer must have the same digits as the truth. "10 May 2001" is then wrong for
-            "10 May 2011", although it is similar. This option does not change the score.
+        exact_digits: Whether a correct answer must have the same digits as the truth. If so, "10 May 2001" is not
+            correct for "10 May 2011", although it is similar. This option does not change the score.
     """
 
     kind: ClassVar[str] = "anls"
@@ -150,7 +153,8 @@ class VqaMatcher(Matcher):
     For another number of annotators, n is scaled to ten; with a single truth, the score is 0 or 1. If a text is empty
     after normalization, the original texts are compared.
 
-    An answer with a score below ``accept`` is unreadable in the following cases; otherwise, it is wrong:
+    An answer with a score below ``accept`` counts as unreadable (neither right nor wrong) in the following cases.
+    Otherwise, it is wrong.
 
     - Some annotators gave it.
     - It contains a truth ("a brown dog" for "dog"), or a truth contains it.

@@ -278,7 +278,8 @@ def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
       kelvin).
     - ``unit`` is "K", and one value is 1000 times the other, because "K" may mean thousand.
     - ``unit`` is not a temperature, and the ratio of the values is a power of ten.
-    - ``unit`` is another known unit, and the ratio of the values is a usual factor between units, such as 60.
+    - ``unit`` is a known unit, but not a temperature, and the ratio is a usual factor between units, such as 60.
+    - ``unit`` is a unit of data, such as "MB", and the ratio is a usual factor between such units, such as 1024.
     """
     parsed = parse_unit(unit)
     if first == -second or parsed is None:

@@ -47,8 +47,8 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
 
     Raises:
         ValueError: If a message has no role or content, if the last message is the assistant's, or if there are images
-            or videos although ``as_parts`` is False. Also if there are placeholders, but not one for each image or
-            video.
+            or videos although ``as_parts`` is False. Also raised if there are placeholders, but not one for each
+            image or video.
     """
     counts = {"image": len(conversation.images), "video": len(conversation.videos)}
     for kind, count in counts.items():

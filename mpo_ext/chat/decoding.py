@@ -18,7 +18,9 @@ def squash(text: str) -> str:
 def possible_texts(
     decode: Callable[[Sequence[int]], str], special_ids: Collection[int], context: Sequence[int], ids: Sequence[int]
 ) -> list[str]:
-    """Returns candidates for the text of a response's ids. They differ in spaces; one should encode to these ids.
+    """Returns candidates for the text of a response with the token ids ``ids``.
+
+    The candidates differ only in spaces. At least one of them should encode to ``ids`` again.
 
     There are several candidates because of SentencePiece. Its tokenizer may prepend a space at the beginning of a text
     or after each special token. Its decoder removes this space only at the beginning of a text.

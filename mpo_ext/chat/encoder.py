@@ -104,8 +104,8 @@ class ChatEncoder:
         ends_in_tail: How often the template writes ``end_id`` after a response; 0: never.
 
     Raises:
-        ChatError: If the template does not write responses, if a conversation does not begin with its generation
-            prompt, or if the token that ends a turn is unknown.
+        ChatError: If the template does not write responses, if the text of a conversation does not begin with the
+            text of its prompt, or if the token that ends a turn is unknown.
     """
 
     def __init__(

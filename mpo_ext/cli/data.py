@@ -158,8 +158,9 @@ def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[An
 def _open_with_stored(
     args: argparse.Namespace, on_pair: Callable[[Any], object] = lambda pair: None
 ) -> tuple[Any, Any]:
-    """Opens the pairs. Returns the ``PairSource``, and a ``StoredMedia`` that detects images extracted from the data.
+    """Opens the pairs, and returns a ``PairSource`` and a ``StoredMedia``.
 
+    The ``StoredMedia`` detects whether the pairs use images or videos that were extracted from the data into files.
     ``on_pair`` is called with each pair that is read.
     """
     import dataclasses

@@ -205,8 +205,8 @@ _OF_ALL_MODELS = {
 def _settings_of_model(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries of a config that define the architecture.
 
-    Entries that the configs of all models have are left out, except the ids of special tokens. Entries that are None
-    are left out, too.
+    Leaves out the general entries, which every model's config has, but keeps the ids of special tokens. Also leaves
+    out entries that are None and entries whose name begins with "_".
     """
     import transformers
 

@@ -55,8 +55,8 @@ def convert(
 
     Raises:
         BadLine: If ``skip_bad`` is False and a line would be skipped.
-        ValueError: If the format is unknown or cannot hold a pair, ``out`` would replace an input, or ``out`` has the
-            suffix of another kind of file, such as .parquet.
+        ValueError: If the format is unknown, ``out`` would replace an input, or ``out`` has the suffix of another kind
+            of file, such as .parquet. For "mmpr", also in the cases that ``write_mmpr`` names.
         OSError: If the output cannot be written.
         ImportError: If Hugging Face datasets is required but not installed.
     """

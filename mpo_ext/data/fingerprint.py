@@ -31,7 +31,7 @@ class HashedFile:
     Attributes:
         path: Path of the file.
         lines: Number of lines; None if the file does not consist of lines.
-        name: Name of the file in messages to the user; "": the path.
+        name: Name of the file in messages to the user. If it is empty, messages name the path.
     """
 
     path: str

@@ -87,8 +87,8 @@ def _listed(value: object) -> Iterable[object]:
 def detect_lines(file: LineFile) -> Format:
     """Detects the format of a JSON lines file from its first 1000 lines.
 
-    The first row whose fields fit only one format decides. Without such a row, the format is "mmpr" if the first row
-    has ``question``, ``chosen`` and ``rejected``.
+    The first row whose fields fit only one format decides. If there is no such row, the format is "mmpr" if the first
+    row has ``question``, ``chosen`` and ``rejected``.
 
     Raises:
         ValueError: If the file is empty, none of these lines holds a JSON object, or no format fits.
@@ -124,7 +124,7 @@ def _begins_with_array(path: str) -> bool:
 def detect_columns(row: Mapping[str, Any], name: str) -> Format:
     """Detects the format of a table from its columns.
 
-    If no column shows the format, the format is "mmpr" for a table with ``question``, ``chosen`` and ``rejected``.
+    A table with ``question``, ``chosen`` and ``rejected`` is "mmpr" unless other columns identify another format.
 
     Args:
         row: An example row: a value of the right type for each column, such as "" for text.

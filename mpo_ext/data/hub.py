@@ -125,8 +125,8 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
 def _ignored_files(builder: Any, path: str) -> list[str]:
     """Returns the parquet files of a folder that belong to none of its splits, as paths relative to the folder.
 
-    ``builder`` is the dataset builder of the folder. A folder with a README.md is not checked, because this file may
-    list the files of each split: the result is [].
+    ``builder`` is the dataset builder of the folder. If the folder has a README.md, the result is [], because this
+    file may list the files of each split.
     """
     if os.path.exists(os.path.join(path, "README.md")):
         return []

@@ -170,12 +170,13 @@ def _unread(name: str, value: object) -> FieldError:
 def _check_value(name: str, value: object, read: Collection[str]) -> None:
     """Raises FieldError if the value of a field is or contains an image, video or audio, at any depth.
 
-    The medium may be a path, a URL, a data URL, base64 text, or an object with ``bytes`` and ``path``.
+    The medium may be a path, a URL, a data URL, base64 text, or an object with ``bytes`` and ``path``. Paths whose
+    file name is in ``read`` are allowed.
 
     Args:
         name: Name of the field, for the error message.
         value: Value of the field.
-        read: File names of the pair's media. The field may repeat these names.
+        read: File names of the media that have been read for the pair.
     """
     if isinstance(value, Mapping):
         content = value.get("bytes")

@@ -25,8 +25,9 @@ class Pair:
     """A question with a chosen and a rejected response.
 
     Attributes:
-        question: Whole prompt as the model sees it, with ``<image>`` at the position of each image. If a prompt with
-            one image has no ``<image>``, the image comes before the text.
+        question: Prompt as the model sees it, with ``<image>`` at the position of each image. If a prompt with one
+            image has no ``<image>``, the image comes before the text. If the prompt has several turns, ``question`` is
+            only the last user turn; see ``extra``.
         chosen: The preferred response.
         rejected: The response to avoid.
         images: Paths of the images, in order.
@@ -39,8 +40,7 @@ class Pair:
             If a prompt or response has several turns, ``extra["$source"]`` also holds the list of its turns, as
             ``messages`` (prompt), ``chosen_messages`` or ``rejected_messages``. A turn is
             ``{"role": ..., "content": ...}``. An assistant's turn may have ``tool_calls``. A turn with the role "tool"
-            holds a result. ``question`` is then the last user turn, and ``chosen`` and ``rejected`` are the joined
-            contents of their turns.
+            holds a result. If a response has several turns, ``chosen`` or ``rejected`` holds their joined contents.
             ``extra["$source"]["tools"]`` describes the functions that the assistant may call, as in
             ``mpo_ext.chat.Conversation``.
         videos: Videos, in order. ``question`` and the turns have ``<video>`` at the position of each video. A single

@@ -151,7 +151,7 @@ class StoredMedia:
     ``PairSource``.
 
     Attributes:
-        folder: ``image_dir`` if a pair uses such a file, otherwise "".
+        folder: ``image_dir`` if a pair uses a file that was stored there, otherwise "".
     """
 
     def __init__(self, source: PairSource) -> None:

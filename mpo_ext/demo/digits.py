@@ -83,8 +83,7 @@ class Task:
         operation: Key of ``OPERATIONS``, such as "sum".
         region: The cells that the question is about, a key of ``REGIONS`` such as "top row".
         form: Form of the response that the question asks for, "direct" or "cot" (step by step).
-        is_named: Whether the text of the question states the digits. The question can then be answered without the
-            image.
+        is_named: Whether the text of the question states the digits, so that it can be answered without the image.
     """
 
     image: Tensor | None

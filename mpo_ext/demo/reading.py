@@ -38,8 +38,8 @@ class ReadingTask:
         values: The digits of the cells, in the order of ``CELLS``.
         asked: Cell whose digit the question asks for, such as "top-left"; ``LARGEST`` asks for the largest digit.
         form: Form of the response that the question asks for, "direct" or "cot" (step by step).
-        is_named: Whether the text of the question states the digits. The question can then be answered without the
-            image, and the response has only the final answer.
+        is_named: Whether the text of the question states the digits. If so, it can be answered without the image,
+            and the response has only the final answer.
     """
 
     image: np.ndarray | None
@@ -142,9 +142,10 @@ def _draw_digits(split: Digits, values: np.ndarray, rng: np.random.Generator) ->
 
 
 def _render(cells: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns the grids ``[N, side * 16, side * 16]`` uint8 of digits ``[N, side**2, 8, 8]`` in [0, 1].
+    """Draws each grid of digits as an image, and returns the images ``[N, side * 16, side * 16]`` uint8.
 
-    Each digit is enlarged, rotated, scaled and shifted at random, and noise is added to each pixel.
+    ``cells`` holds the pixels of the digits, ``[N, side**2, 8, 8]``, with values from 0 to 1. Each digit is
+    enlarged, and rotated, scaled and shifted at random. Noise is added to each pixel.
     """
     digits = torch.from_numpy(cells.reshape(-1, 1, *cells.shape[-2:]))
     count = len(digits)

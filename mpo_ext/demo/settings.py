@@ -63,7 +63,7 @@ class Settings(RunSettings):
         prior: Strength of the language prior in the step-by-step texts of the SFT. It is the probability that a digit
             is (previous digit + ``prior_step``) modulo 10. Otherwise the digit is drawn uniformly.
         prior_step: Difference of two digits that follow the language prior.
-        sft_digits: Number of training digits in the SFT. The pairs use the other training digits.
+        sft_digits: Number of training digits in the SFT. The pairs use the remaining training digits.
         sft_steps: Number of steps of the SFT. Its learning rate falls to zero.
         sft_warmup: Length of the warmup (the learning rate rises from zero), as a fraction of the SFT's steps.
         sft_named_share: Of the SFT questions, the fraction that states the digits and has no image. These questions

@@ -53,7 +53,7 @@ class Stages:
         """Runs a stage and returns its result, a JSON value. A stage that has already finished is not run again.
 
         Args:
-            name: Name of the stage, the key of its duration in ``seconds``.
+            name: Name of the stage. The attribute ``seconds`` stores the duration under this name.
             explanation: Text to print before the stage.
             make: Function that runs the stage and returns its result. Its argument ``advance`` is a function:
                 ``advance(n)`` advances the progress bar by n steps.

@@ -39,8 +39,8 @@ def write_predictions(
         world_size: Number of processes that sampled responses.
 
     Raises:
-        IncompleteRunError: If a process has not sampled all its responses. The files of earlier models are then
-            written.
+        IncompleteRunError: If a process has not sampled all its responses for a model. The files of the models before
+            it in ``cells`` have been written by then.
     """
     columns: dict[str, list[str]] = {}
     for model, model_cells in itertools.groupby(cells, key=lambda cell: cell.model):

@@ -158,8 +158,9 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
 def without_image_table(results: Mapping[str, Any]) -> str:
     """Returns a Markdown table that compares the answers with and without the image.
 
-    The columns are both accuracies, the fraction of equal answers, and the difference of the accuracies. The text
-    below the table gives the fraction of questions that have the most frequent true answer.
+    The values are the accuracy with the image, the accuracy without it, the fraction of equal answers, and the
+    difference of the accuracies, all in percent. The text below the table gives the accuracy of always answering with
+    the most frequent true answer.
     """
     lines = []
     for row in results["without_image"]:
@@ -197,7 +198,8 @@ def _percent(row: Mapping[str, Any]) -> str:
 def _is_shown(comparison: Mapping[str, Any], baseline: str) -> bool:
     """Returns whether ``table.md`` shows a comparison.
 
-    It shows the comparison of two prompts of the same model, and of any model with the model ``baseline``.
+    It shows a comparison if its two sides are the same model with two prompts, or if its first side is the model
+    ``baseline``.
     """
     first, second = comparison["first"], comparison["second"]
     return first["model"] in (baseline, second["model"])
@@ -250,7 +252,8 @@ def _without_chance(svg: str) -> str:
 def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, str], limit: int, seed: int) -> None:
     """Writes ``failures.html``: the questions with a wrong answer, and the responses of all models and prompts.
 
-    A question is shown only if a response with the image is wrong. Its responses without the image are then shown too.
+    A question is shown only if a response with the image is wrong. The page also shows the responses to this question
+    without the image.
     """
     by_data: dict[str, list[Cell]] = {}
     for cell in cells:

@@ -37,8 +37,8 @@ class EvaluationConfig:
         seed: Seed of the sampling of responses.
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of each template.
         matcher: Kind and options of the matcher that compares answers with the truth, such as ``{"kind": "vqa"}``.
-        without_image: Whether questions with an image are also asked without it. The results then show how many
-            answers do not depend on the image.
+        without_image: Whether questions with an image are also asked without it. If so, the results show how
+            many answers do not depend on the image.
     """
 
     prompts: tuple[str, ...] = ("direct",)
@@ -217,7 +217,7 @@ class Evaluation:
     def is_same(self, item: Item, first: QuestionScore, second: QuestionScore) -> bool:
         """Returns whether two scores of a question, such as with and without its image, have the same answer.
 
-        The answer of a score is its most frequent answer. Returns False if a score has no answer.
+        A score covers several responses. Their most frequent answer is compared. Returns False if a score has none.
         """
         if first.answer is None or second.answer is None:
             return False

@@ -103,8 +103,8 @@ class Correctness:
     - ``format_pairs``: a right sample is chosen. The rejected sample has no answer in the form that ``style``
       requires.
     - ``unsolved``: questions without a right sample, as input for ``DropoutNTP``, which needs a ``chosen`` response.
-      If the input has none, one of the wrong samples (if any) takes its place. The field ``chosen_source`` marks it as
-      wrong.
+      A question that came without ``chosen`` gets one of its wrong samples (if any) as ``chosen``. The field
+      ``chosen_source`` marks this sample as wrong.
     """
 
     name = "correctness"
@@ -248,8 +248,8 @@ class Correctness:
     def _unsolved_line(self, item: Item, wrong: Sequence[ScoredSample]) -> dict[str, Any]:
         """Returns the item as an input line for DropoutNTP, which needs a chosen response.
 
-        If the item has none, one of the wrong samples (if any) takes its place. ``chosen_source`` marks it as wrong,
-        and DropoutNTP uses it only with ``allow_wrong_chosen``.
+        If ``item.chosen`` is None, one of the wrong samples (if any) becomes the chosen response. ``chosen_source``
+        marks it as wrong, and DropoutNTP uses it only with ``allow_wrong_chosen``.
         """
         source = "input"
         if item.chosen is None and wrong:

@@ -36,8 +36,8 @@ class DropoutNTPConfig:
         samples: Number of continuations per response.
         sampling: Settings for drawing tokens.
         seed: Seed of all draws.
-        sample_chosen: Whether to sample the chosen response of an item that has none. The model then sees the image,
-            as in the paper. False skips such items.
+        sample_chosen: Whether to sample the chosen response of an item that has none. For this sample, the model sees
+            the image, as in the paper. False skips such items.
         allow_truncated: Whether to use continuations that ``max_new_tokens`` cut off.
         allow_wrong_chosen: Whether to use items whose chosen response is known to be wrong. The correctness pipeline
             writes such items to ``unsolved.jsonl``.

@@ -45,7 +45,8 @@ class ItemTurns:
 def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
     """Removes the conversation fields, such as ``messages``, from an item's fields ``rest``, and returns them.
 
-    Empty fields are left out. A preference pair that this package wrote holds its turns and tools in ``extra``.
+    Empty fields are left out. The item may be a preference pair that this package wrote. The turns and tools of such a
+    pair are taken from ``extra``.
 
     Raises:
         FormError: If several fields hold messages, if a pair's chosen response has several turns or tool calls, or if

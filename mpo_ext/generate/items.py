@@ -102,7 +102,7 @@ class Item:
         return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in options)])
 
     def turns(self, question: str) -> tuple[Mapping[str, Any], ...]:
-        """Returns ``messages`` with ``question`` as the last user turn; empty for a prompt with one turn."""
+        """Returns ``messages`` with ``question`` in place of the last user turn; () if ``messages`` is empty."""
         return tuple(with_question(self.messages, question)) if self.messages else ()
 
     @property

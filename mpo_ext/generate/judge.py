@@ -65,8 +65,8 @@ class JudgeConfig:
             each rating, the score of a response is the expected rating.
         min_gap: Minimum difference between the scores of a pair's two responses; with "pointwise" only.
         pairs_per_question: Maximum number of pairs or, with "pairwise", of comparisons per question; 0: no limit.
-        max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response; 1:
-            no limit. With "pointwise" only.
+        max_shorter: Limit for shorter chosen responses, with "pointwise" only. A chosen response must have at least
+            ``1 - max_shorter`` times as many words as the rejected response. 1: no limit.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
         judge: Name of the judge that is written into the pairs. It is only a label, and loads no model. None: the name

@@ -80,12 +80,13 @@ class ServerOptions:
                              "an environment variable (api_key_env)")  # fmt: skip
 
     def key(self) -> str:
-        """Returns the API key from the environment variable ``api_key_env``.
+        """Returns the API key from the environment variable that ``api_key_env`` names.
 
         Returns "none" if this is the default variable, ``OPENAI_API_KEY``, and it is not set.
 
         Raises:
-            ValueError: If any other variable is not set, or the key cannot be sent in a header.
+            ValueError: If ``api_key_env`` names another variable, which is not set, or if the key cannot be sent in a
+                header.
         """
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.api_key_env != DEFAULT_KEY_ENV:
@@ -185,8 +186,9 @@ class OpenAIClient:
         A pause is at least as long as the server requests.
 
         Raises:
-            RequestRefusedError: If the server refuses the request. Also if all attempts fail, but the server then
-                answers the latest successful request of ``post``. This is not tried after status 429 or 503.
+            RequestRefusedError: If the server refuses the request. Also raised if all attempts fail, but the server
+                answers a test: the latest successful request of ``post``, sent again. There is no test after status
+                429 or 503.
             ServerError: If the server cannot be used.
         """
         attempt = 0

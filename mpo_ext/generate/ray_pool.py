@@ -142,7 +142,7 @@ class RayPool:
     def _is_suspicious(self, start: int) -> bool:
         """Returns whether the run fails if one more actor dies while it samples this block of items.
 
-        ``start`` identifies the block. An actor gets such a block only without other blocks.
+        ``start`` identifies the block. An actor that has such a block has no other blocks.
         """
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 

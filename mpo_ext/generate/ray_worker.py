@@ -125,8 +125,8 @@ class RayWorker:
         """Finds the item that makes a block of items fail, by sampling the items one by one.
 
         Returns a text that names the first item that fails when it is sampled alone. Returns "" if no item fails.
-        Returns "" also if a neighbour of the first failing item fails, because the error then does not depend on the
-        item.
+        Also returns "" if the next item fails as well, because the error then does not depend on the item. If there is
+        no next item, the item before is sampled again.
         """
         if len(block.items) < 2:
             return ""

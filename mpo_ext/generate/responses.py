@@ -91,8 +91,8 @@ def pairs_by_score(
         responses: The responses, which must be distinct.
         result: Result of the item. Its ``notes`` count the pairs that violate ``min_gap`` or ``max_shorter``.
         min_gap: Minimum difference between the two scores.
-        max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response. 1:
-            no limit.
+        max_shorter: Limit for shorter chosen responses. A chosen response must have at least ``1 - max_shorter`` times
+            as many words as the rejected response. 1: no limit.
         limit: Maximum number of pairs; 0: no limit.
         seed: Seed of the hash.
     """

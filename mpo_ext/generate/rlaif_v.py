@@ -53,8 +53,9 @@ class RlaifVConfig:
         min_gap: The rejected response must have at least this many more wrong claims than the chosen response. A claim
             is wrong if P(no) is at least P(yes).
         pairs_per_question: Maximum number of pairs per question; 0: no limit.
-        max_shorter: Maximum fraction by which the chosen response may have fewer words than the rejected response. 1:
-            no limit; short responses then have an advantage, because they make fewer claims.
+        max_shorter: Limit for shorter chosen responses. A chosen response must have at least ``1 - max_shorter`` times
+            as many words as the rejected response. 1: no limit; short responses then have an advantage, because they
+            make fewer claims.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
         allow_degenerate: Whether to use responses that repeat themselves.
         judge: Name of the model that splits and checks responses. It is only a label that is written into the pairs,

@@ -22,7 +22,10 @@ class RoutedEngine:
 
     @property
     def chat(self) -> Any:
-        """The chat encoder of the answering model. Setting it also gives its date to the judge's chat encoder."""
+        """The chat encoder of the answering model.
+
+        Setting this property also sets the date of the judge's chat encoder to the date of the new encoder.
+        """
         return self.answer.chat  # type: ignore[attr-defined]
 
     @chat.setter

@@ -278,9 +278,9 @@ def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal
 
 
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    """Yields one of the stored samples ``records`` for each key, until the samples end.
+    """Yields the stored samples ``records`` in order, at most one for each of ``keys``.
 
-    Raises ValueError if a sample has a different key. ``path`` is the file in the error message.
+    Raises ValueError unless each sample has the key at its position. ``path`` is the file in the error message.
     """
     for key in keys:
         record = next(records, None)

@@ -37,11 +37,12 @@ def sharing_problem(model: Any) -> str | None:
 
 
 class SharedPrefill:
-    """Samples each prompt several times after one prefill, as ``custom_generate`` of transformers' ``generate``.
+    """Samples each prompt several times after one prefill.
 
-    The inputs of ``generate`` hold each prompt once. The prompts run in one forward pass (the prefill). Then the cache
-    and the inputs are copied for the samples. Apart from rounding, the samples have the same tokens as without
-    sharing. When half of the samples in a batch have ended, they are removed from the batch.
+    Pass an instance to transformers' ``generate`` as ``custom_generate``. The inputs of ``generate`` hold each prompt
+    once. The prompts run in one forward pass (the prefill). Then the cache and the inputs are copied for the samples.
+    Apart from rounding, the samples have the same tokens as without sharing. When half of the samples in a batch
+    have ended, they are removed from the batch.
 
     Args:
         prompts: Index of each sample's prompt in the inputs.
@@ -71,7 +72,7 @@ class SharedPrefill:
     ) -> list[list[int]]:
         """Samples the prompts, and returns the new token ids of each sample, padded after the end token.
 
-        transformers' ``generate`` passes all arguments.
+        transformers' ``generate`` calls this method and gives it all arguments.
 
         Raises:
             UnsharedError: If the state after the prefill cannot be copied.

@@ -257,7 +257,8 @@ class TransformersEngine:
     def _generation_config(self, sampling: SamplingConfig) -> Any:
         """Returns a config for greedy decoding, with the model's end tokens and suppressed tokens.
 
-        The config is greedy because ``SeededDraw`` draws the tokens.
+        ``SeededDraw`` draws each token at random and sets the logits of all other tokens to -inf. Greedy decoding then
+        takes the drawn token.
         """
         from transformers import GenerationConfig
 
@@ -348,9 +349,9 @@ def _batches(
 ) -> Iterator[list[list[int]]]:
     """Yields batches of requests. A batch is a list of groups, and a group is a list of indices into ``requests``.
 
-    The requests in a group have the same prompt. The requests in a batch have equal settings, equal numbers of images,
-    videos of equal shapes and similar lengths. A batch has at most ``batch_size`` requests; a larger group is a batch
-    by itself.
+    The requests in a group have the same prompt. The requests in a batch have equal settings, equal numbers of images
+    and equal video shapes. Their prompts have similar lengths. A batch has at most ``batch_size`` requests; a larger
+    group is a batch by itself.
 
     Args:
         requests: The requests.

@@ -40,7 +40,7 @@ class StageRunner:
     a checkpoint. On Linux, the group is killed if this process is killed.
 
     Entering the context locks the folder against other processes. If an earlier process was killed, its commands may
-    still run. Entering then waits until these commands have ended.
+    still run. Entering waits until these commands have ended.
 
     Raises:
         LockedError: If another process holds the lock of the folder.
@@ -97,8 +97,8 @@ class StageRunner:
     def _wait_for_old_stages(self) -> Iterator[FileLock]:
         """Locks ``stage.lock``, which every command inherits, and yields the lock.
 
-        A command of an earlier, killed process may still hold the lock. This method then waits until the command has
-        ended.
+        A command of an earlier, killed process may still hold the lock. If so, this method waits until the command
+        has ended.
         """
         path, what = self.folder / "stage.lock", f"the stages of {self.folder}"
         lock = FileLock(path, what)

@@ -86,9 +86,9 @@ class QuestionsRecipe:
     """Settings of the questions for which a pipeline samples responses.
 
     Attributes:
-        path: File of questions, as ``mpo-ext sample`` reads it, or a list with a file for each round.
-        image_root: Folder at which relative image paths start. A meta file (.json), which lists files of questions,
-            sets a folder for each of them instead.
+        path: File of questions, or meta file (.json) that lists such files, as for ``mpo-ext sample``. A list of paths
+            gives such a file for each round.
+        image_root: Folder at which relative image paths start. A meta file names its own folders instead.
         root_map: Tuples (old, new) for a meta file: paths in the folder ``old`` are looked up in the folder ``new``.
         limit: Maximum number of questions, taken from the beginning of the file; None: all.
     """
@@ -276,10 +276,10 @@ class RoundEvaluationRecipe:
     """Settings of the evaluation of each round. Fields not listed here are options of ``mpo-ext evaluate``.
 
     Attributes:
-        data: Files of questions: a path, a list of paths, or a mapping from names to paths.
+        data: Files of questions, or meta files (.json) that list such files: a path, a list of paths, or a mapping
+            from names to paths.
         prompts: Names of prompt templates; "none" asks the question without a template.
-        image_root: Folder at which relative image paths start. A meta file (.json), which lists files of questions,
-            sets a folder for each of them instead.
+        image_root: Folder at which relative image paths start. A meta file names its own folders instead.
         root_map: Tuples (old, new) for meta files: paths in the folder ``old`` are looked up in the folder ``new``.
         limit: Maximum number of questions of each file; None: all.
     """
@@ -395,7 +395,7 @@ class IterateRecipe:
         return self.folder / f"round-{number}"
 
     def model_of(self, number: int) -> str:
-        """Returns the path of the model at the end of a round. Round 0 has the first model, ``model``."""
+        """Returns the path of the model that the round ``number`` trains; 0: the first model, ``model``."""
         if number == 0:
             return self.model
         final = self.round_folder(number) / "train" / "final"

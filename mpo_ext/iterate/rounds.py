@@ -1,9 +1,8 @@
 """Runs the stages (commands, such as sampling or training) of all rounds in order.
 
-When a stage has ended with status 0 and has written its result, a file ``STAGE.done`` is written. The same call
-resumes
-an interrupted or killed run: it starts only the stages without this file. An interrupted stage resumes from the files
-that it has written.
+When a stage has ended with status 0 and has written its result, a file ``STAGE.done`` is written. To resume an
+interrupted or killed run, repeat the call of ``run_rounds`` that started it. The new call starts only the stages
+without this file. An interrupted stage resumes from the files that it has written.
 """
 
 import shutil
@@ -41,7 +40,8 @@ def run_rounds(recipe: IterateRecipe, *, stream: TextIO | None = None) -> dict[s
     Raises:
         SettingsMismatchError: If the folder holds a run with other settings or other files of questions.
         FileExistsError: If the folder holds files that are not from a run of rounds.
-        InterruptedStageError: If this process has received SIGINT or SIGTERM; the stage has ended.
+        InterruptedStageError: If this process has received SIGINT or SIGTERM. It is raised after the running stage
+            has ended.
         RuntimeError: If a stage fails. Its messages are on stderr.
         ValueError: If a file of questions cannot be used, or a round has no pairs.
     """
@@ -183,7 +183,7 @@ def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | Non
 def _run_stage(runner: StageRunner, recipe: IterateRecipe, stage: RoundStage, stream: TextIO | None) -> None:
     """Runs a stage and marks it as done.
 
-    The stage that writes the page of a pipeline's pairs is skipped if the pipeline has made no pairs.
+    If a pipeline has made no pairs, the stage that writes their HTML page is skipped.
     """
     is_page = stage.name.startswith("page of ")
     if is_page and Path(stage.arguments[2]).stat().st_size == 0:

@@ -30,7 +30,8 @@ class RoundStage:
 
     Attributes:
         round: Number of the round; 0 is the evaluation of the first model.
-        name: "evaluate", "train", the name of a pipeline, or "page of PIPELINE".
+        name: "evaluate", "train" or the name of a pipeline. For the stage that writes the HTML page with a pipeline's
+            pairs: "page of " and the name of the pipeline.
         module: Module that Python runs.
         arguments: Arguments of the module.
         launcher: Words of the command before ``-m MODULE``; empty: the Python of this process.
@@ -73,7 +74,7 @@ def sample_stage(recipe: IterateRecipe, number: int, name: str) -> RoundStage:
 
 
 def page_stage(recipe: IterateRecipe, number: int, name: str) -> RoundStage:
-    """Returns the stage that writes the HTML page of a pipeline's pairs."""
+    """Returns the stage that writes the HTML page with the pairs of the pipeline ``name``."""
     source, page = pairs_path(recipe, number, name), page_path(recipe, number, name)
     title = f"Round {number}, {name}"
     arguments = ("data", "view", str(source), "--out", str(page), "--limit", str(recipe.page_pairs), "--title", title)
@@ -119,12 +120,12 @@ def model_name(number: int) -> str:
 
 
 def pairs_path(recipe: IterateRecipe, number: int, name: str) -> Path:
-    """Returns the path of the file of pairs that a pipeline writes in a round."""
+    """Returns the path of the file into which the pipeline ``name`` writes its pairs in the round ``number``."""
     return recipe.round_folder(number) / name / "pairs.jsonl"
 
 
 def page_path(recipe: IterateRecipe, number: int, name: str) -> Path:
-    """Returns the path of the HTML page of a pipeline's pairs in a round."""
+    """Returns the path of the HTML page that shows the pairs of the pipeline ``name`` from the round ``number``."""
     return recipe.round_folder(number) / f"{name}.html"
 
 
