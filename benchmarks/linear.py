@@ -35,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 
 
 class HiddenBatch:
-    """Random inputs of the loss from hidden states.
+    """Random inputs of the loss that takes hidden states.
 
     With B pairs of T tokens, hidden size D and vocabulary size V, the shapes are: hidden states ``[2, B T, D]``, head
     ``[V, D]``, labels ``[2, B T]`` and ref_logp ``[2]``. So B pairs are stored as one long pair. The matmuls have the
