@@ -69,7 +69,7 @@ def ours(batch: HiddenBatch, frozen: bool = False, **options: Any) -> tuple[Tens
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor, Tensor], Tensor]) -> losses.Provider:
-    """Returns a function of a batch that computes the MPO loss and its gradients from another library's log-probs.
+    """Returns a function that computes the MPO loss and gradients of a batch from another library's log-probs.
 
     ``token_logp(hidden, head, labels)`` returns the log-probs. It takes ``[n, D]``, ``[V, D]`` and ``[n]``, and some
     labels are -100.

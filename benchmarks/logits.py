@@ -127,7 +127,7 @@ OVERWRITING = frozenset({"mpo_ext, reuse_logits", "Liger cross entropy"})
 
 
 def provider(name: str) -> losses.Provider:
-    """Returns the implementation ``name``: a function of a batch that returns the gradient of the logits.
+    """Returns the implementation ``name``: a function that takes a batch and returns the gradient of the logits.
 
     A missing or broken library may raise any exception.
     """
