@@ -123,7 +123,7 @@ def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping
 
 
 def summary(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields a dict of error statistics for each kind of ``by_kind``, such as ``median_error``."""
+    """For each kind in ``by_kind``, yields a dict of error statistics, such as ``median_error``."""
     for kind, members in by_kind(points):
         errors = [error(point) for point in members]
         memory = [

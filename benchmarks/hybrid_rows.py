@@ -90,7 +90,7 @@ def one_step(begin: Callable[[], None], threads: int, *sizes: Any) -> None:
 
 
 def main() -> None:
-    """Measures one sequence per pair and one per response. Prints a table of times, memory and losses."""
+    """Compares the layouts "shared" and "separate". Prints a table of times, memory and losses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=256)

@@ -35,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 
 
 class HiddenBatch:
-    """Random inputs of the loss from hidden states.
+    """Random inputs of the loss that takes hidden states.
 
     With B pairs of T tokens, hidden size D and vocabulary size V, the shapes are: hidden states ``[2, B T, D]``, head
     ``[V, D]``, labels ``[2, B T]`` and ref_logp ``[2]``. So B pairs are stored as one long pair. The matmuls have the
@@ -69,7 +69,7 @@ def ours(batch: HiddenBatch, frozen: bool = False, **options: Any) -> tuple[Tens
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor, Tensor], Tensor]) -> losses.Provider:
-    """Returns a function of a batch that computes the MPO loss and its gradients from another library's log-probs.
+    """Returns a function that computes the MPO loss and gradients of a batch from another library's log-probs.
 
     ``token_logp(hidden, head, labels)`` returns the log-probs. It takes ``[n, D]``, ``[V, D]`` and ``[n]``, and some
     labels are -100.

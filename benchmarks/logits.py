@@ -1,7 +1,7 @@
 """Compares ``mpo_loss`` with other libraries (rivals): ``python -m benchmarks.logits``.
 
 All compute the same MPO loss of one pair, forward and backward. The floor is a lower bound: the time to read the
-labelled logits twice and to write them once.
+logits of labelled tokens twice and to write them once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STATS = ("entropy", "mean_logit", "top1")
 
 
 class LogitsBatch:
-    """Random inputs of the loss from logits: logits ``[2B, T, V]``, ref_logp ``[2B]``, and labels ``[2B, T]``.
+    """Random inputs of the loss that takes logits: logits ``[2B, T, V]``, ref_logp ``[2B]``, and labels ``[2B, T]``.
 
     Only the last fraction ``share`` of each sequence has labels other than -100.
     """
@@ -127,7 +127,7 @@ OVERWRITING = frozenset({"mpo_ext, reuse_logits", "Liger cross entropy"})
 
 
 def provider(name: str) -> losses.Provider:
-    """Returns the implementation ``name``: a function of a batch that returns the gradient of the logits.
+    """Returns the implementation ``name``: a function that takes a batch and returns the gradient of the logits.
 
     A missing or broken library may raise any exception.
     """
@@ -135,7 +135,7 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: LogitsBatch) -> dict[str, Callable[[], Any]]:
-    """Returns ``{"floor": run}``, where ``run`` reads the labelled logits twice and writes them once, in place.
+    """Returns ``{"floor": run}``, where ``run`` reads the logits of labelled tokens twice, and overwrites them once.
 
     Its time is a lower bound of the time that the loss takes.
     """

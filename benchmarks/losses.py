@@ -35,7 +35,7 @@ _TRIAL = 16  # the rows and the vocabulary of a trial are smaller by this factor
 
 @dataclasses.dataclass(frozen=True)
 class LossBenchmark:
-    """A benchmark of the loss from logits or from hidden states.
+    """A benchmark of the loss that takes logits, or of the loss that takes hidden states.
 
     A provider is an implementation of the loss, from mpo_ext or from another library. The floor is a lower bound of
     the provider's time: the time of the necessary work, such as the matmuls.
@@ -217,7 +217,10 @@ def parser(description: str, benchmark: LossBenchmark, *, cases: Iterable[str], 
 
 
 def command(benchmark: LossBenchmark, args: argparse.Namespace) -> None:
-    """Measures the loss of one pair, prints the tables, and writes the results as JSON if ``--json`` is given."""
+    """Measures the time and memory that the loss takes for one preference pair, and prints tables.
+
+    Writes the results as JSON if ``--json`` is given.
+    """
     torch.set_num_threads(args.threads)
     if args.cpu_time:
         use_cpu_time()

@@ -31,7 +31,7 @@ _VOCABS = (151936, 248320, 262144)  # Qwen2.5, Qwen3.5, Gemma
 
 
 def vocabularies(documents: Documents) -> str:
-    """Returns a table of the predicted time and memory of the loss from hidden states, by vocabulary size."""
+    """Returns a table of the predicted time and memory of the loss that takes hidden states, by vocabulary size."""
     machine = machines.gpu("H100")
     rows = []
     for method in cost.LINEAR:
@@ -204,7 +204,7 @@ def _floors(name: str) -> tuple[float, float]:
 def floors(documents: Documents) -> str:
     """Returns a table of the floor on each GPU: the time to move the logits at peak bandwidth.
 
-    It is a lower bound of the time of any loss from logits.
+    It is a lower bound of the time of any loss that takes logits.
     """
     rows = []
     for name in machines.GPUS:

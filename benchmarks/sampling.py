@@ -134,7 +134,7 @@ def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, 
 
 
 def _shared_prefill(args: argparse.Namespace) -> dict[str, Any]:
-    """Compares one shared prefill for all samples of a question with one prefill per sample. Prints the result.
+    """Compares two ways to sample: one shared prefill per question, and one prefill per sample. Prints the result.
 
     Returns a dict from the name of a case to its seconds and sizes.
     """

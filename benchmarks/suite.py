@@ -51,9 +51,9 @@ class Results:
 
     Attributes:
         points: Entries of the result file.
-        missing: Dict from the name of each implementation that could not run to the reason.
-        machine: Dict from the name of each program that measures the machine to the seconds of all its runs.
-        beside: Dict from the name of each of these programs to its median seconds in the last group.
+        missing: Why implementations could not run: a dict from name to reason.
+        machine: Seconds of all runs of the programs that measure the machine: a dict from name to seconds.
+        beside: Median seconds of these programs in the last group: a dict from name to median.
     """
 
     points: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -106,7 +106,7 @@ def _around(base: LossShape, axes: Mapping[str, Sequence[Any]]) -> Iterator[tupl
 
 
 def logits_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups of implementations and shapes that are measured for the loss from logits.
+    """Returns the groups of implementations and shapes that are measured for the loss that takes logits.
 
     The first groups have the base shape. The others vary the labelled fraction, the vocabulary, the number of tokens
     or pairs, or the dtype. ``quick`` selects small shapes.
@@ -143,7 +143,7 @@ def logits_groups(*, quick: bool) -> list[Group]:
 
 
 def linear_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups of implementations and shapes that are measured for the loss from hidden states.
+    """Returns the groups of implementations and shapes that are measured for the loss that takes hidden states.
 
     The first groups have the base shape. The others vary the labelled fraction, the vocabulary, the hidden size, or
     the number of tokens or pairs. Most of them have only mpo_ext. ``quick`` selects small shapes.
@@ -340,7 +340,10 @@ def run_sampling(*, quick: bool, threads: int, log: Callable[[str], None]) -> Re
 
 
 def machine_points(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Returns an entry of machine.json for each program that measures the machine, from the seconds of its runs."""
+    """Makes the entries of machine.json. Each program that measures the machine has an entry.
+
+    ``seconds`` maps the name of each program to the seconds of its runs.
+    """
     return [
         point("machine", name.removeprefix("machine: "), None, seconds=list(values))
         for name, values in seconds.items()

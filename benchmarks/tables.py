@@ -121,9 +121,10 @@ def _mib(size: float | None) -> str:
 
 
 def _beyond(point: Point | None) -> float | None:
-    """Returns the peak bytes beyond inputs and returned gradients; None if memory was not measured.
+    """Returns the peak bytes without those of the inputs; None if memory was not measured.
 
-    For a loss from logits, the gradient is not subtracted.
+    For a loss that takes hidden states, the bytes of the returned gradients are subtracted, too. For a loss that takes
+    logits, they are included.
     """
     if point is None or point.get("peak_bytes") is None:
         return None
@@ -244,7 +245,7 @@ def sweeps(name: str, documents: Documents) -> str:
 
 
 def readme_logits(documents: Documents) -> str:
-    """Returns the README's table of the loss from logits."""
+    """Returns the README's benchmark table of the loss that takes logits."""
     document = documents["logits"]
     return (
         f"{_shape('logits', document)}. Medians of interleaved runs on {_where_short(document)}. "

@@ -52,7 +52,8 @@ def wide(tensor: Tensor | Array) -> Array:
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
     """Returns the machine epsilon with which kernels accumulate: that of float64 for float64 logits, else of float32.
 
-    ``dtype`` is the torch dtype of the logits, or the numpy dtype of exact logits: long double for float64 inputs.
+    ``dtype`` is the torch dtype of the logits, or the numpy dtype of the copy that ``wide`` returns. The copy of
+    float64 logits is long double.
     """
     is_double = dtype == (torch.float64 if isinstance(dtype, torch.dtype) else np.longdouble)
     return torch.finfo(torch.float64 if is_double else torch.float32).eps

@@ -1,4 +1,4 @@
-"""Check functions for the tests of all backends: logits in vocabulary tiles, and the loss from hidden states."""
+"""Check functions for the tests of all backends: logits in vocabulary tiles, and linear_mpo_loss."""
 
 import itertools
 from collections.abc import Sequence
@@ -103,9 +103,10 @@ def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
 
 
 def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    """Compares linear_mpo_loss on the GPU code path with float64. On this path, the tiles of logits are float32.
+    """Compares linear_mpo_loss, on the code path for GPUs, with a float64 reference. It needs no GPU.
 
-    Torch computes the matrix products on the CPU, and ``backend`` runs the kernels.
+    On this path, the tiles of logits are float32. Torch computes the matrix products on the CPU, and ``backend`` runs
+    the kernels.
     """
 
     def scaled_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: float, bias: object) -> None:

@@ -39,8 +39,8 @@ _FIXED_ROWS = (64, 1024, 8192, 65_536)
 def bytes_needed(loss: LossShape, what: str) -> int:
     """Returns the bytes that any implementation must move in a pass.
 
-    ``what`` is the pass: "forward", "backward" or "both". Forward and backward each read the labelled logits. Backward
-    also writes the gradient of all logits.
+    ``what`` is the pass: "forward", "backward" or "both". Forward and backward each read the logits of the labelled
+    tokens. Backward also writes the gradient for all tokens.
     """
     row = loss.vocab * loss.size
     forward = loss.labelled * row

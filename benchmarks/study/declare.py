@@ -24,7 +24,8 @@ class StudyRow:
         pairs: Name of the pair file, one of ``StudyTask.pair_files``.
         rate: Factor by which the learning rate is multiplied.
         reward_shift: Fields of ``RewardShiftRecipe``.
-        is_synced: Whether the reference moves towards the policy in training (TR-DPO), each time by 0.6 of the way.
+        is_synced: Whether the reference is updated at intervals during training (TR-DPO). Each update moves it 0.6 of
+            the way to the policy.
         start: Name of the model that the run begins from, a key of ``StudyTask.starts``.
     """
 

@@ -45,8 +45,8 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
     """Returns the fractions of pairs whose chosen response has fewer, as many, or more errors than the rejected one.
 
-    The keys are "right", "equal" and "wrong". "chosen_right" is the fraction whose chosen response has no errors. Only
-    step-by-step pairs with images count. Without such pairs, the result is {}.
+    The keys are "right", "equal" and "wrong". A fourth key, "chosen_right", has the fraction of pairs whose chosen
+    response has no errors. Only step-by-step pairs with images count. Without such pairs, the result is {}.
     """
     errors = [
         tuple(count_errors(text, pair.question, pair.extra["digits"]) for text in (pair.chosen, pair.rejected))

@@ -1,10 +1,11 @@
 """Declares the task "language-prior" of the study, which is the demo's task.
 
 The starting model makes up digits: it predicts them from its own text instead of reading the image. The settings are
-those of the demo. This file was fixed before the reported seeds ran (docs/study.md), with two exceptions. The first is
-the tables "alone", "repair" and "rlaif". The second is the entries of ``PAPER`` for the table "weights". An entry
-says whether the paper reports a higher or a lower accuracy. Both were added later, but before the runs in these
-tables.
+those of the demo. This file was fixed before the reported seeds ran (docs/study.md). Two parts were added later, but
+before the runs in the tables concerned:
+
+- the tables "alone", "repair" and "rlaif";
+- the entries of ``PAPER`` for the table "weights". They say whether the paper reports a higher or a lower accuracy.
 """
 
 from collections.abc import Mapping

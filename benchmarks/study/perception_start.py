@@ -131,8 +131,8 @@ def choose(
 ) -> dict[str, list[Pair]]:
     """Chooses the pairs of each file at random. Returns a dict from file name to pairs.
 
-    ``pool`` maps each kind to its pairs. "direct", "cot" (step by step) and "text" (digits stated in words) are
-    correctness pairs. The keys of ``perception.KEEPS`` are DropoutNTP pairs.
+    ``pool`` maps each kind to its pairs. The kinds "direct", "cot" (step by step) and "text" (digits stated in words)
+    hold correctness pairs. The kinds named by the keys of ``perception.KEEPS`` hold DropoutNTP pairs.
 
     Raises:
         RuntimeError: If a file would have no pairs.

@@ -44,7 +44,7 @@ class ReadingJudge:
         side: Number of rows and columns of a grid.
 
     Attributes:
-        claim_tokens: Number of words in all lists of claims so far. A word is a token of the starting model.
+        claim_tokens: Number of tokens in all lists of claims so far. Each word is one token for the starting model.
     """
 
     name = "direct answers"

@@ -100,7 +100,8 @@ class Study:
     def finish(self, seed: int, row: str, result: dict[str, Any]) -> None:
         """Stores the result of a starting model or training run. ``row`` is its name.
 
-        When a starting model is trained, its runs are queued. When a starting model has failed, its runs fail too.
+        When a starting model has been trained, the runs that begin from it are queued. When it has failed, they fail,
+        too.
         """
         self.results[seed, row] = result
         is_start = row in self.task.starts
@@ -127,11 +128,11 @@ class Study:
         return f"seed-{seed}" + (f"-{results.slug(variant)}" if variant else "")
 
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
-        """Returns the sort key of an entry (seed, name) of the queue.
+        """Returns the sort key of an entry (seed, name) of the queue. It names a training run or a starting model.
 
-        Models in the main tables come first, model by model: all seeds of a model, then all seeds of the next. So an
-        interrupted study has complete comparisons. Then come the remaining training runs, seed by seed. Last come the
-        remaining starting models, seed by seed.
+        Entries in the main tables come first, name by name: all seeds of a name, then all seeds of the next. So an
+        interrupted study has complete comparisons. Then come the other training runs, seed by seed. Last come the
+        other starting models, seed by seed.
         """
         seed, row = run
         place = [*self.task.starts, *self.task.rows].index(row)

@@ -8,7 +8,7 @@ from mpo_ext.demo.settings import RunSettings, Settings
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudySettings(RunSettings):
-    """Sizes and learning rates of the task "perception" (adding digits) for one seed.
+    """Settings of the task "perception" (adding digits) for one seed.
 
     They were chosen on the validation digits. The SFT trains the starting model.
 
@@ -22,8 +22,8 @@ class StudySettings(RunSettings):
         sft_text_share: Fraction of the SFT questions that state the digits and have no image.
         text_questions: Number of questions without an image. The pairs of the file "text" are made from them.
         late_continuations: Number of continuations that DropoutNTP samples if it keeps 0.75 of an answer. The kept
-            part then names all digits, and most continuations are correct, so several are needed. If it keeps less, it
-            samples one.
+            part then names all digits. Most continuations are correct, so it takes several to get a wrong one. If
+            DropoutNTP keeps less, it samples one continuation.
         pairs: Number of pairs in the file "mixed".
         mixed_shares: Fractions of the pairs in "mixed": correctness pairs with direct answers, correctness pairs with
             step-by-step answers, and DropoutNTP pairs.

@@ -111,9 +111,9 @@ def evaluate_held_out(
 
 
 def encode_right(right: Sequence[bool]) -> str:
-    """Encodes which answers are right as a hexadecimal text, such as "d" (binary 1101) for right, wrong, right.
+    """Encodes which answers are right as a hexadecimal text: a bit 1, then one bit per answer.
 
-    The first bit is always 1, so that the number of answers is known.
+    The leading 1 keeps the number of answers. Right, wrong, right gives "d" (binary 1101).
     """
     return f"{int('1' + ''.join(str(int(value)) for value in right), 2):x}"
 

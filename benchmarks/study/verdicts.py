@@ -28,7 +28,8 @@ def verdicts(family: Sequence[Sequence[float]]) -> list[DifferenceVerdict]:
     """Tests several paired differences together, and returns the verdict on each.
 
     A difference is "higher" or "lower" if its mean over the seeds differs from zero at the 5 % level. The p values are
-    corrected by Holm's method for the number of differences; those with fewer than 2 seeds do not count.
+    corrected by Holm's method for the number of tested differences. A difference with fewer than 2 seeds is not
+    tested.
 
     Args:
         family: For each difference, its value in each seed.

@@ -172,9 +172,10 @@ def report(module: str, cuobjdump: str) -> str:
 
 
 def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, float]]:
-    """Maps each kernel to the instructions and exponentials of its main loop per logit, and to the kernel's spills.
+    """Returns counts for each kernel, as a dict from kernel name to counts. The kernel "pair_loss" is left out.
 
-    The keys are "per_logit", "exponentials" and "spills".
+    "per_logit" and "exponentials" are the numbers of instructions and of exponentials in the main loop, per logit.
+    "spills" is the number of instructions that access spilled registers, in the whole kernel.
     """
     found = {}
     for kernel, code in disassembly(module, cuobjdump, arch).items():

@@ -257,7 +257,8 @@ def test_only_surely_wrong_samples_are_rejected() -> None:
 def test_samples_of_older_journals_are_scored_again() -> None:
     """Tests that stored scores are computed again, because earlier versions stored some wrong ones.
 
-    For the truth 7, "7 apples" was stored as wrong. It is unreadable, so it must not be the rejected response.
+    Earlier versions stored the answer "7 apples" as wrong when the truth is 7. The matcher cannot read this answer, so
+    it is neither right nor wrong, and must not be the rejected response.
     """
     pipeline = Correctness(CorrectnessConfig(samples=3, matcher={"kind": "number"}))
     old = [("7", True), ("7 apples", False), ("8", False)]

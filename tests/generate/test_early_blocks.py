@@ -30,9 +30,9 @@ def open_files(folder: Path) -> tuple[Journal, Path]:
 
 
 def announce_all(early: EarlyBlocks, journal: Journal) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Announces the blocks that are not in the journal, as a resuming run does. Returns those that must be sampled.
+    """Announces the blocks that the journal lacks, as a resuming run does. Returns the blocks that must be sampled.
 
-    Blocks that finished out of order are in a second file. They need not be sampled again.
+    Blocks that finished out of order are in a second file. They are announced, but not returned.
     """
     stored = list(journal.records())
     missing = []

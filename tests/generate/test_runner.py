@@ -222,8 +222,8 @@ def prompts(tmp_path: Path) -> Path:
 def test_a_meta_file_of_prompts_is_a_source(prompts: Path, tmp_path: Path) -> None:
     """Makes pairs from an MMPR meta file. Each pair has the name and the image folder of its data file.
 
-    Questions without a right answer are written to ``unsolved.jsonl``. Pairs that DropoutNTP makes from these
-    questions have the same fields.
+    Questions without a right answer are written to ``unsolved.jsonl``. DropoutNTP makes pairs from this file. These
+    pairs, too, have the name and the image folder of the data file.
     """
     correctness = Correctness(CorrectnessConfig(samples=4, pairs_per_question=1))
     summary = run(correctness, prompts, tmp_path / "out")

@@ -230,9 +230,10 @@ class Judgement:
     Attributes:
         exact: Exact gradients.
         eager: Gradients of eager torch.
-        size: Sum of the absolute values of the terms of each gradient entry.
-        share: Like ``size``, but as if each upstream gradient other than 0 were 1.
-        certain: Like ``size``, but as if the logits' gradient were the upstream gradient at the label and 0 elsewhere.
+        size: For each gradient entry, the sum of the absolute values of its terms.
+        share: The same sum, computed with 1 in place of each nonzero upstream gradient.
+        certain: The same sum, computed with another gradient of the logits: the upstream gradient at the label, and 0
+            at all other logits.
     """
 
     exact: dict[str, Array]
@@ -264,10 +265,10 @@ class Judgement:
     def judge(self, case: Linear, gradients: dict[str, Tensor], noise: float) -> None:
         """Raises if a gradient is too inaccurate in comparison with eager torch.
 
-        ``noise`` is the possible error of the upstream gradient of a row's log-prob.
+        ``noise`` is the allowed error of a row's upstream gradient, d loss / d logp.
 
-        In float64, eager torch and the kernels round a label's probability before they subtract 1. Eager torch's
-        error can be small by chance. So for float64 gradients, the allowed error also includes this rounding.
+        In float64, eager torch and the kernels round a label's probability before they subtract 1. For float64
+        gradients, the allowed error includes this rounding, because eager torch's error can be small by chance.
         """
         rounding = case.eps / 2 if case.result_dtype == torch.float64 else 0.0
         for name, tensor in gradients.items():

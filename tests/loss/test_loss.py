@@ -32,7 +32,7 @@ def name_of(value: object) -> str:
 
 
 def run(case: Case, backend: str, device: str = "cpu", layout: str = "contiguous", **overrides: Any) -> tuple:
-    """Returns (output, gradient of the logits) of mpo_loss for a case, both on the CPU."""
+    """Runs mpo_loss for a case on ``device``. Returns (output, gradient of the logits), copied to the CPU."""
     z = lay_out(case.logits.to(device), layout).requires_grad_()
     arguments = {
         "ref_logp": None if case.ref_logp is None else case.ref_logp.to(device),

@@ -98,7 +98,7 @@ def with_gradient(loss_of: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def test_the_authors(run: list[Batch], backend: str, device: str) -> None:
     """Compares mpo_loss with the loss in the training code of InternVL 2.5 and 3.
 
-    Its reward shift is cumulative, and is updated before the loss uses it. The NTP loss is a mean over tokens.
+    InternVL's reward shift is cumulative, and is updated before the loss uses it. The NTP loss is a mean over tokens.
     """
     running = RunningMoments()
 
@@ -183,7 +183,7 @@ def test_llama_factory(run: list[Batch], backend: str, device: str, label_smooth
 def test_nemo_rl(run: list[Batch], backend: str, device: str) -> None:
     """Compares mpo_loss with NeMo-RL's loss.
 
-    Its reward shift is a moving average, which each optimizer step updates after the loss has used it.
+    NeMo-RL's reward shift is a moving average, which each optimizer step updates after the loss has used it.
     """
     momentum, beta = 0.9, 0.05
     value = 0.3

@@ -1,4 +1,4 @@
-"""Tests that the summaries on the study's page follow from its tables by the written rule."""
+"""Tests the generated summaries of the study's results, such as the comparison of verdicts with the paper."""
 
 import re
 from collections.abc import Mapping

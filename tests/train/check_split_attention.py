@@ -52,7 +52,7 @@ def result(model: nn.Module, samples: list[Sample], layout: str) -> tuple[torch.
 
 
 def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], float]:
-    """Compares the layouts of a batch. Returns a dict from (layout, reference layout) to the relative error.
+    """Compares the layouts on one batch. Returns a dict from (layout, reference layout) to the relative error.
 
     A key is for example ("packed", "separate"). The error is that of the loss or that of the gradients, whichever is
     larger. Gradients are compared as one vector.
@@ -71,9 +71,10 @@ def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], flo
 
 
 def check(name: str, dtype: torch.dtype) -> dict[tuple[str, str], float]:
-    """Compares the layouts of a family's batches, which differ in the numbers of pairs and images.
+    """Compares the layouts on several batches of a model family.
 
-    Returns the largest relative errors, with the same keys as in the result of ``errors``.
+    The batches differ in the numbers of pairs and images. Returns the largest relative errors, with the keys that
+    ``errors`` uses.
     """
     model = build(name, "eager" if name.startswith(EAGER) else "sdpa", dtype)
     switch_off_dropout(model)

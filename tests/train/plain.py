@@ -338,7 +338,7 @@ def _ntp(pairs: Sequence[_Measured], settings: Settings) -> Tensor:
 
 
 def _average(pairs: Sequence[_Measured], settings: Settings) -> Tensor:
-    """Returns the MPO loss: the mean over pairs of the weighted DPO and BCO losses, plus the weighted NTP loss."""
+    """Returns the MPO loss: the weighted DPO and BCO losses, averaged over the pairs, plus the weighted NTP loss."""
     preference = [settings.dpo_weight * pair.dpo + settings.bco_weight * pair.bco for pair in pairs]
     return torch.stack(preference).mean() + settings.ntp_weight * _ntp(pairs, settings)
 

@@ -496,7 +496,11 @@ def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(
 
 
 def die_at(folder: Path, number: int, step: int) -> None:
-    """Saves a checkpoint of ``step``, and exits right before the change on disk with this number, counted from 0."""
+    """Saves a checkpoint of ``step``, and exits right before a change on disk.
+
+    ``number`` is the index of the change, counted from 0. Changes are calls of ``os.rename``, ``os.unlink``,
+    ``os.rmdir`` and ``os.mkdir``.
+    """
     store = Checkpoints(folder, keep_last=1)
     model = Small()
     optimizer = moved(model)

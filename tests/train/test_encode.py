@@ -230,7 +230,7 @@ def test_an_image_without_a_place_comes_first(family: Any, images: tuple[str, ..
 
 
 def test_nested_images_lie_as_the_model_flattens_them(images: tuple[str, ...]) -> None:
-    """Checks that Idefics3 gives the same features for N rows with one image each as for one row with N images.
+    """Checks that Idefics3 gives N images the same features in N rows of one image and in one row.
 
     The encoder makes inputs of the first form, ``[N, 1, ...]``.
     """

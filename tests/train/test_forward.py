@@ -1,4 +1,7 @@
-"""Tests the forward of a batch: loss and gradients equal those of separate forwards, without repeated computation."""
+"""Tests the forward of a batch: loss and gradients equal those of separate forwards.
+
+Also tests that a row with both responses of a pair computes the images and the prompt once.
+"""
 
 from __future__ import annotations
 

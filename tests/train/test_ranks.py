@@ -1,4 +1,7 @@
-"""Compares two ranks with one: equal losses, the same model on all ranks, and all ranks end if one ends."""
+"""Compares runs on two ranks with runs on one rank: equal losses, and the same model on all ranks.
+
+Also tests that all ranks end if any rank ends.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,7 @@ def test_what_two_ranks_began_one_ends(sharded: bool, job_of: Callable[..., Job]
 
 
 def test_a_cumulative_shift_counts_each_rank(job_of: Callable[..., Job]) -> None:
-    """Checks the authors' reward shift: the mean over all micro-batches so far, on all ranks, of their mean reward."""
+    """Checks the authors' reward shift: the average of the mean rewards of all micro-batches so far, on all ranks."""
     settings = {
         "reward_shift__mode": "cumulative", "reward_shift__update": "before", "reward_shift__per": "micro_batch",
         "optim__batch_size": 4, "optim__max_steps": 3, "optim__warmup_ratio": 0, "data__eval": [],

@@ -394,8 +394,9 @@ def test_accumulation_has_the_gradient_of_one_micro_batch_up_to_the_use_of_exper
 
 
 def test_two_ranks_train_as_one_does(folder: Path) -> None:
-    """Compares two ranks with one rank, in micro-batches of one pair. Larger ones would differ in their expert load.
+    """Compares two ranks with one rank, in micro-batches of one pair.
 
+    Larger micro-batches of two ranks would hold other pairs than those of one rank, so the expert loads would differ.
     A step has five pairs, so one of the two ranks has one pair less.
     """
     settings = {

@@ -609,9 +609,10 @@ def test_a_step_whose_pairs_are_all_skipped_is_logged_and_saved(tmp_path: Path, 
 
 
 def poison(model: Any, calls: set[int], factor: float = math.nan) -> None:
-    """Makes the hidden states NaN in the training forwards ``calls``, counted from 1.
+    """Breaks the training forwards ``calls``, counted from 1.
 
-    If ``factor`` is not NaN, leaves the hidden states unchanged, and makes their gradients infinite or NaN.
+    By default, ``factor`` is NaN, and the hidden states become NaN. Any other ``factor`` leaves the hidden states
+    unchanged, and their gradients become infinite or NaN.
     """
     count = 0
 

@@ -28,9 +28,9 @@ from mpo_ext.train.split_recurrence import _groups, _pieces, _SplitForward, _Sta
 
 
 def pairs_of(family: str, count: int = 3) -> list[Sample]:
-    """Returns pairs of unequal lengths.
+    """Returns ``count + 2`` pairs of unequal lengths.
 
-    ``count`` pairs share a prompt. Of the two other pairs, the first has a shorter prompt and the second a longer one.
+    The first ``count`` pairs share a prompt. The next pair has a shorter prompt, and the last pair a longer one.
     """
     some = 1 if ALL[family].images else 0
     shared = [

@@ -39,7 +39,10 @@ def make_encoder(model: Any, processor: Any, **options: Any) -> Encoder:
 
 
 def write_clips(folder: Path, count: int) -> Path:
-    """Writes pairs about small clips of different lengths. Some also have an image, and some have only text."""
+    """Writes ``count`` pairs. Most are about small clips of different lengths; some of these also have an image.
+
+    Every fifth pair has only text.
+    """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []

@@ -1,4 +1,6 @@
-"""Runs an engine on requests and pipelines in a separate process, because vLLM can start only once in a process.
+"""Answers requests with an engine, and runs pipelines that use the engine, in a separate process.
+
+The process is needed because vLLM can start only once in a process.
 
 Usage: ``python run_engine.py ENGINE MODEL ITEMS OUT OPTIONS``. ENGINE is "vllm" or "openai", and OPTIONS is JSON.
 """

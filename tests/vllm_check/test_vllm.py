@@ -149,7 +149,10 @@ def test_the_counts_of_the_summaries_are_equal(
 def test_the_server_gives_what_the_engine_in_this_process_gives(
     folder: Path, vllm_runs: Callable[[str], Path], kind: str
 ) -> None:
-    """Compares greedy and drawn samples, with prefixes, with images, and with both."""
+    """Compares the results of the server with those of the engine, for greedy and for random samples.
+
+    Some requests have prefixes, images or both.
+    """
     out = folder / "server" / kind
     with processes.server(folder / kind) as url:
         run_script("openai", folder / kind, folder / f"{kind}.jsonl", out, base_url=url)

@@ -74,10 +74,10 @@ def responses_of(family: Family) -> tuple[str, ...]:
 
 
 def written(family: Family, response: str) -> str:
-    """Returns a response as the conversation has it.
+    """Returns the text of a response in the conversation.
 
-    If the family needs thoughts, its prompt ends with ``<think>``. Then ``<think>`` is put before a response that does
-    not begin with it.
+    If a family refuses responses without thoughts, its prompt ends with ``<think>``. The text then begins with
+    ``<think>``: this tag is added if the response does not begin with it.
     """
     return f"<think>{response}" if family.needs_thoughts and not response.startswith("<think>") else response
 

@@ -33,7 +33,10 @@ transformers.logging.set_verbosity_error()
 
 
 def responses_of(case: Any) -> tuple[str, str]:
-    """Returns (chosen, rejected): the case's response and another one. An empty response is the rejected one."""
+    """Returns (chosen, rejected): the case's response and ``OTHER``.
+
+    If the case's response is empty, it is the rejected one.
+    """
     return (case.response, OTHER) if case.response.strip() else (OTHER, case.response)
 
 
@@ -85,8 +88,8 @@ def encode(case: Case) -> str:
 def written(case: Case, processor: Any, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the assistant's message of a case.
 
-    If the prompt ends with ``<think>``, a response may have only ``</think>``. Then the message also begins with
-    ``<think>``, unless the template writes it before the response.
+    If the prompt ends with ``<think>``, the response may have ``</think>`` but not ``<think>`` at its beginning. Then
+    ``<think>`` is added to the beginning of the message, unless the template writes this tag before the response.
     """
     (plain,) = messages_of(processor, [("assistant", case.response)])
     block = re.search(r"<think>\s*$", case.template.generation or "")

@@ -75,8 +75,8 @@ def compare(
         response: The assistant's message.
         prompt_ids: The encoder's ids of the prompt.
         response_ids: The encoder's ids of the response.
-        is_split: Whether the response was tokenized separately. Then texts are compared instead of ids, and the ids of
-            the template must not begin with those of the prompt.
+        is_split: Whether the response was tokenized separately. Then texts are compared instead of ids. It is also
+            asserted that the separation was necessary: the template's ids do not begin with the prompt's ids.
         adds_header: Whether the encoder adds the assistant's header, because the template's generation prompt lacks
             it. Then the encoder's prompt may be longer than the template's.
         suffix: Number of special tokens that the tokenizer adds at the end of a text; they are not compared.

@@ -12,9 +12,9 @@ class MemoryAccess:
     """A base class of Machine: executes memory instructions and raises their faults."""
 
     def _counters(self, ins, kind):
-        """Returns a function get for one instruction: get(space) returns its Access counters in a state space.
+        """Returns a function ``get`` for one instruction: ``get(space)`` returns its Access counters in a state space.
 
-        get returns None if accesses to the space are not counted. kind: "load", "store" or "atomic".
+        ``get`` returns None if accesses to the space are not counted. ``kind``: "load", "store" or "atomic".
         """
         memo = {}
 

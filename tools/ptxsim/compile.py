@@ -95,7 +95,7 @@ class CompiledTriton:
         """Runs the kernel in the simulator. Returns the report.
 
         args: a sequence in the order of the signature, or a dict by name.
-        options: those of Kernel.launch.
+        options: further arguments of Kernel.launch.
         """
         if isinstance(args, dict):
             args = [args[n] for n in self.arg_names]

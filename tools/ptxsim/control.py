@@ -101,7 +101,8 @@ def _bar(m, ins):
     def result(flags, slot):
         """Combines the predicates (flags) of the threads at a barrier with "popc", "or" or "and".
 
-        slot: number of each thread's block. Returns an array with a value for each resident block.
+        slot: for each thread, the index of its block among the resident blocks. Returns an array with a value for each
+        resident block.
         """
         yes = np.bincount(slot[flags], minlength=m.R)
         return yes if op_name == "popc" else yes > 0 if op_name == "or" else yes == np.bincount(slot, minlength=m.R)
@@ -150,7 +151,7 @@ def _call_parts(m, ins):
 
 
 def _link(m, callee, formal, caller, actual, back):
-    """Returns a function that copies an argument of a call to the callee, or (if back) a result to the caller."""
+    """Returns a function that copies an argument into the callee or, if ``back``, a result into the caller."""
 
     def end(fn, x, typ):
         if isinstance(x, Sym) and (fn.name, x.name) in m.fparams:
@@ -227,7 +228,7 @@ _FORMAT = re.compile(r"%([-+ #0]*)(\*|\d+)?(?:\.(\*|\d+))?(hh|h|ll|l|z|j|t|L)?([
 
 
 def _printf_text(m, fmt, read, lane):
-    """Returns the text that one thread prints. read(size) returns the bytes of the next argument."""
+    """Returns the text that one thread prints. ``read(size)`` returns the bytes of the next argument."""
 
     def sub(k):
         flags, width, prec, length, conv = k.groups()

@@ -341,7 +341,10 @@ class GlobalMemory:
                 st.atomics += off.size
 
     def load(self, addr, lanes, width, vec, access):
-        """Loads vec elements of width bytes for each lane. Returns vec arrays of unsigned integers."""
+        """Loads ``vec`` elements of ``width`` bytes for each lane.
+
+        Returns one array of unsigned integers per element, so ``vec`` arrays.
+        """
         size = width * vec
         pieces = self.locate(addr, size, False)
         if self.traffic and access is not None:

@@ -60,7 +60,7 @@ def op(*names):
 
 
 def emit(D, fn, srcs):
-    """Returns a function of the selected lanes s that executes D[s] = fn(x[s], y[s], ...), with srcs = (x, y, ...)."""
+    """Returns a function that takes the selected lanes s and executes D[s] = fn(x[s], y[s], ...); srcs = (x, y, ...)."""
     if len(srcs) == 1:
         (a,) = srcs
 
@@ -91,9 +91,10 @@ def simple(b, ins, typ, fn, dst_type=None, src_types=None, first=0):
 
 
 def float_fn(typ, fn, ins, exact64=None):
-    """Turns a float32 function into a function on values of type typ, with the modifiers .ftz, .sat and .relu of ins.
+    """Turns the float32 function ``fn`` into a function on values of the PTX type ``typ``.
 
-    exact64: version of fn for f16 and bf16 that returns float64, rounded to odd.
+    The new function applies the modifiers .ftz, .sat and .relu that the instruction ``ins`` has. ``exact64`` replaces
+    ``fn`` for f16 and bf16. It returns float64, rounded to odd.
     """
     parts = ins.parts
     sat, ftz, relu = "sat" in parts, "ftz" in parts, "relu" in parts
