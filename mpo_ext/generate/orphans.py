@@ -70,8 +70,9 @@ def watch(parent: int, excluded: set[int]) -> None:
             time.sleep(_INTERVAL_S)
         elif select.select([sys.stdin], [], [], _INTERVAL_S)[0]:
             is_starting = False
-            known = {}
-            _add(known, set(map(int, sys.stdin.readline().split())) - excluded)
+            if line := sys.stdin.readline():  # "" if the parent was killed inside the block
+                known = {}
+                _add(known, set(map(int, line.split())) - excluded)
         else:
             _add(known, children(parent) - excluded)
         for pid in list(known):

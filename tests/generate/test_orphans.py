@@ -29,6 +29,9 @@ with ended_with_this_process():
     nested = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; trap '' TERM; wait; sleep 60"], stdout=subprocess.PIPE)
     child = int(nested.stdout.readline())
     time.sleep({starting_s})
+    if {is_inside}:
+        print(before, before, forked, nested.pid, child, flush=True)
+        time.sleep({end_s})
 time.sleep(0.6)
 print(before, sleeper(), forked, nested.pid, child, flush=True)
 time.sleep({end_s})
@@ -49,9 +52,14 @@ def wait_until_gone(pids: list[int], seconds: float) -> bool:
     return not any(map(is_alive, pids))
 
 
-@pytest.mark.parametrize(("number", "starting_s"), [(signal.SIGKILL, 0), (signal.SIGTERM, 1), (None, 0)])
-def test_processes_of_the_block_end_with_their_parent(number: signal.Signals | None, starting_s: int) -> None:
-    code = PARENT.format(starting_s=starting_s, end_s=60 if number else 0)
+@pytest.mark.parametrize(
+    ("number", "starting_s", "is_inside"),
+    [(signal.SIGKILL, 0, False), (signal.SIGTERM, 1, False), (None, 0, False), (signal.SIGKILL, 1, True)],
+)
+def test_processes_of_the_block_end_with_their_parent(
+    number: signal.Signals | None, starting_s: int, is_inside: bool
+) -> None:
+    code = PARENT.format(starting_s=starting_s, is_inside=is_inside, end_s=60 if number else 0)
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     before, after, *started = map(int, parent.stdout.readline().split())
