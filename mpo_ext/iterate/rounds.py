@@ -6,7 +6,6 @@ without this file. An interrupted stage resumes from the files that it has writt
 """
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -204,10 +203,10 @@ def _done_path(recipe: IterateRecipe, stage: RoundStage) -> Path:
     return recipe.round_folder(stage.round) / f"{stage.name.replace(' ', '-')}.done"
 
 
-def print_rounds(results: dict[str, Any], file: TextIO = sys.stdout) -> None:
+def print_rounds(results: dict[str, Any]) -> None:
     """Prints the accuracies of all rounds as a table."""
     from mpo_ext.iterate.results import accuracy_rows
     from mpo_ext.report import text_table
 
     header, rows = accuracy_rows(results)
-    print(text_table(header, rows), file=file)
+    print(text_table(header, rows))
