@@ -95,7 +95,8 @@ def cost(document: Mapping[str, Any]) -> str:
         f"DropoutNTP generates {ours:.1f} tokens per pair, and RLAIF-V {theirs:.1f}. The ratio is "
         f"{100 * ours / theirs:.0f} %. In the paper, the numbers are {PAPER[0]} and {PAPER[1]}, with a ratio of "
         f"{100 * PAPER[0] / PAPER[1]:.1f} %. A response has {length:.0f} tokens on average. In RLAIF-V, the start "
-        f"model judges each claim of a response; these judgements take {100 * verdicts:.1f} % of its tokens.\n"
+        "model judges each claim of a response; "
+        f"{100 * verdicts:.1f} % of the tokens of RLAIF-V are such judgements.\n"
     )
 
 

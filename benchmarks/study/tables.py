@@ -191,7 +191,9 @@ def _verdicts(document: Mapping[str, Any]) -> str:
             title, shown = task_of(document).tables[name].title, sentences.COLUMN_NAMES[column]
             mean = f"{statistics.fmean(numbers):+.1f}{error}"
             paper = task_of(document).paper.get((row, other, column), "")
-            rows.append([title, row, other, shown, mean, str(len(numbers)), p, verdict.text, paper])
+            rows.append(
+                [title, row, other, shown, mean, str(len(numbers)), p, sentences.group_of(numbers, verdict), paper]
+            )
     header = [
         "table",
         "row",
