@@ -81,9 +81,10 @@ def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """Returns the known word most similar to ``word``, or the only one with these initials; None if there is none.
+    """Returns the known word that ``word`` probably means; None if there is none.
 
-    For example, ``lr`` has the initials of ``learning_rate``.
+    If a single known word has the initials ``word``, returns it: ``learning_rate`` for ``lr``. Otherwise, returns the
+    known word that is most similar to ``word``.
     """
     names = list(known)
     abbreviated = [name for name in names if len(word) > 1 and "".join(re.findall(r"(?<![a-z])[a-z]", name)) == word]

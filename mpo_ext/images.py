@@ -134,7 +134,7 @@ def missing_image_advice(source: str) -> str:
     """Returns advice for an error message about the missing image file ``source``, or "".
 
     If ``source`` is the base64 text of an image, the advice is to write ``data:image/...;base64,`` before the text.
-    The text is also detected after an image folder, to which callers join it like a relative path.
+    The text is also detected in ``FOLDER/TEXT``, because callers join relative paths to the image folder.
     """
     match = _BASE64_IMAGE.search(source)
     if match is None:

@@ -49,7 +49,7 @@ class Blocks(NamedTuple):
     num_warps: int  # number of warps of the program
 
     def programs(self, vocab: int, dtype: torch.dtype) -> int:
-        """Returns the number of programs that process a row, for any misalignment of the row."""
+        """Returns the number of programs that process a row. It suffices for every misalignment of the row."""
         return triton.cdiv(vocab + VECTOR_BYTES // dtype.itemsize - 1, self.chunk)
 
 

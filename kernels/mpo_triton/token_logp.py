@@ -179,7 +179,7 @@ def store_stats(
     filler,
     STATS: tl.constexpr,
 ):
-    """Stores the statistics of a row whose bits are set in STATS. If the row is not valid, stores ``filler`` instead.
+    """Stores the statistics of a row. Each bit of STATS selects one. If the row is invalid, stores ``filler`` instead.
 
     The statistics of a row lie ``rows`` elements apart in memory. ``total`` is the size of the vocabulary. ``log_sum``
     is the logarithm of ``row_sum``. ``z_label`` is the logit of the label. The other values, from ``row_max`` to

@@ -193,7 +193,7 @@ class NumberMatcher(Matcher):
 
     - It has a decimal comma ("1,5").
     - Only the answer or only the truth has a unit. The number without a unit may mean the same quantity in some unit
-      ("7" or "700" for "7 m").
+      ("7" or "700" for "7 m"). But "7" is right for "7 m" if ``units`` contains "m".
     - The numbers differ by more than the tolerance, but are equal after rounding ("3.14" and "3.14159").
 
     Attributes:

@@ -40,11 +40,13 @@ class ExactMatcher(Matcher):
 class AnlsMatcher(Matcher):
     """Scores answers by DocVQA's normalized Levenshtein similarity: ``1 - distance / length of the longer text``.
 
-    An answer that is not accepted counts as unreadable (neither right nor wrong) in two cases. Otherwise, it is wrong.
+    An answer that is not accepted is unreadable (neither right nor wrong) in these two cases:
 
     - It may be another form of the truth ("Total: $5" for "$5").
     - Its score is positive, and it has the same digits as the truth. If ``exact_digits`` is False, the digits may
       differ.
+
+    In all other cases, it is wrong.
 
     Attributes:
         threshold: Similarity below which the score is 0.

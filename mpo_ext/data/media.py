@@ -127,7 +127,10 @@ def _held_names(values: Mapping[str, Any]) -> list[str]:
 
 
 def _paths_of_contents(value: object) -> Iterator[object]:
-    """Yields the ``path``, or None, of each image and video that a value holds as bytes or as a data URL."""
+    """Yields a file name, or None, for each image and video whose content (bytes or a data URL) is in ``value``.
+
+    The file name is the field ``path`` beside the field ``bytes``.
+    """
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         yield value.get("path")
     elif isinstance(value, (Mapping, list, tuple)):

@@ -71,8 +71,8 @@ class PairSource:
     def scan_for(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Location, Pair | BadLine]]:
         """Yields the same as ``scan``, but with image paths for a file that will be written to ``folder``.
 
-        An image path that is relative in the source becomes relative to ``folder`` if ``folder`` is ``root`` or
-        contains the image. All other image paths are absolute.
+        Relative image paths of the source start at the folder ``root``. Such a path becomes relative to ``folder`` if
+        ``folder`` is ``root``, or if the image lies in ``folder``. All other image paths are absolute.
         """
         folder = os.path.realpath(folder)
         for index in map(int, self.indices):

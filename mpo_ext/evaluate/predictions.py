@@ -34,8 +34,8 @@ def write_predictions(
             must be adjacent.
         out: Folder of the evaluation.
         exports: Evaluation toolkits to write files for, keys of ``EXPORTS``.
-        model_files: Spelling of each model's name in file names.
-        data_files: Spelling of the name of each file of questions in file names.
+        model_files: Dict from a model's name to its spelling in the names of written files.
+        data_files: Dict from the name of a file of questions to its spelling in the names of written files.
         world_size: Number of processes that sampled responses.
 
     Raises:

@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers")
 
 
 class _Answered(NamedTuple):
-    """The true answers of a question, and whether its answers with and without the image are equal."""
+    """The true answers of a question, and whether the model gives the same answer with and without the image."""
 
     is_same: bool
     truths: tuple[str, ...]

@@ -151,7 +151,7 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
     Args:
         answer: The answer.
         options: Texts of the options, or a dict from letter to text.
-        is_index: Whether the format gives integer answers as indices, as ScienceQA does.
+        is_index: Whether an integer answer is the index of an option, as in ScienceQA.
 
     Raises:
         FormError: If the answer fits several options, or no option.
@@ -167,14 +167,15 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
 
 
 def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Converts an answer that is a number as text, such as ``"2"``, to the letter of the option with this index.
+    """Resolves an answer that is a number as text, such as ``"2"``, to an option.
 
-    An answer that equals the text of an option is returned unchanged.
+    Returns the answer unchanged if it equals the text of an option, otherwise the result of ``indexed_answer``.
 
     Args:
         answer: The answer. Indices count from 0.
         options: Texts of the options, or a dict from letter to text.
-        is_index: Whether the format gives integer answers as indices, as ScienceQA does.
+        is_index: Whether an integer answer is the index of an option, as in ScienceQA. False: the answer must be the
+            text of an option.
 
     Raises:
         FormError: If the answer fits several options, or no option.

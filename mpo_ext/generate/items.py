@@ -294,9 +294,9 @@ class ItemSource:
     system: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Returns the digest of the input and the system prompt, as JSON values.
+        """Returns a dict of JSON values: the digest of the input and, if there is one, the system prompt.
 
-        A resumed run compares them with those of its first start.
+        A resumed run compares these values with those of its first start.
         """
         return {"blake2b": self.digest, **({} if self.system is None else {"system": self.system})}
 

@@ -43,7 +43,8 @@ class RayPool:
         arguments: Arguments of ``RayWorker``.
         engines: Number of actors.
         gpus: Number of GPUs of each actor.
-        block_size: Maximum number of samples per block, a group of items that are sent to an actor together.
+        block_size: Maximum number of samples that are drawn for a block. A block is a group of items that are sent to
+            an actor together.
         stream: Output for remarks to the user, or None.
     """
 

@@ -107,9 +107,9 @@ def mpo_loss(
         shift: Whether position t is scored against ``labels[t + 1]`` of its sequence, as in Hugging Face models.
         stats: Statistics to compute over the labelled rows, any of "entropy" (in nats), "mean_logit", "top1" (whether
             the label has the largest logit) and "sum_p_squared" (sum of the squared probabilities).
-        reuse_logits: Whether backward may write the gradient over the logits. A second backward then raises. If
-            another operation also needs the logits in its backward, torch raises "modified by an inplace operation".
-            The backend "reference" ignores ``reuse_logits``.
+        reuse_logits: Whether backward may write the gradient over the logits. A second backward through the same
+            graph then raises. If another operation also needs the logits in its backward, torch raises "modified by an
+            inplace operation". The backend "reference" ignores ``reuse_logits``.
         backend: "cpu", "cuda", "triton" or "reference" (plain torch). None: the best available backend.
         vocab_parallel: Process group that splits the vocabulary (tensor parallelism). Each rank holds one or more
             columns of ``logits`` and ``ref_logits``, in the order of the ranks. Labels are ids of the whole
@@ -126,7 +126,7 @@ def mpo_loss(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
-        RuntimeError: If the backend cannot run here. In backward: if the loss is differentiated twice, or if backward
+        RuntimeError: If the backend cannot run here. In backward: if a second derivative is computed, or if backward
             runs again after ``reuse_logits``.
     """
     options = LossOptions(config, reward_shift, cu_seqlens, shift, stats, backend)
@@ -239,8 +239,8 @@ def linear_mpo_loss(
             memory of the gradient of ``weight``, and backward computes the others again. A kept logit takes 2 bytes if
             hidden states and weight are bfloat16, otherwise usually 4. Kept logits and the gradient of ``weight``
             share one buffer. It has the size of the logits or of the gradient, whichever is larger, plus a part of
-            ``memory_budget``. ``recompute`` has no effect on a second backward, which computes all logits again. It
-            has no effect if ``weight`` needs no gradient.
+            ``memory_budget``. If ``weight`` needs no gradient, ``recompute`` has no effect. Otherwise, a second
+            backward through the same graph (``retain_graph=True``) always computes all logits again.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.
@@ -259,7 +259,7 @@ def linear_mpo_loss(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
-        RuntimeError: If the backend cannot run here. In backward: if the loss is differentiated twice.
+        RuntimeError: If the backend cannot run here. In backward: if a second derivative is computed.
     """
     options = LossOptions(config, reward_shift, cu_seqlens, shift, stats, backend)
     head = HeadOptions(logit_scale, softcap, temperature, memory_budget, recompute)
@@ -338,7 +338,7 @@ def token_logp(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
-        RuntimeError: If the backend cannot run here, or the result is differentiated twice. In backward: if backward
+        RuntimeError: If the backend cannot run here. In backward: if a second derivative is computed, or if backward
             runs again after ``reuse_logits``.
     """
     if vocab_parallel is not None:
@@ -398,7 +398,7 @@ def linear_token_logp(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
-        RuntimeError: If the backend cannot run here, or the result is differentiated twice.
+        RuntimeError: If the backend cannot run here. In backward: if a second derivative is computed.
     """
     head = HeadOptions(logit_scale, softcap, temperature, memory_budget, recompute)
     if vocab_parallel is not None:

@@ -178,8 +178,8 @@ def _sigmoid(pairs: Pairs) -> Tensor:
 def _bco_pair(pairs: Pairs) -> Tensor:
     """Returns the BCO loss of pairs (arXiv 2404.04656). A reward is ``beta`` times a log-ratio.
 
-    The loss is ``-log sigmoid(chosen_reward - delta) - log sigmoid(delta - rejected_reward)``. TRL uses delta = 0
-    since version 0.29.
+    The loss is ``-log sigmoid(chosen_reward - delta) - log sigmoid(delta - rejected_reward)``. ``delta`` is the reward
+    shift. TRL has no reward shift since version 0.29: its ``delta`` is always 0.
     """
     chosen_reward, rejected_reward = pairs.beta * pairs.chosen_ratio, pairs.beta * pairs.rejected_ratio
     return -F.logsigmoid(chosen_reward - pairs.delta) - F.logsigmoid(pairs.delta - rejected_reward)

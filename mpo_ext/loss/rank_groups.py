@@ -71,8 +71,8 @@ class RankGroups:
     ) -> tuple[_Checked, VocabShard | None, VocabShard | None]:
         """Checks the arguments of a call on all ranks.
 
-        All ranks raise if the check fails on one rank, or if the ranks' inputs do not fit together. If a group has no
-        backend for the CPU, the host waits for the GPU.
+        All ranks raise if the check fails on one rank, or if the ranks' inputs do not fit together. The ranks exchange
+        CPU tensors. If a process group has no CPU backend (only NCCL), they exchange GPU tensors and the host waits.
 
         Args:
             check: Checks this rank's arguments and returns a result.
@@ -146,10 +146,10 @@ class RankGroups:
 
         Returns:
             The values, ``[ranks, ...]``, and a 0-d tensor that the caller adds to its results: 0 if the tensors in
-            ``same`` are equal on all ranks, otherwise NaN.
+            ``same`` are equal on all ranks. If they differ and no error is raised, the tensor is NaN.
 
         Raises:
-            ValueError: If tensors in ``same`` differ, the values are on a CPU, and the call uses only one group.
+            ValueError: If tensors in ``same`` differ. Raised only for values on a CPU, in a call with only one group.
         """
         group = dict(self._named())[name]
         parts = [values.detach(), *(tensor.detach().to(values.device, torch.float64) for tensor in same.values())]

@@ -1,9 +1,9 @@
 """Computes exponentials of tiles of logits on a GPU, for the gradient of hidden states under a frozen head.
 
-Forward sums ``exp(z - r) @ weight`` over the tiles of each row (token position). r is the reference of the row. If the
-row's largest logit so far exceeds r by more than a slack, r rises to this logit, so that ``exp`` does not overflow.
-The sum so far must then be rescaled. A slack of 40 makes this rare. The slack is 0 in the last tile, and in all tiles
-if the exponentials are float16.
+Forward sums ``exp(z - r) @ weight`` over the tiles of each row (token position). The number r is called the reference
+of the row; it has nothing to do with the reference model. If the row's largest logit so far exceeds r by more than a
+slack, r rises to this logit, so that ``exp`` does not overflow. The sum so far is then rescaled. Usually, the slack is
+40, so that rescaling is rare. In the last tile, and in all tiles if the exponentials are float16, the slack is 0.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def _(
 def _cuda_arguments(
     outputs: tuple[Tensor, ...], ref_logp: Tensor, state: Tensor, cu_seqlens: Tensor | None, settings: Sequence[float]
 ) -> tuple[dict[str, object], list[Tensor | None]]:
-    """Returns arguments of the kernels pair_loss and forward, and the tensors to which their addresses point.
+    """Returns arguments of ``pair_loss_cuda`` and ``forward_cuda``, and the input tensors to which they point.
 
     The caller must keep these tensors alive until the launch. ``ref_logp`` and ``cu_seqlens`` keep their dtypes.
     """

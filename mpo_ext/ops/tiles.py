@@ -176,8 +176,8 @@ class TiledRows:
         head: Output head.
         ignore_index: Label of rows that are skipped.
         memory_budget: Bytes for a tile and the tensors computed from it.
-        converts_weight_grad: Whether the gradient of weight is computed. It may be summed in float32, which takes a
-            part of the memory budget, and is then converted to the dtype of weight.
+        converts_weight_grad: Whether the gradient of weight is computed. If it is summed in float32 and then converted
+            to the dtype of weight, the float32 sum takes a part of the memory budget.
         keeps_logits: Whether forward keeps logits for backward.
         only_fitting: As in ``KeptLogits``.
     """

@@ -146,7 +146,7 @@ class Batch:
 
 
 class _PlacedPrompt(NamedTuple):
-    """The prompt of a sample, with its sequence row and the position of its first token in the row."""
+    """A sample's prompt, with its sequence row and the position of the prompt's first token in this row."""
 
     number: int  # index of the prompt in _RowPlan.prompts
     sample: Sample
@@ -167,7 +167,7 @@ class _PlacedPrompt(NamedTuple):
 
 
 class _PlacedResponse(NamedTuple):
-    """A response, with its prompt and the position of its first token in the prompt's sequence row."""
+    """A response with its prompt, and the position of the response's first token in the sequence row of the prompt."""
 
     prompt: _PlacedPrompt
     start: int  # position of the first token in the row

@@ -110,9 +110,9 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
     """Returns the loss settings for a micro-batch, with scaled weights of the loss terms.
 
     Each weight is multiplied by ``world_size`` and by the micro-batch's fraction of the step. The setting
-    ``loss.average_over`` selects what is counted for this fraction. For example, it is the number of the micro-batch's
-    pairs divided by the number of the step's pairs. ``world_size`` is needed because accelerate averages gradients
-    over the ranks.
+    ``loss.average_over`` selects how the fraction is computed. For example, with "step", the fraction for the DPO and
+    BCO terms is the number of pairs in the micro-batch, divided by the number of pairs in the step. ``world_size`` is
+    needed because accelerate averages gradients over the ranks.
 
     Args:
         recipe: The recipe of the run.

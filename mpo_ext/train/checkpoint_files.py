@@ -117,7 +117,7 @@ def _digest_of(values: Any) -> str:
 def file_digests(accelerator: Any, folder: Path, names: Sequence[str]) -> dict[str, str]:
     """Hashes a part of the files on each rank, so that the ranks together hash all of ``names``.
 
-    Returns a dict from the name of each file that this rank hashes to its SHA-256.
+    Returns a dict from file name to SHA-256, for the files that this rank hashes.
     """
     return {
         name: _file_digest(folder / name) for name in names[accelerator.process_index :: accelerator.num_processes]

@@ -153,7 +153,7 @@ def _attention_inputs(inner: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def _encoders(inner: nn.Module, name: str) -> list[nn.Module]:
-    """Returns the modules of ``inner`` whose forward calls their method ``name``."""
+    """Returns the modules of ``inner`` that have a method with the given name and call it in their ``forward``."""
     return [
         module
         for module in inner.modules()

@@ -96,7 +96,7 @@ def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[
 
 
 def reference_date(recipe: Recipe) -> datetime.date | None:
-    """Returns the date in the prompts of the precomputed log-probs; None if no file stores this date.
+    """Returns the date that the prompts contained when the log-probs were precomputed; None if no file stores it.
 
     The date is read from the log-prob file, or from the unfinished files of an interrupted run.
     """

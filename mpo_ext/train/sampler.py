@@ -84,10 +84,10 @@ class StepSampler:
 
 
 def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a permutation ``p`` such that the pairs of a group are adjacent in ``pairs[p]``.
+    """Returns a permutation ``p`` such that ``pairs[p]`` consists of blocks, each with pairs of a single group.
 
     ``groups[i]`` is the group number of pair i. A pair may occur several times in ``pairs``. The first occurrences of
-    a group's pairs form a group, the second occurrences form another group, and so on. The groups are in random order.
+    a group's pairs form one block, the second occurrences another block, and so on. The blocks are in random order.
     """
     # The c-th copy of each pair goes to the c-th group of its prompt, because a step should not contain a pair twice.
     by_pair = np.argsort(pairs, kind="stable")

@@ -53,8 +53,8 @@ class RunSetup(NamedTuple):
     Attributes:
         groups: Parameter groups of the optimizer.
         reference_model: Separate reference model, or None.
-        reference_fingerprint: Hash of the weights that give precomputed reference log-probs; may be "" for other kinds
-            of reference models.
+        reference_fingerprint: Hash of the reference weights. It may be "" if the reference log-probs are not
+            precomputed.
         fixed_weights: Dict from a setting that names a model, such as ``model.path``, to the hash of the model's
             weights. It contains only models with weights that no checkpoint stores.
     """
@@ -207,7 +207,7 @@ def _add_stop_id(model: Any, end_id: int) -> None:
 def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:
     """Returns ``(model, fingerprint)``: the separate reference model or None, and a hash of the reference weights.
 
-    Only precomputed log-probs need the fingerprint. It may be "" for other kinds of reference.
+    Only precomputed log-probs need the fingerprint. It may be "" if the log-probs are not precomputed.
     """
     kind, path = recipe.reference_kind, recipe.reference.path
     digest = fingerprint(policy) if kind == "precomputed" else ""
