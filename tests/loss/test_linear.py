@@ -268,7 +268,8 @@ class Judgement:
         ``noise`` is the allowed error of a row's upstream gradient, d loss / d logp.
 
         The allowed error is based on eager torch's error, which can be small by chance. In float64, eager torch and
-        the kernels round a label's probability before they subtract 1. So the allowed error includes this rounding.
+        the kernels round a label's probability before they subtract 1. For float64 gradients, the allowed error also
+        includes this rounding.
         """
         rounding = case.eps / 2 if case.result_dtype == torch.float64 else 0.0
         for name, tensor in gradients.items():
