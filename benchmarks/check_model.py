@@ -111,9 +111,10 @@ def middle(values: Sequence[float]) -> float:
 
 
 def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Groups measurements by implementation and benchmark. Returns (kind, measurements) tuples, sorted by kind.
+    """Groups measurements by benchmark, and separates those of mpo_ext from those of all other libraries.
 
-    A kind is a text such as "mpo_ext, linear", or "peers, linear" for all other libraries.
+    Returns (kind, measurements) tuples, sorted by kind. A kind is a text such as "mpo_ext, linear", or "peers, linear"
+    for all other libraries.
     """
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
@@ -123,7 +124,7 @@ def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping
 
 
 def summary(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """For each kind in ``by_kind``, yields a dict of error statistics, such as ``median_error``."""
+    """Yields a dict of error statistics, such as ``median_error``, for each group that ``by_kind`` returns."""
     for kind, members in by_kind(points):
         errors = [error(point) for point in members]
         memory = [

@@ -39,7 +39,8 @@ class HiddenBatch:
 
     With B pairs of T tokens, hidden size D and vocabulary size V, the shapes are: hidden states ``[2, B T, D]``, head
     ``[V, D]``, labels ``[2, B T]`` and ref_logp ``[2]``. So B pairs are stored as one long pair. The matmuls have the
-    same sizes. Of each sequence, only the last fraction ``share`` has labels; the other labels are -100.
+    same sizes as with hidden states ``[2 B, T, D]``. In each of the two sequences, only the last fraction ``share``
+    has labels; the other labels are -100.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:

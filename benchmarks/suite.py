@@ -52,8 +52,8 @@ class Results:
     Attributes:
         points: Entries of the result file.
         missing: Why implementations could not run: a dict from name to reason.
-        machine: Seconds of all runs of the programs that measure the machine: a dict from name to seconds.
-        beside: Median seconds of these programs in the last group: a dict from name to median.
+        machine: For each program that measures the machine, by name: a list with the seconds of each run.
+        beside: Median seconds of these programs in the latest call of ``add_machine``, by name.
     """
 
     points: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -146,7 +146,7 @@ def linear_groups(*, quick: bool) -> list[Group]:
     """Returns the groups of implementations and shapes that are measured for the loss that takes hidden states.
 
     The first groups have the base shape. The others vary the labelled fraction, the vocabulary, the hidden size, or
-    the number of tokens or pairs. Most of them have only mpo_ext. ``quick`` selects small shapes.
+    the number of tokens or pairs. Most of the others measure only mpo_ext. ``quick`` selects small shapes.
     """
     # F.linear_cross_entropy takes seconds even on the small shapes of a quick run.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))

@@ -52,8 +52,8 @@ def wide(tensor: Tensor | Array) -> Array:
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
     """Returns the machine epsilon with which kernels accumulate: that of float64 for float64 logits, else of float32.
 
-    ``dtype`` is the torch dtype of the logits, or the numpy dtype of the copy that ``wide`` returns. The copy of
-    float64 logits is long double.
+    ``dtype`` is the torch dtype of the logits, or the numpy dtype of their copy from ``wide``. Long double stands for
+    float64 logits, because ``wide`` copies them to long double.
     """
     is_double = dtype == (torch.float64 if isinstance(dtype, torch.dtype) else np.longdouble)
     return torch.finfo(torch.float64 if is_double else torch.float32).eps
@@ -646,15 +646,15 @@ def assert_gradient_as_accurate(
 ) -> None:
     """Checks a gradient of logits: the entries of the labels, and separately the many small other entries.
 
-    In half precision, rounding a label's entry can change it by more than the sum of all other entries. So the
-    relative error of the other entries is checked too. It may be ``factor`` times eager torch's largest relative
-    error. The limit also includes the error from rounding the entry, and from rounding the exponent in the softmax.
+    In half precision, the rounding error of a label's entry can exceed the largest of the other entries. So the
+    relative error of each other entry is checked too. It may be ``factor`` times eager torch's largest relative error.
+    The limit also includes the rounding of this entry and of the exponent in the softmax, and ``noise``.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.
         eager: ``[..., V]``, in the dtype of the logits.
         exact: ``[..., V]``.
-        share: ``[..., V]``, onehot - softmax; only the label's entry is positive.
+        share: ``[..., V]``, ``onehot(label) - softmax(logits)``; only the label's entry is positive.
         factor: Allowed multiple of the error of eager torch.
         noise: Unavoidable absolute error of the upstream gradient of a row's log-prob.
         name: Name of the gradient in the failure message.

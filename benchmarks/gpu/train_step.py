@@ -66,7 +66,7 @@ def _model(loss: LossShape, stage: GpuStage) -> nn.Module:
 
 
 def _ways(model: nn.Module, loss: LossShape, device: str) -> dict[str, Callable[[], Tensor]]:
-    """Returns functions by name. Each computes the loss of the model on one random pair with another method."""
+    """Returns functions by the name of their method. All compute the model's loss on the same random pair."""
     ids = torch.randint(loss.vocab, (2, loss.tokens), device=device)
     labels = ids.clone()
     labels[:, : loss.tokens - round(loss.tokens * loss.share)] = -100

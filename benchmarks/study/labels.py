@@ -43,10 +43,11 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 
 
 def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Returns the fractions of pairs whose chosen response has fewer, as many, or more errors than the rejected one.
+    """Returns how often the chosen response has fewer errors than the rejected one, equally many, or more.
 
-    The keys are "right", "equal" and "wrong". A fourth key, "chosen_right", has the fraction of pairs whose chosen
-    response has no errors. Only step-by-step pairs with images count. Without such pairs, the result is {}.
+    These fractions of the pairs have the keys "right", "equal" and "wrong". A fourth key, "chosen_right", has the
+    fraction of pairs whose chosen response has no errors. Only step-by-step pairs with images count. Without such
+    pairs, the result is {}.
     """
     errors = [
         tuple(count_errors(text, pair.question, pair.extra["digits"]) for text in (pair.chosen, pair.rejected))
@@ -64,9 +65,10 @@ def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of generated tokens per pair and of label fractions, with a row for each kind of pairs.
+    """Returns a Markdown table with a row for each kind of pairs.
 
-    The numbers are means over the seeds in ``document``.
+    The columns are the generated tokens per pair, the fractions of ``label_shares`` in percent, and the number of
+    seeds. Tokens and fractions are means over the seeds in ``document``.
     """
     rows = []
     for name in ("correctness", *KEEPS, RLAIF_V):
@@ -101,7 +103,7 @@ def cost(document: Mapping[str, Any]) -> str:
 
 
 def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Returns the entries of ``document["starts"]`` in which pairs of the kind ``name`` have label fractions."""
+    """Returns the entries of ``document["starts"]`` that contain ``label_shares`` of the pairs ``name``."""
     return [start for start in document["starts"] if start.get("labels", {}).get(name)]
 
 

@@ -2,7 +2,7 @@
 
 The starting model makes up digits: it predicts them from its own text instead of reading the image. The settings are
 those of the demo. This file was fixed before the reported seeds ran (docs/study.md). Two parts were added later, but
-before the runs in the tables concerned:
+each before the runs that its tables report:
 
 - the tables "alone", "repair" and "rlaif";
 - the entries of ``PAPER`` for the table "weights". They say whether the paper reports a higher or a lower accuracy.

@@ -128,7 +128,7 @@ class Study:
         return f"seed-{seed}" + (f"-{results.slug(variant)}" if variant else "")
 
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
-        """Returns the sort key of an entry (seed, name) of the queue. It names a training run or a starting model.
+        """Returns the sort key of an entry of the queue. An entry is (seed, name of a training run or starting model).
 
         Entries in the main tables come first, name by name: all seeds of a name, then all seeds of the next. So an
         interrupted study has complete comparisons. Then come the other training runs, seed by seed. Last come the

@@ -76,8 +76,8 @@ class PriorSettings(Settings):
     """Settings of the task "language-prior" for one seed: the demo's settings, and sizes of further pair files.
 
     Attributes:
-        kind_questions: Number of step-by-step questions for correctness pairs. As many further questions are drawn for
-            DropoutNTP and RLAIF-V pairs.
+        kind_questions: Number of step-by-step questions for correctness pairs. The same number of questions is drawn
+            again for DropoutNTP pairs. RLAIF-V pairs use the questions of the DropoutNTP pairs.
         kind_pairs: Maximum number of pairs per file, for the files from "correctness" through "DropoutNTP 0.75" in
             ``language_prior.PAIR_FILES``. These files have equally many pairs.
         text_questions: Number of questions without an image. The pairs of the file "text" are made from them.

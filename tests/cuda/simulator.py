@@ -123,7 +123,7 @@ class SimulatedNative:
         return report
 
     def launch_on_host_memory(self, name: str, **arguments: Any) -> None:
-        """Runs a kernel that mpo_ext.ops launches on host memory: copies all buffers to the simulator and back."""
+        """Runs a kernel on buffers in host memory. Copies them to the simulator, and back after the run."""
         arguments.pop("stream")
         sizes = {key: size for key, size in _sizes(self.real, name, arguments).items() if arguments.get(key)}
         extents: dict[int, int] = {}  # the gradient may be the logits

@@ -117,7 +117,9 @@ class Server:
         )  # fmt: skip
 
     def run(self, block: Block, folder: Path) -> str:
-        """Runs a block in a folder, or writes it to a file if it has a title. Returns its output.
+        """Writes a block with a title to a file and returns "", or runs another block and returns its output.
+
+        ``folder`` is the working directory and contains the file.
 
         Raises:
             AssertionError: If the block fails; the message ends with the block's output.

@@ -1,4 +1,4 @@
-"""Compares the time and memory of another trainer on a CPU if it uses its own loss, or mpo_ext's loss.
+"""Compares the time and memory that a trainer needs on a CPU with its own loss and with mpo_ext's loss.
 
     python tests/integrations/side_by_side.py trl [--rounds 3] [--steps 4] [--length 4] [--pairs 2] [--save]
 

@@ -97,9 +97,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def kill_when(cwd: Path, pattern: str, delay_s: float, *words: str) -> None:
-    """Starts the command, waits for a file that matches ``pattern``, and kills the command ``delay_s`` seconds later.
+    """Starts the command, waits for a nonempty file that matches ``pattern``, and kills the command after a delay.
 
-    The file must not be empty. ``words`` are the arguments. Fails if the command ends before the file appears.
+    The delay is ``delay_s`` seconds. ``words`` are the arguments. Fails if the command ends before such a file exists.
     """
     process = start(cwd, *words)
     while not any(path.stat().st_size for path in cwd.glob(pattern)):

@@ -252,7 +252,7 @@ class Judgement:
             by_logits: Gradient of the logits in eager torch.
             tensors: Inputs from which eager torch computed the logits.
             gradient: Exact gradient of the logits.
-            share: onehot - softmax of the labelled rows.
+            share: ``onehot(label) - softmax(logits)`` of each labelled row.
         """
         used = np.where((gradient != 0).any(-1, keepdims=True), share, 0)
         head = case.exact_head
@@ -267,8 +267,9 @@ class Judgement:
 
         ``noise`` is the allowed error of a row's upstream gradient, d loss / d logp.
 
-        In float64, eager torch and the kernels round a label's probability before they subtract 1. For float64
-        gradients, the allowed error includes this rounding, because eager torch's error can be small by chance.
+        The allowed error is based on eager torch's error, which can be small by chance. In float64, eager torch and
+        the kernels round a label's probability before they subtract 1. For float64 gradients, the allowed error also
+        includes this rounding.
         """
         rounding = case.eps / 2 if case.result_dtype == torch.float64 else 0.0
         for name, tensor in gradients.items():

@@ -230,9 +230,9 @@ def test_an_image_without_a_place_comes_first(family: Any, images: tuple[str, ..
 
 
 def test_nested_images_lie_as_the_model_flattens_them(images: tuple[str, ...]) -> None:
-    """Checks that Idefics3 gives N images the same features in N rows of one image and in one row.
+    """Checks that Idefics3 gives the same features for ``[N, 1, ...]`` and ``[1, N, ...]``.
 
-    The encoder makes inputs of the first form, ``[N, 1, ...]``.
+    These are N rows with one image each, and one row with N images. The encoder makes the first form.
     """
     processor = idefics3()
     both = sample(Encoder(processor), Pair("?", "yes", "no", images[:2])).image_inputs

@@ -75,9 +75,9 @@ def test_pairs_of_a_prompt_stand_next_to_each_other() -> None:
 
 
 def test_copies_of_a_pair_stand_in_groups_of_their_own() -> None:
-    """Splits the order of an epoch into blocks of four pairs. Checks that a block has the four pairs of one prompt.
+    """Checks that each block of four consecutive pairs has the four different pairs of one prompt.
 
-    There are 300 pairs, four for each prompt. An epoch has each pair three times.
+    An epoch has each of the 300 pairs three times. So the three copies of a pair are in different blocks.
     """
     times = np.repeat(np.arange(300), 3)
     groups = np.arange(300) // 4

@@ -88,7 +88,10 @@ def trained(path: Path, out: Path, family: str, **options: Any) -> Run:
 
 @pytest.mark.parametrize("family", ["Qwen2.5-VL", "Qwen3-VL"])
 def test_an_epoch_equals_separate_rows(family: str, clips: Path, tmp_path: Path) -> None:
-    """Trains on 20 pairs with clips. Losses, rewards and final weights agree to 1e-5."""
+    """Trains on 20 pairs with clips, once with shared prefixes and once with separate rows.
+
+    Losses, rewards and final weights of both runs agree to 1e-5.
+    """
     eps = {"optim__eps": 1e-4}  # with a smaller one, AdamW would turn rounding errors into steps
     shared, log, layout = trained(clips, tmp_path / "shared", family, **eps)
     separate, expected, other_layout = trained(clips, tmp_path / "separate", family, loss__shared_prefix=False, **eps)

@@ -33,7 +33,7 @@ N_ITEMS = 60  # number of items of the pipelines
 
 
 def requests_of(items: Path) -> list[Request]:
-    """Returns greedy requests with and without a prefix. The last one is longer than the model's context."""
+    """Returns requests for greedy sampling, with and without a prefix. The last is longer than the model's context."""
     requests = []
     for number, line in enumerate(map(json.loads, items.read_text().splitlines())):
         images = tuple(str(items.parent / name) for name in line.get("images", ()))
@@ -45,9 +45,9 @@ def requests_of(items: Path) -> list[Request]:
 
 
 def conversations_of(items: Path) -> list[Request]:
-    """Returns greedy requests with several turns, and some with a system prompt.
+    """Returns requests for greedy sampling. Each has several turns; some also have a system prompt.
 
-    Requests about images have images in two turns. Some text requests have tools and tool calls.
+    Requests about images have images in two turns. Some requests without images have tools, and some have tool calls.
     """
     system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "It is red."}
     tool = {"type": "function", "function": {"name": "age", "parameters": {"type": "object"}}}

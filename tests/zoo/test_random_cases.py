@@ -88,8 +88,8 @@ def encode(case: Case) -> str:
 def written(case: Case, processor: Any, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the assistant's message of a case.
 
-    If the prompt ends with ``<think>``, the response may have ``</think>`` but not ``<think>`` at its beginning. Then
-    ``<think>`` is added to the beginning of the message, unless the template writes this tag before the response.
+    If the prompt ends with ``<think>``, the response may contain ``</think>`` without the opening tag. In this case,
+    the opening tag is added to the beginning of the message, unless the template writes it before the response.
     """
     (plain,) = messages_of(processor, [("assistant", case.response)])
     block = re.search(r"<think>\s*$", case.template.generation or "")
