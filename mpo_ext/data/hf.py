@@ -328,6 +328,9 @@ def saved_dataset(path: str | os.PathLike[str], split: str | None = None) -> "da
             raise ValueError(f"split must be None for the dataset without splits {os.fspath(path)}, got {split!r}")
         return dataset
     if split is None:
-        raise ValueError(f"{os.fspath(path)} must hold one split; name one of {', '.join(map(str, dataset))} below it")
+        raise ValueError(
+            f"{os.fspath(path)} must hold one split: set split (--split), or name its folder, to one of "
+            f"{', '.join(map(str, dataset))}"
+        )
     check_choice("split", split, map(str, dataset))
     return dataset[split]

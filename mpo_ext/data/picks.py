@@ -56,6 +56,8 @@ def read_picks(path: str | os.PathLike[str]) -> Picks:
         ValueError: If the file was not written by a page of ``mpo-ext data view``.
     """
     name = os.fspath(path)
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"picked must be a file of picks, got {name}: it does not exist")
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)

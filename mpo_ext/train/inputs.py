@@ -275,8 +275,7 @@ def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: I
     """
     parts = changed_parts(old["processor"], new["processor"])
     versions = list(changed_parts(old["versions"], new["versions"]).values())
-    stored = {pair["content"]: pair for pair in old["pairs"]}
-    both = [(stored[pair["content"]], pair) for pair in new["pairs"] if pair["content"] in stored]
+    both = _same_texts(old["pairs"], new["pairs"])
     replaced = [after["name"] for before, after in both if before["files"] != after["files"]]
     changes.refused += [f"{name}: the content of its images has changed" for name in replaced[:1]]
     both = [(before, after) for before, after in both if before["files"] == after["files"]]
@@ -295,6 +294,27 @@ def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: I
         changes.allowed += [
             f"{name}: the pixels differ by rounding: same files, processor and versions" for name in pixels[:1]
         ]
+
+
+def _same_texts(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Returns tuples (pair of ``old``, pair of ``new``) with equal texts.
+
+    Several pairs may have equal texts and different images. Then a new pair belongs to the old pair with its images.
+    If there is none, it belongs to the old pair of the same line.
+    """
+    both = []
+    for pair in new:
+        alike = [other for other in old if other["content"] == pair["content"]]
+        found = next((other for other in alike if other["files"] == pair["files"]), None)
+        if found is None and len(alike) > 1:
+            found = next((other for other in alike if other["name"] == pair["name"]), None)
+        elif found is None and alike:
+            found = alike[0]
+        if found is not None:
+            both.append((found, pair))
+    return both
 
 
 def _shown(texts: Sequence[str]) -> list[str]:

@@ -215,7 +215,7 @@ def test_an_unread_column_is_refused(column: str, tmp_path: Path) -> None:
 def test_a_saved_dataset_of_several_splits(images: Path, tmp_path: Path, cache: Path) -> None:
     splits = datasets.DatasetDict({"train": rlaif_v(images), "test": rlaif_v(images, 1)})
     splits.save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(ValueError, match="must hold one split; name one of train, test"):
+    with pytest.raises(ValueError, match=r"set split \(--split\), or name its folder, to one of train, test"):
         open_pairs(tmp_path / "saved")
     assert len(open_pairs(tmp_path / "saved", split="train").pairs) == 2
     with pytest.raises(ValueError, match="split must be one of train, test, got 'tset'"):

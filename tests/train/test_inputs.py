@@ -173,6 +173,26 @@ def test_images_of_another_size_or_content(tmp_path: Path, pairs: Path) -> None:
     train(tmp_path / "run", pairs, 2)
 
 
+def test_pairs_with_equal_texts_and_other_images_have_not_changed(tmp_path: Path) -> None:
+    """Short questions with the same answers are common: "Is the shape red?"."""
+    data = write_pairs(tmp_path / "data", 12)
+
+    def set_equal(lines: list[dict[str, Any]]) -> None:
+        for line in lines[1:]:
+            line.update({name: lines[0][name] for name in ("question", "chosen", "rejected")})
+
+    edit_lines(data, set_equal)
+    train(tmp_path / "run", data, 1)
+    encoded = state_of(tmp_path / "run")["inputs"]["pairs"]
+    assert len({pair["content"] for pair in encoded}) == 1
+    image = tmp_path / "data" / f"0-{int(encoded[3]['name'].rpartition(':')[2]) - 1}.png"
+    content = image.read_bytes()
+    image.write_bytes(content[:-1] + b"\0")
+    assert f"{encoded[3]['name']}: the content of its images has changed" in refusal(tmp_path / "run", data)
+    image.write_bytes(content)
+    train(tmp_path / "run", data, 2)  # was refused: pairs were compared with another pair of the same texts
+
+
 def test_a_repaired_image_is_no_change(tmp_path: Path, pairs: Path) -> None:
     image = next((tmp_path / "data").glob("*.png"))
     content = image.read_bytes()
