@@ -193,9 +193,9 @@ def _gradients_over_ranks(
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of hidden states, weight and bias for a head that is sharded over the ranks.
 
-    The gradient of the hidden states is summed over the ranks, then rounded to their dtype. Only labelled tokens take
-    part in the sum. ``rows`` is ``(row_max, row_sum, row_weight)``. ``hidden_grad`` is d logp / d hidden if forward
-    kept it, and ``logits`` are the logits if forward kept them; otherwise None.
+    The gradient of the hidden states is summed over the ranks, then rounded to the dtype of ``hidden``. Only labelled
+    tokens take part in the sum. ``rows`` is ``(row_max, row_sum, row_weight)``. ``hidden_grad`` is d logp / d hidden
+    if forward kept it, and ``logits`` are the logits if forward kept them; otherwise None.
     """
     hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
     d_weight, d_bias = None, None
@@ -215,8 +215,9 @@ def _gradients_over_ranks(
 class OnceDifferentiable(torch.autograd.Function):
     """Returns a gradient unchanged; differentiating the result again raises an error.
 
-    torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. If it does not, the
-    result has no autograd graph, and a gradient penalty is wrong without an error. This class raises in both cases.
+    torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. If the incoming gradient
+    requires none, its result has no autograd graph, and a gradient penalty is wrong without an error. This class
+    raises whether or not the incoming gradient requires a gradient.
     """
 
     @staticmethod

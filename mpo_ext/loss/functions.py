@@ -239,8 +239,9 @@ def linear_mpo_loss(
             memory of the gradient of ``weight``, and backward computes the others again. A kept logit takes 2 bytes if
             hidden states and weight are bfloat16, otherwise usually 4. Kept logits and the gradient of ``weight``
             share one buffer. It has the size of the logits or of the gradient, whichever is larger, plus a part of
-            ``memory_budget``. If ``weight`` needs no gradient, ``recompute`` has no effect. Otherwise, a second
-            backward through the same graph (``retain_graph=True``) always computes all logits again.
+            ``memory_budget``. ``recompute`` has no effect if ``weight`` needs no gradient. If ``weight`` needs a
+            gradient, a second backward through the same graph (``retain_graph=True``) computes all logits again,
+            whatever ``recompute`` is.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.

@@ -223,7 +223,7 @@ def _check_is_whole(name: str, tensor: Tensor | None) -> None:
 
 
 class _Probe(torch.autograd.Function):
-    """Returns a few fixed numbers per token (the probe) in place of logits. Backward returns no gradient.
+    """Returns fixed numbers for each token, the probe, which stand in for the logits. Backward returns no gradient.
 
     The result is still a part of the autograd graph, in which DDP's ``find_unused_parameters`` looks for parameters.
     """
@@ -240,8 +240,8 @@ class _Probe(torch.autograd.Function):
 class _Tie(torch.autograd.Function):
     """Returns the hidden states unchanged; backward also sends a gradient of zeros to the model's output ``logits``.
 
-    The loss does not use the model's output. Without the zeros, the backward hooks of wrappers on this output (FSDP,
-    DDP) would not run.
+    The loss does not use the model's output. FSDP and DDP place backward hooks on this output, which would not run
+    without the zeros.
     """
 
     @staticmethod
@@ -262,7 +262,7 @@ class _GradientCell:
 
 
 class _LossProbe(torch.autograd.Function):
-    """Returns the probe (see ``_Probe``) in place of logits. Backward gives ``value`` the gradient in ``cell``."""
+    """Returns the probe, like ``_Probe``. Backward returns ``cell.gradient`` as the gradient of ``value``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
@@ -426,7 +426,7 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
 
 
 def _scale_and_softcap(model: nn.Module, logits: Tensor, dtypes: list[torch.dtype]) -> tuple[float, float | None]:
-    """Returns the logit scale and softcap, cached or computed from ``logits``, the model's output for the probe."""
+    """Returns the logit scale and softcap. ``logits`` are the model's logits for the probe. The result is cached."""
     numbers = _config_numbers(model)
     known = _KNOWN.setdefault(model, {})
     key = (type(model), *dtypes, logits.dtype, *numbers)
@@ -486,7 +486,7 @@ def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | N
 
 
 def _measured_scale(logits: Tensor, softcap: float | None) -> float:
-    """Returns the logit scale for a given softcap. It follows from the model's logit for the probe's number 0.25."""
+    """Returns the logit scale that, with ``softcap``, turns the probe's number 0.25 into its logit in ``logits``."""
     value = logits[_PROBE.index(0.25)].item()
     if softcap is not None:
         value = softcap * math.atanh(value / softcap) if abs(value) < softcap else math.nan

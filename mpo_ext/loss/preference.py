@@ -241,10 +241,10 @@ def _aot_unpaired(pairs: Pairs) -> Tensor:
 
 
 def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
-    """Returns the logistic loss of each value of ``better``, ``[B]``, in the given order of ``better``.
+    """Returns the logistic loss of each value of ``better`` against a value of ``worse``.
 
-    The k-th smallest value of ``better`` is compared with the k-th smallest value of ``worse``. Pairs with an empty
-    response are excluded from the comparison.
+    The k-th smallest value of ``better`` is compared with the k-th smallest value of ``worse``. Entry i of the result,
+    ``[B]``, belongs to ``better[i]``. Pairs with an empty response are excluded from the comparison.
     """
     better, order = torch.where(pairs.has_both_sides, better, torch.inf).sort()
     worse = torch.where(pairs.has_both_sides, worse, torch.inf).sort().values

@@ -149,7 +149,8 @@ class RankGroups:
             ``same`` are equal on all ranks. If they differ and no error is raised, the tensor is NaN.
 
         Raises:
-            ValueError: If tensors in ``same`` differ. Raised only for values on a CPU, in a call with only one group.
+            ValueError: If tensors in ``same`` differ, the values are on a CPU, and only one of ``vocab_parallel`` and
+                ``sequence_parallel`` is used.
         """
         group = dict(self._named())[name]
         parts = [values.detach(), *(tensor.detach().to(values.device, torch.float64) for tensor in same.values())]

@@ -123,7 +123,7 @@ class RewardShift:
         """Restores a state that ``state_dict`` returned.
 
         Raises:
-            TypeError: If the state is not a dict, or one of its numbers has another type.
+            TypeError: If the state is not a dict, or its value, count, pending_sum or pending_count is not a number.
             ValueError: If a key is missing, or the state comes from an instance with other settings.
         """
         if not isinstance(state, dict):

@@ -192,7 +192,7 @@ def _check_config(config: MPOConfig) -> None:
 
 
 class PairInputs(NamedTuple):
-    """Arguments of the operators ``pair_loss`` and ``forward``, in the order of their signatures."""
+    """Arguments that the operators ``pair_loss`` and ``forward`` share, in the order of the operators' parameters."""
 
     ref_logp: Tensor
     state: Tensor
@@ -202,7 +202,7 @@ class PairInputs(NamedTuple):
 
 
 def pair_inputs(ref_logp: Tensor, shift: BatchShift, cu_seqlens: Tensor | None, config: MPOConfig) -> PairInputs:
-    """Returns the arguments of the operator ``pair_loss`` that ``PairInputs`` lists. ``shift`` is the reward shift."""
+    """Returns the ``PairInputs`` of a batch. ``shift`` is the reward shift of the batch."""
     settings = pair_ops.PairLossSettings(
         config.beta, config.dpo_weight, config.bco_weight, config.ntp_weight, config.label_smoothing,
         config.ntp_average == "sequence", shift.rule, shift.update_first, shift.decay,

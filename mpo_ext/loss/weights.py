@@ -1,7 +1,7 @@
 """Shape, values and hash of a model's weights, also if ZeRO-3 has partitioned them.
 
-ZeRO-3 leaves an empty tensor in place of a parameter; the attribute ``ds_shape`` has its shape. Without DeepSpeed, the
-functions use the parameters unchanged.
+ZeRO-3 replaces each parameter's values with an empty tensor. The parameter's attribute ``ds_shape`` is the shape of
+the whole parameter. Without DeepSpeed, the functions use the parameters unchanged.
 """
 
 import contextlib

@@ -22,9 +22,9 @@ with suppress(ImportError):
 
 
 def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") -> str:
-    """Returns ``backend``, or the fastest backend for ``logits`` (or hidden states) if ``backend`` is None.
+    """Returns ``backend``, or the fastest backend for ``logits`` if ``backend`` is None.
 
-    ``name`` is the name of the argument ``logits`` in error messages.
+    ``logits`` may also be hidden states. ``name`` is the name of this tensor in error messages.
 
     Raises:
         TypeError: If the backend does not support the dtype of ``logits``.

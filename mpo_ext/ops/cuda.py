@@ -58,11 +58,13 @@ def counters(count: int, like: Tensor) -> int | Tensor:
     """Returns the address of at least ``count`` int32 counters, all 0, on the device of ``like``.
 
     A kernel counts its finished thread blocks with them, and resets them to 0 after use. All launches on a stream can
-    therefore share them. They are allocated outside of torch: torch.compile's CUDA graphs raise an error if a call
-    leaves a tensor in their memory pool.
+    therefore share them.
+
+    Outside of the capture of a CUDA graph, the counters are allocated without torch. With a torch tensor, the warmup
+    of torch.compile's CUDA graphs would raise an error, because the tensor would stay in their memory pool.
 
     During the capture of a CUDA graph, the result is a new tensor of zeros instead of an address. Each replay of the
-    graph sets it to 0, so replays on any stream are safe.
+    graph sets this tensor to 0, so replays on any stream are safe.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=like.device)

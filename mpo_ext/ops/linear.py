@@ -23,7 +23,7 @@ KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS = 0, 1, 2
 
 
 class LinearOptions(NamedTuple):
-    """Options that ``linear_token_logp`` and ``linear_grad`` have in common, in the order of their last arguments."""
+    """The last arguments of ``linear_token_logp`` and of ``linear_grad``, in the order in which both take them."""
 
     ignore_index: int  # label of rows that are not projected and give 0
     head_scales: list[float]  # logit_scale, softcap (0 for none) and temperature of Head
@@ -229,10 +229,10 @@ def _finish_hidden_grad(
 ) -> None:
     """Completes ``total`` in place: it then holds the gradient d logp / d hidden.
 
+    Let y be the label and p_y its probability. tanh' is the derivative of the softcap's tanh, or 1 without a softcap.
     Before the call, ``total`` holds S, the sum of ``exp(z_v - row_max) * tanh'_v * weight_v`` over all columns v but
-    the label y. After the call, it holds ``head.slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum)``. p_y is the
-    probability of y. tanh' is the derivative of the softcap's tanh, or 1 without a softcap. ``columns`` holds y as an
-    index of ``head.weight``. If the index is out of range, y lies in another shard, and the term of y is 0.
+    y. After the call, it holds ``head.slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum)``. ``columns`` holds y as
+    an index of ``head.weight``. If the index is out of range, y lies in another shard, and the term of y is 0.
     """
     label_factor = -torch.expm1(logp)
     if head.softcap:
@@ -338,9 +338,9 @@ def linear_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
-    The arguments after ``wanted`` are the fields of ``LinearOptions``. If ``kept`` holds the logits that
-    ``linear_token_logp`` kept, the call overwrites them, and writes a wanted gradient of weight there
-    (``kept_weight_grad`` returns it). Sums over tiles are formed in float32 (float64 for float64 inputs) and rounded
+    The arguments after ``wanted`` are the fields of ``LinearOptions``. If ``kept`` is not None, the call
+    overwrites it. If the gradient of ``weight`` is wanted, too, the call writes this gradient to ``kept``, from which
+    ``kept_weight_grad`` returns it. Sums over tiles are formed in float32 (float64 for float64 inputs) and rounded
     once.
 
     Returns:

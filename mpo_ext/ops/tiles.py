@@ -3,7 +3,7 @@
 A tile holds the logits of some labelled rows (token positions) for some columns of the vocabulary. A torch matmul
 computes the tile. The kernels then compute log-probs from the tile, or overwrite it with its gradient. The outer loop
 runs over the vocabulary, and the inner loop over rows. Each part of the weight is therefore read and converted only
-once. Its gradient is complete after the inner loop.
+once. The gradient of this part is complete when the inner loop ends.
 
 The dtypes depend on the device:
 
@@ -68,7 +68,7 @@ class Head(NamedTuple):
 
     @property
     def inner_scale(self) -> float:
-        """Factor of ``hidden @ weight.T + bias``. The product is the argument of tanh, or without tanh the logit."""
+        """Factor that multiplies ``hidden @ weight.T + bias``. This gives tanh's argument; without tanh, the logit."""
         return self.logit_scale / (self.softcap or self.temperature)
 
     @property
@@ -88,9 +88,9 @@ class Head(NamedTuple):
 class KeptLogits:
     """Computes where a buffer holds the logits that forward keeps for backward.
 
-    Backward reads the logits tile by tile, from the first columns to the last. After each tile, it writes the tile's
-    gradient of weight into the same buffer. The gradient starts at byte 0, and the logits start at an offset.
-    Therefore the gradient never overwrites logits that backward has not read yet.
+    Backward reads the logits tile by tile, from the first columns to the last. After each tile, it writes the gradient
+    of the head's weight for the tile's columns into the same buffer. The gradient starts at byte 0, and the
+    logits start at an offset. Therefore the gradient never overwrites logits that backward has not read yet.
 
     Let n be the number of labelled rows (token positions), and D the hidden size. If a logit and a gradient value have
     equal size, the buffer holds ``vocab * max(n, D)`` values, and at most ``columns * min(n, D)`` additional values.
@@ -105,7 +105,7 @@ class KeptLogits:
         rows: Number of labelled rows, n.
         vocab: Size of the vocabulary.
         columns: Number of columns of a tile.
-        grad_bytes: Bytes of the gradient of weight for one column.
+        grad_bytes: Bytes of the weight's gradient for one column of the vocabulary.
         dtype: dtype of the kept logits.
         only_fitting: Whether to keep no more columns than fit into the memory of the gradient.
 
@@ -176,8 +176,8 @@ class TiledRows:
         head: Output head.
         ignore_index: Label of rows that are skipped.
         memory_budget: Bytes for a tile and the tensors computed from it.
-        converts_weight_grad: Whether the gradient of weight is computed. If it is summed in float32 and then converted
-            to the dtype of weight, the float32 sum takes a part of the memory budget.
+        converts_weight_grad: Whether the gradient of ``head.weight`` is computed. If this gradient is summed in
+            float32 and the weight has another dtype, the float32 sum takes a part of the memory budget.
         keeps_logits: Whether forward keeps logits for backward.
         only_fitting: As in ``KeptLogits``.
     """
@@ -291,10 +291,10 @@ class TiledRows:
         return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
-        """Adds ``grad.T`` times the hidden states of the slice ``rows`` to a part of the gradient of weight.
+        """Adds ``grad.T`` times the hidden states of the slice ``rows`` to the weight's gradient for a tile's columns.
 
-        The part belongs to the columns of a tile. Call this method for each slice of rows from ``chunks``. After the
-        last call (``is_last``), ``target`` holds the sum.
+        Call this method for each slice of rows from ``chunks``. Only after the last call (``is_last``), ``target``
+        holds the whole sum.
         """
         # A single product may be rounded directly; the sum of several products is formed in float32.
         is_direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)
@@ -304,10 +304,10 @@ class TiledRows:
             target.copy_(total)
 
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
-        """Adds ``grad.sum(0)`` to a part of the gradient of bias.
+        """Adds ``grad.sum(0)`` to the gradient of the bias for a tile's columns.
 
-        The part belongs to the columns of a tile. Call this method for each slice of rows from ``chunks``. After the
-        last call (``is_last``), ``target`` holds the sum.
+        Call this method for each slice of rows from ``chunks``. The sum is formed in a buffer. The last call
+        (``is_last``) writes the sum to ``target``.
         """
         total = self._buffer("bias grad", (1, target.shape[0]), self.like.dtype)[0]
         if is_first:
@@ -341,7 +341,7 @@ def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 
 class _TileSize:
-    """Computes the number of rows and columns of a tile from the memory that a tile takes.
+    """Computes how many rows and columns a tile may have, so that it fits into a given memory budget.
 
     ``kept_dtype`` is the dtype of kept logits. ``keeps_logits`` is an argument of ``TiledRows``; ``grad_bytes`` and
     ``only_fitting`` are arguments of ``KeptLogits``.
@@ -365,8 +365,8 @@ class _TileSize:
     def shape(self, budget: int, has_weight_grad: bool) -> tuple[int, int]:
         """Returns the number of rows and columns of a tile.
 
-        ``has_weight_grad``: whether the gradient of weight is computed in tiles of this shape. If logits are kept,
-        forward and backward must pass the same value.
+        ``budget`` is the memory budget in bytes. ``has_weight_grad`` says whether the gradient of ``head.weight`` is
+        computed in tiles of this shape. If logits are kept, forward and backward must pass the same value.
         """
         rows, head = self._rows, self._rows.head
         count, hidden_size = rows.rows.shape

@@ -64,8 +64,9 @@ class Machine:
         is_gpu: Whether the machine is a GPU. The stages of a loss differ between CPU and GPU.
         bandwidth: Bytes per second of reads and writes, without page faults.
         matmul_rates: FLOP per second of large matmuls, by dtype.
-        matmul_shares: Dict from the smallest of a matmul's sizes m, n, k to the fraction of ``matmul_rates`` that it
-            reaches. Between two sizes, the fraction is interpolated over the logarithm of the size. Empty: 1 for all.
+        matmul_shares: Fraction of its rate in ``matmul_rates`` that a matmul reaches. The key is the smallest of the
+            matmul's sizes m, n and k. Between two keys, the fraction is interpolated over the logarithm of the size.
+            Empty: every matmul reaches the full rate.
         attention_rates: FLOP per second of attention kernels, by kind and dtype. Kind "plain": causal or full
             attention; only the scores that the result needs count as FLOP. Kind "masked": attention with a dense mask;
             all scores count as FLOP. A missing rate is the rate of matmuls.

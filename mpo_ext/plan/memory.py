@@ -194,7 +194,7 @@ class MemoryEstimate:
         )
 
     def eager_loss(self) -> int:
-        """Returns the peak bytes of the loss in plain torch, if each response is a separate row of the batch."""
+        """Returns the peak bytes of a plain torch loss on all logits, if each response is a separate row."""
         return self.separate_positions * self.vocab * _EAGER_BYTES[self.compute_bytes]
 
     def matrices(self, layers: Sequence[nn.Module]) -> list[Matrix]:
@@ -203,7 +203,7 @@ class MemoryEstimate:
         return [matrix for layer in layers for matrix in matrices(layer, per_token)]
 
     def bytes_per_position(self, layer: nn.Module) -> int:
-        """Returns the bytes of activations that a layer keeps for backward per token position."""
+        """Returns the bytes per token position of the activations that a layer keeps for backward."""
         total = 0
         for matrix in self.matrices([layer]):
             kept = matrix.outputs + (matrix.inputs if matrix.learns else 0)
@@ -219,9 +219,10 @@ class MemoryEstimate:
         return total
 
     def bytes_moved_per_position(self, layer: nn.Module, *, has_rotary: bool = True) -> int:
-        """Returns the bytes per token position that a layer reads and writes in a forward pass, without attention.
+        """Returns how many bytes a layer reads and writes in a forward pass, divided by the number of token positions.
 
-        The counts are those of transformers' models without torch.compile:
+        Reads and writes of attention kernels are not counted. The counts are those of transformers' models without
+        torch.compile:
 
         - A linear layer: its inputs and its outputs, once.
         - An RMS norm: 7 passes over its elements. A layer norm: 2 passes.

@@ -56,7 +56,7 @@ class Plan:
         positions: Number of decoder positions of a micro-batch whose pairs all have ``tokens`` tokens.
         memory: Parts of a rank's memory.
         other_activations: Bytes of the activations with the opposite setting of gradient checkpointing.
-        eager_loss: Peak bytes of the same loss in plain torch, if each response is a separate row of the batch.
+        eager_loss: Peak bytes of a plain torch loss on all logits, if each response is a separate row of the batch.
         cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.steps``.
         cost_step: Shape of a rank's step in which all pairs have the assumed length, for ``mpo_ext.plan.steps``.
         variants: The planned run, then runs with one changed setting each, then TRL's trainer.

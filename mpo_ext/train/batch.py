@@ -41,7 +41,7 @@ class Batch:
             responses; -100 for the tokens of user turns. An empty response has one label, -100, because the loss
             functions need at least one token position per sequence.
         cu_seqlens: ``[2B + 1]`` int64, the offsets of the responses in ``labels``.
-        names: File and line number of each pair, for messages.
+        names: File and line number of each pair, for errors and warnings.
         keys: ``Sample.key`` of each pair.
         digests: ``Sample.digest`` of each pair.
         copies: 2 if each image in ``inputs`` belongs to two rows, one for each response of a pair (layout "separate");
@@ -51,8 +51,8 @@ class Batch:
             responses. An entry is ``()`` if the prompt and its responses have no tokens. Only a row of the layout
             "packed" can have several prompts.
         image_blocks: Like ``segment_lengths``, but the entry of a prompt holds ``(start, end)`` for each run of image
-            tokens (type 1 in ``token_type_ids``), as token indices in the prompt; ``end`` is exclusive. ``()`` if no
-            prompt in the batch has ``token_type_ids``.
+            tokens (type 1 in ``token_type_ids``), as token indices in the prompt; ``end`` is exclusive. The attribute
+            itself is ``()`` if no prompt in the batch has ``token_type_ids``.
     """
 
     layout: RowLayout
@@ -206,7 +206,7 @@ class _RowPlan(NamedTuple):
 
     @property
     def owners(self) -> list[Sample]:
-        """The samples of ``prompts``, without the repeated second half if ``copies`` is 2."""
+        """Samples of ``prompts``. If ``copies`` is 2, only those of the first half, which the second half repeats."""
         return [prompt.sample for prompt in self.prompts[: len(self.prompts) // self.copies]]
 
     @property

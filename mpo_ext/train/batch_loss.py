@@ -147,9 +147,9 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
 def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size: StepSize, world_size: int) -> float:
     """Returns the weight of the auxiliary router loss for a micro-batch.
 
-    The weight is ``coef * world_size * fraction``. With ``loss.average_over`` "step", ``fraction`` is the number of
-    tokens in the router loss of the micro-batch, divided by this number for the whole step. With "micro_batch",
-    ``fraction`` is the same as for the DPO and BCO terms; see ``weighted_config``.
+    The weight is ``coef * world_size * fraction``. With ``loss.average_over`` "step", ``fraction`` is n / N: n tokens
+    of the micro-batch enter the router loss, and N tokens of the whole step. With "micro_batch", ``fraction`` is the
+    same as for the DPO and BCO terms; see ``weighted_config``.
 
     Args:
         recipe: The recipe of the run.

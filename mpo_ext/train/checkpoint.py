@@ -128,7 +128,7 @@ class Checkpoints:
 
         Args:
             accelerator: accelerate's ``Accelerator``.
-            path: Folder of the checkpoint, which need not be in ``folder``.
+            path: Folder of the checkpoint. It may lie outside ``self.folder``.
             model: Model as in ``save``, with the same trainable parameters and dtypes.
             optimizer: Optimizer as in ``save``, with the same parameter groups.
             reference: Reference model; None if the checkpoint was saved without a reference model.
@@ -233,7 +233,7 @@ class Checkpoints:
         return Path(resume)
 
     def check_unused(self) -> None:
-        """Raises ``FileExistsError`` if the folder has a checkpoint, for a run that must not resume."""
+        """Raises ``FileExistsError`` if the folder has a checkpoint. Called for a run that must not resume."""
         latest = self.latest()
         if latest is not None:
             raise FileExistsError(

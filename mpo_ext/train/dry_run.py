@@ -58,7 +58,7 @@ def load_encoder(recipe: Recipe) -> Encoder:
 
 
 def check_encoding(recipe: Recipe, encoder: Encoder) -> EncodingReport:
-    """Encodes 100 training pairs, spread evenly over an epoch, as the run would.
+    """Encodes 100 training pairs in the same way as the run. The pairs are spread evenly over an epoch.
 
     Bad lines are left out. Like the run, this function compares the first three pairs with the model's own processor.
     """
@@ -92,8 +92,8 @@ def check_resume(recipe: Recipe, encoder: Encoder, steps: int) -> Iterator[str]:
 
     ``steps`` is the total number of steps of the run.
 
-    Compares the recipe and the data with those of the checkpoint from which the run would resume, as the run does.
-    Weights and the contents of the checkpoint are not compared.
+    If the run would resume, the recipe and the data are compared with those of the checkpoint. The run itself makes
+    the same comparison. Weights and the contents of the checkpoint are not compared.
 
     Raises:
         LinesError: If the run would refuse a change since the checkpoint.

@@ -45,7 +45,7 @@ class Sample:
 
     Attributes:
         key: Identifier of the pair, as returned by ``Pair.key()``.
-        name: File and line number of the pair, for messages.
+        name: File and line number of the pair, for errors and warnings.
         prompt_key: Hash of the question and the media paths; see ``mpo_ext.train.encode.prompt_key``.
         prompt_ids: ``[P]`` int64, the tokens before the response, image tokens included.
         chosen_ids: ``[C]`` int64, the chosen response and the token that ends the turn.
@@ -137,8 +137,9 @@ class Encoder:
         processor: The model's processor, or the tokenizer of a text model.
         max_length: Maximum number of tokens of a prompt plus its longer response; None: no limit.
         too_long: "drop" skips longer pairs; "truncate" cuts the ends of the responses, never the prompt.
-        image_token_id: Id of the token that stands for an image in the prompt, from the model's config. None: the id
-            of the tokenizer or, if the tokenizer has none, of the processor.
+        image_token_id: Id of the token that stands for an image in the prompt, from the model's config. None: the
+            attribute ``image_token_id`` or ``image_token`` of the tokenizer gives the id. If the tokenizer has neither
+            attribute, those of the processor are used.
         **chat_options: Options of ``ChatEncoder``, such as ``chat_template``, ``date`` and ``stop_ids``.
     """
 
@@ -179,7 +180,7 @@ class Encoder:
 
         Args:
             pair: A pair with absolute image paths.
-            name: File and line number of the pair, for messages.
+            name: File and line number of the pair, for errors and warnings.
 
         Raises:
             BadPairError: If an image or video cannot be read, the prompt does not have the tokens for its media, or

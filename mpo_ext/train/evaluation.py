@@ -73,8 +73,8 @@ def evaluate_if_due(
     """Runs the evaluations that are due after the current step. All ranks must call this function.
 
     Args:
-        state: State of the run, which stores the results. If it has a result for the current step already, as in a
-            resumed run, this evaluation is not repeated.
+        state: State of the run, which stores the results. An evaluation whose result for the current step is already
+            stored, as in a resumed run, is not repeated.
         output: Output of the run, which reports the results.
         data: Data of the run.
         evaluate_pairs: Function that returns the metrics on the evaluation pairs.

@@ -123,9 +123,10 @@ def batch_sequences(batch: Batch, vocab: int, logits_at: Callable[[Tensor], Tens
 
 
 def _logits_of(output: Tensor | HiddenRows) -> tuple[int, Callable[[Tensor], Tensor] | None]:
-    """Returns the number of logits V per position, and a function from n label indices to logits ``[n, V]``.
+    """Returns the number of logits V per position, and a function that returns the logits ``[n, V]`` of n labels.
 
-    The label indices are int64 on the CPU. The function is None if the output head is sharded over ranks.
+    The function takes n indices into ``Batch.labels``, int64 on the CPU. It is None if the output head is sharded over
+    ranks.
     """
     if isinstance(output, Tensor):
         return output.shape[-1], lambda rows: output[rows.to(output.device)]

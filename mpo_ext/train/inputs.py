@@ -38,8 +38,8 @@ class InputChanges:
     """Messages about the inputs that have changed between a checkpoint and the run that resumes from it.
 
     Attributes:
-        refused: Changes that affect training: other training data, another encoding of the same data, or other frozen
-            or reference weights. The run resumes only if the user accepts these changes.
+        refused: Changes that affect training: changed training data, a changed encoding of the same data, changed
+            frozen weights or changed reference weights. The run resumes only if the user accepts these changes.
         allowed: Changes that do not affect training, such as other library versions that encode pairs in the same way.
         evaluation: Changes of the evaluation data. They do not prevent the run from resuming.
     """
@@ -270,8 +270,8 @@ def _hash_tokens(sample: Sample) -> str:
 def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: InputChanges) -> None:
     """Adds to ``changes`` the differences in the processor, the library versions and the encoded first pairs.
 
-    A new library version may write the same processor in another form. This difference is allowed if the first pairs
-    are encoded as before.
+    A new library version may write the same processor in another form. This difference is allowed if it does not
+    change the encoding of the first pairs.
     """
     parts = changed_parts(old["processor"], new["processor"])
     versions = list(changed_parts(old["versions"], new["versions"]).values())

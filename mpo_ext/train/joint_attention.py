@@ -1,4 +1,4 @@
-"""Attention on a CPU that needs no mask tensor for rows with several responses to a prompt.
+"""Attention without a mask tensor for rows with several responses to a prompt, on a CPU.
 
 In a row ``[prompt | chosen | rejected]``, a rejected token attends to the prompt and to earlier rejected tokens, but
 not to the chosen response. A single causal call of SDPA's flash kernel on the CPU cannot compute this: its first query

@@ -176,7 +176,7 @@ def no_mask(implementation: str | None) -> str:
 
 
 def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | dict[str, Tensor]:
-    """Returns the empty tensors that split attention takes in place of masks; see ``window_marker``.
+    """Returns the empty tensors that replace the masks in split attention; see ``window_marker``.
 
     The result is one tensor or, if the model has several kinds of layers, a dict from kind to tensor. ``rows`` is the
     number of sequence rows, R.
@@ -261,7 +261,7 @@ def use_split_attention(model: nn.Module) -> str | None:
     """Changes a model so that rows with several responses need no mask.
 
     In such rows, each response has one or more causal attention calls. Recurrent and convolutional layers start each
-    response from their states at the end of the prompt. All other rows go through the model as before.
+    response from their states at the end of the prompt. The output for all other rows is unchanged.
 
     The model may be wrapped. The name of its attention implementation becomes one of ``split_attention.NAMES``;
     ``save_pretrained`` does not save this name.

@@ -61,7 +61,7 @@ class Totals:
         self.reward_shift = out.reward_shift
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
-        """Returns each sum over all ranks by its name, as a float. All ranks must call this method."""
+        """Adds up ``sums`` over all ranks, and returns a dict from name to sum. All ranks must call this method."""
         sums = accelerator.reduce(self.sums, reduction="sum") if accelerator.num_processes > 1 else self.sums
         return dict(zip(_SUMS, sums.tolist(), strict=True))
 
@@ -131,7 +131,7 @@ def log_line(
 
 
 def speed(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Returns the seconds of a step, and the tokens (without padding) and pairs per second of all ranks together."""
+    """Returns the seconds of a step, and two rates summed over all ranks: tokens (no padding) and pairs per second."""
     return {"step_s": seconds, "tokens_per_s": sums["tokens"] / seconds, "pairs_per_s": sums["pairs"] / seconds}
 
 

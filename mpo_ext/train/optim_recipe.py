@@ -25,7 +25,7 @@ _OWN_ARGUMENTS = ("params", "lr", "betas", "eps", "weight_decay")
 
 @section
 class GroupRecipe:
-    """Optimizer settings for one part of the model. None: the same setting of ``optim`` applies."""
+    """Optimizer settings for one part of the model. A setting that is None takes its value from ``optim``."""
 
     learning_rate: NotNegative | None = None
     weight_decay: NotNegative | None = None
@@ -47,7 +47,8 @@ class OptimRecipe:
         groups: Settings for parts of the model, such as ``{vision_tower: {learning_rate: 2e-6}}``. The parts are
             "vision_tower", "projector" and "language_model".
         batch_size: Number of pairs per optimizer step, summed over all ranks and micro-batches.
-        micro_batch_size: Number of pairs per forward pass on each rank.
+        micro_batch_size: Number of pairs per forward pass on each rank. Must be 1, the default, if
+            ``micro_batch_tokens`` is set, and is then not used.
         micro_batch_tokens: Maximum number of token positions per forward pass on each rank, padding included. A longer
             pair goes through the model alone. None: ``micro_batch_size`` pairs per forward pass.
         epochs: Number of passes over the data.

@@ -41,7 +41,7 @@ class PairCounts:
         self.examples.setdefault(reason, message)
 
     def merge(self, other: "PairCounts") -> None:
-        """Adds the counts of another process, and its examples for reasons that have no example yet."""
+        """Adds the counts of another process. For each reason without an example, copies the example of ``other``."""
         self.kept += other.kept
         self.cut += other.cut
         self.split += other.split

@@ -111,7 +111,7 @@ def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3
 
     Args:
         encoder: Encoder of the run.
-        pairs: Pairs with absolute image paths, each with its name for messages.
+        pairs: Tuples ``(pair, name)``. Image paths in the pair are absolute. Errors and warnings contain the name.
         count: Number of pairs to check. Pairs that cannot be encoded do not count. At most ``50 * count``
             pairs are read.
     """

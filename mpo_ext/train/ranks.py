@@ -17,8 +17,8 @@ def join_cpu_ranks() -> None:
     """Makes accelerate use FSDP or DeepSpeed on CPUs, and starts the process group.
 
     By default, accelerate uses FSDP and DeepSpeed only on GPUs. With this function, the config file of a cluster can
-    be tried on a machine without GPUs. The function does nothing unless the environment variable
-    ``ACCELERATE_USE_CPU`` is true, and a launcher has started the run with FSDP or DeepSpeed.
+    be tried on a machine without GPUs. The function has an effect only if two conditions hold: the environment
+    variable ``ACCELERATE_USE_CPU`` is true, and a launcher has started the run with FSDP or DeepSpeed.
     """
     uses_deepspeed, uses_fsdp = _is_set("ACCELERATE_USE_DEEPSPEED"), _is_set("ACCELERATE_USE_FSDP")
     if "LOCAL_RANK" not in os.environ or not _is_set("ACCELERATE_USE_CPU") or not (uses_deepspeed or uses_fsdp):

@@ -168,7 +168,8 @@ class LossRecipe:
             None: ``router_aux_loss_coef`` of the model's config.
         average_over: "step": the DPO and BCO terms are averaged over all pairs of an optimizer step, and the NTP term
             over the step's tokens or sequences (see ``ntp_average``). "micro_batch": the losses of the micro-batches
-            are averaged, as in the authors' code. With ``optim.micro_batch_tokens``, each pair is such a micro-batch.
+            are averaged, as in the authors' code. If ``optim.micro_batch_tokens`` is set, "micro_batch" counts each
+            pair as a micro-batch.
         from_logits: True: the model computes all logits for ``mpo_loss``. False: ``linear_mpo_loss`` computes the loss
             from the hidden states.
         shared_prefix: Arrangement of a pair in ``input_ids``. If the model does not support a value, the next value in

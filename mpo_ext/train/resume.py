@@ -31,8 +31,8 @@ class RunState:
     Attributes:
         step: Number of steps done.
         n_skipped_steps: Number of steps that did not update the model because the loss or gradient was not finite.
-        pair_counts: Counts of this rank's trained and skipped pairs. In a resumed run, the main rank also counts the
-            pairs of all ranks before the checkpoint.
+        pair_counts: Counts of this rank's trained and skipped pairs. When a run resumes, the main rank's counts start
+            at the checkpoint's totals over all ranks.
         evaluation: Log line of the latest evaluation; None before the first evaluation.
         best_score: The best value of ``output.best_metric`` so far; None before the first evaluation.
         n_stalled: Number of evaluations since the best evaluation.

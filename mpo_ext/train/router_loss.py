@@ -53,8 +53,8 @@ class RouterLoss:
     def recorded(self) -> Iterator[list[Tensor]]:
         """Yields a list to which each router appends its logits in the forward passes of the ``with`` block.
 
-        Run backward after the block. With gradient checkpointing, backward runs the routers again, and these logits
-        must not be appended.
+        Run backward after the block. With gradient checkpointing, backward runs the routers again, and the logits of
+        this second run must not be appended.
         """
         logits: list[Tensor] = []
         handles = [router.module.register_forward_hook(_recorder(router.position, logits)) for router in self.routers]
@@ -135,7 +135,10 @@ def find_routers(model: nn.Module) -> list[Router]:
 
 
 def _matches(spec: Any, name: str, module: nn.Module) -> bool:
-    """Returns whether ``spec``, which declares router outputs in transformers, selects the module ``name``."""
+    """Returns whether ``spec`` selects the module ``name`` as a router.
+
+    ``spec`` is an entry of ``_can_record_outputs``, with which transformers declares the router outputs of a model.
+    """
     kind = spec if isinstance(spec, type) else getattr(spec, "target_class", None)
     suffix = spec if isinstance(spec, str) else getattr(spec, "class_name", None)
     is_target = (kind is not None and isinstance(module, kind)) or (suffix is not None and name.endswith(suffix))

@@ -46,8 +46,8 @@ class _Part(NamedTuple):
 
     Attributes:
         size: Number of tokens.
-        prompt: For a further response: index of the earlier part that begins with the response's prompt. None if this
-            part begins with its own prompt, or is padding.
+        prompt: If this part is the second or a later response to a prompt, the index of the earlier part that begins
+            with this prompt. None if this part itself begins with a prompt, or is padding.
         prompt_length: Number of prompt tokens in the part ``prompt``; 0 if ``prompt`` is None.
         is_padding: Whether the part is padding, for which attention is not computed.
         blocks: Images whose tokens attend to each other: the start and the end (exclusive) of each, as token indices
@@ -64,12 +64,12 @@ class _Part(NamedTuple):
 class RowSegments:
     """The sequence rows of a batch, divided into parts for attention calls.
 
-    Each prompt of a row forms a part together with its first response. Each further response is a part. The last part
-    of a row is its padding, which may be empty.
+    Each prompt of a row forms a part together with its first response. Each later response is a part. The last part of
+    a row is its padding, which may be empty.
 
     Attributes:
         parts: The parts of all rows, in order.
-        sizes: The number of tokens of each part; their sum is R * L.
+        sizes: The number of tokens of each part; their sum is R * L, for R rows of L token positions.
         cu_seqlens: Offsets of the attention calls in the packed queries and in the packed keys: two int32 tensors
             ``[C + 1]``, where C is the number of calls.
         longest: Maximum number of queries of a call, and maximum number of keys of a call.
@@ -219,7 +219,7 @@ _Attend = Callable[..., Tensor]
 
 
 class _Call(NamedTuple):
-    """The sequence rows of a split attention call, and its sliding window in tokens or None."""
+    """The sequence rows of a split attention call, and the tokens of its sliding window (None without a window)."""
 
     segments: RowSegments
     window: int | None
@@ -228,9 +228,12 @@ class _Call(NamedTuple):
 def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _Call | None:
     """Returns the rows and the window of a split attention call; None for an ordinary call, without ``row_segments``.
 
-    ``mask`` is an attention mask or a marker made by ``window_marker``. ``row_segments`` and ``is_causal`` are removed
-    from ``kwargs``. Raises an error if a marker or ``row_segments`` come without the other, or if attention is not
-    causal.
+    ``mask`` is an attention mask or a marker made by ``window_marker``. ``row_segments`` is removed from ``kwargs``;
+    for a split attention call, so is ``is_causal``.
+
+    Raises:
+        RuntimeError: If only one of a marker and ``row_segments`` is given.
+        ValueError: If both are given, but attention is not causal.
     """
     segments = kwargs.pop("row_segments", None)
     if not is_marker(mask) and segments is None:
@@ -339,7 +342,8 @@ def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Converts tensors to autocast's dtype for attention; float64 tensors are not converted.
 
-    This is needed for ``causal_lower_right`` masks, because autocast does not convert the inputs of their kernels.
+    This is needed for ``causal_lower_right`` masks, because autocast does not convert queries, keys and values if
+    attention has such a mask.
     """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -394,7 +398,7 @@ def _with_blocks(
     window: int | None,
     attend: _Attend,
 ) -> Iterator[Tensor]:
-    """Yields attention output ``[n, H, D]`` in pieces, in which the tokens of an image attend to each other.
+    """Yields the attention output ``[n, H, D]`` piece by piece. The tokens of an image attend to each other.
 
     ``out`` is the causal attention output, which is kept for all tokens outside images. ``blocks`` are the start and
     the end (exclusive) of each image.
@@ -434,7 +438,7 @@ def _windows(
 
 
 class _WithBase:
-    """A view of an object in which ``values`` replace some attributes."""
+    """A view of ``module``. In the view, ``values`` replace some attributes; ``module`` itself is unchanged."""
 
     def __init__(self, module: Any, **values: Any) -> None:
         self._module = module

@@ -5,7 +5,7 @@ convolution. Each response then starts from the states of its prompt. Gradients 
 
 The supported layers (Gated DeltaNet, Mamba 2, short convolutions) read and write states by the methods of
 transformers' ``Cache``. In calls without the keyword argument ``row_segments`` (the prompts and responses of each
-row), the layers run as before.
+row), the layers run as in transformers.
 """
 
 import functools
@@ -153,7 +153,7 @@ class _SplitForward:
         """Returns the layer's output, ``[R, L, D]`` for hidden states ``[R, L, D]``.
 
         With the keyword argument ``row_segments``, the layer runs over batches of prompts and then over batches of
-        responses, and the output for padding is zero. Without it, the layer runs as before.
+        responses, and the output for padding is zero. Without it, the layer runs as in transformers.
 
         Raises:
             RuntimeError: If the layer ignores the states of a prompt, or a marker (``window_marker``) comes without
@@ -218,9 +218,9 @@ class _SplitForward:
         """Raises ``RuntimeError`` if the layer does not continue correctly from the states of a prompt.
 
         A kernel may ignore the initial state, or the gradient of the final state. The check calls the layer on a
-        random prompt, and then on its response. The outputs of the response, and their gradients with respect to the
-        prompt, are compared with a single call on both together. The difference must be small compared with the effect
-        of omitting the states.
+        random prompt, and then on its response. A single call on prompt and response together gives the expected
+        outputs of the response, and their expected gradients with respect to the prompt. The differences from them
+        must be small compared with the effect of omitting the states.
         """
         if self._is_checked or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return
