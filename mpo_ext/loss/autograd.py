@@ -216,8 +216,8 @@ class OnceDifferentiable(torch.autograd.Function):
     """Returns a gradient unchanged; differentiating the result again raises an error.
 
     torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. If the incoming gradient
-    requires none, its result has no autograd graph, and a gradient penalty is wrong without an error. This class
-    raises whether or not the incoming gradient requires a gradient.
+    requires none, the gradient that backward returns has no autograd graph. A gradient penalty is then wrong without
+    an error. This class raises whether or not the incoming gradient requires a gradient.
     """
 
     @staticmethod

@@ -338,8 +338,8 @@ def linear_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
-    The arguments after ``wanted`` are the fields of ``LinearOptions``. If ``kept`` is not None, the call
-    overwrites it. If the gradient of ``weight`` is wanted, too, the call writes this gradient to ``kept``, from which
+    The arguments after ``wanted`` are the fields of ``LinearOptions``. If ``kept`` is not None, the call overwrites
+    it. If the gradient of ``weight`` is also wanted, the call writes this gradient to ``kept``, from which
     ``kept_weight_grad`` returns it. Sums over tiles are formed in float32 (float64 for float64 inputs) and rounded
     once.
 

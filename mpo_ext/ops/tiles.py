@@ -68,7 +68,7 @@ class Head(NamedTuple):
 
     @property
     def inner_scale(self) -> float:
-        """Factor that multiplies ``hidden @ weight.T + bias``. This gives tanh's argument; without tanh, the logit."""
+        """Factor of ``hidden @ weight.T + bias`` that gives the argument of tanh or, without tanh, the logit."""
         return self.logit_scale / (self.softcap or self.temperature)
 
     @property
@@ -89,8 +89,8 @@ class KeptLogits:
     """Computes where a buffer holds the logits that forward keeps for backward.
 
     Backward reads the logits tile by tile, from the first columns to the last. After each tile, it writes the gradient
-    of the head's weight for the tile's columns into the same buffer. The gradient starts at byte 0, and the
-    logits start at an offset. Therefore the gradient never overwrites logits that backward has not read yet.
+    of the head's weight for the tile's columns into the same buffer. The gradient starts at byte 0, and the logits
+    start at an offset. Therefore the gradient never overwrites logits that backward has not read yet.
 
     Let n be the number of labelled rows (token positions), and D the hidden size. If a logit and a gradient value have
     equal size, the buffer holds ``vocab * max(n, D)`` values, and at most ``columns * min(n, D)`` additional values.

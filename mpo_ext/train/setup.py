@@ -336,7 +336,7 @@ def _check_layout(
 
 
 def _find_samples(data: RunData, *, search_images: bool) -> tuple[list[Sample], Sample | None]:
-    """Returns the first samples of the run, and the first sample with images (None if no sample has images)."""
+    """Returns the first samples of the run, and the first sample with images (None if none is found)."""
     steps = data.steps()
     samples: list[Sample] = []
     with_images: Sample | None = None

@@ -219,7 +219,7 @@ _Attend = Callable[..., Tensor]
 
 
 class _Call(NamedTuple):
-    """The sequence rows of a split attention call, and the tokens of its sliding window (None without a window)."""
+    """The sequence rows of a split attention call, and the length of its sliding window (None without a window)."""
 
     segments: RowSegments
     window: int | None
