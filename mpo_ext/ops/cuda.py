@@ -60,8 +60,8 @@ def counters(count: int, like: Tensor) -> int | Tensor:
     A kernel counts its finished thread blocks with them, and resets them to 0 after use. All launches on a stream can
     therefore share them.
 
-    Outside of the capture of a CUDA graph, the counters are allocated without torch. With a torch tensor, the warmup
-    of torch.compile's CUDA graphs would raise an error, because the tensor would stay in their memory pool.
+    Outside of the capture of a CUDA graph, the counters are allocated without torch.
+    torch.compile's CUDA graphs raise an error if a call leaves a torch tensor in their memory pool.
 
     During the capture of a CUDA graph, the result is a new tensor of zeros instead of an address. Each replay of the
     graph sets this tensor to 0, so replays on any stream are safe.
