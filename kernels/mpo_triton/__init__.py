@@ -1,7 +1,7 @@
 """Triton kernels of mpo_ext, for GPUs without the compiled CUDA kernels; installed as ``mpo_ext.kernels``.
 
-A row is the V logits of one token position. Each file holds one operator of ``mpo_ext.ops``. The operators there call
-these functions after checking all arguments.
+A row is the V logits of one token position. Each function here is the GPU part of an operator in ``mpo_ext.ops``. The
+operator checks its arguments, and then calls the function.
 """
 
 from .exp_logits import exp_logits

@@ -44,11 +44,11 @@ def exp_logits_kernel(
     IS_ALIKE: tl.constexpr,  # whether rows of the output and of the logits have the same misalignment
     IS_FIRST: tl.constexpr,  # whether this is the first tile of the rows
 ):
-    """Writes exp(z - reference) for CHUNK columns of a row, and 0 for the label.
+    """Writes exp(z - reference) for each logit z in CHUNK columns of a row, and 0 for the label.
 
-    If the row's largest logit exceeds the reference by more than ``slack``, the reference rises to this logit. The
-    sums of the row are then multiplied by exp(old reference - new reference). Each program of the row multiplies a
-    part of them.
+    Each row has a reference. If the row's largest logit exceeds it by more than ``slack``, the reference rises to this
+    logit. The sums of the row are then multiplied by exp(old reference - new reference). Each program of the row
+    multiplies a part of the sums.
 
     Grid    (rows, chunks)
     Reads   each logit once
@@ -113,8 +113,9 @@ def exp_logits(
 ) -> None:
     """Runs ``exp_logits_kernel``, the GPU part of ``mpo_ext.ops.exp_logits.write_exp_logits``, in one launch.
 
-    ``layout`` is a ``RowLayout`` of ``mpo_ext.ops.memory``. The new references are written to ``new_reference``, and
-    the exponentials to ``out``. ``out`` and ``sums`` are contiguous.
+    ``layout`` is a ``RowLayout`` of ``mpo_ext.ops.memory``. The reference of a row is the number that is subtracted
+    from its logits before exp. The new reference of each row is written to ``new_reference``, and the exponentials to
+    ``out``. ``out`` and ``sums`` are contiguous.
     """
     vocab = out.shape[-1]
     rows, target = aligned_rows(layout), aligned_rows((out, labels.numel(), 0, vocab))

@@ -1,9 +1,8 @@
 """Computes aligned positions in rows of logits, which let Triton kernels read 16-byte vectors.
 
-A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Positions are numbers of
-elements. Position 0 is at the last multiple of 16 bytes that does not lie after the start of the row. Column c is at
-position ``shift + c``, where ``shift`` is less than the number of elements in 16 bytes. Only the first and the last
-block of positions need a mask.
+A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Positions count elements
+from the start of the row, rounded down to a multiple of 16 bytes. Column c is at position ``shift + c``, where
+``shift`` is less than the number of elements in 16 bytes. Only the first and the last block of positions need a mask.
 """
 
 from typing import NamedTuple
@@ -49,7 +48,7 @@ class Blocks(NamedTuple):
     num_warps: int  # number of warps of the program
 
     def programs(self, vocab: int, dtype: torch.dtype) -> int:
-        """Returns the number of programs that process a row. It suffices for every misalignment of the row."""
+        """Returns the number of programs for a row. It is large enough for any alignment of the row's start."""
         return triton.cdiv(vocab + VECTOR_BYTES // dtype.itemsize - 1, self.chunk)
 
 

@@ -134,8 +134,8 @@ def merge_tile(
     ``has_label`` means that the label lies in the tile. ``is_later`` means that the row is valid and the tile is not
     the first.
 
-    Returns new_max, row_sum, e_d, z_sum, squared and z_label over all tiles so far. z_label is the logit of the label;
-    the other values are explained in ``merge_chunks``.
+    Returns new_max, row_sum, e_d, z_sum, squared and z_label over all tiles so far. new_max is the largest logit and
+    z_label the logit of the label. ``merge_chunks`` explains row_sum, e_d, z_sum and squared.
     """
     old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
     old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
@@ -182,8 +182,8 @@ def store_stats(
     """Stores the statistics of a row. Each bit of STATS selects one. If the row is invalid, stores ``filler`` instead.
 
     The statistics of a row lie ``rows`` elements apart in memory. ``total`` is the size of the vocabulary. ``log_sum``
-    is the logarithm of ``row_sum``. ``z_label`` is the logit of the label. The other values, from ``row_max`` to
-    ``squared`` in the signature, are explained in ``merge_chunks``.
+    is the logarithm of ``row_sum``. ``z_label`` is the logit of the label. ``merge_chunks`` explains ``row_max``,
+    ``row_sum``, ``e_d``, ``z_sum`` and ``squared``.
     """
     if STATS & 1:
         entropy = log_sum - e_d / row_sum

@@ -51,7 +51,8 @@ class Matcher(abc.ABC):
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
         """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
 
-        An answer that equals no truth is wrong if it is wrong for every truth. Otherwise it is unreadable.
+        If the answer equals no truth, the verdict is unreadable if at least one comparison is unreadable. If all
+        comparisons give wrong, the verdict is wrong.
 
         Args:
             prediction: The extracted answer. A missing answer (None) raises a TypeError.

@@ -112,10 +112,11 @@ class ChoiceMatcher(Matcher):
 
 
 def _read_boxes(answer: str, boxes: Sequence[str], labels: tuple[tuple[str, str], ...]) -> Choice:
-    r"""Returns the selection in an answer with several ``\boxed{}`` of different contents. ``boxes`` are the contents.
+    r"""Returns the selection in an answer with several ``\boxed{}`` whose texts differ. ``boxes`` are the texts.
 
-    Boxes with the same letter select this letter. A list of boxes ("\boxed{A}, \boxed{C}") selects all its letters. In
-    all other cases, such as "\boxed{A} or \boxed{C}", the selection is unclear.
+    If the texts name the same letter ("\boxed{A}, \boxed{(A)}"), they select this letter. A list of letters
+    ("\boxed{A}, \boxed{C}") selects all of them. In all other cases, such as "\boxed{A} or \boxed{C}", the selection
+    is unclear.
     """
     choices = {read_choice(box, labels) for box in boxes}
     letters = {choice.letters for choice in choices}

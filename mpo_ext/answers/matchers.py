@@ -70,7 +70,8 @@ def load_function(name: str) -> Callable[[str, str], bool | float | Verdict | No
 class AnyMatcher(Matcher):
     """Accepts an answer if at least one of several matchers accepts it.
 
-    An answer that no matcher accepts is wrong if every matcher calls it wrong. Otherwise it is unreadable.
+    If no matcher accepts the answer, the verdict is unreadable if at least one matcher calls the answer unreadable. If
+    all matchers call it wrong, the verdict is wrong.
 
     Attributes:
         matchers: The matchers, called in this order. Each is a ``Matcher``, a kind such as "number", or a mapping with

@@ -72,7 +72,7 @@ class Number:
 
     Attributes:
         value: Exact value, in the unit of the text.
-        unit: The unit as the text writes it, "%", or a currency ("$", "EUR"); "" without a unit.
+        unit: A unit as the text writes it ("km"), a currency ("$", "EUR"), or "%"; "" if there is none.
         is_currency: Whether ``unit`` is a currency.
         is_approximate: Whether the text calls the number approximate ("about 7").
         decimals: Number of digits after the decimal point: 2 for "3.14", but 0 for "3.14e5".
@@ -281,7 +281,7 @@ def _read_power(text: str, start: int) -> tuple[Fraction, int] | None:
 def _exponent(match: re.Match[str], first: int) -> int:
     """Returns the exponent, in digits or superscripts, that a regular expression has matched.
 
-    It is the first non-empty group of the match from the group number ``first`` on. It is 0 if all are empty.
+    It is in the first non-empty group whose number is at least ``first``. If all these groups are empty, returns 0.
     """
     text = next((group for group in match.groups()[first - 1 :] if group), "0")
     return int(text.translate(_FROM_RAISED))

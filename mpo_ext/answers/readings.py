@@ -45,9 +45,10 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
     number ("1-1/4"), a quantity in several units ("5 ft 6 in"), and a word for 0 ("none").
 
     Returns:
-        (is_equal, rule). ``is_equal`` is False if the answers differ. Most of these ways are guesses: if they make
-        the answers equal, ``is_equal`` is None. It is True only for equal quantities in several units. ``rule`` names
-        the comparison that decided, such as "value" or "unit".
+        (is_equal, rule). ``is_equal`` is True only for equal quantities in several units. All other ways are guesses:
+        if one of them makes the answers equal, ``is_equal`` is None. It is also None if the units of a quantity do not
+        fit together. It is False if no way makes the answers equal. ``rule`` names the comparison that decided, such
+        as "value" or "unit".
     """
     prediction, truth = (clean_answer(text.translate(TO_ASCII)) for text in (prediction, truth))
     first, second = parse_number(prediction), parse_number(truth)

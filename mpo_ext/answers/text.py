@@ -155,12 +155,13 @@ class VqaMatcher(Matcher):
     For another number of annotators, n is scaled to ten; with a single truth, the score is 0 or 1. If a text is empty
     after normalization, the original texts are compared.
 
-    An answer with a score below ``accept`` counts as unreadable (neither right nor wrong) in the following cases.
-    Otherwise, it is wrong.
+    An answer with a score below ``accept`` counts as unreadable (neither right nor wrong) in the following cases:
 
     - Some annotators gave it.
     - It contains a truth ("a brown dog" for "dog"), or a truth contains it.
     - It has the same number as a truth.
+
+    In all other cases, an answer with such a score is wrong.
 
     Attributes:
         accept: Minimum score counted as correct.

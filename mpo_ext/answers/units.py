@@ -233,7 +233,8 @@ def compare_units(first: str, second: str) -> Fraction | Literal["different", "u
     Returns:
         A factor, "different" or "unclear". The factor converts a value from the first unit to the second. "different"
         means that the units measure different quantities. "unclear" means that a unit is unknown or ambiguous, or that
-        no constant factor converts the units, as between °C and °F, bytes and bits, or months and seconds.
+        no constant factor converts the units, as between °C and °F, or months and seconds. Two different units of
+        data, such as bytes and kilobytes, are also "unclear", because a kilobyte may have 1000 or 1024 bytes.
     """
     if first == second:
         return Fraction(1)

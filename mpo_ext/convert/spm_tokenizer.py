@@ -21,8 +21,8 @@ def load_spm_tokenizer(folder: Path, *, extra_special_tokens: Mapping[str, str])
 
     Args:
         folder: Folder of the files.
-        extra_special_tokens: Further special tokens, by the tokenizer's attribute for them. They are added to the
-            vocabulary if missing.
+        extra_special_tokens: Further special tokens, as a dict from the name of a tokenizer attribute, such as
+            "video_token", to the token. They are added to the vocabulary if missing.
 
     Raises:
         FileNotFoundError: If a file is missing.

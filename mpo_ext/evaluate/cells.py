@@ -21,9 +21,9 @@ class EvaluationRun:
     """Settings of one process of an evaluation. They do not change the results.
 
     Attributes:
-        block_size: Maximum number of responses that are saved at once; a single question may have more. A killed
-            process loses the responses that are not saved yet: at most ``block_size``, or several times this number
-            with vLLM or an OpenAI server.
+        block_size: Maximum number of responses in a block. The responses of a block are saved together. All responses
+            to a question are in the same block, even if they exceed this number. A killed process loses its
+            unfinished blocks: at most one block, or several with vLLM or an OpenAI server.
         rank: Rank of this process. For example, rank 1 of 4 processes asks the questions 1, 5, 9, ..., counted from 0.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.

@@ -63,7 +63,7 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
 
 
 def vlmevalkit_columns(items: Iterator[Item]) -> list[str]:
-    """Returns the names of the columns in VLMEvalKit's prediction table for these questions."""
+    """Returns the column names of VLMEvalKit's prediction table for the questions ``items``."""
     between: dict[str, None] = {}
     for number, item in enumerate(items):
         between.update(dict.fromkeys(_fields(number, item)))

@@ -34,13 +34,13 @@ def write_predictions(
             must be adjacent.
         out: Folder of the evaluation.
         exports: Evaluation toolkits to write files for, keys of ``EXPORTS``.
-        model_files: Dict from a model's name to its spelling in the names of written files.
-        data_files: Dict from the name of a file of questions to its spelling in the names of written files.
+        model_files: For each model, by name: the text that stands for it in the names of output files.
+        data_files: For each file of questions, by name: the text that stands for it in the names of output files.
         world_size: Number of processes that sampled responses.
 
     Raises:
-        IncompleteRunError: If a process has not sampled all its responses for a model. The files of the models before
-            it in ``cells`` have been written by then.
+        IncompleteRunError: If a process has not sampled all its responses for a model. The files of all earlier
+            models in ``cells`` have been written by then.
     """
     columns: dict[str, list[str]] = {}
     for model, model_cells in itertools.groupby(cells, key=lambda cell: cell.model):
@@ -69,7 +69,9 @@ def predictions_path(out: Path, model_file: str) -> Path:
 
 
 def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator[list[dict[str, Any]]]:
-    """Yields the lines of each question, as dicts: a line per response, or one line if it could not be asked.
+    """Yields the lines of each question as dicts: a line for each response.
+
+    A question that could not be asked has a single line.
 
     Args:
         path: Path of the predictions of a model.

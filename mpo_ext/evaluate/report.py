@@ -51,9 +51,10 @@ def write_reports(
         cells: Cells (combinations of model, file of questions and prompt), with scores.
         results: Content of ``results.json``.
         out: Folder of the evaluation.
-        model_files: The name of each model as it appears in file names.
-        limit: Maximum number of questions in ``failures.html``. If more have a wrong answer, they are drawn at random.
-        seed: Seed of this draw.
+        model_files: For each model, by name: the text that stands for it in file names.
+        limit: Maximum number of questions in ``failures.html``. If more questions have a wrong answer, a random
+            selection of them is shown.
+        seed: Seed of the random selection.
     """
     with atomic_write(out / "table.md") as file:
         file.write(markdown_report(results).encode())
@@ -156,7 +157,7 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
 
 
 def without_image_table(results: Mapping[str, Any]) -> str:
-    """Returns a Markdown table that compares the answers with and without the image.
+    """Returns a Markdown table that compares the answers that models gave with and without seeing the image.
 
     The values are the accuracy with the image, the accuracy without it, the fraction of equal answers, and the
     difference of the accuracies, all in percent. The text below the table gives the accuracy of always answering with
@@ -252,8 +253,8 @@ def _without_chance(svg: str) -> str:
 def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, str], limit: int, seed: int) -> None:
     """Writes ``failures.html``: the questions with a wrong answer, and the responses of all models and prompts.
 
-    A question is shown only if a response with the image is wrong. The page also shows the responses to this question
-    without the image.
+    A question is shown only if a model that saw the image answered it wrongly. The page also shows the responses that
+    models gave without seeing the image.
     """
     by_data: dict[str, list[Cell]] = {}
     for cell in cells:

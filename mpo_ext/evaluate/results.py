@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers")
 
 
 class _Answered(NamedTuple):
-    """The true answers of a question, and whether the model gives the same answer with and without the image."""
+    """The true answers of a question, and whether the model gives the same answer without seeing the image."""
 
     is_same: bool
     truths: tuple[str, ...]
@@ -94,7 +94,7 @@ def compute_results(
 
 
 def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[str, str, str], list[_Answered]]:
-    """Compares the answers with and without the image.
+    """Compares the answers that each model gave with and without seeing the image.
 
     Returns a list for each (model, file, prompt). It has an entry for each question that could be asked both ways.
     """
@@ -118,10 +118,10 @@ def _without_image(
     key: tuple[str, str, str],
     config: EvaluationConfig,
 ) -> dict[str, Any]:
-    """Returns the accuracies with and without the image, their comparison, and the fraction of unchanged answers.
+    """Returns a model's accuracies with and without seeing the image, their comparison, and the unchanged fraction.
 
-    Only questions that could be asked both ways count. ``same`` is the result of ``_unchanged``. ``key`` is (model,
-    file, prompt).
+    The unchanged fraction is the fraction of questions with the same answer both ways. Only questions that could be
+    asked both ways count. ``same`` is the result of ``_unchanged``. ``key`` is (model, file, prompt).
 
     ``most_frequent_truth`` in the result is the accuracy of always giving the most frequent true answer. It is None if
     a question has several true answers.

@@ -58,7 +58,7 @@ def evaluate(
         root_map: Tuples (old, new) for meta files: paths in the folder ``old`` are looked up in the folder ``new``.
         system: System prompt of the questions that have none; None: no system prompt.
         exports: Other toolkits in whose formats predictions are also written: "vlmevalkit", "lmms-eval".
-        page_limit: Maximum number of questions on ``failures.html``; if there are more, they are drawn at random.
+        page_limit: Maximum number of questions on ``failures.html``. If more qualify, a random selection is shown.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Processes, progress display, and how often responses are saved; None: the default ``EvaluationRun``.
 
@@ -137,10 +137,10 @@ def _free_memory() -> None:
 
 
 def _file_names(what: str, named: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a dict from each name to its spelling in file names: "a b/c" becomes "a-b-c".
+    """Returns a dict from each name to the text that stands for it in file names: "a-b-c" for "a b/c".
 
-    ``what`` is the name of the argument in error messages. Raises ValueError if there is no name, if a name has no
-    usable characters, or if two names have the same spelling.
+    ``what`` is the name of the argument in error messages. Raises ValueError if there is no name, if a name is "all",
+    if a name has no usable characters, or if the texts of two names are equal, ignoring case.
     """
     if not named:
         raise ValueError(f"{what} must name at least one, got none")

@@ -30,8 +30,9 @@ class EvaluationConfig:
         prompts: Names of prompt templates (``mpo_ext.generate.prompts``); "none" asks the question without a template.
         samples: Number of responses per question.
         temperature: Temperature of sampling; 0 is greedy decoding, which allows only a single sample.
-        top_p: Total probability of the most probable tokens from which a token is drawn, in (0, 1].
-        top_k: Number of the most probable tokens from which a token is drawn; 0: all tokens.
+        top_p: A token is drawn from the smallest set of most probable tokens whose probabilities sum to at least this
+            value, in (0, 1].
+        top_k: A token is drawn from this number of most probable tokens; 0: from all tokens.
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
         seed: Seed of the sampling of responses.
@@ -67,7 +68,10 @@ class EvaluationConfig:
             Evaluation(self, prompt)
 
     def evaluations(self) -> "list[Evaluation]":
-        """Returns an ``Evaluation`` for each prompt. With ``without_image``, the evaluations without images follow."""
+        """Returns an ``Evaluation`` for each prompt.
+
+        If ``without_image`` is True, the list also has, at its end, an ``Evaluation`` without images for each prompt.
+        """
         sides = (True, False) if self.without_image else (True,)
         return [Evaluation(self, prompt, with_image=side) for side in sides for prompt in self.prompts]
 
@@ -215,9 +219,10 @@ class Evaluation:
         )
 
     def is_same(self, item: Item, first: QuestionScore, second: QuestionScore) -> bool:
-        """Returns whether two scores of a question, such as with and without its image, have the same answer.
+        """Returns whether two scores of a question have the same answer.
 
-        A score covers several responses. Their most frequent answer is compared. Returns False if a score has none.
+        For example, the first score is that with the image, and the second is that without the image. The answer of a
+        score is the most frequent answer of its responses. Returns False if a score has no answer.
         """
         if first.answer is None or second.answer is None:
             return False

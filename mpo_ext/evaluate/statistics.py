@@ -84,8 +84,8 @@ class Comparison:
         questions: Number of questions that both models answered.
         difference: Accuracy of the second model minus accuracy of the first model; None without questions.
         standard_error: Standard error of ``difference`` over the questions; None for fewer than 2 questions.
-        gained: Number of questions to which the second model gave more correct responses than the first.
-        lost: Number of questions to which the first model gave more correct responses than the second.
+        gained: Number of questions for which the second model has a higher number of correct responses.
+        lost: Number of questions for which the first model has a higher number of correct responses.
         p: Two-sided p-value; None if it cannot be computed from these questions.
         test: "mcnemar" (exact, for one sample per question) or "normal" (difference divided by its standard error).
     """

@@ -125,7 +125,7 @@ class DropoutNTP:
         return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
 
     def cut(self, chosen: str, conversation: Conversation, engine: Engine) -> Prefix:
-        """Returns the beginning of a chosen response that is kept, according to ``keep`` and ``unit``.
+        """Returns the part at the beginning of a chosen response that is kept, according to ``keep`` and ``unit``.
 
         ``conversation`` is the prompt of the response. With the unit "tokens", no character is cut in the middle.
         """

@@ -74,7 +74,8 @@ class ItemFields:
         images: Paths and data URLs of the images.
         videos: The videos.
         truths: True answers. An answer that is an option index becomes the option's letter.
-        extra: All other fields; ``options`` is a list of texts, or a dict from letter to text.
+        extra: All other fields. The answer options are in ``extra["options"]``: a list of texts, or a dict from letter
+            to text.
         turns: All turns of a multi-turn prompt; ``question`` is the last user turn. Empty for a single turn.
         tools: The functions that the assistant may call.
     """
@@ -312,8 +313,8 @@ def _image(key: str, value: Any, rest: Mapping[str, Any]) -> Any:
         rest: Other fields of the item.
 
     Raises:
-        FormError: If the value is the number of another row that holds the image, as in MMBench, or if bytes are not
-            an image of a supported type.
+        FormError: If the value is a row number, which refers to the image of another row, as in MMBench. Also raised
+            if bytes are not an image of a supported type.
     """
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:  # the form of Hugging Face's datasets
         value = value["bytes"] if value.get("bytes") else value.get("path")

@@ -49,8 +49,8 @@ def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
     pair are taken from ``extra``.
 
     Raises:
-        FormError: If several fields hold messages, if a pair's chosen response has several turns or tool calls, or if
-            an unsupported field would change the prompt, such as ``functions``.
+        FormError: If several fields hold messages, or if a pair's chosen response has a tool call or more than one
+            turn. Also raised if an unsupported field would change the prompt, such as ``functions``.
     """
     if not is_unset(rest.get("chat_template_kwargs")):
         raise FormError("chat_template_kwargs must be given for the whole run (--chat-template-kwargs)")

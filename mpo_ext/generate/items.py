@@ -283,7 +283,8 @@ class ItemSource:
 
     Attributes:
         files: The files of items, in order.
-        digest: Hash of the contents of the files and, with a meta file, of their names in it. Paths have no effect.
+        digest: Hash of the files' contents. If a meta file lists the files, the names that it gives them are hashed,
+            too. Paths have no effect.
         count: Number of items in the run.
         system: System prompt for items without a system prompt; None: no system prompt.
     """
@@ -410,7 +411,7 @@ def _is_path(image: object) -> bool:
 
 
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """Returns (data set name, image folder) from an input line that is a pair made from an MMPR meta file.
+    """Returns (data set name, image folder) of an input line, which is a pair that was made with an MMPR meta file.
 
     ``source`` is the field ``"$source"`` of the line, a dict with the name and the folder. ``images`` are the paths of
     the images and videos. If the name or the folder is missing, or if a path is relative or outside the folder,

@@ -57,8 +57,8 @@ class ServerOptions:
             variable, ``OPENAI_API_KEY``.
         concurrency: Maximum number of requests at the same time.
         timeout_s: Seconds to wait for the answer to a request.
-        max_retries: Maximum number of retries after a temporary failure: status 408, 409, 425, 429 or 500 and above, a
-            broken connection, no answer in time, or an answer that is not the expected JSON.
+        max_retries: Maximum number of retries after a temporary failure: a status 408, 409, 425, 429 or >= 500; a
+            broken connection; no answer in time; an answer that is not the expected JSON.
     """
 
     base_url: str
@@ -82,11 +82,11 @@ class ServerOptions:
     def key(self) -> str:
         """Returns the API key from the environment variable that ``api_key_env`` names.
 
-        Returns "none" if this is the default variable, ``OPENAI_API_KEY``, and it is not set.
+        Returns "none" if ``api_key_env`` names the default variable, ``OPENAI_API_KEY``, and that variable is not set.
 
         Raises:
-            ValueError: If ``api_key_env`` names another variable, which is not set, or if the key cannot be sent in a
-                header.
+            ValueError: If ``api_key_env`` names another variable and that variable is not set, or if the key cannot be
+                sent in a header.
         """
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.api_key_env != DEFAULT_KEY_ENV:
@@ -186,9 +186,9 @@ class OpenAIClient:
         A pause is at least as long as the server requests.
 
         Raises:
-            RequestRefusedError: If the server refuses the request. Also raised if all attempts fail, but the server
-                answers a test: the latest successful request of ``post``, sent again. There is no test after status
-                429 or 503.
+            RequestRefusedError: If the server refuses the request. If all attempts fail, the latest successful request
+                of ``post`` is sent again as a test, except after status 429 or 503. If the server answers the test,
+                this error is raised, too.
             ServerError: If the server cannot be used.
         """
         attempt = 0

@@ -55,7 +55,7 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
     Args:
         client: Client of the server.
         model: Name of the model on the server.
-        chat: Encoder of prompts; None if there is no tokenizer, so that the server gets only messages.
+        chat: Encoder of prompts. None: there is no tokenizer; the server then gets only messages.
         extra_body: Further fields of all requests.
 
     Raises:

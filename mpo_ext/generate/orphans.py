@@ -1,4 +1,4 @@
-"""Ends the child processes of a library after the process that used the library was killed.
+"""Ends the child processes that a library has started, after their parent process has ended or was killed.
 
 vLLM's engine process does not notice that its parent was killed (vLLM issue 55510), and keeps the GPU's memory. This
 file, run as a script, is a watcher: it waits until the parent has ended, and then ends the engine process. Without

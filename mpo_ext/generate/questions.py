@@ -193,7 +193,10 @@ class AnswerScorer:
         self._verdicts: dict[tuple[tuple[str, ...], Any, str], Verdict] = {}
 
     def matcher_for(self, item: Item) -> Matcher:
-        """Returns the matcher that compares answers to an item. A multiple-choice matcher gets the item's options."""
+        """Returns the matcher that judges answers to an item's question.
+
+        A multiple-choice matcher gets the item's options.
+        """
         return self.matcher if item.options is None else self.matcher.with_options(dict(item.options))
 
     def score(self, text: str, item: Item) -> tuple[str | None, Verdict | None]:

@@ -141,9 +141,9 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether the run fails if one more actor dies while it samples this block of items.
+        """Returns whether one more death of an actor during a block of items would end the run.
 
-        ``start`` identifies the block. An actor that has such a block has no other blocks.
+        ``start`` identifies the block. An actor that gets such a risky block gets no other blocks with it.
         """
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 

@@ -125,8 +125,10 @@ class RayWorker:
         """Finds the item that makes a block of items fail, by sampling the items one by one.
 
         Returns a text that names the first item that fails when it is sampled alone. Returns "" if no item fails.
-        Also returns "" if the next item fails as well, because the error then does not depend on the item. If there is
-        no next item, the item before is sampled again.
+
+        After this item, the next item of the block is sampled, too. If it also fails, the error does not depend on the
+        item, and the result is "". If the failing item is the last of the block, the item before it is sampled again
+        instead.
         """
         if len(block.items) < 2:
             return ""

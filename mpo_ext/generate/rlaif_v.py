@@ -213,7 +213,7 @@ class RlaifV:
     def _ask(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
         """Turns the claims into yes-or-no questions.
 
-        If a model writes them, yields the requests to the model and receives the generations.
+        If a model writes the questions, yields the requests to the model and receives the generations.
         """
         alive = [draft for draft in drafts if draft.is_alive]
         if self.config.questions == "statement":
@@ -237,7 +237,7 @@ class RlaifV:
                 draft.fail("number of questions is not that of the claims")
 
     def _check(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
-        """Asks a model that sees the item's images about each claim, and stores the verdicts in the records.
+        """Asks a model about each claim, with the item's images as input, and stores the verdicts in the records.
 
         Yields one request for each different yes-or-no question about an item, and receives the generations.
         """

@@ -120,8 +120,8 @@ def open_journal(
 
     Args:
         pipeline: The pipeline that samples.
-        engine_settings: Result of the engine's ``settings()``. The field "processor" is ignored if the journal exists
-            without this field. Earlier versions wrote such journals.
+        engine_settings: Result of the engine's ``settings()``. The field "processor" is not compared if an existing
+            journal lacks it, as journals of earlier versions do.
         source: The items.
         out: Folder of the run.
         rank: Rank of the process.
@@ -280,7 +280,8 @@ def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
     """Yields the stored samples ``records`` in order, at most one for each of ``keys``.
 
-    Raises ValueError unless each sample has the key at its position. ``path`` is the file in the error message.
+    Raises ValueError if the key of the n-th sample is not the n-th of ``keys``. ``path`` is the file in the error
+    message.
     """
     for key in keys:
         record = next(records, None)

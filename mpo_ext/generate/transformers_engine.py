@@ -226,13 +226,13 @@ class TransformersEngine:
         prompts: Sequence[EncodedPrompt],
         tokens: Sequence[Sequence[int]],
     ) -> list[Generation]:
-        """Generates one greedy token for each request of a batch, and stores the probabilities of its choices.
+        """Generates one greedy token per request of a batch, and stores the probabilities of the request's choices.
 
         Args:
             rows: The batch, as indices into ``requests``.
             requests: All requests.
             prompts: Prompt of each request.
-            tokens: Token ids of each choice. All requests of the batch have the same choices.
+            tokens: Token ids of each choice (possible answer). All requests of the batch have the same choices.
         """
         import torch
 

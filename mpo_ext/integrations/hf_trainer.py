@@ -99,8 +99,8 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
     """Gives a subclass of transformers' Trainer the MPO loss: ``class PairTrainer(MPOLossMixin, Trainer)``.
 
     The data set holds samples of ``mpo_ext.train.encode.Encoder``; ``data_collator`` is a ``PairCollator``. A batch
-    may hold ``ref_logp``, ``[2B]``: the summed log-probs under the reference, chosen responses first. Otherwise, the
-    reference model computes them.
+    may hold ``ref_logp``, ``[2B]``: the summed log-probs under the reference model, chosen responses first. Otherwise,
+    the reference model computes them.
 
     Checkpoints also save the reward shift. The log shows each term of the loss. As in Trainer, all micro-batches of an
     optimizer step have the same weight.

@@ -56,7 +56,10 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
 
 
 def _other_loss(trainer: Any) -> str | None:
-    """Returns why mpo_ext cannot compute the loss, such as "ld_alpha must be None, got 0.5"; None if it can."""
+    """Returns why mpo_ext cannot compute the loss, such as "ld_alpha must be None, got 0.5".
+
+    Returns None if mpo_ext computes the loss.
+    """
     if not trainer.finetuning_args.use_ref_model or trainer.loss_type != "sigmoid":
         return f"pref_loss must be 'sigmoid', got {trainer.loss_type!r}"
     if trainer.ld_alpha is not None:

@@ -61,7 +61,10 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
 
 
 def _other_loss(trainer: Any) -> str | None:
-    """Returns why mpo_ext cannot compute the loss, such as "ld_alpha must be None, got 0.5"; None if it can."""
+    """Returns why mpo_ext cannot compute the loss, such as "ld_alpha must be None, got 0.5".
+
+    Returns None if mpo_ext computes the loss.
+    """
     weights = _weights(trainer)
     if other := [name for name in weights if name not in _TERMS]:
         return f"loss_type must be among {', '.join(_TERMS)}, got {', '.join(other)}"

@@ -38,11 +38,13 @@ class LossSettings:
 def settings_function(
     other_loss: Callable[[Any], str | None], config_of: Callable[[Any], MPOConfig], reward_shift: Mapping[str, Any]
 ) -> Callable[[Any], LossSettings | None]:
-    """Returns a function from a trainer to its ``LossSettings``, or to None if the trainer computes its own loss.
+    """Returns a function that takes a trainer, and returns its ``LossSettings``.
+
+    The function returns None if the trainer computes its own loss.
 
     Args:
-        other_loss: Function that takes a trainer, and returns the reason why mpo_ext cannot compute its loss, or None
-            if mpo_ext can.
+        other_loss: Function that takes a trainer, and returns why mpo_ext cannot compute the trainer's loss, or None
+            if mpo_ext computes it.
         config_of: Function that takes a trainer, and returns the ``MPOConfig`` of its loss.
         reward_shift: Settings of ``RewardShift``.
 
@@ -77,8 +79,9 @@ def loss_of_rows(
 ) -> tuple[Tensor, MPOOutput, Any]:
     """Runs the model on a batch. Returns the differentiable loss, the ``MPOOutput`` and the model's output.
 
-    ``labels`` are aligned with ``input_ids``: ``[2B, T]`` with the B chosen rows first, or a packed row ``[1, N]``
-    with ``cu_seqlens``, ``[2B + 1]``. ``ref_logp``, ``[2B]``, holds the summed log-probs under the reference.
+    ``labels`` are aligned with ``input_ids`` and have the shape ``[2B, T]`` (the B chosen rows first), or ``[1, N]``
+    for a packed row. For a packed row, ``cu_seqlens`` has the shape ``[2B + 1]``. ``ref_logp``, ``[2B]``, holds the
+    summed log-probs under the reference model.
     ``stats`` are the statistics to compute, as in ``mpo_loss``.
     """
     results: list[MPOOutput] = []

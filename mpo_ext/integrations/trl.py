@@ -97,9 +97,9 @@ class MPOTrainingConfig(DPOConfig):
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
-    It supports full and LoRA training on text and images, DDP, FSDP2 and DeepSpeed's ZeRO. In addition to
-    ``DPOTrainer``, it has the paper's reward shift, which checkpoints save, and supports ``precompute_ref_log_probs``
-    with images. It logs each term of the loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
+    It supports full and LoRA training on text and images, DDP, FSDP2 and DeepSpeed's ZeRO. It adds the paper's reward
+    shift, which is saved in checkpoints. It also supports ``precompute_ref_log_probs`` with images. It logs each term
+    of the loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
 
     Args:
         model: As in ``DPOTrainer``.
@@ -111,7 +111,7 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
 
     Raises:
         RuntimeError: If TRL has a version or source that mpo_ext does not know.
-        ValueError: If ``args`` asks for a loss other than MPO and its terms.
+        ValueError: If ``args`` asks for a loss that is not a sum of MPO's terms, or sets ``use_liger_kernel``.
     """
 
     ref_model: Any
@@ -161,7 +161,7 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
             self._precompute_with_images()
 
     def compute_ref_log_probs(self, *model_and_inputs: Any) -> tuple[Tensor, ...]:
-        """Returns the summed log-probs of the chosen and of the rejected responses under the reference."""
+        """Returns the summed log-probs of the chosen and of the rejected responses under the reference model."""
         return reference_logp(self, self.mpo, *_model_and_inputs(self, *model_and_inputs)).chunk(2)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
@@ -255,7 +255,7 @@ def loss_of_batch(
 
 
 def reference_logp(trainer: Any, mpo: LossSettings, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Returns the summed log-probs of the responses under the reference, ``[2B]`` float64, chosen first.
+    """Returns the summed log-probs of the responses under the reference model: ``[2B]`` float64, chosen first.
 
     ``model`` is the reference model or the policy. A policy with adapters runs with its adapter "ref"; if it has no
     such adapter, it runs without adapters. Replaces ``DPOTrainer.compute_ref_log_probs``.
@@ -334,7 +334,7 @@ def _settings_of(args: DPOConfig) -> tuple[MPOConfig, dict[str, Any]]:
     """Returns the ``MPOConfig`` and the other keyword arguments of ``linear_mpo_loss``.
 
     Raises:
-        ValueError: If ``args`` ask for a loss other than MPO and its terms.
+        ValueError: If ``args`` asks for a loss that is not a sum of MPO's terms, or sets ``use_liger_kernel``.
     """
     if reason := _other_loss(args):
         raise ValueError(f"{reason}; otherwise use trl.DPOTrainer")
@@ -364,7 +364,10 @@ def _other_terms(args: DPOConfig) -> str | None:
 
 
 def _other_loss(args: DPOConfig) -> str | None:
-    """Returns why mpo_ext cannot compute the loss, such as "ld_alpha must be None, got 0.5"; None if it can."""
+    """Returns why mpo_ext cannot compute the loss, such as "ld_alpha must be None, got 0.5".
+
+    Returns None if mpo_ext computes the loss.
+    """
     if reason := _other_terms(args):
         return reason
     if args.use_liger_kernel:
@@ -382,7 +385,7 @@ def _other_loss(args: DPOConfig) -> str | None:
 
 
 def _other_loss_of(trainer: Any) -> str | None:
-    """Returns the reason why mpo_ext cannot compute the loss of a patched ``DPOTrainer``, or None if it can."""
+    """Returns why mpo_ext cannot compute the loss of a patched ``DPOTrainer``; None: mpo_ext computes it."""
     weights = trainer.loss_weights
     if min(weights) < 0 or not any(weights):
         return _other_loss(trainer.args) or f"loss_weights must be at least 0, and one of them positive, got {weights}"

@@ -123,7 +123,7 @@ class StageRunner:
 
 
 def _wait_for_group(group: int) -> None:
-    """Waits until all processes of a process group have ended, and kills the rest after ``_GROUP_S`` seconds."""
+    """Waits up to ``_GROUP_S`` seconds for all processes of a group to end, then kills those that are left."""
     deadline_s = time.monotonic() + _GROUP_S
     while time.monotonic() < deadline_s:
         try:

@@ -249,9 +249,9 @@ class EngineRecipe:
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: Device of "transformers"; None: the GPU of the process, or the CPU.
         batch_size: Samples per batch of "transformers"; None: 16.
-        block_size: Maximum number of responses that are saved at once; a single question may have more. A killed
-            process loses the responses that are not saved yet: usually at most ``block_size``, or several times this
-            number with "vllm".
+        block_size: Maximum number of responses in a block. The responses of a block are saved together. All responses
+            to a question are in the same block, even if they exceed this number. A killed process loses its
+            unfinished blocks: usually at most one block, or several with "vllm".
         options: Arguments of ``from_pretrained`` or ``VLLMEngine``, such as ``{tensor_parallel_size: 2}``.
     """
 
@@ -395,7 +395,10 @@ class IterateRecipe:
         return self.folder / f"round-{number}"
 
     def model_of(self, number: int) -> str:
-        """Returns the path of the model that the round ``number`` trains; 0: the first model, ``model``."""
+        """Returns the path of the model that results from round ``number``.
+
+        For ``number`` 0, returns ``model``, the model with which the first round starts.
+        """
         if number == 0:
             return self.model
         final = self.round_folder(number) / "train" / "final"

@@ -33,7 +33,7 @@ def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, 
 
     - ``model``: the path of its model.
     - ``accuracy``: the accuracies, in the format of an evaluation's ``results.json``.
-    - ``sources``: the files of pairs.
+    - ``sources``: a dict for each file of pairs (``_source_rows``).
     - ``training``: the training metrics.
     - ``comparisons``: comparisons with the model of the previous round and with the first model, on the same
       questions.
@@ -99,7 +99,10 @@ def _compare(
 
 
 def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
-    """Returns the files of pairs of a round (``round_sources``), with pairs per epoch and counts of the sampling."""
+    """Returns a dict for each file of pairs in a round.
+
+    It holds the fields of ``round_sources``, the number of pairs per epoch, and the counts from sampling.
+    """
     rows = []
     for source in stages.round_sources(recipe, number):
         summary = read_json(recipe.round_folder(number) / source["pipeline"] / "summary.json")

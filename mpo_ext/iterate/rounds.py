@@ -182,7 +182,7 @@ def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | Non
 def _run_stage(runner: StageRunner, recipe: IterateRecipe, stage: RoundStage, stream: TextIO | None) -> None:
     """Runs a stage and marks it as done.
 
-    If a pipeline has made no pairs, the stage that writes their HTML page is skipped.
+    If ``stage`` writes the HTML page of a pipeline's pairs and there are no pairs, it is skipped and not marked.
     """
     is_page = stage.name.startswith("page of ")
     if is_page and Path(stage.arguments[2]).stat().st_size == 0:

@@ -30,8 +30,8 @@ class RoundStage:
 
     Attributes:
         round: Number of the round; 0 is the evaluation of the first model.
-        name: "evaluate", "train" or the name of a pipeline. For the stage that writes the HTML page with a pipeline's
-            pairs: "page of " and the name of the pipeline.
+        name: "evaluate", "train" or the name of a pipeline. The stage that writes the HTML page of a pipeline's pairs
+            is called "page of NAME", where NAME is the pipeline's name.
         module: Module that Python runs.
         arguments: Arguments of the module.
         launcher: Words of the command before ``-m MODULE``; empty: the Python of this process.
@@ -135,12 +135,15 @@ def train_recipe_path(recipe: IterateRecipe, number: int) -> Path:
 
 
 def chat_template_path(recipe: IterateRecipe) -> Path:
-    """Returns the path of the file that holds the chat template of ``train.model`` for sampling and evaluation."""
+    """Returns the path of the file with the chat template that the recipe sets in ``train.model``.
+
+    Sampling and evaluation read the template from this file.
+    """
     return recipe.folder / _TEMPLATE
 
 
 def round_sources(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
-    """Returns the files of pairs of a round, as dicts with ``pipeline``, ``path``, ``pairs`` and ``repeat_time``.
+    """Returns a dict for each file of pairs in a round, with ``pipeline``, ``path``, ``pairs`` and ``repeat_time``.
 
     ``pairs`` is the number of pairs. ``repeat_time`` is the average number of times that an epoch visits each pair; it
     is 0 for a file without pairs.
