@@ -117,7 +117,7 @@ class Server:
         )  # fmt: skip
 
     def run(self, block: Block, folder: Path) -> str:
-        """Writes a block with a title to a file and returns "", or runs another block and returns its output.
+        """Writes a block with a title to a file and returns "". Runs a block without a title and returns its output.
 
         ``folder`` is the working directory and contains the file.
 

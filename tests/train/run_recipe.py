@@ -1,4 +1,4 @@
-"""Runs recipes in separate processes with one or several ranks. Tests kill or signal them at a chosen moment.
+"""Runs recipes in processes with one or several ranks. A test can kill or signal these at a chosen moment.
 
 To save time, the processes are forked from a server that has already imported the trainer. ``write_text_run`` writes a
 small text model with tokenizer and pairs, for tests of the command line.

@@ -1,7 +1,8 @@
-"""Compares vLLM with TransformersEngine: text, images, adapters, suppressed tokens, kills, and vLLM's server.
+"""Compares vLLM with TransformersEngine on text and images.
 
-``make vllm-check`` runs these tests. They print the number of equal continuations. Where continuations differ, they
-print the gap between the two largest logits.
+Also tests adapters, suppressed tokens, commands that are killed and resumed, and vLLM's server. ``make vllm-check``
+runs these tests. They print the number of equal continuations. Where continuations differ, they print the gap between
+the two largest logits.
 """
 
 import functools
