@@ -423,7 +423,7 @@ class ExactHead:
     magnitude: Array  # [..., V], a logit if no terms of its product cancelled: one rounding of it is allowed
 
     def gradients(self, gradient: Array) -> dict[str, Array]:
-        """Returns the gradients of hidden, weight and bias, given the gradient of the logits."""
+        """Returns the gradients of hidden, weight and bias. ``gradient`` is the gradient of the logits."""
         vocab, depth = self.weight.shape
         used = (gradient != 0).any(-1).reshape(-1)
         by_product = (gradient * self.slope).reshape(-1, vocab)[used]
@@ -646,7 +646,7 @@ def assert_gradient_as_accurate(
     noise: float = 0.0,
     name: str = "gradient",
 ) -> None:
-    """Checks a gradient of logits: the entries of the labels, and separately the many small other entries.
+    """Checks a gradient of logits. Checks the labels' entries, and separately the many small entries of other tokens.
 
     In half precision, the rounding error of a label's entry can exceed the largest of the other entries. So the other
     entries are also checked by their relative errors. The limit is ``factor`` times eager torch's largest relative

@@ -76,7 +76,7 @@ def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Seque
 
 
 def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
-    """Compares linear_mpo_loss on a backend, computed in many tiles, with the CPU backend."""
+    """Computes linear_mpo_loss in many tiles on a backend. Compares the results with those of the CPU backend."""
     generator = torch.Generator().manual_seed(7)
     hidden = torch.randn(4, 5, 13, generator=generator).to(dtype)
     weight = (0.5 * torch.randn(203, 13, generator=generator)).to(dtype)

@@ -51,7 +51,7 @@ class Block:
 
     @property
     def prelude(self) -> str:
-        """Returns code that defines the names that the page's examples assume; "" if there are none."""
+        """Returns the code that runs before this block and defines names for it; "" if the block has no such code."""
         path = PRELUDES / f"{self.page.replace('/', '-').removesuffix('.md')}-{self.number}.py"
         return path.read_text() if self.language == "python" and path.exists() else ""
 

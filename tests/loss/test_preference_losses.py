@@ -1,4 +1,4 @@
-"""Tests the preference losses against the formulas of their papers, against TRL, and on extreme inputs."""
+"""Compares the preference losses with the formulas of their papers, and with TRL. Also tests extreme inputs."""
 
 import math
 from collections import defaultdict

@@ -275,7 +275,7 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
     Args:
         number: Number of the forward pass, from 0.
         signals: Signals to send, in order.
-        only: Rank that sends them; None for all ranks.
+        only: Rank that sends the signals; None: all ranks send them.
         rank: Rank of the process.
     """
     from mpo_ext.train import batch_loss

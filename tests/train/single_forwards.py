@@ -50,7 +50,7 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def plain_loss(model: nn.Module, samples: Sequence[Sample], with_rejected: bool = True) -> torch.Tensor:
-    """Returns the loss, computed from logits, with a separate forward for each response.
+    """Runs a separate forward for each response. Returns the loss computed from the logits.
 
     The input of a forward is the prompt with its images, followed by one response.
     """

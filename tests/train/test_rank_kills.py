@@ -39,7 +39,7 @@ def die_on_rank(victim: int, number: int | None, events: Path, rank: int) -> Non
 
 
 def end_like_a_launcher(processes: list[Any]) -> list[int]:
-    """Waits for all processes, and kills them if one fails, as torchrun does. Returns the exit codes."""
+    """Waits for all processes. If one fails, kills all processes, as torchrun does. Returns the exit codes."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline and all(process.exitcode in (None, 0) for process in processes):
         if all(process.exitcode == 0 for process in processes):

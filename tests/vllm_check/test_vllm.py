@@ -36,7 +36,7 @@ def run_script(
 
 @pytest.fixture(scope="session")
 def expected(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs TransformersEngine on the model "text" or "image" and returns the results' folder.
+    """Returns a function that runs TransformersEngine on a model, "text" or "image", and returns the results' folder.
 
     Results are cached.
     """
@@ -52,7 +52,7 @@ def expected(folder: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def vllm_runs(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs vLLM on the model "text" or "image" and returns the results' folder.
+    """Returns a function that runs vLLM on a model, "text" or "image", and returns the results' folder.
 
     Results are cached.
     """

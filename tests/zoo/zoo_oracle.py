@@ -140,7 +140,7 @@ def _without_white_end(
 ) -> Iterator[list[int]]:
     """Yields the token ids of the conversation's text, and of shorter texts.
 
-    Each text lacks the last character of the text before. Only trailing white space is removed.
+    Each text lacks the last character of the text before it. Only trailing white space is removed.
     """
     text = _text(processor, messages, kwargs)
     tokenizer = getattr(processor, "tokenizer", processor)
