@@ -47,7 +47,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture(params=[name for name in ENGINES if name != "reference"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Returns the name of a backend with kernels, which are all backends except "reference" (plain torch)."""
+    """Returns the name of a backend with kernels. Only the backend "reference" (plain torch) has no kernels."""
     return _select(request.param, monkeypatch)
 
 

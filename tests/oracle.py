@@ -50,10 +50,11 @@ def wide(tensor: Tensor | Array) -> Array:
 
 
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
-    """Returns the machine epsilon with which kernels accumulate: that of float64 for float64 logits, else of float32.
+    """Returns the machine epsilon of the dtype in which kernels accumulate.
 
-    ``dtype`` is the torch dtype of the logits, or the numpy dtype of their copy from ``wide``. Long double stands for
-    float64 logits, because ``wide`` copies them to long double.
+    They accumulate in float64 for float64 logits, otherwise in float32. ``dtype`` is the torch dtype of the logits, or
+    the numpy dtype of a copy that ``wide`` made. ``wide`` copies float64 logits to long double, so long double counts
+    as float64 here.
     """
     is_double = dtype == (torch.float64 if isinstance(dtype, torch.dtype) else np.longdouble)
     return torch.finfo(torch.float64 if is_double else torch.float32).eps
@@ -168,7 +169,7 @@ class ExactShift:
         self.pending: list[tuple[float, int]] = []
 
     def __call__(self, reward_sum: float, count: int) -> float:
-        """Adds the rewards of a micro-batch, given their sum and number. Returns the delta that its loss uses."""
+        """Adds ``count`` rewards of a micro-batch. Returns delta, the reward shift in the loss of this micro-batch."""
         before = self.value
         self.update(reward_sum, count)
         return self.value if self.order == "before" else before
@@ -251,7 +252,8 @@ def mpo_exact(
         labels: ``[2B, T]`` or ``[N]``.
         ref_logp: ``[2B]``, or None if ref_logits is given.
         ref_logits: Like logits.
-        reward_shift: Delta, or a function that returns delta for the sum and the number of the batch's rewards.
+        reward_shift: Delta, or a function that returns delta. The function's arguments are the sum of the batch's
+            rewards, and the number of rewards.
         cu_seqlens: ``[2B + 1]`` for packed logits.
         shift: Whether position t is scored against label t + 1 of the same sequence.
         options: Settings of the loss; DEFAULTS has all of them.
@@ -369,11 +371,11 @@ def _noise(
     """Returns the unavoidable absolute error of each result, by name.
 
     A reward is a small difference of two large sums. Rounding a sum once therefore causes a large relative error of
-    the reward and of the losses computed from it. Eager torch's error may be small by chance, so it cannot serve as
-    the bound.
+    the reward and of the losses computed from it. In a test, the allowed error is a multiple of eager torch's error
+    plus the unavoidable error. Eager torch's error alone is not enough, because it may be small by chance.
 
     For each term of the loss, the absolute derivative with respect to a reward is at most 1. The absolute second
-    derivative is at most 1/4. The bounds follow from these limits.
+    derivative is at most 1/4. The errors of the terms and of the gradient follow from these two bounds.
     """
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)
@@ -421,7 +423,7 @@ class ExactHead:
     magnitude: Array  # [..., V], a logit if no terms of its product cancelled: one rounding of it is allowed
 
     def gradients(self, gradient: Array) -> dict[str, Array]:
-        """Returns the gradients of hidden, weight and bias, given the gradient of the logits."""
+        """Returns the gradients of hidden, weight and bias. ``gradient`` is the gradient of the logits."""
         vocab, depth = self.weight.shape
         used = (gradient != 0).any(-1).reshape(-1)
         by_product = (gradient * self.slope).reshape(-1, vocab)[used]
@@ -644,11 +646,11 @@ def assert_gradient_as_accurate(
     noise: float = 0.0,
     name: str = "gradient",
 ) -> None:
-    """Checks a gradient of logits: the entries of the labels, and separately the many small other entries.
+    """Checks a gradient of logits. Checks the labels' entries, and separately the many small entries of other tokens.
 
-    In half precision, the rounding error of a label's entry can exceed the largest of the other entries. So the
-    relative error of each other entry is checked too. It may be ``factor`` times eager torch's largest relative error.
-    The limit also includes the rounding of this entry and of the exponent in the softmax, and ``noise``.
+    In half precision, the rounding error of a label's entry can exceed the largest of the other entries. So the other
+    entries are also checked by their relative errors. The limit is ``factor`` times eager torch's largest relative
+    error, plus the rounding of the checked entry and of the exponent in the softmax. It also includes ``noise``.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.
@@ -865,7 +867,7 @@ def make_case(
 ) -> Case:
     """Returns a random test case; ``labelled`` is the approximate fraction of labelled positions.
 
-    With a fraction strictly between 0 and 1, every response has at least one token.
+    If the fraction is strictly between 0 and 1, the last position of every sequence has a label.
     """
     generator = torch.Generator().manual_seed(1000 * seed + vocab)
     if packed:

@@ -1,4 +1,4 @@
-"""Tests the oracle against torch's autograd in float64, and its error bounds against deliberately wrong kernels.
+"""Compares the oracle with torch's autograd in float64. Also tests that its error bounds reject wrong kernels.
 
 Nothing here uses the package.
 """

@@ -76,7 +76,7 @@ def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Seque
 
 
 def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
-    """Compares linear_mpo_loss on a backend, computed in many tiles, with the CPU backend."""
+    """Computes linear_mpo_loss in many tiles on a backend. Compares the results with those of the CPU backend."""
     generator = torch.Generator().manual_seed(7)
     hidden = torch.randn(4, 5, 13, generator=generator).to(dtype)
     weight = (0.5 * torch.randn(203, 13, generator=generator)).to(dtype)
@@ -165,7 +165,10 @@ def exp_logits_case(vocab: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
 
 
 def check_exp_logits(backend: str, dtype: torch.dtype, vocab: int) -> None:
-    """Checks write_exp_logits on three tiles against float64: exponentials, and sums rescaled between tiles."""
+    """Compares the results of write_exp_logits on three tiles with float64.
+
+    The results are the exponentials, and the sums, which are rescaled when the reference changes between tiles.
+    """
     logits, labels, edges = exp_logits_case(vocab)
     sums = torch.randn(len(labels), 37, generator=torch.Generator().manual_seed(1))
     expected_sums = sums.double().clone()

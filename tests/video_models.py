@@ -1,7 +1,7 @@
 """Tiny models that take videos, with transformers' processor classes.
 
-The video processors of transformers need torchvision. ``QwenVideoStandIn`` replaces them with the image processor.
-test_video_processors.py compares the two where torchvision is installed.
+The video processors of transformers need torchvision. ``QwenVideoStandIn`` replaces them, and uses an image processor.
+If torchvision is installed, test_video_processors.py compares ``QwenVideoStandIn`` with the real video processors.
 """
 
 import importlib.util

@@ -1,4 +1,7 @@
-"""Tests the matchers on the table of answers, and on random numbers with exact values from Python's fractions."""
+"""Tests the matchers on the table of answers, and on random numbers.
+
+Python's ``fractions`` computes the expected results for the random numbers exactly.
+"""
 
 import decimal
 import importlib.util

@@ -26,7 +26,7 @@ TRUTHS = ("7", "x . . .", "A", "a brown dog", "\\frac{1}{2}", "1,234.5 km")
 
 @pytest.fixture(autouse=True)
 def _without_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disables the helper process of the matcher "math", which has a separate time limit."""
+    """Disables the helper process of the matcher "math". That process has its own time limit."""
     monkeypatch.setattr(MathProcess, "compare", lambda *arguments: "unfinished")
 
 

@@ -1,4 +1,7 @@
-"""Tests ``make audit``: the tests that it names exist, it counts their cases, and its table lists those that ran."""
+"""Tests ``make audit``.
+
+Its tests and settings must exist. It must count the cases of its tests. Its table must show which checks ran.
+"""
 
 from __future__ import annotations
 

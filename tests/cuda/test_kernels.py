@@ -1,4 +1,4 @@
-"""Tests the compiled CUDA kernels on the simulator against the definitions in float64.
+"""Runs the compiled CUDA kernels on the simulator. Compares their results with the definitions in float64.
 
 Kernels must not read uninitialized memory or bytes outside labelled rows. They must write every part of an output.
 MPO_PTXSIM_ALL=1 runs every combination of parameters; CI runs a selection.
@@ -65,8 +65,8 @@ def check_token_logp(rows: Rows, out: dict[str, np.ndarray], stats: int) -> None
 def check_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray, scale: float = 1.0) -> None:
     """Checks a gradient of logits. The allowed error is the rounding of its dtype and of float32 arithmetic.
 
-    ``place`` describes how the gradient is stored in ``buffer``: its dtype and its layout. Ignored rows must be 0, and
-    rows with an invalid label NaN.
+    ``place`` describes how the gradient is stored in ``buffer``: its dtype and its layout. Ignored rows must be 0.
+    Rows with an invalid label must be NaN.
     """
     exact = exact_rows(rows)
     unit = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}[rows.dtype]

@@ -98,11 +98,11 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
 
 
 def fence_problems(text: str) -> list[str]:
-    """Returns a message for each increment of an arrival counter in PTX text that lacks a fence before or after it.
+    """Checks the fences around the increments of arrival counters in PTX text. Returns a message per missing fence.
 
-    A thread block writes its results, increments a counter, and then reads the results of other blocks. A fence must
-    be between the last write or barrier and the increment. Another must be between the increment and the next read or
-    barrier.
+    A thread block writes its results, increments a counter, and then reads the results of other blocks. Each increment
+    needs two fences. One must follow the last write or barrier before the increment. The other must precede the first
+    read or barrier after the increment.
     """
     publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")
     reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")

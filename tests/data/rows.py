@@ -41,6 +41,6 @@ def open_rows(folder: Path, rows: Sequence[dict[str, Any]], **options: Any) -> P
 
 
 def read_row(folder: Path, row: dict[str, Any], **options: Any) -> Pair | BadLine:
-    """Returns the pair read from a row, with image paths as in the row, or a BadLine with the reason."""
+    """Reads a row. Returns the pair, or a BadLine with the reason. The pair's image paths are those of the row."""
     source = open_rows(folder, [row], **options)
     return next(pair for _, pair in source.pairs.scan())

@@ -1,4 +1,6 @@
-"""Tests random rows of other programs: each gives a pair that conversion preserves, or an error that states the rule.
+"""Tests random rows in the formats of other programs.
+
+Each row gives a pair, or an error that states the violated rule. Conversions must preserve the pair.
 
 MPO_FUZZ_CASES sets the number of examples. Every run draws the same examples.
 """

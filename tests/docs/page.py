@@ -51,7 +51,7 @@ class Block:
 
     @property
     def prelude(self) -> str:
-        """Returns code that defines the names that the page's examples assume; "" if there are none."""
+        """Returns the code that runs before this block and defines names for it; "" if the block has no such code."""
         path = PRELUDES / f"{self.page.replace('/', '-').removesuffix('.md')}-{self.number}.py"
         return path.read_text() if self.language == "python" and path.exists() else ""
 
@@ -117,7 +117,7 @@ class Server:
         )  # fmt: skip
 
     def run(self, block: Block, folder: Path) -> str:
-        """Writes a block with a title to a file and returns "", or runs another block and returns its output.
+        """Writes a block with a title to a file and returns "". Runs a block without a title and returns its output.
 
         ``folder`` is the working directory and contains the file.
 

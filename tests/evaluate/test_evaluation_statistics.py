@@ -1,4 +1,4 @@
-"""Tests standard errors and comparisons of models against values computed by hand."""
+"""Tests the statistics of an evaluation. The expected values are computed by hand, or published."""
 
 import math
 

@@ -32,9 +32,9 @@ class Server:
         image: Text that stands for an image in the prompt.
         template: Chat template to use instead of the tokenizer's.
         key: API key that requests must have; None: any.
-        fault: Function of a request body that returns a fault. It returns (status, headers) for an HTTP error.
-            "cut" closes the connection without an answer, and "half" closes it after half of the answer. "text" gives
-            an answer that is not JSON, and "empty" an answer without choices. None means no fault.
+        fault: Function that takes a request body and returns the server's fault, or None for no fault. The fault
+            (status, headers) is an HTTP error. "cut" closes the connection without an answer. "half" closes it after
+            half of the answer. "text" is an answer that is not JSON. "empty" is an answer without choices.
         finish: Finish reason that all answers report; None: the actual one.
         message: Further fields of a chat message.
         bodies: Path and body of each request that was answered.
@@ -106,7 +106,7 @@ class Server:
 
 
 def parsed(turn: dict[str, Any]) -> dict[str, Any]:
-    """Returns a message with the arguments of its tool calls parsed from JSON, like vLLM's server."""
+    """Returns a message after parsing the arguments of its tool calls from JSON. vLLM's server also parses them."""
     calls = [
         {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
         for call in turn.get("tool_calls", ())

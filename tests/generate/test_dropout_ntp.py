@@ -1,4 +1,4 @@
-"""Tests the pipeline DropoutNTP: where it cuts responses, its prompts, and which continuations it rejects."""
+"""Tests the pipeline DropoutNTP: where it cuts responses, which prompts it makes, which continuations it rejects."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests that processes started by a library end together with their parent process, even after SIGKILL."""
+"""Tests ``ended_with_this_process``: child processes end when their parent ends, even if SIGKILL ends the parent."""
 
 import os
 import signal

@@ -38,7 +38,7 @@ def sections() -> dict[str, list[page.Block]]:
 
 
 def run(block: page.Block, folder: Path) -> str:
-    """Writes a block with a title to a file and returns "", or runs another block and returns its output."""
+    """Writes a block with a title to a file and returns "". Runs a block without a title and returns its output."""
     if block.title is not None:
         path = folder / block.title
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
     python tests/integrations/side_by_side.py trl [--rounds 3] [--steps 4] [--length 4] [--pairs 2] [--save]
 
 Both kinds of runs compute the same loss on the same data: mpo_ext uses the trainer's rule for the reward shift. The
-model is a Qwen2 with two layers, width 256 and 151,936 tokens. Each run is a separate process with one thread, and the
-two kinds alternate.
+model is a Qwen2 with two layers, hidden size 256, and a vocabulary of 151,936 tokens. Each run is a separate process
+with one thread. Runs of the two kinds alternate.
 
 Prints the median wall time and CPU time of a step, without the first step, and the peak memory of the process.
 """

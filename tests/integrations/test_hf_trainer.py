@@ -1,4 +1,4 @@
-"""Tests a transformers Trainer with MPOLossMixin against MPO in plain float64 torch; also kills and resumes it."""
+"""Compares a transformers Trainer that uses MPOLossMixin with MPO in plain float64 torch. Kills and resumes runs."""
 
 from __future__ import annotations
 

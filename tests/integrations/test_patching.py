@@ -1,4 +1,7 @@
-"""Tests patches of functions that other modules import by name, on a small package with the layout of OpenRLHF."""
+"""Tests patching a function that several modules of a package import by name.
+
+The package is a small imitation of OpenRLHF.
+"""
 
 from __future__ import annotations
 

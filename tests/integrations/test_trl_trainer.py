@@ -1,4 +1,4 @@
-"""Tests MPOTrainer and the patch of TRL against TRL's DPOTrainer and against MPO in plain float64 torch."""
+"""Compares MPOTrainer and the patch of TRL with TRL's DPOTrainer, and with MPO in plain float64 torch."""
 
 from __future__ import annotations
 

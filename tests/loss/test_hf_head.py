@@ -1,4 +1,8 @@
-"""Tests hidden_and_head on small transformers models, bare and wrapped, against loss and gradients from the logits."""
+"""Tests hidden_and_head on small transformers models, with and without wrappers such as DDP.
+
+A loss is computed from the hidden states and the head, and another from the model's logits. Both losses and their
+gradients must be equal.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +165,10 @@ def loss_of(out: HiddenAndHead, labels: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the gradients by parameter name, without wrapper prefixes, and clears them. None becomes zeros."""
+    """Returns the gradients by parameter name. Removes the prefix ``module.`` from names.
+
+    For a parameter without a gradient, returns zeros. Also clears the gradients of the model.
+    """
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -476,7 +483,7 @@ def mean_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def train(model: nn.Module, inner: nn.Module, rank: int, steps: int) -> None:
     """Runs AdamW steps on the rank's batches, and checks that the ranks end with equal parameters.
 
-    ``inner`` is a copy of the model without wrappers, for which the batches are made.
+    ``inner`` is a copy of the model without wrappers. The batches are made for ``inner``.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -516,7 +523,7 @@ def ddp_without_images(rank: int) -> None:
 
 
 def fsdp2(rank: int, family: str) -> None:
-    """Tests FSDP2 with each decoder layer sharded separately. The root shards all other modules, also the head."""
+    """Tests FSDP2 with each decoder layer sharded separately. The root shards all other parts, including the head."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
@@ -554,7 +561,7 @@ def fsdp2_head_by_itself(rank: int, is_kept: bool) -> None:
 
 
 def fsdp2_in_forward(rank: int, family: str) -> None:
-    """Tests FSDP2 with each linear layer sharded separately, also an untied head.
+    """Tests FSDP2 with each linear layer sharded separately, including an untied head.
 
     The full weight of a layer is freed after each forward.
     """

@@ -168,7 +168,7 @@ def wanted_in(mode: str) -> tuple[str, ...]:
 
 
 def placed(backend: str, *tensors: Tensor | None) -> Any:
-    """Moves tensors to the device of a backend. Skips the test for float64 on GPU kernels."""
+    """Moves tensors to the device of a backend. Skips the test if a GPU kernel would get a float64 tensor."""
     device = device_of(backend)
     if device != "cpu" and backend != "reference" and any(x is not None and x.dtype == torch.float64 for x in tensors):
         pytest.skip("the kernels of a GPU take no float64")
@@ -219,7 +219,7 @@ def run_rows(
 
 
 def eager_gradients(case: Linear, logits: Tensor, by_logits: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the gradients of ``tensors`` by name, backpropagated from ``by_logits``, the gradient of the logits."""
+    """Backpropagates ``by_logits``, the gradient of the logits. Returns the gradients of ``tensors`` by name."""
     return dict(zip(tensors, torch.autograd.grad(logits, list(tensors.values()), by_logits), strict=True))
 
 
@@ -231,9 +231,9 @@ class Judgement:
         exact: Exact gradients.
         eager: Gradients of eager torch.
         size: For each gradient entry, the sum of the absolute values of its terms.
-        share: The same sum, computed with 1 in place of each nonzero upstream gradient.
-        certain: The same sum, computed with another gradient of the logits: the upstream gradient at the label, and 0
-            at all other logits.
+        share: Like ``size``, but with 1 in place of each nonzero upstream gradient.
+        certain: Like ``size``, but with another gradient of the logits. This gradient is the upstream gradient at the
+            label, and 0 at all other logits.
     """
 
     exact: dict[str, Array]
@@ -265,11 +265,11 @@ class Judgement:
     def judge(self, case: Linear, gradients: dict[str, Tensor], noise: float) -> None:
         """Raises if a gradient is too inaccurate in comparison with eager torch.
 
-        ``noise`` is the allowed error of a row's upstream gradient, d loss / d logp.
+        ``noise`` is the unavoidable error of a row's upstream gradient, d loss / d logp.
 
-        The allowed error is based on eager torch's error, which can be small by chance. In float64, eager torch and
-        the kernels round a label's probability before they subtract 1. For float64 gradients, the allowed error also
-        includes this rounding.
+        The limit is based on eager torch's error, which can be small by chance. In float64, eager torch and the
+        kernels round a label's probability before they subtract 1. For float64 gradients, the limit also includes
+        this rounding.
         """
         rounding = case.eps / 2 if case.result_dtype == torch.float64 else 0.0
         for name, tensor in gradients.items():

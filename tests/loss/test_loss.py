@@ -1,4 +1,4 @@
-"""Tests mpo_loss against the oracle, with every term, option and layout, and its behaviour in an autograd graph."""
+"""Compares mpo_loss with the oracle for every term, option and layout. Also tests mpo_loss in an autograd graph."""
 
 import functools
 import math

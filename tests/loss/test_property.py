@@ -1,4 +1,4 @@
-"""Tests mpo_loss against the oracle on random shapes, dtypes, strides, packings, labels and options.
+"""Compares mpo_loss with the oracle on random shapes, dtypes, strides, packings, labels and options.
 
 MPO_PROPERTY_CASES sets the number of examples per backend. Every run draws the same examples.
 """

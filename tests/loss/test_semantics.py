@@ -1,7 +1,8 @@
-"""Tests mpo_loss against the MPO of four trainers, each reimplemented here from its code or description.
+"""Compares mpo_loss with the MPO losses of four trainers.
 
-The functions compute float64 log-probs with torch, and then follow each trainer's order of operations. They use no
-code of the package, and share little code with each other, so a mistake does not affect all of them.
+Each trainer's loss is reimplemented here, from the trainer's code or description. The functions compute float64
+log-probs with torch, and then follow each trainer's order of operations. They use no code of the package, and share
+little code with each other, so a mistake does not affect all of them.
 """
 
 from typing import Any

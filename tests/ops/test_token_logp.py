@@ -1,4 +1,4 @@
-"""Tests token_logp against the oracle, on every backend and instruction set that this machine supports."""
+"""Compares token_logp with the oracle, on every backend and instruction set that this machine supports."""
 
 import functools
 import math

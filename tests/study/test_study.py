@@ -403,7 +403,7 @@ def test_verdicts_are_corrected_for_their_number() -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch):
-    """Replaces the study's runs by instant ones. Returns (list, set).
+    """Replaces the study's runs by instant runs. Returns (list, set).
 
     The list collects (seed, name) of each run. Tests add the names of runs that must fail to the set.
     """

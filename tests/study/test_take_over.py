@@ -27,7 +27,7 @@ EVALUATION = {
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """Replaces the study's runs by instant ones. Returns a list that collects (seed, name) of each run."""
+    """Replaces the study's runs by instant runs. Returns a list that collects (seed, name) of each run."""
     runs_asked: list[tuple[int, str]] = []
 
     def task(folder: Path, settings: PriorSettings, row: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def write_pairs(folder: Path, count: int, *, seed: int = 0, text_only: int = 0, 
         folder: Where to write.
         count: Number of tasks.
         seed: Seed of the tasks.
-        text_only: Every ``text_only``-th task has no image; 0: all have one.
+        text_only: Every ``text_only``-th task has no image; 0: each task has an image.
         repeats: Number of pairs for each task.
     """
     rng = np.random.default_rng(seed)

@@ -413,8 +413,8 @@ def sample(
 def samples_of(family: str) -> list[Sample]:
     """Returns four pairs of unequal lengths.
 
-    Two pairs share a prompt with two images. The third pair has one image, and the fourth has none. Families without
-    images have none at all.
+    Two pairs share a prompt with two images. The third pair has one image, and the fourth has none. If the family does
+    not take images, no pair has an image.
     """
     some = 1 if ALL[family].images else 0
     return [

@@ -1,4 +1,4 @@
-"""Runs recipes in separate processes with one or several ranks. Tests kill or signal them at a chosen moment.
+"""Runs recipes in processes with one or several ranks. A test can kill or signal these at a chosen moment.
 
 To save time, the processes are forked from a server that has already imported the trainer. ``write_text_run`` writes a
 small text model with tokenizer and pairs, for tests of the command line.
@@ -275,7 +275,7 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
     Args:
         number: Number of the forward pass, from 0.
         signals: Signals to send, in order.
-        only: Rank that sends them; None for all ranks.
+        only: Rank that sends the signals; None: all ranks send them.
         rank: Rank of the process.
     """
     from mpo_ext.train import batch_loss

@@ -50,7 +50,7 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def plain_loss(model: nn.Module, samples: Sequence[Sample], with_rejected: bool = True) -> torch.Tensor:
-    """Returns the loss, computed from logits, with a separate forward for each response.
+    """Runs a separate forward for each response. Returns the loss computed from the logits.
 
     The input of a forward is the prompt with its images, followed by one response.
     """
@@ -79,7 +79,10 @@ def plain_loss(model: nn.Module, samples: Sequence[Sample], with_rejected: bool 
 
 
 def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the gradients by parameter name, without wrapper prefixes, and clears them. None becomes zeros."""
+    """Backpropagates the loss. Returns the gradients by parameter name, and removes the prefix ``module.`` from names.
+
+    For a parameter without a gradient, returns zeros. Also clears the gradients of the model.
+    """
     loss.backward()
     grads = {
         name.removeprefix("module."): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()

@@ -1,4 +1,4 @@
-"""Tests how pairs become a batch, and samples that cannot be batched.
+"""Tests how pairs become a batch, and the errors for samples that cannot be batched.
 
 A row of a batch holds one response, or several responses with their shared prompts.
 """

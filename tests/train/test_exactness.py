@@ -283,7 +283,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
 def assert_equal(run: Run, script: Run, tolerance: float) -> None:
-    """Checks every logged number of every step, and every weight, against the script's."""
+    """Compares the logged numbers of all steps, and the final weights, with those of the script."""
     assert len(run.lines) == len(script.lines)
     off: dict[str, float] = {}
     for line, wanted in zip(run.lines, script.lines, strict=True):

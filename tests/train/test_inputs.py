@@ -277,7 +277,7 @@ def with_template(text: str) -> Callable[[Any], Any]:
 
 
 def swap_two_words(processor: Any) -> None:
-    """Exchanges two words of the tokenizer, which keeps the size of its vocabulary."""
+    """Exchanges the token ids of two words. The size of the vocabulary stays the same."""
     values = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     vocabulary = values["model"]["vocab"]
     vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]

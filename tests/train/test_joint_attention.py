@@ -1,6 +1,6 @@
-"""Tests joint_attention.py: attention on CPUs for rows that hold a prompt and several responses, without a mask.
+"""Tests joint_attention.py, which computes attention on CPUs without a mask.
 
-Results and gradients equal those with a dense mask.
+A row holds a prompt and several responses. Results and gradients equal those with a dense mask.
 """
 
 from __future__ import annotations

@@ -29,17 +29,17 @@ SETTINGS = {
 
 
 def die_on_rank(victim: int, number: int | None, events: Path, rank: int) -> None:
-    """Calls ``die_at_event`` if ``rank`` is ``victim``; otherwise does nothing.
+    """Calls ``die_at_event`` if ``rank`` is ``victim``.
 
-    That kills the process right before its event ``number``, counted from 0. If ``number`` is None, it only counts the
-    events. An event is for example an optimizer update.
+    An event is, for example, an optimizer update. ``die_at_event`` kills the process right before event ``number``,
+    counted from 0. If ``number`` is None, ``die_at_event`` only counts the events.
     """
     if rank == victim:
         die_at_event(number, events, rank)
 
 
 def end_like_a_launcher(processes: list[Any]) -> list[int]:
-    """Waits for all processes, and kills them if one fails, as torchrun does. Returns the exit codes."""
+    """Waits for all processes. If one fails, kills all processes, as torchrun does. Returns the exit codes."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline and all(process.exitcode in (None, 0) for process in processes):
         if all(process.exitcode == 0 for process in processes):

@@ -99,7 +99,10 @@ def test_what_two_ranks_began_one_ends(sharded: bool, job_of: Callable[..., Job]
 
 
 def test_a_cumulative_shift_counts_each_rank(job_of: Callable[..., Job]) -> None:
-    """Checks the authors' reward shift: the average of the mean rewards of all micro-batches so far, on all ranks."""
+    """Checks the authors' reward shift.
+
+    Each micro-batch of each rank has a mean reward. The reward shift is the average of all these means so far.
+    """
     settings = {
         "reward_shift__mode": "cumulative", "reward_shift__update": "before", "reward_shift__per": "micro_batch",
         "optim__batch_size": 4, "optim__max_steps": 3, "optim__warmup_ratio": 0, "data__eval": [],

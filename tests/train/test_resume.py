@@ -306,7 +306,7 @@ def test_sigterm_ends_after_the_current_step_and_the_run_resumes(
 
 
 def assert_same_but_extra_checkpoints(job: Job, truth: Job) -> None:
-    """Compares two runs, without the checkpoints that only one of them has, such as a checkpoint made by a signal."""
+    """Compares two runs. Leaves out checkpoints that only one run has, such as a checkpoint made by a signal."""
     ours, theirs = checkpoints(job), checkpoints(truth)
     assert max(ours) == max(theirs)
     assert all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())
@@ -336,7 +336,7 @@ def test_a_second_sigint_ends_at_once(job_of: Callable[..., Job], whole: Callabl
 
 
 def test_signals_and_kills_with_workers(job_of: Callable[..., Job], whole: Callable[[str], Job]) -> None:
-    """Sends the signal to the run and to its data workers, like a cluster or a terminal."""
+    """Sends the signal to the run and also to its data workers. Clusters and terminals do the same."""
     job = job_of("workers", "after", data__workers=1)
     hook = functools.partial(signal_group_at_forward, 1, signal.SIGTERM)  # each step has one micro-batch
     assert run(dataclasses.replace(job, hook=hook)) == [INTERRUPTED], text_of(job)

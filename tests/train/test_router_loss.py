@@ -1,4 +1,4 @@
-"""Tests the auxiliary router loss against transformers' ``load_balancing_loss_func``, with text and with images."""
+"""Compares the auxiliary router loss with transformers' ``load_balancing_loss_func``, on text and on images."""
 
 from __future__ import annotations
 

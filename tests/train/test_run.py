@@ -550,7 +550,7 @@ def test_a_reference_model_from_a_path_is_checked_too(
 def test_a_run_from_logits_never_asks_for_the_head(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``hidden_and_head`` does not support the head of some models. The recipe's ``from_logits`` avoids it."""
+    """``hidden_and_head`` does not support some models. With ``from_logits`` in the recipe, a run does not call it."""
 
     def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError("no head")
@@ -609,7 +609,7 @@ def test_a_step_whose_pairs_are_all_skipped_is_logged_and_saved(tmp_path: Path, 
 
 
 def poison(model: Any, calls: set[int], factor: float = math.nan) -> None:
-    """Breaks the training forwards ``calls``, counted from 1.
+    """Breaks some of the forward passes of training. ``calls`` has their numbers, counted from 1.
 
     By default, ``factor`` is NaN, and the hidden states become NaN. Any other ``factor`` leaves the hidden states
     unchanged, and their gradients become infinite or NaN.

@@ -40,7 +40,7 @@ def test_the_check_passes(family: str, attention: str, dtype: torch.dtype) -> No
 
 
 def test_with_from_logits_the_model_computes_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``hidden_and_head`` does not support the head of some models. They are checked and trained from logits."""
+    """``hidden_and_head`` does not support some models. Such models are checked and trained from their logits."""
     model = build("llama", None)
     batch = batch_of(model, samples_of("llama"), "shared")
     expected, logp = (label_logp_and_precision(model, batch, from_logits)[0] for from_logits in (False, True))

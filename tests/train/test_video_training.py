@@ -39,9 +39,9 @@ def make_encoder(model: Any, processor: Any, **options: Any) -> Encoder:
 
 
 def write_clips(folder: Path, count: int) -> Path:
-    """Writes ``count`` pairs. Most are about small clips of different lengths; some of these also have an image.
+    """Writes ``count`` pairs. In groups of five pairs, four pairs have a small clip, and the last has only text.
 
-    Every fifth pair has only text.
+    The clips have different lengths. One of the four pairs with a clip also has an image.
     """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""Compares vLLM with TransformersEngine: text, images, adapters, suppressed tokens, kills, and vLLM's server.
+"""Compares vLLM with TransformersEngine on text and images.
 
-``make vllm-check`` runs these tests. They print the number of equal continuations. Where continuations differ, they
-print the gap between the two largest logits.
+Also tests adapters, suppressed tokens, commands that are killed and resumed, and vLLM's server. ``make vllm-check``
+runs these tests. They print the number of equal continuations. Where continuations differ, they print the gap between
+the two largest logits.
 """
 
 import functools
@@ -35,7 +36,7 @@ def run_script(
 
 @pytest.fixture(scope="session")
 def expected(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs TransformersEngine on the model "text" or "image" and returns the results' folder.
+    """Returns a function that runs TransformersEngine on a model, "text" or "image", and returns the results' folder.
 
     Results are cached.
     """
@@ -51,7 +52,7 @@ def expected(folder: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def vllm_runs(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs vLLM on the model "text" or "image" and returns the results' folder.
+    """Returns a function that runs vLLM on a model, "text" or "image", and returns the results' folder.
 
     Results are cached.
     """

@@ -1,4 +1,4 @@
-"""Chat templates that give the same text as the families' published templates. Few of them support tools."""
+"""Chat templates that give the same text as the families' published templates. Few templates here support tools."""
 
 ALTERNATE = (
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"

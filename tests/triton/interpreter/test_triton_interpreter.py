@@ -1,4 +1,4 @@
-"""Tests the Triton kernels in Triton's interpreter, through the public functions, against the float64 oracle."""
+"""Runs the Triton kernels in Triton's interpreter, through the public functions. Compares them with the oracle."""
 
 from __future__ import annotations
 
