@@ -44,7 +44,8 @@ class LossBenchmark:
         name: "logits" or "linear".
         providers: Functions by name. Each returns a provider. A missing or broken library may raise any exception.
         make_batch: Returns random inputs for a shape on a device.
-        floor_runs: Returns functions by name, which do the necessary work on a batch. They may overwrite the batch.
+        floor_runs: Returns a dict from name to function. Each function does necessary work on a batch, and may
+            overwrite the batch.
         floor_seconds: Function that returns the floor of a provider in seconds. Its arguments are the provider's name,
             and a dict from the name of each function in ``floor_runs`` to its median seconds.
         floor: Description of the floor, for the result files.

@@ -239,7 +239,7 @@ def _pillow() -> Any:
 
 @contextlib.contextmanager
 def _opened(source: Any) -> Iterator[Any]:
-    """Opens an image, checks its size, and yields it as a PIL image. Converts errors as ``_named_errors`` does."""
+    """Opens an image, checks its size, and yields it as a PIL image. ``_named_errors`` converts errors."""
     pillow, limit = _pillow(), max_pixels()
     if isinstance(source, pillow.Image):
         with _named_errors(source), warnings.catch_warnings():
