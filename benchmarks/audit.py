@@ -50,7 +50,7 @@ class Check:
     """A check of the audit: a run of pytest, or of the native tests under a sanitizer.
 
     Attributes:
-        name: Name of the check, by which the command line selects it.
+        name: Name of the check. The command line selects checks by their names.
         tests: Arguments of pytest. For a sanitizer check, the value of ``SANITIZERS``, such as "thread".
         counts: Environment variables that set a number of test cases, such as ``{"MPO_KILLS": 20}``.
         settings: Other environment variables.

@@ -85,7 +85,7 @@ def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[f
 
     Returns:
         A list and a number. The list has a tuple for each step: CPU seconds of the step, and a dict of CPU seconds by
-        logging part. The number is the CPU time, in seconds per step, that the statistics entropy and top1 take.
+        logging part. The number is the CPU time, in seconds per step, for computing ``entropy`` and ``top1``.
     """
     clock = LogClock()
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -124,7 +124,7 @@ def _statistics_seconds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Measures the steps, and prints a table of the time of each part of the log."""
+    """Measures the steps, and prints a table with the CPU time that each part of the logging takes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("vocab", "hidden", "layers", "text", "response", "batch", "micro_batch"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(SIZES, name))

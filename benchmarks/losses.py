@@ -44,7 +44,8 @@ class LossBenchmark:
         name: "logits" or "linear".
         providers: Functions by name. Each returns a provider. A missing or broken library may raise any exception.
         make_batch: Returns random inputs for a shape on a device.
-        floor_runs: Returns functions by name, which do the necessary work on a batch. They may overwrite the batch.
+        floor_runs: Returns a dict from name to function. Each function does necessary work on a batch, and may
+            overwrite the batch.
         floor_seconds: Function that returns the floor of a provider in seconds. Its arguments are the provider's name,
             and a dict from the name of each function in ``floor_runs`` to its median seconds.
         floor: Description of the floor, for the result files.
@@ -89,8 +90,8 @@ def usable(
     than ``most_seconds``. This time is estimated from the small shape, or measured.
 
     Returns:
-        Two dicts: one from the name of each usable provider to the provider, and one from the name of each rejected
-        provider to the reason.
+        Two dicts. The first maps the name of each usable provider to the provider. The second maps the name of each
+        rejected provider to the reason.
     """
     trial = dataclasses.replace(
         loss, tokens=max(loss.tokens // _TRIAL, 8), vocab=max(loss.vocab // _TRIAL, 512), share=1.0
@@ -160,7 +161,7 @@ def runs_of(
 def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[str, Timing]) -> dict[str, float]:
     """Returns the floor of each implementation, in seconds: a lower bound of its time.
 
-    ``timings`` are the measured times of ``runs_of``.
+    ``timings`` are the measured times of the runs that ``runs_of`` returns.
     """
     medians = {name: timing.median_s for name, timing in timings.items()}
     return {name: benchmark.floor_seconds(name, medians) for name in names}

@@ -34,8 +34,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Runs the pipelines in turn, ``args.repeat`` times, each time with another seed.
 
     Returns:
-        A dict by pipeline. It has ``runs`` (pairs, tokens and seconds of each run) and the fractions of
-        ``label_shares`` over the pairs of all runs.
+        A dict from the name of each pipeline to its results. The results are ``runs`` (pairs, tokens and seconds of
+        each run), and the fractions that ``label_shares`` returns for the pairs of all runs.
     """
     import numpy as np
 
@@ -77,7 +77,10 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def pipelines(args: argparse.Namespace, seed: int) -> dict[str, Callable[[], Any]]:
-    """Returns functions that create the pipelines, by name. The sampling settings are those of the demo."""
+    """Returns a dict from the name of each pipeline to a function that creates it.
+
+    The pipelines have the sampling settings of the demo.
+    """
     from benchmarks.study import reading_judge
     from mpo_ext.demo import digits
     from mpo_ext.demo.pairs import MAX_NEW_TOKENS

@@ -83,7 +83,7 @@ def products_of(method: str) -> str:
 
 
 def paths(documents: Documents) -> str:
-    """Returns a table of the predicted time and memory of the ways to compute the loss from hidden states."""
+    """Returns a table with the predicted time and memory of each method that computes the loss from hidden states."""
     machine = machines.gpu("H100")
     rows = []
     for method, text in _PATHS.items():

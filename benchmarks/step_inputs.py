@@ -57,7 +57,7 @@ class Sizes:
     def prompt(self) -> int:
         """Largest number of tokens in a prompt.
 
-        These are the image tokens, 8 + ``text`` words of one token each, and 2 tokens of the chat template.
+        A prompt has the image tokens, 2 tokens of the chat template, and 8 + ``text`` words. Each word is one token.
         """
         return self.images * self.image_tokens + self.text + 10
 

@@ -108,8 +108,8 @@ def _around(base: LossShape, axes: Mapping[str, Sequence[Any]]) -> Iterator[tupl
 def logits_groups(*, quick: bool) -> list[Group]:
     """Returns the groups of implementations and shapes that are measured for the loss that takes logits.
 
-    The first groups have the base shape. The others vary the labelled fraction, the vocabulary, the number of tokens
-    or pairs, or the dtype. ``quick`` selects small shapes.
+    The first groups have the base shape. Later groups vary the labelled fraction, the vocabulary, the number of
+    tokens or pairs, or the dtype. ``quick`` selects small shapes.
     """
     rivals = ("eager", "torch.compile", "TRL selective_log_softmax", "Liger cross entropy", "quack cross entropy")
     everyone = ("mpo_ext", "mpo_ext, reuse_logits", logits.STATISTICS, *rivals, "mpo_ext, cuda", "mpo_ext, triton")
@@ -145,8 +145,8 @@ def logits_groups(*, quick: bool) -> list[Group]:
 def linear_groups(*, quick: bool) -> list[Group]:
     """Returns the groups of implementations and shapes that are measured for the loss that takes hidden states.
 
-    The first groups have the base shape. The others vary the labelled fraction, the vocabulary, the hidden size, or
-    the number of tokens or pairs. Most of the others measure only mpo_ext. ``quick`` selects small shapes.
+    The first groups have the base shape. Later groups vary the labelled fraction, the vocabulary, the hidden size, or
+    the number of tokens or pairs. Most of these later groups measure only mpo_ext. ``quick`` selects small shapes.
     """
     # F.linear_cross_entropy takes seconds even on the small shapes of a quick run.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))

@@ -109,7 +109,8 @@ def run_cases(
     The first step of a case includes its setup.
 
     Returns:
-        Two dicts: the steps of each case that succeeded, and the error of each case that failed.
+        Two dicts. The first has the measured steps of each case that succeeded. The second has the error of each case
+        that failed.
     """
     context = multiprocessing.get_context("spawn")
     done: dict[str, list[MeasuredStep]] = {name: [] for name in cases}

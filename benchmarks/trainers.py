@@ -108,7 +108,10 @@ class Parts:
         return timed
 
     def watch(self, model: Any, accelerator: Any) -> None:
-        """Installs hooks that time forward and backward of the model, the gradient norm and the optimizer step."""
+        """Installs hooks that measure the parts of a training step.
+
+        The parts are the model's forward and backward passes, the gradient norm and the optimizer step.
+        """
         from torch.optim import optimizer
 
         tower, decoder = model.model.vision_tower, model.model.language_model

@@ -239,7 +239,7 @@ def _pillow() -> Any:
 
 @contextlib.contextmanager
 def _opened(source: Any) -> Iterator[Any]:
-    """Opens an image, checks its size, and yields it as a PIL image. Converts errors as ``_named_errors`` does."""
+    """Opens an image, checks its size, and yields it as a PIL image. ``_named_errors`` converts errors."""
     pillow, limit = _pillow(), max_pixels()
     if isinstance(source, pillow.Image):
         with _named_errors(source), warnings.catch_warnings():
@@ -445,7 +445,7 @@ def _range(image: Any) -> str:
 
 
 def _color_mode(mode: str) -> str:
-    """Returns the mode of the colours from ``_color_and_alpha``, such as "RGB" for an image of mode "P"."""
+    """Returns the mode that ``_color_and_alpha`` gives the colours of an image of ``mode``: "RGB" for "P"."""
     return "L" if mode in _GREYS else mode if mode in ("CMYK", "LAB") else "RGB"
 
 

@@ -4,8 +4,9 @@ Each sampling process writes a journal. The first line is a header with the sett
 record, a JSON object with a ``key``. ``append`` returns after the operating system has received the record, so killing
 the process loses no appended record.
 
-The file is synced to disk when it is created, at most every ``fsync_s`` seconds after that, and when it is closed. A
-kill or a crash can leave an incomplete last line. This line is removed when the journal is opened.
+The file is synced to disk when it is created and when it is closed. In between, an append syncs it if the last sync is
+at least ``fsync_s`` seconds old. A kill or a crash can leave an incomplete last line. This line is
+removed when the journal is opened.
 """
 
 import contextlib

@@ -103,9 +103,9 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, s
 
 
 def changed_independently(names: Iterable[str]) -> list[str]:
-    """Returns those of the changed parts ``names`` that do not depend on library versions, such as "chat_template".
+    """Returns the changed parts that do not depend on library versions, such as the part "chat_template".
 
-    ``names`` are keys of a result of ``changed_parts``.
+    ``names`` are all changed parts: keys of a result of ``changed_parts``.
     """
     return [name for name in names if name.partition(".")[0] in _INDEPENDENT_PARTS]
 
@@ -137,7 +137,7 @@ def _without_defaults(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Returns settings as JSON values. Leaves out settings that are None or have no effect on the pixels."""
+    """Returns settings as JSON values. Leaves out settings that are None, and those in ``_IGNORED_SETTINGS``."""
     if isinstance(value, Mapping):
         return {
             str(name): _plain(setting)

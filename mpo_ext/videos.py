@@ -179,7 +179,7 @@ class LoadedVideo:
 
 
 def load_video(source: Any) -> LoadedVideo:
-    """Returns the frames of a video that a model sees.
+    """Reads a video, and returns the frames that a model sees.
 
     A file of D seconds gives ``round(D * fps)`` frames at equal intervals, but at least one and at most
     ``max_frames``. A list gives all its frames, or ``max_frames`` evenly spaced frames if it is longer. Each frame is
@@ -214,7 +214,7 @@ def key_frames(source: Any, count: int) -> LoadedVideo:
 
 
 def check_video(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
-    """Checks a video, and returns warnings like ``check_image``. At present, the list is always empty.
+    """Checks a video. Returns a list of warnings as ``check_image`` does; at present, it is always empty.
 
     Args:
         source: As in ``load_video``.

@@ -1,8 +1,8 @@
 """Runs coverage-guided fuzzing with atheris: ``python tools/fuzz.py TARGET [CORPUS] [-max_total_time=3600]``.
 
-TARGET is answers, pairs, recipes, images or journals: the code that reads the random bytes. The run ends at the first
-input that breaks a rule of the target, and libFuzzer writes this input into the current folder. Run ``pip install
-atheris`` first.
+TARGET names the code that reads the random bytes: answers, pairs, recipes, images or journals. The run ends at the
+first input that breaks a rule of the target, and libFuzzer writes this input into the current folder. Run ``pip
+install atheris`` first.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def recipes(content: bytes) -> None:
 
 
 def images(content: bytes) -> None:
-    """Checks that an image file is decoded to an RGB image, or raises ImageError."""
+    """Checks that an image file is decoded to an RGB image. An unusable file must raise ImageError."""
     try:
         image = load_image(content)
     except ImageError:

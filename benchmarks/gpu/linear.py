@@ -29,7 +29,7 @@ _RUNS, _BUDGET_RUNS = 7, 3
 
 
 def run(stage: GpuStage) -> None:
-    """Measures all implementations and the matmuls alone, with 100 % and with 10 % of the positions labelled.
+    """Measures the loss with 100 % and with 10 % of the positions labelled: each matmul, then each implementation.
 
     Then measures several memory budgets of ``linear_mpo_loss``.
     """
@@ -71,7 +71,7 @@ def _measure_products(stage: GpuStage, loss: LossShape) -> dict[str, float]:
 
 
 def _tile_programs(batch: linear.HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Returns functions by name. Each runs one matmul of the loss on a tile, which is a part of the vocabulary."""
+    """Returns a dict from name to function. Each function runs one matmul on a part (tile) of the vocabulary."""
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100]
     total = torch.zeros(rows.shape, device=rows.device)
     programs: dict[str, Callable[[], Any]] = {}

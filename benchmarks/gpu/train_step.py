@@ -66,7 +66,10 @@ def _model(loss: LossShape, stage: GpuStage) -> nn.Module:
 
 
 def _ways(model: nn.Module, loss: LossShape, device: str) -> dict[str, Callable[[], Tensor]]:
-    """Returns functions by the name of their method. All compute the model's loss on the same random pair."""
+    """Returns a dict from the name of each way to compute the model's loss to a function that computes it this way.
+
+    All functions use the same random pair.
+    """
     ids = torch.randint(loss.vocab, (2, loss.tokens), device=device)
     labels = ids.clone()
     labels[:, : loss.tokens - round(loss.tokens * loss.share)] = -100

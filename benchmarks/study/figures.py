@@ -25,7 +25,7 @@ def prefix_of(document: Mapping[str, Any]) -> str:
 
 
 def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
-    """Returns a dict from seed to a measured quantity of the training run or starting model ``row``.
+    """Returns a dict from seed to the measured ``quantity``. ``row`` names a training run or a starting model.
 
     Seeds without a measured result are left out. ``column`` is one of ``COLUMNS``, and ``quantity`` one of
     ``QUANTITIES``. Fractions are returned in percent.

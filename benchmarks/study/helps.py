@@ -22,8 +22,8 @@ _HEADER = [
 def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the Markdown table. ``documents`` maps the name of a result file to its content.
 
-    A starting model is left out if no seed has results of both SFT and MPO for it. The significance tests are
-    corrected for the number of lines.
+    A starting model has a line if at least one seed has both an SFT and an MPO result that begin from this model. The
+    significance tests are corrected for the number of lines.
     """
     lines = [line for name in ("study_prior", "study") for line in _lines(documents[name])]
     found = verdicts([gains for _, gains, _, _ in lines])

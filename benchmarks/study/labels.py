@@ -82,7 +82,7 @@ def table(document: Mapping[str, Any]) -> str:
 
 
 def cost(document: Mapping[str, Any]) -> str:
-    """Returns sentences that compare the tokens per pair of DropoutNTP and RLAIF-V with those in the paper."""
+    """Returns sentences on how many tokens DropoutNTP and RLAIF-V generate per pair, in the study and in the paper."""
     starts = _starts(document, RLAIF_V)
     if not starts:
         return "Not run yet.\n"
@@ -103,7 +103,7 @@ def cost(document: Mapping[str, Any]) -> str:
 
 
 def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Returns the entries of ``document["starts"]`` that contain ``label_shares`` of the pairs ``name``."""
+    """Returns the entries of ``document["starts"]`` that have label fractions of the pair file ``name``."""
     return [start for start in document["starts"] if start.get("labels", {}).get(name)]
 
 

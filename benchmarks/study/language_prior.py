@@ -1,8 +1,8 @@
 """Declares the task "language-prior" of the study, which is the demo's task.
 
 The starting model makes up digits: it predicts them from its own text instead of reading the image. The settings are
-those of the demo. This file was fixed before the reported seeds ran (docs/study.md). Two parts were added later, but
-each before the runs that its tables report:
+those of the demo. This file was fixed before the reported seeds ran (docs/study.md). Two parts were added later. Each
+part was added before the runs of the tables that it names:
 
 - the tables "alone", "repair" and "rlaif";
 - the entries of ``PAPER`` for the table "weights". They say whether the paper reports a higher or a lower accuracy.

@@ -38,7 +38,7 @@ def make_files(
     """Samples answers of the starting model, and makes pairs from them.
 
     Returns:
-        Two dicts: one from file name to pairs, and one from kind of pairs to the summary of their sampling.
+        Two dicts. The first maps each file name to pairs. The second maps each kind of pairs to its sampling summary.
     """
     pool, summaries = _sample(model, processor, settings, rng, folder)
     return choose(pool, settings, rng), summaries
@@ -53,7 +53,7 @@ def train_start(
 ) -> list[dict[str, float]]:
     """Trains the starting model in place, with SFT on correct responses.
 
-    The questions show digits in an image, state them in words, or lack the image.
+    A question shows the digits in an image, states the digits in words, or asks about an image that is left out.
 
     Returns:
         A dict for each evaluation, with ``step``, ``loss`` and a validation accuracy for each kind of questions.

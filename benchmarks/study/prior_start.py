@@ -110,7 +110,7 @@ def make_files(
     If ``has_all`` is False, only the file "mixed" is made, with the same pairs as in the demo.
 
     Returns:
-        Two dicts: one from file name to pairs, and one from the name of a sampling run to its summary.
+        Two dicts. The first maps each file name to pairs. The second maps each sampling run's name to its summary.
 
     Raises:
         RuntimeError: If a file would have no pair.
@@ -140,8 +140,8 @@ def _make_kinds(
 ) -> dict[str, list[Pair]]:
     """Makes the pairs of all files except "mixed" and "RLAIF-V". Returns a dict from file name to pairs.
 
-    Some files are random subsets of ``mixed``, the pairs of the file "mixed". The pairs of the others are sampled, and
-    the summaries of sampling are added to ``summaries``.
+    Some files are random subsets of ``mixed``, the pairs of the file "mixed". For the other files,
+    responses are sampled with ``engine``. The sampling summaries are added to ``summaries``.
     """
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}

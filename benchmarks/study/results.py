@@ -76,8 +76,8 @@ def current_commit() -> str:
 def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, AnySettings]) -> int:
     """Copies results of an earlier study into the folder ``out``, and returns their number.
 
-    Skips failures, seeds that are not in ``settings``, and results that ``out`` already has. The caller must make sure
-    that the declared training runs have not changed, because ``document`` does not record their settings.
+    Skips failures, seeds that are not in ``settings``, and results that ``out`` already has. ``document`` does not
+    record how the training runs are declared. The caller must make sure that these declarations have not changed.
 
     Args:
         out: Folder of the study.
@@ -85,7 +85,7 @@ def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, Any
         settings: Settings by seed.
 
     Raises:
-        ValueError: If the earlier study had other settings.
+        ValueError: If ``document`` has other values in its field ``settings``.
     """
     starts = {start["seed"]: start for start in document["starts"]}
     task = tables.task_of(document)

@@ -98,10 +98,10 @@ class Study:
                         raise error
 
     def finish(self, seed: int, row: str, result: dict[str, Any]) -> None:
-        """Stores the result of a starting model or training run. ``row`` is its name.
+        """Stores a result. ``row`` names the training run or the starting model that has this result.
 
-        When a starting model has been trained, the runs that begin from it are queued. When it has failed, they fail,
-        too.
+        When a starting model has been trained, the runs that begin from it are queued. When its training has failed,
+        these runs fail, too.
         """
         self.results[seed, row] = result
         is_start = row in self.task.starts
@@ -130,9 +130,12 @@ class Study:
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
         """Returns the sort key of an entry of the queue. An entry is (seed, name of a training run or starting model).
 
-        Entries in the main tables come first, name by name: all seeds of a name, then all seeds of the next. So an
-        interrupted study has complete comparisons. Then come the other training runs, seed by seed. Last come the
-        other starting models, seed by seed.
+        The order of the queue is:
+
+        1. Names in the main tables, name by name: all seeds of a name, then all seeds of the next. So an interrupted
+           study has complete comparisons.
+        2. Training runs that are in no main table, seed by seed.
+        3. Starting models that are in no main table, seed by seed.
         """
         seed, row = run
         place = [*self.task.starts, *self.task.rows].index(row)

@@ -1,7 +1,7 @@
 """Makes texts and tables that summarise the results of the study.
 
-The texts are generated from the results. ``verdicts.verdicts`` decides whether a difference is higher, lower or not
-significant. With one seed, a difference has no verdict.
+The texts are generated from the results. ``verdicts.verdicts`` decides whether a difference is significantly positive,
+significantly negative, or not significant. With one seed, a difference has no verdict.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def finding(verdict: str, paper: str) -> str:
 
 
 def family_of(document: Document, name: str) -> list[tuple[Difference, list[float], DifferenceVerdict]]:
-    """Returns (difference, values, verdict) for each difference declared for the table ``name``.
+    """Returns (comparison, values, verdict) for each comparison declared for the table ``name``.
 
-    ``values`` are the accuracy differences, one for each seed.
+    ``values`` are the differences in accuracy, in percentage points, one for each seed.
     """
     family = figures.task_of(document).differences[name]
     measured = [figures.differences(document, *each) for each in family]
@@ -51,8 +51,8 @@ def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
 def findings(document: Document) -> str:
     """Returns two tables about the differences that the paper reports, such as MPO being better than SFT.
 
-    The first shows the differences that are significant in the study. The second counts the other differences, by the
-    reason why they have no significant result: "not significant", "one seed, no verdict" or "not run".
+    The first table shows the differences that are significant in the study. The second table counts the
+    other differences, separately for each reason: "not significant", "one seed, no verdict" or "not run".
     """
     task = figures.task_of(document)
     rows: dict[str, list[list[str]]] = {SAME: [], OPPOSITE: []}

@@ -22,13 +22,13 @@ class StudySettings(RunSettings):
         sft_text_share: Fraction of the SFT questions that state the digits and have no image.
         text_questions: Number of questions without an image. The pairs of the file "text" are made from them.
         late_continuations: Number of continuations that DropoutNTP samples if it keeps 0.75 of an answer. The kept
-            part then names all digits. Most continuations are correct, so it takes several to get a wrong one. If
+            part then names all digits. Most continuations are correct, so several are sampled to get a wrong one. If
             DropoutNTP keeps less, it samples one continuation.
         pairs: Number of pairs in the file "mixed".
         mixed_shares: Fractions of the pairs in "mixed": correctness pairs with direct answers, correctness pairs with
             step-by-step answers, and DropoutNTP pairs.
-        kind_pairs: Maximum number of pairs per file, for the files from "correctness" through "DropoutNTP 0.75" in
-            ``perception.PAIR_FILES``. These files have equally many pairs.
+        kind_pairs: Maximum number of pairs in each file from "correctness" through "DropoutNTP 0.75" in
+            ``perception.PAIR_FILES``. All these files have the same number of pairs.
     """
 
     task: ClassVar[str] = "perception"

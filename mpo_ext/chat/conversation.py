@@ -19,8 +19,8 @@ class Conversation:
         key: Name of the conversation in error messages.
         question: The user's question. ``<image>`` and ``<video>`` mark the positions of images and videos. Without
             these placeholders, the images come first, and then the videos.
-        messages: All turns, if there are more than the question: mappings with ``role`` and ``content``. If given,
-            ``question`` is ignored. The content is text with the same placeholders, or a list of
+        messages: All turns, as mappings with ``role`` and ``content``. If it is empty, the question is the only turn.
+            Otherwise, ``question`` is ignored. The content is text with the same placeholders, or a list of
             ``{"type": "text", "text": ...}``, ``{"type": "image"}`` and ``{"type": "video"}``. An assistant's turn may
             have ``tool_calls``, as in OpenAI's API. A turn with the role "tool" holds the result of a call.
         images: Images in the order of their positions, in any form that ``mpo_ext.images.load_image`` takes.
@@ -95,8 +95,8 @@ def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
 def read_tool_calls(calls: object) -> list[dict[str, Any]]:
     """Converts the tool calls of an assistant's turn to the form that chat templates take.
 
-    ``calls`` is None or a list of calls. A call is ``{"name": ..., "arguments": ...}``, or has this object as
-    ``function``. Arguments that are a JSON string, as in OpenAI's API, are parsed.
+    ``calls`` is None or a list of calls. A call is ``{"name": ..., "arguments": ...}``, or a mapping whose
+    field ``function`` holds such an object. Arguments that are a JSON string, as in OpenAI's API, are parsed.
 
     Raises:
         ValueError: If ``calls`` has another form.

@@ -425,7 +425,7 @@ def _check_single_end(chat: ChatEncoder, ids: Sequence[int], response: str) -> N
 def _tokenize_apart(
     tokenizer: Any, decode: Callable[[Sequence[int]], str], context: list[int], text: str
 ) -> list[int] | None:
-    """Returns ids that decode to ``text`` if they follow the ids ``context``, or None if no such ids are found.
+    """Returns ids that decode to ``text`` when placed after the ids ``context``; None if no such ids are found.
 
     SentencePiece prepends a space to a text. To avoid this space, ``text`` is also encoded after an anchor such as a
     line break, and the anchor's ids are removed.

@@ -102,8 +102,8 @@ def print_encoding(recipe: "Recipe", encoder: "Encoder") -> bool:
 def print_data(recipe: "Recipe") -> bool:
     """Inspects the data of a recipe, and prints the format, the number of images and the defects of each source.
 
-    Defects are bad lines, pairs whose placeholders such as ``<image>`` do not match their images or videos, and pairs
-    with a missing image or video.
+    Defects are bad lines, pairs with a missing image or video, and pairs whose placeholders (such as ``<image>``) do
+    not match their images or videos.
 
     Returns:
         Whether the trainer can use the data. Without ``data.skip_bad``, there must be no defects. With it,

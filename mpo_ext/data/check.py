@@ -110,7 +110,7 @@ def check_pairs(
 
     Raises:
         ValueError: If an argument is invalid.
-        ImportError: If ``images`` requires PIL, which is not installed, or PyAV is missing for a video file.
+        ImportError: If PIL is missing and ``images`` requires it, or PyAV is missing and a video file requires it.
     """
     check_choice("images", images, get_args(ImageCheck))
     check_integer("keep", keep, least=0)

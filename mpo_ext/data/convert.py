@@ -42,7 +42,7 @@ def convert(
 
     Args:
         source: Pairs to write.
-        out: Folder to write for "mmpr" and "hf", file to write for "pairs" and "trl". For "hf", also a file .parquet.
+        out: Folder to write for "mmpr" and "hf", file to write for "pairs" and "trl". For "hf", also a .parquet file.
         format: Format to write, one of ``WRITABLE``.
         kind: For "trl" and "hf": "standard" or "conversational".
         skip_bad: Whether to skip bad lines and pairs that the format cannot hold. For "hf", this includes pairs with
@@ -55,8 +55,8 @@ def convert(
 
     Raises:
         BadLine: If ``skip_bad`` is False and a line would be skipped.
-        ValueError: If the format is unknown, ``out`` would replace an input, or ``out`` has the suffix of another kind
-            of file, such as .parquet. For "mmpr", also in the cases that ``write_mmpr`` names.
+        ValueError: If the format is unknown, ``out`` would replace an input, or the suffix of ``out`` does not fit the
+            format. For "mmpr", also in the cases that ``write_mmpr`` names.
         OSError: If the output cannot be written.
         ImportError: If Hugging Face datasets is required but not installed.
     """
@@ -131,7 +131,7 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
 
 
 def _turns(pair: Pair) -> list[dict[str, Any]]:
-    """Returns the turns in ``Pair.source``, of the prompt and of both responses, as one list."""
+    """Returns one list with the turns of the prompt and of both responses, as they are in ``Pair.source``."""
     return [turn for name in TURNS for turn in pair.source.get(name, ()) if isinstance(turn, dict)]
 
 

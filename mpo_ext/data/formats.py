@@ -12,8 +12,8 @@
 | rlaif-v | question, chosen, rejected, image or images as bytes or paths | ``rlaif_v.py`` |
 | hf | any of these in a folder that ``save_to_disk`` of Hugging Face datasets wrote | ``hf.py`` |
 
-Rows are stored in files of lines, tables and datasets (``containers.py``, ``hub.py``). ``sources.py`` opens a path of
-any format; ``convert.py`` writes the formats in ``WRITABLE``.
+Rows are stored in text files, in parquet files or in datasets. ``containers.py`` and ``hub.py`` read these.
+``sources.py`` opens a path of any format; ``convert.py`` writes the formats in ``WRITABLE``.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -56,8 +56,8 @@ def to_dataset(
     Args:
         pairs: The pairs, or a function that returns a new iterator over the pairs; they are read twice.
         kind: "standard" or "conversational".
-        embed: Whether the dataset contains the bytes of all images. False: it contains the paths of image files, and
-            only images in data URLs as bytes.
+        embed: Whether the dataset contains the bytes of all images. False: it contains the paths of image files, but
+            the bytes of images that are given as URLs.
         cache_dir: Folder in which to build the dataset; None: a temporary folder, deleted when the process exits.
 
     Returns:
@@ -168,7 +168,7 @@ class DatasetPairs(PairSequence):
 
     Args:
         dataset: The dataset. Its images are not decoded.
-        name: Path or name of the dataset in locations and error messages.
+        name: Path or name by which locations and error messages call the dataset.
         image_dir: Folder for storing images that rows hold as bytes; None: reading such a row raises BadLine.
         root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
         parse: Function that converts a row to a pair; its argument ``save_image`` stores the bytes of an image.

@@ -22,9 +22,9 @@ _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 def hub_id(path: str) -> str | None:
     """Returns the id of a dataset on the Hugging Face hub, or None if ``path`` means a local path.
 
-    ``hf://owner/name`` and ``hf://datasets/owner/name`` always mean the dataset ``owner/name``. Without ``hf://``, the
-    path ``owner/name`` means a dataset if no such path and no folder ``owner`` exist, and ``name`` has no file
-    extension.
+    ``hf://owner/name`` and ``hf://datasets/owner/name`` always mean the dataset ``owner/name``. Without ``hf://``,
+    ``owner/name`` means a dataset only if three conditions hold: ``name`` has no file extension, no file or folder
+    ``owner/name`` exists, and no folder ``owner`` exists.
 
     Raises:
         ValueError: If the path begins with ``hf://`` but does not name a dataset.

@@ -4,9 +4,9 @@ The meta file maps each subset's name to ``root`` (folder of its images), ``anno
 ``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen`` and ``rejected``,
 usually ``image`` (a path, a list of paths, "" or null), and often ``answer_gt``.
 
-This package adds two optional fields to a line. ``video`` is a video or a list of videos. A video is a path, an object
-as in ``Video.from_value`` or, within a list, a list of frame paths. ``rejected_image`` holds the images of the
-rejected response, as a path or a list of paths. All paths are relative to ``root``.
+This package adds two optional fields to a line. ``video`` is a video or a list of videos. A video is a path or an
+object as in ``Video.from_value``. A video in a list may also be a list of frame paths. ``rejected_image`` holds
+the images of the rejected response, as a path or a list of paths. All paths are relative to ``root``.
 """
 
 import bisect
@@ -202,7 +202,7 @@ def read_annotation(subset: MMPRSubset, **options: Any) -> LineFile:
 
 
 def line_parser(subset: MMPRSubset) -> Callable[[dict[str, Any], str], Pair]:
-    """Returns the function ``parse`` for ``LineFile``, which converts a line of an MMPR data set to a pair."""
+    """Returns a function that converts a line of an MMPR data set to a pair, for ``parse`` of ``LineFile``."""
     settings = {name: value for name, value in subset.settings.items() if name not in (*_FILE_SETTINGS, "root")}
     # The root lies beside the settings, because ``map_roots`` changes ``source["root"]``.
     source = {"format": "mmpr", "subset": subset.name, "root": subset.root}

@@ -32,7 +32,7 @@ class PairSource:
         pairs: The pairs. Each line occurs once; the ``repeat_time`` of MMPR data sets is ignored.
         root: Folder to which relative image paths are joined.
         subsets: Data sets that an MMPR meta file lists, by name; empty without a meta file.
-        on_pair: Function that is called with each pair that is read, with absolute image paths; None: no call.
+        on_pair: Function that is called with each pair that is read; None: no call. The pair has absolute image paths.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
         image_dir: Folder for the images and videos that rows hold as bytes; "" if the format cannot hold bytes.
         selected: Ascending int64 indices ``[n]`` of the lines that ``scan`` and ``scan_for`` visit; None: all lines.
@@ -90,7 +90,7 @@ class PairSource:
         """Reads the line at an index.
 
         Returns:
-            The location, the media paths as written in the line, and the pair with absolute paths or a BadLine.
+            The location, the media paths as written in the line, and either a BadLine or the pair with absolute paths.
         """
         where = self.pairs.locate(index)
         try:
@@ -197,7 +197,7 @@ def open_pairs(
         root: Folder to which relative image paths are joined. None: the folder that contains ``path``; for a folder of
             parquet files, this folder; for the hub, the current folder. Not used for a meta file, which names the
             image folders.
-        root_map: Tuples (old, new): the path of a folder of images or data that has moved, and its new path.
+        root_map: Tuples (old, new): the path of a folder that has moved, and its new path. It holds images or data.
         image_dir: Folder for storing images that a row holds as bytes; None: ``images`` in ``cache_folder()``.
         max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
         split: Name of the split of a dataset; None: the only split.

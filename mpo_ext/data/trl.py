@@ -3,7 +3,7 @@
 TRL has the columns ``prompt``, ``chosen``, ``rejected``, ``tools``, and ``images`` or ``image``. This module adds:
 
 - ``answer_gt`` (text or null),
-- ``image_paths`` (list of texts), only in datasets, because their ``images`` may hold bytes without a path,
+- ``image_paths`` (list of texts), in datasets but not in files, because a dataset's ``images`` may hold bytes,
 - ``question`` (text or null), the original question if it cannot be recovered from ``prompt``,
 - ``provenance`` and ``extra``, as JSON texts, because all values in a dataset column have the same type.
 """
@@ -59,8 +59,8 @@ def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True
             False: the row has no column ``images``, and the content is text.
 
     Raises:
-        ValueError: If the pair has videos or rejected images, if it has images and ``has_images`` is False, or if it
-            has tools or several turns and ``kind`` is "standard".
+        ValueError: If the pair has videos or rejected images, or has images while ``has_images`` is False. For
+            "standard", also if the pair has tools or several turns.
     """
     check_choice("kind", kind, get_args(Kind))
     for name in ("videos", "rejected_images"):

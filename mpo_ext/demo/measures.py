@@ -26,8 +26,8 @@ def measure(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: 
         - ``digits_right`` (form "cot" only): Of the digits in the images, the fraction that the responses name
           correctly.
         - ``hallucinated`` (form "cot" only): Fraction of the responses that name a wrong digit predicted by the prior.
-        - ``follow_prior`` (form "cot" only): Of the digits that follow another named digit, the fraction that
-          the prior predicts. Chance is 0.1.
+        - ``follow_prior`` (form "cot" only): Of the named digits whose previous digit is named, too, the
+          fraction that equals the prior's prediction. Chance is 0.1.
     """
     result: dict[str, dict[str, Any]] = {}
     for form in FORMS:

@@ -1,4 +1,7 @@
-"""Builds the demo's model: an InternVLForConditionalGeneration for two CPU cores, its processor and tokenizer."""
+"""Builds the demo's model, processor and tokenizer.
+
+The model is an InternVLForConditionalGeneration that is small enough for two CPU cores.
+"""
 
 import re
 from typing import Any

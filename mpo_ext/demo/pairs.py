@@ -184,7 +184,7 @@ def read_made(path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _with_subset(pair: Pair) -> Pair:
-    """Returns a copy of a pair with the form ("direct" or "cot") as its subset, by which reports group pairs."""
+    """Returns a copy of a pair whose subset is its form, "direct" or "cot". Reports group pairs by their subset."""
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 
 

@@ -43,7 +43,7 @@ def shipped_start(settings: Settings) -> dict[str, Any] | None:
 
 
 def load_shipped(model: InternVLForConditionalGeneration, info: dict[str, Any]) -> None:
-    """Loads the weights in the package into the model; ``info`` is the result of ``shipped_start``.
+    """Loads the package's weights file into the model. ``info`` is the result of ``shipped_start``.
 
     Raises:
         ValueError: If the SHA-256 of the weights file differs from ``info``.

@@ -240,7 +240,7 @@ def evaluate(
 
 
 def summarize(tasks: Sequence[digits.GridTask], responses: Sequence[tuple[str, int]]) -> dict[str, float]:
-    """Returns the statistics that ``evaluate`` describes for questions of one form.
+    """Returns the statistics of one form of questions. ``evaluate`` describes these statistics.
 
     ``responses`` is the output of ``respond`` for ``tasks``.
     """

@@ -393,7 +393,7 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """The shared memory of all resident blocks. It is one byte array, of which each block has an equal part."""
+    """The shared memory of all resident blocks. It is an array of bytes. Each block has an equal part."""
 
     def __init__(self, nslots, size, ranges, check_poison=False, check_races=False, banks=True):
         self.size = size
