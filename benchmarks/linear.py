@@ -35,12 +35,11 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 
 
 class HiddenBatch:
-    """Random inputs of the loss that takes hidden states.
+    """Random inputs of the loss that takes hidden states: B pairs of T tokens, stored as one long pair.
 
-    With B pairs of T tokens, hidden size D and vocabulary size V, the shapes are: hidden states ``[2, B T, D]``, head
-    ``[V, D]``, labels ``[2, B T]`` and ref_logp ``[2]``. So B pairs are stored as one long pair. The matmuls have the
-    same sizes as with hidden states ``[2 B, T, D]``. In each of the two sequences, only the last fraction ``share``
-    has labels; the other labels are -100.
+    The two sequences of this pair have ``B * T`` tokens each. The matmuls have the same sizes as with B pairs. Shapes,
+    with hidden size D and vocabulary size V: hidden states ``[2, B * T, D]``, head ``[V, D]``, labels ``[2, B * T]``
+    and ref_logp ``[2]``. In each sequence, only the last fraction ``share`` has labels; the other labels are -100.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:

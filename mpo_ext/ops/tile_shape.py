@@ -33,8 +33,8 @@ def tile_shape(
         vocab: Number of columns of the vocabulary.
         per_element: Bytes per element of a tile.
         per_column: Additional bytes per column of a tile.
-        budget: Maximum bytes of a tile.
-        preferred: Maximum of ``rows * columns * per_element`` in bytes, because larger tiles are not faster.
+        budget: Maximum bytes of a tile: ``columns * (rows * per_element + per_column)``.
+        preferred: Maximum bytes of the elements alone, ``rows * columns * per_element``. Larger tiles are not faster.
         step: The number of columns is rounded down to a multiple of ``step``. It is not rounded if it is the whole
             vocabulary or less than ``step``.
     """
