@@ -1,8 +1,9 @@
 """Computes aligned positions in rows of logits, which let Triton kernels read 16-byte vectors.
 
-A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Positions count elements
-from the start of the row, rounded down to a multiple of 16 bytes. Column c is at position ``shift + c``, where
-``shift`` is less than the number of elements in 16 bytes. Only the first and the last block of positions need a mask.
+A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Position 0 is the last
+multiple of 16 bytes that is not after the start of the row. Positions count elements from there. Column c is at
+position ``shift + c``, where ``shift`` is less than the number of elements in 16 bytes. Only the first and the last
+block of positions need a mask.
 """
 
 from typing import NamedTuple

@@ -40,11 +40,12 @@ def settings_function(
 ) -> Callable[[Any], LossSettings | None]:
     """Returns a function that takes a trainer, and returns its ``LossSettings``.
 
-    The function returns None if the trainer computes its own loss.
+    If ``other_loss`` gives a reason, the returned function prints it (once per trainer) and returns None. The trainer
+    then computes its own loss.
 
     Args:
-        other_loss: Function that takes a trainer, and returns why mpo_ext cannot compute the trainer's loss, or None
-            if mpo_ext computes it.
+        other_loss: Function that takes a trainer. It returns the reason why mpo_ext cannot compute the trainer's loss,
+            or None if mpo_ext can compute it.
         config_of: Function that takes a trainer, and returns the ``MPOConfig`` of its loss.
         reward_shift: Settings of ``RewardShift``.
 
@@ -142,8 +143,8 @@ def _token_rows(head: HiddenAndHead, labels: Tensor) -> Tensor:
 def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings | None]) -> list[Replacement]:
     """Returns replacements for the methods of a Trainer class that save and load checkpoints.
 
-    The new methods also save and restore the reward shift, and restore weights that ``save_pretrained`` renames.
-    ``settings`` is a result of ``settings_function``.
+    The new methods also save and load the reward shift. They load the weights even if ``save_pretrained`` has renamed
+    them. ``settings`` is a result of ``settings_function``.
     """
 
     def inherited(name: str) -> Callable[..., Any]:

@@ -223,7 +223,7 @@ def _check_is_whole(name: str, tensor: Tensor | None) -> None:
 
 
 class _Probe(torch.autograd.Function):
-    """Returns fixed numbers for each token, the probe, which stand in for the logits. Backward returns no gradient.
+    """Forward returns the probe: for each token, fixed numbers in place of logits. Backward returns no gradient.
 
     The result is still a part of the autograd graph, in which DDP's ``find_unused_parameters`` looks for parameters.
     """
@@ -238,7 +238,7 @@ class _Probe(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """Returns the hidden states unchanged; backward also sends a gradient of zeros to the model's output ``logits``.
+    """Forward returns ``hidden`` unchanged. Backward also sends a gradient of zeros to the model's output ``logits``.
 
     The loss does not use the model's output. FSDP and DDP place backward hooks on this output, which would not run
     without the zeros.
@@ -262,7 +262,7 @@ class _GradientCell:
 
 
 class _LossProbe(torch.autograd.Function):
-    """Returns the probe, like ``_Probe``. Backward returns ``cell.gradient`` as the gradient of ``value``."""
+    """Forward returns the probe, like ``_Probe``. Backward returns ``cell.gradient`` for the argument ``value``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
@@ -275,7 +275,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Returns ``value``. Backward stores the incoming gradient in ``cell``, and returns zeros for ``logits``."""
+    """Forward returns ``value``. Backward stores its gradient in ``cell``, and returns zeros for ``logits``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
@@ -486,7 +486,7 @@ def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | N
 
 
 def _measured_scale(logits: Tensor, softcap: float | None) -> float:
-    """Returns the logit scale that, with ``softcap``, turns the probe's number 0.25 into its logit in ``logits``."""
+    """Returns the logit scale that follows from ``softcap`` and from the logit that the model returned for 0.25."""
     value = logits[_PROBE.index(0.25)].item()
     if softcap is not None:
         value = softcap * math.atanh(value / softcap) if abs(value) < softcap else math.nan

@@ -44,9 +44,10 @@ from mpo_ext.ops.memory import VocabShard, result_dtype
 
 
 class _Rows(NamedTuple):
-    """The log-probs and statistics of this rank's tokens over the whole vocabulary, and the tensor for backward.
+    """The log-probs and statistics of this rank's tokens over the whole vocabulary.
 
-    The fields have the order of the outputs of ``ops.linear.linear_token_logp``.
+    ``kept`` is the tensor that forward keeps for backward. The fields have the order of the outputs of
+    ``ops.linear.linear_token_logp``.
     """
 
     logp: Tensor
@@ -312,8 +313,8 @@ def _score_hidden(
 ) -> _Rows:
     """Returns the log-probs and statistics of this rank's tokens over the whole vocabulary.
 
-    ``inputs`` are the hidden states, weight and bias. The result also holds the tensor for backward. ``shard``,
-    ``same`` and ``names`` are explained in ``_score_logits``.
+    ``inputs`` are the hidden states, weight and bias. The result also holds the tensor that forward keeps for
+    backward. ``shard``, ``same`` and ``names`` are explained in ``_score_logits``.
     """
     hidden, weight, bias = inputs
     if options.backend == "reference":

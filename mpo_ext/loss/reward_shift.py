@@ -185,12 +185,12 @@ class RewardShift:
 
         Args:
             shift: Result of ``begin_batch``.
-            new_state: ``[2]`` reward-shift state that the pair loss returned.
+            new_state: ``[2]`` state that the pair loss returned.
             batch: ``[2]`` sum and count of the rewards of this rank's batch.
 
         Returns:
-            None, or the updated state. With a state, the caller must compute the pair loss again from this state. The
-            updated delta includes the rewards of all ranks; the delta of the first computation did not.
+            None, or the updated state. If a state is returned, the caller must compute the pair loss again from it.
+            Its delta includes the rewards of all ranks; the delta of the first computation did not.
         """
         if shift.rule != HOLD:
             self._state.copy_(new_state)

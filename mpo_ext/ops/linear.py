@@ -54,9 +54,8 @@ def linear_token_logp(
 
     Returns:
         ``(logp, row_max, row_sum, row_stats, kept)``. The first four are the outputs of ``logits.token_logp``, on the
-        device of ``hidden``. ``kept`` is for backward: an empty tensor (KEEP_NOTHING), d logp / d hidden of the n
-        labelled rows, ``[n, D]`` (KEEP_HIDDEN_GRAD), or the logits as bytes, which ``KeptLogits`` describes
-        (KEEP_LOGITS, uint8).
+        device of ``hidden``. ``kept`` is for backward. KEEP_NOTHING: an empty tensor. KEEP_HIDDEN_GRAD: ``[n, D]``,
+        d logp / d hidden of the n labelled rows. KEEP_LOGITS: uint8, the bytes of the logits; see ``KeptLogits``.
     """
     _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
     if not 0 <= stats < 1 << len(STATS) or keep not in (KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS):
@@ -125,11 +124,11 @@ def linear_token_logp_shard(
     options: LinearOptions,
     shard: VocabShard,
 ) -> tuple[Tensor, Tensor]:
-    """Returns each token's softmax state over a shard of the vocabulary, and the tensor for backward.
+    """Returns each token's softmax state over a shard of the vocabulary, and the tensor ``kept`` for backward.
 
     ``weight`` and ``bias`` are this rank's shard of the head. Labels are ids of the whole vocabulary. The other
     arguments are those of ``linear_token_logp``. ``logits.merge_shards`` merges the states of all shards. With
-    KEEP_HIDDEN_GRAD, ``finish_shard_hidden_grad`` must complete the tensor for backward.
+    KEEP_HIDDEN_GRAD, ``finish_shard_hidden_grad`` must complete ``kept``.
     """
     tiles = _tiled_rows(hidden, weight, bias, labels, keep, options)
     chunks, kept = _score_tiles(tiles, stats, keep, options, shard)
@@ -169,8 +168,8 @@ def _score_tiles(
     """Computes the log-probs of the labelled tokens, tile by tile.
 
     Returns:
-        A ``_Chunk`` for each group of tokens, and the tensor for backward. With KEEP_HIDDEN_GRAD,
-        ``_finish_hidden_grad`` must complete this tensor.
+        A ``_Chunk`` for each group of tokens, and the tensor ``kept`` for backward. With KEEP_HIDDEN_GRAD,
+        ``_finish_hidden_grad`` must complete ``kept``.
     """
     shard = shard or VocabShard(0, tiles.vocab)
     if keep == KEEP_LOGITS:

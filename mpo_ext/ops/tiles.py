@@ -68,7 +68,10 @@ class Head(NamedTuple):
 
     @property
     def inner_scale(self) -> float:
-        """Factor of ``hidden @ weight.T + bias`` that gives the argument of tanh or, without tanh, the logit."""
+        """Factor by which ``hidden @ weight.T + bias`` is multiplied.
+
+        The product is the argument of tanh or, without a softcap, the logit.
+        """
         return self.logit_scale / (self.softcap or self.temperature)
 
     @property
@@ -291,7 +294,7 @@ class TiledRows:
         return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
-        """Adds ``grad.T`` times the hidden states of the slice ``rows`` to the weight's gradient for a tile's columns.
+        """Adds ``grad.T @ self.rows[rows]`` to ``target``, the gradient of the rows of ``weight`` that a tile covers.
 
         Call this method for each slice of rows from ``chunks``. Only after the last call (``is_last``), ``target``
         holds the whole sum.
@@ -304,7 +307,7 @@ class TiledRows:
             target.copy_(total)
 
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
-        """Adds ``grad.sum(0)`` to the gradient of the bias for a tile's columns.
+        """Adds ``grad.sum(0)`` to ``target``, the gradient of the elements of ``bias`` that a tile covers.
 
         Call this method for each slice of rows from ``chunks``. The sum is formed in a buffer. The last call
         (``is_last``) writes the sum to ``target``.
@@ -366,7 +369,8 @@ class _TileSize:
         """Returns the number of rows and columns of a tile.
 
         ``budget`` is the memory budget in bytes. ``has_weight_grad`` says whether the gradient of ``head.weight`` is
-        computed in tiles of this shape. If logits are kept, forward and backward must pass the same value.
+        computed in tiles of this shape. If logits are kept, forward and backward must pass the same
+        arguments, so that their tiles have the same shape.
         """
         rows, head = self._rows, self._rows.head
         count, hidden_size = rows.rows.shape

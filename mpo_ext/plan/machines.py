@@ -64,12 +64,12 @@ class Machine:
         is_gpu: Whether the machine is a GPU. The stages of a loss differ between CPU and GPU.
         bandwidth: Bytes per second of reads and writes, without page faults.
         matmul_rates: FLOP per second of large matmuls, by dtype.
-        matmul_shares: Fraction of its rate in ``matmul_rates`` that a matmul reaches. The key is the smallest of the
+        matmul_shares: Fraction of the rate in ``matmul_rates`` that a matmul reaches. The key is the smallest of the
             matmul's sizes m, n and k. Between two keys, the fraction is interpolated over the logarithm of the size.
             Empty: every matmul reaches the full rate.
         attention_rates: FLOP per second of attention kernels, by kind and dtype. Kind "plain": causal or full
             attention; only the scores that the result needs count as FLOP. Kind "masked": attention with a dense mask;
-            all scores count as FLOP. A missing rate is the rate of matmuls.
+            all scores count as FLOP. If a rate is missing, the rate of matmuls is used.
         kernel_rate: Logits per second that mpo_ext's kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
         fresh: Bytes per second at which the operating system provides new memory in small pages (page faults). Writing
@@ -130,7 +130,10 @@ class Machine:
         return work + stage.fresh / self.fresh + stage.huge / self.huge + stage.launches * self.launch
 
     def matmul_share(self, shortest: float) -> float:
-        """Returns the fraction of ``matmul_rates`` that a matmul reaches if its smallest size is ``shortest``."""
+        """Returns the fraction of the rate in ``matmul_rates`` that a matmul reaches.
+
+        ``shortest`` is the smallest of the matmul's sizes m, n and k.
+        """
         points = sorted(self.matmul_shares.items())
         if not points:
             return 1.0

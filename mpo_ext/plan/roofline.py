@@ -147,7 +147,7 @@ def loss_gradients(loss: LossShape, *, has_head: bool = True) -> float:
 
 
 def _kept_width(loss: LossShape, machine: Machine) -> int:
-    """Returns the bytes per logit that forward keeps for backward.
+    """Returns the number of bytes of a logit that forward keeps for backward.
 
     For bfloat16 inputs, a kept logit takes 2 bytes. Otherwise, it takes as many bytes as a logit in a tile.
     """

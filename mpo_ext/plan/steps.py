@@ -41,7 +41,7 @@ class ModelShape:
         width: Hidden size of the decoder, D.
         vocab: Size of the vocabulary, V.
         heads: Number of attention heads of the decoder.
-        kept: Bytes per token position of the activations that the decoder's layers keep for backward.
+        kept: Bytes of activations per token position that the decoder's layers keep for backward.
         moved: Bytes that the decoder's layers read and write in a forward pass, divided by the number of token
             positions. Reads and writes of attention kernels are not counted.
         vision: Number of weights in the linear layers of vision tower and projector; 0 without a vision tower.

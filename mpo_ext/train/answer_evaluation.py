@@ -119,7 +119,7 @@ def open_eval_questions(settings: GenerationRecipe) -> QuestionFile:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the file has no question with an answer, or an image or video does not exist.
+        ValueError: If no question of the file has an answer, or if an image or a video of a question does not exist.
     """
     try:
         questions = open_questions(

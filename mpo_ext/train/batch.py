@@ -206,7 +206,7 @@ class _RowPlan(NamedTuple):
 
     @property
     def owners(self) -> list[Sample]:
-        """Samples of ``prompts``. If ``copies`` is 2, only those of the first half, which the second half repeats."""
+        """The sample of each prompt. If ``copies`` is 2, the list covers only the first half of ``prompts``."""
         return [prompt.sample for prompt in self.prompts[: len(self.prompts) // self.copies]]
 
     @property

@@ -303,7 +303,7 @@ class RunData:
         return self.collator([self.dummy])
 
     def set_dummy(self, sample: Sample) -> None:
-        """Sets the sample whose prompt ``dummy_batch`` uses."""
+        """Sets the sample for ``dummy_batch``, which uses only its prompt."""
         self.dummy = dataclasses.replace(without_responses(sample), name="no pair", digest=NO_PAIR)
 
     def _dataset(self, mixture: Mixture, sampler: StepSampler, *, skip_bad: bool = False) -> StepDataset:

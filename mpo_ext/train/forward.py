@@ -87,10 +87,10 @@ def _label_rows(values: Tensor, batch: Batch) -> Tensor:
 
 @contextmanager
 def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
-    """Yields the model's keyword arguments for a batch. ``inner`` is the model without wrappers.
+    """Context manager that yields the model's keyword arguments for a batch.
 
-    Inside the ``with`` block, the model encodes each image once, even if the image belongs to two sequence rows. If
-    this is not possible for the model, a warning is issued.
+    ``inner`` is the model without wrappers. Inside the ``with`` block, the model encodes each image once, even if the
+    image belongs to two sequence rows. If this is not possible for the model, a warning is issued.
     """
     inputs: dict[str, Any] = dict(batch.inputs)
     has_grid = any(name in inputs for name in GRIDS)

@@ -301,8 +301,9 @@ def _same_texts(
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Returns tuples (pair of ``old``, pair of ``new``) with equal texts.
 
-    Several pairs may have equal texts and different images. Then a new pair belongs to the old pair with its images.
-    If there is none, it belongs to the old pair of the same line.
+    If only one old pair has the texts of a new pair, the two are matched. If several old pairs have these texts, the
+    one with the same images is chosen. If there is none, the one with the same name is chosen. A new pair without a
+    match is left out.
     """
     both = []
     for pair in new:

@@ -75,7 +75,8 @@ def means(
 
     - ``ntp_loss``: next-token loss, a mean over chosen tokens or chosen responses (``ntp_average``).
     - ``router_aux_loss``: a mean over the tokens of ``Batch.is_routed``.
-    - ``entropy`` and ``top1``: means over labelled tokens. ``top1`` is the fraction of labels with the largest logit.
+    - ``entropy`` and ``top1``: means over labelled tokens. ``top1`` is the fraction of labelled tokens whose label has
+      the largest logit of the vocabulary.
     - ``pairs``, ``chosen_tokens`` and ``rejected_tokens``: sums.
 
     ``reward_accuracy`` is the fraction of pairs whose chosen reward is strictly higher than the rejected reward, as in

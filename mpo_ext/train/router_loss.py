@@ -51,7 +51,7 @@ class RouterLoss:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """Yields a list to which each router appends its logits in the forward passes of the ``with`` block.
+        """Context manager that yields a list. In forward passes of the ``with`` block, routers append logits to it.
 
         Run backward after the block. With gradient checkpointing, backward runs the routers again, and the logits of
         this second run must not be appended.

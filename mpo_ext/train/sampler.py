@@ -19,12 +19,12 @@ class StepSampler:
     not matter.
 
     Args:
-        epoch: Function that returns the pair indices (int64) of an epoch, given its number, such as ``Mixture.epoch``.
-            All epochs must have the same number of pairs.
+        epoch: Function, such as ``Mixture.epoch``, that takes the number of an epoch and returns its pair indices
+            (int64). All epochs must have the same number of pairs.
         batch_size: Number of pairs per step, summed over all ranks.
         seed: Seed of the pair order.
-        groups: ``groups[i]`` is the group number of pair i, such as ``Mixture.prompt_groups()``. The pairs of a group
-            become adjacent in an epoch. If an epoch repeats pairs, the second copies of a group's pairs form a
+        groups: Array, such as ``Mixture.prompt_groups()``; ``groups[i]`` is the group number of pair i. The pairs of a
+            group become adjacent in an epoch. If an epoch repeats pairs, the second copies of a group's pairs form a
             separate group, and so do the third copies. None: pairs are not grouped.
 
     Attributes:

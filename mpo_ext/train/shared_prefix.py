@@ -118,8 +118,8 @@ def check_shared_prefix(
         positions: See ``collate``.
         device: Device of the batches; None: the device of the model's parameters.
         tolerance: Maximum root mean square difference of the log-probs, in nats. None: 16 times the machine epsilon of
-            the computation, but at least 1e-3. If half the effect of a broken mask is smaller than ``tolerance``, the
-            maximum is this half, but at least ``tolerance / 4``.
+            the computation, but at least 1e-3. The actual limit may be lower. It is half the effect of a broken mask,
+            but at least ``tolerance / 4`` and at most ``tolerance``.
         layout: The layout that is checked, in which responses share a prompt; see ``Batch``.
         from_logits: Whether the model computes logits; see ``loss.from_logits``.
 

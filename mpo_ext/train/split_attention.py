@@ -48,7 +48,7 @@ class _Part(NamedTuple):
         size: Number of tokens.
         prompt: If this part is the second or a later response to a prompt, the index of the earlier part that begins
             with this prompt. None if this part itself begins with a prompt, or is padding.
-        prompt_length: Number of prompt tokens in the part ``prompt``; 0 if ``prompt`` is None.
+        prompt_length: Number of prompt tokens at the start of that earlier part; 0 if ``prompt`` is None.
         is_padding: Whether the part is padding, for which attention is not computed.
         blocks: Images whose tokens attend to each other: the start and the end (exclusive) of each, as token indices
             in the part.
