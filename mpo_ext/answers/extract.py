@@ -73,7 +73,10 @@ def _last_group(pattern: re.Pattern[str], response: str) -> str | None:
 
 
 def last_box(response: str) -> str | None:
-    r"""Returns the content of the last ``\boxed{}`` in a text. Returns None without a box or its closing brace."""
+    r"""Returns the content of the last ``\boxed{}`` in a text.
+
+    Returns None if there is no box, or if the last box has no closing brace.
+    """
     boxes = list(re.finditer(r"\\boxed\s*(?=\{)", response))
     if not boxes:
         return None

@@ -243,7 +243,8 @@ class ChartMatcher(Matcher):
     """Applies the relaxed accuracy of ChartQA: numbers within 5 % of the truth are right.
 
     If the truth is not a number, the answer is compared as text, ignoring case. An answer is unreadable in the same
-    cases as for ``NumberMatcher``, with one exception: a rounded number outside the tolerance is wrong.
+    cases as for ``NumberMatcher``, except for rounding: numbers that differ by more than the tolerance, but are equal
+    after rounding, are wrong.
 
     Attributes:
         relative: Tolerance as a fraction of the truth.

@@ -1,4 +1,4 @@
-"""Compares mathematical answers under other readings, such as "7,0" read as 7.0.
+"""Compares mathematical answers under further readings, such as "7,0" read as 7.0.
 
 An answer is wrong only if it differs from the truth under every usual reading.
 """
@@ -39,16 +39,16 @@ def is_symbol(number: Number) -> bool:
 
 
 def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
-    """Compares two answers that differ as expressions, by reading both in other ways.
+    """Compares two answers that differ as expressions, under further readings.
 
-    These ways are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
+    The readings are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
     number ("1-1/4"), a quantity in several units ("5 ft 6 in"), and a word for 0 ("none").
 
     Returns:
-        (is_equal, rule). ``is_equal`` is True only for equal quantities in several units. All other ways are guesses:
-        if one of them makes the answers equal, ``is_equal`` is None. It is also None if the units of a quantity do not
-        fit together. It is False if no way makes the answers equal. ``rule`` names the comparison that decided, such
-        as "value" or "unit".
+        (is_equal, rule). ``is_equal`` is True only for equal quantities in several units. The other readings are
+        guesses: if the answers are equal under a guess, ``is_equal`` is None. It is also None if the units of a
+        quantity do not fit together. It is False if the answers differ under all readings. ``rule`` names the
+        comparison that decided, such as "value" or "unit".
     """
     prediction, truth = (clean_answer(text.translate(TO_ASCII)) for text in (prediction, truth))
     first, second = parse_number(prediction), parse_number(truth)

@@ -46,7 +46,7 @@ class AnlsMatcher(Matcher):
     - Its score is positive, and it has the same digits as the truth. If ``exact_digits`` is False, the digits may
       differ.
 
-    In all other cases, it is wrong.
+    In all other cases, an answer that is not accepted is wrong.
 
     Attributes:
         threshold: Similarity below which the score is 0.
@@ -161,7 +161,7 @@ class VqaMatcher(Matcher):
     - It contains a truth ("a brown dog" for "dog"), or a truth contains it.
     - It has the same number as a truth.
 
-    In all other cases, an answer with such a score is wrong.
+    In all other cases, an answer with a score below ``accept`` is wrong.
 
     Attributes:
         accept: Minimum score counted as correct.

@@ -186,9 +186,10 @@ def parse_unit(text: str) -> Unit | None:
 
 
 def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
-    """Returns the factor and the dimension of the unit ``word``, or None if the unit is unknown.
+    """Returns the factor and the dimension of ``word``, or None if ``word`` does not name a known unit.
 
-    ``text`` is the whole unit. It shows whether "degrees" means an angle or a temperature ("degrees Celsius").
+    ``text`` is the expression that contains the word, such as "degrees Celsius". It decides whether "degrees" means an
+    angle or a temperature.
     """
     name = word.replace(" ", "").rstrip(".")
     scale = "kelvin" if name in ("K", "\u00b0K") else _TEMPERATURES.get(name.casefold())

@@ -356,7 +356,7 @@ class ChatEncoder:
         return EncodedResponse(ids[size:end], is_target[size:end], False)
 
     def _continue(self, prompt: EncodedPrompt, rest: str) -> tuple[list[int], bool]:
-        """Returns the ids of ``rest``, the text after the prompt, and whether it was tokenized without the prompt."""
+        """Returns the ids of ``rest``, and whether ``rest`` was tokenized without the prompt before it."""
         whole = self._encode(prompt.text + rest)
         size = len(prompt.ids)
         if whole[:size] == prompt.ids:
@@ -394,7 +394,7 @@ def stop_ids_of(model: Any) -> list[int]:
 
 
 def as_ids(ids: int | Iterable[int] | None) -> list[int]:
-    """Converts a setting such as ``eos_token_id``, which is an id, several ids or None, to a list of ids."""
+    """Converts a setting such as ``eos_token_id`` to a list of ids. The setting is an id, several ids or None."""
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 

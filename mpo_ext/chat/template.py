@@ -153,8 +153,9 @@ def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
         The text around a response, and a message to the user about a deviation of the template, or None.
 
     Raises:
-        ChatError: If the template does not write responses, if the text around them differs, or if the text of a
-            conversation does not begin with the text of its prompt, which includes the generation prompt.
+        ChatError: If the template does not write responses, or writes different text around the two test responses.
+            Also raised if a rendered conversation does not begin with its rendered prompt. This prompt includes the
+            generation prompt.
     """
     question = renderer.turn("user", "question")
     prompt = renderer.render([question], generation_prompt=True)

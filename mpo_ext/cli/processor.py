@@ -51,8 +51,8 @@ def check_processor(
     Args:
         args: Arguments with the options of ``add_chat``.
         model: Folder of a model, of a run or of adapters, or a name on the hub.
-        pairs: Tuples (pair, name) to encode; image paths must be absolute. None: an example pair of text and, if the
-            model takes images, an example pair with an image.
+        pairs: Pairs to encode, as tuples (pair, name). The name denotes the pair in messages. Image paths must be
+            absolute. None: an example text pair and, if the model takes images, an example pair with an image.
 
     Raises:
         ImportError: If a package is missing.
@@ -112,9 +112,9 @@ def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
 
 
 def _examples(folder: Path, *, has_images: bool) -> Iterator[tuple[Any, str]]:
-    """Yields tuples (pair, name): a text pair and, if ``has_images``, a pair with an image.
+    """Yields a text pair and, if ``has_images``, a pair with an image. The image file is written to ``folder``.
 
-    The image file is written to ``folder``.
+    Each pair is yielded in a tuple (pair, name). The name denotes the pair in messages.
     """
     from mpo_ext.data.records import Pair
 

@@ -51,7 +51,7 @@ def command(name: str, extra: str, *, failure: int = FAILED) -> Callable[[Comman
     """Returns a decorator that turns the errors of a command's function into exit statuses.
 
     The decorated function applies the options of ``add_image_limit``, and runs the command. For an expected error, it
-    prints the error on stderr, and returns ``exit_status(error)``, but at least ``failure``. With ``--debug``, it
+    prints the error on stderr, and returns the larger of ``exit_status(error)`` and ``failure``. With ``--debug``, it
     raises the error instead. It returns 130 after SIGINT.
 
     Args:

@@ -2,7 +2,7 @@
 
 The weights keep their values. They are renamed, and joint projections of queries, keys and values are split. An
 InternLM2 language model becomes an equivalent Llama. The new names are those of ``convert_internvl_weights_to_hf.py``
-in transformers, with InternVL3.5 added.
+in transformers. Unlike that script, this module also converts InternVL3.5.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Converts a SentencePiece model to a tokenizer of the library tokenizers, without running the checkpoint's code.
+"""Converts a SentencePiece model to a ``PreTrainedTokenizerFast``, without running the checkpoint's code.
 
 InternLM2 checkpoints have no ``tokenizer.json``. Their code reads ``tokenizer.model`` and renames some unused pieces.
 """
@@ -26,7 +26,7 @@ def load_spm_tokenizer(folder: Path, *, extra_special_tokens: Mapping[str, str])
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the model is not a BPE model, or has pieces that the tokenizers library would split differently.
+        ValueError: If the model is not a BPE model, or has pieces that ``tokenizers`` would split differently.
         ModuleNotFoundError: If protobuf is not installed.
     """
     import transformers

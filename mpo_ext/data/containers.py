@@ -161,7 +161,8 @@ def _kind(name: str, text: str) -> str:
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
     """Returns whether a .json file may be an MMPR meta file, which lists data sets.
 
-    Returns False if the first line is a whole JSON object, and either this object is a pair or more lines follow.
+    Returns False if the first line is a whole JSON object and further lines follow. Also returns False if the file
+    consists of one line, which holds a pair.
     """
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
         try:

@@ -38,7 +38,8 @@ def convert(
     Image paths in "pairs" and "trl" are absolute, with one exception. A path that is relative in the source becomes
     relative to the folder of ``out`` if this folder is ``source.root`` or contains the image.
 
-    Pairs with several turns require the format "pairs", or "trl" or "hf" with ``kind="conversational"``.
+    Pairs with several turns can be written as "pairs". With ``kind="conversational"``, they can also be written as
+    "trl", and, if they have no tools, as "hf".
 
     Args:
         source: Pairs to write.

@@ -168,9 +168,9 @@ class DatasetPairs(PairSequence):
 
     Args:
         dataset: The dataset. Its images are not decoded.
-        name: Path or name by which locations and error messages call the dataset.
+        name: Path or name of the dataset, for locations and error messages.
         image_dir: Folder for storing images that rows hold as bytes; None: reading such a row raises BadLine.
-        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
+        root_map: A tuple (old path, new path) for each folder that has moved.
         parse: Function that converts a row to a pair; its argument ``save_image`` stores the bytes of an image.
         ignore: Names of columns and nested fields to remove before a row is parsed.
 

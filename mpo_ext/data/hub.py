@@ -68,7 +68,8 @@ def load_hub(
         config: Name of the configuration; None: the only or default configuration.
 
     Raises:
-        ValueError: If the dataset cannot be loaded, or has several splits and ``split`` names none of them.
+        ValueError: If the dataset cannot be loaded, or has no split with the name ``split``. Also raised if ``split``
+            is None and there are several splits.
     """
     datasets = require_datasets()
     offline = datasets.config.HF_HUB_OFFLINE
@@ -96,7 +97,8 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
         config: Name of the configuration of a folder; None: the only or default configuration.
 
     Raises:
-        ValueError: If the files cannot be read as one table, or have several splits and ``split`` names none of them.
+        ValueError: If the files cannot be read as one table, or have no split with the name ``split``. Also raised if
+            ``split`` is None and there are several splits.
     """
     datasets = require_datasets()
     loaded: Any = None

@@ -41,7 +41,7 @@ class LineFile(PairSequence):
         path: Path of the file.
         parse: Function that converts a line's JSON object and text to a pair. Its errors are raised as BadLine.
         subset: Name of the data set, which becomes ``Location.subset``; None: the file's name without suffix.
-        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
+        root_map: A tuple (old path, new path) for each folder that has moved.
         max_line_bytes: Maximum length of a line in bytes. A longer line is not loaded: reading it raises BadLine.
         name: Path of the file in locations and error messages; None: ``path``.
         ignore: Names of fields to remove, at any depth, before a line is parsed.
@@ -225,7 +225,7 @@ def read_pairs(
 
     Args:
         path: Path of the file.
-        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
+        root_map: A tuple (old path, new path) for each folder that has moved.
         max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
     """
     return LineFile(path, parse_pair, root_map=root_map, max_line_bytes=max_line_bytes)

@@ -169,7 +169,7 @@ def is_conversation(value: object) -> bool:
 
 
 def read_response(name: str, value: object) -> list[Turn]:
-    """Converts a response, which is a text, a message or a list of messages, to turns.
+    """Converts a response to turns. The response is a text, a message or a list of messages.
 
     The first and the last turn must be the assistant's. User and assistant alternate. After an assistant's turn with
     tool calls, tool results must follow, unless it is the last turn.

@@ -65,8 +65,8 @@ def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[M
 
     Args:
         path: Path of the meta file. Relative paths in the file are joined to its folder.
-        root_map: Tuples (old, new): the path of a folder that has moved, and its new path. Old paths are replaced in
-            ``root`` and ``annotation``.
+        root_map: A tuple (old path, new path) for each folder that has moved. Old paths are replaced in ``root`` and
+            ``annotation``.
 
     Raises:
         OSError: If the file cannot be read.
@@ -117,7 +117,7 @@ class MMPRDataset(PairSequence):
 
     Args:
         meta: Path of the meta file.
-        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
+        root_map: A tuple (old path, new path) for each folder that has moved.
         repeat: Whether to apply ``repeat_time``. False: each line is used once.
         seed: Seed for drawing lines from subsets with a ``repeat_time`` below 1.
         max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
@@ -321,7 +321,7 @@ def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any], root: 
     Args:
         pair: The pair.
         relative: Paths of its images, relative to the root.
-        source: ``pair.source``, which tells how the original line wrote its fields, such as ``image`` as a list.
+        source: ``pair.source``. It stores the form of the original line: for example, whether ``image`` was a list.
         root: Absolute path of the root.
     """
     form = source.get("image", "string" if len(relative) == 1 else "list" if relative else "absent")

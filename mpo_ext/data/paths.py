@@ -1,4 +1,4 @@
-"""Converts image paths: replaces folders that have moved, and converts relative to absolute paths and back."""
+"""Converts image paths: replaces folders that have moved, and makes paths absolute or relative."""
 
 import dataclasses
 import functools

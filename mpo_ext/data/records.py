@@ -144,7 +144,8 @@ class Pair:
     def to_dict(self) -> dict[str, Any]:
         """Returns the pair as a dict that can be written as JSON.
 
-        Empty ``videos`` and ``rejected_images`` are left out. ``provenance`` and ``extra`` are not copied.
+        Empty ``videos`` and ``rejected_images`` are left out. The dict holds the same ``provenance`` and ``extra``
+        objects as the pair, not copies.
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {"images": list(self.images), "videos": [video.to_value() for video in self.videos]}

@@ -108,7 +108,7 @@ def row_rejected_images(row: Mapping[str, Any], save_image: SaveImage | None) ->
 
 
 def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
-    """Returns the path of an image that ``row_images`` accepts. Error messages call the image's field ``name``."""
+    """Returns the path of an image that ``row_images`` accepts. ``name`` is the image's field, for error messages."""
     if isinstance(image, bytes):
         image = {"bytes": image}
     if isinstance(image, str) and image:
@@ -151,7 +151,7 @@ class Images:
     def add_part(self, name: str, part: Mapping[str, Any]) -> None:
         """Adds the image of a message part, or the next image of the row's fields if the part does not name an image.
 
-        Error messages call the part's field ``name``.
+        ``name`` is the name of the part's field, for error messages.
         """
         self._n_places += 1
         path = self._part_path(name, part)
@@ -168,7 +168,7 @@ class Images:
     def add_marks(self, name: str, text: str) -> None:
         """Adds the row's next image for each ``<image>`` in a text, and the row's next video for each ``<video>``.
 
-        Error messages call the text's field ``name``.
+        ``name`` is the name of the text's field, for error messages.
         """
         for _ in range(text.count(IMAGE_PLACEHOLDER)):
             self.add_part(name, {})
@@ -178,7 +178,7 @@ class Images:
     def add_video(self, name: str, part: Mapping[str, Any]) -> None:
         """Adds the video of a message part, or the next video of the row's fields if the part does not name a video.
 
-        Error messages call the part's field ``name``.
+        ``name`` is the name of the part's field, for error messages.
         """
         self._n_video_places += 1
         given = {field: part[field] for field in VIDEO_FIELDS if not is_empty(part.get(field))}
@@ -209,7 +209,7 @@ class Images:
         """Returns all videos in the order of the prompt's video parts and ``<video>`` placeholders.
 
         If the prompt has neither, returns the videos of the row's fields. If only some of the videos have a part or
-        placeholder, raises FieldError. Error messages call the row's field ``name``.
+        placeholder, raises FieldError. ``name`` is the name of the row's field, for error messages.
         """
         count = len(self._placed_videos) + len(self._waiting_videos)
         if self._waiting_videos and self._n_video_places:
@@ -225,7 +225,7 @@ class Images:
         """Returns all image paths in the order of the prompt's image parts and ``<image>`` placeholders.
 
         If the prompt has neither, returns the paths of the row's fields. If only some of the images have a part or
-        placeholder, raises FieldError. Error messages call the row's field ``name``.
+        placeholder, raises FieldError. ``name`` is the name of the row's field, for error messages.
         """
         if self._waiting and self._n_places:
             raise FieldError(f"{name} must have no or {self.count} places for its images, got {self._n_places}")

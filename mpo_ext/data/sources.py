@@ -145,10 +145,10 @@ class MissingImages:
 
 
 class StoredMedia:
-    """Detects whether pairs use files in ``image_dir``.
+    """Detects whether pairs use images or videos that were extracted from the rows.
 
-    If rows hold images or videos as bytes, these are stored in ``image_dir``. Pass ``add`` as ``on_pair`` to the
-    ``PairSource``.
+    If rows hold images or videos as bytes, a ``PairSource`` stores these in its folder ``image_dir``. Pass ``add`` as
+    ``on_pair`` to this ``PairSource``.
 
     Attributes:
         folder: ``image_dir`` if a pair uses a file that was stored there, otherwise "".
@@ -197,7 +197,7 @@ def open_pairs(
         root: Folder to which relative image paths are joined. None: the folder that contains ``path``; for a folder of
             parquet files, this folder; for the hub, the current folder. Not used for a meta file, which names the
             image folders.
-        root_map: Tuples (old, new): the path of a folder that has moved, and its new path. It holds images or data.
+        root_map: A tuple (old path, new path) for each folder of images or data that has moved.
         image_dir: Folder for storing images that a row holds as bytes; None: ``images`` in ``cache_folder()``.
         max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
         split: Name of the split of a dataset; None: the only split.

@@ -289,7 +289,7 @@ def read_trl(
 
     Args:
         path: Path of the file.
-        root_map: Tuples (old, new): the path of a folder that has moved, and its new path.
+        root_map: A tuple (old path, new path) for each folder that has moved.
         max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
     """
     return LineFile(path, _parse_row, root_map=root_map, max_line_bytes=max_line_bytes)

@@ -184,7 +184,10 @@ def read_made(path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _with_subset(pair: Pair) -> Pair:
-    """Returns a copy of a pair whose subset is its form, "direct" or "cot". Reports group pairs by their subset."""
+    """Returns a copy of a pair whose subset is its form, "direct" or "cot".
+
+    In reports, pairs are grouped by subset.
+    """
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 
 

@@ -30,7 +30,7 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
     The context manager yields a function that adds a question to the tables. The columns are:
 
     - index: the question's field ``index``, or its position in the file if it does not have this field.
-    - question, the options A, B, ..., and all other scalar fields of the question.
+    - question, the options A, B, ..., and all other scalar fields of the question except ``image``.
     - answer: the true answer.
     - prediction: the whole response.
     - extracted: the extracted answer. VLMEvalKit does not have this column.
@@ -115,9 +115,10 @@ def _text_of(binary: Any) -> Iterator[io.TextIOWrapper]:
 
 
 def _fields(number: int, item: Item) -> dict[str, Any]:
-    """Returns the fields of a question by column name, including its answer options.
+    """Returns the scalar fields and the answer options of a question, by column name.
 
-    Other fields that are not scalar are left out. ``number`` is the question's position in the file.
+    The fields ``prediction``, ``extracted``, ``hit`` and ``image`` are left out. ``number`` is the position of the
+    question in the file.
     """
     options = item.extra.get("options")
     options_by_label = label_options(options) if isinstance(options, (list, tuple, Mapping)) and options else {}

@@ -45,7 +45,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool]) -> int | None:
-    """Returns the index of the most frequent answer: ``["4", "7", "7", None]`` gives 1, its first occurrence.
+    """Returns the index at which the most frequent answer first occurs: 1 for ``["4", "7", "7", None]``.
 
     ``is_same`` decides whether two answers are equal. Missing answers (None) do not count; if all are missing, the
     result is None. Among equally frequent answers, the earliest wins.

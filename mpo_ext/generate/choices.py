@@ -20,8 +20,8 @@ _FIRST_WORD = re.compile(r"\W*(\w+)")
 def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None:
     """Returns the tokens with which each choice of a request can begin: the first token of each spelling.
 
-    For the choice ``("Yes", "yes")``, these are the first token of "Yes" and the first token of "yes". Tokens that two
-    choices share, the unknown token and the end-of-turn token are removed.
+    For the choice ``("Yes", "yes")``, these are the first token of "Yes" and the first token of "yes". The following
+    tokens are removed: the unknown token, the end-of-turn token, and each token with which two choices can begin.
 
     Returns:
         A list of token ids for each choice, in the order of ``request.choices``. None if the request has no choices,

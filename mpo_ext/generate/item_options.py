@@ -145,8 +145,8 @@ def _option(key: str, value: Any) -> str:
 def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index: bool) -> str:
     """Returns the letter of the option to which an integer answer refers.
 
-    With ``is_index``, the answer 0 is the first option. Without it, or if the index is too large, the answer must be
-    the text of an option.
+    With ``is_index``, the answer is an index, and 0 is the first option. Without ``is_index``, or if the index is out
+    of range, the number must be the text of an option: the answer 4 refers to the option "4".
 
     Args:
         answer: The answer.
@@ -167,9 +167,9 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
 
 
 def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Resolves an answer that is a number as text, such as ``"2"``, to an option.
+    """Finds the option to which a number in a string, such as ``"2"``, refers.
 
-    Returns the answer unchanged if it equals the text of an option, otherwise the result of ``indexed_answer``.
+    Returns the answer unchanged if it equals the text of an option, otherwise the letter from ``indexed_answer``.
 
     Args:
         answer: The answer. Indices count from 0.

@@ -400,7 +400,7 @@ def media_problem(error: Exception) -> str:
 
 
 def _no_question(values: Mapping[str, Any]) -> str:
-    """Returns the ``detail`` of an item without a question, which lists the field names of the row."""
+    """Returns the ``detail`` of an item that has no question: a text that lists the field names of the row."""
     names = ", ".join(map(repr, values)) or "none"
     names = names if len(names) <= _MAX_NAMES else f"{names[:_MAX_NAMES]} ..."
     return f"the question must be in 'question', or in 'messages'; the fields are {names}"

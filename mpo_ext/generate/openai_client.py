@@ -97,7 +97,9 @@ class ServerOptions:
 
 
 class OpenAIClient:
-    """Sends requests to a server from a background thread. Call all methods from the same thread.
+    """Sends requests to a server from a background thread.
+
+    The methods are not thread-safe: the caller must call all of them from one thread.
 
     Raises:
         ImportError: If the package openai is missing.
@@ -186,9 +188,9 @@ class OpenAIClient:
         A pause is at least as long as the server requests.
 
         Raises:
-            RequestRefusedError: If the server refuses the request. If all attempts fail, the latest successful request
-                of ``post`` is sent again as a test, except after status 429 or 503. If the server answers the test,
-                this error is raised, too.
+            RequestRefusedError: If the server refuses the request, or if all attempts fail but the server answers a
+                test. The test repeats the latest successful request of ``post``. There is no test after status 429 or
+                503.
             ServerError: If the server cannot be used.
         """
         attempt = 0

@@ -120,8 +120,8 @@ def open_journal(
 
     Args:
         pipeline: The pipeline that samples.
-        engine_settings: Result of the engine's ``settings()``. The field "processor" is not compared if an existing
-            journal lacks it, as journals of earlier versions do.
+        engine_settings: Result of the engine's ``settings()``. They must equal the engine settings in an existing
+            journal. If a journal of an earlier version lacks the field "processor", this field is not compared.
         source: The items.
         out: Folder of the run.
         rank: Rank of the process.

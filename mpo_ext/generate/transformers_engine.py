@@ -109,7 +109,7 @@ class TransformersEngine:
             name: Folder or name of the model. A model with images must be in the transformers format (for InternVL the
                 ``-hf`` checkpoints).
             dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-            device: Device of the model; None: the GPU of this process, or the CPU without a GPU.
+            device: Device of the model; None: the GPU of this process, or the CPU if there is no GPU.
             batch_size: As in the class.
             chat_options: Options of ``ChatEncoder``, as in the class.
             **options: Passed to ``from_pretrained``, for example ``revision`` or ``gguf_file``.

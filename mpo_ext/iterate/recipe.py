@@ -247,7 +247,7 @@ class EngineRecipe:
     Attributes:
         name: "transformers" or "vllm". "openai" is not allowed, because a server does not load the model of a round.
         dtype: "auto", "float32", "bfloat16" or "float16".
-        device: Device of "transformers"; None: the GPU of the process, or the CPU.
+        device: Device of "transformers"; None: the GPU of the process, or the CPU if there is no GPU.
         batch_size: Samples per batch of "transformers"; None: 16.
         block_size: Maximum number of responses in a block. The responses of a block are saved together. All responses
             to a question are in the same block, even if they exceed this number. A killed process loses its
