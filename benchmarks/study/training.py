@@ -119,9 +119,10 @@ def encode_right(right: Sequence[bool]) -> str:
 
 
 def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
-    """For each column, returns ``count`` questions about sums of digits. The seed of the questions is fixed.
+    """Returns ``count`` questions about sums of digits for each kind of question. The seed of the questions is fixed.
 
-    A column is a kind of questions: "direct", "cot" (step by step) or "text" (digits stated in words, no image).
+    The result is a dict from kind to questions. The kinds are "direct", "cot" (step by step) and "text" (digits stated
+    in words, no image).
     """
     rng = np.random.default_rng(_EVALUATION_SEED)
     tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
@@ -129,10 +130,10 @@ def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task
 
 
 def reading_tasks(settings: PriorSettings) -> dict[str, list[reading.ReadingTask]]:
-    """For each column, returns the held-out questions of the task "language-prior".
+    """Returns the held-out questions of the task "language-prior".
 
-    A column is a kind of questions: "direct", "cot" (step by step) or "text" (digits stated in words, no image). The
-    questions of "direct" and "cot" are those of the demo.
+    The result is a dict from kind to questions. The kinds are "direct", "cot" (step by step) and "text" (digits stated
+    in words, no image). The demo asks the same "direct" and "cot" questions.
     """
     tasks = held_out_tasks(settings)
     columns = {form: [task for task in tasks if task.form == form] for form in digits.FORMS}

@@ -1,4 +1,7 @@
-"""Tests random templates, tokenizers and conversations: ids equal the template's, or the encoder refuses."""
+"""Tests the encoder on random templates, tokenizers and conversations.
+
+The encoder must return the ids of the chat template, or raise an error.
+"""
 
 import collections
 import os
