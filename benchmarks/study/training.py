@@ -81,9 +81,9 @@ def evaluate_columns(
     processor: DigitsProcessor,
     tasks: Mapping[str, Sequence[digits.GridTask]],
 ) -> dict[str, dict[str, float]]:
-    """Lets the model answer questions greedily. Returns the result of ``summarize`` for each column.
+    """Lets the model answer questions greedily. Returns the result of ``summarize`` for each kind of question.
 
-    ``tasks`` maps each column to its questions. A column is a kind of questions, such as "cot" (step by step).
+    ``tasks`` is a dict from kind to questions. A kind is, for example, "cot" (step by step).
     """
     return {column: summarize(asked, respond(model, processor, asked)) for column, asked in tasks.items()}
 
@@ -91,10 +91,10 @@ def evaluate_columns(
 def evaluate_held_out(
     model: InternVLForConditionalGeneration, processor: DigitsProcessor, settings: AnySettings
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Lets the model answer the held-out questions greedily. Returns accuracy and other measures for each column.
+    """Lets the model answer the held-out questions greedily. Returns accuracy and other measures by kind of question.
 
-    A column is a kind of questions, such as "cot" (step by step). For the task "language-prior", the column "cot" also
-    has the results of ``measure_digits`` and of ``encode_right`` (key ``right``).
+    A kind is, for example, "cot" (step by step). For the task "language-prior", the measures of "cot" include the
+    results of ``measure_digits`` and of ``encode_right`` (key ``right``).
     """
     if not isinstance(settings, PriorSettings):
         tasks = adding_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
