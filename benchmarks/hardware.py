@@ -32,7 +32,8 @@ def needed_memory(name: str, overrides: tuple[str, ...], ranks: int, folder: Pat
     Args:
         name: Name of the recipe, without suffix.
         overrides: Settings that replace those of the recipe, such as "data.max_length=4096".
-        ranks: Number of GPUs. With more than one, parameters, gradients and optimizer state are sharded.
+        ranks: Number of GPUs. If there are several, each GPU holds only a shard of the parameters, gradients and
+            optimizer state.
         folder: Folder to which a model config and a file with one pair are written.
     """
     model, pairs = folder / name, folder / "pairs.jsonl"

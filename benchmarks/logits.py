@@ -1,7 +1,7 @@
 """Compares ``mpo_loss`` with other libraries (rivals): ``python -m benchmarks.logits``.
 
-All compute the same MPO loss of one pair, forward and backward. The floor is a lower bound: the time to read the
-logits of labelled tokens twice and to write them once.
+mpo_ext and the rivals compute the same MPO loss of one pair, forward and backward. The tables also show a lower bound
+of the times, the floor. It is the time to read the logits of labelled tokens twice and to write them once.
 """
 
 from __future__ import annotations

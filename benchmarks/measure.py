@@ -122,7 +122,10 @@ def _cpu_clock(run: Callable[[], Any]) -> Callable[[], float]:
 
 
 def _touch_free_memory() -> None:
-    """Writes to 1 GiB of new memory, so that the host of a virtual machine has free memory ready for the next run."""
+    """Allocates 1 GiB of memory, writes to all of it, and frees it.
+
+    In a virtual machine, the host must then provide this memory now, and not during the next timed run.
+    """
     fresh_zeros((_FREE_BYTES,), torch.uint8).fill_(1)
 
 

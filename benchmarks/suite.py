@@ -51,9 +51,9 @@ class Results:
 
     Attributes:
         points: Entries of the result file.
-        missing: Why implementations could not run: a dict from name to reason.
-        machine: For each program that measures the machine, by name: a list with the seconds of each run.
-        beside: Median seconds of these programs in the latest call of ``add_machine``, by name.
+        missing: Dict from the name of each implementation that could not run to the reason.
+        machine: Dict from the name of each program that measures the machine to the seconds of its runs.
+        beside: Dict from the name of each such program to its median seconds in the latest call of ``add_machine``.
     """
 
     points: list[dict[str, Any]] = dataclasses.field(default_factory=list)

@@ -204,7 +204,7 @@ def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
 
 
 def full_table(name: str, documents: Documents) -> str:
-    """Returns the table with all columns of the benchmark "logits" or "linear"."""
+    """Returns the full table of the benchmark ``name``, which is "logits" or "linear"."""
     document = documents[name]
     return "\n".join([
         f"{where(document)}\n",

@@ -13,7 +13,10 @@ def device_of(backend: str) -> str:
 
 
 def is_left_out(parameters: dict[str, Any]) -> bool:
-    """Returns whether to skip a test case with these parameters, because GPU kernels do not support float64."""
+    """Returns whether ``parameters`` combine float64 with the backend "cuda" or "triton".
+
+    The kernels of these backends do not support float64, so the test case is skipped.
+    """
     backends = [value for name, value in parameters.items() if name in ("backend", "engine", "kernel")]
     values = [*parameters.values()]
     values += [each for value in values if isinstance(value, dict) for each in value.values()]

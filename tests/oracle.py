@@ -353,7 +353,8 @@ def mpo_exact(
 def _sum_noise(rows: ExactRows, eps: float) -> float:
     """Returns the possible error of a sequence's log-prob: ``eps`` times the sum of the tokens' absolute log-probs.
 
-    Each token counts as at least 1, because the argument of its logarithm is rounded too.
+    An absolute log-prob below 1 counts as 1, because the rounding of the logarithm's argument causes an error of
+    ``eps``.
     """
     finite = np.abs(rows.logp[rows.labelled & np.isfinite(rows.logp)])
     return float(eps * np.maximum(finite, 1).sum())
@@ -606,8 +607,8 @@ def assert_as_accurate(
 ) -> None:
     """Raises if the error of a result exceeds ``factor`` times the error of eager torch in the same dtype.
 
-    The limit also includes ``noise``, the unavoidable absolute error, and a rounding error of the largest exact value:
-    this value times the machine epsilon. Infinities and NaN must match.
+    Two terms are added to the limit. The first is ``noise``, the unavoidable absolute error. The second is the largest
+    exact value times the machine epsilon, which is its rounding error. Infinities and NaN must match.
 
     A fixed ``atol`` would hide mistakes. With a vocabulary of 150k, a typical gradient entry is 1e-5, so a kernel that
     writes zeros would pass ``atol=5e-5``.
@@ -649,8 +650,9 @@ def assert_gradient_as_accurate(
     """Checks a gradient of logits. Checks the labels' entries, and separately the many small entries of other tokens.
 
     In half precision, the rounding error of a label's entry can exceed the largest of the other entries. So the other
-    entries are also checked by their relative errors. The limit is ``factor`` times eager torch's largest relative
-    error, plus the rounding of the checked entry and of the exponent in the softmax. It also includes ``noise``.
+    entries are also checked by their relative errors. The limit of a relative error is a sum. Its main terms are
+    ``factor`` times eager torch's largest relative error, the rounding of the checked entry, the rounding of the
+    softmax's exponent, and the effect of ``noise``.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.

@@ -60,9 +60,10 @@ def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path: Path) -> None:
 
 
 def test_frames_of_a_variable_rate(tmp_path: Path) -> None:
-    """Loads the frame that is shown at each sampling time, with its time from the file.
+    """Loads a video whose frames are shown for different durations.
 
-    A frame that is shown at several sampling times is loaded once.
+    For each sampling time, the frame shown at that moment is loaded. A frame shown at several sampling times is loaded
+    once. ``times`` has the timestamps that the loaded frames have in the file.
     """
     path = write_video(tmp_path / "a.mkv", 6, stamps=[0, 1, 2, 10, 12, 14], codec="ffv1")
     video = load_video(Video(str(path), fps=4.0))

@@ -29,9 +29,10 @@ _RUNS, _BUDGET_RUNS = 7, 3
 
 
 def run(stage: GpuStage) -> None:
-    """Measures the loss with 100 % and with 10 % of the positions labelled: each matmul, then each implementation.
+    """Measures matmuls and implementations of the loss, then several memory budgets of ``linear_mpo_loss``.
 
-    Then measures several memory budgets of ``linear_mpo_loss``.
+    The matmuls and the implementations are measured with 100 % and with 10 % of the positions labelled. For the memory
+    budgets, all positions are labelled.
     """
     whole = _DRY_LOSS if stage.dry else LOSS
     for share in (1.0, 0.1):
@@ -50,9 +51,11 @@ def run(stage: GpuStage) -> None:
 
 
 def _measure_products(stage: GpuStage, loss: LossShape) -> dict[str, float]:
-    """Measures each matmul of the loss alone. On a GPU, also measures matmuls with a part (tile) of the vocabulary.
+    """Measures each matmul that the loss needs, one at a time.
 
-    Returns the median seconds of each matmul by name.
+    On a GPU, also measures matmuls with a part (tile) of the vocabulary.
+
+    Returns a dict from the name of each matmul to its median seconds.
     """
     batch = linear.HiddenBatch(loss, stage.device)
     programs = linear.BENCHMARK.floor_runs(batch)

@@ -83,12 +83,14 @@ class StudyTask:
     """A task of the study: its starting models, its training runs, and its tables.
 
     Attributes:
-        starts: Starting models by name. A value has the settings that differ from those of the model ``START``.
+        starts: Starting models by name. The name of the default starting model is ``START``. A value has the settings
+            in which the model differs from the default starting model.
         rows: Settings of each training run by name. All runs are repeated for each seed.
         tables: Tables by name.
         differences: Dict from the name of a table to its accuracy differences. A difference is (row, row to compare
             with, column). The significance tests of a table are corrected for the number of its differences.
-        pair_files: Names of the pair files that are made for the model ``START``.
+        pair_files: Names of the pair files that are made for the default starting model. For other starting models,
+            only "mixed" is made.
         main: Names of the tables whose runs are executed first.
         columns: Additional columns of the tables: (header, kind of questions, quantity in percent).
         paper: Differences that the paper reports, each with its direction: "higher" or "lower".

@@ -20,7 +20,10 @@ def task_of(document: Mapping[str, Any]) -> StudyTask:
 
 
 def prefix_of(document: Mapping[str, Any]) -> str:
-    """Returns "study" or "prior", depending on the task. Names of its tables in docs/ begin with this prefix."""
+    """Returns the prefix of the names that a result file's tables have in docs/.
+
+    The prefix is "study" for the task "perception", and "prior" for the task "language-prior".
+    """
     return "study" if document.get("task", OLD_TASK) == OLD_TASK else "prior"
 
 

@@ -27,8 +27,8 @@ class StudySettings(RunSettings):
         pairs: Number of pairs in the file "mixed".
         mixed_shares: Fractions of the pairs in "mixed": correctness pairs with direct answers, correctness pairs with
             step-by-step answers, and DropoutNTP pairs.
-        kind_pairs: Maximum number of pairs in each file from "correctness" through "DropoutNTP 0.75" in
-            ``perception.PAIR_FILES``. All these files have the same number of pairs.
+        kind_pairs: Maximum number of pairs in some of the files that ``perception.PAIR_FILES`` lists: "correctness",
+            "DropoutNTP 0.75" and all files between them. These files have equally many pairs.
     """
 
     task: ClassVar[str] = "perception"
@@ -78,8 +78,8 @@ class PriorSettings(Settings):
     Attributes:
         kind_questions: Number of step-by-step questions for correctness pairs. The same number of questions is drawn
             again for DropoutNTP pairs. RLAIF-V pairs use the questions of the DropoutNTP pairs.
-        kind_pairs: Maximum number of pairs per file, for the files from "correctness" through "DropoutNTP 0.75" in
-            ``language_prior.PAIR_FILES``. These files have equally many pairs.
+        kind_pairs: Maximum number of pairs in some of the files that ``language_prior.PAIR_FILES`` lists:
+            "correctness", "DropoutNTP 0.75" and all files between them. These files have equally many pairs.
         text_questions: Number of questions without an image. The pairs of the file "text" are made from them.
         text_evaluation_tasks: Number of held-out questions that state the digits and have no image.
     """

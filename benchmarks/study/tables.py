@@ -1,7 +1,8 @@
 """Reads result files of the study and makes their tables.
 
-In a result file, ``results`` has the results of each training run and starting model, for each seed. ``starts`` has
-facts about the pairs, for each seed. ``TASKS`` declares the runs and the tables.
+In a result file, ``results`` has the results of each training run and starting model, for each seed. For each seed,
+``starts`` has facts about the default starting model and about the pairs that were made for it. ``TASKS`` declares the
+runs and the tables.
 """
 
 import functools

@@ -81,9 +81,9 @@ def evaluate_columns(
     processor: DigitsProcessor,
     tasks: Mapping[str, Sequence[digits.GridTask]],
 ) -> dict[str, dict[str, float]]:
-    """Lets the model answer questions greedily. Returns the result of ``summarize`` for each column.
+    """Lets the model answer questions greedily. Returns the result of ``summarize`` for each kind of question.
 
-    ``tasks`` maps each column to its questions. A column is a kind of questions, such as "cot" (step by step).
+    ``tasks`` is a dict from kind to questions. A kind is, for example, "cot" (step by step).
     """
     return {column: summarize(asked, respond(model, processor, asked)) for column, asked in tasks.items()}
 
@@ -91,10 +91,10 @@ def evaluate_columns(
 def evaluate_held_out(
     model: InternVLForConditionalGeneration, processor: DigitsProcessor, settings: AnySettings
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Lets the model answer the held-out questions greedily. Returns accuracy and other measures for each column.
+    """Lets the model answer the held-out questions greedily. Returns accuracy and other measures by kind of question.
 
-    A column is a kind of questions, such as "cot" (step by step). For the task "language-prior", the column "cot" also
-    has the results of ``measure_digits`` and of ``encode_right`` (key ``right``).
+    A kind is, for example, "cot" (step by step). For the task "language-prior", the measures of "cot" include the
+    results of ``measure_digits`` and of ``encode_right`` (key ``right``).
     """
     if not isinstance(settings, PriorSettings):
         tasks = adding_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
@@ -119,9 +119,10 @@ def encode_right(right: Sequence[bool]) -> str:
 
 
 def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
-    """For each column, returns ``count`` questions about sums of digits. The seed of the questions is fixed.
+    """Returns ``count`` questions about sums of digits for each kind of question. The seed of the questions is fixed.
 
-    A column is a kind of questions: "direct", "cot" (step by step) or "text" (digits stated in words, no image).
+    The result is a dict from kind to questions. The kinds are "direct", "cot" (step by step) and "text" (digits stated
+    in words, no image).
     """
     rng = np.random.default_rng(_EVALUATION_SEED)
     tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
@@ -129,10 +130,10 @@ def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task
 
 
 def reading_tasks(settings: PriorSettings) -> dict[str, list[reading.ReadingTask]]:
-    """For each column, returns the held-out questions of the task "language-prior".
+    """Returns the held-out questions of the task "language-prior".
 
-    A column is a kind of questions: "direct", "cot" (step by step) or "text" (digits stated in words, no image). The
-    questions of "direct" and "cot" are those of the demo.
+    The result is a dict from kind to questions. The kinds are "direct", "cot" (step by step) and "text" (digits stated
+    in words, no image). The demo asks the same "direct" and "cot" questions.
     """
     tasks = held_out_tasks(settings)
     columns = {form: [task for task in tasks if task.form == form] for form in digits.FORMS}

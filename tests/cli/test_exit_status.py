@@ -50,7 +50,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Changes to a folder with a model, data and a recipe, and returns it. Blocks access to the Hugging Face hub."""
+    """Makes ``written`` the working directory and returns it. The folder has a model, data and a recipe.
+
+    Also blocks access to the Hugging Face hub.
+    """
     monkeypatch.chdir(written)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

@@ -101,8 +101,8 @@ def fence_problems(text: str) -> list[str]:
     """Checks the fences around the increments of arrival counters in PTX text. Returns a message per missing fence.
 
     A thread block writes its results, increments a counter, and then reads the results of other blocks. Each increment
-    needs two fences. One must follow the last write or barrier before the increment. The other must precede the first
-    read or barrier after the increment.
+    needs two fences. One must lie between the increment and the nearest earlier write or barrier. The other must lie
+    between the increment and the nearest later read or barrier.
     """
     publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")
     reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")

@@ -1,4 +1,7 @@
-"""Tests pairs with images, video or audio that no reader supports: every command rejects and counts such lines."""
+"""Tests rows with unsupported images, videos or audio, such as an image in an unknown field.
+
+Every command must reject and count these rows.
+"""
 
 import base64
 import json

@@ -117,9 +117,9 @@ class Server:
         )  # fmt: skip
 
     def run(self, block: Block, folder: Path) -> str:
-        """Writes a block with a title to a file and returns "". Runs a block without a title and returns its output.
+        """If the block has a title, writes it to a file and returns "". Otherwise, runs it and returns its output.
 
-        ``folder`` is the working directory and contains the file.
+        The title is the file's path in ``folder``. Blocks run with ``folder`` as the working directory.
 
         Raises:
             AssertionError: If the block fails; the message ends with the block's output.

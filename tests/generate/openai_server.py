@@ -32,9 +32,9 @@ class Server:
         image: Text that stands for an image in the prompt.
         template: Chat template to use instead of the tokenizer's.
         key: API key that requests must have; None: any.
-        fault: Function that takes a request body and returns the server's fault, or None for no fault. The fault
-            (status, headers) is an HTTP error. "cut" closes the connection without an answer. "half" closes it after
-            half of the answer. "text" is an answer that is not JSON. "empty" is an answer without choices.
+        fault: Function that takes a request body and returns the server's fault, or None for no fault. A tuple
+            (status, headers) stands for an HTTP error. "cut" closes the connection without an answer, and "half" after
+            half of the answer. "text" gives an answer that is not JSON, and "empty" an answer without choices.
         finish: Finish reason that all answers report; None: the actual one.
         message: Further fields of a chat message.
         bodies: Path and body of each request that was answered.

@@ -22,9 +22,9 @@ from mpo_ext.journal import read_records
 
 
 class StreamingStub(StubEngine):
-    """A stub engine that finishes running requests in a random order.
+    """A stub engine that answers the submitted requests in a random order.
 
-    Questions that contain ``refused`` are refused. Questions that contain ``stuck`` never finish.
+    Questions that contain ``refused`` are refused. Questions that contain ``stuck`` are never answered.
     """
 
     def __init__(self, concurrency: int, *, refused: str = "?!", stuck: str = "?!") -> None:

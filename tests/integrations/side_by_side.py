@@ -1,4 +1,4 @@
-"""Compares the time and memory that a trainer needs on a CPU with its own loss and with mpo_ext's loss.
+"""Measures the time and memory of a trainer on a CPU, in some runs with its own loss and in others with mpo_ext's.
 
     python tests/integrations/side_by_side.py trl [--rounds 3] [--steps 4] [--length 4] [--pairs 2] [--save]
 

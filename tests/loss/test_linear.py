@@ -232,8 +232,8 @@ class Judgement:
         eager: Gradients of eager torch.
         size: For each gradient entry, the sum of the absolute values of its terms.
         share: Like ``size``, but with 1 in place of each nonzero upstream gradient.
-        certain: Like ``size``, but with another gradient of the logits. This gradient is the upstream gradient at the
-            label, and 0 at all other logits.
+        certain: Like ``size``, but the terms are computed from other gradients of the logits: the upstream gradient at
+            the label, and 0 at all other logits.
     """
 
     exact: dict[str, Array]
@@ -267,9 +267,9 @@ class Judgement:
 
         ``noise`` is the unavoidable error of a row's upstream gradient, d loss / d logp.
 
-        The limit is based on eager torch's error, which can be small by chance. In float64, eager torch and the
-        kernels round a label's probability before they subtract 1. For float64 gradients, the limit also includes
-        this rounding.
+        The limit contains a multiple of eager torch's error. For float64 gradients, it also contains the rounding of a
+        label's probability p: eager torch and the kernels round p before they compute p - 1. Without this term, the
+        limit would be too low if eager torch's error is small by chance.
         """
         rounding = case.eps / 2 if case.result_dtype == torch.float64 else 0.0
         for name, tensor in gradients.items():

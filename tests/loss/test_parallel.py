@@ -306,10 +306,11 @@ def pairs(seed: int, vocab: int = 24) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> list[float]:
-    """Runs three steps on four ranks: two data-parallel groups of two ranks each.
+    """Runs three steps on four ranks, which form two groups of two ranks.
 
-    The ranks of a group split the sequences if ``sequence`` is True, otherwise the vocabulary. Returns a flat list
-    with three numbers per step: delta in the loss, and ``value`` and ``count`` of the shift's state after the step.
+    The groups have different pairs. The two ranks of a group have the same pairs. They split the sequences if
+    ``sequence`` is True, otherwise the vocabulary. Returns a flat list with three numbers per step: delta in the loss,
+    and ``value`` and ``count`` of the shift's state after the step.
     """
     shift = RewardShift(**settings)
     replica, part = divmod(rank, 2)

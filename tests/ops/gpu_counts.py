@@ -41,7 +41,7 @@ class Counts:
     Attributes:
         launches: Number of kernel launches, including matrix products.
         products: Number of launches of matrix products.
-        moved: Bytes that all other kernels read and write.
+        moved: Bytes that the kernels other than matrix products read and write.
         passes: Number of reads and writes of float32 tensors ``[n, D]``, the shape of the labelled hidden states.
         peak: Peak bytes of the tensors that the calls allocate.
         tile: (rows, columns) of a tile of logits.

@@ -174,7 +174,11 @@ def test_images_of_another_size_or_content(tmp_path: Path, pairs: Path) -> None:
 
 
 def test_pairs_with_equal_texts_and_other_images_have_not_changed(tmp_path: Path) -> None:
-    """Short questions with the same answers are common: "Is the shape red?"."""
+    """All pairs have the same texts, and only their images differ.
+
+    A resuming run must compare each pair with the same pair of the earlier run, not with another pair of equal texts.
+    Such pairs are common, for example with the short question "Is the shape red?".
+    """
     data = write_pairs(tmp_path / "data", 12)
 
     def set_equal(lines: list[dict[str, Any]]) -> None:

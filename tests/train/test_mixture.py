@@ -1,4 +1,4 @@
-"""Tests mixtures of data sources: their lines, which samples an epoch has, and ``Mixture.inspect``."""
+"""Tests mixtures of data sources: the lines of a mixture, the samples of an epoch, and ``Mixture.inspect``."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Tests that each family's ids equal those of the family's chat template, or that the encoder refuses the family."""
+"""Tests the encoder on each model family: it returns the ids of the family's chat template, or raises an error."""
 
 import datetime
 import itertools

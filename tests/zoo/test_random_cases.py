@@ -1,4 +1,7 @@
-"""Tests random templates, tokenizers and conversations: ids equal the template's, or the encoder refuses."""
+"""Tests the encoder on random templates, tokenizers and conversations.
+
+The encoder must return the ids of the chat template, or raise an error.
+"""
 
 import collections
 import os
@@ -41,7 +44,10 @@ def responses_of(case: Any) -> tuple[str, str]:
 
 
 def encode(case: Case) -> str:
-    """Encodes a case and checks that the ids equal the template's. Returns ENCODED or REFUSED."""
+    """Encodes a case and checks that the ids are those of the chat template. Returns ENCODED.
+
+    If the encoder raises an error, returns REFUSED.
+    """
     processor: Any = case.tokenizer.build()
     template = case.template.jinja()
     messages = messages_of(processor, case.turns)
@@ -158,7 +164,10 @@ def test_the_ids_with_images_are_those_of_the_processor(pictures: list[tuple[str
 
 
 def encode_images(case: ImageCase, pictures: list[tuple[str, Any]]) -> str:
-    """Encodes a case with images and checks that the ids equal the processor's. Returns ENCODED or REFUSED."""
+    """Encodes a case with images and checks that the ids are those of the processor. Returns ENCODED.
+
+    If the encoder raises an error, returns REFUSED.
+    """
     _, processor, _ = load(case.family)
     used = [part for _, parts in case.turns for part in parts if isinstance(part, int)]
     turns = [

@@ -30,15 +30,15 @@ class Family:
         config: Class of the model's config, without "Config". It determines the table's column "rows".
         end: The token that ends a response.
         image: Whether the tests use images with this family.
-        system: Whether the template supports a system message; otherwise the encoder refuses it.
+        system: Whether the template supports a system message. If not, the encoder must raise an error for it.
         responses: Responses besides those of ``test_families``, such as responses with thoughts.
         needs_thoughts: Whether the family refuses responses without thoughts.
         thinking: How the family thinks, for the table.
         separate_rows: Why a pair's responses need separate rows; "": one row holds the prompt and both.
         options: Options of the encoder.
         notices: A regular expression for each notice of the encoder.
-        refused: What the encoder refuses, and a regular expression for its message. A key is a response, "system" for
-            system messages, or "family" for the whole family.
+        refused: Dict from an input for which the encoder must raise an error to a regular expression for the message.
+            A key is a response, "system" for system messages, or "family" for every input of the family.
         rule: A rule of the family in addition to its template, for the table.
     """
 

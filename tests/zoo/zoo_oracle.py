@@ -67,7 +67,7 @@ def compare(
     suffix: int = 0,
     **kwargs: Any,
 ) -> None:
-    """Asserts that the encoder's ids equal the template's, up to the token that ends the turn.
+    """Asserts that the encoder's ids equal the ids of the chat template, up to the token that ends the turn.
 
     Args:
         encoder: The encoder that made the ids.
