@@ -36,11 +36,12 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 
 
 class HiddenBatch:
-    """Random inputs of the loss that takes hidden states: B pairs of T tokens, stored as one long pair.
+    """Random inputs of the loss that takes hidden states.
 
-    The two sequences of this pair have ``B * T`` tokens each. The matmuls have the same sizes as with B pairs. Shapes,
-    with hidden size D and vocabulary size V: hidden states ``[2, B * T, D]``, head ``[V, D]``, labels ``[2, B * T]``
-    and ref_logp ``[2]``. In each sequence, only the last fraction ``share`` has labels; the other labels are -100.
+    B pairs, whose sequences have T tokens each, are joined to one pair of two long sequences with ``B * T`` tokens.
+    The matmuls have the same sizes as with B pairs. Shapes, with hidden size D and vocabulary size V: hidden states
+    ``[2, B * T, D]``, head ``[V, D]``, labels ``[2, B * T]`` and ref_logp ``[2]``. In each sequence, only the last
+    fraction ``share`` has labels; the other labels are -100.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:

@@ -1,4 +1,4 @@
-"""Finds text that a tokenizer cannot represent and encodes as its unknown token, such as ``<unk>``."""
+"""Finds text for which a tokenizer has no tokens, so that it becomes the unknown token, such as ``<unk>``."""
 
 import contextlib
 import dataclasses
