@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,12 @@ def settings_function(
         if not hasattr(trainer, "mpo"):
             trainer.mpo = LossSettings(config_of(trainer), make_reward_shift(reward_shift))
             trainer.add_callback(RewardShiftStep(trainer.mpo.reward_shift))
+            if trainer.mpo.config.bco_weight == 0 and trainer.mpo.reward_shift.mode != "fixed":
+                warnings.warn(
+                    f"the loss of {type(trainer).__name__} has no BCO term, so the reward shift of the patch does not "
+                    "change it: MPO has the terms DPO, BCO and SFT",
+                    stacklevel=2,
+                )
         return trainer.mpo
 
     return settings

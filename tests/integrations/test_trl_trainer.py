@@ -187,6 +187,9 @@ def test_a_patched_trainer_has_the_reward_shift_that_the_patch_asks_for(
         log = train(make(trl.DPOTrainer, models, "text", tmp_path, max_steps=4, save_strategy="steps", save_steps=2))
         again = make(trl.DPOTrainer, models, "text", tmp_path, max_steps=4)
         resumed = train(again, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        alone = make(trl.DPOTrainer, models, "text", tmp_path, max_steps=1, loss_type=["sigmoid"], loss_weights=None)
+        with pytest.warns(UserWarning, match="the loss of DPOTrainer has no BCO term"):
+            train(alone)
     finally:
         mpo_ext.unpatch("trl")
     truth = train(make(MPOTrainer, models, "text", tmp_path, max_steps=4))
