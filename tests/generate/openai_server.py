@@ -141,9 +141,8 @@ def running(server: Server) -> Iterator[Server]:
             with lock:
                 server.n_running += 1
                 server.most_running = max(server.most_running, server.n_running)
-                fault = server.fault(body)
             try:
-                self.reply(body, fault)
+                self.reply(body, server.fault(body))  # without the lock: a fault may wait for other requests
             finally:
                 with lock:
                     server.n_running -= 1
