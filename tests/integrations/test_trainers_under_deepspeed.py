@@ -39,6 +39,7 @@ _NAMES = sorted({*SAME_NAMES} - {"rewards/accuracies"})
 def _join(rank: int, folder: str, stage: int) -> dict[str, Any]:
     """Makes this process one of two ranks that train under DeepSpeed on a CPU. Returns the DeepSpeed settings."""
     torch.set_num_threads(1)
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # tests of the same process set it; DeepSpeed is then ignored
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text(),
                    "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}  # fmt: skip

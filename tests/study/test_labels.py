@@ -64,5 +64,5 @@ def test_the_cost_is_compared_with_the_paper() -> None:
     text = cost({"starts": [{"labels": {"RLAIF-V": shares}, "sampling": sampling}, {"labels": {}}]})
     assert text.startswith("DropoutNTP generates 50.0 tokens per pair, and RLAIF-V 100.0. The ratio is 50 %. In")
     assert "571.2 and 992.7, with a ratio of 57.5 %. A response has 15 tokens on average." in text
-    assert "these judgements take 25.0 % of its tokens." in text
+    assert "25.0 % of the tokens of RLAIF-V are such judgements." in text
     assert cost({"starts": [{"labels": {}}]}) == "Not run yet.\n"

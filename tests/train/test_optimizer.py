@@ -257,7 +257,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, settings: dict[st
         ({"groups": {"tower": {}}}, r"groups must name parts among vision_tower, .*, got 'tower'"),
         (
             {"groups": {"projector": {"lr": 1.0}}},
-            r"groups\.projector\.lr; known settings: groups\.projector\.learning_r",
+            r"groups\.projector\.lr; did you mean .*groups\.projector\.learning_rate\?",
         ),
         ({"groups": {"projector": {"learning_rate": -1.0}}}, r"groups\.projector\.learning_rate must be finite"),
         ({"args": {"lr": 1.0}}, "args must not hold a setting of optim, got lr"),
