@@ -1,6 +1,7 @@
 """Defines the command ``mpo-ext train``. Its dependencies are imported only when it runs."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mpo_ext.checks import environment_integer
@@ -8,7 +9,7 @@ from mpo_ext.cli.shared import add_debug, add_recipe, command
 
 if TYPE_CHECKING:
     from mpo_ext.evaluate.cells import QuestionFile
-    from mpo_ext.train.encode import Encoder
+    from mpo_ext.train.mixture import Mixture
     from mpo_ext.train.recipe import Recipe
 
 
@@ -66,17 +67,20 @@ def run_train(args: argparse.Namespace) -> int:
         check_model(recipe.reference.path, trust_remote_code=recipe.model.trust_remote_code)
     questions = _open_questions(recipe)
     print_plan(planned)
-    is_valid = print_data(recipe)
-    from mpo_ext.train.dry_run import check_resume, load_encoder
+    mixtures = open_mixtures(recipe)
+    is_valid = print_data(recipe, mixtures)
+    from mpo_ext.train.dry_run import check_encoding, check_resume, find_checkpoint, load_encoder
 
-    encoder = load_encoder(recipe)
-    is_valid = print_encoding(recipe, encoder) and is_valid
+    checkpoint = find_checkpoint(recipe)
+    encoder = load_encoder(recipe, checkpoint)
+    encoding = check_encoding(recipe, mixtures[0], encoder)
+    print("".join(f"  {line}\n" for line in encoding.text_lines()), end="")
     if questions is not None:
         print(f"  {questions.path}: {questions.source.count:,} lines of questions for output.eval_generate")
     print("\nOutput")
-    for line in check_resume(recipe, encoder, planned.steps):
+    for line in check_resume(recipe, checkpoint, encoder, planned.steps):
         print(f"  {line}")
-    return 0 if is_valid else 1
+    return 0 if is_valid and not encoding.problems else 1
 
 
 def _open_questions(recipe: "Recipe") -> "QuestionFile | None":
@@ -87,20 +91,16 @@ def _open_questions(recipe: "Recipe") -> "QuestionFile | None":
     return open_eval_questions(recipe.output.eval_generate)
 
 
-def print_encoding(recipe: "Recipe", encoder: "Encoder") -> bool:
-    """Encodes some pairs of the data as the run would, and prints the result. Returns whether the run can use them."""
-    from mpo_ext.train.dry_run import check_encoding
+def open_mixtures(recipe: "Recipe") -> "list[Mixture]":
+    """Returns the training data of a recipe and, if there are any, the evaluation data."""
+    from mpo_ext.train.mixture import Mixture
 
-    report = check_encoding(recipe, encoder)
-    for line in report.lines:
-        print(f"  {line}")
-    for problem in report.problems:
-        print(f"  NOT VALID: {problem}")
-    return not report.problems
+    parts = (("data.train", recipe.data.train), ("data.eval", recipe.data.eval))
+    return [Mixture(sources, seed=recipe.optim.seed, name=name) for name, sources in parts if sources]
 
 
-def print_data(recipe: "Recipe") -> bool:
-    """Inspects the data of a recipe, and prints the format, the number of images and the defects of each source.
+def print_data(recipe: "Recipe", mixtures: "Sequence[Mixture]") -> bool:
+    """Prints the format, the number of images and the defects of each source. ``mixtures`` are the recipe's data.
 
     Defects are bad lines, pairs with a missing image or video, and pairs whose placeholders (such as ``<image>``) do
     not match their images or videos.
@@ -109,13 +109,13 @@ def print_data(recipe: "Recipe") -> bool:
         Whether the trainer can use the data. Without ``data.skip_bad``, there must be no defects. With it,
         ``data.train`` and, if given, ``data.eval`` must each have a pair without defects.
     """
-    from mpo_ext.train.mixture import Mixture, SourceOverview, root_advice, stored_lines
+    from mpo_ext.train.mixture import SourceOverview, root_advice, stored_lines
 
     is_valid, is_complete = True, True
     inspected: list[SourceOverview] = []
     print("\nData")
-    for name, sources in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
-        overviews = Mixture(sources, seed=recipe.optim.seed, name=name).inspect() if sources else []
+    for mixture in mixtures:
+        overviews = mixture.inspect()
         inspected += overviews
         for overview in overviews:
             print(f"  {overview}")

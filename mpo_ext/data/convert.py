@@ -7,7 +7,7 @@ from typing import Any
 
 from mpo_ext.checks import check_choice
 from mpo_ext.data.formats import WRITABLE, Format
-from mpo_ext.data.hf import save_dataset
+from mpo_ext.data.hf import PARQUET, save_dataset
 from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.mmpr import write_mmpr
 from mpo_ext.data.reader import BadLine, Location, Skipped
@@ -20,7 +20,7 @@ from mpo_ext.images import ImageError, describe_source, is_remote, missing_image
 _MMPR_FIELDS = {"image", "video", "rejected_image", "question", "chosen", "rejected", "answer_gt"}
 
 # Suffixes of files that the readers do not read as JSON lines.
-_OTHER_SUFFIXES = {".arrow", ".bz2", ".csv", ".gz", ".parquet", ".tsv", ".xlsx", ".xz", ".zip", ".zst"}
+_OTHER_SUFFIXES = {".arrow", ".bz2", ".csv", ".gz", PARQUET, ".tsv", ".xlsx", ".xz", ".zip", ".zst"}
 
 
 def convert(
@@ -63,7 +63,7 @@ def convert(
     """
     check_choice("format", format, WRITABLE)
     suffix = Path(out).suffix.lower()
-    if format == "hf" and suffix in _OTHER_SUFFIXES | {".json", ".jsonl"} and suffix != ".parquet":
+    if format == "hf" and suffix in (_OTHER_SUFFIXES | {".json", ".jsonl"}) - {PARQUET}:
         raise ValueError(f"out must be a folder or a file .parquet for the format hf, got {os.fspath(out)}")
     if format in ("pairs", "trl") and suffix in _OTHER_SUFFIXES:
         raise ValueError(

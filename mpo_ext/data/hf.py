@@ -27,6 +27,7 @@ from mpo_ext.images import is_url, read_image
 if TYPE_CHECKING:
     import datasets
 
+PARQUET = ".parquet"
 _STORED_NAME = re.compile(r"[0-9a-f]{24}(?:\.[a-z]{3,4})?")
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "gif": ".gif", "bmp": ".bmp"}
 
@@ -128,7 +129,7 @@ def save_dataset(
 
     Args:
         folder: Folder of the dataset. An existing folder is replaced if it holds only a dataset. If the name ends with
-            ".parquet", a parquet file is written instead, for ``datasets.load_dataset``.
+            ".parquet", a parquet file is written instead, for ``datasets.load_dataset``. It replaces an existing file.
         pairs: The pairs, or a function that returns a new iterator over the pairs.
         kind: "standard" or "conversational".
 
@@ -136,10 +137,13 @@ def save_dataset(
         The number of rows.
 
     Raises:
-        FileExistsError: If ``folder`` is a file, or a folder that holds anything besides a dataset.
+        FileExistsError: If ``folder`` is a file, or a folder that holds anything besides a dataset. If a parquet file
+            would replace a folder.
     """
     target = Path(folder)
-    is_parquet = target.suffix == ".parquet"
+    is_parquet = target.suffix.lower() == PARQUET
+    if is_parquet and target.is_dir():
+        raise FileExistsError(f"out must not be a folder if its name ends with {PARQUET}, got {target}")
     if not is_parquet and target.exists() and not (target.is_dir() and all(map(_is_dataset_file, target.iterdir()))):
         raise FileExistsError(f"folder must be empty or hold only a dataset, got {target}")
     target.parent.mkdir(parents=True, exist_ok=True)

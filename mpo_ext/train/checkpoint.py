@@ -143,7 +143,7 @@ class Checkpoints:
             manifest = Manifest.read(path)
         self._check_contents(accelerator, manifest, path)
         with together(accelerator):
-            state = json.loads((path / _STATE).read_bytes())
+            state = read_state(path)
             reader = StateReader(accelerator, path, model, optimizer, reference, manifest=manifest)
         with together(accelerator):
             reader.restore()
@@ -156,7 +156,7 @@ class Checkpoints:
             manifest = Manifest.read(Path(path))
         self._check_contents(accelerator, manifest, Path(path))
         with together(accelerator):
-            state: dict[str, Any] = json.loads((Path(path) / _STATE).read_bytes())
+            state = read_state(Path(path))
         return state
 
     def latest(self) -> Path | None:
@@ -205,14 +205,13 @@ class Checkpoints:
                     "another output.dir to start a new run"
                 )
             return None
-        if resume == "never":
-            self.check_unused()
-            return None
-        try:
-            self._check_contents(accelerator, Manifest.read(Path(resume)), Path(resume))
-        except CheckpointError as error:
-            raise _bad_resume(resume, error) from error
-        return Path(resume)
+        found = self.find(resume)
+        if found is not None:
+            try:
+                self._check_contents(accelerator, Manifest.read(found), found)
+            except CheckpointError as error:
+                raise _bad_resume(resume, error) from error
+        return found
 
     def find(self, resume: str) -> Path | None:
         """Returns the checkpoint that ``resolve`` selects, or None for a new run. Reads only manifests.
@@ -221,25 +220,19 @@ class Checkpoints:
             FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
             ValueError: If ``resume`` is a path without a checkpoint.
         """
-        if resume == "never":
-            self.check_unused()
-            return None
-        if resume == "auto":
-            return self.latest()
+        if resume in ("auto", "never"):
+            latest = self.latest()
+            if resume == "never" and latest is not None:
+                raise FileExistsError(
+                    'resume must be "auto" or a checkpoint if the folder has a checkpoint, got "never" with '
+                    f"{latest}; or choose another output.dir"
+                )
+            return latest
         try:
             Manifest.read(Path(resume))
         except CheckpointError as error:
             raise _bad_resume(resume, error) from error
         return Path(resume)
-
-    def check_unused(self) -> None:
-        """Raises ``FileExistsError`` if the folder has a checkpoint. Called for a run that must not resume."""
-        latest = self.latest()
-        if latest is not None:
-            raise FileExistsError(
-                'resume must be "auto" or a checkpoint if the folder has a checkpoint, got "never" with '
-                f"{latest}; or choose another output.dir"
-            )
 
     def _check_contents(self, accelerator: Any, manifest: Manifest, path: Path) -> None:
         """Raises ``CheckpointError`` if a file of a checkpoint differs from its recorded digest.

@@ -38,14 +38,25 @@ class EncodingReport:
     lines: tuple[str, ...]
     problems: tuple[str, ...]
 
+    def text_lines(self) -> Iterator[str]:
+        """Yields the lines, and a line for each problem."""
+        yield from self.lines
+        yield from (f"NOT VALID: {problem}" for problem in self.problems)
 
-def load_encoder(recipe: Recipe) -> Encoder:
+
+def find_checkpoint(recipe: Recipe) -> Path | None:
+    """Returns the checkpoint from which the run would resume, or None. Raises the errors of ``Checkpoints.find``."""
+    return Checkpoints(Path(recipe.output.dir) / "checkpoints").find(recipe.output.resume)
+
+
+def load_encoder(recipe: Recipe, checkpoint: Path | None) -> Encoder:
     """Returns the encoder of a run. Loads the processor of the model, but no weights.
+
+    ``checkpoint`` is the result of ``find_checkpoint``. It determines the date that a chat template may print.
 
     Raises the errors of ``load_without_weights`` and ``ChatEncoder``.
     """
     loaded = load_without_weights(recipe.model.path, **recipe.model.hub_options)
-    checkpoint = _checkpoints(recipe).find(recipe.output.resume)
     inputs = None if checkpoint is None else read_state(checkpoint).get("inputs")
     return make_encoder(
         recipe,
@@ -57,12 +68,12 @@ def load_encoder(recipe: Recipe) -> Encoder:
     )
 
 
-def check_encoding(recipe: Recipe, encoder: Encoder) -> EncodingReport:
-    """Encodes 100 training pairs in the same way as the run. The pairs are spread evenly over an epoch.
+def check_encoding(recipe: Recipe, mixture: Mixture, encoder: Encoder) -> EncodingReport:
+    """Encodes 100 pairs of ``mixture``, the training data, as the run would. They are spread evenly over an epoch.
 
     Bad lines are left out. Like the run, this function compares the first three pairs with the model's own processor.
     """
-    pairs = list(_spread_pairs(recipe))
+    pairs = list(_spread_pairs(mixture))
     counts, lengths = PairCounts(), []
     for pair, name in pairs:
         try:
@@ -87,35 +98,39 @@ def check_encoding(recipe: Recipe, encoder: Encoder) -> EncodingReport:
     return EncodingReport(tuple(lines), tuple(problems))
 
 
-def check_resume(recipe: Recipe, encoder: Encoder, steps: int) -> Iterator[str]:
+def check_resume(recipe: Recipe, checkpoint: Path | None, encoder: Encoder, steps: int) -> Iterator[str]:
     """Yields lines of text that say whether the run would be new, would resume, or would have no steps left.
 
-    ``steps`` is the total number of steps of the run.
+    Like the run, this function compares the recipe and the data with those of the checkpoint. It does not compare
+    weights, and does not notice damaged files of the checkpoint.
 
-    If the run would resume, the recipe and the data are compared with those of the checkpoint. The run itself makes
-    the same comparison. Weights and the contents of the checkpoint are not compared.
+    Args:
+        recipe: Recipe of the run.
+        checkpoint: The result of ``find_checkpoint``.
+        encoder: The result of ``load_encoder``.
+        steps: Total number of steps of the run.
 
     Raises:
         LinesError: If the run would refuse a change since the checkpoint.
-        FileExistsError: If ``output.resume`` is "never" and the folder has a checkpoint.
-        ValueError: If ``output.resume`` is a path without a checkpoint.
     """
-    folder = Path(recipe.output.dir)
-    checkpoint = _checkpoints(recipe).find(recipe.output.resume)
+    folder = recipe.output.dir
     if checkpoint is None:
         yield f"{folder}: a new run of {steps} steps"
         return
     state = read_state(checkpoint)
     changed = changed_settings(state, recipe, checkpoint)
     yield from (f"since the checkpoint: {text}" for text in changed.values())
-    if state.get("inputs") is not None and "LOCAL_RANK" not in os.environ:
+    stored = state.get("inputs")
+    if stored is None:
+        yield f"not compared: the data of {checkpoint}, which an earlier version of mpo_ext wrote"
+    elif "LOCAL_RANK" in os.environ:  # an Accelerator would wait for the other ranks
+        yield f"not compared: the data and those of {checkpoint} (a dry run without a launcher compares them)"
+    else:
         from accelerate import Accelerator
 
         collator = Collator("separate", encoder.end_id, recipe.loss.has_preference, positions=None)
         data = RunData(recipe, Accelerator(cpu=True), encoder, collator)
-        changes = compare_inputs(state["inputs"], collect_inputs(data, state["inputs"], {}))
-        if any(name.startswith("data.eval") for name in changed):
-            changes.evaluation.clear()  # the message about the changed setting suffices
+        changes = compare_inputs(stored, collect_inputs(data, stored, {}), changed)
         changes.check(checkpoint, accept=recipe.output.resume_changed_data)
         yield from changes.lines()
     step = state["step"]
@@ -127,12 +142,7 @@ def check_resume(recipe: Recipe, encoder: Encoder, steps: int) -> Iterator[str]:
         yield f"{folder}: the run would resume after step {step} of {steps}"
 
 
-def _checkpoints(recipe: Recipe) -> Checkpoints:
-    return Checkpoints(Path(recipe.output.dir) / "checkpoints")
-
-
-def _spread_pairs(recipe: Recipe) -> Iterator[tuple[Pair, str]]:
-    mixture = Mixture(recipe.data.train, seed=recipe.optim.seed, name="data.train")
+def _spread_pairs(mixture: Mixture) -> Iterator[tuple[Pair, str]]:
     epoch = mixture.epoch(0)
     for place in np.unique(np.linspace(0, len(epoch) - 1, _ENCODED_PAIRS).round().astype(int)):
         pair, name = mixture.read(int(epoch[place]))

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +111,18 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
     }
 
 
-def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> InputChanges:
-    """Returns the changes from the inputs of a checkpoint (``old``) to those of the run that resumes (``new``)."""
+def compare_inputs(
+    old: Mapping[str, Any], new: Mapping[str, Any], changed_settings: Iterable[str] = ()
+) -> InputChanges:
+    """Returns the changes from the inputs of a checkpoint (``old``) to those of the run that resumes (``new``).
+
+    ``changed_settings`` are the names of the recipe's changed settings. If one of them belongs to ``data.eval``, the
+    changes of the evaluation data are left out, because the message about this setting suffices.
+    """
     changes = InputChanges()
     changes.refused += _changed_subsets(old["train"], new["train"])
-    changes.evaluation += _changed_subsets(old["eval"], new["eval"])
+    if not any(name.startswith("data.eval") for name in changed_settings):
+        changes.evaluation += _changed_subsets(old["eval"], new["eval"])
     for name in old["weights"].keys() & new["weights"].keys():
         if old["weights"][name] != new["weights"][name]:
             changes.refused.append(f"{name}: the model has other weights than at the beginning of the run")

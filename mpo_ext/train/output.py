@@ -178,9 +178,7 @@ class RunOutput:
             )
             return
         # All ranks must agree, although their machines may round pixels differently.
-        self.input_changes = gather(self.accelerator, compare_inputs(stored, self.inputs))[0]
-        if any(name.startswith("data.eval") for name in self.changed):
-            self.input_changes.evaluation.clear()  # the message about the changed setting suffices
+        self.input_changes = gather(self.accelerator, compare_inputs(stored, self.inputs, self.changed))[0]
         self.input_changes.check(checkpoint, accept=self.recipe.output.resume_changed_data)
 
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:

@@ -134,6 +134,14 @@ def test_convert_writes_a_parquet_file_with_its_images(
     rows = datasets.load_dataset("parquet", data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows[0]["images"][0].size == (40, 30)
     assert run_data("check", out, "--image-dir", tmp_path / "stored") == 0
+    assert run_data("convert", meta, tmp_path / "UPPER.PARQUET", "--to", "hf") == 0
+    assert (tmp_path / "UPPER.PARQUET").is_file()
+    folder = tmp_path / "spark.parquet"  # other programs write folders of this kind
+    folder.mkdir()
+    (folder / "part-0.parquet").touch()
+    assert run_data("convert", meta, folder, "--to", "hf", "--force") == 2
+    assert "out must not be a folder if its name ends with .parquet" in capsys.readouterr().err
+    assert (folder / "part-0.parquet").exists()
 
 
 def test_a_dataset_with_a_missing_image_is_not_written(

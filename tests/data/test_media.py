@@ -298,7 +298,7 @@ def test_every_command_counts_the_refused_lines(
 
 
 def test_the_trainer_and_its_dry_run_count_the_refused_lines(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mpo_ext.cli.train import print_data
+    from mpo_ext.cli.train import open_mixtures, print_data
     from mpo_ext.train.mixture import Mixture
     from mpo_ext.train.recipe import load_recipe
 
@@ -309,14 +309,14 @@ def test_the_trainer_and_its_dry_run_count_the_refused_lines(images: Path, capsy
     assert [type(pair) for pair in mixture] == [Pair, *[BadLine] * 4]
     (overview,) = mixture.inspect()
     assert (overview.bad, overview.with_images) == (4, 1)
-    assert print_data(recipe) is False
+    assert print_data(recipe, open_mixtures(recipe)) is False
     out = capsys.readouterr().out
     assert "4 lines hold NO PAIR" in out
     assert "rows.jsonl:2: no image: question must hold <image> 0 times for 0 images" in out
 
 
 def test_the_dry_run_counts_wrong_places(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mpo_ext.cli.train import print_data
+    from mpo_ext.cli.train import open_mixtures, print_data
     from mpo_ext.train.mixture import Mixture
     from mpo_ext.train.recipe import load_recipe
 
@@ -328,7 +328,7 @@ def test_the_dry_run_counts_wrong_places(images: Path, capsys: pytest.CaptureFix
     recipe = load_recipe(images / "r.yaml", [])
     (overview,) = Mixture(recipe.data.train).inspect()
     assert (overview.bad, overview.misplaced) == (0, 2)
-    assert print_data(recipe) is False
+    assert print_data(recipe, open_mixtures(recipe)) is False
     out = capsys.readouterr().out
     assert "2 pairs have WRONG PLACES for their images" in out
     assert "rows.jsonl:2: question must hold <image> 0 or 1 times for 1 images, got 2" in out

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import pytest
 import test_hf_trainer
 import tiny_models
 import torch
-import torch.multiprocessing as mp
 import transformers
+import two_ranks
 
 if os.environ.get("CI") != "true":
     for package in ("trl", "deepspeed"):
@@ -38,11 +37,8 @@ _NAMES = sorted({*SAME_NAMES} - {"rewards/accuracies"})
 
 def _join(rank: int, folder: str, stage: int) -> dict[str, Any]:
     """Makes this process one of two ranks that train under DeepSpeed on a CPU. Returns the DeepSpeed settings."""
-    torch.set_num_threads(1)
+    two_ranks.join(rank, folder)
     os.environ.pop("ACCELERATE_USE_CPU", None)  # tests of the same process set it; DeepSpeed is then ignored
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text(),
-                   "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}  # fmt: skip
     torch.distributed.init_process_group("gloo")
     # On a CPU, accelerate knows no backend for DeepSpeed, and would count one process.
     PartialState._prepare_backend = lambda self, cpu=False, *_: (
@@ -54,12 +50,6 @@ def _join(rank: int, folder: str, stage: int) -> dict[str, Any]:
         "gradient_accumulation_steps": "auto",
         "zero_allow_untested_optimizer": True,
     }
-
-
-def _free_port(folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(probe.getsockname()[1]))
 
 
 def _rank(rank: int, folder: str, model: str, family: str, stage: int, lora: bool) -> None:
@@ -89,8 +79,7 @@ def _rank(rank: int, folder: str, model: str, family: str, stage: int, lora: boo
 def test_two_ranks_are_those_of_trl_and_resume(family: str, stage: int, lora: bool, tmp_path: Path) -> None:
     save = {"text": tiny_models.save_text_model, "images": tiny_models.save_image_model}[family]
     model = save(tmp_path / "model")
-    _free_port(tmp_path)
-    mp.spawn(_rank, args=(str(tmp_path), str(model), family, stage, lora), nprocs=2)
+    two_ranks.spawn(_rank, tmp_path, str(model), family, stage, lora)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert len(first["theirs"]) == 4
     for ours, theirs in zip(first["ours"], first["theirs"], strict=True):
@@ -128,8 +117,7 @@ def _pair_rank(rank: int, folder: str, model: str) -> None:
 
 
 def test_the_mixin_trains_adapters_under_zero3_as_under_ddp(tmp_path: Path) -> None:
-    _free_port(tmp_path)
-    mp.spawn(_pair_rank, args=(str(tmp_path), str(tiny_models.save_text_model(tmp_path / "model"))), nprocs=2)
+    two_ranks.spawn(_pair_rank, tmp_path, str(tiny_models.save_text_model(tmp_path / "model")))
     logs = json.loads((tmp_path / "rank0.json").read_text())
     assert logs["zero3"] == pytest.approx(logs["ddp"], rel=1e-5)
     assert logs["zero3"][-1] < logs["zero3"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -17,8 +18,8 @@ import pytest
 import safetensors.torch
 import tiny_models
 import torch
-import torch.multiprocessing as mp
 import transformers
+import two_ranks
 
 import mpo_ext
 from mpo_ext import RewardShift
@@ -271,21 +272,28 @@ def test_a_killed_run_resumes_as_the_uninterrupted_run(models: dict[str, Path], 
         assert torch.equal(one, two)
 
 
+@contextlib.contextmanager
+def patched_if(is_patched: bool) -> Iterator[None]:
+    """Patches TRL for the duration of a ``with`` block, with the reward shift of MPO, if ``is_patched`` is True."""
+    if is_patched:
+        mpo_ext.patch("trl", reward_shift={"mode": "cumulative"})
+    try:
+        yield
+    finally:
+        if is_patched:
+            mpo_ext.unpatch("trl")
+
+
 @pytest.mark.parametrize("kind", [MPOTrainer, trl.DPOTrainer], ids=["MPOTrainer", "patch"])
 def test_a_resumed_run_has_the_trained_weights_of_an_image_model(
     kind: type, models: dict[str, Path], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
-    if kind is trl.DPOTrainer:
-        mpo_ext.patch("trl", reward_shift={"mode": "cumulative"})
-    try:
+    with patched_if(kind is trl.DPOTrainer):
         whole = make(kind, models, "images", tmp_path, **settings)
         log = train(whole)
         resumed = make(kind, models, "images", tmp_path, **settings)
         assert train(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))[-1]["loss"] == log[-1]["loss"]
-    finally:
-        if kind is trl.DPOTrainer:
-            mpo_ext.unpatch("trl")
     for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, two)
 
@@ -295,16 +303,11 @@ def test_the_best_weights_of_an_image_model_are_loaded_at_the_end(
     kind: type, models: dict[str, Path], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
-    if kind is trl.DPOTrainer:
-        mpo_ext.patch("trl")
-    try:
+    with patched_if(kind is trl.DPOTrainer):
         trainer = make(kind, models, "images", tmp_path, **settings)
         train(trainer)
         trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
         trainer._load_best_model()  # which Trainer calls for load_best_model_at_end
-    finally:
-        if kind is trl.DPOTrainer:
-            mpo_ext.unpatch("trl")
     best = type(trainer.model).from_pretrained(tmp_path / "checkpoint-1")
     for one, two in zip(trainer.model.parameters(), best.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -413,10 +416,8 @@ def test_unknown_versions_and_sources_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def _rank(rank: int, folder: str, text: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": (Path(folder) / "port").read_text(), "GLOO_SOCKET_IFNAME": "lo",
-                   "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    two_ranks.join(rank, folder)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     models = {"text": Path(text)}
     settings: dict[str, Any] = {"max_steps": 4, "ddp_backend": "gloo"}
     theirs = make(trl.DPOTrainer, models, "text", Path(folder), **settings)
@@ -429,12 +430,7 @@ def _rank(rank: int, folder: str, text: str) -> None:
 
 
 def test_two_ranks_are_those_of_trl_and_share_the_reward_shift(models: dict[str, Path], tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(probe.getsockname()[1]))
-    mp.spawn(_rank, args=(str(tmp_path), str(models["text"])), nprocs=2)
+    two_ranks.spawn(_rank, tmp_path, str(models["text"]))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["world"] == 2
     for ours, theirs in zip(first["logs"]["ours"], first["logs"]["theirs"], strict=True):

@@ -478,7 +478,7 @@ def test_a_dry_run_tells_where_the_run_stands(
     step: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_llava(tmp_path)
-    encoder = load_encoder(recipe)
+    encoder = load_encoder(recipe, None)
     inputs = collect_inputs(
         RunData(recipe, accelerate.Accelerator(cpu=True), encoder, Collator("separate", 0, True, None)), None, {}
     )

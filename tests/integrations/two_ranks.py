@@ -1,0 +1,28 @@
+"""Lets two processes of a test train together on a CPU."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def spawn(run: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    """Runs ``run(rank, folder, *arguments)`` in two processes. ``run`` must call ``join``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(probe.getsockname()[1]))
+    mp.spawn(run, args=(str(folder), *arguments), nprocs=2)
+
+
+def join(rank: int, folder: str) -> None:
+    """Sets the environment of a rank: one thread, and the address of the other rank."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text(),
+                   "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}  # fmt: skip
