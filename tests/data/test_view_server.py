@@ -161,6 +161,10 @@ def test_picks_of_other_lines_are_refused(pairs: Path, tmp_path: Path) -> None:
         (tmp_path / "picked.json").write_text(bad)
         with pytest.raises(ValueError, match="picked must be a file of picks"):
             read_picks(tmp_path / "picked.json")
+    with pytest.raises(
+        FileNotFoundError, match=r"picked must be a file of picks, got .*none\.json: it does not exist"
+    ):
+        read_picks(tmp_path / "none.json")
 
 
 @needs_node

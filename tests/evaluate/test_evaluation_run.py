@@ -409,8 +409,9 @@ def test_a_json_array_of_questions_takes_the_image_root(pictures: Path, tmp_path
     answers = {name: [final(7)] for name in [*(f"Q{n}" for n in range(4)), "no image"]}
     config = EvaluationConfig(prompts=("cot",), matcher={"kind": "number"})
     (cell,) = evaluate(
-        {"m": SeeingEngine(answers, answers)}, {"d": array}, tmp_path / "out", config=config, image_root=str(tmp_path)
-    )["results"]
+        {"m": SeeingEngine(answers, answers)}, {"d": array}, tmp_path / "out", config=config, image_root=str(tmp_path),
+        root_map=[("old", "new")],  # for other files of the evaluation
+    )["results"]  # fmt: skip
     assert (cell["questions"], cell.get("refused", {})) == (5, {})
     with pytest.raises(FileNotFoundError, match=r"file of items or questions, got .*none.json: it does not exist"):
         evaluate({"m": SeeingEngine({}, {})}, {"d": tmp_path / "none.json"}, tmp_path / "out", config=config)

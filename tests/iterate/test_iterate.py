@@ -251,6 +251,10 @@ def test_a_folder_of_other_files_is_left_alone(
         ({"evaluate": {"data": {"d": "."}}}, "path must be a file of items or questions, got the folder ., which"),
         ({"sample": {"questions": "none.jsonl", "correctness": {}}}, "source must exist, got none.jsonl"),
         (
+            {"sample": {"questions": {"path": "q.jsonl", "root_map": [["a", "b"]]}, "correctness": {}}},
+            "root_map must be left out unless source is a meta file",
+        ),
+        (
             {"launch": {"train": ["no-such-launcher"]}},
             "launch.train must begin with a program, got 'no-such-launcher'",
         ),
@@ -262,6 +266,7 @@ def test_inputs_are_checked_before_the_first_stage(
     settings: dict[str, Any], message: str, dry: list[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text('{"question": "a?", "answer_gt": "b"}\n')
     assert main(["iterate", write_recipe(folder, tmp_path, **settings), *dry]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

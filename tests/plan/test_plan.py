@@ -475,7 +475,7 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     ("step", "told"), [(3, "the run would resume after step 3 of 7"), (7, "already finished (step 7 of 7)")]
 )
 def test_a_dry_run_tells_where_the_run_stands(
-    step: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    step: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_llava(tmp_path)
     encoder = load_encoder(recipe, None)
@@ -503,6 +503,12 @@ def test_a_dry_run_tells_where_the_run_stands(
     assert "the first change is line 5" in capsys.readouterr().err
     assert main([*run, "output.resume_changed_data=true"]) == 0
     assert "accepted by output.resume_changed_data" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(run) == 0
+    assert f"not compared: the data and those of {folder} (a dry run without a launcher" in capsys.readouterr().out
+    (folder / "state.json").write_text(json.dumps({**state, "inputs": None}))
+    assert main(run) == 0
+    assert f"not compared: the data of {folder}, which an earlier version" in capsys.readouterr().out
 
 
 def test_a_dry_run_finds_pairs_that_the_model_cannot_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1023,6 +1023,13 @@ def test_counts_continue_when_a_run_resumes(tmp_path: Path, pairs: Path, capsys:
     assert trainer.state.pair_counts.skipped == collections.Counter({"chosen and rejected are equal": 5})
 
 
+def test_counts_of_several_epochs_say_so(tmp_path: Path, pairs: Path, cards: list[Any], capsys: Any) -> None:
+    double = with_lines(pairs, "epochs.jsonl", lambda lines: lines[4].update(rejected=lines[4]["chosen"]))
+    assert trainer_of(tmp_path / "out", double, optim__epochs=2).run() == 0
+    assert "skipped 2 in 2 epochs: chosen and rejected are equal" in capsys.readouterr().err
+    assert cards[0]["summary"]["skipped in 2 epochs"] == {"chosen and rejected are equal": 2}
+
+
 def test_counts_of_all_ranks_are_one(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tmp_path / "out", pairs)
     other = PairCounts()
