@@ -233,6 +233,10 @@ def test_changed_evaluation_data_are_evaluated_again(tmp_path: Path, pairs: Path
     assert "already finished" not in text
     train(tmp_path / "run", pairs, 1, **settings)
     assert "already finished" in capsys.readouterr().err
+    train(tmp_path / "run", pairs, 1, data__eval=[str(pairs)])
+    text = capsys.readouterr().err
+    assert "since the checkpoint: data.eval was " in text
+    assert "since the checkpoint: evaluation: " not in text  # the message about the setting suffices
 
 
 def state_of(out: Path) -> dict[str, Any]:
