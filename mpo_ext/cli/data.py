@@ -194,6 +194,7 @@ def _check(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from mpo_ext.data.check import check_pairs
+    from mpo_ext.data.sources import root_hint
     from mpo_ext.data.stats import token_counter
     from mpo_ext.files import write_json
 
@@ -223,6 +224,9 @@ def _check(args: argparse.Namespace) -> int:
                 console.print(f"{finding.where}: {kind}: {_printable(finding.message)}", markup=False, highlight=False)
             if (rest := report.totals()[kind] - len(findings)) > 0:
                 console.print(f"and {rest:,} more of {kind!r} (--examples shows more)", markup=False, highlight=False)
+        missing = [f"{media}s" for media in ("image", "video") if f"missing {media}" in report.examples]
+        if missing:
+            console.print(root_hint(source, " and ".join(missing)), markup=False, highlight=False)
         if not report.is_sound.all():  # a wrong length in a meta file belongs to no line
             console.print("mpo-ext data convert --skip-findings leaves these lines out", markup=False, highlight=False)
     values = report.to_dict()

@@ -80,7 +80,9 @@ def run_train(args: argparse.Namespace) -> int:
     print("\nOutput")
     for line in check_resume(recipe, checkpoint, encoder, planned.steps):
         print(f"  {line}")
-    return 0 if is_valid and not encoding.problems else 1
+    is_valid = is_valid and not encoding.problems
+    print(f"\nResult: {'no problems found' if is_valid else 'NOT VALID, see above'}")
+    return 0 if is_valid else 1
 
 
 def _open_questions(recipe: "Recipe") -> "QuestionFile | None":

@@ -139,9 +139,14 @@ class MissingImages:
             return None
         media = "images and videos" if self._has_videos else "images"
         text = f"warning: {missing:,} of {len(self._exists):,} {media} do not exist as files, as {self.first}"
-        if source.format == "hf" or source.subsets:
-            return f"{text}: try --root-map"
-        return f"{text}: relative {media} start at {source.root}: try --root"
+        return f"{text}: {root_hint(source, media)}"
+
+
+def root_hint(source: PairSource, media: str) -> str:
+    """Returns advice about missing ``media`` ("images"): the option of ``mpo-ext data`` that names their folder."""
+    if source.format == "hf" or source.subsets:
+        return "try --root-map"
+    return f"relative {media} start at {source.root}: try --root"
 
 
 class StoredMedia:

@@ -244,6 +244,8 @@ def test_the_number_of_missing_images_is_in_a_warning(
         warning = capsys.readouterr().err
         assert f"warning: 3 of 3 images do not exist as files, as {tmp_path}/a.png: " in warning
         assert warning.endswith(f"relative images start at {tmp_path}: try --root\n")
+    assert run_data("check", tmp_path / "p.jsonl", "--examples", "0") == 1
+    assert f"\nrelative images start at {tmp_path}: try --root\n" in capsys.readouterr().out
     assert run_data("stats", tmp_path / "p.jsonl", "--root", images) == 0
     assert "warning: 1 of 3 images do not exist as files" in capsys.readouterr().err
     write_pairs(tmp_path / "good.jsonl", [pairs[0]])
@@ -252,8 +254,13 @@ def test_the_number_of_missing_images_is_in_a_warning(
 
 
 def test_missing_images_of_a_meta_file_suggest_root_map(write_lines: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_data("stats", write_lines("gone", [{**GOOD, "image": "gone.png"}])) == 0
+    meta = write_lines("gone", [{**GOOD, "image": "gone.png"}])
+    assert run_data("stats", meta) == 0
     assert capsys.readouterr().err.endswith(": try --root-map\n")
+    assert run_data("check", meta) == 1
+    assert "\ntry --root-map\n" in capsys.readouterr().out
+    assert run_data("check", write_lines("bad", [{**GOOD, "chosen": ""}])) == 1
+    assert "try --root" not in capsys.readouterr().out
 
 
 def test_a_closed_pipe_ends_a_command_quietly(mmpr: Path, tmp_path: Path) -> None:

@@ -461,7 +461,7 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     assert "a.jsonl: format pairs (detected); 50 of 50 pairs with images\n    1 different images: all exist" in text
     assert "not checked: whether images can be opened (mpo-ext data check does that)\n" in text
     assert "50 pairs were encoded: 50 can be trained, " in text
-    assert f"Output\n  {tmp_path / 'out'}: a new run of 7 steps\n" in text
+    assert text.endswith(f"Output\n  {tmp_path / 'out'}: a new run of 7 steps\n\nResult: no problems found\n")
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
@@ -526,6 +526,7 @@ def test_a_dry_run_finds_pairs_that_the_model_cannot_take(tmp_path: Path, capsys
     text = capsys.readouterr().out
     assert "a.jsonl:8: images must be none for a text model, got 1" in text
     assert "NOT VALID: the run would stop at the first pair that cannot be encoded" in text
+    assert text.endswith("\nResult: NOT VALID, see above\n")
     assert main([*run, "data.skip_bad=true"]) == 0
     assert "49 can be trained" in capsys.readouterr().out
 
