@@ -25,7 +25,7 @@ def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None
 
     Returns:
         A list of token ids for each choice, in the order of ``request.choices``. None if the request has no choices,
-        or if no token is left for a choice.
+        or if one of the choices has no token left.
     """
     starts: list[set[int]] = []
     for spellings in request.choices:
@@ -77,7 +77,7 @@ def yes_and_no(generation: Generation) -> tuple[float, float]:
     """Returns P(yes) and P(no) from the generation of a yes-or-no question.
 
     The request must have the choices ``YES_OR_NO``. If the engine has measured no probabilities, the first word of the
-    generated text decides: (1, 0) for yes, (0, 1) for no, and (0, 0) for any other word.
+    generated text decides: (1, 0) for yes, (0, 1) for no, and (0, 0) for any other word or no word.
     """
     if generation.choice_probs is not None:
         yes, no = generation.choice_probs

@@ -1,4 +1,4 @@
-"""Splits responses into claims, and turns claims into yes-or-no questions.
+"""Prompts and parsers for splitting responses into claims and turning claims into yes-or-no questions.
 
 The steps are those of RLAIF-V (arXiv 2405.17220). The prompts are not those of the paper.
 """
@@ -28,7 +28,7 @@ def read_list(text: str) -> list[str]:
     """Returns the entries of a list that a model has written, one entry per line.
 
     If any line begins with a list mark ("-", "*", "•", "1." or "1)"), only the lines with a mark are entries.
-    Otherwise, all lines are entries except those that end with a colon.
+    Otherwise, each line that does not end with a colon is an entry. Entries without a letter or digit are left out.
     """
     lines = [line for line in text.splitlines() if line.strip()]
     marked = [_MARK.sub("", line, count=1).strip() for line in lines if _MARK.match(line)]

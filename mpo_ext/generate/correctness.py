@@ -1,7 +1,7 @@
 """The correctness pipeline, which makes pairs of a right and a wrong sample. ``mpo_ext.generate.runner`` runs it.
 
-If more pairs are possible than requested, a hash of the seed, the item and the responses selects the pairs. The order
-of the input has no effect.
+If more pairs are possible than requested, a hash of the seed, the item and the responses selects the pairs. With
+``length_balance``, responses of similar length come first. The order of the input has no effect.
 """
 
 import collections
@@ -40,8 +40,8 @@ class CorrectnessConfig:
         matcher: Kind and options of the matcher that compares an answer with the truth.
         pairs_per_question: Maximum number of pairs per question in each of the outputs ``pairs`` and ``format_pairs``;
             0: no limit.
-        accuracy: Minimum and maximum fraction of a question's samples that are right. Questions outside this range
-            give no pairs.
+        accuracy: Minimum and maximum fraction of right samples among the samples of a question that are not skipped as
+            truncated, degenerate or empty. A question outside this range gives no pairs.
         length_balance: Whether to prefer pairs whose responses have similar lengths.
         reuse_limit: Maximum number of pairs in one output that use the same response; 0: no limit.
         dedupe: Whether to use equal responses to a question only once.

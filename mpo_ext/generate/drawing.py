@@ -26,7 +26,7 @@ def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig)
         ``[B]`` int64 token ids.
 
     Raises:
-        FloatingPointError: If the distribution of a row is not finite.
+        FloatingPointError: If a row has a NaN or no finite maximum. At temperature 0, rows are not checked.
     """
     import torch
 

@@ -107,8 +107,8 @@ class Feeder:
     """Samples several blocks, which are groups of items, at the same time on a streaming engine.
 
     Attributes:
-        active_tag: After an error in ``add`` or ``collect``, the tag of the block that caused it, or None if the
-            engine caused it.
+        active_tag: After an error in ``add`` or ``collect``, the tag of the block whose generator or request failed.
+            None if ``finished`` of the engine failed.
     """
 
     def __init__(self, engine: StreamingEngine) -> None:

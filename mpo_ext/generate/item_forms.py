@@ -68,9 +68,9 @@ class ItemFields:
     """The fields of an item in the common format, to which ``read_fields`` converts all published formats.
 
     Attributes:
-        question: The question with its context, and ``<image>`` at the place of each image. A question that is not a
-            string is kept unchanged.
-        chosen: The preferred response, as the input gives it; None if the input has none.
+        question: The question, in which ``<image>`` replaces placeholders such as ``<image 1>``. If there are options,
+            the context of the input comes first. A question that is not a string is kept unchanged.
+        chosen: The preferred response; None if the input has none. A message becomes its text.
         images: Paths and data URLs of the images.
         videos: The videos.
         truths: True answers. An answer that is an option index becomes the option's letter.
@@ -94,7 +94,8 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
     """Converts a row in a published format to the common format.
 
     Raises:
-        FormError: If the row has options, an answer, images, videos or a conversation that cannot be read.
+        FormError: If the row has options, an answer, images, videos, a conversation or a chosen response that cannot
+            be read. Also raised if an unknown field looks like options or an image.
     """
     rest = {key: _plain(value) for key, value in values.items()}
     conversation = take_conversation(rest)
@@ -217,7 +218,7 @@ def _is_texts(value: Any) -> bool:
 def _open_answers(answer: str) -> Any:
     """Parses MMMU's answer to an open question: ``"['5', 'five']"`` becomes ``["5", "five"]``.
 
-    Returns ``answer`` unchanged if it is not the text of a list.
+    Returns ``answer`` unchanged if it is not the text of a list, or if the list is empty.
     """
     try:
         answers = read_literal(answer)
@@ -237,7 +238,8 @@ def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
         - Images from a field without a number, such as ``images``, as a list.
 
     Raises:
-        FormError: If several fields hold different images, or ``image_source`` is not a file name.
+        FormError: If numbered and other fields both hold images, if the other fields hold different images, if an
+            image cannot be read, or if ``image_source`` is not a file name.
     """
     numbered = {
         int(match[1]): image
@@ -271,7 +273,7 @@ def _place_numbered(
     """Replaces placeholders such as ``<image 2>`` by ``<image>``, and orders the images by their placeholders.
 
     Images without a placeholder come first. If only some images have a placeholder, the first user turn gets an
-    ``<image>`` for each of the others.
+    ``<image>`` for each image without one.
 
     Returns:
         The turns, the options and the sorted images.

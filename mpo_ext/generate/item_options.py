@@ -103,7 +103,8 @@ def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
             list or dict in the notation of Python or JSON, as in MMMU.
 
     Raises:
-        FormError: If the value is none of these, or has more than 26 options.
+        FormError: If the value is none of these, has more than 26 options, or has labels other than different letters
+            from A to Z.
     """
     if isinstance(value, str) and value.strip():
         try:
@@ -146,7 +147,8 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
     """Returns the letter of the option to which an integer answer refers.
 
     With ``is_index``, the answer is an index, and 0 is the first option. Without ``is_index``, or if the index is out
-    of range, the number must be the text of an option: the answer 4 refers to the option "4".
+    of range, the number must be the text of an option: the answer 4 refers to the option "4". Without ``is_index``,
+    the number must not be the index of another option.
 
     Args:
         answer: The answer.

@@ -20,7 +20,7 @@ _PARQUET_ROWS = 32  # rows that are read at a time; each may hold several images
 def read_rows(path: str) -> Iterator[Any]:
     """Yields each row of a file, usually as a dict. All values of TSV and CSV are strings.
 
-    An unreadable row is None, or a dict with the reason.
+    An unreadable row is None, or a dict with the reason under the key ``UNREADABLE``.
 
     Raises:
         OSError: If the file cannot be read.

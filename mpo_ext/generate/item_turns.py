@@ -85,7 +85,7 @@ def read_conversation(
     Args:
         fields: Fields from ``take_conversation``.
         question: The question, which becomes the last user turn. If ``fields`` hold messages, this argument must be
-            None or equal their last user turn.
+            None or equal their last user turn, apart from ``<image>`` and white space.
         options: Texts of the options, which may hold ``<image>``.
         columns: Images from the item's image fields.
         data_url: Function that converts a base64 text to a data URL.

@@ -74,7 +74,7 @@ class Item:
 
     @property
     def image_sources(self) -> tuple[str, ...]:
-        """Images in the form that ``load_image`` reads: paths joined to ``image_root``, and URLs."""
+        """Images in the form that ``load_image`` reads: paths joined to ``image_root``, and unchanged URLs."""
         return tuple(absolute_path(image, self.image_root) for image in self.images)
 
     @property
@@ -107,7 +107,7 @@ class Item:
 
     @property
     def prompt_text(self) -> str:
-        """The prompt as a readable text: the question with its options, or all turns with their roles."""
+        """The prompt as readable text: the tools, and the question with its options or all turns with their roles."""
         question = self.question_with_options
         return turns_text(self.turns(question) or None, self.tools, question)
 
@@ -134,7 +134,7 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """Hash of the item's content, which identifies the item independently of its position in the input."""
+        """Hash of the item's content, without ``extra``. The position in the input has no effect."""
         content: tuple[Any, ...] = (self.question, self.images, self.chosen, self.truths, self.problem)
         content += (self.videos,) if self.videos else ()
         if self.messages or self.tools:
@@ -178,10 +178,10 @@ class Item:
             values: A dict with ``question`` or ``messages``. Optional fields are ``image`` or ``images`` (a path or a
                 list of paths), ``video`` or ``videos`` (see ``mpo_ext.data.row_media.row_videos``), ``chosen``,
                 ``answer_gt`` or ``answer``, ``options``, ``system``, ``history`` and ``tools``. ``item_forms`` lists
-                further accepted formats. All other fields except ``rejected`` become ``extra``.
+                further accepted formats. All other fields except ``rejected`` and ``"$source"`` become ``extra``.
             image_root: Folder to which relative image paths are joined.
-            subset: Name of the data set in an MMPR meta file; None without a meta file. If set, the images must be
-                inside ``image_root``.
+            subset: Name of the data set in an MMPR meta file; None without a meta file. If set, the images and videos
+                must be inside ``image_root``.
             system: System prompt for an item without a system prompt; None: no system prompt.
         """
         if not isinstance(values, Mapping) or is_nested_deeply(values):
@@ -283,8 +283,8 @@ class ItemSource:
 
     Attributes:
         files: The files of items, in order.
-        digest: Hash of the files' contents. If a meta file lists the files, the names that it gives them are hashed,
-            too. Paths have no effect.
+        digest: Hash of the files' contents. With a meta file, the names of its data sets are hashed, too. Paths have
+            no effect.
         count: Number of items in the run.
         system: System prompt for items without a system prompt; None: no system prompt.
     """
@@ -322,6 +322,10 @@ def open_items(
         root_map: See ``item_files``.
         system: See ``item_files``.
         limit: Maximum number of items, taken from the beginning; None: all items.
+
+    Raises:
+        OSError: If a file is missing or cannot be read.
+        ValueError: If the format of a file is not supported, or an argument does not fit the source.
     """
     files = item_files(source, image_root=image_root, root_map=root_map, system=system)
     digest, count = hashlib.blake2b(digest_size=16), 0
@@ -350,8 +354,8 @@ def item_files(
         system: System prompt for items without a system prompt; None: no system prompt.
 
     Raises:
-        OSError: If the meta file cannot be read.
-        ValueError: If the meta file is invalid, or an argument does not fit the kind of source.
+        OSError: If the source does not exist, or the meta file cannot be read.
+        ValueError: If the source is a folder, the meta file is invalid, or another argument does not fit the source.
     """
     if system is not None and (not isinstance(system, str) or not system.strip()):
         raise ValueError(f"system must be a text, got {system!r}")
@@ -411,7 +415,7 @@ def _is_path(image: object) -> bool:
 
 
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """Returns (data set name, image folder) of an input line, which is a pair that was made with an MMPR meta file.
+    """Returns the data set name and the image folder that an earlier run with an MMPR meta file stored in a line.
 
     ``source`` is the field ``"$source"`` of the line, a dict with the name and the folder. ``images`` are the paths of
     the images and videos. If the name or the folder is missing, or if a path is relative or outside the folder,

@@ -61,8 +61,8 @@ class JudgeConfig:
         mode: "pairwise": the judge compares two responses, in both orders; "pointwise": the judge rates each response.
         judging: Settings for drawing the tokens of a verdict. They have no effect if the engine measures the
             probabilities of verdicts.
-        best_rating: The best rating, from 2 to 9; the worst rating is 1. If the engine measures the probability of
-            each rating, the score of a response is the expected rating.
+        best_rating: The best rating, from 2 to 9, with "pointwise" only; the worst rating is 1. If the engine measures
+            the probability of each rating, the score of a response is the expected rating.
         min_gap: Minimum difference between the scores of a pair's two responses; with "pointwise" only.
         pairs_per_question: Maximum number of pairs or, with "pairwise", of comparisons per question; 0: no limit.
         max_shorter: Limit for shorter chosen responses, with "pointwise" only. A chosen response must have at least
@@ -294,7 +294,7 @@ class Judge:
     ) -> list[tuple[RatedResponse, RatedResponse]]:
         """Returns (chosen, rejected) tuples of responses. The judge has preferred ``chosen`` in both orders.
 
-        Counts in ``result.notes`` the comparisons with an unreadable verdict, and those in which the order decided.
+        Counts in ``result.notes`` the comparisons whose verdict is unreadable or changes with the order.
         """
         by_key = {response.record["key"]: response for response in responses}
         shares = {

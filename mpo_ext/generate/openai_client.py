@@ -35,7 +35,7 @@ class ServerError(RuntimeError):
     """Raised if a server cannot be used, for example because it does not answer or does not know the model.
 
     Attributes:
-        status: HTTP status of the answer; None if there is no answer.
+        status: HTTP status with which the server reported an error; None for other failures.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -103,6 +103,7 @@ class OpenAIClient:
 
     Raises:
         ImportError: If the package openai is missing.
+        ValueError: If the API key is missing or cannot be sent in a header (``ServerOptions.key``).
     """
 
     def __init__(self, options: ServerOptions) -> None:
@@ -247,7 +248,7 @@ class _Failure:
 
     Attributes:
         text: Description, without the API key.
-        status: HTTP status of the answer; None if there is no answer.
+        status: HTTP status with which the server reported an error; None for other failures.
         wait_s: Seconds for which the server asks to wait.
     """
 
@@ -259,7 +260,7 @@ class _Failure:
 def retry_after_s(headers: Mapping[str, str]) -> float:
     """Returns how many seconds the client must wait according to the response headers; 0 without such a header.
 
-    If ``Retry-After`` is a date, the current time comes from the header ``Date`` or, without it, from this machine.
+    If ``Retry-After`` is a date, the seconds count from the header ``Date`` or, without it, from this machine's time.
     """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name, "")

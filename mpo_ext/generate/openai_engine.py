@@ -55,8 +55,11 @@ class OpenAIEngine:
     Raises:
         ChatError: If the chat template cannot be used.
         ImportError: If the package openai is missing.
-        ServerError: If the server does not answer, does not know the model, or refuses the key.
-        ValueError: If an argument is out of range, or the server refuses all test requests.
+        OSError: If the tokenizer cannot be loaded.
+        ServerError: If the server does not answer or refuses the key.
+        TypeError: If ``options`` has an unknown option.
+        ValueError: If an argument is out of range, or the server refuses all test requests, for example because it
+            does not know the model.
     """
 
     def __init__(

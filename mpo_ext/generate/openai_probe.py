@@ -59,8 +59,8 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
         extra_body: Further fields of all requests.
 
     Raises:
-        ServerError: If the server does not answer, does not know the model, or refuses the key.
-        ValueError: If the server refuses all test requests.
+        ServerError: If the server does not answer or refuses the key.
+        ValueError: If the server refuses all test requests, for example because it does not know the model.
     """
     prober = _Prober(client, model, extra_body)
     completion = None
@@ -123,7 +123,7 @@ class _Prober:
         return self.forms[0]
 
     def find_form(self, path: str, body: Mapping[str, Any]) -> Reply | None:
-        """Sends a request with each set of optional fields, and keeps the first set that the server accepts.
+        """Tries one set of optional request fields after the other, and keeps the first set that the server accepts.
 
         Returns the answer, or None if the server refuses all sets.
         """

@@ -78,7 +78,7 @@ class Summary:
         lines: Number of lines in each output file, by the file's name without ".jsonl".
         chosen_chars: Number of characters in the chosen responses of all pairs.
         rejected_chars: Number of characters in the rejected responses of all pairs.
-        skipped: Number of skipped items and samples for each reason.
+        skipped: Number of skipped items, samples and pairs for each reason.
         skipped_items: Number of items skipped as a whole.
         notes: For each remark, the number of pairs or comparisons to which the remark applies.
         stage_tokens: Number of generated tokens in each step of the pipeline, such as "responses" and "verdicts";
@@ -100,7 +100,7 @@ class Summary:
 
     @property
     def skipped_samples(self) -> int:
-        """Number of skipped samples. Items that are skipped as a whole do not count."""
+        """Number of skipped samples and pairs. Items that are skipped as a whole do not count."""
         return self.skipped.total() - self.skipped_items
 
     @property
@@ -168,8 +168,8 @@ class Summary:
 class PairOutputs:
     """A context manager that writes the output files and ``summary.json`` of a run.
 
-    Existing files are replaced only if the ``with`` block ends without an error. In the files of pairs, relative image
-    paths are relative to ``out``.
+    Existing files are replaced only if the ``with`` block ends without an error. In the files of pairs, relative paths
+    of images and videos are relative to ``out``.
 
     Args:
         names: Names of the output files without ".jsonl".

@@ -9,7 +9,9 @@ _INTERVAL_S = 30.0
 
 
 class SamplingProgress:
-    """Shows the number of finished items: as a bar on a terminal, otherwise as a line every 30 seconds.
+    """Shows the number of finished items, as a bar on a terminal or as a line every 30 seconds.
+
+    The bar requires the package rich; without it, a terminal shows lines, too.
 
     Args:
         name: Label of the display.

@@ -1,7 +1,7 @@
 r"""Named prompt templates. A template is the text around a question, and asks for an answer in a certain form.
 
-The text holds ``{question}`` once and, to show options, ``{options}`` on a separate line. Braces after a letter, a
-digit or a backslash are ordinary text, such as ``\boxed{}``. A question may hold any braces.
+The text holds ``{question}`` once and, to show options, ``{options}`` once. Braces after a letter, a digit or a
+backslash are ordinary text, such as ``\boxed{}``. A question may hold any braces.
 """
 
 import dataclasses
@@ -115,6 +115,7 @@ def load_templates(path: str | Path) -> dict[str, PromptTemplate]:
     missing values are taken from that template.
 
     Raises:
+        ImportError: If the file is YAML and ruamel.yaml is not installed.
         ValueError: If the file does not hold such a mapping. The message names the file and the template.
     """
     path = Path(path)
@@ -171,6 +172,10 @@ def render(template: PromptTemplate, question: str, options: Sequence[str] | Map
         question: The question.
         options: Option texts in the order A, B, ..., or a mapping from letter to text. None removes ``{options}`` from
             the prompt, for a question that has no options or already shows them.
+
+    Raises:
+        TypeError: If the question or an option is not a string.
+        ValueError: If the question is empty, the template cannot show options, or the options are invalid.
     """
     if not isinstance(question, str):
         raise TypeError(f"question for template {template.name!r} must be a string, got {question!r}")

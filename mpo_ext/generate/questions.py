@@ -34,7 +34,7 @@ def media_fields(error: Exception) -> dict[str, str]:
 
 
 def without_placeholders(question: str) -> str:
-    """Removes ``<image>`` and ``<video>``, with the line break after each, from a question."""
+    """Removes ``<image>`` and ``<video>``, with the line break after each, from a question, and strips the result."""
     for mark in _MARKS:
         question = question.replace(f"{mark}\n", "").replace(mark, "")
     return question.strip()
@@ -87,14 +87,20 @@ class QuestionSampler:
         return [f"{item.digest}-{sample}" for sample in range(self.samples)]
 
     def prompt(self, item: Item) -> str:
-        """Returns the text of the last user turn: the question in the template, or the question with its options."""
+        """Returns the text of the last user turn: the question in the template, or the question with its options.
+
+        If ``with_image`` is False, the placeholders ``<image>`` and ``<video>`` are removed.
+
+        Raises:
+            ValueError: If the template cannot show the options of the item.
+        """
         prompt = item.question_with_options
         if self.template is not None:
             prompt = render(self.template, item.question, item.extra.get("options"))
         return prompt if self.with_image else without_placeholders(prompt)
 
     def _prompt_problem(self, item: Item) -> str | None:
-        """Returns the reason why an item does not fit the template, or None if it fits."""
+        """Returns the reason why no valid prompt can be made of an item, or None."""
         try:
             prompt = self.prompt(item)
         except ValueError:
@@ -220,8 +226,8 @@ class AnswerScorer:
         """Returns a dict with the ``answer`` in a response and the result of its comparison with the true answers.
 
         ``correct`` is True for a right answer and False for a wrong answer. It is None if there is no answer, or if
-        the matcher cannot tell.
-        ``score`` and ``rule`` are those of the matcher's ``Verdict``.
+        the matcher cannot tell. ``score`` and ``rule``, from the matcher's ``Verdict``, are missing without an answer.
+        ``verdicts`` is ``VERDICT_VERSION``.
         """
         answer, verdict = self.score(text, item)
         fields: dict[str, Any] = {"answer": answer, "correct": None if verdict is None else verdict.correct}
@@ -230,7 +236,7 @@ class AnswerScorer:
         return {**fields, "verdicts": VERDICT_VERSION}
 
     def stored_fields(self, record: Mapping[str, Any], item: Item) -> dict[str, Any]:
-        """Returns the fields of ``score_fields`` from the stored JSON object of a response.
+        """Returns ``answer``, ``correct``, ``score`` and ``rule`` as ``score_fields`` does, from a stored JSON object.
 
         If the object has another ``VERDICT_VERSION``, its scores are outdated, and the response is scored again.
         """

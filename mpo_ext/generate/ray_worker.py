@@ -94,8 +94,8 @@ class RayWorker:
     def step(self, blocks: Sequence[Block]) -> list[BlockResult]:
         """Starts the given blocks (groups of items), and returns the results of the blocks that are finished.
 
-        With a streaming engine, waits until at least one block is finished. This may be a block of an earlier call.
-        Other engines finish all given blocks.
+        With a streaming engine, waits until at least one block is finished or has failed. This may be a block of an
+        earlier call. Other engines finish all given blocks. A block that failed has an ``error`` in its result.
         """
         if self._feeder is None:
             return [self._run(block) for block in blocks]
@@ -122,18 +122,15 @@ class RayWorker:
             return BlockResult(block.start, [], f"{block}: {describe_error(error)}{self._culprit(block)}")
 
     def _culprit(self, block: Block) -> str:
-        """Finds the item that makes a block of items fail, by sampling the items one by one.
+        """Returns a text that names the item that makes a block of items fail, or "" if there is no such item.
 
-        Returns a text that names the first item that fails when it is sampled alone. Returns "" if no item fails.
-
-        After this item, the next item of the block is sampled, too. If it also fails, the error does not depend on the
-        item, and the result is "". If the failing item is the last of the block, the item before it is sampled again
-        instead.
+        Samples the items one by one until one fails.
         """
         if len(block.items) < 2:
             return ""
         for place in range(len(block.items)):
             if self._fails(block.items[place]):
+                # If a neighbour fails, too, the error does not depend on the item.
                 neighbour = place + 1 if place + 1 < len(block.items) else place - 1
                 return "" if self._fails(block.items[neighbour]) else f"; alone, {block.describe(place)} fails"
         return ""

@@ -50,12 +50,15 @@ def skip_reason(record: Mapping[str, Any], *, allow_truncated: bool, allow_degen
 
 
 def normalized(text: str) -> str:
-    """Replaces each run of white space by one space, so that responses can be compared."""
+    """Replaces each run of white space by one space and strips the text, so that responses can be compared."""
     return " ".join(text.split())
 
 
 def distinct(samples: Sequence[Response], result: ItemResult) -> list[Response]:
-    """Returns the responses without duplicates, in order. Adds the number of duplicates to ``result.skipped``."""
+    """Returns the first of each group of equal responses. Adds the number of duplicates to ``result.skipped``.
+
+    White space has no effect on the comparison.
+    """
     first_by_text = {normalized(sample.text): sample for sample in reversed(samples)}
     if len(first_by_text) < len(samples):
         result.skipped["sample is a duplicate"] += len(samples) - len(first_by_text)

@@ -94,7 +94,8 @@ def run(
     Raises:
         SettingsMismatchError: If the folder holds a run with other settings or another input.
         LockedError: If another process already handles the items of this rank.
-        ValueError: If an argument is out of range, or the stored samples belong to other items.
+        FileExistsError: If ``out`` holds a file with the name of an output file, but no run.
+        ValueError: If an argument is invalid, or the stored samples belong to other items.
     """
     check_integer("block_size", block_size, least=1)
     if limit is not None:

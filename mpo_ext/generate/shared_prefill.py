@@ -198,7 +198,7 @@ def _check_cache(inputs: dict[str, Any]) -> None:
 
 
 def _module_states(model: Any, n_rows: int) -> dict[str, Any]:
-    """Returns the tensors that modules keep as plain attributes and that have one row for each of ``n_rows`` prompts.
+    """Returns the plain tensor attributes of a model's modules that have ``n_rows`` rows, one per prompt, by name.
 
     A prefill that changes such a tensor cannot be shared, because the tensor is not copied. ``rope_deltas`` of Qwen-VL
     are left out, because decoding steps get their positions as inputs.

@@ -40,6 +40,7 @@ class VLLMEngine:
 
     Raises:
         ChatError: If the chat template cannot be used.
+        FileNotFoundError: If ``adapter`` is not a folder with adapters.
         ImportError: If vllm is missing.
         ValueError: If vLLM cannot run the adapters, if it cannot suppress the tokens in ``generation_config.json``, or
             if this machine has too few GPUs for its processes.
@@ -110,7 +111,7 @@ class VLLMEngine:
     def submit(self, request: Request) -> str:
         """Starts a request, and returns a name that identifies it.
 
-        If vLLM rejects the request, ``finished`` returns a refusal for it.
+        If the request has videos or vLLM rejects it, ``finished`` returns a refusal for it.
         """
         name = str(next(self._names))
         if request.videos:

@@ -29,8 +29,9 @@ _PAIRS_OF = {"reward_accuracy": "averaged_pairs", "eval_reward_accuracy": "eval_
 def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, Any]:
     """Returns the content of ``rounds.json`` as JSON values. The rounds ``numbers`` must be finished.
 
-    Each round has the following entries; round 0 has only the first two:
+    Each round has the following entries; round 0 has only the first three:
 
+    - ``round``: its number.
     - ``model``: the path of its model.
     - ``accuracy``: the accuracies, in the format of an evaluation's ``results.json``.
     - ``sources``: a dict for each file of pairs (``_source_rows``).

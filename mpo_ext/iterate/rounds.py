@@ -39,6 +39,8 @@ def run_rounds(recipe: IterateRecipe, *, stream: TextIO | None = None) -> dict[s
     Raises:
         SettingsMismatchError: If the folder holds a run with other settings or other files of questions.
         FileExistsError: If the folder holds files that are not from a run of rounds.
+        LockedError: If another process runs stages in the same folder.
+        OSError: If a file of questions, the model or a program of ``launch`` is missing.
         InterruptedStageError: If this process has received SIGINT or SIGTERM. It is raised after the running stage
             has ended.
         RuntimeError: If a stage fails. Its messages are on stderr.
