@@ -238,8 +238,8 @@ def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
         - Images from a field without a number, such as ``images``, as a list.
 
     Raises:
-        FormError: If numbered and other fields both hold images, if the other fields hold different images, if an
-            image cannot be read, or if ``image_source`` is not a file name.
+        FormError: If numbered and other fields both hold images, or two other fields hold different images. Also
+            raised if an image cannot be read, or ``image_source`` is not a file name.
     """
     numbered = {
         int(match[1]): image

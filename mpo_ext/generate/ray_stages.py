@@ -1,7 +1,7 @@
 """Runs a pipeline on a Ray cluster. Each Ray actor holds an engine, and the driver stores the samples.
 
-The driver reads the items, sends each actor a few groups of items (blocks) at a time, and stores the samples of each
-block when it is finished. A run with Ray resumes like any other run and gives the same output files.
+The driver reads the items, and sends each actor a few groups of items (blocks) at a time. When a block is finished,
+the driver stores its samples. A run with Ray resumes like any other run and gives the same output files.
 """
 
 import contextlib

@@ -5,7 +5,7 @@ object) to its own file, its journal (``mpo_ext.journal``), in the order of the 
 number of items.
 
 The engine gets the items in groups, called blocks, which depend only on the input and the block size. If a killed run
-has stored a part of a block, the next run samples the whole block again, with the same results, and appends the
+has stored a part of a block, the next run samples the whole block again, with the same results. It appends only the
 missing records.
 """
 

@@ -339,7 +339,7 @@ class IterateRecipe:
         evaluate: Settings of the evaluation of ``model`` and of the model of each round.
         reference: Reference model of a round: "round" is the model that the round starts from, as in on-policy DPO;
             "first" is the model that the first round starts from.
-        seed: Sampling seed of the first round. The seed of each later round is larger by 1.
+        seed: Sampling seed of the first round. The seed increases by 1 from round to round.
         engine: Settings of the engine that samples and evaluates.
         launch: Launch commands for sampling, training and evaluation on several GPUs.
         page_pairs: Maximum number of pairs per HTML page; 0 writes no pages. A page shows the pairs that a pipeline
