@@ -273,7 +273,7 @@ def _place_numbered(
     """Replaces placeholders such as ``<image 2>`` by ``<image>``, and orders the images by their placeholders.
 
     Images without a placeholder come first. If only some images have a placeholder, the first user turn gets an
-    ``<image>`` for each image without one.
+    ``<image>`` for each image without a placeholder.
 
     Returns:
         The turns, the options and the sorted images.

@@ -74,7 +74,7 @@ class Item:
 
     @property
     def image_sources(self) -> tuple[str, ...]:
-        """Images in the form that ``load_image`` reads: paths joined to ``image_root``, and unchanged URLs."""
+        """Images in the form that ``load_image`` reads: paths joined to ``image_root``, and URLs."""
         return tuple(absolute_path(image, self.image_root) for image in self.images)
 
     @property
@@ -134,7 +134,7 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """Hash of the item's content, without ``extra``. The position in the input has no effect."""
+        """Hash of the item's content without ``extra`` and ``image_root``. The position in the input has no effect."""
         content: tuple[Any, ...] = (self.question, self.images, self.chosen, self.truths, self.problem)
         content += (self.videos,) if self.videos else ()
         if self.messages or self.tools:

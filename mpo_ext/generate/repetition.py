@@ -14,7 +14,7 @@ def is_degenerate(text: str) -> bool:
     """Returns whether a response repeats itself. One of two conditions is enough.
 
     - The response ends with the same passage at least 5 times in a row. The repetitions have at least 60 characters in
-      total, and the passage has at most 400 characters. It is not only white space.
+      total, and the passage has at most 400 characters. The passage is not only white space.
     - The response has at least 60 sequences of 6 words, and more than half of them repeat an earlier sequence. A
       punctuation mark, and a Chinese, Japanese or Korean character, counts as a word.
     """
