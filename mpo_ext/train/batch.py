@@ -33,7 +33,8 @@ class Batch:
             "masked": the rows of "shared", always with a dense attention mask. "shared" has such a mask only if the
             model does not support split attention.
         inputs: Keyword arguments of the model, without attention masks: ``input_ids`` ``[R, L]`` (R sequence rows of L
-            tokens), ``position_ids`` if the layout needs them, other inputs per token, ``pixel_values`` ...
+            tokens), ``position_ids`` if the layout or the model needs them, other inputs per token, and image inputs
+            such as ``pixel_values``.
         segments: ``[R, L]`` int32: 0 for a prompt, 1, 2, ... for the responses to this prompt, -1 for padding.
         index: ``[N]`` int64: the output of the model at token position ``index[i]`` of the flattened rows ``[R * L]``
             predicts ``labels[i]``.
@@ -211,7 +212,7 @@ class _RowPlan(NamedTuple):
 
     @property
     def ends(self) -> list[int]:
-        """The position after the last token of each row, which is the number of tokens of the row."""
+        """The number of tokens of each row, without padding."""
         ends = [0] * (self.prompts[-1].row + 1)
         for prompt in self.prompts:
             ends[prompt.row] = max(ends[prompt.row], prompt.end)
@@ -262,8 +263,8 @@ def collate(
 
     Raises:
         TypeError: If token ids are not int64.
-        ValueError: If ``samples`` is empty, the layout is unknown, shapes do not match, a response has no prompt, or
-            samples with the same ``prompt_key`` have different prompts.
+        ValueError: If ``samples`` is empty, the layout is unknown, or a response has no prompt. Also if the names,
+            shapes or dtypes of inputs do not match, or samples with the same ``prompt_key`` have different prompts.
     """
     if layout not in get_args(RowLayout):
         raise ValueError(f"layout must be one of {', '.join(get_args(RowLayout))}, got {layout!r}")
@@ -305,7 +306,10 @@ def collate(
 
 
 def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor | None]]:
-    """Returns token ids and targets of both responses. If ``with_rejected`` is False, the rejected one is empty."""
+    """Returns token ids and targets of the chosen and the rejected response.
+
+    If ``with_rejected`` is False, the rejected response is empty.
+    """
     chosen = (sample.chosen_ids, sample.chosen_targets)
     return [
         chosen,

@@ -121,7 +121,8 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
         world_size: Number of ranks.
 
     Returns:
-        The settings, or None if all weights are 0, as for a dummy batch.
+        The settings, or None if all weights are 0, as for a dummy batch. ``ntp_average`` may differ from the recipe;
+        see ``with_logged_average``.
     """
     if counts is None:
         return None

@@ -41,6 +41,9 @@ _LOG = logging.getLogger(__name__)
 class Checkpoints:
     """Manages the checkpoints of a run, such as ``folder/step-00000200``. All ranks must see the same folder.
 
+    A checkpoint is complete if its manifest is valid and all files exist with the sizes in the manifest. A complete
+    checkpoint is damaged if the SHA-256 of a file differs from the manifest.
+
     Args:
         folder: Folder of the checkpoints; the first save creates the folder.
         keep_last: Number of newest checkpoints to keep, at least 1.
@@ -135,8 +138,8 @@ class Checkpoints:
 
         Raises:
             CheckpointError: If a file has changed since the save, or the checkpoint belongs to another model,
-                optimizer or precision. The run stays unchanged. If reading the tensors fails instead, the run may be
-                partly restored.
+                optimizer or precision. The run then stays unchanged. Also if the tensors cannot be read. The run may
+                then be partly restored.
         """
         path = Path(path)
         with together(accelerator):
@@ -151,7 +154,11 @@ class Checkpoints:
         return state
 
     def state(self, accelerator: Any, path: Path) -> dict[str, Any]:
-        """Returns the ``state`` that was given to ``save`` for this checkpoint. All ranks must call this method."""
+        """Returns the ``state`` that was given to ``save`` for this checkpoint. All ranks must call this method.
+
+        Raises:
+            CheckpointError: If the checkpoint is incomplete or damaged.
+        """
         with together(accelerator):
             manifest = Manifest.read(Path(path))
         self._check_contents(accelerator, manifest, Path(path))
@@ -160,12 +167,15 @@ class Checkpoints:
         return state
 
     def latest(self) -> Path | None:
-        """Returns the newest complete checkpoint, or None; logs a warning for each incomplete checkpoint."""
+        """Returns the newest complete checkpoint, or None. Logs a warning for each incomplete checkpoint."""
         complete = self._complete()
         return complete[-1][1] if complete else None
 
     def best(self) -> Path | None:
-        """Returns the best-scored checkpoint (the earliest of equal scores), or None if no checkpoint has a score."""
+        """Returns the complete checkpoint with the best score, or None if no checkpoint has a score.
+
+        Of several checkpoints with the best score, the earliest is returned.
+        """
         sign = 1 if self.higher_is_better else -1
         scored = [
             (sign * manifest.score, -manifest.number, path)
@@ -182,13 +192,13 @@ class Checkpoints:
 
         Args:
             accelerator: accelerate's ``Accelerator``.
-            resume: "auto": newest intact checkpoint, or a new run if the folder has no checkpoint; "never": new run;
-                otherwise the path of a checkpoint.
+            resume: "auto": the newest complete checkpoint that is not damaged, or a new run if the folder has no
+                complete checkpoint; "never": a new run; otherwise the path of a checkpoint.
 
         Raises:
-            FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
-            CheckpointError: If ``resume`` is "auto" and all checkpoints in the folder are damaged.
-            ValueError: If ``resume`` is a path without an intact checkpoint.
+            FileExistsError: If ``resume`` is "never" and the folder has a complete checkpoint.
+            CheckpointError: If ``resume`` is "auto" and all complete checkpoints in the folder are damaged.
+            ValueError: If ``resume`` is a path without a checkpoint, or its checkpoint is incomplete or damaged.
         """
         if resume == "auto":
             complete = self._complete()
@@ -214,11 +224,13 @@ class Checkpoints:
         return found
 
     def find(self, resume: str) -> Path | None:
-        """Returns the checkpoint that ``resolve`` selects, or None for a new run. Reads only manifests.
+        """Returns the checkpoint that ``resume`` selects, or None for a new run; see ``resolve``.
+
+        Unlike ``resolve``, this method does not read the files, so it may return a damaged checkpoint.
 
         Raises:
-            FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
-            ValueError: If ``resume`` is a path without a checkpoint.
+            FileExistsError: If ``resume`` is "never" and the folder has a complete checkpoint.
+            ValueError: If ``resume`` is a path without a complete checkpoint.
         """
         if resume in ("auto", "never"):
             latest = self.latest()
@@ -307,7 +319,7 @@ class Checkpoints:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Returns the ``state`` of the checkpoint in a folder, and does not compare files with their digests."""
+    """Returns the ``state`` of the checkpoint in a folder. Does not check whether the checkpoint is damaged."""
     state: dict[str, Any] = json.loads((path / _STATE).read_bytes())
     return state
 

@@ -59,8 +59,8 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """Returns the manifest of a folder.
 
-        Raises ``CheckpointError`` if the manifest is invalid, or if a listed file is missing or has another size. The
-        contents of the files are not read; ``check_contents`` reads them.
+        Raises ``CheckpointError`` if the manifest is missing or invalid, or if a listed file is missing or has another
+        size. The contents of the files are not read; ``check_contents`` reads them.
         """
         path = folder / _MANIFEST
         try:

@@ -3,8 +3,8 @@
 Tensors are stored by name in the format of torch.distributed.checkpoint. The format is the same for one process, DDP
 and FSDP2, so a run may resume with another number of ranks.
 
-This module does not use ``torch.distributed.checkpoint.state_dict``. The functions there call ``step`` of an optimizer
-without state, and fail if a parameter has no optimizer state.
+This module does not use ``torch.distributed.checkpoint.state_dict``. The functions of that module call
+``optimizer.step()`` if the optimizer has no state yet. They fail if a parameter has no optimizer state.
 """
 
 import contextlib
@@ -68,9 +68,9 @@ def save_state(
 class StateReader:
     """Restores the model and the optimizer of a run from a checkpoint.
 
-    The constructor raises ``CheckpointError`` if the checkpoint does not fit them. All ranks must call each method.
-    ``folder`` is the folder of the checkpoint, and ``manifest`` its manifest. The other arguments are those of
-    ``Checkpoints.load``.
+    The constructor raises ``CheckpointError`` if the checkpoint does not fit the model or the optimizer. All ranks
+    must call each method. ``folder`` is the folder of the checkpoint, and ``manifest`` its manifest. For the other
+    arguments, see ``Checkpoints.load``.
     """
 
     def __init__(
@@ -182,7 +182,10 @@ def _named_parameters(accelerator: Any, model: nn.Module) -> dict[str, nn.Parame
 
 
 def _named_buffers(accelerator: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields name and tensor of each persistent buffer, that is, of each buffer in the state dict."""
+    """Yields name and tensor of each persistent buffer, that is, of each buffer in the state dict.
+
+    Raises ``CheckpointError`` if a module has extra state (``get_extra_state``).
+    """
     inner = unwrapped(accelerator, model)
     persistent = {_plain_name(name) for name in inner.state_dict(keep_vars=True)}
     for prefix, module in inner.named_modules():

@@ -130,7 +130,8 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         world_size: Number of processes.
         micro_batch_size: Number of pairs per micro-batch, if ``micro_batch_tokens`` is None.
         micro_batch_tokens: Maximum number of token positions per micro-batch; None: ``micro_batch_size`` pairs.
-        group_prompts: Whether pairs with the same prompt stay adjacent when pairs are divided into micro-batches.
+        group_prompts: Whether pairs with the same prompt stay adjacent when pairs are divided into micro-batches. Not
+            used with ``micro_batch_tokens``.
         skip_bad: Whether bad pairs are skipped; False: a bad pair ends the run.
     """
 

@@ -69,9 +69,10 @@ def load_encoder(recipe: Recipe, checkpoint: Path | None) -> Encoder:
 
 
 def check_encoding(recipe: Recipe, mixture: Mixture, encoder: Encoder) -> EncodingReport:
-    """Encodes 100 pairs of ``mixture``, the training data, as the run would. They are spread evenly over an epoch.
+    """Encodes up to 100 pairs of ``mixture``, the training data, as the run would.
 
-    Bad lines are left out. Like the run, this function compares the first three pairs with the model's own processor.
+    The pairs are spread evenly over an epoch. Bad lines are left out. Like the run, this function compares the first
+    three encoded pairs with the model's own processor.
     """
     pairs = list(_spread_pairs(mixture))
     counts, lengths = PairCounts(), []
@@ -101,8 +102,8 @@ def check_encoding(recipe: Recipe, mixture: Mixture, encoder: Encoder) -> Encodi
 def check_resume(recipe: Recipe, checkpoint: Path | None, encoder: Encoder, steps: int) -> Iterator[str]:
     """Yields lines of text that say whether the run would be new, would resume, or would have no steps left.
 
-    Like the run, this function compares the recipe and the data with those of the checkpoint. It does not compare
-    weights, and does not notice damaged files of the checkpoint.
+    Like the run, this function compares the recipe and the data with the checkpoint. If the data cannot be compared, a
+    line says why. Weights are not compared, and damaged files of the checkpoint are not noticed.
 
     Args:
         recipe: Recipe of the run.

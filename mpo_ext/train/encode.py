@@ -46,14 +46,14 @@ class Sample:
     Attributes:
         key: Identifier of the pair, as returned by ``Pair.key()``.
         name: File and line number of the pair, for errors and warnings.
-        prompt_key: Hash of the question and the media paths; see ``mpo_ext.train.encode.prompt_key``.
+        prompt_key: Hash of the prompt; see the function ``prompt_key`` of this module.
         prompt_ids: ``[P]`` int64, the tokens before the response, image tokens included.
         chosen_ids: ``[C]`` int64, the chosen response and the token that ends the turn.
         rejected_ids: ``[R]`` int64, the rejected response and the token that ends the turn.
         token_inputs: Other per-token inputs of the prompt, ``[P]`` each, such as ``mm_token_type_ids``.
         image_inputs: The processor's outputs for the images and videos, such as ``pixel_values``. The first axis
             counts images, tiles, videos or patches; batches concatenate along this axis.
-        digest: Hash of the model's inputs: all token ids, ``token_inputs`` and ``image_inputs``.
+        digest: Hash of all token ids, targets, ``token_inputs`` and ``image_inputs``, including ``rejected_prompt``.
         is_cut: Whether a response was cut and lacks the token that ends the turn.
         is_split: Whether a response was tokenized separately from the prompt; see ``mpo_ext.chat.ChatEncoder``.
         chosen_targets: ``[C]`` bool, whether the loss scores each token of ``chosen_ids``. False for the user's turns
@@ -185,7 +185,7 @@ class Encoder:
         Raises:
             BadPairError: If an image or video cannot be read, the prompt does not have the tokens for its media, or
                 the prompt or a response does not fit the chat template. Also if a response contains an image, video or
-                audio token.
+                audio token, or a pair for a text model has images or videos.
             TypeError: If the processor returns values that cannot be batched.
         """
         if not pair.chosen.strip() and CHOSEN_TURNS not in pair.source:

@@ -73,12 +73,12 @@ def evaluate_if_due(
     """Runs the evaluations that are due after the current step. All ranks must call this function.
 
     Args:
-        state: State of the run, which stores the results. An evaluation whose result for the current step is already
-            stored, as in a resumed run, is not repeated.
+        state: State of the run, which stores the results. A result that is already stored for the current step, as in
+            a resumed run, is not computed again.
         output: Output of the run, which reports the results.
         data: Data of the run.
         evaluate_pairs: Function that returns the metrics on the evaluation pairs.
-        answers: The evaluation by generation, or None.
+        answers: The evaluation by generated answers, or None.
         is_end: Whether the run ends after this step. All evaluations are then due.
 
     Returns:

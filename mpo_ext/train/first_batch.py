@@ -21,9 +21,9 @@ _IGNORE_INDEX = MPOConfig().ignore_index
 class FirstBatchCheck:
     """Checks the micro-batches of the first step for mistakes in the labels and the log-probs.
 
-    In every micro-batch, labels must be valid indices of the output head. In the first micro-batch of a preference
-    loss, labels are also compared with the input tokens. If the reference has the same weights as the policy at the
-    start, their log-probs are compared, too.
+    In every micro-batch, labels must be valid indices of the output head. If the loss has a preference term, the first
+    micro-batch is also checked as in ``mpo_ext.check_batch``: labels are compared with the input tokens. If the
+    reference and the policy start from the same weights, their log-probs are compared, too.
 
     Attributes:
         findings: Probable mistakes that this rank has found.
@@ -40,7 +40,7 @@ class FirstBatchCheck:
 
     @torch.no_grad()
     def check(self, batch: Batch, output: Tensor | HiddenRows, ref_logp: Tensor | None) -> None:
-        """Checks a micro-batch.
+        """Checks a micro-batch and appends probable mistakes to ``findings``.
 
         Args:
             batch: The micro-batch.

@@ -22,8 +22,8 @@ class HubUpload:
         """Checks the token and creates the repository. A call before training reveals errors early.
 
         Raises:
-            ValueError: If there is no token, the name is invalid, the repository is public although
-                ``push_to_hub.private`` is True, or the hub rejects the token or cannot be reached.
+            ValueError: If HF_HUB_OFFLINE is set, there is no token, or the name is invalid. Also if the repository is
+                public although ``push_to_hub.private`` is True, or the hub rejects the token or cannot be reached.
         """
         if text := self._on_main(self._prepare):
             raise ValueError(text)

@@ -218,8 +218,8 @@ def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[
 def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
     """Returns hashes of the first 8 pairs of the run, as a dict for each pair.
 
-    If none of these pairs has images or videos, the first pair with images or videos is added. A dict has separate
-    hashes for the texts, the image files, the token ids, and all encoded inputs.
+    If none of these pairs has images or videos, the first pair with images or videos among 1,000 pairs is added. A
+    dict has separate hashes for the texts, the image files, the token ids, and all encoded inputs.
     """
     encoded: list[dict[str, Any]] = []
     has_images = False
@@ -246,7 +246,10 @@ def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
 
 
 def _hash_pair(pair: Pair) -> str:
-    """Returns a hash of the texts of a pair. Image paths do not count, because the folder of images may move."""
+    """Returns a hash of the texts of a pair and of its numbers of images and videos.
+
+    Paths do not count, because the folder of images may move.
+    """
     turns = [pair.source.get(name) for name in ("messages", "chosen_messages", "rejected_messages")]
     texts: list[Any] = [pair.question, pair.chosen, pair.rejected, turns, len(pair.images)]
     texts += [tools] if (tools := pair.source.get("tools")) else []
@@ -306,11 +309,10 @@ def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: I
 def _same_texts(
     old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Returns tuples (pair of ``old``, pair of ``new``) with equal texts.
+    """Returns tuples (pair of ``old``, pair of ``new``) with equal texts. New pairs without a match are left out.
 
-    If only one old pair has the texts of a new pair, the two are matched. If several old pairs have these texts, the
-    one with the same images is chosen. If there is none, the one with the same name is chosen. A new pair without a
-    match is left out.
+    If several old pairs have the texts of a new pair, the old pair with the same images is chosen. Without such a
+    pair, the old pair with the same name is chosen.
     """
     both = []
     for pair in new:

@@ -2,8 +2,8 @@
 
 In a row ``[prompt | chosen | rejected]``, a rejected token attends to the prompt and to earlier rejected tokens, but
 not to the chosen response. A single causal call of SDPA's flash kernel on the CPU cannot compute this: its first query
-attends only to the first key. So this module makes two kinds of calls. In a causal call, a response attends to itself.
-In a non-causal call, the responses attend to their prompt.
+attends only to the first key. So this module makes two kinds of calls. In a causal call, a prompt or a response
+attends to itself. In a non-causal call, the responses attend to their prompt.
 
 Each call returns its output and lse, the log-sum-exp of each query's scores. With ``joint = logaddexp(lse_1, lse_2)``,
 the attention output is the sum of both outputs with the weights ``exp(lse_i - joint)``. In backward, each kernel call

@@ -71,8 +71,8 @@ def train(
     Raises:
         ValueError: If recipe, data and checkpoint do not match, or every pair was skipped.
         OSError: If a file cannot be read or written.
-        FloatingPointError: If a loss or gradient is not finite, unless ``output.on_nonfinite`` is "skip".
-        RuntimeError: If memory runs out, or another rank fails.
+        FloatingPointError: If a loss or gradient is not finite and ``output.on_nonfinite`` is "stop".
+        RuntimeError: If memory runs out, a checkpoint cannot be written or restored, or another rank fails.
     """
     try:
         return Trainer(recipe, model=model, processor=processor, on_step=on_step).run()
@@ -91,7 +91,7 @@ class Trainer:
         checkpoint: Checkpoint from which ``run`` resumes, or None.
         state: Step number, pair counts and reward shift of the BCO term.
         output: Console, log, checkpoints and exported model.
-        reference_model: The separate reference model; None if the run has not loaded one.
+        reference_model: The separate reference model while the run needs it in memory, otherwise None.
         reference: Source of the reference log-probs; None before ``run`` and for a loss without reference.
     """
 
@@ -125,7 +125,7 @@ class Trainer:
         self.output.console.total = self.data.total_steps
 
     def run(self) -> int:
-        """Trains until the last step or until a signal ends the run. Returns the exit status; see ``train``."""
+        """Trains the model and returns the exit status; see ``train``."""
         state, say = self.state, self.output.console.say
         checkpoint = self.checkpoint
         with self.output.locked(), self.output.console, self.stop.caught():
@@ -187,6 +187,9 @@ class Trainer:
         """Returns the source of the reference log-probs, or None if the loss needs no reference.
 
         For ``reference.kind`` "precomputed", this method also computes the log-probs if their file does not exist.
+
+        Raises:
+            InterruptedRunError: If a signal arrives while the log-probs are computed.
         """
         kind, loss = self.recipe.reference_kind, self.recipe.loss
         if kind is None:

@@ -66,7 +66,11 @@ class PromptPositions:
     config: Any
 
     def __call__(self, sample: Sample) -> Tensor:
-        """Returns the position ids of a prompt of P tokens: ``[A, P]`` int64 with A axes (3 in Qwen2-VL)."""
+        """Returns the position ids of a prompt of P tokens: ``[A, P]`` int64 with A axes (3 in Qwen2-VL).
+
+        Raises:
+            ValueError: If the sample has images but lacks the ``mm_token_type_ids`` that the model needs.
+        """
         owner = self.kind.__new__(self.kind)
         nn.Module.__init__(owner)
         owner.config = self.config
@@ -210,14 +214,18 @@ def attention_masks(
 ) -> Tensor | dict[str, Tensor]:
     """Returns the attention masks ``[R, 1, L, L]`` of sequence rows with several responses to a prompt.
 
-    The result is one mask or, if the model has several kinds of layers, a dict from kind to mask.
+    The result is one mask or, if the model has several kinds of layers, a dict from kind to mask. For SDPA, a mask is
+    bool. For eager attention, it has the dtype of the embeddings: 0 for visible tokens, otherwise the lowest number.
 
-    - A token attends to its prompt and its response, up to itself.
+    - A token attends to its prompt and its response, up to itself. A sliding window limits how far back it attends.
     - If ``token_types`` is given (the model input ``token_type_ids``), the tokens of an image also attend to later
       tokens of the same image. An image is a run of tokens of type 1.
     - A padding token attends to itself, because a softmax over an empty set is NaN.
 
-    ``segments`` is ``Batch.segments``.
+    ``segments`` is ``Batch.segments``; each row must have a single prompt.
+
+    Raises:
+        ValueError: If masks cannot separate the responses in this model.
     """
     plan = plan_or_raise(inner)
     if plan.implementation not in _IMPLEMENTATIONS:
@@ -260,8 +268,9 @@ def _by_kind(masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
 def use_split_attention(model: nn.Module) -> str | None:
     """Changes a model so that rows with several responses need no mask.
 
-    In such rows, each response has one or more causal attention calls. Recurrent and convolutional layers start each
-    response from their states at the end of the prompt. The output for all other rows is unchanged.
+    In such rows, attention is computed in several calls, so that no response attends to another response. Recurrent
+    and convolutional layers start each response from their states at the end of the prompt. The output for all other
+    rows is unchanged.
 
     The model may be wrapped. The name of its attention implementation becomes one of ``split_attention.NAMES``;
     ``save_pretrained`` does not save this name.
@@ -290,7 +299,10 @@ def _decoder(inner: nn.Module) -> Any:
 
 
 def decoder_config(inner: nn.Module) -> Any:
-    """Returns the config that the decoder uses. It may be a different object from the model's text config."""
+    """Returns the config that the decoder uses, or None if the model has no config.
+
+    It may be a different object from the model's text config.
+    """
     decoder = _decoder(inner)
     config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)
     return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config

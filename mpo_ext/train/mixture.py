@@ -69,13 +69,13 @@ class SourceOverview:
         with_images: Number of read pairs with images.
         with_videos: Number of read pairs with videos.
         with_rejected_images: Number of read pairs with other images for the rejected response.
-        images: Number of different image and video files in the read pairs.
+        images: Number of different image and video files in the read pairs. In this and the next two counts, the pairs
+            counted in ``misplaced`` are left out.
         missing: Number of different image and video files that do not exist.
-        pairs_missing: Number of read pairs with at least one missing file. Pairs counted in ``misplaced`` are left
-            out.
-        stored_in: Folder to which images were written if the source holds them as bytes; "" if no read pair has
-            such an image.
-        examples: Messages for the first bad lines and missing images.
+        pairs_missing: Number of read pairs with at least one missing file.
+        stored_in: Folder to which images and videos were written if the source holds them as bytes; "" if no read
+            pair has such an image or video.
+        examples: Messages for the first bad lines, misplaced pairs and missing files, up to three of each kind.
     """
 
     path: str
@@ -220,7 +220,8 @@ class Mixture(Sequence[Pair | BadLine]):
         """Returns an overview of each source: format, bad lines, pairs with images, and missing image files.
 
         Args:
-            limit: Maximum number of lines to read per source. The lines are spread evenly over the source.
+            limit: Maximum number of lines to read per source. The lines are spread evenly over the source. From a
+                dataset or parquet files, at most 200 lines are read.
         """
         overviews = []
         for number, recipe in enumerate(self.sources):
@@ -265,7 +266,13 @@ class Mixture(Sequence[Pair | BadLine]):
         yield f"{'all':<{width}}  {len(self):>11,}  {'':>11}  {self.pairs:>11,}"
 
     def open_source(self, number: int) -> PairSource:
-        """Returns the source at index ``number`` of ``sources``. The source is opened at the first call."""
+        """Returns the source at index ``number`` of ``sources``. The source is opened at the first call.
+
+        Raises:
+            OSError: If the source cannot be read.
+            ValueError: If the source is invalid.
+            RuntimeError: If the source's number of lines has changed since the mixture was created.
+        """
         source = self._opened[number]
         if source is not None:
             return source

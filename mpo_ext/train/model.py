@@ -27,7 +27,10 @@ PARTS = {
 
 
 def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
-    """Returns the model on the CPU, prepared for training, and its processor. A text model has a tokenizer instead."""
+    """Returns the model, prepared for training, and its processor. A text model has a tokenizer instead.
+
+    The model is on the CPU. A quantized model is on the GPU if there is one.
+    """
     check_model_path("model.path", recipe.path)
     check_on_hub("model.path", recipe.path)
     config = load_config(recipe.path, **recipe.hub_options)
@@ -60,9 +63,13 @@ def loader_of(config: Any) -> Any:
 
 
 def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
-    """Disables dropout, and freezes parts or adds adapters as the recipe says. Returns the model to train.
+    """Disables dropout, freezes parts or adds adapters as the recipe says, and returns the model to train.
 
-    If the model supports split attention, this function enables it (``use_split_attention``).
+    If the model supports split attention, this function enables it (``use_split_attention``). It also enables gradient
+    checkpointing if the recipe says so.
+
+    Raises:
+        ValueError: If all parameters are frozen.
     """
     switch_off_dropout(model)
     use_split_attention(model)
@@ -99,7 +106,11 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
-    """Freezes the named parts of a model. "language_model" includes the embeddings and the output head."""
+    """Freezes the named parts of a model. "language_model" includes the embeddings and the output head.
+
+    Raises:
+        ValueError: If a part is unknown, the model lacks it, or it is the language model of a text model.
+    """
     inner: Any = unwrap_model(model)
     kind = type(inner).__name__
     for part in parts:
@@ -124,7 +135,11 @@ def has_vision(model: nn.Module) -> bool:
 
 
 def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
-    """Adds LoRA adapters to a model and freezes all other parameters."""
+    """Adds LoRA adapters to a model, freezes all other parameters and returns peft's model.
+
+    Raises:
+        ImportError: If peft is not installed.
+    """
     try:
         import peft
     except ImportError as error:
