@@ -47,8 +47,8 @@ class AnswerEvaluation:
 
     Raises:
         OSError: If the file of questions cannot be read.
-        ValueError: If the model is sharded in a way that does not support generation, the file has no question with
-            an answer, or an image or video is missing.
+        ValueError: If the model is sharded in a way that does not support generation. Also if the file has no question
+            with an answer, or an image or video is missing.
     """
 
     def __init__(

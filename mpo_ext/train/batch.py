@@ -52,8 +52,8 @@ class Batch:
             responses. An entry is ``()`` if the prompt and its responses have no tokens. Only a row of the layout
             "packed" can have several prompts.
         image_blocks: Like ``segment_lengths``, but the entry of a prompt holds ``(start, end)`` for each run of image
-            tokens (type 1 in ``token_type_ids``), as token indices in the prompt; ``end`` is exclusive. The attribute
-            itself is ``()`` if no prompt in the batch has ``token_type_ids``.
+            tokens (type 1 in ``token_type_ids``). Both are token indices in the prompt; ``end`` is exclusive. The
+            attribute itself is ``()`` if no prompt in the batch has ``token_type_ids``.
     """
 
     layout: RowLayout
@@ -253,7 +253,7 @@ def collate(
     Args:
         samples: At least one sample. Empty responses are allowed and do not contribute to the loss.
         layout: "packed", "shared", "masked" or "separate"; see ``Batch``.
-        pad_id: Token id that fills shorter rows on the right. Attention never reads it, but the model must be able to
+        pad_id: Token id that fills shorter rows on the right. Attention never reads it. The model must be able to
             embed it, and it must not be the id of an image token.
         with_rejected: Whether rejected responses are included; False: they are treated as empty.
         positions: Function from a sample to the position ids of its prompt; see ``prompt_positions``. None: prompt

@@ -84,7 +84,7 @@ class Checkpoints:
             model: Model as ``accelerator.prepare`` returned it.
             optimizer: Optimizer as ``accelerator.prepare`` returned it. If parameters are sharded, each tensor of its
                 state must be a scalar or have the shape of the parameter, as with AdamW.
-            state: JSON values; those of the main rank are written.
+            state: Further state of the run as JSON values. Only the main rank's ``state`` is written.
             score: Finite evaluation score at this step; None: no score.
             reference: Reference model if training updates it, so that the checkpoint must store it; otherwise None.
 

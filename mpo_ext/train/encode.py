@@ -139,7 +139,7 @@ class Encoder:
         too_long: "drop" skips longer pairs; "truncate" cuts the ends of the responses, never the prompt.
         image_token_id: Id of the token that stands for an image in the prompt, from the model's config. None: the
             attribute ``image_token_id`` or ``image_token`` of the tokenizer gives the id. If the tokenizer has neither
-            attribute, those of the processor are used.
+            attribute, the attributes of the processor are used.
         **chat_options: Options of ``ChatEncoder``, such as ``chat_template``, ``date`` and ``stop_ids``.
     """
 
@@ -183,9 +183,9 @@ class Encoder:
             name: File and line number of the pair, for errors and warnings.
 
         Raises:
-            BadPairError: If an image or video cannot be read, the prompt does not have the tokens for its media, or
-                the prompt or a response does not fit the chat template. Also if a response contains an image, video or
-                audio token, or a pair for a text model has images or videos.
+            BadPairError: If an image or video cannot be read, or the prompt does not have the tokens for its media.
+                Also if the prompt or a response does not fit the chat template. Also if a response contains an image,
+                video or audio token, or a pair for a text model has images or videos.
             TypeError: If the processor returns values that cannot be batched.
         """
         if not pair.chosen.strip() and CHOSEN_TURNS not in pair.source:

@@ -114,10 +114,10 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
 def compare_inputs(
     old: Mapping[str, Any], new: Mapping[str, Any], changed_settings: Iterable[str] = ()
 ) -> InputChanges:
-    """Returns the changes from the inputs of a checkpoint (``old``) to those of the run that resumes (``new``).
+    """Returns the changes from the inputs of a checkpoint (``old``) to the inputs of the run that resumes (``new``).
 
-    ``changed_settings`` are the names of the recipe's changed settings. If one of them belongs to ``data.eval``, the
-    changes of the evaluation data are left out, because the message about this setting suffices.
+    ``changed_settings`` are the names of the recipe's changed settings. If a setting of ``data.eval`` has changed, the
+    changes of the evaluation data are left out, because the message about the setting suffices.
     """
     changes = InputChanges()
     changes.refused += _changed_subsets(old["train"], new["train"])

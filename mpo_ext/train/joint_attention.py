@@ -21,7 +21,9 @@ from torch import Tensor
 
 
 class TokenPart(NamedTuple):
-    """Consecutive tokens that attend causally to each other and, optionally, to a prompt in another part; or padding.
+    """Consecutive tokens that attend causally to each other, or padding.
+
+    The tokens may also attend to a prompt in another part.
 
     Attributes:
         size: Number of tokens.

@@ -40,8 +40,8 @@ _COMBINED = {
 def sequence_positions(segments: Tensor) -> Tensor:
     """Returns the position of each token in its sequence ``[prompt | response]``, ``[R, L]`` int64.
 
-    ``segments`` is ``Batch.segments``; each row must have a single prompt. For example, a row with a prompt of two
-    tokens, two responses and padding, ``[0, 0, 1, 1, 2, -1]``, has the positions ``[0, 1, 2, 3, 2, 0]``.
+    ``segments`` is ``Batch.segments``; each row must have a single prompt. For example, ``[0, 0, 1, 1, 2, -1]`` is a
+    row with a prompt of two tokens, two responses and padding. Its positions are ``[0, 1, 2, 3, 2, 0]``.
     """
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     is_first = torch.ones_like(segments, dtype=torch.bool)
