@@ -170,8 +170,9 @@ def run(check: Check, scale: float) -> tuple[dict[str, Any], str]:
 def count_tests(report: Path, output: str) -> dict[str, int]:
     """Returns the numbers of tested cases and of passed, failed and skipped tests of a pytest run.
 
-    A test can have many cases. Their number comes from the properties in the JUnit file ``report``, or from the
-    Hypothesis statistics in ``output``. If neither has a number, each test that ran counts as one case.
+    A test can have many cases. Their numbers are summed from the properties in the JUnit file ``report`` and from the
+    Hypothesis statistics in ``output``. If neither has a number, each test that ran counts as one case. Without the
+    file ``report``, the result is one failed test.
     """
     if not report.exists():
         return {"cases": 0, "passed": 0, "failed": 1, "skipped": 0}
@@ -185,7 +186,7 @@ def count_tests(report: Path, output: str) -> dict[str, int]:
 
 
 def count_native(output: str) -> dict[str, int]:
-    """Returns the counts of ``count_tests`` for the native tests, which print lines such as "120 checks, 0 failed"."""
+    """Returns the same keys as ``count_tests``. The counts come from lines such as "120 checks, 0 failed"."""
     counts = re.findall(r"^(\d+) checks, (\d+) failed$", output, re.MULTILINE)
     failed = sum(int(number) for _, number in counts)
     checks = sum(int(number) for number, _ in counts)

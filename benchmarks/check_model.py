@@ -29,8 +29,8 @@ def is_ours(provider: str) -> bool:
 def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the measured points of the benchmarks, each with ``predicted_s`` and ``predicted_bytes``.
 
-    Each prediction uses the machine speed that was measured together with the point, because other programs may have
-    slowed the machine down. Points that the cost model cannot predict are left out.
+    Other programs may slow the machine down, so each prediction uses the machine speed measured together with the
+    point. Points that the cost model cannot predict are left out.
     """
     points = []
     for benchmark in ("logits", "linear", "train_step"):
@@ -111,7 +111,7 @@ def middle(values: Sequence[float]) -> float:
 
 
 def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Groups measurements by benchmark, and separates those of mpo_ext from those of all other libraries.
+    """Groups measurements by benchmark, and separates mpo_ext from all other libraries.
 
     Returns (kind, measurements) tuples, sorted by kind. A kind is a text such as "mpo_ext, linear", or "peers, linear"
     for all other libraries.

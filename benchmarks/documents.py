@@ -68,7 +68,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Reads and checks the result files in a folder. Returns their contents by name, such as "logits"."""
+    """Reads and checks the result files that a folder has. Returns their contents by name, such as "logits"."""
     loaders = {
         **dict.fromkeys(schema.BENCHMARKS, schema.load),
         "machine_code": machine_code.load,

@@ -47,7 +47,7 @@ def needed_memory(name: str, overrides: tuple[str, ...], ranks: int, folder: Pat
 
 
 def smallest_gpu(needed: int) -> int | None:
-    """Returns the memory in GB of the smallest GPU that can hold ``needed`` bytes, or None if there is none."""
+    """Returns the memory in GB of the smallest GPU with ``needed`` usable bytes, or None if there is none."""
     return next((size for size in GPU_SIZES if needed <= USABLE_SHARE * size * 1e9), None)
 
 

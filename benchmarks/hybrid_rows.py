@@ -1,6 +1,6 @@
-"""Measures training steps of a hybrid model (Gated DeltaNet and attention): ``python -m benchmarks.hybrid_rows``.
+"""Measures forward and backward of a hybrid model (DeltaNet and attention): ``python -m benchmarks.hybrid_rows``.
 
-A small Qwen3.5 text model trains on one pair, in two ways. "shared" puts the prompt and both responses into one
+A small Qwen3.5 text model runs on one pair, in two ways. "shared" puts the prompt and both responses into one
 sequence. "separate" makes a sequence for each response. The runs of the two ways alternate. The default vocabulary is
 small, so that the layers take most of the time.
 """
@@ -79,7 +79,7 @@ def make_step(layout: Any, vocab: int, hidden: int, layers: int, prompt: int, re
 
 
 def one_step(begin: Callable[[], None], threads: int, *sizes: Any) -> None:
-    """Builds the model, calls ``begin``, and runs one training step. ``peak_bytes`` calls it in a fresh process.
+    """Builds the model, calls ``begin``, and runs one step. ``peak_bytes`` calls this function in a fresh process.
 
     ``sizes`` are the arguments of ``make_step``.
     """

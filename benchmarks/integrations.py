@@ -38,7 +38,10 @@ load = functools.partial(schema.load, check=check)
 
 
 def runs(documents: Documents) -> str:
-    """Returns a table of the time and memory of each trainer, with the trainer's own loss and with mpo_ext's loss."""
+    """Returns a table of the time and memory of each trainer, with the trainer's own loss and with mpo_ext's loss.
+
+    Without measurements, returns a sentence that says so.
+    """
     rows = []
     if not documents["integrations"]["runs"]:
         return "Not measured since the last change: run `make integrations`."

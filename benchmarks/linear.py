@@ -36,11 +36,11 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 
 
 class HiddenBatch:
-    """Random inputs of the loss that takes hidden states.
+    """Random inputs of the loss that takes hidden states, for B pairs with T tokens per sequence.
 
-    B pairs, whose sequences have T tokens each, are joined to one pair of two long sequences with ``B * T`` tokens.
-    The matmuls have the same sizes as with B pairs. Shapes, with hidden size D and vocabulary size V: hidden states
-    ``[2, B * T, D]``, head ``[V, D]``, labels ``[2, B * T]`` and ref_logp ``[2]``. In each sequence, only the last
+    The B pairs are joined to one pair of two sequences with ``B * T`` tokens each. This leaves the sizes of the
+    matmuls unchanged. D is the hidden size, and V is the vocabulary size. The shapes are: hidden states
+    ``[2, B * T, D]``, head ``[V, D]``, labels ``[2, B * T]``, ref_logp ``[2]``. In each sequence, only the last
     fraction ``share`` has labels; the other labels are -100.
     """
 

@@ -87,7 +87,8 @@ def usable(
     """Tries each provider on a small shape, and returns the providers that can run on the shape ``loss``.
 
     A provider from another library must also be fast enough. It is rejected if a run on the shape ``loss`` takes more
-    than ``most_seconds``. This time is estimated from the small shape, or measured.
+    than ``most_seconds``. This time is estimated from the small shape, and then measured. A compiled provider does not
+    run on the small shape.
 
     Returns:
         Two dicts. The first maps the name of each usable provider to the provider. The second maps the name of each
@@ -269,7 +270,7 @@ def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespa
 def memory_of_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, int | str]:
     """Measures and prints the peak memory of each implementation.
 
-    On a CPU, this is the resident memory of a fresh process. On a GPU, it is the allocated memory.
+    On a CPU, this is the increase of the resident memory of a fresh process. On a GPU, it is the allocated memory.
 
     Returns:
         A dict. A key is the name of an implementation. A value is the peak bytes beyond inputs and gradients, or the

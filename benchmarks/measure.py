@@ -1,6 +1,6 @@
 """Measures time and memory on a machine that other programs also use.
 
-The cases are run in turn, and their times are medians. Peak memory is measured in fresh processes.
+The cases are run in turn, and their times are medians. On a CPU, peak memory is measured in fresh processes.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def gpu_peak_bytes(run: Callable[[], Any]) -> int:
 def peak_bytes(target: Callable[..., None], *args: object) -> int:
     """Calls ``target(begin, *args)`` in a fresh process, and returns the peak increase of its resident bytes.
 
-    The measurement starts when ``target`` calls ``begin()``.
+    The measurement starts when ``target`` calls ``begin()``. Raises RuntimeError if the process ends without a result.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

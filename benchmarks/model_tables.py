@@ -114,7 +114,7 @@ def _kernel_label(name: str) -> str:
 
 
 def instruction_counts(documents: Documents) -> str:
-    """Returns a table of the instructions per logit in the main loop of each CUDA kernel."""
+    """Returns a table of the instructions per logit in the main loops of ``token_logp`` and ``logits_grad``."""
     archs = documents["machine_code"]["instructions"]
     rows = []
     for kernel in ("token_logp", "token_logp stats", "logits_grad"):
@@ -126,7 +126,7 @@ def instruction_counts(documents: Documents) -> str:
 
 
 def registers(documents: Documents) -> str:
-    """Returns a table of the registers per thread of each CUDA kernel."""
+    """Returns a table of the registers per thread of each CUDA kernel, without the kernels for float16."""
     table = documents["machine_code"]["registers"]
     archs = list(next(iter(table.values())))
     rows = [

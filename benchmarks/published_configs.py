@@ -1,7 +1,7 @@
 """Model configs for the recipes in recipes/, with the published sizes of the models.
 
 Sources of the sizes: arXiv 2505.09388 (Qwen3, tables 1 and 2), 2511.21631 (Qwen3-VL), 2503.19786 (Gemma 3), and
-2508.18265 (the vision tower InternViT-300M). Only sizes are set. Other values, such as token ids, are defaults.
+2508.18265 (the vision tower InternViT-300M). Other values, such as token ids, are mostly the defaults of transformers.
 
 Three configs were compared with the ``config.json`` of the model or of a fine-tuned model: Qwen3-VL-8B, and the
 language models of InternVL3.5-1B and Qwen3.5-9B. The others could not be compared: InternVL3.5-8B and 30B-A3B,

@@ -1,4 +1,4 @@
-"""Makes the model, the pairs and the recipe for ``benchmarks.train_step``."""
+"""Makes a small InternVL, pairs and a recipe for benchmarks such as ``benchmarks.train_step``."""
 
 from __future__ import annotations
 

@@ -181,7 +181,8 @@ def linear_groups(*, quick: bool) -> list[Group]:
 def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, seconds_in_all: float) -> None:
     """Measures a group of implementations in rounds, and adds the measurements to ``results``.
 
-    A round runs each implementation once. After ``seconds_in_all`` seconds, no further round begins.
+    A round runs each implementation once. After ``seconds_in_all`` seconds and two counted rounds, no further round
+    begins.
     """
     loss = group.loss
     cases, missing = losses.usable(benchmark, group.providers, loss, most_seconds=_RUN_SECONDS)
@@ -209,7 +210,10 @@ def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, s
 def _peaks(
     benchmark: losses.LossBenchmark, group: Group, cases: Mapping[str, losses.Provider], seconds_in_all: float
 ) -> dict[str, int | str]:
-    """Returns, for each name in ``group.memory``, the peak bytes or the reason why they were not measured."""
+    """Returns the peak bytes of each implementation in ``group.memory``, or the reason why they were not measured.
+
+    Implementations that are not in ``cases`` are left out.
+    """
     peaks: dict[str, int | str] = {}
     begin = time.perf_counter()
     for name in group.memory:

@@ -121,7 +121,7 @@ def _mib(size: float | None) -> str:
 
 
 def _beyond(point: Point | None) -> float | None:
-    """Returns the peak bytes without those of the inputs; None if memory was not measured.
+    """Returns the peak bytes in addition to the inputs; None if memory was not measured.
 
     For a loss that takes hidden states, the bytes of the returned gradients are subtracted, too. For a loss that takes
     logits, they are included.
@@ -215,7 +215,7 @@ def full_table(name: str, documents: Documents) -> str:
 
 
 def sweeps(name: str, documents: Documents) -> str:
-    """Returns a link to the plot of time against the varied sizes, and a table with a row for each measured shape.
+    """Returns a table of times for all shapes except the base shape, and a link to their plot.
 
     The table has a column for each of mpo_ext's methods and for eager torch.
     """

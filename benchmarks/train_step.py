@@ -10,8 +10,11 @@ tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because
 for images. A case that fails is listed with its error.
 
 ``--attention`` compares three kinds of attention in mpo_ext. The prompt is a long text, and the vocabulary is small.
-The kinds are: a row per pair with split attention (causal calls without a mask), a row per pair with a dense mask,
-and a row per response. To compare them with TRL, name TRL and the kinds with ``--cases``.
+To compare them with TRL, name TRL and the kinds with ``--cases``. The kinds are:
+
+- a row per pair, with split attention (causal calls without a mask)
+- a row per pair, with a dense mask
+- a row per response
 """
 
 from __future__ import annotations

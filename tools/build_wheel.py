@@ -3,8 +3,8 @@
     python tools/build_wheel.py build/wheels
 
 With Docker, cibuildwheel builds the wheel in the manylinux image, with the settings in pyproject.toml. Without Docker,
-the wheel is built on this machine. auditwheel then tags it with the oldest manylinux version that it can run on.
-``MPO_CUDA=ON`` adds the CUDA kernels.
+the wheel is built on this machine. auditwheel then tags it with the oldest manylinux version on which it can run.
+Without Docker, ``MPO_CUDA=ON`` adds the CUDA kernels.
 """
 
 from __future__ import annotations

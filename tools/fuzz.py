@@ -1,8 +1,8 @@
 """Runs coverage-guided fuzzing with atheris: ``python tools/fuzz.py TARGET [CORPUS] [-max_total_time=3600]``.
 
-TARGET names the code that reads the random bytes: answers, pairs, recipes, images or journals. The run ends at the
-first input that breaks a rule of the target, and libFuzzer writes this input into the current folder. Run ``pip
-install atheris`` first.
+TARGET names the code that reads the random bytes: answers, pairs, recipes, images or journals. If an input breaks a
+rule of the target, libFuzzer writes the input into the current folder, and the run ends. Run ``pip install atheris``
+first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tests mpo_ext with several versions of Python and torch: ``python tools/matrix.py``.
 
 For each combination, a fresh environment in build/matrix gets torch and the test tools. The native module is built
-without CUDA, the tests of the operators run, and the environment is deleted. Each result is added to
+without CUDA, the tests of operators and losses run, and the environment is deleted. Each result is added to
 results/matrix.json. ``python -m benchmarks.gpu --docs`` writes the results into docs/reliability.md.
 """
 
@@ -33,7 +33,7 @@ _IMPORT = (
 
 
 def find_python(version: str) -> str | None:
-    """Returns the path of the Python of a version such as "3.12", from PATH or pyenv; None if it is not installed."""
+    """Returns the path of Python in a version such as "3.12", from pyenv or PATH; None if it is not installed."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [*sorted(versions.glob(f"{version}.*/bin/python{version}")), shutil.which(f"python{version}")]
     for candidate in filter(None, candidates):

@@ -2,7 +2,7 @@
 
 Nothing is downloaded. If the native module has no CUDA kernels, it is built first. Each stage rewrites its result file
 gpu_STAGE.json after every case, so a stage that is stopped keeps its results. ``--dry`` runs every stage with small
-sizes on a CPU. ``--docs`` copies the result files to results/ and writes the tables of docs/performance.md.
+sizes on a CPU. ``--docs`` copies the result files to results/, and rewrites the tables in README.md and docs/.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_process(name: str, args: argparse.Namespace, seconds: float) -> int:
-    """Runs a stage in a child process and returns the exit status. After ``seconds``, the process group is killed."""
+    """Runs a stage in a child process. Returns 0 on success, otherwise 1.
+
+    After ``seconds``, the process group is killed.
+    """
     if seconds <= 0:
         print(f"{name}: not started, because the time is over")
         return 1

@@ -1,4 +1,7 @@
-"""Builds ``mpo_ext._C`` for the GPU of this machine, with CMake and without network. Does not import mpo_ext."""
+"""Builds ``mpo_ext._C`` for the GPU of this machine, with CMake and without network.
+
+Does not import mpo_ext before the build.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ _PROBE = "from mpo_ext.ops.native import compiled; print(True, bool(compiled().h
 def ensure_built(out: Path, *, needs_cuda: bool, archs: str | None = None) -> str:
     """Builds the native module if it is missing or lacks required CUDA kernels. Returns a message.
 
-    CMake, ninja, a compiler and pybind11 must be installed, because nothing is downloaded.
+    After a build, also links the Triton kernels into mpo_ext if they are missing there. CMake, ninja, a compiler and
+    pybind11 must be installed, because nothing is downloaded.
 
     Args:
         out: Folder for build.log.
@@ -42,7 +46,10 @@ def ensure_built(out: Path, *, needs_cuda: bool, archs: str | None = None) -> st
 def build(
     source: Path, folder: Path, target: Path, log: Path, *, needs_cuda: bool = True, archs: str | None = None
 ) -> None:
-    """Configures and builds the CMake project ``source`` in the folder ``folder``. Writes the module to ``target``."""
+    """Configures and builds the CMake project ``source`` in the folder ``folder``. Writes the module to ``target``.
+
+    Appends the output of CMake to ``log``. Raises RuntimeError if a command fails.
+    """
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DMPO_OUTPUT_DIR={target}"]
     options.append(f"-DMPO_CUDA={'ON' if needs_cuda else 'OFF'}")
     if needs_cuda:

@@ -55,9 +55,9 @@ def logits_problems(backend: str, device: str) -> list[str]:
 
 
 def linear_problems(backend: str, device: str) -> list[str]:
-    """Compares ``linear_mpo_loss`` with float64 for several dtypes. Returns a line for each difference.
+    """Compares the loss of ``linear_mpo_loss`` with float64 for several dtypes. Returns a line for each difference.
 
-    Runs with ``recompute`` on and off, and with a frozen head.
+    Runs with ``recompute`` on and off, and with a frozen head. Gradients are computed, but not compared.
     """
     wrong = []
     generator = torch.Generator().manual_seed(2)

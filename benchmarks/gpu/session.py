@@ -1,4 +1,4 @@
-"""Parts shared by the GPU stages, such as the result file, which is rewritten after every case."""
+"""Classes that the GPU stages share: a stage with its result file, and a batch of random inputs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,10 @@ _CHECKS = {"gpu_correct": "operators and hardware", "gpu_sanitize": "compute-san
 
 
 def measured(documents: Documents) -> str:
-    """Returns the tables of all GPU stages that have a result file, or a message if there are no results."""
+    """Returns the tables of all GPU stages that have a result file, or a message if there are no results.
+
+    The stage "ncu" has no table.
+    """
     parts = [_checks(documents)] if set(_CHECKS) & set(documents) else []
     parts += [_table(documents[name], title) for name, title in _TITLES.items() if name in documents]
     return "\n\n".join(parts) or "There are no results of a GPU yet."

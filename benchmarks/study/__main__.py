@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the study.
 
     Returns:
-        0 on success; 1 if a package is missing, the folder cannot be written or a run failed; 130 if interrupted.
+        0 on success; 1 if a run failed or could not start, for example because a package is missing; 130 if
+        interrupted.
     """
     args = parser().parse_args(argv)
     missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """Returns the command line to record in the result file, without the output folder."""
+    """Returns the command line to record in the result file, without ``--out``, ``--demo`` and ``--results``."""
     given = {"--task": args.task, "--only": " ".join(map(shlex.quote, args.only)) or None,
              "--seed": args.seed, "--seeds": args.seeds, "--jobs": args.jobs, "--threads": args.threads,
              "--backend": args.backend}  # fmt: skip

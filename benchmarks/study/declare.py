@@ -88,7 +88,8 @@ class StudyTask:
         rows: Settings of each training run by name. All runs are repeated for each seed.
         tables: Tables by name.
         differences: Dict from the name of a table to its accuracy differences. A difference is (row, row to compare
-            with, column). The significance tests of a table are corrected for the number of its differences.
+            with, column). The significance tests of a table are corrected for the number of its differences. The task
+            "perception" has the single key "all" instead of table names.
         pair_files: Names of the pair files that are made for the default starting model. For other starting models,
             only "mixed" is made.
         main: Names of the tables whose runs are executed first.

@@ -1,4 +1,4 @@
-"""Functions that read a result file of the study, for example accuracies and their differences."""
+"""Functions that return values, such as accuracies and their differences, from a result file of the study."""
 
 import math
 import statistics
@@ -30,8 +30,8 @@ def prefix_of(document: Mapping[str, Any]) -> str:
 def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
     """Returns a dict from seed to the measured ``quantity``. ``row`` names a training run or a starting model.
 
-    Seeds without a measured result are left out. ``column`` is one of ``COLUMNS``, and ``quantity`` one of
-    ``QUANTITIES``. Fractions are returned in percent.
+    Seeds without a measured result are left out. ``column`` is one of ``COLUMNS``. ``quantity`` is one of
+    ``QUANTITIES``, or a quantity in ``StudyTask.columns``. Fractions are returned in percent.
     """
     factor = 1 if quantity == "tokens" else 100
     return {

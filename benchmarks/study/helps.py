@@ -22,7 +22,7 @@ _HEADER = [
 def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the Markdown table. ``documents`` maps the name of a result file to its content.
 
-    A starting model has a line if at least one seed has both an SFT and an MPO result that begin from this model. The
+    A starting model has a line if the SFT and MPO runs from this model have results for a common seed. The
     significance tests are corrected for the number of lines.
     """
     lines = [line for name in ("study_prior", "study") for line in _lines(documents[name])]

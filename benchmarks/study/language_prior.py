@@ -1,12 +1,11 @@
 """Declares the task "language-prior" of the study, which is the demo's task.
 
 The starting model makes up digits: it predicts them from its own text instead of reading the image. The settings are
-those of the demo. This file was fixed before the reported seeds ran (docs/study.md). Two parts were added later, but
-before the runs for the tables concerned:
+the demo's settings. This file was fixed before the reported seeds ran (docs/study.md). Two parts were added later, but
+before the runs of these tables:
 
-- The first part is the tables "alone", "repair" and "rlaif".
-- The second part belongs to the table "weights": its entries in ``PAPER``. They say whether the paper reports a higher
-  or a lower accuracy.
+- the tables "alone", "repair" and "rlaif"
+- the entries of the table "weights" in ``PAPER``
 """
 
 from collections.abc import Mapping

@@ -156,7 +156,10 @@ class Study:
         return (time.monotonic() - self.began) / 60
 
     def report_failures(self) -> bool:
-        """Prints each failed run, and returns whether any run failed."""
+        """Prints each failed run, and returns whether any run failed.
+
+        A run is not printed if it failed because its starting model failed.
+        """
         failed = [
             result
             for (_, row), result in self.results.items()

@@ -24,7 +24,7 @@ class StudySettings(RunSettings):
         late_continuations: Number of continuations that DropoutNTP samples if it keeps 0.75 of an answer. The kept
             part then names all digits. Most continuations are correct, so several are sampled to get a wrong one. If
             DropoutNTP keeps less, it samples one continuation.
-        pairs: Number of pairs in the file "mixed".
+        pairs: Maximum number of pairs in the file "mixed", and in the file "text".
         mixed_shares: Fractions of the pairs in "mixed": correctness pairs with direct answers, correctness pairs with
             step-by-step answers, and DropoutNTP pairs.
         kind_pairs: Maximum number of pairs in some of the files that ``perception.PAIR_FILES`` lists: "correctness",

@@ -33,9 +33,9 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
         row: Name of the starting model.
 
     Returns:
-        The result of the starting model: ``evaluation``, ``pairs`` (number of pairs by file), ``sampling`` (summaries
-        by kind of pairs), ``labels`` (result of ``label_shares`` by file) and ``curve`` (measurements during
-        training).
+        The result of the starting model. ``evaluation`` has the accuracies, ``pairs`` the number of pairs by file, and
+        ``sampling`` the summaries by kind of pairs. ``labels`` has the result of ``label_shares`` by file; it is empty
+        for the task "perception". ``curve`` has measurements during training.
 
     Raises:
         RuntimeError: If no pair can be made for a file, or if a model that is trained again gives other answers.

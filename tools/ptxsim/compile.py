@@ -31,8 +31,10 @@ def compile_cuda(
 
     source: a path, or the source text.
     defines: names, "NAME=value" strings, or a dict.
-    entry: name of a kernel that the PTX must have.
+    entry: name of a kernel that the PTX must have, or a part of the name.
     flags: more nvcc options.
+
+    Raises CompileError if nvcc is missing or fails, or if the PTX lacks the kernel.
     """
     nvcc = nvcc or find_nvcc()
     if nvcc is None:

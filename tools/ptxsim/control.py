@@ -228,7 +228,10 @@ _FORMAT = re.compile(r"%([-+ #0]*)(\*|\d+)?(?:\.(\*|\d+))?(hh|h|ll|l|z|j|t|L)?([
 
 
 def _printf_text(m, fmt, read, lane):
-    """Returns the text that one thread prints. ``read(size)`` returns the bytes of the next argument."""
+    """Returns the text that one thread prints.
+
+    ``read(size)`` returns the bytes of the next argument, and ``read(size, True)`` returns them as an integer.
+    """
 
     def sub(k):
         flags, width, prec, length, conv = k.groups()

@@ -154,7 +154,8 @@ class Pointer:
 def host_view(arg):
     """Returns a numpy view of an argument in host memory; None for other arguments.
 
-    A numpy array is returned unchanged. A CPU torch tensor gives a flat uint8 array, and must be contiguous.
+    A numpy array is returned unchanged. A torch tensor gives a flat uint8 array. Raises ValueError if the tensor is
+    not contiguous or not on the CPU.
     """
     if isinstance(arg, np.ndarray):
         return arg

@@ -161,7 +161,7 @@ class Kernel:
         max_steps=50_000_000,
         stdout=None,
     ):
-        """Runs the kernel and returns the report. Numpy-array arguments are updated in place.
+        """Runs the kernel and returns the report. Numpy arrays and torch tensors in ``args`` are updated in place.
 
         resident: number of blocks that run at once. Default: as many as fit into 8,192 lanes (65,536 for the schedule
             random) and 512 MiB, at least one.

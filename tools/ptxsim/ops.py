@@ -91,10 +91,11 @@ def simple(b, ins, typ, fn, dst_type=None, src_types=None, first=0):
 
 
 def float_fn(typ, fn, ins, exact64=None):
-    """Turns the float32 function ``fn`` into a function on values of the PTX type ``typ``.
+    """Turns the function ``fn`` into a function on values of the PTX type ``typ``.
 
     The new function applies the modifiers .ftz, .sat and .relu that the instruction ``ins`` has. For f16 and bf16,
-    ``exact64`` replaces ``fn`` unless it is None. ``exact64`` returns float64, rounded to odd.
+    ``fn`` takes the values as float32. If ``exact64`` is given, it replaces ``fn`` for these types. It takes float32
+    and returns float64.
     """
     parts = ins.parts
     sat, ftz, relu = "sat" in parts, "ftz" in parts, "relu" in parts
