@@ -103,7 +103,8 @@ def check_pairs(
         source: Pairs to check.
         images: How images and videos are checked. "skip": not at all. "exists": the files must exist. "verify": also
             verifies each image with PIL, and decodes the first frame of each video. "decode": also decodes whole
-            images, and all video frames that a model sees.
+            images, and all video frames that a model sees. For a video that is a list of frame images, "verify"
+            decodes as much as "decode".
         keep: Maximum number of examples in the report for each kind of defect.
         length: Function that returns the length of a text, for the statistics.
         on_line: Function that is called after each line.
@@ -161,7 +162,7 @@ def _defects(pair: Pair, checker: "_MediaChecker") -> Iterator[tuple[str, str]]:
 
 
 class _MediaChecker:
-    """Checks images and videos. A call returns a tuple (kind, message) for each defect of one image or video.
+    """Checks images and videos. A call returns a list with (kind, message) for each defect of one image or video.
 
     Each image or video is checked only once, even if several pairs use it.
     """

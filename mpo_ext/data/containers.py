@@ -84,7 +84,7 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
     Args:
         path: Path of a file that is not parquet.
         is_meta_allowed: Whether a .json file that holds one object may be an MMPR meta file, which lists data sets.
-            False: the object is a row.
+            False: the file is read as JSON lines.
 
     Returns:
         ``path`` itself if the file already holds JSON lines, otherwise a path in the cache. None if the file is an
@@ -92,7 +92,8 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
 
     Raises:
         OSError: If a file cannot be read or written.
-        ValueError: If the file type or encoding is not supported. The message names it.
+        ValueError: If the file type or encoding is not supported, or the content is invalid. The message names the
+            reason.
     """
     with open(path, "rb") as file:
         head = file.read(_HEAD)
@@ -161,8 +162,8 @@ def _kind(name: str, text: str) -> str:
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
     """Returns whether a .json file may be an MMPR meta file, which lists data sets.
 
-    Returns False if the first line is a whole JSON object and further lines follow. Also returns False if the file
-    consists of one line, which holds a pair.
+    Returns False if the first line is a whole JSON object and further lines follow. Also returns False if the only
+    line of the file is a pair.
     """
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
         try:
@@ -321,7 +322,7 @@ def _cell(name: str, text: str) -> Any:
     """Parses a cell in the CSV column ``name``.
 
     In the columns ``_LISTS``, each list or object is parsed, and an empty cell becomes None. In other columns, only
-    messages are parsed. Lists, objects and messages may be in JSON or Python notation. Every other cell stays text.
+    chat messages are parsed. The notation of a parsed cell is JSON or Python. Every other cell stays text.
     """
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):

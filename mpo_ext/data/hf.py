@@ -55,7 +55,8 @@ def to_dataset(
     """Builds a dataset for TRL's trainers. The dataset is stored on disk and memory-mapped.
 
     Args:
-        pairs: The pairs, or a function that returns a new iterator over the pairs; they are read twice.
+        pairs: The pairs, or a function that returns a new iterator over the pairs; they are read twice. Pairs with
+            tools are not supported: the dataset has no column ``tools``.
         kind: "standard" or "conversational".
         embed: Whether the dataset contains the bytes of all images. False: it contains the paths of image files, but
             the bytes of images that are given as URLs.
@@ -69,6 +70,7 @@ def to_dataset(
         ImportError: If Hugging Face datasets is not installed.
         OSError: If an image to store as bytes cannot be read.
         ImageError: If an image to store as bytes is not a valid image.
+        ValueError: If ``to_trl`` raises it for a pair.
     """
     datasets = require_datasets()
     check_choice("kind", kind, get_args(Kind))
@@ -137,8 +139,8 @@ def save_dataset(
         The number of rows.
 
     Raises:
-        FileExistsError: If ``folder`` is a file, or a folder that holds anything besides a dataset. If a parquet file
-            would replace a folder.
+        FileExistsError: If ``folder`` is a file, or a folder that holds anything besides a dataset. Also raised if a
+            parquet file would replace a folder.
     """
     target = Path(folder)
     is_parquet = target.suffix.lower() == PARQUET
@@ -173,7 +175,8 @@ class DatasetPairs(PairSequence):
     Args:
         dataset: The dataset. Its images are not decoded.
         name: Path or name of the dataset, for locations and error messages.
-        image_dir: Folder for storing images that rows hold as bytes; None: reading such a row raises BadLine.
+        image_dir: Folder for storing images and videos that rows hold as bytes. None: reading such a row raises
+            BadLine.
         root_map: A tuple (old path, new path) for each folder that has moved.
         parse: Function that converts a row to a pair; its argument ``save_image`` stores the bytes of an image.
         ignore: Names of columns and nested fields to remove before a row is parsed.
@@ -267,7 +270,7 @@ def _plain(value: Any) -> Any:
 
 
 def save_bytes(folder: Path, content: bytes) -> str:
-    """Writes the bytes of an image to a file that is named after their hash, and returns its absolute path."""
+    """Writes the bytes of an image or video to a file named after their hash. Returns the file's absolute path."""
     folder = folder.absolute()  # a relative image path would be read as a path below the root of the source
     suffix = _SUFFIXES.get(_mime(content).removeprefix("image/"), "")
     path = folder / f"{hashlib.blake2b(content, digest_size=12).hexdigest()}{suffix}"

@@ -68,6 +68,7 @@ def load_hub(
         config: Name of the configuration; None: the only or default configuration.
 
     Raises:
+        ImportError: If Hugging Face datasets is not installed.
         ValueError: If the dataset cannot be loaded, or has no split with the name ``split``. Also raised if ``split``
             is None and there are several splits.
     """
@@ -97,8 +98,9 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
         config: Name of the configuration of a folder; None: the only or default configuration.
 
     Raises:
-        ValueError: If the files cannot be read as one table, or have no split with the name ``split``. Also raised if
-            ``split`` is None and there are several splits.
+        ImportError: If Hugging Face datasets is not installed.
+        ValueError: If the files cannot be read as one table, a file belongs to no split, or there is no split with the
+            name ``split``. Also raised if ``split`` is None and there are several splits.
     """
     datasets = require_datasets()
     loaded: Any = None

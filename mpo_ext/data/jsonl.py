@@ -33,9 +33,9 @@ _open_lock = threading.RLock()
 class LineFile(PairSequence):
     """The pairs of a file with one pair per line. A pair is read from the file on each access.
 
-    Empty lines are ignored. The index of line positions takes 8 bytes of memory per line. Data loader workers can
-    share a LineFile, because reads do not move a file position. Only the 64 most recently read LineFiles of a process
-    keep their file open.
+    Empty lines are ignored. The index of line positions takes 8 bytes of memory per line, or 16 bytes if the file has
+    empty lines. Data loader workers can share a LineFile, because reads do not move a file position. Only the 64 most
+    recently read LineFiles of a process keep their file open.
 
     Args:
         path: Path of the file.

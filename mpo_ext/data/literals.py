@@ -12,10 +12,9 @@ _SPACES = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tok
 def read_literal(text: str) -> Any:
     """Parses a value in Python notation. Also parses a printed numpy array of strings such as ``['cat' 'dog']``.
 
-    Two strings without a comma between them are accepted only in such an array, and only with a space between them.
-
     Raises:
-        ValueError: If the text has neither notation, or if a comma is missing between strings, as in ``'a''b'``.
+        ValueError: If the text has neither notation. Also raised for other strings without a comma between them, such
+            as ``'a' 'b'`` and ``['a''b']``, which Python would join.
     """
     text = text.strip()
     try:

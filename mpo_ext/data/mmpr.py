@@ -424,7 +424,8 @@ def write_mmpr(
         For each subset, the number of pairs.
 
     Raises:
-        ValueError: If pairs of one subset have different settings, or an image is outside the root of its subset.
+        ValueError: If pairs of one subset have different settings, an image is outside the root of its subset, or
+            ``to_line`` raises it.
     """
     target = Path(folder)
     default_root = "/" if root is None else os.path.abspath(root)

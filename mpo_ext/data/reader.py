@@ -18,9 +18,9 @@ class Location:
     """The place of a pair in the data.
 
     Attributes:
-        subset: Name of the pair's data set in an MMPR meta file; without a meta file, the name of the file.
-        file: Path of the file.
-        line: Number of the line, from 1.
+        subset: Name of the pair's data set in an MMPR meta file; without a meta file, the name of the file or dataset.
+        file: Path of the file or dataset.
+        line: Number of the line or dataset row, from 1.
     """
 
     subset: str

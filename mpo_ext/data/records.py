@@ -37,12 +37,12 @@ class Pair:
             ``chosen`` that DropoutNTP kept, such as 17 or ``{"characters": 17, "tokens": 4}``.
         extra: Unknown fields of the source. The key ``"$source"`` holds a dict for a lossless conversion back to the
             source's format, with values such as the name and the settings of an MMPR data set.
-            If a prompt or response has several turns, ``extra["$source"]`` also holds the list of its turns, as
-            ``messages`` (prompt), ``chosen_messages`` or ``rejected_messages``. A turn is
+            If a prompt or response has several turns or tool calls, ``extra["$source"]`` also holds the list of its
+            turns, as ``messages`` (prompt), ``chosen_messages`` or ``rejected_messages``. A turn is
             ``{"role": ..., "content": ...}``. An assistant's turn may have ``tool_calls``. A turn with the role "tool"
-            holds a result. If a response has several turns, ``chosen`` or ``rejected`` holds their joined contents.
-            ``extra["$source"]["tools"]`` describes the functions that the assistant may call, as in
-            ``mpo_ext.chat.Conversation``.
+            holds the result of a tool call. For such a response, ``chosen`` or ``rejected`` is one text with the
+            contents and tool calls of all its turns. ``extra["$source"]["tools"]`` describes the functions that the
+            assistant may call, as in ``mpo_ext.chat.Conversation``.
         videos: Videos, in order. ``question`` and the turns have ``<video>`` at the position of each video. A single
             video without ``<video>`` comes before the text. A single image without ``<image>`` precedes this video.
         rejected_images: Images of the rejected response, as in mDPO: one path for each of ``images``. Empty: the
@@ -50,8 +50,8 @@ class Pair:
 
     Raises:
         TypeError: If a field has a wrong type. The message names the field, the rule and the value.
-        ValueError: If a text cannot be written as UTF-8, a number is not finite, or the number of ``rejected_images``
-            is wrong.
+        ValueError: If a text cannot be written as UTF-8, a number is not finite, a path is empty or has a NUL
+            character, or the number of ``rejected_images`` is wrong.
     """
 
     question: str
@@ -162,7 +162,7 @@ class Pair:
 
         Raises:
             TypeError: If a field has the wrong type.
-            ValueError: If a field is missing or unknown.
+            ValueError: If a field is missing, unknown or invalid.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"a pair must be an object, got {type_and_value(values)}")
@@ -189,7 +189,7 @@ class Pair:
         return cls(**{**values, **lists})
 
     def key(self) -> str:
-        """Returns a hash of the prompt, the responses and the media paths, which is the same on every machine."""
+        """Returns a hash of the prompt, the responses and the media paths. The hash is the same on every machine."""
         source = self.source
         turns = {name: source[name] for name in (*TURNS, PROMPT_TOOLS) if name in source}
         parts = [self.question, self.chosen, self.rejected, *self.images, *([turns] if turns else [])]

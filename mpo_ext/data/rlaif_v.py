@@ -1,6 +1,7 @@
 """Reads rows of RLAIF-V, and other rows with ``question``, ``chosen`` and ``rejected``.
 
-``image`` or ``images`` hold paths, or objects with ``bytes`` or ``path``. ``system`` and ``answer_gt`` are optional.
+``image`` or ``images`` holds paths, or objects with ``bytes`` or ``path``. ``system``, ``history`` and ``answer_gt``
+are optional.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Reads the images and videos of a row: those in its fields, in its messages and at placeholders in its texts."""
+"""Reads the images and videos in the fields and messages of a row, in the order in which the prompt shows them."""
 
 import base64
 import binascii
@@ -59,8 +59,8 @@ def _paths_text(paths: Sequence[str]) -> str:
 def row_videos(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Video]:
     """Returns the videos in the fields ``video`` and ``videos`` of a row.
 
-    Each field may hold a video or a list of videos. A video is a path, a list of frame paths, an object as in
-    ``Video.from_value``, bytes, or an object with ``bytes`` or ``path``.
+    Each field may hold a video or a list of videos. A video is a path, an object as in ``Video.from_value``, bytes, or
+    an object with ``bytes`` or ``path``. In a list of videos, a video may also be a list of frame paths.
 
     Args:
         row: Fields of the row.

@@ -34,7 +34,7 @@ class PairSource:
         subsets: Data sets that an MMPR meta file lists, by name; empty without a meta file.
         on_pair: Function that is called with each pair that is read; None: no call. The pair has absolute image paths.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
-        image_dir: Folder for the images and videos that rows hold as bytes; "" if the format cannot hold bytes.
+        image_dir: Folder for the images and videos that rows hold as bytes; "" if the rows cannot hold bytes.
         selected: Ascending int64 indices ``[n]`` of the lines that ``scan`` and ``scan_for`` visit; None: all lines.
     """
 
@@ -194,18 +194,21 @@ def open_pairs(
     """Opens preference pairs in any supported format. The returned source reads each pair on access.
 
     Args:
-        path: A file of rows (JSON lines, JSON array, CSV or parquet); an MMPR meta file (.json), which lists data
-            sets; a folder of parquet files; a folder that ``save_to_disk`` wrote; or a dataset of the Hugging Face
-            hub, ``hf://owner/name`` or ``owner/name`` (see ``hub.hub_id``).
+        path: A file of rows (JSON lines, JSON array, CSV, TSV or parquet); an MMPR meta file (.json), which lists
+            data sets; a folder of parquet files; a folder that ``save_to_disk`` wrote; or a dataset of the Hugging
+            Face hub, ``hf://owner/name`` or ``owner/name`` (see ``hub.hub_id``). Text files may be compressed.
         format: Format of the rows; None: it is detected from the fields. A row in another format raises BadLine when
             it is read.
         root: Folder to which relative image paths are joined. None: the folder that contains ``path``; for a folder of
             parquet files, this folder; for the hub, the current folder. Not used for a meta file, which names the
             image folders.
-        root_map: A tuple (old path, new path) for each folder of images or data that has moved.
-        image_dir: Folder for storing images that a row holds as bytes; None: ``images`` in ``cache_folder()``.
+        root_map: A tuple (old path, new path) for each folder of images or data that has moved. Not used for a file
+            of rows in the format "mmpr".
+        image_dir: Folder for storing images and videos that a row holds as bytes. None: ``images`` in
+            ``cache_folder()``.
         max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
-        split: Name of the split of a dataset; None: the only split.
+        split: Name of the split of a dataset; None: the only split. Must be given for a folder that
+            ``save_to_disk`` wrote with splits.
         revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
         config: Configuration of a dataset of the hub; None: the only or default configuration.
         ignore: Names of fields to remove, at any depth, before a row is converted to a pair.

@@ -60,7 +60,7 @@ class SubsetStats:
         images: Number of images; an image that several pairs use counts several times.
         videos: Number of videos; a video that several pairs use counts several times.
         text_only: Number of pairs without images and videos.
-        rejected_images: Number of pairs with other images for the rejected response.
+        rejected_images: Number of pairs with ``rejected_images``.
         with_answer: Number of pairs with a true answer.
         rejected_longer: Number of pairs whose rejected response is longer than the chosen response.
         question: Lengths of the prompts. A prompt of several turns is measured as one text with all turns and roles.
@@ -114,6 +114,7 @@ def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[s
 
     Raises:
         ImportError: If transformers is not installed.
+        FileNotFoundError: If the tokenizer is not found.
         ValueError: If the tokenizer cannot be loaded.
     """
     if tokenizer is None:

@@ -67,7 +67,8 @@ def read_tools(name: str, value: object) -> list[dict[str, Any]]:
 
     Args:
         name: Name of the field, for the error message.
-        value: Value of the field: a list of descriptions, or this list as JSON text.
+        value: Value of the field: a list of descriptions, or this list as JSON text. A description in the list may
+            also be JSON text.
 
     Raises:
         FieldError: If the field is not a list of such descriptions.

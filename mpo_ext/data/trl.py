@@ -111,10 +111,10 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
     """Converts a row of TRL's preference format to a pair.
 
     If ``chosen`` and ``rejected`` are whole conversations, the prompt is the turns with which both begin. In this
-    case, the column ``prompt`` may be missing, or hold the text of one of these turns.
+    case, the column ``prompt`` may be missing, hold these turns, or hold the text of one of them.
 
     Args:
-        row: Row with a text or messages as prompt. Columns that ``to_trl`` does not write go into ``extra``.
+        row: Row with a text or messages as prompt. Unknown columns go into ``Pair.extra``.
         save_image: Function that stores the bytes of an image and returns the path. None: such bytes raise FieldError.
 
     Raises:

@@ -53,7 +53,7 @@ def write_view(
 
     Raises:
         ValueError: If a number is out of range, or ``path`` is a file of the source.
-        ImportError: If jinja2 or PIL is not installed.
+        ImportError: If jinja2 or PIL is not installed, or PyAV is not installed and a pair has a video file.
         OSError: If the page cannot be written.
     """
     for name, value, least in (
@@ -137,7 +137,7 @@ def page_entry(
 
 
 def _cut(pair: Pair) -> int | None:
-    """Returns the number of characters of the chosen response that DropoutNTP kept, or None if it is not recorded."""
+    """Returns how many characters of the chosen response DropoutNTP kept, or None without a valid record."""
     cut = pair.provenance.get("cut")
     cut = cut.get("characters") if isinstance(cut, dict) else cut
     if isinstance(cut, bool) or not isinstance(cut, int) or not 0 < cut <= len(pair.chosen):
@@ -225,7 +225,8 @@ class Thumbnails:
 
     Attributes:
         uris: The data URIs.
-        omitted: Number of images and videos that did not fit into the budget.
+        omitted: Number of images, key frames and videos that did not fit into the budget. A video counts only if none
+            of its key frames was loaded.
     """
 
     def __init__(self, size: int, budget: int) -> None:
@@ -251,7 +252,10 @@ class Thumbnails:
         return [*named, *(frame for video in pair.videos for frame in self.add_video(video))]
 
     def add_video(self, video: Video) -> list[dict[str, Any]]:
-        """Adds the key frames of a video. Returns an entry for each frame, or one with a ``problem``; see ``add``."""
+        """Adds the key frames of a video, and returns an entry for each frame; see ``add``.
+
+        If the video cannot be shown, returns a single entry with a ``problem``.
+        """
         if video not in self._videos:
             name = video_name(video)
             loaded, problem = self._load(lambda: key_frames(video, KEY_FRAMES))

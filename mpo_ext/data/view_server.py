@@ -56,7 +56,8 @@ class PairServer(http.server.ThreadingHTTPServer):
 
     Raises:
         OSError: If the port is in use.
-        ValueError: If an argument is out of range, or ``picks_path`` holds picks of other pairs.
+        ValueError: If an argument is out of range, or ``picks_path`` holds picks of other pairs or is a file of the
+            source.
         FileExistsError: If ``picks_path`` is not a file of picks.
     """
 
@@ -101,7 +102,10 @@ class PairServer(http.server.ThreadingHTTPServer):
             return self.source.read(index)
 
     def pick(self, index: int, *, is_picked: bool) -> int:
-        """Adds a pair to the picks or removes it, writes the file of picks, and returns the number of picks."""
+        """Adds a pair to the picks or removes it, writes the file of picks, and returns the number of picks.
+
+        Raises ValueError if the line is bad.
+        """
         _, pair = self.read(index)
         if isinstance(pair, BadLine):
             raise ValueError(f"index must be that of a pair, got {pair}")
@@ -138,8 +142,10 @@ class PairServer(http.server.ThreadingHTTPServer):
             only_picked: Whether only picked pairs match.
 
         Returns:
-            A dict with ``pairs`` (the matches, see ``page_entry``), ``next`` (``start`` of the next search), ``total``
-            (length of ``source.indices``) and ``picked`` (number of picked pairs).
+            A dict with ``pairs`` (the matches), ``next`` (``start`` of the next search), ``total`` (length of
+            ``source.indices``) and ``picked`` (number of picked pairs). A match is the result of ``page_entry`` with
+            the additional field ``picked`` (a bool). For a bad line, it is a dict with ``index`` and ``bad`` (error
+            text).
         """
         indices = self.source.indices
         query, place = query.lower().strip(), start
