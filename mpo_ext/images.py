@@ -80,7 +80,8 @@ def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
 
     Args:
         source: Path, ``file://`` URL, ``data:`` URL or bytes of an image file.
-        decode: Whether to decode the pixels. False: only the headers and, in some formats, checksums are read.
+        decode: Whether to decode the pixels. False: only the headers and, in some formats, checksums are read. The
+            pixels of modes I and F are always decoded.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -183,7 +184,7 @@ def read_image(source: str) -> bytes:
 
     Raises:
         OSError: If the file cannot be read.
-        ImageError: If ``load_image`` would raise it.
+        ImageError: If ``read_source`` or ``check_image`` raises it. Damaged pixels may stay undetected.
     """
     content = read_source(source)
     try:
@@ -210,7 +211,7 @@ def max_pixels() -> int:
 
 
 def open_regular(path: str | os.PathLike[str], source: Any, kind: str = "image") -> IO[bytes]:
-    """Opens and returns a regular file. Raises ImageError for a pipe or a device, because reading could block forever.
+    """Opens and returns a regular file. Raises ImageError for another kind of file, such as a folder, pipe or device.
 
     In the message, ``kind`` is the kind of the content, and ``source`` names the file.
     """

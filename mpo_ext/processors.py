@@ -41,7 +41,8 @@ def load_config(path: str, **options: Any) -> Any:
 
     Raises:
         OSError: If the config cannot be read.
-        ValueError: If the checkpoint has the format of InternVL's authors, or needs ``trust_remote_code``.
+        ValueError: If the checkpoint has the format of InternVL's authors, needs ``trust_remote_code``, or has a model
+            type that transformers does not know.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -61,16 +62,14 @@ def load_config(path: str, **options: Any) -> Any:
 def check_on_hub(name: str, path: str) -> None:
     """Checks that a model exists locally, in the cache, or on the hub.
 
-    This function asks the hub once. ``from_pretrained`` would ask several times, and its message would not say that
-    the folder does not exist.
-
     Args:
         name: Name of the argument in messages.
         path: Folder or hub name of the model.
 
     Raises:
-        FileNotFoundError: If the model is not found.
+        FileNotFoundError: If the model is not found, or the hub cannot be reached.
     """
+    # ``from_pretrained`` would ask the hub several times, and would not say that the folder does not exist.
     if os.path.exists(path) or "://" in path:
         return
     import huggingface_hub as hub

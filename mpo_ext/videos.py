@@ -58,7 +58,8 @@ class Video:
 
     Raises:
         TypeError: If a field has a wrong type. The message names the field, the rule and the value.
-        ValueError: If both ``path`` and ``frames`` are given, or neither, or if a number is out of its range.
+        ValueError: If both ``path`` and ``frames`` are given, or neither. Also raised if a frame's path is empty, a
+            path has a NUL character, or a number is out of its range.
     """
 
     path: str = ""
@@ -96,7 +97,10 @@ class Video:
         return dataclasses.replace(self, frames=tuple(map(change, self.frames)))
 
     def to_value(self) -> Any:
-        """Returns the video as a JSON value: a path, a list of frames, or, if it has settings, an object."""
+        """Returns the video as a JSON value: a path, or a list of frame paths.
+
+        A video with ``fps`` or ``max_frames`` becomes an object, as in ``from_value``.
+        """
         content: Any = self.path or list(self.frames)
         settings = {name: getattr(self, name) for name in ("fps", "max_frames") if getattr(self, name) is not None}
         return {"path" if self.path else "frames": content, **settings} if settings else content
@@ -106,12 +110,12 @@ class Video:
         """Returns the video that a JSON value describes.
 
         Args:
-            value: A path, a list of paths of frames, or an object with ``path`` (or ``video``) or ``frames``, and
-                optionally ``fps`` and ``max_frames``.
+            value: A path, a list of frame paths, or an object. The object has one of the fields ``path``, ``frames``
+                (frame paths) and ``video`` (either of them), and optionally ``fps`` and ``max_frames``.
             name: Name of the field in messages.
 
         Raises:
-            TypeError: If the value has another type.
+            TypeError: If the value, a frame path or a setting has a wrong type.
             ValueError: If the object has unknown fields or invalid values.
         """
         if isinstance(value, Video):
@@ -142,14 +146,14 @@ class Video:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LoadedVideo:
-    """The frames that a model sees.
+    """The frames of a video that a model sees.
 
     Attributes:
         frames: PIL images of mode RGB and of one size, upright.
         times: Time of each frame in seconds from the start of the video.
-        rate: Frames per second of the source.
-        n_source: Number of frames of the source.
-        name: Name of the source in messages.
+        rate: Frames per second of the whole video.
+        n_source: Number of frames of the whole video.
+        name: Name of the video in messages.
     """
 
     frames: tuple[Any, ...]
@@ -182,8 +186,9 @@ def load_video(source: Any) -> LoadedVideo:
     """Reads a video, and returns the frames that a model sees.
 
     A file of D seconds gives ``round(D * fps)`` frames at equal intervals, but at least one and at most
-    ``max_frames``. A list gives all its frames, or ``max_frames`` evenly spaced frames if it is longer. Each frame is
-    converted like an image by ``mpo_ext.images.load_image``.
+    ``max_frames``. A frame is never repeated, so a file with few frames gives fewer. A list gives all its frames, or
+    ``max_frames`` evenly spaced frames if it is longer. Each frame is converted like an image by
+    ``mpo_ext.images.load_image``.
 
     Args:
         source: A ``Video``, a value that ``Video.from_value`` takes, or a ``LoadedVideo``, which is returned
@@ -194,6 +199,7 @@ def load_video(source: Any) -> LoadedVideo:
         VideoError: If the video cannot be decoded, is not a regular file in a known container, exceeds a limit, or has
             frames of different sizes. Also raised if the path is a URL other than ``file://``.
         ImageError: If a frame image cannot be used.
+        TypeError: If the source has another type.
         ImportError: If PyAV or Pillow is not installed.
     """
     if isinstance(source, LoadedVideo):
@@ -205,7 +211,7 @@ def load_video(source: Any) -> LoadedVideo:
 def key_frames(source: Any, count: int) -> LoadedVideo:
     """Returns ``count`` evenly spaced frames of a video, or fewer if ``load_video`` returns fewer.
 
-    Only these frames are decoded. The function raises the same errors as ``load_video``.
+    ``source`` is a ``Video`` or a value that ``Video.from_value`` takes. Raises the errors of ``load_video``.
     """
     check_integer("count", count, least=1)
     video = Video.from_value(source)
@@ -217,12 +223,13 @@ def check_video(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
     """Checks a video. Returns a list of warnings as ``check_image`` does; at present, it is always empty.
 
     Args:
-        source: As in ``load_video``.
-        decode: Whether to decode all frames that a model sees. False: only the first frame of a file is decoded.
+        source: A ``Video``, or a value that ``Video.from_value`` takes.
+        decode: Whether to decode all frames of a file that a model sees. False: only the first frame is decoded. The
+            frames of a list are decoded in either case.
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        VideoError: If ``load_video`` would raise it. Without ``decode``, damage after the first frame may stay
+        VideoError: If ``load_video`` would raise it. Without ``decode``, defects that concern later frames may stay
             undetected.
         ImageError: If a frame image cannot be used.
     """
@@ -271,7 +278,10 @@ def max_video_bytes() -> int:
 
 
 def set_video_defaults(fps: float | None = None, max_frames: int | None = None) -> None:
-    """Sets the defaults of ``fps`` and ``max_frames`` for this process and its child processes; None: unchanged."""
+    """Sets the defaults of ``fps`` and ``max_frames``, for this process and its future child processes.
+
+    None leaves a default unchanged.
+    """
     if fps is not None:
         check_number("video_fps", fps, "(0, inf)")
         os.environ[FPS_VARIABLE] = repr(float(fps))
