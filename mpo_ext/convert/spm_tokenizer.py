@@ -26,7 +26,8 @@ def load_spm_tokenizer(folder: Path, *, extra_special_tokens: Mapping[str, str])
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the model is not a BPE model, or has pieces that ``tokenizers`` would split differently.
+        ValueError: If the model is not a BPE model, ``tokenizers`` would split texts differently, or the ids in
+            ``added_tokens_decoder`` do not fit.
         ModuleNotFoundError: If protobuf is not installed.
     """
     import transformers
@@ -124,7 +125,7 @@ def _build(proto: Any, names: Mapping[int, str]) -> Any:
 def _merges(proto: Any) -> list[tuple[str, str]]:
     """Returns the BPE merges: each pair of normal pieces whose concatenation is a normal piece, too.
 
-    The order is that of the scores of the merged pieces, the best first.
+    The merges are sorted by the score of the concatenation, the highest score first.
     """
     normal = {piece.piece: (-piece.score, number) for number, piece in enumerate(proto.pieces)
               if piece.type == _NORMAL}  # fmt: skip
