@@ -69,7 +69,7 @@ DigitsProcessor.register_for_auto_class("AutoProcessor")
 
 
 def build_tokenizer(*, is_reading: bool = False) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer in which each word is one token, which keeps answers short.
+    """Returns a tokenizer in which each word is one token.
 
     The vocabulary has the words of the adding task. ``is_reading`` adds the words of the reading task.
     """

@@ -67,18 +67,19 @@ def make_pairs(
     name: str = "digits demo",
     stream: TextIO | None = None,
 ) -> MadePairs:
-    """Makes pairs from the model's answers to questions about unseen digits, and writes them to ``folder``.
+    """Makes pairs from the model's answers to questions, and writes them to ``folder``.
+
+    The questions are about training digits that the SFT did not use.
 
     The correctness pairs come from questions with a true answer. The DropoutNTP pairs come from questions without true
     answers, like the paper's data without ground truth. DropoutNTP cannot check answers, so some of its chosen
     responses are wrong and some of its rejected responses are right.
 
-    An interrupted sampling run resumes. The following files are written to ``folder``; their image paths are relative
-    to it:
+    An interrupted sampling run resumes. The following files are written to ``folder``:
 
     - ``images`` and a ``.jsonl`` file of questions for each sampling run.
     - A folder with the output of each sampling run.
-    - ``pairs.jsonl``, its check ``check.json`` and its page ``pairs.html``.
+    - ``pairs.jsonl`` with image paths relative to ``folder``, its check ``check.json`` and its page ``pairs.html``.
 
     Args:
         model: The SFT model.

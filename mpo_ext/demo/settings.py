@@ -16,7 +16,7 @@ class RunSettings:
         layers: Number of layers of the language model.
         sft_rate: Peak learning rate of the SFT.
         sft_batch: Number of questions per step of the SFT.
-        sft_questions: Number of different questions of the SFT, each used in several epochs.
+        sft_questions: Number of different questions of the SFT. If the steps need more, the questions are used again.
         questions: Number of step-by-step questions that the model answers to make correctness pairs.
         direct_questions: Number of direct questions that the model answers to make correctness pairs.
         dropout_ntp_questions: Number of step-by-step questions for DropoutNTP. Some of them give no pair.

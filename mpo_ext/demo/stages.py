@@ -29,8 +29,8 @@ class Stages:
     A stage that already has a file is not run again. Prints an explanation before each stage, a progress bar during
     it, and its duration after it.
 
-    The constructor deletes files made with other settings or another version of mpo_ext. It keeps the SFT model if the
-    settings of the SFT have not changed.
+    The constructor deletes files made with other settings or another version of mpo_ext. It keeps the SFT model if
+    neither the version nor the settings of the SFT have changed.
 
     Attributes:
         seconds: Duration of each stage in seconds, including stages that an earlier run finished.
@@ -80,7 +80,10 @@ class Stages:
 
 
 def clear(folder: Path, *, keep_start: bool) -> None:
-    """Deletes the files of an earlier demo run in ``folder``. If ``keep_start`` is True, the SFT model is kept."""
+    """Deletes the results of stages, training runs and sampling runs of an earlier demo run in ``folder``.
+
+    Also deletes the log-probabilities of the reference model. If ``keep_start`` is True, the SFT model is kept.
+    """
     kept = {_file(START_STAGE), START_RUN} if keep_start else set()
     for name in ("runs", "stages"):
         for path in (folder / name).glob("*"):

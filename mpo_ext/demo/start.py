@@ -27,7 +27,7 @@ _PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
 
 
 def new_model(settings: Settings) -> tuple[InternVLForConditionalGeneration, DigitsProcessor]:
-    """Returns an untrained model, whose weights depend on the seed, and its processor."""
+    """Sets torch's seed to the seed of the settings, and returns an untrained model and its processor."""
     torch.manual_seed(settings.seed)
     processor = build_processor(settings.side)
     size = {"hidden_size": settings.hidden_size, "layers": settings.layers, "side": settings.side}
@@ -73,7 +73,7 @@ def weights_digest(model: InternVLForConditionalGeneration) -> str:
 
 
 def ship(folder: Path) -> None:
-    """Copies an SFT model into the package. The demo run in ``folder`` must have trained this model.
+    """Copies the SFT model that the demo run in ``folder`` trained into the package.
 
     Raises:
         ValueError: If the demo did not train an SFT model.

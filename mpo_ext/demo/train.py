@@ -109,7 +109,7 @@ def train_branch(
 def _train(
     recipe: recipes.Recipe, model: InternVLForConditionalGeneration, processor: DigitsProcessor
 ) -> list[dict[str, float]]:
-    """Runs or resumes a training run, and returns its log."""
+    """Runs or resumes a training run, and returns its log. Raises KeyboardInterrupt if a signal stopped the run."""
     if train(recipe, model=model, processor=processor) != 0:
         raise KeyboardInterrupt  # the trainer caught a signal and stopped
     log = Path(recipe.output.dir) / "log.jsonl"
@@ -142,7 +142,8 @@ def make_recipe(
         schedule: Schedule of the learning rate, as in ``OptimRecipe``.
         settings: Settings of the demo or the study, for the seed and the backend of the loss.
         warmup: Length of the warmup (the learning rate rises from zero), as a fraction of the steps.
-        reference: File of the reference model's log-probabilities. None: the default ``ReferenceRecipe``.
+        reference: File of the reference model's log-probabilities. None: the recipe has the default
+            ``ReferenceRecipe``.
         save_every: Number of steps between two checkpoints; 0: only a checkpoint at the end or after a signal.
     """
     return recipes.Recipe(
@@ -224,7 +225,7 @@ def evaluate(
     """Lets the model answer the questions by greedy decoding, and returns statistics for each form of question.
 
     Returns:
-        For each form, "direct" or "cot", a dict with the following keys:
+        For each form that occurs, "direct" or "cot", a dict with the following keys:
 
         - ``accuracy``: Fraction of correct answers.
         - ``unparsable``: Fraction of unreadable answers.
