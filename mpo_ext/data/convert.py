@@ -35,8 +35,8 @@ def convert(
 ) -> tuple[int, Skipped]:
     """Writes the pairs of a source in another format. The output appears only when it is complete.
 
-    Image paths in "pairs" and "trl" are absolute, with one exception. A path that is relative in the source becomes
-    relative to the folder of ``out`` if this folder is ``source.root`` or contains the image.
+    Image paths in "pairs" and "trl" are absolute, with one exception. If the folder of ``out`` is ``source.root`` or
+    contains the image, a relative path of the source becomes relative to this folder.
 
     Pairs with several turns can be written as "pairs". With ``kind="conversational"``, they can also be written as
     "trl", and, if they have no tools, as "hf".

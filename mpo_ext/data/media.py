@@ -79,9 +79,9 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
         The pair, with numbered placeholders such as ``<image 1>`` replaced by ``<image>``; see ``marks.check_marks``.
 
     Raises:
-        FieldError: If ``marks.check_marks`` raises it, or in one of these cases: an unused field may hold an image,
-            video or audio; the prompt has ``<audio>``; the prompt has ``<image>`` but the pair has no images, or
-            ``<video>`` but no videos; a response has ``<image>``; a response has ``<video>`` and the pair has videos.
+        FieldError: If ``marks.check_marks`` raises it, or an unused field may hold an image, video or audio. Also
+            raised if the prompt has ``<audio>``, ``<image>`` without images, or ``<video>`` without videos. Also
+            raised if a response has ``<image>``, or has ``<video>`` in a pair with videos.
     """
     has_media = bool(pair.media_paths)
     for name, value in values.items():

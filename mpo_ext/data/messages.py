@@ -295,8 +295,8 @@ def pair_of_turns(
 ) -> Pair:
     """Builds a pair from turns.
 
-    The last user turn becomes ``question``. The turns of a prompt or response are also stored in ``Pair.source`` if
-    there are several, or if one of them has tool calls.
+    The last user turn becomes ``question``. A prompt or response with several turns or with tool calls is also stored
+    in ``Pair.source``, as a list of turns.
 
     Args:
         prompt: Turns before the response, as in ``check_prompt_turns``.

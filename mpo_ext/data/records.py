@@ -36,9 +36,9 @@ class Pair:
             verdicts. ``mpo-ext data view`` uses ``pipeline`` and ``cut``. ``cut`` is the number of characters of
             ``chosen`` that DropoutNTP kept, such as 17 or ``{"characters": 17, "tokens": 4}``.
         extra: Unknown fields of the source. The key ``"$source"`` holds a dict for a lossless conversion back to the
-            source's format, with values such as the name and the settings of an MMPR data set.
-            If a prompt or response has several turns or tool calls, ``extra["$source"]`` also holds the list of its
-            turns, as ``messages`` (prompt), ``chosen_messages`` or ``rejected_messages``. A turn is
+            source's format. It has, for example, the name and the settings of an MMPR data set.
+            A prompt or response with several turns or tool calls is also stored in ``extra["$source"]``, as a list of
+            turns: ``messages`` (prompt), ``chosen_messages`` or ``rejected_messages``. A turn is
             ``{"role": ..., "content": ...}``. An assistant's turn may have ``tool_calls``. A turn with the role "tool"
             holds the result of a tool call. For such a response, ``chosen`` or ``rejected`` is one text with the
             contents and tool calls of all its turns. ``extra["$source"]["tools"]`` describes the functions that the

@@ -149,9 +149,10 @@ class Images:
         self._n_places = 0
 
     def add_part(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the image of a message part, or the next image of the row's fields if the part does not name an image.
+        """Adds the image of a message part.
 
-        ``name`` is the name of the part's field, for error messages.
+        If the part does not name an image, adds the next image of the row's fields. ``name`` is the name of the part's
+        field, for error messages.
         """
         self._n_places += 1
         path = self._part_path(name, part)
@@ -176,9 +177,10 @@ class Images:
             self.add_video(name, {})
 
     def add_video(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the video of a message part, or the next video of the row's fields if the part does not name a video.
+        """Adds the video of a message part.
 
-        ``name`` is the name of the part's field, for error messages.
+        If the part does not name a video, adds the next video of the row's fields. ``name`` is the name of the part's
+        field, for error messages.
         """
         self._n_video_places += 1
         given = {field: part[field] for field in VIDEO_FIELDS if not is_empty(part.get(field))}

@@ -137,7 +137,8 @@ def collect_stats(
 ) -> dict[str, SubsetStats]:
     """Reads every pair of a source, and returns the statistics of each data set, by name.
 
-    A pair counts under the name of its MMPR data set. Without such a data set, it counts under the name of its file.
+    A pair counts under the name of its MMPR data set. Without such a data set, it counts under the name of its
+    file or dataset.
 
     Args:
         source: The pairs.
