@@ -51,12 +51,15 @@ class Matcher(abc.ABC):
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
         """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
 
-        If the answer equals no truth, the verdict is unreadable if at least one comparison is unreadable. If all
-        comparisons give wrong, the verdict is wrong.
+        A right verdict is best. An unreadable verdict is better than a wrong one.
 
         Args:
-            prediction: The extracted answer. A missing answer (None) raises a TypeError.
+            prediction: The extracted answer.
             truth: The true answer, or a list of true answers.
+
+        Raises:
+            TypeError: If an argument has another type. A missing answer (None) is not allowed.
+            ValueError: If the list of true answers is empty.
         """
         truths = self._check(prediction, truth)
         if (verdict := self._early_verdict(prediction, truths)) is not None:
@@ -84,7 +87,8 @@ class Matcher(abc.ABC):
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "Matcher":
         """Returns this matcher, adapted to a question with the answer options ``options``.
 
-        Only ``ChoiceMatcher`` uses the options; all other matchers return themselves.
+        ``ChoiceMatcher`` uses the options. ``AnyMatcher`` passes them on to its matchers. All other matchers return
+        themselves.
         """
         return self
 

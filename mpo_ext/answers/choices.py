@@ -62,12 +62,13 @@ class ChoiceMatcher(Matcher):
 
     An answer with several letters ("A, C", "AC", "(A)(C)") is right if the truth has the same letters.
 
-    An answer is unreadable if it is one of the following:
+    An answer is unreadable in cases such as the following:
 
-    - Several options without a decision ("A or B").
-    - A letter that no option has.
-    - A letter with the text of another option ("B. Paris" if Paris is C).
-    - A text that differs from the texts of all known options.
+    - It names several options without a decision ("A or B").
+    - It names a letter that no option has.
+    - It names a letter with the text of another option ("B. Paris" if Paris is C).
+    - It is a text that differs from the texts of all known options.
+    - The options are unknown, and only the answer or only the truth has a letter ("Paris" and "C").
 
     Attributes:
         options: Option texts in the order A, B, ..., or a mapping from letter to text. If None, sampling and
@@ -112,9 +113,9 @@ class ChoiceMatcher(Matcher):
 
 
 def _read_boxes(answer: str, boxes: Sequence[str], labels: tuple[tuple[str, str], ...]) -> Choice:
-    r"""Returns the selection in an answer with several ``\boxed{}`` whose texts differ. ``boxes`` are the texts.
+    r"""Returns the selection in an answer with several ``\boxed{}``. ``boxes`` are their contents, not all equal.
 
-    If the texts name the same letter ("\boxed{A}, \boxed{(A)}"), they select this letter. A list of letters
+    Contents with the same letter ("\boxed{A}, \boxed{(A)}") select this letter. A list of letters
     ("\boxed{A}, \boxed{C}") selects all of them. In all other cases, such as "\boxed{A} or \boxed{C}", the selection
     is unclear.
     """
@@ -135,7 +136,12 @@ def _has_text(choice: Choice) -> bool:
 
 
 def label_options(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Returns a mapping from letter to option text. The texts in a list get the letters A, B, ... in order."""
+    """Returns a mapping from letter to option text. The texts in a list get the letters A, B, ... in order.
+
+    Raises:
+        TypeError: If an option is not a string.
+        ValueError: If there are not 1 to 26 options, or a key of the mapping is not a single letter A to Z.
+    """
     is_labelled = isinstance(options, Mapping)
     texts = list(options.values()) if isinstance(options, Mapping) else list(options)
     labels = list(options) if is_labelled else [chr(ord("A") + index) for index in range(len(texts))]

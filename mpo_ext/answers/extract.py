@@ -23,7 +23,8 @@ def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer")
     The style is the form of the answer that the prompt asked for:
 
     - "final_answer": the text after the last "Final answer:", up to the end of the line. If the rest of this line is
-      empty, the next line with text.
+      empty, the next line with text. If this text begins with ``\boxed{}``, ``$$`` or ``\[``, only the content of the
+      box or the math block.
     - "answer": the same after the last "Answer:".
     - "boxed": the content of the last ``\boxed{...}``.
     - "direct": the whole response.
@@ -37,6 +38,10 @@ def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer")
     Returns:
         The answer without markdown, math delimiters and a final period; None if it is unreadable, for example because
         the marker, the box or the closing brace is missing.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the style is unknown, or its pattern is invalid or does not have exactly one group.
     """
     if not isinstance(response, str):
         raise TypeError(f"response must be a string, got {response!r}")

@@ -18,7 +18,7 @@ from mpo_ext.checks import check_number, did_you_mean
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CustomMatcher(Matcher):
-    """Compares answers with a function of the user.
+    """Compares answers with the user's own function.
 
     ``function(prediction, truth)`` returns a bool, a Verdict, a score in [0, 1], or None if the answer is unreadable.
 
@@ -70,8 +70,7 @@ def load_function(name: str) -> Callable[[str, str], bool | float | Verdict | No
 class AnyMatcher(Matcher):
     """Accepts an answer if at least one of several matchers accepts it.
 
-    If no matcher accepts the answer, the verdict is unreadable if at least one matcher calls the answer unreadable. If
-    all matchers call it wrong, the verdict is wrong.
+    An answer that no matcher accepts is wrong if all matchers call it wrong. Otherwise, it is unreadable.
 
     Attributes:
         matchers: The matchers, called in this order. Each is a ``Matcher``, a kind such as "number", or a mapping with
@@ -138,7 +137,8 @@ def matcher(kind: str, **options: Any) -> Matcher:
 
     Raises:
         ImportError: If the matcher needs a package that is not installed.
-        ValueError: If the kind or an option is unknown, or if a required option is missing.
+        TypeError: If an option has the wrong type.
+        ValueError: If the kind or an option is unknown, a required option is missing, or an option is out of range.
     """
     if kind not in MATCHERS:
         raise ValueError(f"kind must be one of {', '.join(MATCHERS)}, got {kind!r}{did_you_mean(kind, MATCHERS)}")

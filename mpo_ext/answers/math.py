@@ -50,7 +50,8 @@ class MathMatcher(Matcher):
 
     Words are compared as text. As expressions, "no" and "on" would be equal products of letters.
 
-    An answer is unreadable if it is a sentence, or if math-verify cannot read the answer or the truth.
+    If the truth is an expression, a sentence is unreadable. An answer is also unreadable if math-verify cannot read
+    the answer or the truth.
 
     Expressions are compared in a helper process, which can be stopped at the time limit.
 
@@ -115,7 +116,8 @@ class MathMatcher(Matcher):
 def _are_numbers(first: Number, second: Number) -> bool:
     """Returns whether two numbers can be compared by value.
 
-    The result is False for "x = 7" and "y = 7", and for numbers with letters that may be variables ("2a" and "2b").
+    The result is False for "x = 7" and "y = 7". It is also False if the units differ and one of them may be a
+    variable ("2a" and "2b").
     """
     if first.name != second.name and first.name and second.name:
         return False

@@ -1,4 +1,4 @@
-"""The helper process that compares expressions for ``MathMatcher``. A Python process starts at most one helper."""
+"""The helper process that compares expressions for ``MathMatcher``. A Python process has at most one helper."""
 
 import atexit
 import contextlib
@@ -123,6 +123,9 @@ class MathProcess:
               root of 2.
             - "unread" if math-verify cannot read or compare the expressions.
             - "unfinished" if the time limit is reached or the helper process dies.
+
+        Raises:
+            RuntimeError: If the helper process cannot start, for example because math-verify is missing.
         """
         request = {"prediction": prediction, "truth": truth, "seconds": seconds}
         with self._lock:

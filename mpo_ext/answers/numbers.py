@@ -123,7 +123,7 @@ class NumberRule:
         return correct, rule
 
     def _is_unclear(self, first: Number, second: Number, prediction: Number, truth: Number) -> bool:
-        """Returns whether two different numbers may be equal if one is read in another way: "1,234" as 1.234.
+        """Returns whether two different numbers may be equal after rounding, or in another reading: "1,234" as 1.234.
 
         The arguments are those of ``_one_unit``.
         """
@@ -186,14 +186,15 @@ class NumberMatcher(Matcher):
     """Compares numbers with a tolerance. If the truth is not a number, compares texts without regard to case.
 
     A number is right if ``|prediction - truth| <= relative * |truth|``, or ``<= absolute`` if the truth is 0. If both
-    numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong.
+    numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong. A currency may be missing: $7
+    equals 7.
 
     If the truth is a number, an answer with no number or several numbers is unreadable. An answer is also unreadable
     in cases such as the following:
 
     - It has a decimal comma ("1,5").
-    - Only the answer or only the truth has a unit. The number without a unit may mean the same quantity in some unit
-      ("7" or "700" for "7 m"). But "7" is right for "7 m" if ``units`` contains "m".
+    - Only the answer or only the truth has a unit, and the other number may mean the same quantity ("7" or "700" for
+      "7 m"). With "m" in ``units``, "7" is right.
     - The numbers differ by more than the tolerance, but are equal after rounding ("3.14" and "3.14159").
 
     Attributes:

@@ -146,9 +146,9 @@ def _folded_units() -> dict[str, tuple[Fraction, dict[str, int]]]:
 def parse_unit(text: str) -> Unit | None:
     """Returns the unit in the text that follows a number, or None if the text does not name a unit.
 
-    A unit may be a product or a quotient with powers ("N m", "kg/m^3", "m s⁻²", "square metres", "miles per hour"). Up
-    to four unknown words count as an unknown unit ("apples"). Words that may change the value ("tenths", "or more")
-    give None.
+    A unit may be a product or a quotient with powers ("N m", "kg/m^3", "m s⁻²", "square metres", "miles per hour").
+    Unknown words count as an unknown unit ("apples"). Words that may change the value ("tenths", "or more") give None.
+    More than four words also give None.
     """
     powers: dict[str, int] = {}
     factor, is_known = Fraction(1), True
