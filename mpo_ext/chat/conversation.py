@@ -19,8 +19,8 @@ class Conversation:
         key: Name of the conversation in error messages.
         question: The user's question. ``<image>`` and ``<video>`` mark the positions of images and videos. Without
             these placeholders, the images come first, and then the videos.
-        messages: All turns, as mappings with ``role`` and ``content``. If it is empty, the question is the only turn.
-            Otherwise, ``question`` is ignored. The content is text with the same placeholders, or a list of
+        messages: All turns, as mappings with ``role`` and ``content``. Without messages, the question is the only
+            turn. With messages, ``question`` is ignored. The content is text with the same placeholders, or a list of
             ``{"type": "text", "text": ...}``, ``{"type": "image"}`` and ``{"type": "video"}``. An assistant's turn may
             have ``tool_calls``, as in OpenAI's API. A turn with the role "tool" holds the result of a call.
         images: Images in the order of their positions, in any form that ``mpo_ext.images.load_image`` takes.
@@ -46,9 +46,9 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
             False: the content is text, and the conversation must have no images or videos.
 
     Raises:
-        ValueError: If a message has no role or content, if the last message is the assistant's, or if there are images
-            or videos although ``as_parts`` is False. Also raised if there are placeholders, but not one for each
-            image or video.
+        ValueError: If a message is malformed, for example without a role, or if the last message is the assistant's.
+            Also raised for images or videos with ``as_parts=False``, and for placeholders whose number is not that of
+            the images or videos.
     """
     counts = {"image": len(conversation.images), "video": len(conversation.videos)}
     for kind, count in counts.items():
@@ -75,7 +75,8 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
 def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
     """Checks messages, and converts the content of each message to a list of texts, images and videos.
 
-    ``split``: whether ``<image>`` and ``<video>`` in a text become images and videos. False: they stay text.
+    ``split``: whether ``<image>`` and ``<video>`` in a text become images and videos. False: they stay text. Raises
+    ValueError for malformed messages.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")
@@ -95,8 +96,8 @@ def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
 def read_tool_calls(calls: object) -> list[dict[str, Any]]:
     """Converts the tool calls of an assistant's turn to the form that chat templates take.
 
-    ``calls`` is None or a list of calls. A call is ``{"name": ..., "arguments": ...}``, or a mapping whose
-    field ``function`` holds such an object. Arguments that are a JSON string, as in OpenAI's API, are parsed.
+    ``calls`` is None or a list of calls. A call is ``{"name": ..., "arguments": ...}``, or a mapping with such a
+    mapping in its field ``function``. Arguments that are a JSON string, as in OpenAI's API, are parsed.
 
     Raises:
         ValueError: If ``calls`` has another form.

@@ -41,7 +41,7 @@ class EncodedPrompt(NamedTuple):
     """The encoded prompt of a conversation.
 
     Attributes:
-        messages: The turns before the response, in the form that the chat template takes.
+        messages: The turns before the response, in the form that the chat template takes; [] without a template.
         text: The rendered text up to the beginning of the response, with a single placeholder for each image.
         ids: Token ids of ``text``.
         tools: The tools of the conversation.
@@ -72,10 +72,11 @@ class EncodedResponse(NamedTuple):
 class ChatEncoder:
     """Turns conversations and responses into token ids, and token ids into responses. Instances can be pickled.
 
-    The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``. The
-    ids of a response are the next ids of the whole conversation, up to and including the token that ends the turn.
+    The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``, with a
+    single placeholder for each image or video. The ids of a response are the next ids of the whole conversation, up to
+    and including the token that ends the turn.
 
-    The encoder deviates from the template in five cases. ``notices`` reports those that hold for all conversations:
+    The encoder deviates from the template in five cases:
 
     - If the template ignores ``add_generation_prompt``, the prompt ends with the header that the template writes
       before a response, without trailing spaces.
@@ -99,13 +100,13 @@ class ChatEncoder:
     Attributes:
         end_id: Id of the token that ends an assistant's turn in training.
         stop_ids: Ids at which sampling stops: the argument ``stop_ids``, ``end_id`` and the tokenizer's EOS id.
-        notices: Sentences for the user about the deviations, and other facts that hold for all conversations.
+        notices: Sentences for the user about facts that hold for all conversations, such as a deviation.
         form: The text that the template writes around a response.
         ends_in_tail: How often the template writes ``end_id`` after a response; 0: never.
 
     Raises:
-        ChatError: If the template does not write responses, if the text of a conversation does not begin with the
-            text of its prompt, or if the token that ends a turn is unknown.
+        ChatError: If the chat template cannot be used. For example, it does not write responses, a conversation does
+            not begin with its prompt, or the token that ends a turn is unknown.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class ChatEncoder:
         Images are not opened. Videos are opened only if ``media.expanded`` needs their frames.
 
         Raises:
-            ChatError: If the conversation does not fit the chat template.
+            ChatError: If the conversation does not fit the chat template, or an id has no row in the embedding.
         """
         if self._last is not None and self._last[0] is conversation:
             return self._last[1]
@@ -189,7 +190,7 @@ class ChatEncoder:
         return self.prompt(conversation).ids
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Returns whether the processor's ``apply_chat_template`` adds tokens such as BOS to the text of a prompt."""
+        """Returns whether the tokenizer may add its special tokens, such as BOS, to the text of a prompt."""
         if self.chat_template is not None and not self.is_multimodal:
             return False
         begin = getattr(self.tokenizer, "bos_token", None)

@@ -58,8 +58,8 @@ def with_frames(conversation: AnyConversation) -> AnyConversation:
 def media_arguments(images: Sequence[Sequence[Any]], videos: Sequence[Sequence[LoadedVideo]]) -> dict[str, Any]:
     """Returns the arguments ``images``, ``videos`` and ``videos_kwargs`` for a processor's call with several texts.
 
-    The parameters of this function hold a list of images and a list of videos for each text. The processor must use
-    all frames (``do_sample_frames=False``), because ``load_video`` has already chosen them.
+    ``images`` and ``videos`` hold a list for each text. Without images or videos, their arguments are left out. The
+    processor must use all frames (``do_sample_frames=False``), because ``load_video`` has already chosen them.
     """
     arguments: dict[str, Any] = {"images": [list(part) for part in images]} if any(images) else {}
     flat = [video for part in videos for video in part]

@@ -210,8 +210,8 @@ def find_end(form: TurnForm, tokenizer: Any) -> tuple[int, int]:
     If the template writes no such token, returns ``eos_token_id`` and 0.
 
     Raises:
-        ChatError: If the template ends a turn with ordinary text, or if it writes nothing after a turn and the
-            tokenizer has no ``eos_token``.
+        ChatError: If the template ends a turn with ordinary text. Also raised if it writes at most white space after a
+            turn, and the tokenizer has no ``eos_token``.
     """
     tail = form.tail
     ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []
