@@ -304,7 +304,10 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _without_findings(source: Any) -> Any:
-    """Returns a ``PairSource`` without the lines that ``check_pairs`` finds defective. Prints a summary of them."""
+    """Returns a ``PairSource`` without the lines that ``check_pairs`` finds defective. Prints a summary of them.
+
+    Raises ValueError if no line remains.
+    """
     import dataclasses
 
     import numpy as np

@@ -37,7 +37,8 @@ def doctor(args: argparse.Namespace) -> int:
     """Prints facts for a bug report, one per line. If ``args.model`` is given, also checks the model's processor.
 
     Returns:
-        The exit status: 1 if the CPU kernels cannot run or the model's processor cannot be used, otherwise 0.
+        The exit status: 1 if the CPU kernels cannot run or the check of the processor finds a problem, 2 if the
+        processor cannot be checked, otherwise 0.
     """
     for name, fact in _facts():
         print(f"{name:<20}{fact}")

@@ -128,8 +128,8 @@ def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
 
     Args:
         what: Name of the argument in error messages.
-        texts: The arguments. Without NAME, a file gets its file name without suffix, and a folder gets its own name. A
-            folder ``final`` gets the name of its parent folder.
+        texts: The arguments. Without NAME, a file gets its file name without suffix. A folder or hub name gets the
+            last part of its path, and a folder ``final`` gets the name of its parent folder.
     """
     named: dict[str, str] = {}
     for text in texts:

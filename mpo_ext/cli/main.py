@@ -19,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
     def _setting_hint(self, option: str) -> str:
-        """Returns a hint if an unknown option of ``train``, such as ``learning-rate``, is a setting; otherwise ""."""
+        """Returns a hint if an unknown option of ``train`` or ``plan`` names a setting; otherwise ""."""
         if self.command not in ("train", "plan"):
             return ""
         from mpo_ext.train.recipe import Recipe

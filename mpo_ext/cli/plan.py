@@ -47,7 +47,10 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def _machine(args: argparse.Namespace, dtype: str) -> "Machine":
-    """Returns the GPU that the options describe. Raises ValueError for an unknown GPU or incompatible options."""
+    """Returns the GPU that the options describe. ``dtype`` is the precision of ``--tflops``.
+
+    Raises ValueError for an unknown GPU, and for incompatible or invalid options.
+    """
     from mpo_ext.plan import machines
 
     peaks = {"--bandwidth": args.bandwidth, "--tflops": args.tflops}

@@ -46,13 +46,14 @@ class ProcessorReport:
 def check_processor(
     args: argparse.Namespace, model: str, pairs: Iterable[tuple[Any, str]] | None = None
 ) -> ProcessorReport:
-    """Encodes pairs with the encoder of the trainer, and checks the token ids against the output of the processor.
+    """Encodes up to three pairs with the trainer's encoder, and checks their token ids against the processor's output.
 
     Args:
         args: Arguments with the options of ``add_chat``.
         model: Folder of a model, of a run or of adapters, or a name on the hub.
-        pairs: Pairs to encode, as tuples (pair, name). The name denotes the pair in messages. Image paths must be
-            absolute. None: an example text pair and, if the model takes images, an example pair with an image.
+        pairs: Tuples (pair, name), of which the first usable pairs are encoded. The name denotes the pair in messages.
+            Image paths must be absolute. None: an example text pair and, if the model takes images, an example pair
+            with an image.
 
     Raises:
         ImportError: If a package is missing.

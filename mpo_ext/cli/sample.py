@@ -266,7 +266,11 @@ def _load_engines(args: argparse.Namespace) -> Any:
 
 
 def _load_engine(args: argparse.Namespace, model: str) -> Any:
-    """Loads a model into an engine. ``model`` is a hub name, or the folder of a model, of a run, or of adapters."""
+    """Loads a model into an engine, and returns the engine.
+
+    ``model`` is a hub name, or the folder of a model, of a run, or of adapters. With ``--engine openai``, it is the
+    server's name of the model.
+    """
     from mpo_ext.evaluate.models import ModelSource, find_model
     from mpo_ext.evaluate.models import load_engine as load_source
 

@@ -231,7 +231,10 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def load_engine(args: argparse.Namespace, model: str) -> Any:
-    """Loads a model into the engine that the options select, and returns the engine."""
+    """Loads a model into the engine that the options select, and returns the engine.
+
+    Raises ValueError for options that this engine does not have.
+    """
     options = engine_options(args)
     for engine, name, advice in _MISPLACED:
         if args.engine == engine and (value := getattr(args, name)) not in (None, "auto"):
@@ -265,7 +268,7 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the keyword arguments for ``from_pretrained`` or ``vllm.LLM`` from the command line."""
+    """Returns ``--trust-remote-code`` and each ``--engine-option`` as keyword arguments for an engine."""
     options = parse_json_options("--engine-option", args.engine_option)
     return {"trust_remote_code": args.trust_remote_code, **options}
 

@@ -94,7 +94,7 @@ def _open_questions(recipe: "Recipe") -> "QuestionFile | None":
 
 
 def open_mixtures(recipe: "Recipe") -> "list[Mixture]":
-    """Returns the training data of a recipe and, if there are any, the evaluation data."""
+    """Returns the training data of a recipe, and its evaluation data if it has any."""
     from mpo_ext.train.mixture import Mixture
 
     parts = (("data.train", recipe.data.train), ("data.eval", recipe.data.eval))
