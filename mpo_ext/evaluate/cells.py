@@ -110,11 +110,14 @@ class Cell:
                 progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
 
     def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
-        """Reads and scores the responses that all ``world_size`` processes have sampled.
+        """Reads and scores the responses that all ``world_size`` processes have sampled. Also fills ``details``.
 
         Yields:
             (question, problem, responses) for each question. ``problem`` is the reason why the question could not be
             asked, or None.
+
+        Raises:
+            IncompleteRunError: If a process has not sampled all its responses.
         """
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             for record in records:
@@ -132,7 +135,7 @@ def open_questions(
     root_map: Sequence[tuple[str, str]],
     system: str | None = None,
 ) -> QuestionFile:
-    """Opens and returns a file of questions, and checks that at least one question has a true answer.
+    """Opens and returns a file of questions.
 
     Args:
         name: Name of the file in the results.
@@ -141,6 +144,9 @@ def open_questions(
         image_root: Folder at which relative image paths start; not used for a meta file.
         root_map: Tuples (old, new) for a meta file: paths in the folder ``old`` are looked up in the folder ``new``.
         system: System prompt of the questions that have none; None: no system prompt.
+
+    Raises:
+        ValueError: If no question has a true answer.
     """
     roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta(path) else {"image_root": image_root}
     source = open_items(os.fspath(path), limit=limit, system=system, **roots)

@@ -31,7 +31,7 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
 
     - index: the question's field ``index``, or its position in the file if it does not have this field.
     - question, the options A, B, ..., and all other scalar fields of the question except ``image``.
-    - answer: the true answer.
+    - answer: the true answer; a Python list as text if there are several.
     - prediction: the whole response.
     - extracted: the extracted answer. VLMEvalKit does not have this column.
     - hit: 1 if the extracted answer is correct, otherwise 0. VLMEvalKit does not have this column.

@@ -36,8 +36,9 @@ def find_model(name: str) -> ModelSource:
     ``final``.
 
     Raises:
-        FileNotFoundError: If the name is a local path that does not exist.
-        ValueError: If the name is invalid, or no model can be loaded from the folder. The message says what to do.
+        FileNotFoundError: If the name is ``a/b``, and the folder ``a`` exists without ``b``.
+        ValueError: If the name is neither a folder nor a possible hub name, or no model can be loaded from the folder.
+            The message says what to do.
     """
     folder = Path(name)
     if not folder.exists():

@@ -27,7 +27,7 @@ def write_predictions(
     data_files: Mapping[str, str],
     world_size: int,
 ) -> None:
-    """Writes the sampled responses into ``predictions-MODEL.jsonl``, and sets the scores of ``cells``.
+    """Writes the sampled responses into ``predictions-MODEL.jsonl``, and sets the scores and offsets of ``cells``.
 
     Args:
         cells: Cells of the evaluation (combinations of model, file of questions and prompt). Cells of the same model
@@ -76,7 +76,7 @@ def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator
     Args:
         path: Path of the predictions of a model.
         cell: Combination of this model, a file of questions and a prompt. ``write_predictions`` must have set its
-            scores.
+            scores and offsets.
         indices: Positions of the questions in the file of questions.
     """
     with open(path, "rb") as file:

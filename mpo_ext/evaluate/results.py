@@ -96,7 +96,7 @@ def compute_results(
 def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[str, str, str], list[_Answered]]:
     """Compares the answers that each model gave with and without seeing the image.
 
-    Returns a list for each (model, file, prompt). It has an entry for each question that could be asked both ways.
+    Returns a dict from (model, file, prompt) to a list with an entry for each question that could be asked both ways.
     """
     by_key = {cell.key: cell for cell in cells}
     same: dict[tuple[str, str, str], list[_Answered]] = {}
@@ -123,8 +123,8 @@ def _without_image(
     The unchanged fraction is the fraction of questions with the same answer both ways. Only questions that could be
     asked both ways count. ``same`` is the result of ``_unchanged``. ``key`` is (model, file, prompt).
 
-    ``most_frequent_truth`` in the result is the accuracy of always giving the most frequent true answer. It is None if
-    a question has several true answers.
+    ``most_frequent_truth`` in the result is the accuracy of always giving the most frequent true answer. It is None
+    without questions, or if a question has several true answers.
     """
     model, name, prompt = key
     both = zip(scores[key], scores[model, name, f"{prompt}{WITHOUT_IMAGE}"], strict=True)

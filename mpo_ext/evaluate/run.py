@@ -139,8 +139,8 @@ def _free_memory() -> None:
 def _file_names(what: str, named: Mapping[str, Any]) -> dict[str, str]:
     """Returns a dict from each name to the text that stands for it in file names: "a-b-c" for "a b/c".
 
-    ``what`` is the name of the argument in error messages. Raises ValueError if there is no name, if a name is "all",
-    if a name has no usable characters, or if the texts of two names are equal, ignoring case.
+    ``what`` is the name of the argument in error messages. Raises ValueError if there is no name, or if the texts of
+    two names are equal, ignoring case. The name "all", and names without usable characters, also raise it.
     """
     if not named:
         raise ValueError(f"{what} must name at least one, got none")

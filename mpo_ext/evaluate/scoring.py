@@ -219,10 +219,9 @@ class Evaluation:
         )
 
     def is_same(self, item: Item, first: QuestionScore, second: QuestionScore) -> bool:
-        """Returns whether two scores of a question have the same answer.
+        """Returns whether two scores of a question have the same answer; False if a score has no answer.
 
-        For example, the first score is that with the image, and the second is that without the image. The answer of a
-        score is the most frequent answer of its responses. Returns False if a score has no answer.
+        The answer of a score is the most frequent answer of its responses.
         """
         if first.answer is None or second.answer is None:
             return False
