@@ -16,7 +16,7 @@ def renamed_weights_loaded(trainer: Any, model: nn.Module, checkpoint: str) -> I
 
     The ``with`` block calls ``_load_from_checkpoint`` or ``_load_best_model`` of Trainer. If ``save_pretrained`` has
     renamed the weights (as for LLaVA and InternVL), Trainer finds none of them, warns, and keeps the weights that the
-    model had before. This context suppresses the warning, and loads the checkpoint with ``from_pretrained``, which
+    model had before. This context suppresses the warning. It then loads the checkpoint with ``from_pretrained``, which
     knows the names. That needs memory for a second model on the CPU.
 
     Args:
@@ -25,7 +25,7 @@ def renamed_weights_loaded(trainer: Any, model: nn.Module, checkpoint: str) -> I
         checkpoint: Folder of the checkpoint.
 
     Raises:
-        ValueError: If the checkpoint does not hold all weights of the model.
+        ValueError: If the checkpoint has weights of unknown names, and ``from_pretrained`` cannot match all weights.
     """
     unknown: list[str] = []
     warn = trainer._issue_warnings_after_load

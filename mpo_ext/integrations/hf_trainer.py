@@ -56,8 +56,7 @@ class PairCollator:
     ) -> PairCollator:
         """Returns a collator for a model.
 
-        If the model supports it, the two responses of a pair share one row of the batch, so that their prompt is
-        computed only once.
+        If the model supports it, the two responses of a pair share their prompt, which is then computed only once.
 
         Args:
             model: The model that will be trained, before any wrapper.
@@ -162,7 +161,7 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
         return (out.loss, out) if return_outputs else out.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs the terms of the loss in addition to the trainer's own values."""
+        """Logs the means of ``loss_metrics`` since the last call, in addition to the trainer's own values."""
         mode = "train" if self.model.training else "eval"
         prefix = "eval_" if mode == "eval" else ""
         means = {f"{prefix}{name}": sum(values) / len(values) for name, values in self._terms[mode].items()}
@@ -170,7 +169,7 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
         super().log(logs | means, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Any, None, None]:
-        """Returns the loss of an evaluation batch."""
+        """Returns (loss, None, None) for an evaluation batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None

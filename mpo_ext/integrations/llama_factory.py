@@ -27,8 +27,8 @@ _SMALLEST = 1e-6  # LLaMA-Factory leaves out terms with a smaller weight
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
     """Returns the attributes that ``mpo_ext.patch("llama-factory")`` replaces, and a line that describes the change.
 
-    The replaced methods belong to ``CustomDPOTrainer``. The new methods compute the loss if ``pref_loss`` is
-    "sigmoid". LLaMA-Factory computes all other losses.
+    The replaced methods belong to ``CustomDPOTrainer``. The new methods compute the loss if ``pref_loss`` is "sigmoid"
+    and ``ld_alpha`` is not set. LLaMA-Factory computes all other losses.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else reward_shift
     settings = settings_function(_other_loss, _config_of, shift_settings)

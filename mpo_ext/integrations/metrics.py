@@ -8,7 +8,7 @@ from mpo_ext.loss.steps import MPOOutput
 
 
 def loss_metrics(out: MPOOutput) -> dict[str, Tensor]:
-    """Returns the terms of the loss, and the means of rewards and log-probs over the pairs.
+    """Returns the terms of the loss, the reward shift, and the means of rewards and log-probs over the pairs.
 
     The result is a dict from the name of a metric to a 0-d tensor.
     """

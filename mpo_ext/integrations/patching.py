@@ -37,9 +37,10 @@ _applied: dict[str, list[_Applied]] = {}
 
 
 def patch(name: str, **options: Any) -> None:
-    """Makes another trainer compute its loss with mpo_ext, until ``unpatch``. Prints a line that describes the change.
+    """Makes another trainer compute its loss or its log-probs with mpo_ext, until ``unpatch``.
 
-    The values of the losses change only by rounding, unless an option changes them.
+    Prints a line that describes the change. The values of the losses change only by rounding, unless an option changes
+    them.
 
     Args:
         name: "trl", "axolotl", "llama-factory" or "ms-swift", whose preference loss is replaced; or "openrlhf", "verl"
@@ -52,7 +53,7 @@ def patch(name: str, **options: Any) -> None:
         ImportError: If the trainer's package is not installed.
         RuntimeError: If the package has a version or source that mpo_ext does not know (see ``check_sources``). If the
             trainer is already patched, or another patch of mpo_ext has replaced one of the functions.
-        TypeError: If an option does not exist.
+        TypeError: If an option, or a setting of ``reward_shift``, does not exist or has the wrong type.
         ValueError: If ``name`` is unknown, or an option has a value that is not allowed.
     """
     version = check_sources(name)

@@ -58,7 +58,7 @@ def make_reward_shift(settings: Mapping[str, Any]) -> RewardShift:
     """Returns a ``RewardShift`` with the given settings.
 
     Raises:
-        TypeError: If ``settings`` is not a mapping, or has a key that ``RewardShift`` does not know.
+        TypeError: If ``settings`` is not a mapping or has an unknown key, or ``decay`` or ``value`` is not a number.
         ValueError: If a setting has a value that is not allowed.
     """
     if not isinstance(settings, Mapping):

@@ -87,10 +87,10 @@ def loss_of_rows(
 ) -> tuple[Tensor, MPOOutput, Any]:
     """Runs the model on a batch. Returns the differentiable loss, the ``MPOOutput`` and the model's output.
 
-    ``labels`` are aligned with ``input_ids`` and have the shape ``[2B, T]`` (the B chosen rows first), or ``[1, N]``
-    for a packed row. For a packed row, ``cu_seqlens`` has the shape ``[2B + 1]``. ``ref_logp``, ``[2B]``, holds the
-    summed log-probs under the reference model.
-    ``stats`` are the statistics to compute, as in ``mpo_loss``.
+    ``inputs`` are the keyword arguments of the model. ``labels`` are aligned with ``input_ids``. Their shape is
+    ``[2B, T]`` (the B chosen rows first), or ``[1, N]`` for a packed row. For a packed row, ``cu_seqlens`` has the
+    shape ``[2B + 1]``. ``ref_logp``, ``[2B]``, holds the summed log-probs under the reference model. ``stats`` are the
+    statistics to compute, as in ``mpo_loss``.
     """
     results: list[MPOOutput] = []
 

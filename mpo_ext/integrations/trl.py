@@ -44,13 +44,13 @@ class MPOTrainingConfig(DPOConfig):
 
     Attributes:
         loss_type: Any of "sigmoid" (DPO), "bco_pair" (BCO) and "sft" (next-token loss).
-        loss_weights: Weight of each term.
+        loss_weights: Weight of each term; None: 1 for each.
         label_smoothing: Assumed fraction of pairs with swapped responses (conservative DPO), in ``[0, 0.5)``.
         reward_shift: Mode of ``RewardShift``: "cumulative", "ema" or "fixed".
         reward_shift_update: "before" or "after", see ``RewardShift``.
         reward_shift_per: "micro_batch" or "optimizer_step", see ``RewardShift``.
         reward_shift_decay: Fraction of the old value that "ema" keeps.
-        reward_shift_value: Initial value.
+        reward_shift_value: Initial reward shift.
         ntp_average: "token" or "sequence", see ``MPOConfig``.
         memory_budget_mib: MiB for a tile of logits; None: the default of ``linear_mpo_loss``.
         recompute: Whether backward computes the tiles of logits again, see ``linear_mpo_loss``.
@@ -105,13 +105,15 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
         model: As in ``DPOTrainer``.
         ref_model: As in ``DPOTrainer``.
         args: ``MPOTrainingConfig``, or a ``DPOConfig`` whose terms are among "sigmoid", "bco_pair" and "sft".
+            None: the default ``MPOTrainingConfig``.
         *rest: Further positional arguments of ``DPOTrainer``.
         reward_shift: The reward shift; None: from ``args``, or ``RewardShift()`` for a ``DPOConfig``.
         **kwargs: Further arguments of ``DPOTrainer``.
 
     Raises:
         RuntimeError: If TRL has a version or source that mpo_ext does not know.
-        ValueError: If ``args`` asks for a loss that is not a sum of MPO's terms, or sets ``use_liger_kernel``.
+        ValueError: If ``args`` asks for a loss that is not a sum of MPO's terms, or sets ``use_liger_kernel``. Also
+            raised for ``precompute_ref_log_probs`` with images under FSDP or DeepSpeed, or with TRL before 1.14.
     """
 
     ref_model: Any
@@ -412,7 +414,7 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
     """Returns the attributes that ``mpo_ext.patch("trl")`` replaces, and a line that describes the change.
 
     The replaced methods belong to ``DPOTrainer``. The new methods compute losses with the terms "sigmoid", "bco_pair"
-    and "sft". TRL computes all other losses.
+    and "sft". TRL computes all other losses, and losses with options that mpo_ext lacks, such as ``use_weighting``.
     """
     shift_settings = {"mode": "fixed"} if reward_shift is None else reward_shift
     settings_of_dpo = settings_function(_other_loss_of, lambda trainer: _config_of(trainer.args), shift_settings)
