@@ -168,8 +168,8 @@ def _option_text(text: str) -> str:
 def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
     """Returns the selection in an answer.
 
-    A letter selects an option if it stands alone, in brackets, before a period, bracket or colon, or after words such
-    as "the answer is". The "A" in "A cat" is an article and selects no option.
+    A letter selects an option if it stands alone or in brackets. It also selects an option before a period, a colon or
+    a closing bracket, and after words such as "the answer is". The "A" in "A cat" is an article and selects no option.
 
     Args:
         answer: The answer that was extracted from a response.

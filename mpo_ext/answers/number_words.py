@@ -21,7 +21,8 @@ _WORD = re.compile(r"[^\W\d_]+")
 def read_number_words(text: str) -> tuple[Fraction, int] | None:
     """Reads a number in English words at the start of a text.
 
-    Returns the number and the index of the next character, or None if the text does not begin with a number in words.
+    Returns the number and the index of the character after it. Returns None if the text does not begin with a number
+    in words.
     """
     words = [(match.group().casefold(), match.end()) for match in _WORD.finditer(text)]
     starts = [match.start() for match in _WORD.finditer(text)]

@@ -39,7 +39,7 @@ def is_symbol(number: Number) -> bool:
 
 
 def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
-    """Compares two answers that differ as expressions, under further readings.
+    """Compares two answers under further readings. Call this for answers that differ as expressions.
 
     The readings are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
     number ("1-1/4"), a quantity in several units ("5 ft 6 in"), and a word for 0 ("none").

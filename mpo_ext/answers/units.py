@@ -234,7 +234,7 @@ def compare_units(first: str, second: str) -> Fraction | Literal["different", "u
     Returns:
         A factor, "different" or "unclear". The factor converts a value from the first unit to the second. "different"
         means that the units measure different quantities. "unclear" means that a unit is unknown or ambiguous, or that
-        no constant factor converts the units, as between °C and °F, or months and seconds. Two different units of
+        no constant factor converts the units. Examples are °C and °F, or months and seconds. Two different units of
         data, such as bytes and kilobytes, are also "unclear", because a kilobyte may have 1000 or 1024 bytes.
     """
     if first == second:
@@ -272,7 +272,7 @@ _CONVERSIONS = frozenset(map(Fraction, _FACTORS.split()))
 def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
     """Returns whether a value with the unit ``unit`` may be the same quantity as a value without a unit.
 
-    The result is True in the following cases:
+    ``first`` and ``second`` are these values, in either order. The result is True in the following cases:
 
     - The values differ only in the sign.
     - ``parse_unit`` cannot read ``unit``.

@@ -80,8 +80,8 @@ class ChatEncoder:
 
     - If the template ignores ``add_generation_prompt``, the prompt ends with the header that the template writes
       before a response, without trailing spaces.
-    - If the template writes no special token after a response, the encoder puts ``eos_token`` there, and removes the
-      white space that the template writes there.
+    - If the template writes no special token after a response, the encoder puts ``eos_token`` there, in place of any
+      white space.
     - If the generation prompt opens a block such as ``<think>``, and a response closes the block without opening it,
       the encoder puts the opening tag before the response.
     - If the tokenizer merges the end of the prompt with the beginning of the response, the encoder tokenizes the
@@ -220,8 +220,8 @@ class ChatEncoder:
             response: The assistant's text, or several turns that begin and end with the assistant's.
 
         Raises:
-            ChatError: If the template does not write the response after the prompt, the response holds the token that
-                ends the turn, or an id has no row in the embedding.
+            ChatError: If the template does not write the response after the prompt, or an id has no row in the
+                embedding. Also raised if the response holds the token that ends the turn.
         """
         prompt = self.prompt(conversation)
         encoded = self._single(prompt, response) if isinstance(response, str) else self._several(prompt, response)
