@@ -47,8 +47,8 @@ class OptimRecipe:
         groups: Settings for parts of the model, such as ``{vision_tower: {learning_rate: 2e-6}}``. The parts are
             "vision_tower", "projector" and "language_model".
         batch_size: Number of pairs per optimizer step, summed over all ranks and micro-batches.
-        micro_batch_size: Number of pairs per forward pass on each rank. Must be 1, the default, if
-            ``micro_batch_tokens`` is set, and is then not used.
+        micro_batch_size: Number of pairs per forward pass on each rank. If ``micro_batch_tokens`` is set, this setting
+            is not used and must be 1, the default.
         micro_batch_tokens: Maximum number of token positions per forward pass on each rank, padding included. A longer
             pair goes through the model alone. None: ``micro_batch_size`` pairs per forward pass.
         epochs: Number of passes over the data.

@@ -91,7 +91,7 @@ def _part_of_parameters(model: nn.Module, parts: Iterable[str]) -> dict[int, str
 
 
 def hidden_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yields the parameters with two axes, except those of embeddings and the output head."""
+    """Yields all parameters with two axes, except the weights of embeddings and of the output head."""
     inner: Any = unwrap_model(model)
     head = inner.get_output_embeddings()
     outer = [module for module in inner.modules() if isinstance(module, nn.Embedding) or module is head]
@@ -108,8 +108,9 @@ def make_optimizer(
 
     Raises:
         ImportError: If the package of the optimizer is not installed.
-        TypeError: If the optimizer rejects ``optim.args``.
-        ValueError: If the optimizer does not support the device or the sharding of the run, or its name is unknown.
+        TypeError: If the optimizer rejects ``optim.args``, or ``optim.name`` is not an optimizer.
+        ValueError: If the name is unknown, or the optimizer does not support the device, the sharding of the run or
+            the installed torch.
     """
     _check_ranks(recipe, accelerator)
     options: dict[str, Any] = {"lr": recipe.learning_rate}
@@ -136,7 +137,7 @@ def make_optimizer(
 
 
 def _check_ranks(recipe: OptimRecipe, accelerator: Any) -> None:
-    """Raises ``ValueError`` if the optimizer gives wrong results on parameters that are sharded over ranks."""
+    """Raises ``ValueError`` if the run shards parameters over ranks in a way that the optimizer does not support."""
     sharding = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if recipe.name in _NOT_ON_SHARDS.get(sharding, ()):
         raise ValueError(
@@ -191,8 +192,9 @@ def _make_adafactor(groups: list[dict[str, Any]], options: dict[str, Any], model
 class Muon(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon/) for hidden matrices, AdamW for all other parameters.
 
-    ``torch.optim.Muon`` updates the groups with ``orthogonalized=True``, ``torch.optim.AdamW`` the other groups. The
-    default ``adjust_lr_fn`` scales Muon's updates to the size of AdamW's, so that both can use the same learning rate.
+    ``torch.optim.Muon`` updates the groups with ``orthogonalized=True``. ``torch.optim.AdamW`` updates all other
+    groups. By default, ``adjust_lr_fn`` scales Muon's updates to the size of AdamW's updates, so that both optimizers
+    can use the same learning rate.
     """
 
     def __init__(
@@ -218,7 +220,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates all parameters. Returns the result of ``closure``, or None."""
+        """Updates all parameters. Returns the result of ``closure``; None without ``closure``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -245,7 +247,7 @@ _MAKERS: dict[str, Maker] = {
 
 
 def scheduled_learning_rate(recipe: OptimRecipe, maximum: float, step: int, total_steps: int) -> float:
-    """Returns the learning rate of step ``step``; the first step is 0.
+    """Returns the learning rate of a step. Steps are counted from 0.
 
     ``maximum`` is the learning rate at the end of warmup. ``recipe`` defines warmup and schedule.
     """
@@ -283,7 +285,10 @@ def set_learning_rates(
 
 
 def clip_gradients(accelerator: Any, model: nn.Module, max_grad_norm: float) -> float:
-    """Clips the gradients to ``max_grad_norm`` (0: no clipping). Returns the gradient norm before clipping."""
+    """Clips the gradient norm to ``max_grad_norm`` (0: no clipping), and returns the norm before clipping.
+
+    DeepSpeed clips the gradients itself; this function then only returns the norm that DeepSpeed reports.
+    """
     max_norm = max_grad_norm if max_grad_norm > 0 else math.inf
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     if norm is None:  # DeepSpeed clips by itself

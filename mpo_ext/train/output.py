@@ -67,7 +67,7 @@ class RunOutput:
     def template_date(self, checkpoint: Path | None) -> datetime.date:
         """Returns the date for chat templates that print today's date. It is the same on all ranks.
 
-        A stored date keeps the prompts of a resumed run unchanged. The first of these dates is used: the date in
+        A stored date keeps the prompts of a resumed run unchanged. The first date that exists is used: the date in
         ``checkpoint``, the date in the file of precomputed reference log-probs, today's date.
         """
         inputs = None if checkpoint is None else self.checkpoints.state(self.accelerator, checkpoint).get("inputs")
@@ -115,9 +115,10 @@ class RunOutput:
         )
 
     def check_first_pairs(self, data: RunData) -> None:
-        """Checks the encoding of the first pairs, and prints the first pair, decoded from its token ids.
+        """Checks the encoding of the first pairs, and writes the decoded pairs to ``first_pairs.txt``.
 
-        Also prints a warning if the first 100 pairs contain unknown tokens. Raises ``LinesError`` if a check fails.
+        Also prints the first pair, and a warning if the first 100 pairs contain unknown tokens. Raises ``LinesError``
+        if a check fails.
         """
         proof: Proof | None = None
         if self.is_main:
@@ -152,9 +153,9 @@ class RunOutput:
             self.log.rewind(0)
 
     def check_inputs(self, data: RunData, checkpoint: Path | None, fixed_weights: Mapping[str, str]) -> None:
-        """Compares settings and inputs, such as the data, with those in a checkpoint.
+        """Compares the recipe and the inputs, such as the data, with the values in a checkpoint.
 
-        Also keeps the inputs, which the run's next checkpoints store.
+        Also collects the inputs of this run, which its checkpoints will store.
 
         Args:
             data: Data of the run.
@@ -193,7 +194,8 @@ class RunOutput:
             reference: Reference model if training updates it; None otherwise.
 
         Returns:
-            Whether a setting or an input, such as the data, has changed since the checkpoint.
+            Whether a setting, an input that affects training, or a file of ``data.eval`` has changed since the
+            checkpoint.
         """
         changes = self.input_changes
         state = self.checkpoints.load(self.accelerator, path, model, optimizer, reference=reference)
@@ -307,5 +309,5 @@ def _epochs(lines: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _changes_evaluation(setting: str) -> bool:
-    """Returns whether evaluation scores from before and after a change of ``setting`` cannot be compared."""
+    """Returns whether a change of ``setting`` makes new evaluation scores incomparable with earlier scores."""
     return setting.startswith(("data.eval", "output.eval_generate", "output.best_metric"))

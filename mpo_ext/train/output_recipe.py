@@ -35,7 +35,7 @@ class GenerationRecipe:
         batch_size: Maximum number of questions per batch on each rank.
         image_root: Folder against which relative image paths are resolved. Not used if ``path`` is a meta file
             (.json), which names the folders of its images.
-        system: System prompt of the questions that have none; None: no system prompt.
+        system: System prompt for questions without a system prompt; None: no system prompt.
     """
 
     path: Text
@@ -103,23 +103,25 @@ class OutputRecipe:
 
     Attributes:
         dir: Folder of the run.
-        save_every: Number of steps between two checkpoints; 0 writes a single checkpoint at the end.
+        save_every: Number of steps between two checkpoints; 0: no checkpoints at regular steps. The run also writes a
+            checkpoint at its end.
         keep_last: Number of latest checkpoints to keep.
-        keep_best: Whether to also keep the checkpoint with the best value of ``best_metric``. Needs ``data.eval``, or
-            ``eval_generate`` for "answer_accuracy".
+        keep_best: Whether to also keep the checkpoint with the best value of ``best_metric``. Each new best value then
+            leads to a checkpoint. Needs ``data.eval``, or ``eval_generate`` for "answer_accuracy".
         eval_every: Number of steps between two evaluations on ``data.eval``; 0 evaluates only at the end.
         eval_generate: Evaluation by generation: a file of questions, or a section with ``path`` and other settings.
             None: no such evaluation.
         best_metric: Metric of the best checkpoint. "reward_accuracy" (highest is best) and "loss" (lowest is best) are
             computed on ``data.eval``, "answer_accuracy" (highest is best) by ``eval_generate``.
         early_stopping: Patience: the run ends normally after this number of evaluations in a row without a new best
-            value of ``best_metric``. 0 disables early stopping. "reward_accuracy" and "loss" need ``eval_every``.
+            value of ``best_metric``. 0 disables early stopping. With "reward_accuracy" and "loss", ``eval_every`` must
+            be positive.
         log_every: Number of steps between two lines of the log.
         trackers: Names of trackers in accelerate: "tensorboard", "wandb", "trackio", ...
         push_to_hub: Upload of the final model to the Hugging Face hub: the name of the repository, or a section with
             ``repo_id`` and ``private``. None: no upload.
-        resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder that contains a
-            checkpoint; any other value is the path of a checkpoint.
+        resume: "auto" resumes from the newest intact checkpoint in ``dir``; without checkpoints, it starts a new run.
+            "never" rejects a folder that contains a checkpoint. Any other value is the path of a checkpoint.
         resume_changed_data: Whether a run may resume although its training data, its processor or its starting model
             has changed since the checkpoint.
         on_nonfinite: Reaction to a loss or gradient that is not finite: "stop" ends the run, "skip" skips the step and

@@ -16,7 +16,7 @@ class PairCounts:
         cut: Number of encoded pairs with a truncated response.
         split: Number of encoded pairs with a response that was tokenized separately from the prompt.
         skipped: Dict from reason, such as "bad JSON", to the number of skipped pairs.
-        examples: Dict from reason to the message about the first pair that was skipped for it.
+        examples: Dict from reason to the message about the first pair that was skipped for this reason.
     """
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ def busy_cpu_line(device: torch.device) -> str | None:
 
 
 class Console:
-    """Shows the progress of a run: a bar on a terminal, otherwise a line every 30 seconds.
+    """Shows the progress of a run: a bar on a terminal, otherwise a line at most every 30 seconds.
 
     ``total`` is the number of steps of the run, ``done`` the number of finished steps. If ``stream`` is None, nothing
     is printed.
@@ -77,7 +77,7 @@ class Console:
             print(text, file=self.stream, flush=True)
 
     def step(self, step: int, line: Mapping[str, float]) -> None:
-        """Shows the progress after a step. ``step`` is its number, from 1, and ``line`` its log line."""
+        """Shows the progress after a step. ``step`` is counted from 1; ``line`` is the log line of the step."""
         self.done = step
         parts = [f"{name} {line[key]:{form}}" for name, (key, form) in _SHOWN.items() if key in line]
         text = ", ".join([*(parts or ["no pairs"]), *_rates(line)])
@@ -140,8 +140,8 @@ def lone_pairs(limit: int | None, batches: Sequence[Batch]) -> str | None:
 def compare_first_loss(recipe: Recipe, line: Mapping[str, float]) -> str:
     """Returns a console line that compares the loss of the first step with its expected value.
 
-    Before the first update, the policy equals the reference. All rewards are thus 0, from which the expected DPO and
-    BCO terms follow. ``line`` is the log line of the first step.
+    Before the first update, the policy equals the reference. All rewards are then 0, so the expected DPO and BCO terms
+    are known. ``line`` is the log line of the first step.
     """
     config, shift = recipe.loss.config, recipe.reward_shift
     delta = shift.value if shift.mode != "cumulative" or shift.update == "after" else 0.0

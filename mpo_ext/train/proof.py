@@ -78,10 +78,7 @@ class Proof:
     reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def lines(self, most: int | None = None) -> Iterator[str]:
-        """Yields the messages and the decoded pairs as lines of text.
-
-        The argument ``most`` is that of ``ProvedPair.lines``.
-        """
+        """Yields the messages and the decoded pairs as lines of text. For ``most``, see ``ProvedPair.lines``."""
         yield from (f"chat template: {notice}" for notice in self.notices)
         yield from (f"not encoded: {message}" for message in self.skipped)
         for pair in self.pairs:
@@ -100,9 +97,9 @@ class Proof:
 
 
 def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3) -> Proof:
-    """Encodes the first pairs, compares them with the model's own processor, and returns the result.
+    """Encodes the first pairs, compares the token ids with those of the model's own processor, and returns the result.
 
-    For each pair, these rules are checked:
+    For each pair, these rules are checked if they apply:
 
     - The prompt ids equal those of the processor's ``apply_chat_template``.
     - The processor's ids of the whole conversation begin with the ids of the prompt and the response.

@@ -48,8 +48,8 @@ class LoraRecipe:
         rank: Rank of each adapter.
         alpha: Each adapter's output is scaled by ``alpha / rank``.
         dropout: Dropout probability on the input of each adapter; above 0, the policy's log-probs are random.
-        target: Names of the layers that get an adapter, or "all-linear": all linear layers of the language model
-            except the output head.
+        target: Layers that get an adapter: a list of names, a regular expression for whole names, or "all-linear".
+            "all-linear" stands for all linear layers of the language model except the output head.
         quantization: "4bit" stores the base weights in NF4 (bitsandbytes; QLoRA, arXiv 2305.14314). None: the base
             weights are not quantized.
     """
@@ -122,7 +122,7 @@ class DataRecipe:
 
     Attributes:
         train: Sources of training pairs. The ``repeat_time`` of a source scales its number of pairs per epoch.
-        eval: Sources of evaluation pairs; an empty list disables evaluation.
+        eval: Sources of evaluation pairs; an empty list disables the evaluation on pairs.
         max_length: Maximum number of tokens of a prompt plus its longer response; None: no limit.
         too_long: Treatment of longer pairs. "drop" skips and counts them. "truncate" cuts the ends of the responses,
             but not the prompt. It skips a pair if the prompt leaves no room, or if the cut responses are equal.
@@ -176,7 +176,7 @@ class LossRecipe:
             this list is used.
             True: both responses follow a single copy of the prompt (``[prompt | chosen | rejected]``). All pairs of a
             micro-batch are joined to one row.
-            "padded": like True, but each prompt has a row, padded to the longest (for comparisons).
+            "padded": like True, but each prompt has a separate row, padded to the longest row (for comparisons).
             "masked": like "padded", with a dense attention mask (for comparisons).
             False: each response has a separate row with its prompt.
         recompute: See ``linear_mpo_loss``.
@@ -311,7 +311,8 @@ class Recipe:
         reward_shift: Settings of the reward shift in the BCO term.
         reference: Settings of the reference model.
         optim: Settings of optimizer, batch size and schedule.
-        precision: "fp32", or "bf16" or "fp16" for autocast to this dtype. Parameters keep ``model.dtype``.
+        precision: "bf16" and "fp16" enable autocast to this dtype; "fp32" disables autocast. Parameters keep
+            ``model.dtype``.
     """
 
     model: Section[ModelRecipe]

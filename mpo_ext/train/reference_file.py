@@ -96,9 +96,10 @@ def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[
 
 
 def reference_date(recipe: Recipe) -> datetime.date | None:
-    """Returns the date that the prompts contained when the log-probs were precomputed; None if no file stores it.
+    """Returns the date that the prompts contained when the log-probs were precomputed.
 
-    The date is read from the log-prob file, or from the unfinished files of an interrupted run.
+    The date is read from the log-prob file, or from the unfinished files of an interrupted run. Returns None if no
+    file stores the date, or if the reference is of another kind.
     """
     if recipe.reference_kind != "precomputed":
         return None
@@ -174,9 +175,9 @@ def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a log-prob file. Raises ``LinesError`` if they differ from ``settings``.
 
-    The error lists all differences. Another date or other library versions do not raise it. With other versions, only
-    the version-independent parts of the processor are compared, because a library may save the same processor
-    differently in each version.
+    The error lists all differences. A different date and different library versions are accepted. If the versions
+    differ, only the version-independent parts of the processor are compared, because a library may save the same
+    processor differently in each version.
     """
     old, new = read_header(path) or {}, json.loads(json.dumps(settings))
     texts = [

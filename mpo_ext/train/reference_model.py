@@ -24,7 +24,7 @@ Inspect = Callable[[Tensor | HiddenRows], None]
 
 
 class Reference(Protocol):
-    """Interface of a reference, which returns log-probs. Only ``CopyReference`` supports ``sync``."""
+    """Interface of the sources of reference log-probs. Only ``CopyReference`` supports ``sync``."""
 
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
         """Returns the summed log-probs of the B chosen and then the B rejected responses: ``[2B]`` float64."""
@@ -34,9 +34,10 @@ class Reference(Protocol):
 
 
 def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe, inspect: Inspect | None = None) -> Tensor:
-    """Returns the log-probs of the N labels of a batch: ``[N]`` float32 on the model's device, differentiable.
+    """Returns the log-probs of the N labels of a batch: ``[N]`` on the model's device, differentiable.
 
-    ``inspect`` is called with the logits if ``recipe.from_logits`` is True, otherwise with ``HiddenRows``.
+    The log-probs are float32, or float64 for float64 models. ``inspect`` is called with the logits if
+    ``recipe.from_logits`` is True, otherwise with ``HiddenRows``.
     """
     if recipe.from_logits:
         logits = forward_logits(model, batch)

@@ -37,6 +37,7 @@ class RunState:
         best_score: The best value of ``output.best_metric`` so far; None before the first evaluation.
         n_stalled: Number of evaluations since the best evaluation.
         questions: Hash of the questions of ``output.eval_generate``; None without this setting.
+        reward_shift: Reward shift of the BCO term.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any) -> None:
@@ -59,7 +60,7 @@ class RunState:
         self.pair_counts.split += step_slice.n_split
 
     def check_trained_on_pairs(self) -> None:
-        """Raises ``LinesError`` if every pair so far was skipped, because the model is then still unchanged."""
+        """Raises ``LinesError`` if every pair so far was skipped. All ranks must call this method."""
         counts = self.pair_counts_of_all_ranks()
         if counts.kept == 0 and self.step > 0:
             raise LinesError(

@@ -147,7 +147,7 @@ def _matches(spec: Any, name: str, module: nn.Module) -> bool:
 
 
 def _unknown_loss(model: nn.Module, routers: Sequence[Router]) -> str | None:
-    """Returns why ``RouterLoss`` is not the loss that transformers computes for the model; None if it is."""
+    """Returns why ``RouterLoss`` differs from the loss in transformers for the model; None if they agree."""
     owner = next(kind for kind in routers[0].owner.__mro__ if "_can_record_outputs" in vars(kind))
     function = getattr(sys.modules[owner.__module__], "load_balancing_loss_func", None)
     if function is None:

@@ -189,7 +189,7 @@ def _rows_of_group(
 
 
 def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:
-    """Returns the indices of ``lengths`` in groups.
+    """Returns the indices of ``lengths``, divided into groups.
 
     Indices with equal values in ``groups`` form a group. If ``groups`` is None, each index is a group. In each group,
     the index with the largest length comes first. The groups are sorted by their largest length, the largest first.

@@ -56,7 +56,8 @@ class RunSetup(NamedTuple):
         reference_fingerprint: Hash of the reference weights. It may be "" if the reference log-probs are not
             precomputed.
         fixed_weights: Dict from a setting that names a model, such as ``model.path``, to the hash of the model's
-            weights. It contains only models with weights that no checkpoint stores.
+            weights. It contains only models with weights that no checkpoint stores. Ranks other than the main rank may
+            have an empty dict.
     """
 
     model: nn.Module
@@ -257,8 +258,8 @@ def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, referen
 def _choose_wrapped_layers(accelerator: Any, model: nn.Module) -> None:
     """Sets the layer classes that FSDP wraps. Classes in accelerate's config file take precedence.
 
-    The classes are those in ``_no_split_modules`` that the model contains. LLaVA and Gemma 3 also list other classes,
-    for which accelerate would raise an error.
+    By default, FSDP wraps the classes in ``_no_split_modules`` that the model contains. LLaVA and Gemma 3 also list
+    other classes, for which accelerate would raise an error.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap:
@@ -336,7 +337,10 @@ def _check_layout(
 
 
 def _find_samples(data: RunData, *, search_images: bool) -> tuple[list[Sample], Sample | None]:
-    """Returns the first samples of the run, and the first sample with images (None if none is found)."""
+    """Returns the first two samples of the run, and the first sample with images (None if none is found).
+
+    At most 1000 pairs are read. If ``search_images`` is False, the search ends after two samples.
+    """
     steps = data.steps()
     samples: list[Sample] = []
     with_images: Sample | None = None

@@ -101,7 +101,7 @@ def check_shared_prefix(
     layout: SharedLayout = "shared",
     from_logits: bool = False,
 ) -> str | None:
-    """Compares the log-probs of a few pairs with shared prompts and with separate prompts.
+    """Checks on a few pairs whether rows with shared prompts give the same log-probs as separate rows.
 
     Returns None if the log-probs agree, otherwise a text with the reason why the layout cannot be used.
 
@@ -125,7 +125,7 @@ def check_shared_prefix(
 
     Raises:
         torch.OutOfMemoryError: If memory runs out.
-        Exception: Any exception that the model raises in the layout "separate".
+        Exception: Any exception that the model raises in the first or the third run.
     """
     reason = supports_shared_prefix(model)
     if reason is not None:

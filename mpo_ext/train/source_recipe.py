@@ -19,9 +19,10 @@ class SourceRecipe:
             Hub: ``hf://owner/name``, or ``owner/name`` if no local path has this name.
         format: "mmpr", "pairs" (written by ``mpo-ext sample``), "trl", "sharegpt", "alpaca", "swift", "openai",
             "rlaif-v" or "hf" (folder that ``save_to_disk`` wrote); None detects the format.
-        root: Folder against which relative image paths are resolved; None: the folder that contains ``path``.
-        root_map: Path prefixes ``(old, new)``: images and annotations under ``old`` have moved to ``new``.
-        image_dir: Folder for images that the source stores as bytes; they are written there. None: ``mpo_ext/images``
+        root: Folder against which relative image paths are resolved. None: the folder that contains ``path``; ``path``
+            itself for a folder of parquet files; the current folder for the hub. Not used for an MMPR meta file.
+        root_map: List of folders ``(old, new)``: images and annotations in ``old`` have moved to ``new``.
+        image_dir: Folder to which images are written if the source stores them as bytes. None: ``mpo_ext/images``
             beside the cache folder of the package ``datasets``.
         split: Name of the split to read, for a dataset that has several splits.
         revision: Branch, tag or commit of a dataset of the hub; None: the default branch.

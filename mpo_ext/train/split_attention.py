@@ -2,7 +2,8 @@
 
 Each row is computed by several causal calls of an attention function. The first call covers a prompt and its first
 response. Each further response has a separate call. The queries of this call belong to the tokens of the response, its
-keys to the tokens of the prompt and the response. A row may hold several prompts, each with its responses.
+keys to the tokens of the prompt and the response. A row may hold several prompts, each with its responses. flash-attn
+and ``joint_attention`` compute all of these calls at once.
 
 The functions of this module are registered in transformers' ``AttentionInterface`` under the names in ``NAMES``.
 Without the keyword argument ``row_segments``, they call the original function of transformers.
@@ -124,7 +125,7 @@ def base_implementation(name: str | None) -> str | None:
 
 
 def is_split(name: str | None) -> bool:
-    """Returns whether ``name`` is an attention implementation that ``split_decoder`` has registered."""
+    """Returns whether ``name`` is the name of a split attention implementation, a value of ``NAMES``."""
     return name in _BASES
 
 
@@ -228,8 +229,8 @@ class _Call(NamedTuple):
 def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _Call | None:
     """Returns the rows and the window of a split attention call; None for an ordinary call, without ``row_segments``.
 
-    ``mask`` is an attention mask or a marker made by ``window_marker``. ``row_segments`` is removed from ``kwargs``;
-    for a split attention call, so is ``is_causal``.
+    ``mask`` is an attention mask or a marker made by ``window_marker``. The function removes ``row_segments`` from
+    ``kwargs``, and for a split attention call also ``is_causal``.
 
     Raises:
         RuntimeError: If only one of a marker and ``row_segments`` is given.
@@ -302,10 +303,7 @@ def _split_eager(
 
 
 def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, attend: _Attend) -> Tensor:
-    """Computes the attention output ``[R, L, H, D]`` of sequence rows.
-
-    The attention function ``attend`` is called for each part of the rows.
-    """
+    """Returns the attention output ``[R, L, H, D]`` of sequence rows. Calls ``attend`` for each part of the rows."""
     rows, heads, length, _ = query.shape
     sizes = call.segments.sizes
     queries, keys, values = (_tokens(tensor).split(sizes) for tensor in (query, key, value))
@@ -340,7 +338,7 @@ def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Converts tensors to autocast's dtype for attention; float64 tensors are not converted.
+    """Converts tensors to autocast's dtype if autocast is enabled. Float64 tensors are not converted.
 
     This is needed for ``causal_lower_right`` masks, because autocast does not convert queries, keys and values if
     attention has such a mask.
@@ -426,8 +424,8 @@ def _windows(
 
     Yields ``(queries, keys, mask)`` for each group: a slice of the queries, the slice of the keys that they see, and
     their mask. ``count`` is the number of queries, ``total`` the number of keys, ``window`` the number of tokens of
-    the window. The queries belong to the last ``count`` tokens. If ``causal`` is False, they also attend to all later
-    keys.
+    the window. The queries belong to the last ``count`` tokens. If ``causal`` is False, the queries also attend
+    to all later keys.
     """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)

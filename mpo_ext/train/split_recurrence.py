@@ -4,8 +4,8 @@ Such a layer runs over the prompt first and keeps its final states: the recurren
 convolution. Each response then starts from the states of its prompt. Gradients flow through the states.
 
 The supported layers (Gated DeltaNet, Mamba 2, short convolutions) read and write states by the methods of
-transformers' ``Cache``. In calls without the keyword argument ``row_segments`` (the prompts and responses of each
-row), the layers run as in transformers.
+transformers' ``Cache``. The keyword argument ``row_segments`` describes the prompts and responses of each row. Without
+it, the layers run as in transformers.
 """
 
 import functools
@@ -158,7 +158,7 @@ class _SplitForward:
         Raises:
             RuntimeError: If the layer ignores the states of a prompt, or a marker (``window_marker``) comes without
                 ``row_segments``.
-            ValueError: If a call with ``row_segments`` has other tensor arguments or a cache.
+            ValueError: If a call with ``row_segments`` has a cache, or further positional or tensor arguments.
         """
         segments, mask = kwargs.pop("row_segments", None), kwargs.get("attention_mask")
         kind = type(self._layer).__name__

@@ -1,4 +1,4 @@
-"""Finds text for which a tokenizer has no tokens, so that it becomes the unknown token, such as ``<unk>``."""
+"""Finds text that a tokenizer can only encode as the unknown token, such as ``<unk>``."""
 
 import contextlib
 import dataclasses
@@ -19,8 +19,8 @@ class UnknownTokens:
         token: Text of the unknown token, such as ``<unk>``.
         pairs_read: Number of pairs whose texts were encoded.
         pairs: Number of pairs with an unknown token.
-        tokens: Number of unknown tokens.
-        first: The first unknown token for the message: its text, its field and the name of its pair.
+        tokens: Number of unknown tokens; with a slow tokenizer, number of words with unknown tokens.
+        first: Description of the first unknown token: its text, its field and the name of its pair.
     """
 
     token: str
@@ -37,7 +37,7 @@ class UnknownTokens:
 
 
 def find_unknown(chat: ChatEncoder, pairs: Iterable[tuple[Pair, str]]) -> UnknownTokens | None:
-    """Tokenizes the texts of pairs, and returns the counts of unknown tokens; None if there are none.
+    """Tokenizes the texts of pairs, and returns the counts of unknown tokens; None if no text has unknown tokens.
 
     Args:
         chat: Encoder with the tokenizer and the chat template. Images are not opened.
@@ -71,7 +71,7 @@ def _texts(chat: ChatEncoder, pair: Pair, name: str) -> Iterator[tuple[str, str]
 def _unknown_pieces(tokenizer: Any, text: str) -> list[str]:
     """Returns the parts of a text that become unknown tokens.
 
-    A slow tokenizer does not give the positions of tokens. Then the words that contain unknown tokens are returned.
+    Slow tokenizers do not report the positions of tokens. For them, the words with unknown tokens are returned.
     """
     unknown, token = tokenizer.unk_token_id, tokenizer.unk_token
     if unknown not in tokenizer.encode(text, add_special_tokens=False, verbose=False):

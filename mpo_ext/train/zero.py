@@ -1,7 +1,7 @@
 """Support for DeepSpeed: parameters partitioned by ZeRO-3, engines for frozen models, and batch settings.
 
 ZeRO-3 replaces a parameter by an empty tensor with the attribute ``ds_shape``. Except for ``prepare_frozen``, all
-functions also accept models without DeepSpeed.
+functions can also be called in runs without DeepSpeed.
 """
 
 import contextlib
