@@ -59,7 +59,8 @@ class OptimRecipe:
         warmup_ratio: Fraction of the steps during which the learning rate rises linearly from 0.
         schedule: Learning-rate schedule after warmup: "cosine", "linear", "constant" or "wsd" (warmup, stable, decay;
             arXiv 2404.06395). "wsd" is constant, then linear during the last ``decay_ratio`` of the steps.
-        min_lr_ratio: Final learning rate of "cosine", "linear" and "wsd", as a fraction of the maximum.
+        min_lr_ratio: Learning rate that "cosine", "linear" and "wsd" would reach right after the last step, as a
+            fraction of the maximum.
         decay_ratio: Fraction of the steps during which "wsd" decays.
         max_grad_norm: Norm to which larger gradients are clipped; 0 disables clipping.
         seed: Seed of the pair order and of all other random numbers.

@@ -48,8 +48,8 @@ class LoraRecipe:
         rank: Rank of each adapter.
         alpha: Each adapter's output is scaled by ``alpha / rank``.
         dropout: Dropout probability on the input of each adapter; above 0, the policy's log-probs are random.
-        target: Layers that get an adapter: a list of names, a regular expression for whole names, or "all-linear".
-            "all-linear" stands for all linear layers of the language model except the output head.
+        target: Layers that get an adapter: a list of names, a regular expression that matches full names, or
+            "all-linear" (all linear layers of the language model except the output head).
         quantization: "4bit" stores the base weights in NF4 (bitsandbytes; QLoRA, arXiv 2305.14314). None: the base
             weights are not quantized.
     """
