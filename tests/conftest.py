@@ -47,7 +47,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture(params=[name for name in ENGINES if name != "reference"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Returns the name of a backend with kernels. Only the backend "reference" (plain torch) has no kernels."""
+    """Like ``engine``, without the backend "reference" (plain torch), which has no kernels."""
     return _select(request.param, monkeypatch)
 
 
@@ -74,7 +74,7 @@ def threads() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs each test case on all backends in succession, so that the oracle's cached result is reused.
+    """Sorts the tests, so that each case runs on all backends in succession and reuses the oracle's cached result.
 
     Skips float64 cases on GPU kernels, which do not support float64.
     """

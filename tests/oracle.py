@@ -607,8 +607,8 @@ def assert_as_accurate(
 ) -> None:
     """Raises if the error of a result exceeds ``factor`` times the error of eager torch in the same dtype.
 
-    Two terms are added to the limit. The first is ``noise``, the unavoidable absolute error. The second is the largest
-    exact value times the machine epsilon, which is its rounding error. Infinities and NaN must match.
+    The limit also contains ``noise``, the unavoidable absolute error, and the rounding error of the largest exact
+    value. Infinities and NaN must match.
 
     A fixed ``atol`` would hide mistakes. With a vocabulary of 150k, a typical gradient entry is 1e-5, so a kernel that
     writes zeros would pass ``atol=5e-5``.
@@ -650,9 +650,8 @@ def assert_gradient_as_accurate(
     """Checks a gradient of logits. Checks the labels' entries, and separately the many small entries of other tokens.
 
     In half precision, the rounding error of a label's entry can exceed the largest of the other entries. So the other
-    entries are also checked by their relative errors. The limit of a relative error is a sum. Its main terms are
-    ``factor`` times eager torch's largest relative error, the rounding of the checked entry, the rounding of the
-    softmax's exponent, and the effect of ``noise``.
+    entries are also checked by their relative errors. The limit of a relative error is ``factor`` times eager torch's
+    largest one, plus roundings and the effect of ``noise``.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.
@@ -716,9 +715,9 @@ def assert_product_as_accurate(
 ) -> None:
     """Checks a matrix product. An entry is a sum of terms; its error is divided by the sum of their absolute values.
 
-    So errors are visible in small entries too, such as those of confident or rare tokens, which are many orders of
-    magnitude smaller than the largest entry. The largest quotient may be ``factor`` times that of eager torch, plus
-    the machine epsilon and ``noise``. An entry whose terms are all 0 must be 0.
+    So errors are visible in small entries too, such as those of confident or rare tokens. The largest quotient may be
+    ``factor`` times that of eager torch, plus the machine epsilon and ``noise``. An entry without nonzero terms must
+    be 0.
 
     Args:
         actual: Any shape.

@@ -37,6 +37,7 @@ def write_video(
 
     ``values`` are the grey values of the frames. A number n stands for ``grey(0)`` to ``grey(n - 1)``. ``colours``, if
     given, are the colors of the frames instead. ``stamps`` are the times of the frames in units of 1 / rate seconds.
+    With a ``rotation`` in degrees, the upper half of each stored frame is white.
     """
     import av
 

@@ -1,8 +1,8 @@
 """A table of answers with the verdict that a matcher must give to each.
 
-Each entry has the options of the matcher, the correct answer ("truth"), a model's answer, and the verdict. The
-verdicts are those of a human reader. RIGHT: the answer has the meaning of the truth. WRONG: it certainly has another
-meaning. UNREADABLE: it states no answer, or it is unclear whether it agrees with the truth.
+Each entry ends with the correct answer ("truth"), a model's answer, and the verdict of a human reader. RIGHT: the
+answer has the meaning of the truth. WRONG: it certainly has another meaning. UNREADABLE: it states no answer, or it is
+unclear whether it agrees with the truth. The matcher's name and options come first, if the entry has them.
 """
 
 from typing import Any

@@ -31,10 +31,9 @@ def _without_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def seconds_of(answer: str, truths: tuple[str, ...] = TRUTHS) -> dict[str, float]:
-    """Measures the CPU seconds of each extraction style and each matcher. Returns them by name.
+    """Returns the CPU seconds of each extraction style, and of the slowest comparison of each matcher, by name.
 
-    Matchers compare texts with the correct answers ``truths``. The time of a matcher is that of its slowest
-    comparison.
+    Matchers compare the extracted texts with ``truths``, the correct answers, and with ``answer`` itself.
     """
     seconds = {}
 

@@ -111,7 +111,7 @@ def make_document(benchmark: str, points: list[dict[str, Any]], **rest: Any) -> 
 
 
 def make_documents() -> dict[str, Any]:
-    """Returns the contents of all result files, with made-up numbers."""
+    """Returns the contents of all result files: some have made-up numbers, and some are read from results/."""
     loss = LossShape(tokens=8, vocab=1024, dtype="float32")
     few = LossShape(tokens=8, vocab=1024, dtype="float32", share=0.125)
     wide = LossShape(tokens=8, vocab=1024, hidden=256, dtype="float32")

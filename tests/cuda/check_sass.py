@@ -6,7 +6,7 @@ Innermost loops over logits or rows must not spill registers to local memory. Sp
 expected, because kernels that run four thread blocks per multiprocessor have only 64 registers per thread.
 
 In code for sm_80 and sm_90, the main loops must load 128 bits at a time. The main loops of logits_grad and exp_logits
-must also store 128 bits at a time, or 64 bits if the output has half the width of the logits.
+must also store 128 bits at a time. If the output has half the width of the logits, they must store 64 bits.
 
 ``--json`` writes registers, spills and instructions per logit, for docs/performance.md. The program cuobjdump is
 taken from PATH or from the triton package.
@@ -38,7 +38,7 @@ COUNTED = ("sm_80", "sm_90", "sm_100")
 
 
 def find_cuobjdump() -> str | None:
-    """Returns the path of cuobjdump, on PATH or inside the triton package."""
+    """Returns the path of cuobjdump on PATH or inside the triton package; None if it is missing."""
     if found := shutil.which("cuobjdump"):
         return found
     triton = importlib.util.find_spec("triton")
@@ -103,7 +103,7 @@ def innermost_loops(code: list[tuple[int, str]]) -> list[list[str]]:
 
 
 def main_loop(code: list[tuple[int, str]]) -> list[str]:
-    """Compares the innermost loops. Returns the instructions of the loop that computes the most exponentials."""
+    """Returns the instructions of the innermost loop that computes the most exponentials; [] without a loop."""
     return max(innermost_loops(code), key=lambda body: sum("MUFU.EX2" in text for text in body), default=[])
 
 
@@ -172,7 +172,7 @@ def report(module: str, cuobjdump: str) -> str:
 
 
 def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, float]]:
-    """Returns counts for each kernel, as a dict from kernel name to counts. The kernel "pair_loss" is left out.
+    """Returns counts of each kernel by its name, without the kernel "pair_loss".
 
     "per_logit" and "exponentials" are the numbers of instructions and of exponentials in the main loop, per logit.
     "spills" is the number of instructions that access spilled registers, in the whole kernel.

@@ -37,7 +37,8 @@ MULTIPROCESSORS = 2  # of the simulated GPU; a real GPU has about a hundred
 def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> str:
     """Returns the compiled PTX of a kernel file.
 
-    ``edit`` is (old text, new text). Tests use it to put a mistake into the source or into a header.
+    ``edit`` is (old text, new text), which puts a mistake into the source or into a header. The old text must occur
+    once. Edited files are compiled for bfloat16 only.
     """
     source = ROOT / "csrc" / "mpo" / "cuda" / f"{file}.cu"
     if edit is None:

@@ -1,4 +1,4 @@
-"""Parses the fenced code blocks of a documentation page, and runs each in a process forked by server.py."""
+"""Parses and runs the fenced code blocks of documentation pages. Python code runs in processes forked by server.py."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def commands(text: str) -> Iterator[list[str] | str]:
 
 
 class Server:
-    """Runs code blocks, each in a separate process."""
+    """Runs code blocks in separate processes."""
 
     def __init__(self) -> None:
         environment = {

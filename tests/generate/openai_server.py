@@ -37,7 +37,10 @@ class Server:
             half of the answer. "text" gives an answer that is not JSON, and "empty" an answer without choices.
         finish: Finish reason that all answers report; None: the actual one.
         message: Further fields of a chat message.
-        bodies: Path and body of each request that was answered.
+        bodies: Bodies of the requests that were answered.
+        n_running: Number of requests in progress.
+        most_running: Largest number of requests that were in progress at the same time.
+        url: Base URL, which ``running`` sets.
     """
 
     tokenizer: Any

@@ -1,7 +1,7 @@
 """Runs a pipeline on a local Ray cluster: ``python ray_driver.py QUESTIONS OUT PIDS DELAY_S``.
 
-Each engine creates a file in the folder PIDS, with its process id as the name. DELAY_S is the time in seconds that
-each request takes.
+Each engine starts a child process. The folder PIDS gets a file for each engine and each child, with the process id as
+its name. DELAY_S is the time in seconds that each request takes.
 """
 
 import functools
@@ -23,7 +23,8 @@ from mpo_ext.generate.engine import Generation, Request
 class RayStub(StubEngine):
     """A stub engine with faults, which depend on the question.
 
-    It raises at the question ``broken``, kills its process at ``deadly``, and waits two seconds at ``slow``.
+    It raises at the question ``broken``, kills its process at ``deadly``, and waits two seconds at ``slow``. With
+    ``child``, it starts a child process. The folder ``pids`` gets files with the process ids as names.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ LogitsLabelsReference = tuple[Tensor, Tensor, Tensor]
 def small_batch(device: str, dtype: torch.dtype, vocab: int, tokens: int = 9) -> LogitsLabelsReference:
     """Returns (logits, labels, ref_logp) of two pairs, with the first three labels of each sequence ignored.
 
-    With an odd ``vocab``, rows do not start at multiples of 16 bytes.
+    With an odd ``vocab``, most rows do not start at a multiple of 16 bytes.
     """
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.randn(4, tokens, vocab, generator=generator).to(dtype)

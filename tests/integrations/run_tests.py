@@ -1,4 +1,4 @@
-"""Runs tests of other trainers with this Python, and saves versions and results for the documentation.
+"""Runs tests of other trainers with this Python. If they pass, saves versions and counts for the documentation.
 
     PYTHON tests/integrations/run_tests.py NAME PACKAGE[,PACKAGE] [arguments of pytest]
 

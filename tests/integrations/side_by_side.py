@@ -1,4 +1,4 @@
-"""Measures the time and memory of a trainer on a CPU, in some runs with its own loss and in others with mpo_ext's.
+"""Measures the time and memory of a trainer on a CPU, with its own loss and with mpo_ext's.
 
     python tests/integrations/side_by_side.py trl [--rounds 3] [--steps 4] [--length 4] [--pairs 2] [--save]
 
@@ -6,7 +6,8 @@ Both kinds of runs compute the same loss on the same data: mpo_ext uses the trai
 model is a Qwen2 with two layers, hidden size 256, and a vocabulary of 151,936 tokens. Each run is a separate process
 with one thread. Runs of the two kinds alternate.
 
-Prints the median wall time and CPU time of a step, without the first step, and the peak memory of the process.
+Prints the median wall time and CPU time of a step, and the median peak memory of a process. Leaves out the first
+step of each run.
 """
 
 from __future__ import annotations

@@ -232,8 +232,7 @@ class Judgement:
         eager: Gradients of eager torch.
         size: For each gradient entry, the sum of the absolute values of its terms.
         share: Like ``size``, but with 1 in place of each nonzero upstream gradient.
-        certain: Like ``size``, but the terms are computed from other gradients of the logits: the upstream gradient at
-            the label, and 0 at all other logits.
+        certain: Like ``size``, if the gradient of the logits were the upstream gradient at the label and 0 elsewhere.
     """
 
     exact: dict[str, Array]
@@ -266,11 +265,9 @@ class Judgement:
         """Raises if a gradient is too inaccurate in comparison with eager torch.
 
         ``noise`` is the unavoidable error of a row's upstream gradient, d loss / d logp.
-
-        The limit contains a multiple of eager torch's error. For float64 gradients, it also contains the rounding of a
-        label's probability p: eager torch and the kernels round p before they compute p - 1. Without this term, the
-        limit would be too low if eager torch's error is small by chance.
         """
+        # Eager torch and the kernels round a label's probability p before they compute p - 1. In float64, the error of
+        # eager torch may be small by chance, so the limit needs this rounding as a separate term.
         rounding = case.eps / 2 if case.result_dtype == torch.float64 else 0.0
         for name, tensor in gradients.items():
             assert_product_as_accurate(
@@ -287,7 +284,8 @@ class Judgement:
 def eager_logits(case: Linear, is_widened: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns (logits of plain torch, the input tensors by name). The inputs require a gradient.
 
-    ``is_widened`` converts the inputs to float32 first, because kernels do not round logits to a narrower dtype.
+    ``is_widened`` converts half-precision inputs to float32 first, because kernels do not round logits to a narrower
+    dtype.
     """
     if is_widened and case.eps > torch.finfo(torch.float64).eps:
         case = dataclasses.replace(case, **{name: tensor.float() for name, tensor in case.tensors.items()})
@@ -384,8 +382,8 @@ AXES: dict[str, list[Any]] = {
 def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
     """Returns combinations of values, one value for each axis.
 
-    Every two values of different axes occur together in at least one combination (pairwise testing). Searches greedily
-    among random candidates.
+    Every two values of different axes occur together in at least one combination (pairwise testing). Then a budget of
+    1 with a large vocabulary is replaced by 1500.
     """
     chance = random.Random(seed)
     names = list(axes)

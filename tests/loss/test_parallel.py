@@ -309,8 +309,8 @@ def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> lis
     """Runs three steps on four ranks, which form two groups of two ranks.
 
     The groups have different pairs. The two ranks of a group have the same pairs. They split the sequences if
-    ``sequence`` is True, otherwise the vocabulary. Returns a flat list with three numbers per step: delta in the loss,
-    and ``value`` and ``count`` of the shift's state after the step.
+    ``sequence`` is True, otherwise the vocabulary. Returns a flat list with three numbers per step. They are delta in
+    the loss, and ``value`` and ``count`` of the shift after the step.
     """
     shift = RewardShift(**settings)
     replica, part = divmod(rank, 2)
@@ -368,7 +368,7 @@ def test_the_reward_shift_counts_each_pair_once(pool: RankPool, settings: dict[s
 
 
 def raised(rank: int, fault: str, function: str) -> str:
-    """Returns the error message of a call with invalid arguments on rank 2, or on all ranks."""
+    """Returns this rank's error message, or "no error", of a call with invalid arguments on rank 2."""
     logits, labels, ref_logp = pairs(3)
     part = dist.get_rank(GROUPS["all"])
     logits = logits[..., 6 * part : 6 * part + 6].clone()

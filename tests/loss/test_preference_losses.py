@@ -25,7 +25,7 @@ Case = dict[str, Tensor]
 
 
 def make_pairs(seed: int = 0, pairs: int = 6, dtype: torch.dtype = torch.float64) -> Case:
-    """Returns realistic log-probs of a policy and its reference, with -0.1 to -2 nats per token under the policy."""
+    """Returns token counts, and log-probs of a policy and its reference: -0.1 to -2 nats per token for the policy."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -162,8 +162,7 @@ PER_PAIR: dict[str, Callable[[Row, Number, Number, Number], Number]] = {
 def aot(better: Sequence[Number], worse: Sequence[Number], beta: Number, e: Number) -> list[Number]:
     """Computes the AOT losses with label smoothing ``e``.
 
-    The lowest value of ``better`` is compared with the lowest of ``worse``, the second lowest with the second lowest,
-    and so on.
+    Each value of ``better`` is compared with the value of the same rank in ``worse``.
     """
     losses = []
     for value in better:

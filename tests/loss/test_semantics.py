@@ -1,7 +1,7 @@
 """Compares mpo_loss with the MPO losses of four trainers.
 
 Each trainer's loss is reimplemented here, from the trainer's code or description. The functions compute float64
-log-probs with torch, and then follow each trainer's order of operations. They use no code of the package, and share
+log-probs with torch, and then follow each trainer's order of operations. They use no code of the package. They share
 little code with each other, so a mistake does not affect all of them.
 """
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class AllFloat64(TorchFunctionMode):
-    """Replaces the dtype float32 by float64 in the arguments of every torch function."""
+    """Replaces the dtype float32 by float64 in arguments of torch functions, and ``Tensor.float`` by ``double``."""
 
     def __torch_function__(
         self,

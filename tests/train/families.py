@@ -190,7 +190,14 @@ def patches(count: int, generator: torch.Generator) -> tuple[list[list[int]], di
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model family: functions that build the model and its images, and the name of its vision tower."""
+    """A model family.
+
+    Attributes:
+        model: Function that builds the model.
+        images: Function that makes images; None: the model takes no images.
+        types: Name of the model input that marks image tokens with 1; None: the model has no such input.
+        tower: Module name of the vision tower; "": the model has none.
+    """
 
     model: Callable[[], nn.Module]
     images: Images | None = None
@@ -413,8 +420,8 @@ def sample(
 def samples_of(family: str) -> list[Sample]:
     """Returns four pairs of unequal lengths.
 
-    Two pairs share a prompt with two images. The third pair has one image, and the fourth has none. If the family does
-    not take images, no pair has an image.
+    The first and the third pair share a prompt with two images. The second pair has no image, and the fourth has one.
+    If the family does not take images, no pair has an image.
     """
     some = 1 if ALL[family].images else 0
     return [

@@ -25,7 +25,7 @@ PIXEL_MEAN, PIXEL_SPREAD = 0.3, 0.35
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All settings of a run, under the recipe's names."""
+    """All settings of a run, under the recipe's names. The prefix ``shift_`` means the section ``reward_shift``."""
 
     beta: float = 0.1
     dpo_weight: float = 0.8
@@ -228,7 +228,8 @@ def train(
 
     Args:
         model: Model in float64; its parameters that require a gradient are trained.
-        reference: Reference model in float64; None if the loss has no preference term.
+        reference: Reference model in float64, changed in place if ``sync_every`` is not 0; None if the loss has no
+            preference term.
         steps: For each step its micro-batches, each a list of pairs.
         settings: Settings of the run.
     """

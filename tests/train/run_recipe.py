@@ -236,13 +236,13 @@ def _count_calls(owner: Any, name: str, before: Callable[[], None]) -> None:
 
 
 def die_at_event(number: int | None, events: Path, rank: int) -> None:
-    """Kills this process right before an event.
+    """Makes this process kill itself right before an event.
 
     Events are policy losses, reference forwards, optimizer updates, lines of the log, and changes on disk.
 
     Args:
         number: Number of the event, from 0; None: kill nothing, but count all events.
-        events: File into which the count is written.
+        events: File into which the count is written if ``number`` is None.
         rank: Rank of the process.
     """
     import torch
@@ -293,7 +293,7 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
 
 
 def count_reference_pairs(path: Path, rank: int) -> None:
-    """Appends a line to a file for each pair whose reference log-probs are computed."""
+    """Makes this process append a line to a file for each pair whose reference log-probs it computes."""
     from mpo_ext.train import reference_file
 
     original = reference_file.sequence_logp

@@ -103,7 +103,7 @@ def dropped(encoder: Encoder, pair: Pair) -> str:
 
 
 def turns(*messages: tuple[str, Any], question: str = "the last", images: tuple[str, ...] = ()) -> Pair:
-    """Returns a pair whose prompt has several turns; ``question`` is its last turn."""
+    """Returns a pair whose prompt consists of the turns ``messages``."""
     conversation = [{"role": role, "content": content} for role, content in messages]
     return Pair(question, "yes", "no", images, extra={"$source": {"messages": conversation}})
 

@@ -173,7 +173,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 @pytest.fixture(scope="module")
 def grouped_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Returns a file with three pairs for each prompt."""
+    """Returns three pairs for each of five prompts, and a pair with equal responses, which the trainer skips."""
     return make_data(tmp_path_factory.mktemp("grouped"), 5, text_only=2, repeats=3)
 
 

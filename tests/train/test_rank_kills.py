@@ -29,11 +29,7 @@ SETTINGS = {
 
 
 def die_on_rank(victim: int, number: int | None, events: Path, rank: int) -> None:
-    """Calls ``die_at_event`` if ``rank`` is ``victim``.
-
-    An event is, for example, an optimizer update. ``die_at_event`` kills the process right before event ``number``,
-    counted from 0. If ``number`` is None, ``die_at_event`` only counts the events.
-    """
+    """Calls ``run_recipe.die_at_event`` with the other arguments if ``rank`` is ``victim``."""
     if rank == victim:
         die_at_event(number, events, rank)
 

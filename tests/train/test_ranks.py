@@ -27,7 +27,10 @@ _SHIFT = {"reward_shift__mode": "ema", "reward_shift__update": "after", "reward_
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with eleven pairs. The last step of an epoch has one pair, so one of two ranks has none."""
+    """Returns a folder with eleven pairs for training and three for evaluation.
+
+    The last step of an epoch has one pair, so one of two ranks has none.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     digits_run.write_pairs(folder / "train", 11, text_only=3)
     digits_run.write_pairs(folder / "eval", 3, seed=1)

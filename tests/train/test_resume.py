@@ -152,7 +152,8 @@ def checkpoints(job: Job) -> dict[str, float | None]:
 def kill_repeatedly(name: str, job_of: Callable[..., Job], truth: Job, kills: int) -> Counter[str]:
     """Kills and resumes runs, ``kills`` times in all, and checks that each run ends like ``truth``.
 
-    Some kills are right before a random event, others at a random time. Returns the number of kills of each kind.
+    Some kills are right before a random event, others at a random time. Returns the number of kills during the write
+    of a checkpoint, and of kills elsewhere.
     """
     rng = random.Random(f"{name} {SEED}")
     events, seconds = int(truth.beside("events").read_text()), float(truth.beside("seconds").read_text())
@@ -213,7 +214,7 @@ def test_a_kill_in_the_write_of_a_checkpoint(at: str, job_of: Callable[..., Job]
 
 
 def die_in_write(at: str, number: int, rank: int) -> None:
-    """Kills the process while it writes its checkpoint ``number``, counted from 1.
+    """Makes the process kill itself while it writes its checkpoint ``number``, counted from 1.
 
     The process dies right before the step ``at`` of the write: "rename", "fsync" or "manifest".
     """
@@ -268,7 +269,7 @@ def test_a_kill_while_log_probs_are_computed_costs_the_current_batch(
 
 
 def die_in_precompute(number: int, rank: int) -> None:
-    """Kills the process right before it saves the reference log-probs of batch ``number``, counted from 1."""
+    """Makes the process kill itself before it saves the reference log-probs of batch ``number``, counted from 1."""
     from mpo_ext.train import reference_file as reference
 
     original = reference.Journal.append

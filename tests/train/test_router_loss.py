@@ -380,8 +380,8 @@ def test_a_run_logs_the_loss_and_trains_on_it(folder: Path, capsys: pytest.Captu
 def test_accumulation_has_the_gradient_of_one_micro_batch_up_to_the_use_of_experts(folder: Path) -> None:
     """Compares micro-batches of one pair with a micro-batch of six pairs.
 
-    The DPO and next-token losses agree to a relative error of 1e-5. The router loss and the gradient norm may differ
-    by up to 5%, because the router loss uses the expert load of its micro-batch.
+    The DPO and next-token losses agree to a relative error of 1e-5. The router loss uses the expert load of its
+    micro-batch. So the router loss and the gradient norm may differ by up to 5%.
     """
     coef = {"loss__router_aux_loss_coef": 1.0, "reward_shift__mode": "fixed"}
     whole, parts = (run(folder, f"{size}", optim__micro_batch_size=size, **coef)[0] for size in (6, 1))

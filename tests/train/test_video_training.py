@@ -88,7 +88,7 @@ def trained(path: Path, out: Path, family: str, **options: Any) -> Run:
 
 @pytest.mark.parametrize("family", ["Qwen2.5-VL", "Qwen3-VL"])
 def test_an_epoch_equals_separate_rows(family: str, clips: Path, tmp_path: Path) -> None:
-    """Trains on 20 pairs with clips, once with shared prefixes and once with separate rows.
+    """Trains on 20 pairs, most with a clip, once with shared prefixes and once with separate rows.
 
     Losses, rewards and final weights of both runs agree to 1e-5.
     """

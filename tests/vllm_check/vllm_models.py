@@ -97,7 +97,7 @@ def write_adapter(model: Path, folder: Path) -> None:
 
 
 def items_of(folder: Path, count: int, *, images: bool) -> list[dict[str, Any]]:
-    """Returns questions of several lengths. With ``images``, two of three questions have one or two images."""
+    """Returns questions of several lengths. With ``images``, two of three have one or two images in ``folder``."""
     rng = np.random.default_rng(0)
     lines = []
     for number in range(count):

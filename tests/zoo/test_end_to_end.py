@@ -129,7 +129,7 @@ def loss_and_labels(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.
 
 
 def train_in_own_form(model: nn.Module, examples: Sequence[dict[str, torch.Tensor]]) -> None:
-    """Trains until the mean loss of the labels is below 0.02."""
+    """Trains until the mean loss of the labels is below 0.02. Fails if 300 steps are not enough."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
     for _ in range(300):
