@@ -50,12 +50,11 @@ def wide(tensor: Tensor | Array) -> Array:
 
 
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
-    """Returns the machine epsilon of the dtype in which kernels accumulate.
+    """Returns the machine epsilon of the dtype in which kernels accumulate: float64 for float64 logits, else float32.
 
-    They accumulate in float64 for float64 logits, otherwise in float32. ``dtype`` is the torch dtype of the logits, or
-    the numpy dtype of a copy that ``wide`` made. ``wide`` copies float64 logits to long double, so long double counts
-    as float64 here.
+    ``dtype`` is the torch dtype of the logits, or the numpy dtype of their copy from ``wide``.
     """
+    # ``wide`` copies float64 logits to long double.
     is_double = dtype == (torch.float64 if isinstance(dtype, torch.dtype) else np.longdouble)
     return torch.finfo(torch.float64 if is_double else torch.float32).eps
 
@@ -351,11 +350,8 @@ def mpo_exact(
 
 
 def _sum_noise(rows: ExactRows, eps: float) -> float:
-    """Returns the possible error of a sequence's log-prob: ``eps`` times the sum of the tokens' absolute log-probs.
-
-    An absolute log-prob below 1 counts as 1, because the rounding of the logarithm's argument causes an error of
-    ``eps``.
-    """
+    """Returns the possible error of a sequence's log-prob: ``eps`` times the sum of max(|logp|, 1) over its tokens."""
+    # The 1 stands for the rounding of the logarithm's argument.
     finite = np.abs(rows.logp[rows.labelled & np.isfinite(rows.logp)])
     return float(eps * np.maximum(finite, 1).sum())
 
@@ -369,15 +365,12 @@ def _noise(
     eps: float,
     o: dict[str, Any],
 ) -> dict[str, float]:
-    """Returns the unavoidable absolute error of each result, by name.
-
-    A reward is a small difference of two large sums. Rounding a sum once therefore causes a large relative error of
-    the reward and of the losses computed from it. In a test, the allowed error is a multiple of eager torch's error
-    plus the unavoidable error. Eager torch's error alone is not enough, because it may be small by chance.
-
-    For each term of the loss, the absolute derivative with respect to a reward is at most 1. The absolute second
-    derivative is at most 1/4. The errors of the terms and of the gradient follow from these two bounds.
-    """
+    """Returns the unavoidable absolute error of each result, by name."""
+    # A reward is a small difference of two large sums. Rounding a sum once therefore causes a large relative error of
+    # the reward and of the losses computed from it. In a test, the allowed error is a multiple of eager torch's error
+    # plus the unavoidable error. Eager torch's error alone is not enough, because it may be small by chance.
+    # For each term of the loss, the absolute derivative with respect to a reward is at most 1. The absolute second
+    # derivative is at most 1/4. The errors of the terms and of the gradient follow from these two bounds.
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)
     reward = o["beta"] * (logp + ref_noise + eps * float(np.abs(ref[np.isfinite(ref)]).max(initial=0.0)))
@@ -609,10 +602,9 @@ def assert_as_accurate(
 
     The limit also contains ``noise``, the unavoidable absolute error, and the rounding error of the largest exact
     value. Infinities and NaN must match.
-
-    A fixed ``atol`` would hide mistakes. With a vocabulary of 150k, a typical gradient entry is 1e-5, so a kernel that
-    writes zeros would pass ``atol=5e-5``.
     """
+    # A fixed atol would hide mistakes. With a vocabulary of 150k, a typical gradient entry is 1e-5, so a kernel that
+    # writes zeros would pass atol=5e-5.
     exact = np.asarray(exact)
     assert tuple(actual.shape) == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {exact.shape}"
     if exact.size == 0:

@@ -103,10 +103,9 @@ def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
 
 
 def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    """Compares linear_mpo_loss, on the code path for GPUs, with a float64 reference. It needs no GPU.
+    """Compares linear_mpo_loss, on the code path for GPUs, with a float64 reference. Needs no GPU.
 
-    On this path, the tiles of logits are float32. Torch computes the matrix products on the CPU, and ``backend`` runs
-    the kernels.
+    Torch computes the matrix products on the CPU, and ``backend`` runs the kernels.
     """
 
     def scaled_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: float, bias: object) -> None:

@@ -78,10 +78,8 @@ def module(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) 
 
 
 def _mangled_pair(dtype: str, grad_dtype: str) -> str:
-    """Returns the dtypes of logits and gradient as they are encoded in the mangled C++ name of a kernel.
-
-    C++ abbreviates a class that occurs a second time.
-    """
+    """Returns the dtypes of logits and gradient as they are encoded in the mangled C++ name of a kernel."""
+    # C++ abbreviates a class that occurs a second time.
     second = _MANGLED[grad_dtype] if dtype != grad_dtype else "f" if dtype == "float32" else "S"
     return _MANGLED[dtype] + second
 

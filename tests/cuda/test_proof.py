@@ -98,12 +98,12 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
 
 
 def fence_problems(text: str) -> list[str]:
-    """Checks the fences around the increments of arrival counters in PTX text. Returns a message per missing fence.
+    """Returns a message for each missing fence around the increments of arrival counters in PTX text.
 
-    A thread block writes its results, increments a counter, and then reads the results of other blocks. Each increment
-    needs two fences. One must lie between the increment and the nearest earlier write or barrier. The other must lie
-    between the increment and the nearest later read or barrier.
+    Each increment needs two fences: one after the nearest earlier write or barrier, and one before the nearest later
+    read or barrier.
     """
+    # A thread block writes its results, increments a counter, and then reads the results of other blocks.
     publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")
     reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")
     fence = re.compile(r"\b(membar\.gl|fence\.(acq_rel|sc)\.gpu)\b")

@@ -69,7 +69,7 @@ def sample(engine: OpenAIEngine, source: Path, out: Path, pipeline: Any = None) 
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Returns the output files of a run, by name.
+    """Returns the contents of a run's output files by name.
 
     Leaves out the first line of the journal (the file of sampled responses), which has the settings.
     """

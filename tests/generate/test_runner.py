@@ -220,10 +220,9 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_a_meta_file_of_prompts_is_a_source(prompts: Path, tmp_path: Path) -> None:
-    """Makes pairs from an MMPR meta file. Each pair has the name and the image folder of its data file.
+    """Checks that each pair made from an MMPR meta file has the name and the image folder of its data file.
 
-    Questions without a right answer are written to ``unsolved.jsonl``. DropoutNTP makes pairs from this file. These
-    pairs, too, have the name and the image folder of the data file.
+    Pairs that DropoutNTP makes from ``unsolved.jsonl``, the questions without a right answer, must have them, too.
     """
     correctness = Correctness(CorrectnessConfig(samples=4, pairs_per_question=1))
     summary = run(correctness, prompts, tmp_path / "out")
@@ -366,7 +365,7 @@ def test_a_journal_from_before_gives_relative_images(tmp_path: Path, monkeypatch
     """Runs twice with the same output folder. The image paths in the pairs must be relative to that folder both times.
 
     The second run reads the stored responses of the first. Only ``unsolved.jsonl`` keeps the image paths of the
-    questions unchanged, because another run can read its questions from this file.
+    questions unchanged.
     """
     Image = pytest.importorskip("PIL.Image")  # noqa: N806
     monkeypatch.chdir(tmp_path)

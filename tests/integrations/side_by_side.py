@@ -6,8 +6,8 @@ Both kinds of runs compute the same loss on the same data: mpo_ext uses the trai
 model is a Qwen2 with two layers, hidden size 256, and a vocabulary of 151,936 tokens. Each run is a separate process
 with one thread. Runs of the two kinds alternate.
 
-Prints the median wall time and CPU time of a step, and the median peak memory of a process. Leaves out the first
-step of each run.
+Prints the median wall time and CPU time of a step, without the first step of each run. Also prints the median peak
+memory of a process.
 """
 
 from __future__ import annotations

@@ -97,9 +97,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def kill_when(cwd: Path, pattern: str, delay_s: float, *words: str) -> None:
-    """Starts the command, waits for a nonempty file that matches ``pattern``, and kills the command after a delay.
+    """Runs the command with the arguments ``words``, and kills it after a nonempty file matches ``pattern``.
 
-    The delay is ``delay_s`` seconds. ``words`` are the arguments. Fails if the command ends before such a file exists.
+    The kill comes ``delay_s`` seconds later. Fails if the command ends before such a file exists.
     """
     process = start(cwd, *words)
     while not any(path.stat().st_size for path in cwd.glob(pattern)):

@@ -165,9 +165,9 @@ def loss_of(out: HiddenAndHead, labels: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the gradients by parameter name. Removes the prefix ``module.`` from names.
+    """Returns the gradients by parameter name without the prefix ``module.``, and clears them in the model.
 
-    For a parameter without a gradient, returns zeros. Also clears the gradients of the model.
+    A parameter without a gradient gets zeros.
     """
     found = {}
     for name, parameter in model.named_parameters():

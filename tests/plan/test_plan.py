@@ -76,7 +76,7 @@ def make_llava(folder: Path) -> Recipe:
 
 
 def real_model(recipe: Recipe) -> nn.Module:
-    """Returns a recipe's model with real weight tensors. The model is prepared as in the trainer."""
+    """Returns a recipe's model with real weight tensors, prepared as in the trainer."""
     config = transformers.AutoConfig.from_pretrained(recipe.model.path)
     kind = transformers.AutoModelForCausalLM
     if hasattr(config, "vision_config"):

@@ -52,10 +52,9 @@ def result(model: nn.Module, samples: list[Sample], layout: str) -> tuple[torch.
 
 
 def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], float]:
-    """Compares the layouts on one batch. Returns a dict from (layout, reference layout) to the relative error.
+    """Returns the relative error of one batch by (layout, reference layout), such as ("packed", "separate").
 
-    A key is for example ("packed", "separate"). The error is that of the loss or that of the gradients, whichever is
-    larger. Gradients are compared as one vector.
+    It is the larger of two errors: that of the loss, and that of all gradients as one vector.
     """
     results = {layout: result(model, samples, layout) for layout in ("separate", "masked", "shared", "packed")}
     found = {}
@@ -71,10 +70,10 @@ def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], flo
 
 
 def check(name: str, dtype: torch.dtype) -> dict[tuple[str, str], float]:
-    """Compares the layouts on several batches of a model family.
+    """Returns the largest relative errors of a model family over several batches, with the keys of ``errors``.
 
-    The batches differ in the numbers of pairs and images. Returns the largest relative errors, with the keys that
-    ``errors`` uses.
+    Raises:
+        ValueError: If split attention does not support the model.
     """
     model = build(name, "eager" if name.startswith(EAGER) else "sdpa", dtype)
     switch_off_dropout(model)

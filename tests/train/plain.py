@@ -192,7 +192,7 @@ def rate(settings: Settings, step: int, steps: int) -> float:
 class AdamW:
     """AdamW (arXiv 1711.05101) with weight decay on parameters with at least two axes.
 
-    A parameter without a gradient does not change, as in torch. The vision tower has none in a step without images.
+    A parameter without a gradient does not change, as in torch.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], settings: Settings) -> None:

@@ -74,10 +74,8 @@ class Job:
 
 @functools.lru_cache(None)
 def server() -> Any:
-    """Returns a multiprocessing context. Its processes are forked from a server that has imported the trainer.
-
-    The server has no threads. A fork of the test process could wait forever for a lock that another thread holds.
-    """
+    """Returns a multiprocessing context. Its processes are forked from a server that has imported the trainer."""
+    # Unlike the test process, the server has no threads: a fork could wait forever for a lock of another thread.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run_recipe_preload", "run_recipe"])
     before = dict(os.environ)
@@ -348,10 +346,7 @@ def write_text_run(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def program(command: Sequence[str], text: Path) -> Iterator[Any]:
-    """Runs a program in a new session for the duration of a ``with`` block. Writes its output into the file ``text``.
-
-    At the end, sends SIGTERM and waits, so that a launcher can end workers in other sessions. Then kills the session.
-    """
+    """Runs a program in a new session for the duration of a ``with`` block. Its output goes to the file ``text``."""
     import subprocess
 
     with open(text, "w") as file:
@@ -362,7 +357,7 @@ def program(command: Sequence[str], text: Path) -> Iterator[Any]:
         yield process
     finally:
         if process.poll() is None:
-            process.terminate()
+            process.terminate()  # a launcher then ends its workers, which may have other sessions
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(40)
         with contextlib.suppress(ProcessLookupError):

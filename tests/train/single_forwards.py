@@ -79,9 +79,9 @@ def plain_loss(model: nn.Module, samples: Sequence[Sample], with_rejected: bool 
 
 
 def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Backpropagates the loss. Returns the gradients by parameter name, and removes the prefix ``module.`` from names.
+    """Backpropagates the loss. Returns the gradients by parameter name without the prefix ``module.``.
 
-    For a parameter without a gradient, returns zeros. Also clears the gradients of the model.
+    A parameter without a gradient gets zeros. Also clears the gradients of the model.
     """
     loss.backward()
     grads = {

@@ -163,11 +163,8 @@ class Data:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Returns 10 pairs, half of them without an image, and a pair with equal responses, which the trainer skips.
-
-    The file has 11 lines. A step reads 8 lines, so the second step of an epoch has only 3. So steps differ in
-    size, and micro-batches do, too.
-    """
+    """Returns 10 pairs, half of them without an image, and a pair with equal responses, which the trainer skips."""
+    # A step reads 8 of the 11 lines, and the next one 3, so steps and micro-batches differ in size.
     return make_data(tmp_path_factory.mktemp("pairs"), 10, text_only=2)
 
 

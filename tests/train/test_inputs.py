@@ -177,7 +177,6 @@ def test_pairs_with_equal_texts_and_other_images_have_not_changed(tmp_path: Path
     """All pairs have the same texts, and only their images differ.
 
     A resuming run must compare each pair with the same pair of the earlier run, not with another pair of equal texts.
-    Such pairs are common, for example with the short question "Is the shape red?".
     """
     data = write_pairs(tmp_path / "data", 12)
 

@@ -331,10 +331,7 @@ def test_training_does_not_recompile() -> None:
 
 
 def _specialisation(parameter: Any, value: Any) -> Any:
-    """Returns the properties of an argument that Triton's JIT specializes on, such as dtype and alignment.
-
-    The JIT compiles a separate kernel for each combination of these properties.
-    """
+    """Returns the properties of an argument that Triton's JIT specializes on, such as dtype and alignment."""
     if isinstance(value, Tensor):
         return (value.dtype, value.data_ptr() % 16 == 0)
     assert parameter.annotation_type, f"{parameter.name} must be annotated, or the JIT specialises on its width"

@@ -76,10 +76,10 @@ def conversations_of(items: Path) -> list[Request]:
 def run_all(engine: Engine, items: Path, out: Path) -> None:
     """Runs the requests and the pipelines, and writes all results into the folder ``out``.
 
-    TransformersEngine gets no request that is too long, because it has no context limit. It does not run the pipeline
-    "drawn", because its random samples differ from vLLM's.
+    With TransformersEngine, leaves out the request that is too long, and the pipeline "drawn".
     """
     out.mkdir(parents=True, exist_ok=True)
+    # TransformersEngine has no context limit, and its random samples differ from vLLM's.
     is_ours = isinstance(engine, TransformersEngine)
     generations = engine.generate(requests_of(items)[: -1 if is_ours else None])
     lines = [[list(made.token_ids), made.text, made.finish_reason, made.refusal] for made in generations]

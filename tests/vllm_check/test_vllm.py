@@ -252,10 +252,8 @@ def test_a_killed_command_leaves_no_process_and_resumes(
 
 
 def test_two_processes_of_a_model(folder: Path, vllm_runs: Callable[[str], Path]) -> None:
-    """Tests tensor parallelism. Each process has half of each matrix, so sums are rounded differently.
-
-    vLLM binds its processes to NUMA nodes. On a machine with a single node, it needs an explicit list of cores.
-    """
+    """Tests tensor parallelism. Each process has half of each matrix, so sums are rounded differently."""
+    # vLLM binds its processes to NUMA nodes. On a machine with a single node, it needs an explicit list of cores.
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("vLLM on CPUs needs a core for each process, and this machine has one core")

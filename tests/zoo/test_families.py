@@ -74,11 +74,7 @@ def responses_of(family: Family) -> tuple[str, ...]:
 
 
 def written(family: Family, response: str) -> str:
-    """Returns the text of a response in the conversation.
-
-    If a family refuses responses without thoughts, its prompt ends with ``<think>``. The text then begins with
-    ``<think>``: this tag is added if the response does not begin with it.
-    """
+    """Returns the text of a response, with ``<think>`` at its beginning if the family's prompts end with that tag."""
     return f"<think>{response}" if family.needs_thoughts and not response.startswith("<think>") else response
 
 

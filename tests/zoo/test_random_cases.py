@@ -44,9 +44,9 @@ def responses_of(case: Any) -> tuple[str, str]:
 
 
 def encode(case: Case) -> str:
-    """Encodes a case and checks that the ids are those of the chat template. Returns ENCODED.
+    """Encodes a case and checks that the ids are those of the chat template.
 
-    If the encoder raises an error, returns REFUSED.
+    Returns ENCODED, or REFUSED if the encoder raises an error.
     """
     processor: Any = case.tokenizer.build()
     template = case.template.jinja()
@@ -164,9 +164,9 @@ def test_the_ids_with_images_are_those_of_the_processor(pictures: list[tuple[str
 
 
 def encode_images(case: ImageCase, pictures: list[tuple[str, Any]]) -> str:
-    """Encodes a case with images and checks that the ids are those of the processor. Returns ENCODED.
+    """Encodes a case with images and checks that the ids are those of the processor.
 
-    If the encoder raises an error, returns REFUSED.
+    Returns ENCODED, or REFUSED if the encoder raises an error.
     """
     _, processor, _ = load(case.family)
     used = [part for _, parts in case.turns for part in parts if isinstance(part, int)]

@@ -138,10 +138,7 @@ def _adds_special_tokens(processor: Any, text: str) -> bool:
 def _without_white_end(
     processor: Any, messages: Sequence[Mapping[str, Any]], suffix: int, kwargs: Mapping[str, Any]
 ) -> Iterator[list[int]]:
-    """Yields the token ids of the conversation's text, and of shorter texts.
-
-    Each text lacks the last character of the text before it. Only trailing white space is removed.
-    """
+    """Yields the token ids of the conversation's text, and of this text without 1, 2, ... trailing white spaces."""
     text = _text(processor, messages, kwargs)
     tokenizer = getattr(processor, "tokenizer", processor)
     special = _adds_special_tokens(processor, text)
