@@ -1,4 +1,4 @@
-"""Compares every kernel with plain torch on small shapes, on the CPU and on a GPU if there is one.
+"""Compares the CPU kernels with plain torch, and the CUDA kernels if there is a GPU.
 
 ``make gpu-check`` also runs the GPU cases under compute-sanitizer.
 """
