@@ -1,7 +1,4 @@
-"""Compares the CPU kernels with plain torch, and the CUDA kernels if there is a GPU.
-
-``make gpu-check`` also runs the GPU cases under compute-sanitizer.
-"""
+"""Compares the CPU kernels with plain torch, and the CUDA kernels if there is a GPU."""
 
 from typing import Any
 
