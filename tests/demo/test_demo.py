@@ -329,7 +329,7 @@ SCRIPTED = Settings(direct_questions=40, questions=40, samples=4, dropout_ntp_qu
 
 @pytest.fixture
 def made(processor: DigitsProcessor, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Makes pairs as the demo does, with the scripted engine. Returns the file and the counts of the pairs."""
+    """Makes pairs as the demo does, with the scripted engine. Returns what ``make_pairs`` returns."""
     Scripted.truths, Scripted.blind = {}, []  # type: ignore[attr-defined]
     written = demo_pairs.write_items
 
