@@ -18,9 +18,9 @@ _WHOLE = VocabShard(0, 0)  # for operators, a total of 0 means that the logits a
 class LossOfLogits(torch.autograd.Function):
     """Makes a precomputed loss differentiable with respect to the logits.
 
-    Backward returns ``weight * (onehot(label) - softmax(logits))``, where ``weight`` is d loss / d logp of each token.
-    Forward saves the logits (without a copy), the labels, and three values per token: ``row_max``, ``row_sum`` and
-    ``weight``. ``shard`` is the part of the vocabulary that the logits cover; None means the whole vocabulary.
+    Backward returns ``grad_loss * weight * (onehot(label) - softmax(logits))``. ``weight`` is d loss / d logp of each
+    token. Forward saves the logits (without a copy), the labels, and three values per token: ``row_max``, ``row_sum``
+    and ``weight``. ``shard`` is the part of the vocabulary that the logits cover; None means the whole vocabulary.
     """
 
     @staticmethod
@@ -122,7 +122,7 @@ class ValueOfHidden(torch.autograd.Function):
 
     The value is a loss or log-probs. For a loss, ``row_weight`` is d loss / d logp of each token. For log-probs,
     ``row_weight`` is None: backward then uses the incoming gradient, which has one value per token. ``kept`` is the
-    last output of ``ops.linear.linear_token_logp``.
+    last output of ``linear_token_logp`` or ``linear_token_logp_shard`` in ``ops.linear``.
     """
 
     @staticmethod
@@ -193,9 +193,10 @@ def _gradients_over_ranks(
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of hidden states, weight and bias for a head that is sharded over the ranks.
 
-    The gradient of the hidden states is summed over the ranks, then rounded to the dtype of ``hidden``. Only labelled
-    tokens take part in the sum. ``rows`` is ``(row_max, row_sum, row_weight)``. ``hidden_grad`` is d logp / d hidden
-    if forward kept it, and ``logits`` are the logits if forward kept them; otherwise None.
+    A gradient that is not needed is None or empty. The gradient of the hidden states is summed over the ranks, then
+    rounded to the dtype of ``hidden``. Only labelled tokens take part in the sum. ``rows`` is ``(row_max, row_sum,
+    row_weight)``. ``hidden_grad`` is d logp / d hidden if forward kept it, and ``logits`` are the logits if forward
+    kept them; otherwise None.
     """
     hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
     d_weight, d_bias = None, None

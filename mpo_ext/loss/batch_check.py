@@ -90,7 +90,7 @@ def check_batch(
     """Returns the probable mistakes in the arguments of ``mpo_loss``, each with its evidence; [] for a correct batch.
 
     Call this function for the first batch, on which policy and reference are nearly equal. Do not call it in every
-    step, because it waits for the device and computes the logits of all labels again.
+    step, because it waits for the device and computes the log-probs of all labels again.
 
     Args:
         logits: ``[2B, T, V]``, or packed ``[N, V]`` with ``cu_seqlens``, as in ``mpo_loss``; with ``weight``, hidden
@@ -104,7 +104,7 @@ def check_batch(
         temperature: As in ``linear_mpo_loss``; ignored without ``weight``.
         input_ids: Token ids of the model's input, shaped like ``labels``, including the prompts. None skips the checks
             of prompts and padding.
-        tokenizer: Tokenizer that decodes the evidence and names the padding token, or None.
+        tokenizer: Tokenizer that decodes token ids for the messages and defines the padding token, or None.
         cu_seqlens: ``[2B + 1]`` as in ``mpo_loss``.
         shift: As in ``mpo_loss``.
         reward_shift: The ``reward_shift`` that you will pass to ``mpo_loss``. None and 0 are reported as a mistake if
@@ -113,7 +113,7 @@ def check_batch(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape is wrong.
+        ValueError: If a shape, a device or ``cu_seqlens`` is wrong.
     """
     name = "logits" if weight is None else "hidden"
     count = checks.check_pairs(logits, labels, cu_seqlens, name)
@@ -143,8 +143,10 @@ def check_batch(
 def is_debugging() -> bool:
     """Returns whether the environment variable MPO_DEBUG asks for ``check_batch`` in each call of a loss function.
 
+    Under torch.compile, always returns False.
+
     Raises:
-        ValueError: If the variable is neither empty nor "0" nor "1".
+        ValueError: If the variable has another value than "", "0" and "1".
     """
     if torch.compiler.is_compiling():
         return False
@@ -175,7 +177,7 @@ def find_mistakes(
 ) -> list[BatchFinding]:
     """Returns the probable mistakes in ``sequences``: B chosen sequences, followed by B rejected sequences.
 
-    The other arguments have the same meaning as in ``check_batch``.
+    The other arguments are those of ``check_batch`` and ``MPOConfig``.
     """
     ahead = int(shift)
     findings = [*_check_range(sequences, ignore_index), *_check_labelled(sequences, ahead, ignore_index)]

@@ -39,7 +39,7 @@ class PairLoss(NamedTuple):
 def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Returns the log-prob of each label: ``[..., V]`` logits and ``[...]`` labels give ``[...]``, float32 or float64.
 
-    A log-prob is 0 if the label is ``ignore_index``, and NaN if it is another label outside ``[0, V)``.
+    The log-prob is 0 for the label ``ignore_index``, and NaN for any other label outside ``[0, V)``.
     """
     vocab = logits.shape[-1]
     logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
@@ -149,11 +149,13 @@ def pair_loss(
     The reward of a response is ``beta * (logp - ref_logp)``: r_c of the chosen, r_r of the rejected response. With the
     reward shift delta:
 
-    - DPO is ``-logsigmoid(r_c - r_r)``, averaged over the pairs.
+    - DPO is ``-logsigmoid(r_c - r_r)``, averaged over the pairs. With label smoothing e, it is
+      ``-(1 - e) * logsigmoid(r_c - r_r) - e * logsigmoid(r_r - r_c)``.
     - BCO is ``-logsigmoid(r_c - delta) - logsigmoid(delta - r_r)``, averaged over the pairs.
     - NTP is the cross entropy of the chosen responses.
 
-    If a response has no labelled token, both rewards of its pair are 0, and its DPO and BCO have no gradient.
+    If a response has no labelled token, both rewards of its pair are 0. The DPO and BCO of this pair then have no
+    gradient.
     """
     tokens = sequence_sums((labels != config.ignore_index).long(), cu_seqlens)
     return pair_loss_of_sums(sequence_sums(logp, cu_seqlens), tokens, ref_logp, shift, config)
@@ -217,9 +219,10 @@ def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
 
 
 def token_stats(logits: Tensor, labels: Tensor, stats: Sequence[str], ignore_index: int) -> Tensor:
-    """Returns statistics of the logits of each token, ``[len(stats), ...]``; 0 for tokens without a label.
+    """Returns statistics of the logits of each token, ``[len(stats), ...]``.
 
-    ``stats`` are names from ``ops.checks.STATS``, such as "entropy".
+    They are 0 for the label ``ignore_index``, and NaN for any other label outside the vocabulary. ``stats`` are names
+    from ``ops.checks.STATS``, such as "entropy".
     """
     z = logits.detach()
     z = z if z.dtype == torch.float64 else z.float()

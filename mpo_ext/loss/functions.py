@@ -83,8 +83,8 @@ def mpo_loss(
 ) -> MPOOutput:
     """Returns the MPO loss ``dpo_weight * DPO + bco_weight * BCO + ntp_weight * NTP`` (arXiv 2411.10442).
 
-    A row is the V logits of one token position. A row is labelled if its label is not ``config.ignore_index``. Only
-    labelled rows are read: once in forward, and once in backward.
+    A row is the V logits of one token position. A row is labelled if its label is not ``config.ignore_index``. The
+    kernels read only labelled rows: once in forward, and once in backward.
 
     If a response has no labelled token, the DPO and BCO terms of its pair are constants without gradient. If no
     chosen response of the batch has a labelled token, NTP is 0.
@@ -127,7 +127,7 @@ def mpo_loss(
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
         RuntimeError: If the backend cannot run here. In backward: if a second derivative is computed, or if backward
-            runs again after ``reuse_logits``.
+            runs again after ``reuse_logits``. On one rank, the backend "reference" allows both.
     """
     options = LossOptions(config, reward_shift, cu_seqlens, shift, stats, backend)
     if vocab_parallel is not None or sequence_parallel is not None:
@@ -260,7 +260,8 @@ def linear_mpo_loss(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
-        RuntimeError: If the backend cannot run here. In backward: if a second derivative is computed.
+        RuntimeError: If the backend cannot run here. In backward: if a second derivative is computed, unless the
+            backend is "reference" on one rank.
     """
     options = LossOptions(config, reward_shift, cu_seqlens, shift, stats, backend)
     head = HeadOptions(logit_scale, softcap, temperature, memory_budget, recompute)
@@ -340,7 +341,7 @@ def token_logp(
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
         RuntimeError: If the backend cannot run here. In backward: if a second derivative is computed, or if backward
-            runs again after ``reuse_logits``.
+            runs again after ``reuse_logits``. On one rank, the backend "reference" allows both.
     """
     if vocab_parallel is not None:
         return parallel.token_logp(logits, labels, shift, ignore_index, reuse_logits, backend, vocab_parallel)
@@ -399,7 +400,8 @@ def linear_token_logp(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
-        RuntimeError: If the backend cannot run here. In backward: if a second derivative is computed.
+        RuntimeError: If the backend cannot run here. In backward: if a second derivative is computed, unless the
+            backend is "reference" on one rank.
     """
     head = HeadOptions(logit_scale, softcap, temperature, memory_budget, recompute)
     if vocab_parallel is not None:

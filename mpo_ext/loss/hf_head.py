@@ -82,8 +82,8 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     Raises:
         TypeError: If the model has no output head, the head is not a plain linear layer, or an input is positional.
         ValueError: If labels are among the inputs.
-        RuntimeError: If the model's forward does not call the head exactly once, or changes the logits in an unknown
-            way. If a wrapper, such as FSDP, does not keep the head's whole weight until backward.
+        RuntimeError: If the model's forward does not call the head exactly once, returns no ``logits``, or changes the
+            logits in an unknown way. If a wrapper, such as FSDP, does not keep the head's whole weight until backward.
     """
     if positional:
         raise TypeError(
@@ -105,7 +105,7 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
 def value_in_forward(
     model: nn.Module, compute: Callable[[HiddenAndHead], Tensor], /, **inputs: Any
 ) -> tuple[Tensor, Any]:
-    """Runs the model, and returns a value, such as a loss, that ``compute`` computes in place of the logits.
+    """Runs the model with ``compute`` in place of its output head, and returns the value that ``compute`` returns.
 
     ``compute`` runs inside the head's forward, while wrappers hold the head's whole weight. This function therefore
     also works under FSDP2 with a root that is resharded after forward, where ``hidden_and_head`` raises. The gradient
@@ -115,7 +115,7 @@ def value_in_forward(
 
     Args:
         model: As in ``hidden_and_head``.
-        compute: Returns the value, such as a loss, from a ``HiddenAndHead`` with ``outputs=None``. Called once.
+        compute: Takes a ``HiddenAndHead`` with ``outputs=None``, and returns a value, such as a loss. Called once.
         inputs: As in ``hidden_and_head``.
 
     Returns:
@@ -124,8 +124,9 @@ def value_in_forward(
     Raises:
         TypeError: As in ``hidden_and_head``.
         ValueError: As in ``hidden_and_head``.
-        RuntimeError: If the model's forward does not call the head exactly once, or changes the logits in an unknown
-            way. If a wrapper, such as FSDP2, does not hold the head's whole weight in the head's own forward.
+        RuntimeError: If the model's forward does not call the head exactly once, returns no ``logits``, or changes the
+            logits in an unknown way. If a wrapper, such as FSDP2, does not hold the head's whole weight in the head's
+            own forward.
     """
     inner = unwrap_model(model)
     known = _KNOWN_IN_FORWARD.setdefault(inner, {})
@@ -240,8 +241,8 @@ class _Probe(torch.autograd.Function):
 class _Tie(torch.autograd.Function):
     """Forward returns ``hidden`` unchanged. Backward also sends a gradient of zeros to the model's output ``logits``.
 
-    The loss does not use the model's output. FSDP and DDP place backward hooks on this output, which would not run
-    without the zeros.
+    The loss does not use the model's output. FSDP and DDP place backward hooks on this output. Without the zeros,
+    these hooks would not run.
     """
 
     @staticmethod
@@ -275,7 +276,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Forward returns ``value``. Backward stores its gradient in ``cell``, and returns zeros for ``logits``."""
+    """Forward returns ``value``. Backward stores the gradient of ``value`` in ``cell``; ``logits`` get zeros."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
@@ -376,7 +377,11 @@ def _local_head(
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Returns the Hugging Face model inside DDP, FSDP1, DeepSpeed, torch.compile and peft wrappers."""
+    """Returns the Hugging Face model inside DDP, FSDP1, DeepSpeed, torch.compile and peft wrappers.
+
+    Raises:
+        TypeError: If no model with ``get_output_embeddings`` is found.
+    """
     inner = model
     while not hasattr(type(inner), "get_output_embeddings"):
         if callable(getattr(type(inner), "get_base_model", None)):
@@ -395,7 +400,10 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Returns the model's output head, or all layers inside peft's ModulesToSaveWrapper if it wraps the head."""
+    """Returns the model's output head, or all layers inside peft's ModulesToSaveWrapper if it wraps the head.
+
+    Raises TypeError if the head is missing or not a plain linear layer.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise TypeError(

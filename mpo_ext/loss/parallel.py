@@ -46,8 +46,7 @@ from mpo_ext.ops.memory import VocabShard, result_dtype
 class _Rows(NamedTuple):
     """The log-probs and statistics of this rank's tokens over the whole vocabulary.
 
-    ``kept`` is the tensor that forward keeps for backward. The fields have the order of the outputs of
-    ``ops.linear.linear_token_logp``.
+    The fields are the outputs of ``ops.linear.linear_token_logp``, in the same order.
     """
 
     logp: Tensor

@@ -1,4 +1,4 @@
-"""Preference losses that the MPO paper compares with MPO, computed from summed log-probs in plain torch.
+"""Preference losses, such as IPO and ORPO, computed from summed log-probs in plain torch.
 
 ``mpo_loss`` computes MPO itself. These losses are for custom training loops and for comparisons with MPO.
 """
@@ -101,8 +101,8 @@ def preference_loss(
     """Returns the preference loss ``name`` of each pair. Training minimises the mean over pairs.
 
     If a response has no label, the loss and the gradient of its pair are 0. The pair then has no effect on other
-    pairs. (In ``mpo_loss``, the DPO and BCO terms of such a pair are constants above 0, whose gradient is 0, too.) If
-    a log-prob is NaN, the loss of its pair and the mean over the batch are not finite.
+    pairs. (In ``mpo_loss``, the DPO and BCO terms of such a pair are constants above 0, whose gradient is 0, too.) A
+    NaN log-prob in any other pair makes the mean over the batch NaN or infinite.
 
     Args:
         name: Name of the loss, a key of ``LOSSES``, such as "ipo". TRL 1.16 uses the same name if it has the loss.
@@ -197,8 +197,8 @@ def _robust(pairs: Pairs) -> Tensor:
     """Returns the robust DPO loss (arXiv 2403.00409) with label smoothing e.
 
     The loss is ``((1 - e) * -log sigmoid(margin) - e * -log sigmoid(-margin)) / (1 - 2e)``. If the responses of a
-    fraction e of the pairs are swapped, it is an unbiased estimate of the DPO loss on correct pairs. It is negative
-    for a large margin.
+    fraction e of the pairs are swapped, the loss is an unbiased estimate of the DPO loss on correct pairs. If e is not
+    0, the loss is negative for a large margin.
     """
     smoothing = pairs.label_smoothing
     clean, flipped = -F.logsigmoid(pairs.margin), -F.logsigmoid(-pairs.margin)

@@ -79,8 +79,8 @@ class RankGroups:
             facts: Takes the result of ``check``, and returns the numbers to compare among the ranks.
 
         Returns:
-            The result of ``check``, this rank's shard of the vocabulary of the model, and this rank's shard of the
-            vocabulary of the reference model. Both shards are None without ``vocab_parallel``.
+            The result of ``check``, and this rank's shards of the vocabularies of the model and of the reference
+            model. Both shards are None without ``vocab_parallel``.
         """
         error: Exception | None = None
         checked, mine = None, RankFacts()
@@ -114,10 +114,10 @@ class RankGroups:
     ) -> RowOutputs:
         """Merges the softmax states of all ranks into the outputs of ``token_logp`` for the whole vocabulary.
 
-        ``state``, ``[..., ROW_STATE]``, is the result of ``token_logp_shard`` or ``linear_token_logp_shard`` on this
-        rank. The output ``logp`` is differentiable with respect to ``state``. The labels and the tensors in ``same``
-        must be equal on all ranks. If they differ, ``logp`` is NaN. On a CPU without sequence parallelism, the method
-        raises ValueError instead.
+        ``state``, ``[..., ROW_STATE]``, holds the softmax states over this rank's shard (``eager.shard_state``). The
+        output ``logp`` is differentiable with respect to ``state``. The labels and the tensors in ``same`` must be
+        equal on all ranks of ``vocab_parallel``. If they differ, ``logp`` is NaN. On a CPU without sequence
+        parallelism, the method raises ValueError instead.
         """
         assert self.vocab is not None
         parts = list(range(ROW_STATE)) if stats else [0, 1, ROW_STATE - 1]
@@ -133,7 +133,7 @@ class RankGroups:
         """Returns ``sums``, ``[n]``, and ``others``, ``[m]``, each summed over the ranks of ``sequence_parallel``.
 
         Both are float64. The first result is differentiable with respect to ``sums``. The tensors in ``same`` must be
-        equal on all ranks. If they differ, the first result is NaN. On a CPU without vocabulary parallelism, the
+        equal on all these ranks. If they differ, the first result is NaN. On a CPU without vocabulary parallelism, the
         method raises ValueError instead.
         """
         assert self.sequence is not None
@@ -232,7 +232,7 @@ def _exchange(
         error: Error of this rank, or None.
 
     Returns:
-        The facts of all ranks, and the error of the first rank that has an error, or None.
+        The facts of all ranks, and the error of the first rank with an error. If no rank has one, the error is None.
     """
     device = _exchange_device(group)
     code = 0 if error is None else next((i for i, kind in enumerate(_ERRORS) if isinstance(error, kind)), 2) + 1

@@ -141,10 +141,11 @@ class RewardShift:
         self._pending.copy_(torch.tensor([state["pending_sum"], state["pending_count"]], dtype=torch.float64))
 
     def update(self, reward_sum: float | Tensor, count: float | Tensor) -> None:
-        """Updates delta with the rewards of this rank's micro-batch. ``mpo_loss`` calls this; custom loops may, too.
+        """Updates delta with the rewards of this rank's micro-batch, also after ``eval()``.
 
-        With ``per="optimizer_step"``, the rewards are collected until ``step()``. All ranks must call this method
-        together. If ``count`` is 0, nothing changes.
+        ``mpo_loss`` updates delta itself, so only loops without ``mpo_loss`` need this method. With
+        ``per="optimizer_step"``, the rewards are collected until ``step()``. All ranks must call this method together.
+        A ``count`` of 0 contributes nothing. In mode "fixed", the method does nothing.
 
         Args:
             reward_sum: Sum of the rewards, a number or a 0-d tensor.

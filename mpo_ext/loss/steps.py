@@ -23,7 +23,7 @@ class MPOOutput(NamedTuple):
     """The result of ``mpo_loss`` and ``linear_mpo_loss``. Only ``loss`` is differentiable.
 
     Attributes:
-        loss: 0-d loss, float32 (float64 for float64 logits).
+        loss: 0-d loss, float32 (float64 for float64 logits, hidden states or head).
         dpo_loss: 0-d DPO term, averaged over pairs, unweighted.
         bco_loss: 0-d BCO term, averaged over pairs, unweighted.
         ntp_loss: 0-d cross entropy of the chosen responses in nats, unweighted.
