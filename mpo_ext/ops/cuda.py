@@ -55,16 +55,14 @@ def current_stream(tensor: Tensor) -> int:
 
 
 def counters(count: int, like: Tensor) -> int | Tensor:
-    """Returns the address of at least ``count`` int32 counters, all 0, on the device of ``like``.
+    """Returns at least ``count`` int32 counters on the device of ``like``, all 0.
 
-    A kernel counts its finished thread blocks with them, and resets them to 0 after use. All launches on a stream can
-    therefore share them.
+    A kernel counts its finished thread blocks with the counters, and resets them to 0 after use. All launches on a
+    stream can therefore share the counters.
 
-    Outside of the capture of a CUDA graph, the counters are allocated without torch.
-    torch.compile's CUDA graphs raise an error if a call leaves a torch tensor in their memory pool.
-
-    During the capture of a CUDA graph, the result is a new tensor of zeros instead of an address. Each replay of the
-    graph sets this tensor to 0, so replays on any stream are safe.
+    Returns:
+        The address of the counters. During the capture of a CUDA graph, a new tensor of zeros instead. Each replay of
+        the graph sets this tensor to 0, so replays on any stream are safe.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=like.device)
@@ -73,6 +71,7 @@ def counters(count: int, like: Tensor) -> int | Tensor:
     address, size = _stream_counters.get(key, (0, 0))
     if size < count:  # the smaller array stays allocated, because earlier launches may still use it
         size = max(count, _MIN_COUNTERS)
+        # Not a torch tensor: torch.compile's CUDA graphs raise an error if a call leaves one in their memory pool.
         address = native.compiled().cuda_counters(count=size, stream=stream)
         _stream_counters[key] = address, size
     return address

@@ -2,8 +2,8 @@
 
 Forward sums ``exp(z - r) @ weight`` over the tiles of each row (token position). The number r is called the reference
 of the row; it has nothing to do with the reference model. If the row's largest logit so far exceeds r by more than a
-slack, r rises to this logit, so that ``exp`` does not overflow. The sum so far is then rescaled. Usually, the slack is
-40, so that rescaling is rare. In the last tile, and in all tiles if the exponentials are float16, the slack is 0.
+slack, r rises to this logit. Otherwise, ``exp`` could overflow. When r rises, the sum so far is rescaled. Usually, the
+slack is 40, so rescaling is rare. In the last tile, the slack is 0. If the exponentials are float16, it is always 0.
 """
 
 from __future__ import annotations

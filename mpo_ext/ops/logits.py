@@ -145,10 +145,10 @@ def score(
     With ``tile``, ``logits`` cover only a part of the vocabulary; the results then cover this tile and all earlier
     tiles. Tiles must be passed in order.
 
-    ``exp_logits`` is None, or the tensor ``logits`` itself. In the second case, the call also overwrites each logit z
-    with ``exp(z - row_max)`` and the label's logit with 0, where ``row_max`` is the maximum over this tile and all
-    earlier tiles. Only the backend "cpu" can do this; others need ``write_exp_logits``. If a label is out of range or
-    its logp is NaN, the overwritten values of its row are undefined.
+    ``exp_logits`` is None, or the tensor ``logits`` itself. In the second case, the call also overwrites the logits:
+    the label's logit with 0, and each other logit z with ``exp(z - row_max)``. Here, ``row_max`` is the maximum over
+    this tile and all earlier tiles. Only the backend "cpu" can do this; others need ``write_exp_logits``. If a label
+    is out of range or its logp is NaN, the overwritten values of its row are undefined.
     """
     if labels.numel() == 0:
         return
@@ -188,8 +188,9 @@ def logits_grad(
 ) -> Tensor:
     """Returns the gradient of the logits, ``scale * weight * (onehot(label) - softmax(logits))``; 0 without a label.
 
-    The result is contiguous and has the shape and dtype of the logits. Each logit of a labelled token is read once,
-    and its gradient is written once. On a CPU, a large gradient may reuse the memory of an earlier gradient.
+    A row whose label is out of range gets NaN. The result is contiguous and has the shape and dtype of the logits.
+    Each logit of a labelled token is read once, and its gradient is written once. On a CPU, a large gradient may reuse
+    the memory of an earlier gradient.
 
     If ``total`` is not 0, the logits are a shard of a vocabulary of ``total`` ids, and ``first`` is the shard's first
     id.
@@ -235,7 +236,7 @@ def logits_grad_(
 ) -> None:
     """Overwrites the logits with their gradient. The arguments are those of ``logits_grad``.
 
-    Raises if ``check_reuse`` rejects the logits.
+    Raises ValueError if ``check_reuse`` rejects the logits, or if two strides cannot describe their rows.
     """
     _check_grad_inputs(logits, labels, row_max, row_sum, weight, scale, backend)
     check_reuse(logits)

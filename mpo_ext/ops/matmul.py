@@ -96,9 +96,10 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Returns the dtype to which inputs of ``dtype`` are converted for matmuls.
 
-    A GPU keeps ``dtype``. A CPU keeps bfloat16 or float16 only if a measurement shows that it multiplies this dtype
-    faster than float32. Otherwise, the result is float32. The environment variable MPO_CPU_MATMUL replaces the
-    measurement: "float32" always converts to float32, so logits are never rounded; "native" never converts.
+    A GPU keeps every dtype, and a CPU keeps float32 and float64. A CPU keeps bfloat16 or float16 only if a measurement
+    shows that it multiplies this dtype faster than float32; if not, the result is float32. The environment variable
+    MPO_CPU_MATMUL replaces the measurement: "float32" always converts to float32, so logits are never rounded;
+    "native" never converts.
 
     Raises:
         ValueError: If MPO_CPU_MATMUL has another value.

@@ -97,8 +97,8 @@ class KeptLogits:
 
     Let n be the number of labelled rows (token positions), and D the hidden size. If a logit and a gradient value have
     equal size, the buffer holds ``vocab * max(n, D)`` values, and at most ``columns * min(n, D)`` additional values.
-    With ``only_fitting`` and n larger than D, it holds only the ``vocab * D`` values of the gradient. The logits of
-    all columns do not fit into this memory, so forward keeps only those of the first columns.
+    With ``only_fitting`` and n larger than D, the buffer holds only the ``vocab * D`` values of the gradient. The
+    logits of all columns do not fit into this memory, so forward keeps only the logits of the first columns.
 
     ``store_`` stores float32 logits in float16, as distances from the row's maximum over this tile and all earlier
     tiles. These maxima lie after the logits. Rounding changes a distance by at most 2^-11 of its value. For distances
@@ -369,8 +369,8 @@ class _TileSize:
         """Returns the number of rows and columns of a tile.
 
         ``budget`` is the memory budget in bytes. ``has_weight_grad`` says whether the gradient of ``head.weight`` is
-        computed in tiles of this shape. If logits are kept, forward and backward must pass the same
-        arguments, so that their tiles have the same shape.
+        computed in tiles of this shape. If logits are kept, forward and backward must pass the same arguments, so that
+        their tiles have the same shape.
         """
         rows, head = self._rows, self._rows.head
         count, hidden_size = rows.rows.shape
