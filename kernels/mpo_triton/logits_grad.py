@@ -69,7 +69,8 @@ def logits_grad_kernel(
 
     Grid    (rows, chunks)
     Reads   each logit of a labelled row once
-    Writes  each element once, in 16-byte vectors except near the ends of the row; zeros in rows without a label
+    Writes  each element once, in 16-byte vectors except near the ends of the row; zeros in rows without a label, NaN
+            in rows whose label is out of range
     """
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)

@@ -246,9 +246,9 @@ def pair_loss(
 ) -> None:
     """Writes the outputs of the operator ``pair_loss`` to ``out`` in four launches, without synchronisation.
 
-    ``offsets`` are the starts of the sequences. ``settings`` are beta, the weights of DPO, BCO and NTP, the label
-    smoothing, and the decay of the moving average. ``rule``, ``update_first`` and ``average_sequences`` are fields of
-    ``PairLossSettings``. The other arguments are those of the operator.
+    ``offsets`` are the starts of the sequences, followed by the number of rows. ``settings`` are beta, the weights of
+    DPO, BCO and NTP, the label smoothing, and the decay of the moving average. ``rule``, ``update_first`` and
+    ``average_sequences`` are fields of ``PairLossSettings``. The other arguments are those of the operator.
     """
     sequences = ref_logp.shape[0]
     sums = ref_logp.new_empty(sequences, dtype=torch.float64)

@@ -58,7 +58,7 @@ def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
 
     They depend only on the vocabulary and the dtype, so training never recompiles. A thread holds 32 elements
     (float32: 16), so several 16-byte loads are in flight. A program processes only four blocks of columns, one after
-    the other, so that even a few labelled rows have enough programs to fill a GPU.
+    the other. Even a few labelled rows therefore have enough programs to fill a GPU.
     """
     elements_per_warp = 32 * (16 if dtype.itemsize == 4 else 32)
     num_warps = 4
