@@ -195,7 +195,8 @@ GPUS = {
 def gpu(name: str) -> Machine:
     """Returns a machine for the GPU ``name``, a key of ``GPUS``.
 
-    Its rates are assumed fractions of the peak rates in the data sheet.
+    Its bandwidth and its rates of matmuls and attention are assumed fractions of the peaks in the data sheet. Its
+    ``kernel_rate`` follows from the clock and the number of multiprocessors. Raises ValueError for an unknown name.
     """
     if name not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name!r}")

@@ -85,7 +85,10 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
 
 
 def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
-    """Returns the reason why both responses of a pair cannot share a copy of the prompt; None if they can."""
+    """Returns the reason why both responses of a pair cannot share a copy of the prompt; None if they can.
+
+    May turn the split attention of ``model`` on or off.
+    """
     if not recipe.loss.shared_prefix:
         return "loss.shared_prefix is false"
     attention = recipe.model.attention

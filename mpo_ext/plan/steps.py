@@ -44,7 +44,7 @@ class ModelShape:
         kept: Bytes of activations per token position that the decoder's layers keep for backward.
         moved: Bytes that the decoder's layers read and write in a forward pass, divided by the number of token
             positions. Reads and writes of attention kernels are not counted.
-        vision: Number of weights in the linear layers of vision tower and projector; 0 without a vision tower.
+        vision: Number of weights in the linear layers of the vision tower; 0 without a vision tower.
         vision_layers: Number of layers of the vision tower.
         vision_width: Hidden size of the vision tower.
         vision_kept: Bytes of activations per patch that the vision tower keeps for backward.
