@@ -58,7 +58,7 @@ def check_integer(name: str, value: object, *, least: int | None = None) -> None
 
 
 def check_index(index: int, size: int) -> int:
-    """Converts a negative index: -1 becomes ``size - 1``. Raises IndexError if the index is out of range."""
+    """Returns the index, or ``index + size`` if it is negative. Raises IndexError if the index is out of range."""
     if not -size <= index < size:
         raise IndexError(f"index must be in [{-size}, {size}), got {index}")
     return index % size
@@ -83,8 +83,8 @@ def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str
 def closest(word: str, known: Iterable[str]) -> str | None:
     """Returns the known word that ``word`` probably means; None if there is none.
 
-    If a single known word has the initials ``word``, returns it: ``learning_rate`` for ``lr``. Otherwise, returns the
-    known word that is most similar to ``word``.
+    If exactly one known word has the initials ``word``, returns this word: ``learning_rate`` for ``lr``. Otherwise,
+    returns the known word that is most similar to ``word``.
     """
     names = list(known)
     abbreviated = [name for name in names if len(word) > 1 and "".join(re.findall(r"(?<![a-z])[a-z]", name)) == word]
@@ -116,7 +116,7 @@ def check_is_no_run(name: str, path: str) -> None:
 
 
 def environment_integer(name: str, default: int) -> int:
-    """Returns the integer in the environment variable ``name``, or ``default`` if the variable is not set.
+    """Returns the integer in the environment variable ``name``, or ``default`` if the variable is not set or empty.
 
     Raises:
         ValueError: If the value is not an integer of at least 0.

@@ -63,7 +63,7 @@ def check_outputs(
     Args:
         name: Name of the argument with the output path, for messages.
         outputs: Paths that will be written; paths that do not exist are ignored.
-        inputs: Paths that will be read; paths that do not exist are ignored.
+        inputs: Paths that will be read.
         is_ours: Whether mpo_ext wrote the existing outputs. If True, they may be replaced.
 
     Raises:

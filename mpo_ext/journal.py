@@ -5,8 +5,8 @@ record, a JSON object with a ``key``. ``append`` returns after the operating sys
 the process loses no appended record.
 
 The file is synced to disk when it is created and when it is closed. In between, an append syncs it if the last sync is
-at least ``fsync_s`` seconds old. A kill or a crash can leave an incomplete last line. This line is
-removed when the journal is opened.
+at least ``fsync_s`` seconds old. A kill or a crash can leave an incomplete last line. This line is removed when the
+journal is opened.
 """
 
 import contextlib
@@ -141,7 +141,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Yields the records (JSON objects) of a journal file, and stops before an incomplete last line.
 
     Raises:
-        ValueError: If a complete line is not JSON.
+        ValueError: If a complete line after the header is not a JSON object.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -159,7 +159,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _check_beginning(file: int, path: Path) -> None:
-    """Raises ValueError unless a file is empty or begins with the header line of a journal.
+    """Raises ValueError unless a file is empty or begins with a journal's header line, which may be incomplete.
 
     This protects other files from ``_cut_half_line``.
     """

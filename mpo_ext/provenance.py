@@ -48,8 +48,8 @@ def processor_parts(chat: ChatEncoder, end_ids: Iterable[int]) -> dict[str, Any]
     """Returns the parts of a processor that determine token ids and pixels, as JSON values.
 
     The tokenizer and the chat template are represented by hashes. The date is included if the chat template writes it.
-    Paths, versions and class names are left out. So are null and false fields of the tokenizer, because later library
-    versions may add such fields.
+    Paths, versions and class names are left out. Null and false fields of the tokenizer are also left out, because
+    later library versions may add such fields.
 
     Args:
         chat: Encoder with the processor, the chat template and its settings.
