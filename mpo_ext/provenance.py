@@ -113,7 +113,8 @@ def changed_independently(names: Iterable[str]) -> list[str]:
 def _tokenizer_digest(tokenizer: Any) -> str:
     """Returns a hash of a tokenizer.
 
-    For a fast tokenizer, it covers the whole definition. For a slow one, it covers the vocabulary and added tokens.
+    For a fast tokenizer, the hash covers its JSON definition without ``_IGNORED_FIELDS`` and null or false fields. For
+    a slow tokenizer, the hash covers the class name, the vocabulary and the added tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

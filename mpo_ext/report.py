@@ -168,7 +168,7 @@ def render_page(template: str, values: Mapping[str, Any]) -> str:
 
 
 def is_page(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a file is a page that ``save_page`` wrote."""
+    """Returns whether a file is a page that ``save_page`` wrote; False if the file cannot be read."""
     try:
         with open(path, "rb") as file:
             return _GENERATOR in file.read(_HEAD_BYTES)

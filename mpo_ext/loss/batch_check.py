@@ -293,8 +293,8 @@ def _check_alignment_by_logp(
     """Yields a finding if the labels have much higher log-probs with another value of ``ahead``.
 
     The loss scores the label at position ``t + ahead`` with the logits at position t. This function computes the mean
-    log-prob of the labels for -1, 0, 1 and 2 in place of ``ahead``. If the best mean exceeds that of ``ahead`` by more
-    than 2 nats, it yields a finding.
+    log-prob of the labels for -1, 0, 1 and 2 in place of ``ahead``. If the largest mean exceeds the mean for ``ahead``
+    by more than 2 nats, the function yields a finding.
     """
     means = {}
     for other in range(-1, 3):

@@ -196,8 +196,8 @@ def linear_mpo_loss(
     """Returns ``mpo_loss`` from hidden states and the output head, without storing all logits.
 
     With ``z = logit_scale * (hidden @ weight.T + bias)``, the logits are ``softcap * tanh(z / softcap) /
-    temperature``, or ``z / temperature`` if softcap is None. ``hidden_and_head`` returns these arguments for a Hugging
-    Face model.
+    temperature``, or ``z / temperature`` if softcap is None. For a Hugging Face model, ``hidden_and_head`` returns all
+    arguments of these formulas except ``temperature``.
 
     Only the logits of labelled rows (token positions) are computed, in tiles. A tile covers some rows and a part of
     the vocabulary. Tiles are float32 (float64 for float64 inputs), with one exception: they are half precision on a

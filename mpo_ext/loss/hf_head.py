@@ -67,9 +67,9 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     the probe into its output ``logits``, which reveal ``logit_scale`` and ``softcap``. The first call with a model
     reads these logits, and therefore waits for the device.
 
-    Compute the loss from ``hidden``. Its backward then runs the backward hooks of wrappers such as FSDP. If the model
-    runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the matmul with
-    the head is float32.
+    Compute the loss from ``hidden``. The backward of the loss then runs the backward hooks of wrappers such as FSDP.
+    If the model runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the
+    matmul with the head is float32.
 
     Args:
         model: Hugging Face model with a linear output head, wrapped as for training: in DDP, in FSDP or by accelerate.

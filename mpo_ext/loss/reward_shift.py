@@ -191,7 +191,7 @@ class RewardShift:
 
         Returns:
             None, or the updated state. If a state is returned, the caller must compute the pair loss again from it.
-            Its delta includes the rewards of all ranks; the delta of the first computation did not.
+            The delta in this state includes the rewards of all ranks; the delta of the first computation did not.
         """
         if shift.rule != HOLD:
             self._state.copy_(new_state)

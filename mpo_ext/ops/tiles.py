@@ -404,5 +404,5 @@ def _aligned(size: int) -> int:
 
 
 def _typed(memory: Tensor, begin: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Returns a view of the bytes in ``memory`` as a matrix; it starts at byte ``begin``."""
+    """Returns a matrix that is a view of the bytes of ``memory``, starting at byte ``begin``."""
     return memory[begin : begin + shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)

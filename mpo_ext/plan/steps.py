@@ -181,8 +181,8 @@ class _Layers:
         A backward pass counts as two forward passes in matrix products and memory traffic, and as 2.5 in attention
         kernels (five products instead of two). The name of each stage ends in ``name``.
 
-        ``of_vision`` says whether the backward pass includes the vision tower. Without a backward pass through it, the
-        vision tower runs a single forward pass, whatever ``forwards`` is.
+        ``of_vision`` says whether the backward pass includes the vision tower. If no backward pass includes the vision
+        tower, the tower runs a single forward pass, whatever ``forwards`` is.
         """
         model, positions = self.model, self.positions
         times = forwards + 2 * with_backward
