@@ -320,7 +320,7 @@ class DropoutNTP:
             "finish": generation.finish_reason,
             "tokens": generation.n_tokens,
             "cut": {
-                "characters": _shared_length(row.chosen or "", row.prefix.text),
+                "characters": common_length(row.chosen or "", row.prefix.text),
                 "tokens": len(row.prefix.token_ids),
             },
         }
@@ -368,11 +368,3 @@ class DropoutNTP:
 
 def _is_wrong(item: Item) -> bool:
     return item.chosen is not None and item.extra.get("chosen_source") == WRONG_SAMPLE
-
-
-def _shared_length(chosen: str, prefix: str) -> int:
-    """Returns the number of characters in the longest common prefix of two texts."""
-    if chosen.startswith(prefix):
-        return len(prefix)
-    pairs = zip(chosen, prefix, strict=False)
-    return next((index for index, (left, right) in enumerate(pairs) if left != right), 0)

@@ -78,7 +78,10 @@ def run_blocks(blocks: Iterator[tuple[Tag, Steps]], engine: Engine) -> Iterator[
                     has_more = steps is not None
                     if steps is not None:
                         feeder.add(tag, steps)
-                yield from feeder.take(in_order=True)
+                for tag, result in feeder.take(in_order=True):
+                    if isinstance(result, Exception):
+                        raise result
+                    yield tag, result
                 feeder.collect()
         return
     for tag, steps in blocks:
@@ -93,6 +96,7 @@ class _Block:
         steps: Generator that yields the block's requests.
         generations: Generations of the requests that ``steps`` has yielded last; None for a request that is running.
         records: Return value of ``steps``; None until it returns.
+        error: Error of ``steps`` or of a request; None if the block has not failed.
         n_requests: Number of requests that ``steps`` has yielded so far.
     """
 
@@ -100,22 +104,17 @@ class _Block:
         self.tag, self.steps = tag, steps
         self.generations: list[Generation | None] = []
         self.records: Records | None = None
+        self.error: Exception | None = None
         self.n_requests = 0
 
 
 class Feeder:
-    """Samples several blocks, which are groups of items, at the same time on a streaming engine.
-
-    Attributes:
-        active_tag: After an error in ``add`` or ``collect``, the tag of the block whose generator or request failed.
-            None if ``finished`` of the engine failed.
-    """
+    """Samples several blocks, which are groups of items, at the same time on a streaming engine."""
 
     def __init__(self, engine: StreamingEngine) -> None:
         self._engine = engine
         self._blocks: collections.deque[_Block] = collections.deque()
         self._running: dict[str, tuple[_Block, int]] = {}
-        self.active_tag: Any = None
 
     @property
     def n_blocks(self) -> int:
@@ -136,59 +135,72 @@ class Feeder:
         """Adds a block (a group of items), and submits its first requests.
 
         ``tag`` is any object that identifies the block. ``steps`` is the generator that yields the block's requests.
+        If the generator or a request fails, ``take`` returns the error.
         """
         self._blocks.append(_Block(tag, steps))
         self._advance(self._blocks[-1], None)
 
-    def take(self, *, in_order: bool) -> list[tuple[Any, Records]]:
-        """Removes the complete blocks (groups of items), and returns a tuple (tag, result) for each of them.
+    def take(self, *, in_order: bool) -> list[tuple[Any, Records | Exception]]:
+        """Removes the complete and the failed blocks (groups of items), and returns (tag, result) for each of them.
 
         The tag is the object that was given to ``add`` with the block. The result is the return value of the block's
-        generator. With ``in_order``, the blocks after the first incomplete block stay.
+        generator, or the error of a failed block. The failed blocks are last. With ``in_order``, complete blocks stay
+        if they come after an incomplete or failed block.
         """
-        complete: list[_Block] = []
+        complete: list[tuple[Any, Records | Exception]] = []
+        failed: list[tuple[Any, Records | Exception]] = []
         rest: collections.deque[_Block] = collections.deque()
         for block in self._blocks:
-            if block.records is None or (in_order and rest):
+            if block.error is not None:
+                failed.append((block.tag, block.error))
+            elif block.records is None or (in_order and (rest or failed)):
                 rest.append(block)
             else:
-                complete.append(block)
+                complete.append((block.tag, block.records))
         self._blocks = rest
-        return [(block.tag, cast(Records, block.records)) for block in complete]
+        return complete + failed
 
     def collect(self) -> None:
         """Waits until at least one running request has ended, and stores its generation.
 
         If this completes the current requests of a block (a group of items), submits the block's next requests.
+        Raises the errors of the engine's method ``finished``.
         """
         if not self._running:
             return
-        self.active_tag = None
         for name, generation in self._engine.finished():
+            if name not in self._running:  # another request of its block has failed
+                continue
             block, place = self._running.pop(name)
             block.generations[place] = generation
             if None not in block.generations:
                 self._advance(block, cast(list[Generation], block.generations))
 
     def close(self) -> None:
-        """Stops all running requests."""
-        self._engine.cancel(list(self._running))
-        self._running.clear()
+        """Stops all running requests, and removes all blocks."""
+        self._cancel(list(self._running))
+        self._blocks.clear()
+
+    def _cancel(self, names: Sequence[str]) -> None:
+        for name in names:
+            del self._running[name]
+        self._engine.cancel(names)
 
     def _advance(self, block: _Block, generations: list[Generation] | None) -> None:
         """Sends generations to a block's generator, and submits the requests that it yields next.
 
-        ``generations`` is None to start the generator.
+        ``generations`` is None to start the generator. An error is stored in the block, so that other blocks continue.
         """
-        self.active_tag = block.tag
         try:
             requests = block.steps.send(generations)  # type: ignore[arg-type]
             while not requests:
                 requests = block.steps.send([])
+            block.generations = [None] * len(requests)
+            block.n_requests += len(requests)
+            for place, request in enumerate(requests):
+                self._running[self._engine.submit(request)] = (block, place)
         except StopIteration as stop:
             block.records = stop.value
-            return
-        block.generations = [None] * len(requests)
-        block.n_requests += len(requests)
-        for place, request in enumerate(requests):
-            self._running[self._engine.submit(request)] = (block, place)
+        except Exception as error:
+            block.error = error
+            self._cancel([name for name, (running, _) in self._running.items() if running is block])

@@ -106,14 +106,16 @@ def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
         FormError: If the value is none of these, has more than 26 options, or has labels other than different letters
             from A to Z.
     """
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str):
+        if not value.strip() or is_missing(value):
+            return None
         try:
             value = read_literal(value)
         except ValueError:
             raise FormError(f"{key} must be a list of texts") from None
         if isinstance(value, str):
             raise FormError(f"{key} must be a list of texts")
-    if value is None or (isinstance(value, (str, Sequence, Mapping)) and not value):
+    if value is None or (isinstance(value, (Sequence, Mapping)) and not value):
         return None
     if isinstance(value, Mapping) and set(value) == {"text", "label"}:
         texts, labels = value["text"], value["label"]

@@ -184,7 +184,7 @@ class PairOutputs:
         self.summary = Summary(lines=dict.fromkeys(names, 0))
         self._folder = os.path.realpath(out)  # ".." after a link to a folder leads to the parent of the real folder
         self._files: dict[str, Any] = {}
-        self._digests: set[int] = set()  # of the items with pairs
+        self._seen: set[int] = set()  # hashes of the items with pairs
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "PairOutputs":
@@ -207,14 +207,16 @@ class PairOutputs:
         self.summary.add(result, records)
         pairs = sum(name != "unsolved" for name, _ in result.lines)
         if pairs:
-            digest = int(item.digest, 16)
-            if digest in self._digests:  # equal items have equal seeds, and so equal samples
+            # Equal items have equal seeds, and so equal samples.
+            content = hash((item.digest, item.question_with_options))
+            if content in self._seen:
                 self.summary.notes[_REPEATED] += pairs
-            self._digests.add(digest)
+            self._seen.add(content)
         for name, line in result.lines:
             if line.get("images"):
                 line = {**line, "images": [self._relative_path(image, item.image_root) for image in line["images"]]}
-            if line.get("videos"):
+            # The paths in a line of "unsolved" are those of the input.
+            if line.get("videos") and name != "unsolved":
                 videos = (Video.from_value(video) for video in line["videos"])
                 moved = (v.map_paths(lambda path: self._relative_path(path, item.image_root)) for v in videos)
                 line = {**line, "videos": [video.to_value() for video in moved]}

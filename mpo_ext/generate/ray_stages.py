@@ -15,12 +15,12 @@ from typing import Any, TextIO
 from mpo_ext.checks import check_integer, check_number, install_hint
 from mpo_ext.generate.early_blocks import EarlyBlocks
 from mpo_ext.generate.engine import Engine
-from mpo_ext.generate.items import Item, ItemSource, open_items
+from mpo_ext.generate.items import Item, ItemSource, item_files, open_items
 from mpo_ext.generate.outputs import Summary
 from mpo_ext.generate.progress import SamplingProgress
 from mpo_ext.generate.ray_pool import RayPool
 from mpo_ext.generate.ray_worker import Block
-from mpo_ext.generate.runner import PairPipeline, write_outputs
+from mpo_ext.generate.runner import PairPipeline, check_output_files, write_outputs
 from mpo_ext.generate.sampler import blocks, check_records, open_journal, stored_blocks, stored_date
 
 
@@ -71,6 +71,7 @@ def run(
     except ImportError as error:
         raise ImportError(f"ray_stages needs ray: {install_hint('ray')} ({error})") from error
     out = Path(out)
+    check_output_files(pipeline, source, item_files(source, **place), out)
     items = open_items(source, limit=limit, **place)
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():

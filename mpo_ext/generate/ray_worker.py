@@ -99,21 +99,24 @@ class RayWorker:
         """
         if self._feeder is None:
             return [self._run(block) for block in blocks]
-        finished: list[tuple[Any, Records]] = []
+        for block in blocks:
+            self._blocks[block.start] = block
+            self._feeder.add(block.start, self.pipeline.steps(block.items, self.engine))
+        finished: list[tuple[Any, Records | Exception]] = []
         try:
-            for block in blocks:
-                self._blocks[block.start] = block
-                self._feeder.add(block.start, self.pipeline.steps(block.items, self.engine))
             while self._blocks and not (finished := self._feeder.take(in_order=False)):
                 self._feeder.collect()
-        except Exception as error:
-            tag = self._feeder.active_tag
-            # An error of the engine itself concerns all blocks.
-            failed = [self._blocks.pop(start) for start in list(self._blocks) if tag in (None, start)]
-            return [BlockResult(block.start, [], f"{block}: {describe_error(error)}") for block in failed]
-        for start, _ in finished:
-            del self._blocks[start]
-        return [BlockResult(start, records) for start, records in finished]
+        except Exception as error:  # an error of the engine concerns all blocks
+            finished = [(start, error) for start in self._blocks]
+            self._feeder.close()
+        results = []
+        for start, result in finished:
+            block = self._blocks.pop(start)
+            if isinstance(result, Exception):
+                results.append(BlockResult(start, [], f"{block}: {describe_error(result)}"))
+            else:
+                results.append(BlockResult(start, result))
+        return results
 
     def _run(self, block: Block) -> BlockResult:
         try:

@@ -59,10 +59,12 @@ def distinct(samples: Sequence[Response], result: ItemResult) -> list[Response]:
 
     White space has no effect on the comparison.
     """
-    first_by_text = {normalized(sample.text): sample for sample in reversed(samples)}
+    first_by_text: dict[str, Response] = {}
+    for sample in samples:
+        first_by_text.setdefault(normalized(sample.text), sample)
     if len(first_by_text) < len(samples):
         result.skipped["sample is a duplicate"] += len(samples) - len(first_by_text)
-    return list(reversed(first_by_text.values()))
+    return list(first_by_text.values())
 
 
 def choice_hash(seed: int, item: Item, *texts: str) -> bytes:

@@ -101,7 +101,7 @@ def run(
     if limit is not None:
         check_integer("limit", limit, least=1)
     out = Path(out)
-    _check_outputs(pipeline, source, item_files(source, **place), out)
+    check_output_files(pipeline, source, item_files(source, **place), out)
     items = open_items(source, limit=limit, **place)
     ranks = {"rank": rank, "world_size": world_size}
     keep_date(engine, [out])
@@ -123,7 +123,7 @@ def run(
     return outputs.summary
 
 
-def _check_outputs(pipeline: PairPipeline, source: str | Path, files: Sequence[ItemFile], out: Path) -> None:
+def check_output_files(pipeline: PairPipeline, source: str | Path, files: Sequence[ItemFile], out: Path) -> None:
     """Raises an error if an output file would replace an input, or an existing file that no run has written."""
     outputs = [out / f"{name}.jsonl" for name in pipeline.outputs] + [out / "summary.json"]
     inputs = [source, *(item_file.path for item_file in files)]
@@ -172,7 +172,7 @@ def check_run(
     for item_file in files:
         if not os.path.isfile(item_file.path):
             raise FileNotFoundError(f"source must be a file of items, got {item_file.path}: this file does not exist")
-    _check_outputs(pipeline, source, files, Path(out))
+    check_output_files(pipeline, source, files, Path(out))
     first = list(itertools.islice(read_items(files), _CHECKED_ITEMS))
     if not first:
         raise ValueError(f"source must hold items, got an empty file: {source}")

@@ -17,6 +17,7 @@ from test_runner import PIPELINES, outputs, run, write_items
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import Generation, Request
+from mpo_ext.generate.feeding import Feeder, Steps
 from mpo_ext.generate.sampler import journal_path
 from mpo_ext.journal import read_records
 
@@ -24,12 +25,13 @@ from mpo_ext.journal import read_records
 class StreamingStub(StubEngine):
     """A stub engine that answers the submitted requests in a random order.
 
-    Questions that contain ``refused`` are refused. Questions that contain ``stuck`` are never answered.
+    Questions that contain ``refused`` are refused. Questions that contain ``stuck`` are never answered. ``submit``
+    raises an error for questions that contain ``broken``.
     """
 
-    def __init__(self, concurrency: int, *, refused: str = "?!", stuck: str = "?!") -> None:
+    def __init__(self, concurrency: int, *, refused: str = "?!", stuck: str = "?!", broken: str = "?!") -> None:
         super().__init__()
-        self.concurrency, self.refused, self.stuck = concurrency, refused, stuck
+        self.concurrency, self.refused, self.stuck, self.broken = concurrency, refused, stuck, broken
         self.running: dict[str, Request] = {}
         self.ended: list[tuple[str, Generation]] = []
         self.most_running = self.submitted = 0
@@ -40,6 +42,8 @@ class StreamingStub(StubEngine):
         raise AssertionError("requests must be submitted")
 
     def submit(self, request: Request) -> str:
+        if self.broken in request.question:
+            raise ValueError(f"top_k must be 0 for {request.question}")
         name = str(next(self.names))
         self.submitted += 1
         if self.refused in request.question:
@@ -91,6 +95,59 @@ def test_a_block_that_does_not_end_lets_a_limited_number_begin(tmp_path: Path) -
     assert len(stored) == 4
     assert engine.submitted == 4 + 40  # four times the concurrency
     assert engine.running == {}
+
+
+def test_an_error_is_raised_after_the_complete_blocks_before_it(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 20)
+    engine = StreamingStub(concurrency=4, broken="Question 5?")
+    with pytest.raises(ValueError, match=r"top_k must be 0 for Question 5\?"):
+        run(Correctness(CorrectnessConfig(samples=2)), items, tmp_path / "out", engine, block_size=2)
+    stored = [record["key"] for record in read_records(journal_path(tmp_path / "out", 0, 1))]
+    assert 2 <= len(stored) <= 10
+    assert engine.running == {}
+
+
+def test_a_failed_block_leaves_the_other_blocks() -> None:
+    engine = StreamingStub(concurrency=9)
+
+    def steps(tag: str) -> Steps:
+        requests = [Request(question=f"{tag}{number}") for number in range(3)]
+        generations = yield requests
+        if tag == "b":
+            raise RuntimeError("bad item")
+        return [[{"text": generation.text}] for generation in generations]
+
+    feeder = Feeder(engine)
+    engine.broken = "c1"  # the request c0 runs already
+    for tag in "abcd":
+        feeder.add(tag, steps(tag))
+    taken: list[tuple[Any, Any]] = []
+    while feeder.n_blocks:
+        taken += feeder.take(in_order=False)
+        feeder.collect()
+    results = dict(taken)
+    assert list(map(len, (results["a"], results["d"]))) == [3, 3]
+    assert (str(results["b"]), str(results["c"])) == ("bad item", "top_k must be 0 for c1")
+    assert engine.running == {}
+    assert engine.submitted == 10
+
+
+def test_complete_blocks_behind_a_failed_block_stay() -> None:
+    engine = StreamingStub(concurrency=9, broken="b")
+
+    def steps(tag: str) -> Steps:
+        yield [Request(question=tag)]
+        return [[]]
+
+    feeder = Feeder(engine)
+    for tag in "abc":
+        feeder.add(tag, steps(tag))
+    feeder.collect()
+    (first, second) = feeder.take(in_order=True)
+    assert first == ("a", [[]])
+    assert second[0] == "b"
+    assert isinstance(second[1], ValueError)
+    assert feeder.take(in_order=True) == [("c", [[]])]
 
 
 def test_a_cut_journal_is_completed(tmp_path: Path) -> None:

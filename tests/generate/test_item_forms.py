@@ -339,6 +339,7 @@ def test_missing_values_of_pandas_are_missing() -> None:
     assert (item.question, item.extra["options"]) == ("What is shown?", ["a cat", "None"])
     assert Item.from_dict({**MMBENCH, "C": "nan", "D": "a cow"}).problem == "option D stands after an empty option"
     assert read({**MMBENCH, "answer": "nan"}).truths == ()
+    assert [read({"question": "Q?", "options": text}).options for text in ("nan", " ", "")] == [None] * 3
     assert read({"question": "Q?", "answer": "7", "image": "nan", "context": "NaN"}).images == ()
 
 

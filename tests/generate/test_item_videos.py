@@ -99,6 +99,18 @@ def test_correctness_shows_the_video(tmp_path: Path) -> None:
     assert all(line["videos"] == [[f"../{frame}" for frame in frames]] for line in lines)
 
 
+def test_unsolved_questions_keep_the_paths_of_their_videos(tmp_path: Path) -> None:
+    frames = [os.path.relpath(path, tmp_path) for path in write_frames(tmp_path / "f", 3)]
+    path = write_items(tmp_path, {"question": "What?", "videos": [frames], "answer_gt": "10", "chosen": "It is ten."})
+    out = tmp_path / "out"
+    run(Correctness(CorrectnessConfig(samples=4)), StubEngine(), path, out, image_root=str(tmp_path), stream=None)
+    assert json.loads((out / "unsolved.jsonl").read_text())["videos"] == [frames]
+    unsolved = DropoutNTP(DropoutNTPConfig(matcher=None))
+    run(unsolved, StubEngine(), out / "unsolved.jsonl", tmp_path / "blind", image_root=str(tmp_path), stream=None)
+    (pair,) = open_pairs(tmp_path / "blind" / "pairs.jsonl").pairs
+    assert pair.videos == (Video(frames=tuple(f"../{frame}" for frame in frames)),)
+
+
 def requests_of(videos: Sequence[Any], **options: Any) -> list[Request]:
     sampling = SamplingConfig(temperature=0.8, max_new_tokens=6)
     return [

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,14 @@ def test_a_missing_ray_is_said(items: Path, tmp_path: Path, monkeypatch: pytest.
         run(items, tmp_path / "out", tmp_path / "pids")
 
 
+def test_a_file_of_the_user_is_not_replaced(items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pairs.jsonl").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"pairs\.jsonl"):
+        run(items, tmp_path / "out", tmp_path / "pids")
+
+
 def test_a_worker_keeps_a_streaming_engine_busy() -> None:
     from test_feeding import StreamingStub
 
@@ -199,3 +208,23 @@ def test_a_worker_keeps_a_streaming_engine_busy() -> None:
     (failed,) = worker.step([])
     assert failed.error == "item 1 ('Q0'): TimeoutError: only requests that never end are running"
     assert isinstance(worker._feeder, Feeder)
+
+
+def test_a_worker_reports_a_failed_block_and_finishes_the_others() -> None:
+    from test_feeding import StreamingStub
+
+    from mpo_ext.generate.items import Item
+
+    pipeline = make_pipeline()
+    worker = RayWorker(pipeline, lambda: StreamingStub(3, broken="Q0"), "2026-01-01")
+    worker.start()
+    items = [Item(question=f"Q{n}", chosen="It is one, as one sees.") for n in range(3)]
+    results = worker.step([Block(2 * n, n, [item], pipeline.keys(item)) for n, item in enumerate(items)])
+    while len(results) < 3:
+        finished = worker.step([])
+        assert finished
+        results += finished
+    errors = {result.start: result.error for result in results}
+    assert errors.pop(0).startswith("item 1 ('Q0'): ValueError: top_k must be 0 for Q0")  # type: ignore[union-attr]
+    assert errors == {2: None, 4: None}
+    assert worker.step([]) == []

@@ -21,7 +21,9 @@ from mpo_ext.generate import runner
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.items import Item, item_files, read_items
+from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.repetition import is_degenerate
+from mpo_ext.generate.responses import RatedResponse, distinct
 from mpo_ext.generate.sampler import journal_path
 from mpo_ext.journal import SettingsMismatchError, read_records
 
@@ -382,6 +384,26 @@ def test_a_journal_from_before_gives_relative_images(tmp_path: Path, monkeypatch
         Path("out/pairs.jsonl").unlink()
     assert not engine.requests
     assert '"a.png' not in Path("out/journal-00000-of-00001.jsonl").read_text()
+
+
+def test_equal_questions_with_other_options_are_not_repeated(tmp_path: Path) -> None:
+    lines = [
+        {"question": "Which?", "chosen": "It is one of them.\nFinal answer: B", "options": [animal, "7"]}
+        for animal in ("cat", "dog", "cat")
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pipeline = DropoutNTP(DropoutNTPConfig(samples=1))
+    summary = run(pipeline, tmp_path / "items.jsonl", tmp_path / "out")
+    assert summary.lines["pairs"] == 3
+    assert summary.notes == {"pairs of questions that occur more than once": 1}
+
+
+def test_duplicates_leave_the_order_of_the_responses() -> None:
+    result = ItemResult()
+    texts = ["a", "b", "c", " b", "a"]
+    responses = distinct([RatedResponse(text, 0.0, {}) for text in texts], result)
+    assert [response.text for response in responses] == ["a", "b", "c"]
+    assert result.skipped == {"sample is a duplicate": 2}
 
 
 def test_memory_stays_flat(tmp_path: Path) -> None:
