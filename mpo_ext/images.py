@@ -80,8 +80,7 @@ def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
 
     Args:
         source: Path, ``file://`` URL, ``data:`` URL or bytes of an image file.
-        decode: Whether to decode the pixels. False: only the headers and, in some formats, checksums are read. The
-            pixels of modes I and F are always decoded.
+        decode: Whether to decode the pixels. False: only headers and some checksums are read, except in modes I and F.
 
     Raises:
         FileNotFoundError: If the file does not exist.

@@ -97,10 +97,7 @@ class Video:
         return dataclasses.replace(self, frames=tuple(map(change, self.frames)))
 
     def to_value(self) -> Any:
-        """Returns the video as a JSON value: a path, or a list of frame paths.
-
-        A video with ``fps`` or ``max_frames`` becomes an object, as in ``from_value``.
-        """
+        """Returns the video as a JSON value: a path, a list of frame paths, or an object as in ``from_value``."""
         content: Any = self.path or list(self.frames)
         settings = {name: getattr(self, name) for name in ("fps", "max_frames") if getattr(self, name) is not None}
         return {"path" if self.path else "frames": content, **settings} if settings else content
@@ -278,10 +275,7 @@ def max_video_bytes() -> int:
 
 
 def set_video_defaults(fps: float | None = None, max_frames: int | None = None) -> None:
-    """Sets the defaults of ``fps`` and ``max_frames``, for this process and its future child processes.
-
-    None leaves a default unchanged.
-    """
+    """Sets the defaults for this process and its future child processes. None leaves a default unchanged."""
     if fps is not None:
         check_number("video_fps", fps, "(0, inf)")
         os.environ[FPS_VARIABLE] = repr(float(fps))

@@ -58,8 +58,7 @@ def evaluate(
         root_map: Tuples (old, new) for meta files: paths in the folder ``old`` are looked up in the folder ``new``.
         system: System prompt of the questions that have none; None: no system prompt.
         exports: Other toolkits in whose formats predictions are also written: "vlmevalkit", "lmms-eval".
-        page_limit: Maximum number of questions on ``failures.html``. If more questions have a wrong answer, a random
-            selection is shown.
+        page_limit: Maximum number of questions on ``failures.html``. If more were wrong, a random selection is shown.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Processes, progress display, and how often responses are saved; None: the default ``EvaluationRun``.
 

@@ -125,8 +125,7 @@ def value_in_forward(
         TypeError: As in ``hidden_and_head``.
         ValueError: As in ``hidden_and_head``.
         RuntimeError: If the model's forward does not call the head exactly once, returns no ``logits``, or changes the
-            logits in an unknown way. If a wrapper, such as FSDP2, does not hold the head's whole weight in the head's
-            own forward.
+            logits in an unknown way. If a wrapper, such as FSDP2, does not hold the whole weight in its forward.
     """
     inner = unwrap_model(model)
     known = _KNOWN_IN_FORWARD.setdefault(inner, {})
@@ -377,11 +376,7 @@ def _local_head(
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Returns the Hugging Face model inside DDP, FSDP1, DeepSpeed, torch.compile and peft wrappers.
-
-    Raises:
-        TypeError: If no model with ``get_output_embeddings`` is found.
-    """
+    """Returns the Hugging Face model inside DDP, FSDP1, DeepSpeed, torch.compile and peft, or raises TypeError."""
     inner = model
     while not hasattr(type(inner), "get_output_embeddings"):
         if callable(getattr(type(inner), "get_base_model", None)):
@@ -400,10 +395,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Returns the model's output head, or all layers inside peft's ModulesToSaveWrapper if it wraps the head.
-
-    Raises TypeError if the head is missing or not a plain linear layer.
-    """
+    """Returns the output head, or all layers in peft's ModulesToSaveWrapper. Raises TypeError for other heads."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise TypeError(

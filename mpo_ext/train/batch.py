@@ -33,8 +33,7 @@ class Batch:
             "masked": the rows of "shared", always with a dense attention mask. "shared" has such a mask only if the
             model does not support split attention.
         inputs: Keyword arguments of the model, without attention masks: ``input_ids`` ``[R, L]`` (R sequence rows of L
-            tokens), ``position_ids`` if the layout or the model needs them, other inputs per token, and image inputs
-            such as ``pixel_values``.
+            tokens), ``position_ids`` if the layout or model needs them, other inputs per token, ``pixel_values`` ...
         segments: ``[R, L]`` int32: 0 for a prompt, 1, 2, ... for the responses to this prompt, -1 for padding.
         index: ``[N]`` int64: the output of the model at token position ``index[i]`` of the flattened rows ``[R * L]``
             predicts ``labels[i]``.
@@ -306,10 +305,7 @@ def collate(
 
 
 def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor | None]]:
-    """Returns token ids and targets of the chosen and the rejected response.
-
-    If ``with_rejected`` is False, the rejected response is empty.
-    """
+    """Returns token ids and targets of both responses. Without ``with_rejected``, the rejected response is empty."""
     chosen = (sample.chosen_ids, sample.chosen_targets)
     return [
         chosen,

@@ -187,9 +187,7 @@ class Trainer:
         """Returns the source of the reference log-probs, or None if the loss needs no reference.
 
         For ``reference.kind`` "precomputed", this method also computes the log-probs if their file does not exist.
-
-        Raises:
-            InterruptedRunError: If a signal arrives while the log-probs are computed.
+        Raises ``InterruptedRunError`` if a signal arrives meanwhile.
         """
         kind, loss = self.recipe.reference_kind, self.recipe.loss
         if kind is None:
