@@ -185,14 +185,19 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
             return micro_batches(lengths, self.micro_batch_size, groups=keys if self.group_prompts else None)
         sides = ("chosen_ids", "rejected_ids") if self.collator.with_rejected else ("chosen_ids",)
         responses = [[len(getattr(sample, side)) for side in sides] for sample in samples]
-        for place, sample in enumerate(samples):
-            if sample.rejected_prompt is not None and self.collator.with_rejected:
-                # The pair counts as two rows, each as long as the longer prompt and the longer response.
-                chosen, rejected = responses[place]
-                longer = max(prompts[place], len(sample.rejected_prompt.prompt_ids))
-                prompts[place] = 2 * longer + abs(chosen - rejected)
-                keys[place] = f"{keys[place]} {sample.rejected_prompt.prompt_key}"
-        return token_micro_batches(prompts, responses, self.micro_batch_tokens, self.collator.layout, groups=keys)
+        rejected_prompts = {
+            place: (sample.rejected_prompt.prompt_key, len(sample.rejected_prompt.prompt_ids))
+            for place, sample in enumerate(samples)
+            if sample.rejected_prompt is not None
+        }
+        return token_micro_batches(
+            prompts,
+            responses,
+            self.micro_batch_tokens,
+            self.collator.layout,
+            groups=keys,
+            rejected_prompts=rejected_prompts,
+        )
 
     def _advice(self, index: int, result: BadLine | BadPairError) -> str:
         """Returns advice on a bad pair: how to skip it or, for a missing image, how to correct the path."""

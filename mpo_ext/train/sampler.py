@@ -1,6 +1,7 @@
 """Assigns the pairs of the data to optimizer steps, ranks and micro-batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,7 @@ def token_micro_batches(
     layout: RowLayout,
     *,
     groups: Sequence[Any],
+    rejected_prompts: Mapping[int, tuple[Any, int]] | None = None,
 ) -> list[list[int]]:
     """Divides the pairs of a rank into micro-batches with at most ``limit`` token positions.
 
@@ -142,50 +144,81 @@ def token_micro_batches(
         layout: ``Batch.layout``, which determines the number of positions.
         groups: The prompt of each pair as any hashable value, such as ``Sample.prompt_key``. Pairs with the same
             prompt share its tokens if the layout allows it.
+        rejected_prompts: The prompt of the rejected response, as in ``groups``, and its number of tokens; by the index
+            of the pair. Only for pairs whose responses have different prompts.
 
     Returns:
         For each micro-batch, the indices of its pairs in ``prompts``. Each index occurs once.
     """
     check_integer("limit", limit, least=1)
-    lengths = [prompt + max(sizes, default=0) for prompt, sizes in zip(prompts, responses, strict=True)]
-    batches: list[tuple[list[int], int, int]] = []  # pairs, number of rows, length of the longest row or of all rows
+    rejected = rejected_prompts or {}
+    lengths = [
+        max(prompt, rejected[pair][1] if pair in rejected else 0) + max(sizes, default=0)
+        for pair, (prompt, sizes) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    batches: list[tuple[list[int], _Rows]] = []
     for pairs in _longest_first(lengths, groups):
-        for part, rows, length in _rows_of_group(pairs, prompts, responses, limit, layout):
-            for place, (others, other_rows, other_length) in enumerate(batches):
-                if layout == "packed":
-                    joined = others + part, 1, other_length + length
-                else:
-                    joined = others + part, other_rows + rows, max(other_length, length)
-                if joined[1] * joined[2] <= limit:
-                    batches[place] = joined
+        rows = {pair: _rows_of(pair, prompts, responses, layout, groups, rejected) for pair in pairs}
+        for part, part_rows in _parts(rows, limit, layout):
+            for place, (others, other_rows) in enumerate(batches):
+                joined = _joined(other_rows, part_rows)
+                if _n_positions(joined, layout) <= limit:
+                    batches[place] = others + part, joined
                     break
             else:
-                batches.append((part, rows, length))
-    return [pairs for pairs, _, _ in batches]
+                batches.append((part, part_rows))
+    return [pairs for pairs, _ in batches]
 
 
-def _rows_of_group(
-    pairs: Sequence[int], prompts: Sequence[int], responses: Sequence[Sequence[int]], limit: int, layout: RowLayout
-) -> Iterator[tuple[list[int], int, int]]:
-    """Divides the pairs of one prompt into parts that fit into a micro-batch.
+# The rows of a batch: tokens of the prompt and of all responses, by prompt, or by response in the layout "separate".
+_Rows = dict[Any, tuple[int, int]]
 
-    Yields ``(pairs, number of rows, length of a row)`` for each part. In the layout "separate", each pair is a part.
-    Otherwise, a part is one row of at most ``limit`` tokens, or one row with a single longer pair.
+
+def _rows_of(
+    pair: int,
+    prompts: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    layout: RowLayout,
+    groups: Sequence[Any],
+    rejected: Mapping[int, tuple[Any, int]],
+) -> _Rows:
+    """Returns the rows of a pair. The arguments after ``pair`` are those of ``token_micro_batches``."""
+    sides = [(groups[pair], prompts[pair], size) for size in responses[pair] or [0]]
+    if pair in rejected and len(sides) == 2:
+        sides[1] = (*rejected[pair], sides[1][2])
+    if layout == "separate":
+        return {(pair, side): (prompt, size) for side, (_, prompt, size) in enumerate(sides)}
+    return _joined(*({key: (prompt, size)} for key, prompt, size in sides))
+
+
+def _joined(*batches: _Rows) -> _Rows:
+    """Returns the rows of several batches together. Rows with the same prompt become one row."""
+    joined: _Rows = {}
+    for key, (prompt, size) in chain.from_iterable(rows.items() for rows in batches):
+        joined[key] = prompt, size + joined.get(key, (0, 0))[1]
+    return joined
+
+
+def _n_positions(rows: _Rows, layout: RowLayout) -> int:
+    """Returns the number of token positions of a batch, padding included."""
+    lengths = list(map(sum, rows.values()))
+    return sum(lengths) if layout == "packed" else len(lengths) * max(lengths)
+
+
+def _parts(rows_of: Mapping[int, _Rows], limit: int, layout: RowLayout) -> Iterator[tuple[list[int], _Rows]]:
+    """Divides the pairs of one prompt into parts that fit into a micro-batch, and yields each part with its rows.
+
+    In the layout "separate", each pair is a part. A pair that exceeds the limit is a part, too.
     """
     part: list[int] = []
-    rows, length = 0, 0
-    for pair in pairs:
-        if layout == "separate":
-            yield [pair], len(responses[pair]), prompts[pair] + max(responses[pair], default=0)
-            continue
-        size = sum(responses[pair])
-        if part and length + size > limit:
-            yield part, rows, length
-            part = []
-        length = length + size if part else prompts[pair] + size
-        rows, part = 1, [*part, pair]
-    if part:
-        yield part, rows, length
+    rows: _Rows = {}
+    for pair, pair_rows in rows_of.items():
+        joined = _joined(rows, pair_rows)
+        if part and (layout == "separate" or _n_positions(joined, layout) > limit):
+            yield part, rows
+            part, joined = [], pair_rows
+        part, rows = [*part, pair], joined
+    yield part, rows
 
 
 def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import digits_run
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mpo_ext.data.records import Pair
 from mpo_ext.train.batch import collate
+from mpo_ext.train.dataset import Collator, RunData
 from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, Sample, SkippedPair
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.masks import prompt_positions
@@ -108,6 +110,20 @@ def test_an_epoch_equals_separate_rows(pairs: Path, tmp_path: Path) -> None:
             assert line[name] == pytest.approx(wanted[name], abs=1e-5), name
     for (name, weight), value in zip(first.named_parameters(), second.parameters(), strict=True):
         assert (weight - value).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared", "separate"])
+def test_a_limit_of_tokens_counts_both_prompts(layout: Any, pairs: Path, tmp_path: Path) -> None:
+    encoder = Encoder(digits_run.tiny()[1])
+    longest = max(collate([encoded(encoder, pair)], layout, pad_id=0).positions for pair in read(pairs))
+    recipe = digits_run.recipe(
+        tmp_path, pairs, optim__batch_size=9, optim__micro_batch_size=1, optim__micro_batch_tokens=2 * longest
+    )
+    data = RunData(recipe, accelerate.Accelerator(cpu=True), encoder, Collator(layout, 0, True, None))
+    (step,) = data.load_steps(data.total_steps - 1)
+    assert sum(count.pairs for count in step.counts) == 9
+    assert len(step.batches) < 9
+    assert max(batch.positions for batch in step.batches) <= 2 * longest
 
 
 def test_digests_and_errors(pairs: Path) -> None:
