@@ -193,15 +193,15 @@ class Checkpoints:
         Args:
             accelerator: accelerate's ``Accelerator``.
             resume: "auto": the newest complete checkpoint that is not damaged, or a new run if the folder has no
-                complete checkpoint; "never": a new run; otherwise the path of a checkpoint.
+                checkpoint; "never": a new run; otherwise the path of a checkpoint.
 
         Raises:
-            FileExistsError: If ``resume`` is "never" and the folder has a complete checkpoint.
-            CheckpointError: If ``resume`` is "auto" and all complete checkpoints in the folder are damaged.
+            FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
+            CheckpointError: If ``resume`` is "auto" and all checkpoints in the folder are incomplete or damaged.
             ValueError: If ``resume`` is a path without a checkpoint, or its checkpoint is incomplete or damaged.
         """
         if resume == "auto":
-            complete = self._complete()
+            complete, incomplete = self._scan()
             for manifest, path in reversed(complete):
                 try:
                     self._check_contents(accelerator, manifest, path)
@@ -209,11 +209,8 @@ class Checkpoints:
                     _LOG.warning("%s is left out: %s", path, error)
                 else:
                     return path
-            if complete:
-                raise CheckpointError(
-                    f"one checkpoint in {self.folder} must be intact, got {len(complete)} damaged checkpoints: choose "
-                    "another output.dir to start a new run"
-                )
+            if complete or incomplete:
+                raise self._no_intact(len(complete) + len(incomplete))
             return None
         found = self.find(resume)
         if found is not None:
@@ -229,17 +226,21 @@ class Checkpoints:
         Unlike ``resolve``, this method does not read the files, so it may return a damaged checkpoint.
 
         Raises:
-            FileExistsError: If ``resume`` is "never" and the folder has a complete checkpoint.
+            FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
+            CheckpointError: If ``resume`` is "auto" and all checkpoints in the folder are incomplete.
             ValueError: If ``resume`` is a path without a complete checkpoint.
         """
         if resume in ("auto", "never"):
-            latest = self.latest()
-            if resume == "never" and latest is not None:
+            complete, incomplete = self._scan()
+            paths = [*incomplete, *(path for _, path in complete)]
+            if resume == "never" and paths:
                 raise FileExistsError(
                     'resume must be "auto" or a checkpoint if the folder has a checkpoint, got "never" with '
-                    f"{latest}; or choose another output.dir"
+                    f"{paths[-1]}; or choose another output.dir"
                 )
-            return latest
+            if incomplete and not complete:
+                raise self._no_intact(len(incomplete))
+            return paths[-1] if paths else None
         try:
             Manifest.read(Path(resume))
         except CheckpointError as error:
@@ -255,9 +256,22 @@ class Checkpoints:
             manifest.check_contents(accelerator, path)
             self._checked.add(path)
 
+    def _no_intact(self, count: int) -> CheckpointError:
+        return CheckpointError(
+            f"one checkpoint in {self.folder} must be intact, got {count} damaged checkpoints: choose another "
+            "output.dir to start a new run"
+        )
+
     def _complete(self) -> list[tuple[Manifest, Path]]:
         """Returns the manifests and paths of the complete checkpoints, oldest first."""
-        complete = []
+        return self._scan()[0]
+
+    def _scan(self) -> tuple[list[tuple[Manifest, Path]], list[Path]]:
+        """Returns the manifests and paths of the complete checkpoints, oldest first, and incomplete checkpoints.
+
+        Logs a warning for each incomplete checkpoint.
+        """
+        complete, incomplete = [], []
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             leftover = LEFTOVER.fullmatch(path.name)
             name = path.name
@@ -271,7 +285,8 @@ class Checkpoints:
                 complete.append((Manifest.read(path), path))
             except CheckpointError as error:
                 _LOG.warning("%s is left out: %s", path, error)
-        return sorted(complete, key=lambda entry: entry[0].number)
+                incomplete.append(path)
+        return sorted(complete, key=lambda entry: entry[0].number), incomplete
 
     def _publish(
         self,

@@ -150,7 +150,7 @@ class Mixture(Sequence[Pair | BadLine]):
         )
         if self.pairs == 0:
             paths_text = ", ".join(recipe.path for recipe in self.sources) or "no sources"
-            raise ValueError(f"{name} must give an epoch at least one pair, got none from {paths_text}")
+            raise ValueError(f"{self.name} must give an epoch at least one pair, got none from {paths_text}")
 
     @property
     def pairs(self) -> int:

@@ -20,7 +20,7 @@ from mpo_ext.train.settings import (
 
 #: Optimizers that ``OptimRecipe.name`` knows besides import paths.
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon")
-_OWN_ARGUMENTS = ("params", "lr", "betas", "eps", "weight_decay")
+_OWN_ARGUMENTS = ("params", "lr", "weight_decay")
 
 
 @section
@@ -106,10 +106,10 @@ class OptimRecipe:
                     f"groups must name parts among {', '.join(MODEL_PARTS)}, got {part!r}"
                     f"{did_you_mean(part, MODEL_PARTS)}"
                 )
-        own = [name for name in self.args if name in _OWN_ARGUMENTS]
+        own = [name for name in self.args if name in _OWN_ARGUMENTS or (self.takes_betas and name in ("betas", "eps"))]
         if own:
             raise ValueError(f"args must not hold a setting of optim, got {', '.join(own)}")
-        if "adamw" not in self.name and self.name != "muon" and (self.betas, self.eps) != ((0.9, 0.999), 1e-8):
+        if not self.takes_betas and (self.betas, self.eps) != ((0.9, 0.999), 1e-8):
             raise ValueError(
                 f"betas and eps must be the defaults with {self.name}, which does not read them (its own go into "
                 f"args), got {list(self.betas)} and {self.eps:g}"
@@ -123,3 +123,8 @@ class OptimRecipe:
                 "warmup_ratio and decay_ratio must be at most 1 together with schedule 'wsd', got "
                 f"{self.warmup_ratio} and {self.decay_ratio}"
             )
+
+    @property
+    def takes_betas(self) -> bool:
+        """True if the optimizer gets ``betas`` and ``eps``."""
+        return self.name in OPTIMIZERS and self.name != "adafactor"

@@ -114,7 +114,7 @@ def make_optimizer(
     """
     _check_ranks(recipe, accelerator)
     options: dict[str, Any] = {"lr": recipe.learning_rate}
-    if "adamw" in recipe.name or recipe.name == "muon":
+    if recipe.takes_betas:
         options |= {"betas": recipe.betas, "eps": recipe.eps}
     if recipe.name == "adamw":
         # Without the fused implementation, AdamW on a CPU allocates a tensor for each intermediate result.
@@ -260,7 +260,8 @@ def scheduled_learning_rate(recipe: OptimRecipe, maximum: float, step: int, tota
     elif recipe.schedule == "linear":
         fraction = 1 - progress
     elif recipe.schedule == "wsd":
-        decay_steps = max(1, math.ceil(total_steps * recipe.decay_ratio))
+        # Both numbers of steps are rounded up, so they could overlap.
+        decay_steps = max(1, min(math.ceil(total_steps * recipe.decay_ratio), total_steps - warmup_steps))
         fraction = min(1.0, (total_steps - step) / decay_steps)
     else:
         fraction = 1.0
@@ -287,10 +288,15 @@ def set_learning_rates(
 def clip_gradients(accelerator: Any, model: nn.Module, max_grad_norm: float) -> float:
     """Clips the gradient norm to ``max_grad_norm`` (0: no clipping), and returns the norm before clipping.
 
-    DeepSpeed clips the gradients itself; this function then only returns the norm that DeepSpeed reports.
+    DeepSpeed clips the gradients itself; this function then only returns the norm that DeepSpeed reports. Raises
+    RuntimeError if DeepSpeed reports no norm, because a settings file can disable its computation.
     """
     max_norm = max_grad_norm if max_grad_norm > 0 else math.inf
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    if norm is None:  # DeepSpeed clips by itself
-        return model.get_global_grad_norm() if hasattr(model, "get_global_grad_norm") else math.nan  # type: ignore[operator]
+    if norm is None:  # the result of DeepSpeed before its first step
+        norm = model.get_global_grad_norm() if hasattr(model, "get_global_grad_norm") else None  # type: ignore[operator]
+        if norm is None:
+            raise RuntimeError(
+                "the gradient norm must be computed, got None from DeepSpeed: enable it in its settings"
+            )
     return float(norm)

@@ -194,8 +194,8 @@ class RunOutput:
             reference: Reference model if training updates it; None otherwise.
 
         Returns:
-            Whether a setting, an input that affects training, or a file of ``data.eval`` has changed since the
-            checkpoint.
+            Whether a setting, an input that affects training, a file of ``data.eval`` or the questions of
+            ``output.eval_generate`` have changed since the checkpoint.
         """
         changes = self.input_changes
         state = self.checkpoints.load(self.accelerator, path, model, optimizer, reference=reference)
@@ -203,15 +203,18 @@ class RunOutput:
             self.console.say(f"since the checkpoint: {text}")
         for text in changes.lines():
             self.console.say(text)
-        has_same_evaluation = not changes.evaluation and not any(map(_changes_evaluation, self.changed))
-        if self.state.questions is not None and state.get("questions") not in (None, self.state.questions):
+        has_new_questions = self.state.questions is not None and state.get("questions") not in (
+            None,
+            self.state.questions,
+        )
+        if has_new_questions:
             self.console.say("the questions of output.eval_generate have changed: the best score counts from here")
-            has_same_evaluation = False
-        self.state.load_state_dict(state, keep_evaluation=has_same_evaluation)
+        has_new_evaluation = has_new_questions or changes.evaluation or any(map(_changes_evaluation, self.changed))
+        self.state.load_state_dict(state, keep_evaluation=not has_new_evaluation)
         if self.is_main:
             self.log.rewind(state["log_position"])
         self.accelerator.wait_for_everyone()
-        return bool(self.changed or changes.refused or changes.evaluation)
+        return bool(self.changed or changes.refused or has_new_evaluation)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> None:
         """Writes a checkpoint of the policy, the optimizer, the run state, and ``reference`` if it is not None.

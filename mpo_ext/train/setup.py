@@ -27,7 +27,7 @@ from mpo_ext.train.reference_file import reference_path
 from mpo_ext.train.reference_model import check_can_follow
 from mpo_ext.train.shared_prefix import SharedLayout, check_shared_prefix, shared_layouts
 from mpo_ext.train.trackers import check_trackers
-from mpo_ext.train.zero import copy_model, is_deepspeed, is_partitioned, prepare_frozen, set_sizes
+from mpo_ext.train.zero import check_zero_stage, copy_model, is_deepspeed, is_partitioned, prepare_frozen, set_sizes
 from mpo_ext.videos import set_video_defaults
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -74,7 +74,8 @@ def make_accelerator(recipe: Recipe) -> Any:
     """Seeds all random generators and returns accelerate's ``Accelerator`` for the recipe.
 
     Raises:
-        ValueError: If accelerate does not find all processes that the launcher started, or a tracker is unknown.
+        ValueError: If accelerate does not find all processes that the launcher started, a tracker is unknown, or
+            DeepSpeed runs without ZeRO.
         ImportError: If accelerate is too old for FSDP2 or DeepSpeed, or the package of a tracker is not installed.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -99,6 +100,7 @@ def make_accelerator(recipe: Recipe) -> Any:
             "ACCELERATE_USE_CPU=true"
         )
     _check_accelerate(accelerator)
+    check_zero_stage(accelerator)
     set_seed(recipe.optim.seed)
     return accelerator
 

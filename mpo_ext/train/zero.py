@@ -25,7 +25,16 @@ def is_deepspeed(accelerator: Any) -> bool:
 def zero_stage(accelerator: Any) -> int | None:
     """Returns the ZeRO stage of a run, or None without DeepSpeed."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return None if plugin is None else int(plugin.deepspeed_config["zero_optimization"]["stage"])
+    return None if plugin is None else int(plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def check_zero_stage(accelerator: Any) -> None:
+    """Raises ValueError for DeepSpeed without ZeRO, which does not report the gradient norm."""
+    if is_deepspeed(accelerator) and zero_stage(accelerator) == 0:
+        raise ValueError(
+            "zero_optimization.stage of DeepSpeed must be 1, 2 or 3, got 0: without ZeRO, use accelerate without "
+            "DeepSpeed (DDP)"
+        )
 
 
 def is_partitioned(model: nn.Module) -> bool:

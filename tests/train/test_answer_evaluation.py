@@ -294,6 +294,16 @@ def test_other_questions_start_the_best_score_anew(
     own.write_text("".join(items.read_text().splitlines(keepends=True)[1:]))
     assert run(tmp_path / "out", pairs, optim__epochs=3, **settings).state.best_score == 1 / 6
     assert "the questions of output.eval_generate have changed" in capsys.readouterr().err
+    # A finished run is evaluated again on changed questions.
+    steps: list[int] = []
+    monkeypatch.setattr(
+        AnswerEvaluation, "evaluate", lambda self, step: steps.append(step) or {"answer_accuracy": 0.1}
+    )
+    run(tmp_path / "out", pairs, optim__epochs=3, **settings)
+    assert steps == []
+    own.write_text(items.read_text())
+    assert run(tmp_path / "out", pairs, optim__epochs=3, **settings).state.best_score == 0.1
+    assert steps == [9]
 
 
 def test_metrics_of_answers() -> None:

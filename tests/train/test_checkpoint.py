@@ -394,13 +394,27 @@ def test_a_changed_byte_in_any_file_is_noticed_and_an_older_checkpoint_is_taken(
     assert "got other contents in" in caplog.text
 
 
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing", "no manifest"])
 def test_a_run_does_not_start_again_beside_damaged_checkpoints(
-    accelerator: Any, save: Callable[..., Path], tmp_path: Path
+    accelerator: Any, save: Callable[..., Path], tmp_path: Path, damage: str
 ) -> None:
-    file = save(Checkpoints(tmp_path), 1) / "state.json"
-    file.write_bytes(file.read_bytes().replace(b"1", b"2"))
+    path = save(Checkpoints(tmp_path), 1)
+    file = path / ("manifest.json" if damage == "no manifest" else "state.json")
+    content = file.read_bytes()
+    if damage in ("missing", "no manifest"):
+        file.unlink()
+    else:
+        file.write_bytes(content[:-1] if damage == "cut" else content.replace(b"1", b"2"))
     with pytest.raises(CheckpointError, match="must be intact, got 1 damaged"):
         Checkpoints(tmp_path).resolve(accelerator, "auto")
+    if damage != "changed":  # ``find`` does not read the files
+        with pytest.raises(CheckpointError, match="must be intact, got 1 damaged"):
+            Checkpoints(tmp_path).find("auto")
+    with pytest.raises(FileExistsError, match=f'got "never" with {path}'):
+        Checkpoints(tmp_path).resolve(accelerator, "never")
+    newer = save(Checkpoints(tmp_path), 2)
+    assert Checkpoints(tmp_path).resolve(accelerator, "auto") == newer
+    assert Checkpoints(tmp_path).find("auto") == newer
 
 
 def test_a_checkpoint_without_digests_still_resumes(

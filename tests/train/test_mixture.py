@@ -156,8 +156,8 @@ def test_draws_are_anew_for_each_epoch_and_depend_on_seed_and_subset_alone(tmp_p
 
 def test_wrong_sources_are_named(tmp_path: Path) -> None:
     source = pairs_file(tmp_path / "a.jsonl", 2)
-    with pytest.raises(ValueError, match=r"at least one pair, got none from .*a.jsonl"):
-        Mixture([with_repeat(source, 0.1)])
+    with pytest.raises(ValueError, match=r"^data.train must give an epoch at least one pair, got none from .*a.jsonl"):
+        Mixture([with_repeat(source, 0.1)], name="data.train")
     with pytest.raises(ValueError, match="at least one pair, got none from no sources"):
         Mixture([])
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):

@@ -14,8 +14,9 @@ from transformers.optimization import Adafactor, get_scheduler
 from mpo_ext.plan.memory import MemoryEstimate
 from mpo_ext.train.loop import Trainer, train
 from mpo_ext.train.optim_recipe import OptimRecipe
-from mpo_ext.train.optimizer import make_optimizer, parameter_groups, scheduled_learning_rate
+from mpo_ext.train.optimizer import clip_gradients, make_optimizer, parameter_groups, scheduled_learning_rate
 from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.zero import check_zero_stage
 
 ONE_PROCESS = types.SimpleNamespace(distributed_type="NO", device=torch.device("cpu"))
 
@@ -245,6 +246,42 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, settings: dict[st
         assert seen == ([1, 2, 3, 4] if name == "whole" else [3, 4])
         ends.append(digits_run.weights(model))
     assert_equal(ends[1], ends[0])
+
+
+def test_a_schedule_without_stable_steps_reaches_the_maximum() -> None:
+    recipe = OptimRecipe(learning_rate=1.0, schedule="wsd", warmup_ratio=0.25, decay_ratio=0.75)
+    rates = [scheduled_learning_rate(recipe, 1.0, step, 10) for step in range(10)]
+    assert rates == pytest.approx([0, 1 / 3, 2 / 3, *((10 - step) / 7 for step in range(3, 10))])
+
+
+@pytest.mark.parametrize("name", ["torch.optim.AdamW", "torch.optim.adamw.AdamW"])
+def test_betas_of_an_imported_optimizer_are_in_args(name: str) -> None:
+    made = optimizer(digits_run.tiny()[0], name=name, args={"betas": (0.8, 0.9), "eps": 1e-5})
+    assert made.defaults["betas"] == (0.8, 0.9)
+    assert made.defaults["eps"] == 1e-5
+    with pytest.raises(ValueError, match=f"betas and eps must be the defaults with {name}, which does not read them"):
+        OptimRecipe(name=name, betas=(0.8, 0.9))
+    with pytest.raises(ValueError, match="args must not hold a setting of optim, got betas"):
+        OptimRecipe(args={"betas": (0.8, 0.9)})
+
+
+def test_deepspeed_must_report_the_gradient_norm() -> None:
+    plugin = types.SimpleNamespace(deepspeed_config={"train_batch_size": 1})
+    accelerator = types.SimpleNamespace(
+        distributed_type="DEEPSPEED",
+        state=types.SimpleNamespace(deepspeed_plugin=plugin),
+        clip_grad_norm_=lambda parameters, norm: None,
+    )
+    with pytest.raises(ValueError, match=r"zero_optimization\.stage of DeepSpeed must be 1, 2 or 3, got 0"):
+        check_zero_stage(accelerator)
+    plugin.deepspeed_config["zero_optimization"] = {"stage": 1}  # type: ignore[assignment]
+    check_zero_stage(accelerator)
+    model = nn.Linear(2, 2)
+    model.get_global_grad_norm = lambda: 3.0  # type: ignore[assignment]
+    assert clip_gradients(accelerator, model, 1.0) == 3.0
+    model.get_global_grad_norm = lambda: None  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="the gradient norm must be computed, got None from DeepSpeed"):
+        clip_gradients(accelerator, model, 1.0)
 
 
 @pytest.mark.parametrize(
