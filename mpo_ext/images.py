@@ -403,7 +403,7 @@ def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
         image = image.copy()
         image.info["transparency"] = transparency * (85 if raw_mode == "L;2" else 17)
     rgba = image.convert("RGBA")
-    return rgba.convert("RGB"), rgba.getchannel("A")
+    return image.convert("L") if mode in ("1", "L") else rgba.convert("RGB"), rgba.getchannel("A")
 
 
 def _grey(image: Any, transparency: object) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from mpo_ext.checks import check_choice, check_index, install_hint
+from mpo_ext.checks import check_choice, check_index, install_hint, shorten
 from mpo_ext.data.media import check_media, drop_fields, refuse_bytes
 from mpo_ext.data.paths import RootMap, map_roots
 from mpo_ext.data.reader import Location, PairSequence, raise_bad_line
@@ -55,8 +55,7 @@ def to_dataset(
     """Builds a dataset for TRL's trainers. The dataset is stored on disk and memory-mapped.
 
     Args:
-        pairs: The pairs, or a function that returns a new iterator over the pairs; they are read twice. Pairs with
-            tools are not supported: the dataset has no column ``tools``.
+        pairs: The pairs, or a function that returns a new iterator over the pairs; they are read twice.
         kind: "standard" or "conversational".
         embed: Whether the dataset contains the bytes of all images. False: it contains the paths of image files, but
             the bytes of images that are given as URLs.
@@ -70,7 +69,7 @@ def to_dataset(
         ImportError: If Hugging Face datasets is not installed.
         OSError: If an image to store as bytes cannot be read.
         ImageError: If an image to store as bytes is not a valid image.
-        ValueError: If ``to_trl`` raises it for a pair.
+        ValueError: If a pair has tools, or ``to_trl`` raises it for a pair.
     """
     datasets = require_datasets()
     check_choice("kind", kind, get_args(Kind))
@@ -90,6 +89,8 @@ def to_dataset(
     def rows() -> Iterator[dict[str, Any]]:
         for pair in read_all():
             row = to_trl(pair, kind, has_images=has_images)
+            if "tools" in row:  # their arguments would share columns
+                raise ValueError(f"pairs of a dataset must have no tools, got {shorten(row['tools'])}")
             if has_images:
                 row["image_paths"] = row["images"]
                 row["images"] = [_encoded(path, embed) for path in row["images"]]
@@ -317,7 +318,7 @@ def saved_dataset(path: str | os.PathLike[str], split: str | None = None) -> "da
 
     Args:
         path: Folder of the dataset.
-        split: Name of the split; None for a dataset without splits.
+        split: Name of the split; None for a dataset without splits or with one split.
 
     Raises:
         ImportError: If Hugging Face datasets is not installed.
@@ -334,6 +335,8 @@ def saved_dataset(path: str | os.PathLike[str], split: str | None = None) -> "da
         if split is not None:
             raise ValueError(f"split must be None for the dataset without splits {os.fspath(path)}, got {split!r}")
         return dataset
+    if split is None and len(dataset) == 1:
+        return next(iter(dataset.values()))
     if split is None:
         raise ValueError(
             f"{os.fspath(path)} must hold one split: set split (--split), or name its folder, to one of "

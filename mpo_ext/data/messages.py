@@ -37,6 +37,11 @@ _FOLLOWING = {
 }
 
 
+def is_response_role(role: object) -> bool:
+    """Returns whether a message with this role is a response of the model."""
+    return isinstance(role, str) and (_ROLES.get(role) or role) == "assistant"
+
+
 def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
     """Converts a message, or a list of messages, to turns.
 

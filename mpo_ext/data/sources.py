@@ -207,8 +207,7 @@ def open_pairs(
         image_dir: Folder for storing images and videos that a row holds as bytes. None: ``images`` in
             ``cache_folder()``.
         max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
-        split: Name of the split of a dataset; None: the only split. Must be given for a folder that
-            ``save_to_disk`` wrote with splits.
+        split: Name of the split of a dataset; None: the only split.
         revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
         config: Configuration of a dataset of the hub; None: the only or default configuration.
         ignore: Names of fields to remove, at any depth, before a row is converted to a pair.

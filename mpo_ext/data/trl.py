@@ -20,6 +20,7 @@ from mpo_ext.data.marks import has_mark
 from mpo_ext.data.messages import (
     Turn,
     is_conversation,
+    is_response_role,
     pair_of_turns,
     read_response,
     read_turns,
@@ -183,7 +184,7 @@ def _split(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
 def _begins_with_response(chosen: list[Any]) -> bool:
     first = chosen[0] if chosen and isinstance(chosen[0], dict) else {}
-    return first.get("role", first.get("from")) in ("assistant", "gpt")
+    return is_response_role(first.get("role", first.get("from")))
 
 
 def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn]:
@@ -201,7 +202,7 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
         raise FieldError(f"prompt must be text or a list of messages, got {shorten(prompt)}")
     turns = read_turns("prompt", prompt, images)
     if len(turns) == 1 and isinstance(question, str) and isinstance(prompt, list):
-        content = prompt[0].get("content")
+        content = prompt[0].get("content", prompt[0].get("value"))
         blocks = content if isinstance(content, str) else _plain(content)
         # Otherwise the prompt was edited after ``to_trl`` wrote it, and takes precedence over the original question.
         if blocks in (question, _blocks(question, images.count)):
@@ -226,6 +227,8 @@ def _is_same_prompt(original: object, prompt: object) -> bool:
     if not is_conversation(original) or not isinstance(original, list) or not isinstance(prompt, list):
         return False
     if not all(isinstance(turn.get("content"), str) and isinstance(turn.get("role"), str) for turn in original):
+        return False
+    if not all("content" in message for message in prompt):
         return False
     plain = [
         {**message, "content": _plain(message["content"])} if isinstance(message["content"], list) else message

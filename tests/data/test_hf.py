@@ -1,5 +1,6 @@
 """Tests pairs read from Hugging Face datasets."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,14 @@ def test_a_dataset_without_images_has_no_column_for_them(kind: Any) -> None:
     prompt = dataset[0]["prompt"]
     assert prompt == ("q" if kind == "standard" else [{"role": "user", "content": "q"}])
     assert list(DatasetPairs(dataset)) == [PAIR]
+
+
+def test_a_dataset_has_no_tools() -> None:
+    pytest.importorskip("datasets")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    pair = dataclasses.replace(PAIR, extra={"$source": {"tools": [tool]}})
+    with pytest.raises(ValueError, match="pairs of a dataset must have no tools, got"):
+        to_dataset([PAIR, pair])
 
 
 def test_images_of_a_foreign_dataset_are_written_out(images: Path, tmp_path: Path) -> None:

@@ -220,6 +220,8 @@ def test_a_saved_dataset_of_several_splits(images: Path, tmp_path: Path, cache: 
     assert len(open_pairs(tmp_path / "saved", split="train").pairs) == 2
     with pytest.raises(ValueError, match="split must be one of train, test, got 'tset'"):
         open_pairs(tmp_path / "saved", split="tset")
+    datasets.DatasetDict({"train": rlaif_v(images)}).save_to_disk(str(tmp_path / "one"))
+    assert len(open_pairs(tmp_path / "one").pairs) == 2
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,19 @@ def test_rows_of_other_writers_are_read_or_rejected() -> None:
         from_trl({**row, "images": [{"bytes": b"x", "path": None}]})
 
 
+@pytest.mark.parametrize("role", ["gpt", "bot", "chatgpt"])
+def test_the_roles_of_sharegpt_are_read(role: str) -> None:
+    responses = {name: [{"from": role, "value": name[0]}] for name in ("chosen", "rejected")}
+    for prompt in ("q", [{"from": "human", "value": "q"}]):
+        assert from_trl({"prompt": prompt, **responses}) == Pair("q", "c", "r")
+    turns = [{"from": "human", "value": "q"}]
+    assert from_trl({"prompt": turns, **responses, "question": "q"}) == Pair("q", "c", "r")
+    # Turns in ``extra`` that are not those of the prompt were written before the prompt was edited.
+    source = {"$source": {"messages": [{"role": "user", "content": name} for name in "ab"]}}
+    several = [{"from": "human", "value": "q"}, {"from": role, "value": "a"}, {"from": "human", "value": "p"}]
+    assert from_trl({"prompt": several, **responses, "extra": json.dumps(source)}).question == "p"
+
+
 def test_a_trl_line_without_a_pair_is_a_bad_line(tmp_path: Path) -> None:
     rows = [to_trl(PAIR), {**to_trl(PAIR), "extra": "{"}, {**to_trl(PAIR), "provenance": "[]"}, {"prompt": "q"}]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
