@@ -107,8 +107,8 @@ class Video:
         """Returns the video that a JSON value describes.
 
         Args:
-            value: A path, a list of frame paths, or an object. The object has one of the fields ``path``, ``frames``
-                (frame paths) and ``video`` (either of them), and optionally ``fps`` and ``max_frames``.
+            value: A path, a list of frame paths, or an object. The object has the field ``path`` (a path), ``frames``
+                (a list of frame paths) or ``video`` (a path or such a list). ``fps`` and ``max_frames`` are optional.
             name: Name of the field in messages.
 
         Raises:
@@ -221,8 +221,8 @@ def check_video(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
 
     Args:
         source: A ``Video``, or a value that ``Video.from_value`` takes.
-        decode: Whether to decode all frames of a file that a model sees. False: only the first frame is decoded. The
-            frames of a list are decoded in either case.
+        decode: Whether to decode all frames that a model sees. False: only the first frame of a file is decoded. The
+            frames of a list are always decoded.
 
     Raises:
         FileNotFoundError: If a file does not exist.

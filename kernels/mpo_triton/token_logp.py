@@ -129,7 +129,7 @@ def merge_chunks(
 def merge_tile(
     row_state_ptr, row_max, row_sum, e_d, z_sum, squared, z_label, is_valid, is_later, has_label, STATS: tl.constexpr
 ):
-    """Merges a tile's softmax state of a row into the state of all earlier tiles, and stores the result.
+    """Adds a tile of the vocabulary to the stored softmax state of a row.
 
     ``has_label`` means that the label lies in the tile. ``is_later`` means that the row is valid and the tile is not
     the first.

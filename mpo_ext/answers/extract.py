@@ -3,6 +3,7 @@
 import re
 
 from mpo_ext.answers.normalize import BRACES, clean_answer, closing_brace
+from mpo_ext.answers.units import parse_unit
 
 STYLES = ("final_answer", "boxed", "answer", "direct")
 REGEX_PREFIX = "regex:"
@@ -24,7 +25,7 @@ def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer")
 
     - "final_answer": the text after the last "Final answer:", up to the end of the line. If the rest of this line is
       empty, the next line with text. If this text begins with ``\boxed{}``, ``$$`` or ``\[``, only the content of the
-      box or the math block.
+      box or the math block. The rest of the line is kept if it is a known unit, or has a box with another answer.
     - "answer": the same after the last "Answer:".
     - "boxed": the content of the last ``\boxed{...}``.
     - "direct": the whole response.
@@ -103,6 +104,15 @@ def all_boxes(text: str) -> list[str]:
     return [contents[opening] for opening in sorted(contents)]
 
 
+def _with_tail(answer: str, after: str) -> str:
+    """Adds to an answer what follows it in its line, if this is a known unit or holds another answer in a box."""
+    tail = after.partition("\n")[0].strip("*_` \t.;:")
+    others = all_boxes(tail)
+    unit = parse_unit(tail) if tail else None
+    is_part = any(other != box for other in others for box in all_boxes(answer) or [answer])
+    return f"{answer} {tail}" if is_part or (unit is not None and unit.is_known) else answer
+
+
 def _after_marker(marker: re.Pattern[str], response: str) -> str | None:
     markers = list(marker.finditer(response))
     if not markers:
@@ -111,13 +121,16 @@ def _after_marker(marker: re.Pattern[str], response: str) -> str | None:
     closed = _CLOSED_EMPHASIS.match(rest)
     rest = rest[closed.end() :].lstrip() if closed else rest.lstrip()
     for opening, closing in _MATH_BLOCKS:
-        inner, delimiter, _ = rest.removeprefix(opening).partition(closing)
+        inner, delimiter, after = rest.removeprefix(opening).partition(closing)
         if rest.startswith(opening) and delimiter:
-            return " ".join(inner.split())
+            return _with_tail(" ".join(inner.split()), after)
     box = re.match(r"\\boxed\s*(?=\{)", rest)
     if box:
         end = closing_brace(rest, box.end())
-        return None if end is None else rest[box.end() + 1 : end] if not rest[end + 1 :].strip() else rest[: end + 1]
+        if end is None:
+            return None
+        after = rest[end + 1 :]
+        return _with_tail(rest[: end + 1], after) if after.strip() else rest[box.end() + 1 : end]
     for line in rest.splitlines():
         if line.strip("*_` \t"):
             return line

@@ -142,7 +142,7 @@ def _is_sentence(text: str) -> bool:
     if re.search(r"\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*\b(?:or|and)\b", text):
         text = re.sub(r"\b(?:or|and)\b", "", text)  # "x = 1 \text{ or } x = 2"
     if re.fullmatch(r"[^\W\d_]+(?:\s+[^\W\d_]+)+", text) and re.search(r"[^\W\d_]{3}", text):
-        return text.casefold() not in _NOT_WORDS
+        return any(len(word) > 1 and word.casefold() not in _NOT_WORDS for word in text.split())
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", " ", text))
     words = [word.casefold() for word in words]
     return any(word not in _NOT_WORDS and (len(word) > 4 or word in _SENTENCE_WORDS) for word in words)

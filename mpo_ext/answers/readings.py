@@ -61,8 +61,9 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
     left, right = sums[0] or first, sums[1] or second
     if any(sums) and isinstance(left, Number) and isinstance(right, Number):
         return _RULE.compare(left, right)
-    if fold(prediction) in _ZERO and fold(truth) in _ZERO:
-        return False, "text"
+    words = {fold(prediction), fold(truth)}
+    if words <= _ZERO:  # "no" also answers a question with yes or no
+        return (False, "text") if "no" in words else (None, "reading")
     if (first and is_symbol(first)) or (second and is_symbol(second)):
         return False, "value"  # the number is multiplied by a variable
     for left in (first, *_readings(prediction, first)):

@@ -154,6 +154,8 @@ def parse_unit(text: str) -> Unit | None:
     factor, is_known = Fraction(1), True
     position, words, next_power, latest = 0, 0, 1, ""
     text = text.strip()
+    if not text:
+        return None
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None or words == _MAX_WORDS:

@@ -51,6 +51,12 @@ EXTRACTION = [
     ("final_answer", "Final answer: \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
     ("final_answer", "Final answer:\n\\[\n5\n\\]", "5"),
     ("final_answer", "Final answer:\n\\boxed{\n5\n}\nDone.", "5"),
+    ("final_answer", "Final answer: \\boxed{A}, \\boxed{C}", "\\boxed{A} , \\boxed{C}"),
+    ("final_answer", "Final answer: \\boxed{A} or \\boxed{C}.", "\\boxed{A} or \\boxed{C}"),
+    ("final_answer", "Final answer: \\boxed{A}. So \\boxed{A} fits.", "A"),
+    ("final_answer", "Final answer: \\boxed{7} km.\nDone.", "\\boxed{7} km"),
+    ("final_answer", "Final answer: $$7$$ km", "7 km"),
+    ("final_answer", "Final answer: \\boxed{7} because it fits", "7"),
     # No parsable answer
     ("final_answer", "The answer is red.", None),
     ("final_answer", "Final answer:", None),
@@ -290,6 +296,11 @@ MATH = [
     ("\\text{no}", "on", False),
     ("Yes", "yes", True),
     ("no", "none", False),
+    ("none", "nil", None),
+    ("no solution", "none", None),
+    ("sin x", "\\sin x", True),
+    ("log x", "sin x", False),
+    ("sin of x", "\\sin x", None),
     ("{{{", "5", None),
 ]
 
