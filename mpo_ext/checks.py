@@ -39,7 +39,11 @@ def check_number(name: str, value: object, interval: str = "") -> None:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if interval and not _contains(interval, float(value)):
+    try:
+        real = float(value)
+    except OverflowError:  # an integer beyond the range of a float
+        real = math.copysign(math.inf, value > 0 or -1)  # type: ignore[operator]
+    if interval and not _contains(interval, real):
         raise ValueError(f"{name} must be {_INTERVAL_RULES.get(interval, f'in {interval}')}, got {value}")
 
 

@@ -199,7 +199,9 @@ def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
     A column is right-aligned if each of its cells is empty or begins with a digit. Exceptions are the first column,
     and all columns of a table with one or two columns.
     """
-    return column > 0 and len(rows[0]) > 2 and all(not row[column] or row[column][0].isdigit() for row in rows)
+    if column == 0 or not rows or len(rows[0]) <= 2:
+        return False
+    return all(not row[column] or row[column][0].isdigit() for row in rows)
 
 
 def _cells(row: Sequence[str], widths: Sequence[int], is_right: Sequence[bool]) -> list[str]:

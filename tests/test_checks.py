@@ -37,7 +37,7 @@ def test_other_values_are_not_numbers(value: Any) -> None:
     [
         ("[0, 1)", (0, 0.5, 0.999), (1, -0.1, NAN, INF), r"in \[0, 1\)"),
         ("(0, 1]", (1, 1e-9), (0, 1.1), r"in \(0, 1\]"),
-        ("(0, inf)", (1e-9, 1e300), (0, -1, INF, NAN), "positive and finite"),
+        ("(0, inf)", (1e-9, 1e300), (0, -1, INF, NAN, 10**400), "positive and finite"),
         ("[0, inf)", (0, 1e300), (-1, INF, NAN), "finite and not negative"),
         ("(-inf, inf)", (0, -1e300), (INF, -INF, NAN), "finite"),
         ("[0, inf]", (0, INF), (-1, NAN), r"in \[0, inf\]"),

@@ -49,6 +49,7 @@ def test_a_text_table_aligns_numbers_to_the_right() -> None:
         "  part   time  why\n  a     1.5 s  left\n  bc     10 s  text"
     )  # fmt: skip
     assert text_table(["", ""], [["a", "1"], ["bc", "10"]]) == "  a   1\n  bc  10"
+    assert text_table(["part", "time", "why"], []) == "  part  time  why"
 
 
 @pytest.mark.parametrize("rounds", [[0], [0, 1], [1, 2, 3]])

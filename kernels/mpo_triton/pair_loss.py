@@ -243,14 +243,19 @@ def pair_loss(
     average_sequences: bool,
     ignore_index: int,
     out: PairLossOutputs,
+    check_offsets: bool,
 ) -> None:
-    """Writes the outputs of the operator ``pair_loss`` to ``out`` in four launches, without synchronisation.
+    """Writes the outputs of the operator ``pair_loss`` to ``out`` without synchronisation.
 
-    ``offsets`` are the starts of the sequences, followed by the number of rows. ``settings`` are beta, the weights of
+    ``offsets`` are the starts of the sequences, followed by the number of rows. With ``check_offsets``, invalid
+    offsets give NaN, and leave the reward shift as it is. ``settings`` are beta, the weights of
     DPO, BCO and NTP, the label smoothing, and the decay of the moving average. ``rule``, ``update_first`` and
     ``average_sequences`` are fields of ``PairLossSettings``. The other arguments are those of the operator.
     """
     sequences = ref_logp.shape[0]
+    if check_offsets:
+        is_valid = (offsets[0] == 0) & (offsets[-1] == logp.numel()) & (offsets.diff() > 0).all()
+        offsets = torch.where(is_valid, offsets, 0)  # the kernels then read no rows
     sums = ref_logp.new_empty(sequences, dtype=torch.float64)
     rewards, coefficients, scalars = torch.empty_like(sums), torch.empty_like(sums), sums.new_empty(4)
     sequence_sums_kernel[(sequences,)](
@@ -296,3 +301,7 @@ def pair_loss(
     row_weights_kernel[(sequences,)](
         labels, offsets, coefficients, out.weight, ignore_index, BLOCK=_ROWS_BLOCK, num_warps=4
     )
+    if check_offsets:
+        for output in (out.loss, out.terms, out.reward_shift, out.logp, out.reward, out.weight):
+            output.masked_fill_(~is_valid, torch.nan)
+        torch.where(is_valid, out.state, state, out=out.state)

@@ -62,6 +62,7 @@ def shift_labels(labels: Tensor, ignore_index: int = -100, cu_seqlens: Tensor | 
     if cu_seqlens is not None:
         last = cu_seqlens[1:].long() - 1
         last = torch.where(last < 0, last + shifted.shape[-1], last)  # the end of an empty first sequence
+        last = last.clamp(max=shifted.shape[-1] - 1)  # offsets on a GPU are checked later, by ``pair_loss``
         # Not index_fill, whose graph inductor cannot compile in torch 2.11.
         shifted = shifted.scatter(-1, last.expand(*shifted.shape[:-1], -1), ignore_index)
     return shifted

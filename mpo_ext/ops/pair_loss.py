@@ -85,6 +85,7 @@ def pair_loss(
             kernels.pair_loss(
                 rows, row_labels, offsets, references, old_state, (*values[:5], values.decay), values.rule,
                 values.update_first, values.average_sequences, ignore_index, kernels.PairLossOutputs(*outputs),
+                check_offsets=cu_seqlens is not None and cu_seqlens.device.type != "cpu",
             )  # fmt: skip
         return outputs
     native.compiled().pair_loss_cpu(

@@ -208,15 +208,7 @@ class MemoryEstimate:
         for matrix in self.matrices([layer]):
             kept = matrix.outputs + (matrix.inputs if matrix.learns else 0)
             total += round(self.compute_bytes * matrix.active * kept)
-        modules = dict(layer.named_modules())
-        for name, module in modules.items():
-            weight = getattr(module, "weight", None)
-            if type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
-                # The weight of q_norm covers a single attention head.
-                projection = modules.get(f"{name.removesuffix('_norm')}_proj")
-                width = getattr(projection, "out_features", weight.numel())
-                total += (4 + self.compute_bytes) * width
-        return total
+        return total + (4 + self.compute_bytes) * sum(width for _, width in _norms(layer))
 
     def bytes_moved_per_position(self, layer: nn.Module, *, has_rotary: bool = True) -> int:
         """Returns how many bytes a layer reads and writes in a forward pass, divided by the number of token positions.
@@ -238,10 +230,8 @@ class MemoryEstimate:
             if matrix.name.endswith(("down_proj", "fc2")):
                 passes += 5 * matrix.inputs
             total += round(matrix.active * passes)
-        for module in layer.modules():
-            weight = getattr(module, "weight", None)
-            if type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
-                total += (2 if isinstance(module, nn.LayerNorm) else 7) * weight.numel()
+        for module, width in _norms(layer):
+            total += (2 if isinstance(module, nn.LayerNorm) else 7) * width
         return self.compute_bytes * (total + 6 * _width(layer))
 
     def _activations(self, layers: Sequence[nn.Module], positions: int, *, checkpointed: bool) -> int:
@@ -372,6 +362,17 @@ def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     vision = [layer for name, layers in lists.items() if name.startswith(vision_roots) for layer in layers]
     decoder = [layer for name, layers in lists.items() if not name.startswith(vision_roots) for layer in layers]
     return decoder, vision
+
+
+def _norms(layer: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+    """Yields each norm of a layer and the number of features per token position that the norm reads."""
+    modules = dict(layer.named_modules())
+    for name, module in modules.items():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
+            # The weight of q_norm covers a single attention head.
+            projection = modules.get(f"{name.removesuffix('_norm')}_proj")
+            yield module, getattr(projection, "out_features", weight.numel())
 
 
 def _width(layer: nn.Module) -> int:

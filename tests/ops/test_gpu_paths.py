@@ -182,6 +182,8 @@ def test_packed_labels_are_shifted_without_index_fill() -> None:
         expected = torch.tensor([*range(1, 12), -100]).index_fill(0, cu_seqlens[1:].long() - 1, -100)
         assert torch.equal(shift_labels(labels, -100, cu_seqlens), expected)
         assert torch.equal(shift_labels(labels.view(1, 12), -100, cu_seqlens), expected.view(1, 12))
+    past = torch.tensor([0, 3, 20])  # invalid: on a GPU, ``pair_loss`` gives NaN for these offsets
+    assert shift_labels(labels, -100, past).tolist() == [1, 2, -100, *range(4, 12), -100]
     graph = make_fx(shift_labels)(labels, -100, offsets)
     assert "index_fill" not in graph.code
     assert "scatter" in graph.code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -382,6 +383,18 @@ def test_activations_are_near_what_autograd_keeps(tmp_path: Path, family: str, c
     print(f"kept {real:,}, estimated {estimated:,}")
     assert real * 0.8 <= estimated <= real * 1.2
     assert (planned.other_activations > estimated) == checkpointed
+
+
+def test_the_norms_of_queries_and_keys_read_all_heads(tmp_path: Path) -> None:
+    recipe = make(tmp_path, family="Qwen3", **WIDE)
+    model = real_model(recipe)
+    estimate = MemoryEstimate(recipe, model, "shared", 1)
+    with_norms, without = copy.deepcopy(estimate.decoder[0]), copy.deepcopy(estimate.decoder[0])
+    attention: Any = without.self_attn
+    attention.q_norm, attention.k_norm = torch.nn.Identity(), torch.nn.Identity()
+    moved = estimate.bytes_moved_per_position(with_norms) - estimate.bytes_moved_per_position(without)
+    features = attention.q_proj.out_features + attention.k_proj.out_features
+    assert moved == estimate.compute_bytes * 7 * features > 0
 
 
 def test_frozen_layers_keep_no_inputs(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from tiles import (
 )
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
+from mpo_ext.ops import backends
 from mpo_ext.ops import logits as ops
+from mpo_ext.ops.pair_loss import EMA, PairLossSettings, pair_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -205,3 +207,38 @@ def test_float64_is_refused() -> None:
             torch.zeros(2),
             backend="triton",
         )
+
+
+@pytest.mark.parametrize(
+    ("offsets", "is_valid"),
+    [
+        ([0, 3, 8, 11, 16], True),
+        ([0, 3, 5, 9, 12], False),
+        ([0, 3, 5, 9, 20], False),
+        ([0, 8, 4, 9, 16], False),
+        ([0, 8, 8, 9, 16], False),
+        ([1, 3, 5, 9, 16], False),
+    ],
+)
+def test_invalid_offsets_on_a_gpu_give_nan(offsets: list[int], is_valid: bool) -> None:
+    """Calls the launcher directly, because the operator checks the offsets of tensors on a CPU by itself."""
+    kernels = backends.triton_kernels()
+    logp, labels = -torch.rand(16), torch.arange(16) % 5
+    references, state = -torch.rand(4, dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    settings = PairLossSettings(0.1, 0.8, 0.2, 1.0, 0.0, False, EMA, False, 0.9)
+    expected = pair_loss(logp[None], labels[None], references, state, torch.tensor([0, 3, 8, 11, 16]),
+                         settings.numbers(), -100, "cpu")  # fmt: skip
+    results = kernels.PairLossOutputs(*(torch.full_like(value, 7) for value in expected))
+    kernels.pair_loss(
+        logp, labels, torch.tensor(offsets), references, state, (*settings[:5], settings.decay), settings.rule,
+        settings.update_first, settings.average_sequences, -100, results, check_offsets=True,
+    )  # fmt: skip
+    if is_valid:
+        for result, value in zip(results, expected, strict=True):
+            assert torch.allclose(result, value)
+        return
+    for name in ("loss", "terms", "reward_shift", "logp", "reward", "weight"):
+        assert getattr(results, name).isnan().all(), name
+    assert torch.equal(results.state, state)
+    assert results.batch.tolist() == [0, 0]
+    assert results.tokens.tolist() == [0] * 4
