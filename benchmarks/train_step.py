@@ -133,11 +133,11 @@ def run_cases(
                         process.start()
                         theirs.close()
                         sides[name] = process, ours
-                    else:
-                        sides[name][1].send("go")
                     try:
+                        if step > 0:
+                            sides[name][1].send("go")
                         result = sides[name][1].recv()
-                    except EOFError:
+                    except (EOFError, OSError):
                         sides[name][0].join()
                         result = f"the process ended with code {sides[name][0].exitcode}"
                     if isinstance(result, str):

@@ -47,3 +47,8 @@ def test_every_tracked_file_passes(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.chdir(Path(__file__).parents[1])
     status = check_words.main([])
     assert status == 0, capsys.readouterr().out
+
+
+def test_other_files_are_not_checked_in_place_of_a_skipped_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_words.main(["LICENSE"]) == 0
+    assert capsys.readouterr().out == "words: 0 files are clean\n"

@@ -3,8 +3,8 @@
     python tools/build_wheel.py build/wheels
 
 With Docker, cibuildwheel builds the wheel in the manylinux image, with the settings in pyproject.toml. Without Docker,
-the wheel is built on this machine. auditwheel then tags it with the oldest manylinux version on which it can run.
-Without Docker, ``MPO_CUDA=ON`` adds the CUDA kernels.
+or with ``MPO_CUDA=ON``, the wheel is built on this machine. auditwheel then tags it with the oldest manylinux version
+on which it can run. ``MPO_CUDA=ON`` adds the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def has_docker() -> bool:
 def build(out: Path) -> Path:
     """Builds a wheel into an empty folder and returns its path."""
     cuda = os.environ.get("MPO_CUDA", "OFF")
-    if has_docker():
+    if cuda == "OFF" and has_docker():  # the images of cibuildwheel have no nvcc
         this = f"cp{sys.version_info.major}{sys.version_info.minor}-*"
         run(sys.executable, "-m", "cibuildwheel", "--output-dir", out, CIBW_BUILD=this)
     else:
-        print("Docker does not answer: the wheel is built here, and its tag has the C library of this machine")
+        reason = "Docker does not answer" if cuda == "OFF" else "the wheel has CUDA kernels"
+        print(f"{reason}: the wheel is built here, and its tag has the C library of this machine")
         with tempfile.TemporaryDirectory() as raw:
             run(sys.executable, "-m", "build", "--wheel", "--outdir", raw, MPO_CUDA=cuda)
             run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, *Path(raw).glob("*.whl"))

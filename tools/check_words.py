@@ -109,7 +109,7 @@ def tracked_files() -> list[Path]:
 
 def main(arguments: list[str]) -> int:
     """Checks the files and prints the findings. Returns the exit status."""
-    files = [Path(name) for name in arguments if not name.startswith(SKIPPED)] or tracked_files()
+    files = [Path(name) for name in arguments if not name.startswith(SKIPPED)] if arguments else tracked_files()
     findings = [line for path in files for line in check_file(path)]
     print("\n".join(findings) or f"words: {len(files)} files are clean")
     return 1 if findings else 0

@@ -87,7 +87,10 @@ def _steps(interpreter: str, torch: str, tests: Sequence[str], folder: Path, cel
         log = folder / f"{name}.log"
         with log.open("w") as file:
             options = {"cwd": source, "env": env, "stdout": file, "stderr": subprocess.STDOUT}
-            status = subprocess.run(command, check=False, timeout=_CELL_SECONDS, **options).returncode
+            try:
+                status = subprocess.run(command, check=False, timeout=_CELL_SECONDS, **options).returncode
+            except subprocess.TimeoutExpired:
+                return f"{name}: stopped after {_CELL_SECONDS} s"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         last = lines[-1] if lines else ""
         if name == "import" and status == 0:

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--minutes", type=float, default=math.inf, metavar="N",
-        help="stop after this time, the build included (default: 8 minutes for each stage)",
+        help="stop after this time, the build included (default: no limit; a stage stops after 8 minutes in any case)",
     )  # fmt: skip
     made.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)  # set by ``_run_process``
     made.add_argument(
