@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ def spawn(run: Callable[..., None], folder: Path, *arguments: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(probe.getsockname()[1]))
-    mp.spawn(run, args=(str(folder), *arguments), nprocs=2)
+    mp.spawn(_run_and_exit, args=(run, str(folder), *arguments), nprocs=2)
+
+
+def _run_and_exit(rank: int, run: Callable[..., None], folder: str, *arguments: Any) -> None:
+    run(rank, folder, *arguments)
+    # The destructors of gloo's and DeepSpeed's threads can abort a process that ends on a busy machine.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def join(rank: int, folder: str) -> None:
