@@ -70,11 +70,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_all(names: list[str], out: Path, args: argparse.Namespace, command: str) -> None:
-    """Runs the benchmarks ``names``, and writes a result file NAME.json for each to the folder ``out``.
+    """Runs the benchmarks ``names``. Writes the results of each benchmark to NAME.json in the folder ``out``.
 
-    Also writes machine.json (the measured speed of the machine) and cost_model.json (measured and predicted times),
-    except if ``names`` is ["sampling"]. ``command`` is the command line, which every file records. ``args`` are the
-    parsed options.
+    Benchmarks other than "sampling" also write machine.json and cost_model.json. machine.json has the measured speed
+    of the machine. cost_model.json has measured and predicted times. ``args`` are the parsed options. ``command`` is
+    the command line, which every file records.
     """
     begin, whole = time.perf_counter(), sum(SHARES[name] for name in names)
     minutes = min(args.minutes, _QUICK_MINUTES) if args.quick else args.minutes

@@ -1,11 +1,11 @@
-"""Measures the time that a training step spends on logging: ``python -m benchmarks.log_overhead``.
+"""Measures the CPU time that a training step spends on logging: ``python -m benchmarks.log_overhead``.
 
 The steps are complete steps of mpo_ext's trainer, from reading pairs to the optimizer. Logging has four measured
-parts: sums of metrics, the log line, the console, and the log file with the trackers. CPU time is measured, because
+parts: sums of metrics, the log line, the console, and the log file with the trackers. CPU time is measured because
 other programs hardly change it.
 
-The loss also computes the statistics entropy and top1. Their time is the difference between loss calls with and
-without them. Measure on a CPU: on a GPU, some parts also wait for the device.
+The time of the statistics entropy and top1 is measured separately. It is the time of loss calls with statistics minus
+the time of loss calls without them. Run this benchmark on a CPU. On a GPU, some parts also wait for the device.
 """
 
 from __future__ import annotations

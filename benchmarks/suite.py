@@ -79,9 +79,10 @@ class Results:
 
 
 def point(sweep: str, provider: str, loss: LossShape | None, **values: Any) -> dict[str, Any]:
-    """Returns an entry of a result file: the measurements of one implementation (``provider``) on one shape.
+    """Returns an entry of a result file: the measurements of the implementation ``provider`` on one shape.
 
-    ``values`` are further fields. They must include ``seconds`` or ``peak_bytes``, or else a ``reason``.
+    ``values`` are further fields. A measured entry must have ``seconds`` or ``peak_bytes``. Any other entry must have
+    ``reason``.
     """
     shape = {name: getattr(loss, name, None) for name in ("dtype", "pairs", "tokens", "vocab", "hidden", "share")}
     made = {"sweep": sweep, "provider": provider, **shape, "status": "measured", "reason": "", **values}
@@ -143,10 +144,11 @@ def logits_groups(*, quick: bool) -> list[Group]:
 
 
 def linear_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups of implementations and shapes that are measured for the loss that takes hidden states.
+    """Returns the groups of measurements for the loss that takes hidden states.
 
-    The first groups have the base shape. Later groups vary the labelled fraction, the vocabulary, the hidden size, or
-    the number of tokens or pairs. Most of these later groups measure only mpo_ext. ``quick`` selects small shapes.
+    A group measures several implementations on one shape. The first groups have the base shape. Later groups vary the
+    labelled fraction, the vocabulary, the hidden size, or the number of tokens or pairs. Most of these later groups
+    measure only mpo_ext. ``quick`` selects small shapes.
     """
     # F.linear_cross_entropy takes seconds even on the small shapes of a quick run.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))
@@ -210,9 +212,10 @@ def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, s
 def _peaks(
     benchmark: losses.LossBenchmark, group: Group, cases: Mapping[str, losses.Provider], seconds_in_all: float
 ) -> dict[str, int | str]:
-    """Returns the peak bytes of each implementation in ``group.memory``, or the reason why they were not measured.
+    """Returns the peak bytes of each implementation in ``group.memory``.
 
-    Implementations that are not in ``cases`` are left out.
+    Implementations that are not in ``cases`` are left out. If an implementation was not measured, the reason stands in
+    place of its bytes.
     """
     peaks: dict[str, int | str] = {}
     begin = time.perf_counter()

@@ -12,13 +12,13 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], *, is_locked: bool = False) -> Iterator[IO[bytes]]:
-    """Yields a temporary file open for writing; after the ``with`` block, syncs it to disk and renames it to ``path``.
+    """Yields a temporary file that is open for writing. After the ``with`` block, the file is renamed to ``path``.
 
-    If the block raises, ``path`` stays unchanged.
+    Before the renaming, the file is synced to disk. If the block raises, ``path`` stays unchanged.
 
     Args:
         path: Path of the file to write. Its folder is created if it does not exist.
-        is_locked: Whether the caller holds a lock on ``path``. If so, the temporary file has a fixed name, so that it
+        is_locked: Whether the caller holds a lock on ``path``. If so, the temporary file has a fixed name. It then
             replaces the temporary file of a killed process.
     """
     target = Path(path)

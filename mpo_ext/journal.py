@@ -159,9 +159,9 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _check_beginning(file: int, path: Path) -> None:
-    """Raises ValueError unless a file is empty or begins with a journal's header line, which may be incomplete.
+    """Raises ValueError unless a file is empty or begins with the header line of a journal.
 
-    This protects other files from ``_cut_half_line``.
+    The header line may be incomplete. This check protects other files from ``_cut_half_line``.
     """
     beginning = encode_line({"format": _FORMAT})[:-2]
     found = os.pread(file, len(beginning), 0)

@@ -196,8 +196,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
     """Returns whether a terminal table right-aligns a column.
 
-    A column is right-aligned if each of its cells is empty or begins with a digit. Exceptions are the first column,
-    and all columns of a table with one or two columns.
+    In a table with at least three columns, a column is right-aligned if each cell is empty or begins with a digit. The
+    first column is never right-aligned.
     """
     if column == 0 or not rows or len(rows[0]) <= 2:
         return False

@@ -37,7 +37,7 @@ _FIXED_ROWS = (64, 1024, 8192, 65_536)
 
 
 def bytes_needed(loss: LossShape, what: str) -> int:
-    """Returns the bytes that any implementation must move in a pass.
+    """Returns the number of bytes that a pass must read and write, for any implementation.
 
     ``what`` is the pass: "forward", "backward" or "both". Forward and backward each read the logits of the labelled
     tokens. Backward also writes the gradient for all tokens.

@@ -43,11 +43,14 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 
 
 def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Returns how often the chosen response has fewer errors than the rejected one, equally many, or more.
+    """Returns four fractions of the pairs, by the numbers of errors in the responses.
 
-    These fractions of the pairs have the keys "right", "equal" and "wrong". A fourth key, "chosen_right", has the
-    fraction of pairs whose chosen response has no errors. Only step-by-step pairs with images count. Without such
-    pairs, the result is {}.
+    - "right": the chosen response has fewer errors than the rejected response.
+    - "equal": both responses have the same number of errors.
+    - "wrong": the chosen response has more errors than the rejected response.
+    - "chosen_right": the chosen response has no errors.
+
+    Only step-by-step pairs with images count. Without such pairs, the result is {}.
     """
     errors = [
         tuple(count_errors(text, pair.question, pair.extra["digits"]) for text in (pair.chosen, pair.rejected))

@@ -32,9 +32,10 @@ def finding(verdict: str, paper: str) -> str:
 
 
 def family_of(document: Document, name: str) -> list[tuple[Difference, list[float], DifferenceVerdict]]:
-    """Returns (comparison, values, verdict) for each comparison declared for the table ``name``.
+    """Returns the comparisons that the study declares for the table ``name``, with their results.
 
-    ``values`` are the differences in accuracy, in percentage points, one for each seed.
+    Each entry is a tuple (comparison, values, verdict). ``values`` has the difference in accuracy for each seed, in
+    percentage points.
     """
     family = figures.task_of(document).differences[name]
     measured = [figures.differences(document, *each) for each in family]

@@ -85,7 +85,7 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
 def _is_same(
     known: Mapping[str, Any], evaluation: Mapping[str, Mapping[str, Any]], files: Mapping[str, Sequence[Pair]]
 ) -> bool:
-    """Returns whether an evaluation and the numbers of pairs equal those in ``known``, an earlier result."""
+    """Returns whether the earlier result ``known`` has the same evaluation and the same numbers of pairs."""
     pairs = {name: len(made) for name, made in files.items()}
     return all(
         evaluation[column][quantity] == value

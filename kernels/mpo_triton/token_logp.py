@@ -179,11 +179,11 @@ def store_stats(
     filler,
     STATS: tl.constexpr,
 ):
-    """Stores the statistics of a row. Each bit of STATS selects one. If the row is invalid, stores ``filler`` instead.
+    """Stores the selected statistics of a row. If the row is invalid, stores ``filler`` instead.
 
-    The statistics of a row lie ``rows`` elements apart in memory. ``total`` is the size of the vocabulary. ``log_sum``
-    is the logarithm of ``row_sum``. ``z_label`` is the logit of the label. ``merge_chunks`` explains ``row_max``,
-    ``row_sum``, ``e_d``, ``z_sum`` and ``squared``.
+    Each bit of STATS selects a statistic. ``out_ptr`` points to the first statistic of the row. The next statistic
+    lies ``rows`` elements further. ``total`` is the size of the vocabulary. ``log_sum`` is the logarithm of
+    ``row_sum``. ``z_label`` is the logit of the label. The other arguments are explained in ``merge_chunks``.
     """
     if STATS & 1:
         entropy = log_sum - e_d / row_sum

@@ -279,18 +279,18 @@ def _read_power(text: str, start: int) -> tuple[Fraction, int] | None:
 
 
 def _exponent(match: re.Match[str], first: int) -> int:
-    """Returns the exponent, in digits or superscripts, that a regular expression has matched.
+    """Returns the exponent in a match of a regular expression, or 0 if the match has no exponent.
 
-    It is in the first non-empty group whose number is at least ``first``. If all these groups are empty, returns 0.
+    The exponent is the first non-empty group whose number is at least ``first``. It has digits or superscripts.
     """
     text = next((group for group in match.groups()[first - 1 :] if group), "0")
     return int(text.translate(_FROM_RAISED))
 
 
 def _other_values(digits: str, sign: int) -> tuple[Fraction, ...]:
-    """Returns other values that a number with separators may have, multiplied by ``sign`` (1 or -1).
+    """Returns other values that the text ``digits`` may mean: 1.234 for "1,234", and 1234 for "1.234".
 
-    "1,234" gives 1.234, "1.234" gives 1234, and "1 234" gives 1 and 234.
+    A text with spaces gives its parts: 1 and 234 for "1 234". All values are multiplied by ``sign`` (1 or -1).
     """
     if _TWO_WAYS.fullmatch(digits):
         other = digits.replace(",", ".") if "," in digits else digits.replace(".", "")

@@ -40,17 +40,16 @@ class ExactMatcher(Matcher):
 class AnlsMatcher(Matcher):
     """Scores answers by DocVQA's normalized Levenshtein similarity: ``1 - distance / length of the longer text``.
 
-    An answer that is not accepted is unreadable (neither right nor wrong) in these two cases:
+    An answer is correct if its score is at least ``accept``. With ``exact_digits``, its digits must also equal the
+    digits of the truth. Any other answer is wrong, except in two cases. In these cases, it is unreadable (neither
+    right nor wrong):
 
     - It may be another form of the truth ("Total: $5" for "$5").
-    - Its score is positive, and it has the same digits as the truth. If ``exact_digits`` is False, the digits may
-      differ.
-
-    In all other cases, an answer that is not accepted is wrong.
+    - Its score is positive. With ``exact_digits``, its digits must also equal the digits of the truth.
 
     Attributes:
         threshold: Similarity below which the score is 0.
-        accept: Minimum similarity counted as correct.
+        accept: Minimum score of a correct answer.
         exact_digits: Whether a correct answer must have the same digits as the truth. If so, "10 May 2001" is not
             correct for "10 May 2011", although it is similar. This option does not change the score.
     """

@@ -75,8 +75,8 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
 def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
     """Checks messages, and converts the content of each message to a list of texts, images and videos.
 
-    ``split``: whether ``<image>`` and ``<video>`` in a text become images and videos. False: they stay text. Raises
-    ValueError for malformed messages.
+    If ``split`` is True, ``<image>`` and ``<video>`` in a text become images and videos. If ``split`` is False, they
+    stay text. Raises ValueError for malformed messages.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")

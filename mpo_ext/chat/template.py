@@ -22,9 +22,9 @@ _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\
 
 
 def find_chat_template(processor: Any, chat_template: str | None = None) -> str | None:
-    """Returns ``chat_template`` if given, otherwise the template of the processor or its tokenizer, or None.
+    """Returns ``chat_template`` if given, otherwise the chat template of the processor or of its tokenizer.
 
-    If the processor has several named templates, the template "default" is returned.
+    If there are several named templates, the template "default" is returned. Without any template, the result is None.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     template = chat_template or getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)

@@ -123,9 +123,9 @@ def _build(proto: Any, names: Mapping[int, str]) -> Any:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Returns the BPE merges: each pair of normal pieces whose concatenation is a normal piece, too.
+    """Returns the BPE merges: pairs of normal pieces whose concatenation is also a normal piece.
 
-    The merges are sorted by the score of the concatenation, the highest score first.
+    A merge whose concatenation has a higher score comes first.
     """
     normal = {piece.piece: (-piece.score, number) for number, piece in enumerate(proto.pieces)
               if piece.type == _NORMAL}  # fmt: skip

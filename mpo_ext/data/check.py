@@ -69,7 +69,7 @@ class CheckReport:
         return sum(self.counts.values(), collections.Counter())
 
     def add(self, finding: Finding, keep: int) -> None:
-        """Counts a defect. Also stores it as an example if fewer than ``keep`` defects of its kind are stored."""
+        """Counts a defect. Stores it as an example, unless ``keep`` examples of the same kind are already stored."""
         self.counts.setdefault(finding.where.subset, collections.Counter())[finding.kind] += 1
         examples = self.examples.setdefault(finding.kind, [])
         if len(examples) < keep:

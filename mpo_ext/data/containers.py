@@ -162,8 +162,10 @@ def _kind(name: str, text: str) -> str:
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
     """Returns whether a .json file may be an MMPR meta file, which lists data sets.
 
-    Returns False if the first line is a whole JSON object and further lines follow. Also returns False if the only
-    line of the file is a pair.
+    Two kinds of files give False:
+
+    - The first line is a whole JSON object, and further lines follow.
+    - The file has a single line, and this line is a pair.
     """
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
         try:

@@ -1,4 +1,4 @@
-"""Computes fingerprints of data files, which show whether and where the data of a training run has changed.
+"""Computes fingerprints of data files. They show whether and where the data of a training run has changed.
 
 The fingerprint of a JSON lines file ignores empty lines and the kind of line breaks. Hashing a file takes about a
 second per gigabyte. If the path, size and modification time are unchanged, the stored fingerprint is reused.

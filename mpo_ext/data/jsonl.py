@@ -232,7 +232,7 @@ def read_pairs(
 
 
 def parse_pair(values: dict[str, Any], line: str) -> Pair:
-    """Converts a line in the format "pairs" to a pair. ``values`` is its JSON object; the text ``line`` is unused."""
+    """Converts ``values``, the JSON object of a line in the format "pairs", to a pair. ``line`` is not used."""
     if "image" in values:
         raise FieldError(
             f"images of a line of pairs must be a list named 'images', got 'image' {shorten(values['image'])}: "

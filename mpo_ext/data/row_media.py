@@ -149,10 +149,10 @@ class Images:
         self._n_places = 0
 
     def add_part(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the image of a message part.
+        """Adds the image of a message part to the images of the row.
 
-        If the part does not name an image, adds the next image of the row's fields. ``name`` is the name of the part's
-        field, for error messages.
+        If the part does not contain an image, adds the next image of the row's fields. ``name`` is the name of the
+        part in error messages.
         """
         self._n_places += 1
         path = self._part_path(name, part)

@@ -69,10 +69,11 @@ class PairSource:
         return where, pair
 
     def scan_for(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the same as ``scan``, but with image paths for a file that will be written to ``folder``.
+        """Yields the same as ``scan``, but with the paths of images and videos for a file in ``folder``.
 
-        Relative image paths of the source start at the folder ``root``. Such a path becomes relative to ``folder`` if
-        ``folder`` is ``root``, or if the image lies in ``folder``. All other image paths are absolute.
+        If ``folder`` is the folder ``root``, all paths stay as in the source. Otherwise, a relative path of the source
+        is joined to ``root``. If the joined path lies in ``folder``, it becomes relative to ``folder``. If not, it
+        stays absolute. Absolute paths and URLs stay unchanged.
         """
         folder = os.path.realpath(folder)
         for index in map(int, self.indices):
@@ -164,7 +165,7 @@ class StoredMedia:
         self._image_dir = source.image_dir
 
     def add(self, pair: Pair) -> None:
-        """Sets ``folder`` if a pair has an image or video that was stored in ``image_dir``."""
+        """Sets ``folder`` to ``image_dir`` if an image or video of the pair was stored in ``image_dir``."""
         if self._image_dir and not self.folder and any(map(self._is_stored, pair.media_paths)):
             self.folder = self._image_dir
 

@@ -211,9 +211,10 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
 
 
 def _placed(turns: list[Turn], count: int) -> list[Turn]:
-    """Adds ``<image>`` once per image to the first user turn, before its text, as TRL does.
+    """Adds ``count`` placeholders ``<image>`` before the text of the first user turn, as TRL does.
 
-    Returns the turns unchanged if ``count``, the number of images, is below 2, or if a turn has a placeholder.
+    ``count`` is the number of images. The turns stay unchanged if ``count`` is below 2, if a turn already has a
+    placeholder, or if there is no user turn.
     """
     first = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), None)
     if count < 2 or first is None or any(has_mark(turn["content"]) for turn in turns):

@@ -107,14 +107,14 @@ def empty_picks(source: PairSource) -> dict[str, Any]:
 def page_entry(
     index: int, where: Location, pair: Pair, images: Sequence[dict[str, Any]], max_characters: int
 ) -> dict[str, Any]:
-    """Returns a dict of JSON values with which the page's script shows a pair.
+    """Returns the data of a pair for the page's script, as a dict of JSON values.
 
     Args:
-        index: Index of the line in the source.
+        index: Index of the pair's line in the source.
         where: Location of the pair.
         pair: The pair.
         images: Entries of the pair's images and videos, such as ``Thumbnails.of_pair`` returns.
-        max_characters: Maximum number of characters of a text.
+        max_characters: Maximum number of characters of a text. Longer texts are cut.
     """
     shared, cut = _shared(pair.chosen, pair.rejected), _cut(pair)
     rest = {name: value for name, value in pair.extra.items() if name != SOURCE}

@@ -178,7 +178,7 @@ def write_items(folder: Path, name: str, tasks: Sequence[digits.GridTask], *, ha
 
 
 def read_made(path: Path, folder: Path) -> Iterator[Pair]:
-    """Yields the pairs in a file of a sampling run. Their image paths are made relative to ``folder``."""
+    """Yields the pairs in a file of a sampling run, with image paths relative to ``folder``."""
     for pair in read_pairs(path):
         images = (os.path.relpath(path.parent.resolve() / image, folder.resolve()) for image in pair.images)
         yield dataclasses.replace(pair, images=tuple(images))

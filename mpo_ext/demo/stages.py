@@ -53,10 +53,10 @@ class Stages:
         """Runs a stage and returns its result, a JSON value. A stage that has already finished is not run again.
 
         Args:
-            name: Name of the stage. The attribute ``seconds`` stores the duration under this name.
+            name: Name of the stage. The dict ``seconds`` stores the duration under this name.
             explanation: Text to print before the stage.
-            make: Function that runs the stage and returns its result. Its argument ``advance`` is a function:
-                ``advance(n)`` advances the progress bar by n steps.
+            make: Function that runs the stage and returns its result. It receives a function ``advance``. A call
+                ``advance(n)`` moves the progress bar by n steps.
             total: Number of steps of the progress bar; None: no progress bar.
         """
         path = self.folder / _file(name)

@@ -148,10 +148,10 @@ def _bar(result: DemoResult, method: str, label: str) -> dict[str, Any]:
 
 
 def _dropout_pair(folder: Path) -> dict[str, Any] | None:
-    """Returns the first DropoutNTP pair for the page: image, question, and both responses.
+    """Returns the first DropoutNTP pair for the page, or None if there is no such pair.
 
-    The responses have a common beginning, ``kept``, and continue with ``chosen`` or ``rejected``. Returns None if
-    there is no such pair.
+    The result has the image, the question and three texts. ``kept`` is the common beginning of both responses.
+    ``chosen`` is the rest of the chosen response. ``rejected`` is the rest of the rejected response.
     """
     for _, pair in open_pairs(folder / "pairs.jsonl").scan():
         if not isinstance(pair, Pair) or (pair.provenance or {}).get("pipeline") != "dropout_ntp":

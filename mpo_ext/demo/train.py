@@ -57,10 +57,10 @@ def start_recipe(settings: Settings, rng: np.random.Generator, folder: Path) -> 
 
 
 def sample_corpus(split: digits.Digits, settings: Settings, rng: np.random.Generator) -> list[reading.ReadingTask]:
-    """Returns the questions of the SFT: step-by-step questions, direct questions, and questions that state the digits.
+    """Returns the questions for the SFT of the demo.
 
-    Some of the step-by-step questions have no image. Only the digits of step-by-step questions follow the language
-    prior.
+    There are step-by-step questions, direct questions, and named questions, whose text states the digits. Some of the
+    step-by-step questions have no image. The language prior holds only for the digits of the step-by-step questions.
     """
     named = int(settings.sft_named_share * settings.sft_questions)
     direct = int(settings.sft_direct_share * (settings.sft_questions - named))

@@ -76,8 +76,8 @@ def find_model(name: str) -> ModelSource:
 def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
     """Creates and returns the engine of a model, with the adapters of ``source`` merged into the model.
 
-    A chat template in the folder of the adapters replaces the base model's own template. It does not replace another
-    template that ``make`` has set.
+    If ``make`` has set a chat template, this template stays. Otherwise, a chat template in the folder of the adapters
+    replaces the template of the base model.
 
     Args:
         source: Location of the model.

@@ -88,7 +88,7 @@ def yes_and_no(generation: Generation) -> tuple[float, float]:
 
 
 def quoted(text: str) -> str:
-    """Replaces each ``<image>`` in a text by a space, so that another prompt can quote the text."""
+    """Returns a text with a space in place of each ``<image>``. Another prompt can quote the result."""
     return text.replace(IMAGE_PLACEHOLDER, " ")
 
 

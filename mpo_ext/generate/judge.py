@@ -64,7 +64,8 @@ class JudgeConfig:
         best_rating: The best rating, from 2 to 9, with "pointwise" only; the worst rating is 1. If the engine measures
             the probability of each rating, the score of a response is the expected rating.
         min_gap: Minimum difference between the scores of a pair's two responses; with "pointwise" only.
-        pairs_per_question: Maximum number of pairs or, with "pairwise", of comparisons per question; 0: no limit.
+        pairs_per_question: Maximum number of pairs per question; 0: no limit. With "pairwise", it limits the pairs of
+            responses that the judge compares.
         max_shorter: Limit for shorter chosen responses, with "pointwise" only. A chosen response must have at least
             ``1 - max_shorter`` times as many words as the rejected response. 1: no limit.
         allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
@@ -155,7 +156,7 @@ class Judge:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests that ``sample`` needs, a list at a time, and receives their generations by ``send``.
+        """Works like ``sample``, but as a generator: yields lists of requests, and receives their generations.
 
         The generator's return value is the return value of ``sample``.
         """
@@ -207,7 +208,7 @@ class Judge:
     def _judge(self, verdicts: Sequence[_Verdict]) -> Generator[list[Request], list[Generation], None]:
         """Adds the judge's verdicts to the records of the responses.
 
-        Yields the list of requests, and receives their generations.
+        This generator yields the requests to the judge. The caller sends the judge's generations back.
         """
         generations = yield [verdict.request for verdict in verdicts]
         for verdict, generation in zip(verdicts, generations, strict=True):
@@ -328,8 +329,8 @@ class Judge:
 def first_share(generation: Generation) -> float | None:
     """Returns the judge's preference for the first of two responses, between 0 and 1.
 
-    This is P(A) / (P(A) + P(B)), where A is the first response. If the engine has measured no probabilities, it is 1
-    for the text "A", 0 for "B", and None for any other text.
+    The preference is P(A) / (P(A) + P(B)), where A is the first response. If the engine has not measured
+    probabilities, the preference is 1 for the text "A", 0 for "B", and None for any other text.
     """
     if (probs := generation.choice_probs) is not None:
         return round(probs[0] / sum(probs), 6)

@@ -52,15 +52,15 @@ def children(pid: int) -> set[int]:
 
 
 def watch(parent: int, excluded: set[int]) -> None:
-    """Waits until the process ``parent`` has ended, and then ends some of its children, with their descendants.
+    """Waits until the process ``parent`` has ended. Then ends the parent's children and their descendants.
 
-    This is the main function of the watcher, which ``ended_with_this_process`` starts. Only children that the parent
-    started inside the ``with`` block of ``ended_with_this_process`` are ended. At the end of the block, the parent
-    writes the pids of all its children to the watcher's stdin. The watcher ignores children that start later.
+    The context manager ``ended_with_this_process`` starts this function in a separate process, the watcher. Only
+    children that the parent started inside the ``with`` block are ended. At the end of the block, the parent writes
+    the pids of its children to the watcher's stdin. The watcher ignores children that start later.
 
     Args:
         parent: Pid of the watcher's parent.
-        excluded: Pids of the parent's children that started before the block. These are not ended.
+        excluded: Pids of the parent's children that started before the block. They are not ended.
     """
     excluded = {*excluded, os.getpid()}
     known: dict[int, str] = {}

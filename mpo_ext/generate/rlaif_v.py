@@ -186,9 +186,9 @@ class RlaifV:
         return all_records
 
     def _split(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
-        """Splits the responses into claims.
+        """Splits the responses into claims: a claim per sentence, or a list of claims from a model.
 
-        If a model lists the claims, yields the requests to the model and receives the generations.
+        For lists from a model, this generator yields the requests, and the caller sends the generations back.
         """
         if self.config.claims == "sentences":
             for draft in drafts:

@@ -100,7 +100,7 @@ def keep_date(engine: Engine, folders: Iterable[Path]) -> None:
 
 
 def set_date(engine: Engine, date: str | None) -> None:
-    """Makes an engine's chat template write ``date``, which is in ISO format. None leaves the engine unchanged."""
+    """Sets the date in an engine's chat template. ``date`` has ISO format; None leaves the engine unchanged."""
     chat = getattr(engine, "chat", None)
     if date is not None and chat is not None:
         engine.chat = with_date(chat, datetime.date.fromisoformat(date))  # type: ignore[attr-defined]
@@ -278,10 +278,10 @@ def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal
 
 
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the stored samples ``records`` in order, at most one for each of ``keys``.
+    """Yields the stored samples ``records`` in order, and checks their keys.
 
-    Raises ValueError if the key of the n-th sample is not the n-th of ``keys``. ``path`` is the file in the error
-    message.
+    Raises ValueError if the n-th sample does not have the n-th of ``keys``. The message names the file ``path``. Stops
+    after the last sample or the last key.
     """
     for key in keys:
         record = next(records, None)

@@ -18,9 +18,9 @@ class UnsharedError(Exception):
 
 
 def sharing_problem(model: Any) -> str | None:
-    """Returns the reason why several samples of a prompt cannot share one prefill, or None.
+    """Returns the reason why several samples of a prompt cannot share one prefill, or None if no reason is known.
 
-    The prefill is the forward pass of the prompt. Even if the result is None, ``SharedPrefill`` may raise
+    The prefill is the forward pass of the prompt. ``SharedPrefill`` may find another reason later, and then raises
     ``UnsharedError``.
     """
     from transformers import GenerationMixin
@@ -198,10 +198,11 @@ def _check_cache(inputs: dict[str, Any]) -> None:
 
 
 def _module_states(model: Any, n_rows: int) -> dict[str, Any]:
-    """Returns the plain tensor attributes of a model's modules that have ``n_rows`` rows, one per prompt, by name.
+    """Returns a dict from names to the tensors with ``n_rows`` rows (one per prompt) in the model's modules.
 
-    A prefill that changes such a tensor cannot be shared, because the tensor is not copied. ``rope_deltas`` of Qwen-VL
-    are left out, because decoding steps get their positions as inputs.
+    Parameters and buffers are left out. If a prefill changes one of these tensors, the prefill cannot be shared,
+    because the tensor is not copied. ``rope_deltas`` of Qwen-VL are left out, because decoding steps get their
+    positions as inputs.
     """
     import torch
 

@@ -111,7 +111,7 @@ class VLLMEngine:
     def submit(self, request: Request) -> str:
         """Starts a request, and returns a name that identifies it.
 
-        If the request has videos or vLLM rejects it, ``finished`` returns a refusal for it.
+        A request with videos, or a request that vLLM rejects, is refused. ``finished`` then returns the refusal.
         """
         name = str(next(self._names))
         if request.videos:

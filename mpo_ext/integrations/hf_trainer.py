@@ -56,15 +56,17 @@ class PairCollator:
     ) -> PairCollator:
         """Returns a collator for a model.
 
-        If the model supports it, the two responses of a pair share their prompt, which is then computed only once.
+        If the model supports it, the two responses of a pair share their prompt. The prompt is then computed only
+        once.
 
         Args:
             model: The model that will be trained, before any wrapper.
             encoder: The encoder that made the samples.
-            samples: One or two samples, on which the layout is tested: their log-probs must equal those of the layout
-                "separate". If the data has images, one of the samples must have images.
-            layout: Arrangement of prompts and responses in rows: "packed", "shared", "masked" or "separate", see
-                ``mpo_ext.train.batch.Batch``. None: the first of these layouts that passes the test.
+            samples: One or two samples, on which a layout is tested. The log-probs must equal the log-probs of the
+                layout "separate". If the data has images, one of the samples must have images.
+            layout: Arrangement of prompts and responses in rows: "packed", "shared", "masked" or "separate"; see
+                ``mpo_ext.train.batch.Batch``. None: the first of "packed", "shared" and "masked" that passes the test,
+                otherwise "separate".
 
         Raises:
             ValueError: If ``layout`` is unknown, or the model does not support it.

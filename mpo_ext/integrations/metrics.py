@@ -8,9 +8,10 @@ from mpo_ext.loss.steps import MPOOutput
 
 
 def loss_metrics(out: MPOOutput) -> dict[str, Tensor]:
-    """Returns the terms of the loss, the reward shift, and the means of rewards and log-probs over the pairs.
+    """Returns the terms of the loss, the reward shift, and metrics of rewards and log-probs.
 
-    The result is a dict from the name of a metric to a 0-d tensor.
+    The result is a dict from the name of a metric to a 0-d tensor. Metrics of rewards and log-probs are means over the
+    pairs.
     """
     margins = out.chosen_reward - out.rejected_reward
     return {

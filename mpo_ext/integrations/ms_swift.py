@@ -131,7 +131,7 @@ def _reference_logp(trainer: Any, mpo: LossSettings, batch: dict[str, Any]) -> T
 
 
 def _cu_seqlens(trainer: Any, batch: dict[str, Any]) -> Tensor | None:
-    """Returns ``cu_seqlens``, the starts of the packed sequences; None unless the run uses ``--padding_free``."""
+    """Returns ``cu_seqlens``, the starts of the packed sequences. Without ``--padding_free``, returns None."""
     if not trainer.template.padding_free:
         return None
     positions = batch.get("text_position_ids")

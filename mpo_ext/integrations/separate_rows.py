@@ -87,10 +87,14 @@ def loss_of_rows(
 ) -> tuple[Tensor, MPOOutput, Any]:
     """Runs the model on a batch. Returns the differentiable loss, the ``MPOOutput`` and the model's output.
 
-    ``inputs`` are the keyword arguments of the model. ``labels`` are aligned with ``input_ids``. Their shape is
-    ``[2B, T]`` (the B chosen rows first), or ``[1, N]`` for a packed row. For a packed row, ``cu_seqlens`` has the
-    shape ``[2B + 1]``. ``ref_logp``, ``[2B]``, holds the summed log-probs under the reference model. ``stats`` are the
-    statistics to compute, as in ``mpo_loss``.
+    Args:
+        model: The model.
+        inputs: Keyword arguments of the model.
+        labels: ``[2B, T]`` (the B chosen rows first), or ``[1, N]`` for a packed row. Aligned with ``input_ids``.
+        ref_logp: ``[2B]``, the summed log-probs of the responses under the reference model.
+        mpo: Settings of the loss.
+        stats: Statistics to compute, as in ``mpo_loss``.
+        cu_seqlens: ``[2B + 1]``, the starts of the sequences in a packed row, and N at the end. None: not packed.
     """
     results: list[MPOOutput] = []
 

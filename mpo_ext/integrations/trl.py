@@ -413,8 +413,9 @@ def _has_images(dataset: Any) -> bool:
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
     """Returns the attributes that ``mpo_ext.patch("trl")`` replaces, and a line that describes the change.
 
-    The replaced methods belong to ``DPOTrainer``. The new methods compute losses with the terms "sigmoid", "bco_pair"
-    and "sft". TRL computes all other losses, and losses with options that mpo_ext lacks, such as ``use_weighting``.
+    The replaced attributes are methods of ``DPOTrainer``. The new methods compute losses with the terms "sigmoid",
+    "bco_pair" and "sft". TRL still computes all other losses. TRL also computes losses with options that mpo_ext
+    lacks, such as ``use_weighting``.
     """
     shift_settings = {"mode": "fixed"} if reward_shift is None else reward_shift
     settings_of_dpo = settings_function(_other_loss_of, lambda trainer: _config_of(trainer.args), shift_settings)

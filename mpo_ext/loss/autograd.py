@@ -191,12 +191,19 @@ def _gradients_over_ranks(
     hidden_grad: Tensor | None,
     logits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of hidden states, weight and bias for a head that is sharded over the ranks.
+    """Returns the gradients of the hidden states, the weight and the bias of a head that is sharded over the ranks.
 
-    A gradient that is not needed is None or empty. The gradient of the hidden states is summed over the ranks, then
-    rounded to the dtype of ``hidden``. Only labelled tokens take part in the sum. ``rows`` is ``(row_max, row_sum,
-    row_weight)``. ``hidden_grad`` is d logp / d hidden if forward kept it, and ``logits`` are the logits if forward
-    kept them; otherwise None.
+    A gradient that is not needed is None or empty. The gradient of the hidden states is summed over the ranks, and
+    then rounded to the dtype of ``hidden``. It is 0 for tokens without a label.
+
+    Args:
+        ctx: Context of the autograd function.
+        inputs: Hidden states, weight and bias.
+        labels: Labels of the tokens.
+        rows: ``(row_max, row_sum, row_weight)``.
+        scale: As in ``linear_grad_rows``.
+        hidden_grad: d logp / d hidden if forward kept it, otherwise None.
+        logits: The logits if forward kept them, otherwise None.
     """
     hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
     d_weight, d_bias = None, None

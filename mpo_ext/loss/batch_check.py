@@ -257,7 +257,7 @@ def _check_alignment(sequences: Sequence[BatchSequence], ahead: int, ignore_inde
 
 
 def _alignment_advice(ahead: int, offset: int) -> str:
-    """Returns advice for a batch in which ``labels[t]`` equals ``input_ids[t + offset]``.
+    """Returns advice for a batch with misplaced labels: ``labels[t]`` equals ``input_ids[t + offset]``.
 
     ``ahead`` is 1 if the loss function shifts the labels, otherwise 0.
     """

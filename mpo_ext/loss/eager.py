@@ -219,10 +219,10 @@ def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
 
 
 def token_stats(logits: Tensor, labels: Tensor, stats: Sequence[str], ignore_index: int) -> Tensor:
-    """Returns statistics of the logits of each token, ``[len(stats), ...]``.
+    """Returns the statistics ``stats`` of the logits of each token, ``[len(stats), ...]``.
 
-    They are 0 for the label ``ignore_index``, and NaN for any other label outside the vocabulary. ``stats`` are names
-    from ``ops.checks.STATS``, such as "entropy".
+    ``stats`` are names from ``ops.checks.STATS``, such as "entropy". For a token with the label ``ignore_index``, all
+    statistics are 0. For any other label outside the vocabulary, all statistics are NaN.
     """
     z = logits.detach()
     z = z if z.dtype == torch.float64 else z.float()

@@ -395,11 +395,11 @@ def _totals(
     options: LossOptions,
     shift: BatchShift,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums log-probs, numbers of labels and statistics over the ranks of ``sequence_parallel``.
+    """Returns sums over all ranks of ``sequence_parallel``.
 
     Returns:
-        The summed log-probs, the numbers of labels and the summed reference log-probs of the sequences, each ``[2B]``;
-        and the statistics summed over all tokens, ``[number of statistics, 1]``.
+        (log-probs, numbers of labels, reference log-probs, statistics). The first three have a sum for each sequence,
+        ``[2B]``. The statistics are summed over all tokens, ``[number of statistics, 1]``.
     """
     cu_seqlens = options.cu_seqlens
     sums = eager.sequence_sums(rows.logp.double(), cu_seqlens)

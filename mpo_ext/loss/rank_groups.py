@@ -112,12 +112,13 @@ class RankGroups:
         shard: VocabShard,
         dtype: torch.dtype,
     ) -> RowOutputs:
-        """Merges the softmax states of all ranks into the outputs of ``token_logp`` for the whole vocabulary.
+        """Merges the softmax states of all ranks. Returns the outputs of ``token_logp`` for the whole vocabulary.
 
         ``state``, ``[..., ROW_STATE]``, holds the softmax states over this rank's shard (``eager.shard_state``). The
-        output ``logp`` is differentiable with respect to ``state``. The labels and the tensors in ``same`` must be
-        equal on all ranks of ``vocab_parallel``. If they differ, ``logp`` is NaN. On a CPU without sequence
-        parallelism, the method raises ValueError instead.
+        output ``logp`` is differentiable with respect to ``state``.
+
+        The labels and the tensors in ``same`` must be equal on all ranks of ``vocab_parallel``. Otherwise, ``logp`` is
+        NaN. On a CPU without sequence parallelism, the method raises ValueError instead.
         """
         assert self.vocab is not None
         parts = list(range(ROW_STATE)) if stats else [0, 1, ROW_STATE - 1]
@@ -250,7 +251,7 @@ def _exchange(
 
 
 def _difference(name: str, facts: list[list[int]]) -> ValueError | None:
-    """Returns an error if facts that must be equal on all ranks differ, otherwise None."""
+    """Compares the facts of all ranks in the group ``name``. Returns an error if they differ, otherwise None."""
     fields = ("sequences", "settings") if name == "sequence_parallel" else tuple(_RULES)
     for field in fields:
         values = [numbers[RankFacts._fields.index(field)] for numbers in facts]

@@ -27,9 +27,9 @@ class BatchShift(NamedTuple):
 class RewardShift:
     """The reward shift delta: a moving average of rewards, and the threshold of the BCO term (arXiv 2411.10442).
 
-    Pass the same instance to every call of ``mpo_loss``, which updates delta. Calls after ``eval()`` do not update it,
-    and neither do calls while gradients are disabled. The state stays on the device of the rewards, so no call waits
-    for the device. If ``torch.distributed`` is initialised, the rewards of all ranks update the state.
+    Pass the same instance to every call of ``mpo_loss``, which then updates delta. After ``eval()``, or while gradients
+    are disabled, delta stays unchanged. The state stays on the device of the rewards, so no call waits for the device.
+    If ``torch.distributed`` is initialised, the rewards of all ranks update the state.
 
     An update uses the mean reward of the chosen and rejected responses of its batch. Pairs in which a response has no
     labelled token do not count. After a reward that is not finite, delta stays NaN or infinite. To undo such a step,
@@ -143,9 +143,9 @@ class RewardShift:
     def update(self, reward_sum: float | Tensor, count: float | Tensor) -> None:
         """Updates delta with the rewards of this rank's micro-batch, also after ``eval()``.
 
-        ``mpo_loss`` updates delta itself, so only loops without ``mpo_loss`` need this method. With
-        ``per="optimizer_step"``, the rewards are collected until ``step()``. All ranks must call this method together.
-        A ``count`` of 0 contributes nothing. In mode "fixed", the method does nothing.
+        Call this method only in loops without ``mpo_loss``, because ``mpo_loss`` updates delta itself. All ranks must
+        call this method together. With ``per="optimizer_step"``, the method only collects the rewards, and ``step()``
+        updates delta. A ``count`` of 0 contributes nothing. In mode "fixed", the method does nothing.
 
         Args:
             reward_sum: Sum of the rewards, a number or a 0-d tensor.

@@ -97,7 +97,7 @@ class HeadOptions(NamedTuple):
 
     @property
     def scales(self) -> tuple[float, float | None, float]:
-        """``(logit_scale, softcap, temperature)``."""
+        """The numbers that scale the logits: ``(logit_scale, softcap, temperature)``."""
         return self.logit_scale, self.softcap, self.temperature
 
 

@@ -22,9 +22,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_logits(name: str, logits: Tensor, axis: str = "vocabulary") -> None:
-    """Raises unless ``logits`` (or hidden states) has a supported dtype and a last axis that is not empty.
+    """Checks that a tensor of logits or hidden states has a supported dtype and a last axis that is not empty.
 
-    ``name`` is the name of the tensor in error messages, and ``axis`` the name of its last axis.
+    Error messages call the tensor ``name`` and its last axis ``axis``. Raises TypeError or ValueError.
     """
     _check_float_tensor(name, logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
@@ -218,7 +218,10 @@ def check_reuse(logits: Tensor) -> None:
 
 
 def check_row_values(logits: Tensor, labels: Tensor, dtype: torch.dtype, **values: Tensor) -> None:
-    """Raises unless ``labels`` fit the ``logits``, and each of ``values`` has one number of ``dtype`` per label."""
+    """Checks that ``labels`` fit ``logits``, and that each of the tensors ``values`` fits ``labels``.
+
+    A tensor in ``values`` must have the shape of ``labels``, the dtype ``dtype``, and the device of ``logits``.
+    """
     check_logits("logits", logits)
     check_labels(logits, labels)
     check_rows(labels, dtype, logits.device, **values)

@@ -485,7 +485,7 @@ def _empty_gradients(
 
 
 def kept_weight_grad(kept: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient of ``weight``, ``[V, D]``, as a view of ``kept``. ``linear_grad`` has written it there."""
+    """Returns a view of ``kept``: the gradient of ``weight``, ``[V, D]``, which ``linear_grad`` has written there."""
     size = weight.numel() * weight.dtype.itemsize
     return kept.as_strided((size,), (1,)).view(weight.dtype).view(weight.shape)  # torch.compile cannot trace a slice
 

@@ -39,7 +39,10 @@ class VocabShard(NamedTuple):
 
 
 def empty_row_state(labels: Tensor) -> Tensor:
-    """Returns each token's softmax state before the first tile, ``[..., ROW_STATE]``, on the device of the labels."""
+    """Returns the softmax state of each token before the first tile, ``[..., ROW_STATE]``.
+
+    The state is on the device of the labels.
+    """
     state = torch.zeros(*labels.shape, ROW_STATE, dtype=torch.float64, device=labels.device)
     state[..., 0] = -math.inf  # the maximum
     return state

@@ -70,7 +70,7 @@ class Head(NamedTuple):
     def inner_scale(self) -> float:
         """Factor by which ``hidden @ weight.T + bias`` is multiplied.
 
-        The product is the argument of tanh or, without a softcap, the logit.
+        Without a softcap, the result is the logit. With a softcap, the result is the argument of tanh.
         """
         return self.logit_scale / (self.softcap or self.temperature)
 
@@ -334,7 +334,7 @@ def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """Returns a tensor shaped like ``like``: ``rows`` at the flat row indices ``index``, and zeros elsewhere."""
+    """Returns zeros in the shape of ``like``, with ``rows`` written to the flat row indices ``index``."""
     rows = rows.to(like.dtype)
     if rows.numel() == like.numel():
         return rows.view(like.shape)

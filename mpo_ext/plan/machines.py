@@ -130,9 +130,9 @@ class Machine:
         return work + stage.fresh / self.fresh + stage.huge / self.huge + stage.launches * self.launch
 
     def matmul_share(self, shortest: float) -> float:
-        """Returns the fraction of the rate in ``matmul_rates`` that a matmul reaches.
+        """Returns the rate of a matmul as a fraction of the rate in ``matmul_rates``.
 
-        ``shortest`` is the smallest of the matmul's sizes m, n and k.
+        ``shortest`` is the smallest of the sizes m, n and k of the matmul.
         """
         points = sorted(self.matmul_shares.items())
         if not points:

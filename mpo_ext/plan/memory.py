@@ -320,7 +320,10 @@ def longest_pair(recipe: Recipe, model: nn.Module) -> int:
 
 
 def meta_model(recipe: ModelRecipe) -> nn.Module:
-    """Returns the model on the meta device, with the adapters and frozen parts that the trainer would give it."""
+    """Returns the model on the meta device, with the adapters and frozen parts of a training run.
+
+    The base weights are not quantized.
+    """
     try:
         import transformers  # noqa: F401
     except ImportError as error:

@@ -234,20 +234,17 @@ _TILE_LAUNCHES = {"recompute": 2 + 4, "keep": 7 + 4, "frozen": 4}
 
 
 def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = False, has_head: bool = True) -> Parts:
-    """Returns ``(stages, memory)`` of ``linear_mpo_loss`` on a GPU: the stages of its work, and its peak bytes.
+    """Returns the stages of ``linear_mpo_loss`` on a GPU, and its peak bytes.
 
-    ``keeps_logits`` is True if forward keeps the logits for backward (``recompute=False``). ``has_head`` is True if
-    backward computes the gradient of the head's weight; it is False for a frozen head.
-
-    Tiles do not fit into the cache, so reading and writing them takes time. A matmul writes a tile of logits in
-    float32. Kernels read it and write its gradient, in the dtype of the inputs, for the next matmuls. If the
-    vocabulary is divided into several tiles, all but the first also read and write the float32 gradient of the hidden
-    states.
+    With ``keeps_logits``, forward keeps the logits for backward (``recompute=False``). With ``has_head``, backward
+    computes the gradient of the head's weight. ``has_head`` is False for a frozen head.
     """
     tiles = GpuTiles.of(loss, machine, keeps_logits=keeps_logits)
     logits, hidden = loss.labelled * loss.vocab, loss.labelled * loss.hidden_size
     head, size = loss.vocab * loss.hidden_size, loss.size
     kept_size = 2 if loss.dtype == "bfloat16" else 4
+    # Bytes per logit. Tiles do not fit into the cache: a matmul writes a tile in float32, and kernels read the tile
+    # and write its gradient in the dtype of the inputs.
     if not has_head:
         mode, passes = "frozen", 4 + 4 + size  # forward reads a tile, and reads it again to write its exponentials
     elif not keeps_logits:
@@ -255,6 +252,7 @@ def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = Fa
     else:
         is_copied = kept_size == 2  # otherwise the product writes the tile to the memory of the kept logits
         mode, passes = "keep", 4 + is_copied * (4 + kept_size) + kept_size + size
+    # All tiles of the vocabulary but the first also read and write the float32 gradient of the hidden states.
     sums = 8 * hidden * (tiles.slices - 1)
     # A frozen head rescales the sums in the last tile, and completes them at the end.
     sums += (4 + size) * hidden + (not has_head) * (8 + 16 + 3 * size) * hidden

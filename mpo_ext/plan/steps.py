@@ -178,11 +178,11 @@ class _Layers:
     def stages(self, name: str, forwards: int, *, with_backward: bool, of_vision: bool) -> Iterator[Stage]:
         """Yields the stages of ``forwards`` forward passes and, if ``with_backward`` is True, of one backward pass.
 
-        A backward pass counts as two forward passes in matrix products and memory traffic, and as 2.5 in attention
-        kernels (five products instead of two). The name of each stage ends in ``name``.
+        The name of each stage ends in ``name``. In matrix products and memory traffic, a backward pass counts as two
+        forward passes. In attention kernels, it counts as 2.5 forward passes (five products instead of two).
 
-        ``of_vision`` says whether the backward pass includes the vision tower. If no backward pass includes the vision
-        tower, the tower runs a single forward pass, whatever ``forwards`` is.
+        If ``of_vision`` is True, the backward pass includes the vision tower. Without a backward pass through the
+        tower, the tower runs only one forward pass, for any ``forwards``.
         """
         model, positions = self.model, self.positions
         times = forwards + 2 * with_backward

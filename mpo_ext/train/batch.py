@@ -206,7 +206,7 @@ class _RowPlan(NamedTuple):
 
     @property
     def owners(self) -> list[Sample]:
-        """The sample of each prompt. If ``copies`` is 2, the list covers only the first half of ``prompts``."""
+        """The sample of each prompt. If ``copies`` is 2, the repeated second half of ``prompts`` is left out."""
         return [prompt.sample for prompt in self.prompts[: len(self.prompts) // self.copies]]
 
     @property
@@ -379,7 +379,7 @@ def _fill_rows(plan: _RowPlan, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _label_rows(responses: Sequence[_PlacedResponse], length: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Returns ``Batch.index``, ``Batch.labels`` and the number of labels per response. A row has ``length`` tokens."""
+    """Returns (``Batch.index``, ``Batch.labels``, number of labels per response). A row has ``length`` tokens."""
     index, labels = [], []
     for response in responses:
         places = torch.arange(len(response.ids) or 1) + response.start - 1

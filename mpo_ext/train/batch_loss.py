@@ -109,10 +109,11 @@ class BatchLoss:
 def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, world_size: int) -> MPOConfig | None:
     """Returns the loss settings for a micro-batch, with scaled weights of the loss terms.
 
-    Each weight is multiplied by ``world_size`` and by the micro-batch's fraction of the step. The setting
-    ``loss.average_over`` selects how the fraction is computed. For example, with "step", the fraction for the DPO and
-    BCO terms is the number of pairs in the micro-batch, divided by the number of pairs in the step. ``world_size`` is
-    needed because accelerate averages gradients over the ranks.
+    Each weight is multiplied by two factors. The first factor is the micro-batch's fraction of the step. The second
+    factor is ``world_size``, because accelerate averages gradients over the ranks.
+
+    The setting ``loss.average_over`` selects how the fraction is computed. For example, with "step", the fraction for
+    DPO and BCO is (pairs in the micro-batch) / (pairs in the step).
 
     Args:
         recipe: The recipe of the run.
@@ -121,8 +122,8 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
         world_size: Number of ranks.
 
     Returns:
-        The settings, or None if all weights are 0, as for a dummy batch. ``ntp_average`` may differ from the recipe;
-        see ``with_logged_average``.
+        The settings, or None if all scaled weights are 0. A dummy batch gives None. ``ntp_average`` may differ from
+        the recipe; see ``with_logged_average``.
     """
     if counts is None:
         return None

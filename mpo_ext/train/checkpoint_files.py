@@ -115,9 +115,9 @@ def _digest_of(values: Any) -> str:
 
 
 def file_digests(accelerator: Any, folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Hashes a part of the files on each rank, so that the ranks together hash all of ``names``.
+    """Hashes this rank's part of the files ``names``. The ranks together hash all files.
 
-    Returns a dict from file name to SHA-256, for the files that this rank hashes.
+    Returns a dict from file name to SHA-256 for this rank's part.
     """
     return {
         name: _file_digest(folder / name) for name in names[accelerator.process_index :: accelerator.num_processes]
@@ -199,9 +199,9 @@ def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
 
 
 def move_into_place(partial: Path, path: Path) -> None:
-    """Renames the folder ``partial`` to ``path``, and deletes the folder that had the name ``path`` before.
+    """Renames the folder ``partial`` to ``path``. If ``path`` already exists, the old folder is deleted.
 
-    ``partial`` must be complete and synced to disk. After a killed call, ``remove_leftovers`` cleans up.
+    ``partial`` must be complete and synced to disk. If this process is killed, ``remove_leftovers`` cleans up later.
     """
     old = _beside(path, "replaced", secrets.token_hex(6))
     replaces = path.exists()

@@ -38,9 +38,10 @@ class BatchCounts(NamedTuple):
     routed_tokens: int = 0  # Batch.routed_tokens
 
     def ntp_parts(self, ntp_average: str) -> int:
-        """Returns the number of tokens or responses over which the next-token loss is averaged.
+        """Returns the number of items over which the next-token loss is averaged.
 
-        ``ntp_average`` "token" counts the tokens of the chosen responses, "sequence" counts the chosen responses.
+        If ``ntp_average`` is "token", the items are the tokens of the chosen responses. If it is "sequence", the items
+        are the chosen responses.
         """
         return self.chosen_tokens if ntp_average == "token" else self.chosen_responses
 
@@ -309,7 +310,7 @@ class RunData:
         return self.collator([self.dummy])
 
     def set_dummy(self, sample: Sample) -> None:
-        """Sets the sample for ``dummy_batch``, which uses only its prompt."""
+        """Sets the sample from which ``dummy_batch`` makes its batch. Only the prompt of the sample is kept."""
         self.dummy = dataclasses.replace(without_responses(sample), name="no pair", digest=NO_PAIR)
 
     def _dataset(self, mixture: Mixture, sampler: StepSampler, *, skip_bad: bool = False) -> StepDataset:

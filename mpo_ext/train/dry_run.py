@@ -39,7 +39,7 @@ class EncodingReport:
     problems: tuple[str, ...]
 
     def text_lines(self) -> Iterator[str]:
-        """Yields the lines, and a line for each problem."""
+        """Yields the lines of the report, and then a line for each problem."""
         yield from self.lines
         yield from (f"NOT VALID: {problem}" for problem in self.problems)
 

@@ -276,9 +276,10 @@ class Encoder:
     def _prompt(
         self, conversation: Conversation, name: str, field: str = "images"
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the prompt's token ids ``[P]``, its additional per-token inputs, and its image and video inputs.
+        """Returns ``(ids, token_inputs, image_inputs)`` of a prompt.
 
-        ``field`` is the name of the pair's field with the images, for error messages.
+        ``ids`` are the token ids, ``[P]``. ``token_inputs`` are other inputs for each token. ``image_inputs`` are the
+        inputs for images and videos. Error messages name the pair ``name`` and ``field``, the pair's field of images.
         """
         prompt, conversation = self.chat.prompt(conversation), expanded(conversation, self.processor)
         if not conversation.images and not conversation.videos:
@@ -380,7 +381,7 @@ def conversation_of(pair: Pair, name: str) -> Conversation:
 
 
 def _targets(response: EncodedResponse, room: int) -> Tensor | None:
-    """Returns whether the loss scores each of the first ``room`` tokens (bool); None: it scores all tokens."""
+    """Returns for each of the first ``room`` tokens whether the loss scores it (bool). None: all tokens are scored."""
     return None if all(response.is_target) else torch.tensor(response.is_target[:room])
 
 

@@ -73,8 +73,8 @@ def evaluate_if_due(
     """Runs the evaluations that are due after the current step. All ranks must call this function.
 
     Args:
-        state: State of the run, which stores the results. A result that is already stored for the current step, as in
-            a resumed run, is not computed again.
+        state: State of the run. It stores the results. If it already has a result for the current step, the evaluation
+            is not repeated. This happens in a resumed run.
         output: Output of the run, which reports the results.
         data: Data of the run.
         evaluate_pairs: Function that returns the metrics on the evaluation pairs.

@@ -1,6 +1,6 @@
-"""The forward pass of a batch. It returns hidden states or logits at the token positions that predict labels.
+"""Runs a model on a batch. The result has the hidden states or logits that predict the labels.
 
-The vision tower encodes each image once for both responses of a pair.
+If both responses of a pair have the same images, the vision tower encodes each image once.
 """
 
 import inspect
@@ -153,7 +153,7 @@ def _attention_inputs(inner: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def _encoders(inner: nn.Module, name: str) -> list[nn.Module]:
-    """Returns the modules of ``inner`` that have a method with the given name and call it in their ``forward``."""
+    """Returns the modules of ``inner`` that have a method ``name``, and call this method in their ``forward``."""
     return [
         module
         for module in inner.modules()
@@ -169,9 +169,9 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[str]) -> Callable[..., Any]:
     """Returns a wrapper of ``encode`` that returns the image features twice, one copy after the other.
 
-    ``encode`` is a method of ``owner``, such as ``get_image_features``. If the wrapper of one method calls the wrapper
-    of another method, only the outer wrapper repeats the features. For example, ``get_video_features`` of Qwen3-VL
-    calls ``get_image_features``. All wrappers of a model share the list ``running``, which is empty while no wrapper
+    ``encode`` is a method of ``owner``, such as ``get_image_features``. The wrapper of a method may call the wrapper
+    of another method. For example, ``get_video_features`` of Qwen3-VL calls ``get_image_features``. Only the outer
+    wrapper then repeats the features. All wrappers of a model share the list ``running``. It is empty while no wrapper
     runs.
     """
 

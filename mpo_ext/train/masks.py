@@ -190,9 +190,9 @@ def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | di
 
 
 def has_image_blocks(inner: nn.Module) -> bool:
-    """Returns whether the tokens of an image attend to later tokens of the same image, as in Gemma 3.
+    """Returns whether all tokens of an image attend to each other, as in Gemma 3.
 
-    Image tokens have type 1 in ``token_type_ids``.
+    Only models that mark image tokens by 1 in ``token_type_ids`` are recognised.
     """
     return any(
         hasattr(type(module), "get_image_features")

@@ -30,18 +30,17 @@ _ROUNDING = 1e-6  # 100 lines with repeat_time 0.29 give 29 pairs, though the pr
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MixtureSubset:
-    """A part of a data source. An MMPR meta file has several subsets; any other source is a single subset.
+    """A part of a data source. An MMPR meta file has several subsets. Any other source has a single subset.
 
     Attributes:
         source: Index of the data source.
         name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
-        first: Index of the subset's first line among the lines of all sources.
+        first: Number of lines in all earlier subsets.
         lines: Number of lines.
-        repeat_time: Average number of visits to each line per epoch: the source's ``repeat_time`` in the recipe. For
-            an MMPR meta file, this value is multiplied by the subset's ``repeat_time`` in the meta file.
+        repeat_time: Average number of visits to each line per epoch: the ``repeat_time`` of the source in the recipe.
+            For an MMPR meta file, this value is multiplied by the ``repeat_time`` of the subset in the meta file.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
-        label: Name for display: ``name``. If other subsets have the same name, the label also contains a part of
-            the path.
+        label: Name for display. It equals ``name``, or adds a part of the path if other subsets have the same name.
     """
 
     source: int

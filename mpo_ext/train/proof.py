@@ -1,4 +1,4 @@
-"""Checks at the start of a run that the first pairs are encoded as the model's own processor encodes them.
+"""Checks the token ids of the first pairs at the start of a run. The model's own processor must give the same ids.
 
 The result, a ``Proof``, also holds the decoded text of these pairs.
 """

@@ -78,8 +78,8 @@ def load_dequantized(target: nn.Module, base: nn.Module, state_dict: Mapping[str
     Args:
         target: Unquantized model on the CPU.
         base: Model with 4-bit layers, with or without adapters.
-        state_dict: None: the weights are read from ``base``. If ``base`` is sharded, pass the unsharded state dict of
-            the peft model that wraps ``base``.
+        state_dict: For a sharded ``base``, the unsharded state dict of the peft model around ``base``. None: the
+            weights are read from ``base``.
     """
     for name, layer in quantized_layers(base):
         from bitsandbytes.functional import dequantize_4bit

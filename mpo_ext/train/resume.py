@@ -136,10 +136,10 @@ class RunState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, keep_evaluation: bool) -> None:
-        """Restores the state from a result of ``state_dict``. Only the main rank restores the pair counts.
+        """Restores the state that ``state_dict`` returned. Only the main rank restores the pair counts.
 
-        ``keep_evaluation`` must be False if the evaluation data have changed. The latest evaluation and the best score
-        are then not restored.
+        If ``keep_evaluation`` is False, the latest evaluation and the best score are not restored. It must be False if
+        the evaluation data have changed.
         """
         self.step = state["step"]
         if keep_evaluation:

@@ -85,10 +85,11 @@ class StepSampler:
 
 
 def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a permutation ``p`` such that ``pairs[p]`` consists of blocks, each with pairs of a single group.
+    """Returns a permutation ``p`` such that ``pairs[p]`` is a sequence of blocks in random order.
 
-    ``groups[i]`` is the group number of pair i. A pair may occur several times in ``pairs``. The first occurrences of
-    a group's pairs form one block, the second occurrences another block, and so on. The blocks are in random order.
+    ``groups[i]`` is the group number of pair i. All pairs of a block have the same group. If each pair occurs once in
+    ``pairs``, each group has one block. If pairs occur several times, the first block of a group has their first
+    occurrences, the second block has their second occurrences, and so on.
     """
     # The c-th copy of each pair goes to the c-th group of its prompt, because a step should not contain a pair twice.
     by_pair = np.argsort(pairs, kind="stable")

@@ -188,10 +188,10 @@ def setting_names(kind: type) -> list[str]:
 
 
 def _settings(kind: type, where: str = "") -> dict[str, list[str]]:
-    """Returns a dict from the dotted name of each section in ``kind`` to the names of the settings in this section.
+    """Returns the names of the settings in each section of ``kind``, as a dict from section to names.
 
-    ``where`` is the dotted name of ``kind``; "" for the outermost section. In a dotted name, ``*`` stands for any
-    entry of a mapping, as in ``optim.groups.*``.
+    A section has a dotted name, such as "optim.groups.*". The ``*`` stands for any entry of a mapping. ``where`` is
+    the name of ``kind`` as a section; "" for the outermost section.
     """
     hints = typing.get_type_hints(kind)
     settings = {where: list(hints)}

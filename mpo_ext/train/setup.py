@@ -53,11 +53,10 @@ class RunSetup(NamedTuple):
     Attributes:
         groups: Parameter groups of the optimizer.
         reference_model: Separate reference model, or None.
-        reference_fingerprint: Hash of the reference weights. It may be "" if the reference log-probs are not
-            precomputed.
-        fixed_weights: Dict from a setting that names a model, such as ``model.path``, to the hash of the model's
-            weights. It contains only models with weights that no checkpoint stores. Ranks other than the main rank may
-            have an empty dict.
+        reference_fingerprint: Hash of the reference weights. If the reference log-probs are not precomputed, the hash
+            may be "".
+        fixed_weights: Hashes of the models whose weights no checkpoint stores. A key is the setting that names the
+            model, such as ``model.path``. On ranks other than the main rank, the dict may be empty.
     """
 
     model: nn.Module
@@ -208,9 +207,10 @@ def _add_stop_id(model: Any, end_id: int) -> None:
 
 
 def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:
-    """Returns ``(model, fingerprint)``: the separate reference model or None, and a hash of the reference weights.
+    """Returns ``(model, fingerprint)``: the separate reference model, and a hash of the reference weights.
 
-    Only precomputed log-probs need the fingerprint. It may be "" if the log-probs are not precomputed.
+    ``model`` is None if the run needs no separate model. ``fingerprint`` may be "" if the reference log-probs are not
+    precomputed.
     """
     kind, path = recipe.reference_kind, recipe.reference.path
     digest = fingerprint(policy) if kind == "precomputed" else ""

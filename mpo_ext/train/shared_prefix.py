@@ -103,11 +103,12 @@ def check_shared_prefix(
 ) -> str | None:
     """Checks on a few pairs whether rows with shared prompts give the same log-probs as separate rows.
 
-    Returns None if the log-probs agree, otherwise a text with the reason why the layout cannot be used.
+    Returns None if the log-probs agree. Otherwise, returns a text with the reason why the layout cannot be used.
 
-    The model runs three times in evaluation mode, without gradients: with separate rows, with ``layout``, and with
-    responses that attend to each other. The third run measures the effect of a broken mask. During the runs, sliding
-    windows are shortened, so that they take effect on short pairs, too. Afterwards, the model's state is restored.
+    The model runs three times in evaluation mode, without gradients. The first run has separate rows. The second run
+    has the layout ``layout``. In the third run, the responses attend to each other. The third run measures the effect
+    of a broken mask. During the runs, sliding windows are shortened, so that they take effect on short pairs, too.
+    Afterwards, the model's state is restored.
 
     If the model is sharded, all ranks must call this function together, and the caller must combine their results.
 
@@ -118,9 +119,9 @@ def check_shared_prefix(
         positions: See ``collate``.
         device: Device of the batches; None: the device of the model's parameters.
         tolerance: Maximum root mean square difference of the log-probs, in nats. None: 16 times the machine epsilon of
-            the computation, but at least 1e-3. The actual limit may be lower. It is half the effect of a broken mask,
-            but at least ``tolerance / 4`` and at most ``tolerance``.
-        layout: The layout that is checked, in which responses share a prompt; see ``Batch``.
+            the computation, but at least 1e-3. If a broken mask has a small effect, the limit is half this effect. The
+            limit is never below ``tolerance / 4``.
+        layout: Layout to check, such as "packed"; see ``Batch``. The responses of a pair share a prompt.
         from_logits: Whether the model computes logits; see ``loss.from_logits``.
 
     Raises:

@@ -34,9 +34,9 @@ class StopRequests:
         self.is_over = False
 
     def agree(self) -> bool:
-        """Shares the requests of all ranks. Returns True if a signal to any rank ends the run.
+        """Combines the requests of all ranks in ``agreed`` and ``is_over``. All ranks must call this method.
 
-        All ranks must call this method. It sets ``agreed`` and ``is_over``.
+        Returns True if any rank has received a signal. The signal then ends the run on all ranks.
         """
         requests = gather(self._accelerator, (self.received, self.is_over))
         self.agreed = next((received for received, _ in requests if received is not None), None)

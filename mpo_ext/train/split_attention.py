@@ -1,9 +1,9 @@
 """Split attention computes attention in rows ``[prompt | response | response ...]`` without a mask over the row.
 
-Each row is computed by several causal calls of an attention function. The first call covers a prompt and its first
-response. Each further response has a separate call. The queries of this call belong to the tokens of the response, its
-keys to the tokens of the prompt and the response. A row may hold several prompts, each with its responses. flash-attn
-and ``joint_attention`` compute all of these calls at once.
+The attention of a row takes several causal calls of an attention function. The first call covers the prompt and the
+first response. Each further response has a separate call. In this call, the queries are the tokens of the response,
+and the keys are the tokens of the prompt and the response. If a row holds several prompts, each prompt and its
+responses have such calls. flash-attn and ``joint_attention`` compute all calls at once.
 
 The functions of this module are registered in transformers' ``AttentionInterface`` under the names in ``NAMES``.
 Without the keyword argument ``row_segments``, they call the original function of transformers.
@@ -43,16 +43,16 @@ _NOT_IN_SDPA = ("softcap", "s_aux", "position_bias")
 
 
 class _Part(NamedTuple):
-    """A part of a row: tokens whose queries form one causal attention call, or the padding at the end of the row.
+    """A part of a row: the query tokens of one causal attention call, or the padding at the end of the row.
 
     Attributes:
         size: Number of tokens.
-        prompt: If this part is the second or a later response to a prompt, the index of the earlier part that begins
-            with this prompt. None if this part itself begins with a prompt, or is padding.
-        prompt_length: Number of prompt tokens at the start of that earlier part; 0 if ``prompt`` is None.
-        is_padding: Whether the part is padding, for which attention is not computed.
-        blocks: Images whose tokens attend to each other: the start and the end (exclusive) of each, as token indices
-            in the part.
+        prompt: For a second or later response to a prompt, the index of the part that begins with the prompt. None for
+            any other part.
+        prompt_length: Number of tokens of the prompt in that earlier part; 0 if ``prompt`` is None.
+        is_padding: Whether the part is padding. Attention is not computed for padding.
+        blocks: (start, end) of each image whose tokens attend to each other, as token indices in the part. The end is
+            exclusive.
     """
 
     size: int
@@ -205,7 +205,7 @@ def is_marker(mask: Any) -> bool:
 
 
 def _base_of(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Any]]]:
-    """Returns the name and the function of the original attention implementation of an attention module."""
+    """Returns the original attention implementation of a module: its name and its function."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = _BASES[getattr(module.config, "_attn_implementation", "")]
@@ -327,10 +327,10 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 
 
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
-    """Returns whether one call of ``joint_attention`` replaces the separate attention calls of the parts.
+    """Returns whether one call of ``joint_attention`` replaces the attention calls of all parts.
 
-    ``joint_attention`` must support the tensors, and at least one part must attend to a prompt in another part.
-    Dropout, sliding windows and images whose tokens attend to each other are not supported.
+    This needs a part that attends to a prompt in another part, and tensors that ``joint_attention`` supports. Dropout,
+    sliding windows and images whose tokens attend to each other are not supported.
     """
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
@@ -396,10 +396,10 @@ def _with_blocks(
     window: int | None,
     attend: _Attend,
 ) -> Iterator[Tensor]:
-    """Yields the attention output ``[n, H, D]`` piece by piece. The tokens of an image attend to each other.
+    """Yields the pieces of the attention output ``[n, H, D]``, in order. The tokens of an image attend to each other.
 
-    ``out`` is the causal attention output, which is kept for all tokens outside images. ``blocks`` are the start and
-    the end (exclusive) of each image.
+    ``out`` is the causal attention output. Tokens outside images keep this output. ``blocks`` has the (start, end) of
+    each image; the end is exclusive.
     """
     edges = [0, *(edge for block in blocks for edge in block), len(out)]
     between = out.split([stop - start for start, stop in pairwise(edges)])[::2]

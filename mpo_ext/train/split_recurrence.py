@@ -203,9 +203,10 @@ class _SplitForward:
     def _call(
         self, group: Sequence[int], inputs: Sequence[Tensor], states: _States | None, options: dict[str, Any]
     ) -> dict[int, Tensor]:
-        """Runs the layer on a group of pieces as one batch, padded on the right. Returns a dict from piece to output.
+        """Runs the layer on several pieces as one batch, padded on the right.
 
-        ``states`` holds the initial states, which the layer replaces by the final states. None: no states.
+        ``group`` has the indices of the pieces in ``inputs``. ``states`` has the initial states or is None. The layer
+        overwrites the initial states with the final states. Returns a dict from the index of a piece to its output.
         """
         pieces = [inputs[number] for number in group]
         batch = pieces[0].unsqueeze(0) if len(pieces) == 1 else pad_sequence(pieces, batch_first=True)

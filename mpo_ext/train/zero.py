@@ -85,7 +85,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 def full_state_dict(model: nn.Module, *, is_main: bool) -> dict[str, Tensor] | None:
     """Returns the unsharded state dict of a model, on the CPU. Ranks other than the main rank get None.
 
-    All ranks must call this function. If a parameter is tied, its names share one tensor.
+    All ranks must call this function. All names of a tied parameter have the same tensor as their value.
     """
     state = model.state_dict(keep_vars=True)
     whole: dict[int, Any] = {}

@@ -31,9 +31,10 @@ def _without_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def seconds_of(answer: str, truths: tuple[str, ...] = TRUTHS) -> dict[str, float]:
-    """Returns the CPU seconds of each extraction style, and of the slowest comparison of each matcher, by name.
+    """Measures all extraction styles on ``answer``, and all matchers on the extracted texts and ``answer``.
 
-    Matchers compare the extracted texts with ``truths``, the correct answers, and with ``answer`` itself.
+    The matchers compare these texts with the correct answers ``truths``, and with ``answer`` itself. Returns a dict
+    from style or matcher to CPU seconds. For a matcher, this is the time of the slowest comparison.
     """
     seconds = {}
 

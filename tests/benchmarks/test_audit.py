@@ -1,7 +1,4 @@
-"""Tests ``make audit``.
-
-Its tests and settings must exist. It must count the cases of its tests. Its table must show which checks ran.
-"""
+"""Tests ``make audit``: its list of checks, its counts of test cases, and its table."""
 
 from __future__ import annotations
 

@@ -378,8 +378,8 @@ def run_logits_grad(
 ) -> Any:
     """Launches logits_grad and returns the buffer of the gradient.
 
-    The gradient has the dtype and layout of ``grad``, or those of the logits if ``grad`` is None. With ``is_zeroed``,
-    the kernel does not write rows with an ignored label.
+    The gradient has the dtype and layout of ``grad``. None: the gradient has the dtype and layout of the logits. With
+    ``is_zeroed``, the kernel does not write rows with an ignored label.
     """
     inputs = [ptxsim.Buffer(np.ascontiguousarray(rows_)) for rows_ in (row_max, row_sum, weight)]
     factor = None if scale is None else ptxsim.Buffer(scale)

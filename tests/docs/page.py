@@ -117,12 +117,13 @@ class Server:
         )  # fmt: skip
 
     def run(self, block: Block, folder: Path) -> str:
-        """If the block has a title, writes it to a file and returns "". Otherwise, runs it and returns its output.
+        """Writes or runs a code block of a page, and returns its output.
 
-        The title is the file's path in ``folder``. Blocks run with ``folder`` as the working directory.
+        A block with a title is written to the file ``folder / block.title``. Its output is "". Any other block runs
+        with ``folder`` as the working directory.
 
         Raises:
-            AssertionError: If the block fails; the message ends with the block's output.
+            AssertionError: If the block fails. The message ends with the block's output.
         """
         if block.title is not None:
             path = folder / block.title

@@ -105,7 +105,7 @@ def row_of(name: str) -> str:
 
 @pytest.mark.parametrize("path", sorted((DOCS / "reference").glob("*.md")), ids=lambda path: path.stem)
 def test_every_documented_name_is_in_the_table_of_its_page(path: Path) -> None:
-    """Checks that a page lists its documented names in a table. GitHub does not render the lines with ``:::``."""
+    """Checks that the table of a page lists the names in its ``:::`` lines, which GitHub does not render."""
     text = path.read_text(encoding="utf-8")
     names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
     rows = [row_of(name) for name in names]
@@ -134,7 +134,7 @@ def commands(
 
 
 def whole_parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
-    """Returns the complete argument parser of ``mpo-ext``, intercepted before it parses arguments."""
+    """Returns the complete argument parser of ``mpo-ext``. No command runs."""
     from mpo_ext.__main__ import main
 
     class CaughtError(Exception):

@@ -30,7 +30,7 @@ def open_files(folder: Path) -> tuple[Journal, Path]:
 
 
 def announce_all(early: EarlyBlocks, journal: Journal) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Announces the blocks that the journal lacks, as a resuming run does. Returns the blocks that must be sampled."""
+    """Calls ``early.announce`` for each block that the journal lacks. Returns the blocks that must be sampled."""
     stored = list(journal.records())
     missing = []
     for start, records in block_records():

@@ -105,8 +105,9 @@ def test_prompts_are_token_ids_with_the_prefix(server: Server) -> None:
 def test_the_forms_of_requests_give_the_same_pairs(server: Server, tmp_path: Path, pipeline: str) -> None:
     """Tests that three forms of requests give the same pairs.
 
-    The forms are: token ids in and out; token ids in and text out; chat messages in and text out. In the last form,
-    the server continues an assistant message.
+    - The engine sends and receives token ids.
+    - The engine sends token ids and receives text.
+    - The engine sends chat messages and receives text. The server continues an assistant message.
 
     Also tests a server that accepts only seeds below 2**31. The engine sends it other seeds, so the pairs differ.
     """

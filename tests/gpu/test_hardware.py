@@ -1,6 +1,6 @@
 """Tests properties that need a GPU: deterministic bits, streams, devices, CUDA graphs and launches.
 
-mpo_ext contains a static CUDA runtime. These tests also show that it works beside torch's.
+mpo_ext contains a static CUDA runtime. These tests also show that it works beside torch's CUDA runtime.
 """
 
 import pytest

@@ -1,10 +1,10 @@
-"""Measures the time and memory of a trainer on a CPU, with its own loss and with mpo_ext's.
+"""Measures the time and memory of a trainer on a CPU, with the trainer's loss and with mpo_ext's loss.
 
     python tests/integrations/side_by_side.py trl [--rounds 3] [--steps 4] [--length 4] [--pairs 2] [--save]
 
-Both kinds of runs compute the same loss on the same data: mpo_ext uses the trainer's rule for the reward shift. The
+Both losses have the same value on the same data, because mpo_ext uses the trainer's rule for the reward shift. The
 model is a Qwen2 with two layers, hidden size 256, and a vocabulary of 151,936 tokens. Each run is a separate process
-with one thread. Runs of the two kinds alternate.
+with one thread. Runs with the two losses alternate.
 
 Prints the median wall time and CPU time of a step, without the first step of each run. Also prints the median peak
 memory of a process.

@@ -1,4 +1,7 @@
-"""Tests axolotl's DPO trainer with its own loss and with mpo_ext's. ``make integrations`` runs this file."""
+"""Tests axolotl's DPO trainer with axolotl's loss and with mpo_ext's loss.
+
+``make integrations`` runs this file.
+"""
 
 from __future__ import annotations
 

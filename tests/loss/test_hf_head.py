@@ -481,9 +481,9 @@ def mean_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def train(model: nn.Module, inner: nn.Module, rank: int, steps: int) -> None:
-    """Runs AdamW steps on the rank's batches, and checks that the ranks end with equal parameters.
+    """Trains with AdamW on batches of this rank, and checks that all ranks end with equal parameters.
 
-    ``inner`` is a copy of the model without wrappers. The batches are made for ``inner``.
+    The batches are made for ``inner``, a copy of the model without wrappers.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = [parameter.detach().clone() for parameter in model.parameters()]

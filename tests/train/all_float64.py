@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class AllFloat64(TorchFunctionMode):
-    """Replaces the dtype float32 by float64 in arguments of torch functions, and ``Tensor.float`` by ``double``."""
+    """Makes torch functions use float64: replaces float32 in their arguments, and ``Tensor.float`` by ``double``."""
 
     def __torch_function__(
         self,

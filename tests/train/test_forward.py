@@ -202,7 +202,7 @@ def test_positions_of_rotary_axes_run_no_vision_tower(monkeypatch: pytest.Monkey
 
 
 class LargeOutputs(TorchDispatchMode):
-    """Records the operators that return a tensor as large as the logits of all positions."""
+    """Records each operator that returns a tensor of at least the size of all logits, with a vocabulary axis."""
 
     def __init__(self, positions: int) -> None:
         super().__init__()

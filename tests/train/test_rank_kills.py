@@ -1,4 +1,4 @@
-"""Tests two ranks when one of them is killed: the launcher ends the other one, and a rerun gives the same bits."""
+"""Tests two ranks when one is killed: the launcher ends the other rank, and a rerun gives the same bits."""
 
 from __future__ import annotations
 

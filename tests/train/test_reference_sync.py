@@ -131,7 +131,7 @@ def run_here(recipe: Recipe, lines: list[dict[str, float]]) -> Trainer:
 
 
 class Two(nn.Module):
-    """A model with two parameters and a buffer; ``get_output_embeddings`` marks it as an unwrapped model."""
+    """A model with two parameters and a buffer. Its method ``get_output_embeddings`` marks it as unwrapped."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         super().__init__()

@@ -75,9 +75,9 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 
 
 def gap_at(engine: TransformersEngine, request: Request, ids: Sequence[int]) -> float:
-    """Returns the gap between the two largest logits of the next token.
+    """Returns the difference of the two largest logits for the token after ``ids``.
 
-    This token follows the request's prompt, the request's response prefix, and ``ids``.
+    The model reads the prompt of the request, the response prefix of the request, and ``ids``.
     """
     inputs = engine._inputs([Request(**{**vars_of(request), "prefix_ids": (*request.prefix_ids, *ids)})],
                             [engine.chat.prompt(request)])  # fmt: skip

@@ -522,7 +522,7 @@ class Machine(MemoryAccess):
         return np.broadcast_to(raw[0], (self.L,))
 
     def address(self, mem, space):
-        """Returns a function that takes selected lanes and returns their int64 addresses for the operand mem."""
+        """Returns a function from selected lanes to their int64 addresses for the operand mem."""
         base, off = mem.base, np.int64(mem.offset)
         if isinstance(base, (Sym, Imm)):
             v = self.symbol(base) if isinstance(base, Sym) else base.value

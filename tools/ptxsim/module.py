@@ -129,7 +129,7 @@ class Kernel:
         return None
 
     def target(self, fn, arg):
-        """Returns the pc to which a label operand of the function fn refers."""
+        """Returns the pc of the label that the operand ``arg`` names. ``fn`` is the function with the operand."""
         _, name, scopes = arg
         for sc in reversed(scopes):
             if ":" + name in sc:

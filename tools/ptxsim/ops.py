@@ -91,11 +91,11 @@ def simple(b, ins, typ, fn, dst_type=None, src_types=None, first=0):
 
 
 def float_fn(typ, fn, ins, exact64=None):
-    """Turns the function ``fn`` into a function on values of the PTX type ``typ``.
+    """Returns a function like ``fn`` on values of the PTX type ``typ``.
 
-    The new function applies the modifiers .ftz, .sat and .relu that the instruction ``ins`` has. For f16 and bf16,
-    ``fn`` takes the values as float32. If ``exact64`` is given, it replaces ``fn`` for these types. It takes float32
-    and returns float64.
+    The new function applies the modifiers .sat and .relu of the instruction ``ins``. For f32, it also applies .ftz.
+    For f16 and bf16, ``fn`` takes the values as float32. If ``exact64`` is given, it replaces ``fn`` for these two
+    types. ``exact64`` takes float32 and returns float64.
     """
     parts = ins.parts
     sat, ftz, relu = "sat" in parts, "ftz" in parts, "relu" in parts

@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes the interpreter round float32 to the nearest bfloat16, like compiled code; by default it truncates."""
+    """Makes the interpreter round float32 to the nearest bfloat16, as compiled code does."""
     cast = InterpreterBuilder.cast_impl
 
     def rounding_cast(self: Any, source: Any, dtype: Any) -> Any:
