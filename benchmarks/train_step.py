@@ -181,7 +181,7 @@ def loss_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def table(results: Mapping[str, dict[str, Any]], failed: Mapping[str, str], base: str, sizes: Sizes) -> Iterator[str]:
     """Yields the lines of the result table. Ratios are relative to the case ``base``.
 
-    ``results`` has the ``summary`` of each case that succeeded. ``failed`` has the error of each other case.
+    ``results`` has the ``summary`` of each case that succeeded. ``failed`` has the error of each case that failed.
     """
     yield f"base: {base}"
     yield (

@@ -190,8 +190,8 @@ def parse_unit(text: str) -> Unit | None:
 def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
     """Returns the factor and the dimension of ``word``, or None if ``word`` does not name a known unit.
 
-    ``text`` is the expression that contains the word, such as "degrees Celsius". It decides whether "degrees" means an
-    angle or a temperature.
+    ``text`` is the expression that contains the word. For example, "degrees" means a temperature if the text is
+    "degrees Celsius", otherwise an angle.
     """
     name = word.replace(" ", "").rstrip(".")
     scale = "kelvin" if name in ("K", "\u00b0K") else _TEMPERATURES.get(name.casefold())

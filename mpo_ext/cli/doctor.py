@@ -113,7 +113,7 @@ def _backend_facts(torch: Any, *, has_cpu: bool, has_cuda_kernels: bool) -> Iter
 
 
 def _try(fact: Callable[[], object]) -> tuple[bool, str]:
-    """Calls ``fact`` and returns (True, result as text), or (False, error as text) if ``fact`` raises."""
+    """Calls ``fact``. Returns (True, result as text), or (False, error as text) if the call fails."""
     try:
         return True, str(fact())
     except importlib.metadata.PackageNotFoundError:

@@ -48,9 +48,9 @@ def map_roots(pair: Pair, root_map: RootMap) -> Pair:
 
 
 def absolute_path(image: str, root: str) -> str:
-    """Joins an image path to the folder ``root``. A ``file://`` URL becomes a path; other URLs are returned unchanged.
+    """Joins an image path to the folder ``root``. A ``file://`` URL becomes a path. Other URLs are returned unchanged.
 
-    If the path begins with ``..``, links in ``root`` are resolved first.
+    If the path begins with ``..``, symbolic links in ``root`` are resolved first.
     """
     image = local_path(image)
     if is_url(image):

@@ -1,4 +1,7 @@
-"""Reads the images and videos in the fields and messages of a row, in the order in which the prompt shows them."""
+"""Reads the images and videos of a row, in the order in which the prompt shows them.
+
+Images and videos are in fields and in messages of the row.
+"""
 
 import base64
 import binascii

@@ -1,4 +1,4 @@
-"""Grids of four handwritten digits, and questions about the sum of some of them ("the adding task").
+"""Grids of four handwritten digits, and questions about the sum of some of these digits ("the adding task").
 
 An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. The splits share no digit image.
 Benchmarks and tests use this task. The demo uses the task of ``mpo_ext.demo.reading`` instead, with the same digits,

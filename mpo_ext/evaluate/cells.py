@@ -22,10 +22,10 @@ class EvaluationRun:
 
     Attributes:
         block_size: Maximum number of responses in a block. The responses of a block are saved together. All responses
-            to a question are in the same block, even if they exceed this number. A killed process loses its
-            unfinished blocks: at most one block, or several with vLLM or an OpenAI server.
+            to a question are in the same block. A question with more responses makes a larger block. A killed process
+            loses its unfinished block. With vLLM or an OpenAI server, several blocks may be unfinished.
         rank: Rank of this process. For example, rank 1 of 4 processes asks the questions 1, 5, 9, ..., counted from 0.
-        world_size: Number of processes, which need not run at the same time.
+        world_size: Number of processes. The processes need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
     """
 

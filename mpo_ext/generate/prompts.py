@@ -171,7 +171,7 @@ def render(template: PromptTemplate, question: str, options: Sequence[str] | Map
         template: The template.
         question: The question.
         options: Option texts in the order A, B, ..., or a mapping from letter to text. None removes ``{options}`` from
-            the prompt, for a question that has no options or already shows them.
+            the prompt. Use None if the question has no options or already shows its options.
 
     Raises:
         TypeError: If the question or an option is not a string.

@@ -140,7 +140,7 @@ def logp_of_rows(
 
 
 def keep_own_loss(trainer: Any, reason: str) -> None:
-    """Prints, once per trainer, that the trainer computes its own loss, and the reason."""
+    """Prints the reason why a trainer computes its own loss. Prints only once per trainer."""
     if not hasattr(trainer, "mpo_notice") and trainer.is_world_process_zero():
         print(f"mpo_ext: {type(trainer).__name__} keeps its own loss, because {reason}", file=sys.stderr)
     trainer.mpo_notice = reason

@@ -27,9 +27,9 @@ class BatchShift(NamedTuple):
 class RewardShift:
     """The reward shift delta: a moving average of rewards, and the threshold of the BCO term (arXiv 2411.10442).
 
-    Pass the same instance to every call of ``mpo_loss``, which then updates delta. After ``eval()``, or while gradients
-    are disabled, delta stays unchanged. The state stays on the device of the rewards, so no call waits for the device.
-    If ``torch.distributed`` is initialised, the rewards of all ranks update the state.
+    Pass the same instance to every call of ``mpo_loss``, which then updates delta. After ``eval()``, or without
+    gradients (``torch.no_grad``), delta stays unchanged. The state stays on the device of the rewards, so no call
+    waits for the device. If ``torch.distributed`` is initialised, the rewards of all ranks update the state.
 
     An update uses the mean reward of the chosen and rejected responses of its batch. Pairs in which a response has no
     labelled token do not count. After a reward that is not finite, delta stays NaN or infinite. To undo such a step,

@@ -1,4 +1,4 @@
-"""The operators on pairs: ``pair_loss``, and ``forward``, which also computes the log-probs of the labels."""
+"""The operators ``pair_loss`` and ``forward``. ``forward`` also computes the log-probs of the labels."""
 
 from __future__ import annotations
 

@@ -246,9 +246,9 @@ def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
 
 
 def _hash_pair(pair: Pair) -> str:
-    """Returns a hash of the texts of a pair and of its numbers of images and videos.
+    """Returns a hash of a pair. Paths do not count, because the folder of images may move.
 
-    Paths do not count, because the folder of images may move.
+    The hash covers the texts, the tools, the numbers of images, and the settings and number of files of each video.
     """
     turns = [pair.source.get(name) for name in ("messages", "chosen_messages", "rejected_messages")]
     texts: list[Any] = [pair.question, pair.chosen, pair.rejected, turns, len(pair.images)]

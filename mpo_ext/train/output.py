@@ -217,9 +217,10 @@ class RunOutput:
         return bool(self.changed or changes.refused or has_new_evaluation)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> None:
-        """Writes a checkpoint of the policy, the optimizer, the run state, and ``reference`` if it is not None.
+        """Writes a checkpoint of the policy, the optimizer and the run state. Does nothing if ``save`` is False.
 
-        ``reference`` is the reference model if training updates it. Does nothing if ``save`` is False.
+        If training updates the reference model, ``reference`` is this model, and the checkpoint includes it.
+        Otherwise, ``reference`` is None.
         """
         if not self.save:
             return

@@ -1,4 +1,4 @@
-"""Tests pairs with videos, or with separate images for the rejected response, in every format.
+"""Tests pairs with videos, and pairs with separate images for the rejected response, in every format.
 
 Formats that cannot store such pairs must reject them.
 """

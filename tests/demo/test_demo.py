@@ -299,7 +299,7 @@ def test_samples_have_no_special_tokens(processor: DigitsProcessor, model) -> No
 
 
 class Scripted(TransformersEngine):
-    """The demo's engine with scripted answers, some of them wrong, in place of a model.
+    """The demo's engine with scripted answers in place of a model. Some of the answers are wrong.
 
     ``blind`` collects the requests without an image.
     """

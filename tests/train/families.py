@@ -166,7 +166,7 @@ Images = Callable[[int, torch.Generator], tuple[list[list[int]], dict[str, torch
 def tiles(tokens: int, *, axis: bool = False) -> Images:
     """Returns a function that makes 8 x 8 images with ``tokens`` image tokens each.
 
-    ``axis`` adds a leading axis of size 1 to the pixel values, which Idefics needs.
+    With ``axis``, the pixel values have an additional leading axis of size 1, which Idefics needs.
     """
 
     def images(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:

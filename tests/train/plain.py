@@ -134,7 +134,9 @@ def row_logp(model: nn.Module, pair: Pair, response: tuple[int, ...]) -> Tensor:
 
 
 def taken(rows: Tensor, response: tuple[int, ...]) -> Tensor:
-    """Returns the log-prob of each response token, given the log-probs of all tokens ``[length, V]``."""
+    """Returns the log-prob of each response token. ``rows`` has the log-probs of the whole vocabulary, ``[length,
+    V]``.
+    """
     return rows[torch.arange(len(response)), torch.tensor(response)]
 
 

@@ -291,7 +291,7 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
 
 
 def count_reference_pairs(path: Path, rank: int) -> None:
-    """Makes this process append a line to a file for each pair whose reference log-probs it computes."""
+    """Makes this process write a line to the file ``path`` for each pair of a reference forward."""
     from mpo_ext.train import reference_file
 
     original = reference_file.sequence_logp

@@ -298,7 +298,7 @@ def test_faulty_images_are_named(family: Any, images: tuple[str, ...], tmp_path:
 
 
 def test_a_processor_that_loses_image_tokens_is_found_out(images: tuple[str, ...]) -> None:
-    """The test's processor truncates its output, which removes image tokens."""
+    """Checks that the encoder rejects a truncated output of the processor, because image tokens are missing."""
     for family in (internvl, qwen, llava):
         processor = family()
         encoder, call = Encoder(processor), type(processor).__call__

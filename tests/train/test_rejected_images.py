@@ -60,10 +60,10 @@ def logp(model: Any, samples: list[Sample], layout: Any) -> Tensor:
 
 
 def test_each_side_sees_its_images(pairs: Path) -> None:
-    """Compares the log-probs of each pair with those of two ordinary pairs.
+    """Compares the log-probs of each pair with the log-probs of two ordinary pairs.
 
-    In the first ordinary pair, both responses have the images of the chosen response. In the second, both have the
-    images of the rejected response.
+    In the first ordinary pair, both responses have the images of the chosen response. In the second ordinary pair,
+    both have the images of the rejected response.
     """
     model, processor = digits_run.tiny()
     model.eval()

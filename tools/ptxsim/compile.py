@@ -66,7 +66,7 @@ def compile_cuda(
 class CompiledTriton:
     """A Triton kernel compiled to PTX.
 
-    Triton appends parameters for scratch memory to those of the kernel. launch() fills them in.
+    Triton adds parameters for scratch memory after the kernel's own parameters. launch() fills them in.
     """
 
     ptx: str
