@@ -71,10 +71,10 @@ def ours(batch: HiddenBatch, frozen: bool = False, **options: Any) -> tuple[Tens
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor, Tensor], Tensor]) -> losses.Provider:
-    """Returns a function that computes the MPO loss and gradients of a batch from another library's log-probs.
+    """Returns a function that computes the MPO loss of a batch and its gradients, with another library's log-probs.
 
-    ``token_logp(hidden, head, labels)`` returns the log-probs. It takes ``[n, D]``, ``[V, D]`` and ``[n]``, and some
-    labels are -100.
+    ``token_logp(hidden, head, labels)`` is a function of the other library. It returns the log-prob of each label,
+    ``[n]``. The shapes of its arguments are ``[n, D]``, ``[V, D]`` and ``[n]``. Some labels are -100.
     """
 
     def run(batch: HiddenBatch) -> tuple[Tensor, ...]:

@@ -37,17 +37,18 @@ _TRIAL = 16  # the rows and the vocabulary of a trial are smaller by this factor
 class LossBenchmark:
     """A benchmark of the loss that takes logits, or of the loss that takes hidden states.
 
-    A provider is an implementation of the loss, from mpo_ext or from another library. The floor is a lower bound of
-    the provider's time: the time of the necessary work, such as the matmuls.
+    A provider is an implementation of the loss, in mpo_ext or in another library. Each provider has a floor: the time
+    of the necessary work, such as the matmuls. No provider can be faster than its floor.
 
     Attributes:
         name: "logits" or "linear".
-        providers: Functions by name. Each returns a provider. A missing or broken library may raise any exception.
-        make_batch: Returns random inputs for a shape on a device.
-        floor_runs: Returns a dict from name to function. Each function does necessary work on a batch, and may
-            overwrite the batch.
-        floor_seconds: Function that returns the floor of a provider in seconds. Its arguments are the provider's name,
-            and a dict from the name of each function in ``floor_runs`` to its median seconds.
+        providers: For each name, a function that returns the provider. If a library is missing or broken, the function
+            may raise any exception.
+        make_batch: Function that returns random inputs for a shape on a device.
+        floor_runs: Function that takes a batch and returns a dict from name to function. Each of these functions does
+            a part of the necessary work, and may overwrite the batch.
+        floor_seconds: Function that returns the floor of a provider in seconds. The first argument is the provider's
+            name. The second argument maps the names from ``floor_runs`` to median seconds.
         floor: Description of the floor, for the result files.
         overwriting: Names of the providers that overwrite the logits of the batch.
         frozen: Names of the providers that compute no gradient of the head.

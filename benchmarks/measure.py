@@ -122,9 +122,9 @@ def _cpu_clock(run: Callable[[], Any]) -> Callable[[], float]:
 
 
 def _touch_free_memory() -> None:
-    """Allocates 1 GiB of memory, writes to all of it, and frees it.
+    """Writes to 1 GiB of new memory, and frees the memory.
 
-    In a virtual machine, the host must then provide this memory now, and not during the next timed run.
+    In a virtual machine, the host must then provide the memory now, and not during the next timed run.
     """
     fresh_zeros((_FREE_BYTES,), torch.uint8).fill_(1)
 

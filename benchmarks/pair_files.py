@@ -1,7 +1,8 @@
 """Measures the commands that read large pair files: ``make bench-pairs``, or ``python -m benchmarks.pair_files``.
 
-Each command is a fresh process, and its time includes the start of Python. As a baseline, a program only calls
-``json.loads`` on each line. One file has pairs of random words; in the other, the pairs also share a small image.
+Each command is a fresh process, and its time includes the start of Python. The baseline is a program that only calls
+``json.loads`` on each line. The commands read two files. In the first file, the pairs have random words. In the second
+file, the pairs also have a small image, the same for all pairs.
 """
 
 from __future__ import annotations

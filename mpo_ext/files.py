@@ -61,13 +61,14 @@ def check_outputs(
     """Checks that writing the outputs destroys no file of the user.
 
     Args:
-        name: Name of the argument with the output path, for messages.
-        outputs: Paths that will be written; paths that do not exist are ignored.
+        name: Name of the argument with the output path, for error messages.
+        outputs: Paths that will be written. Paths that do not exist are ignored.
         inputs: Paths that will be read.
-        is_ours: Whether mpo_ext wrote the existing outputs. If True, they may be replaced.
+        is_ours: True: mpo_ext wrote the existing outputs, so they may be replaced. False: no output may exist.
 
     Raises:
-        ValueError: If an output is an input (perhaps under another path), or a folder that holds an input.
+        ValueError: If an output and an input are the same file, even under two paths. Also raised if an output is a
+            folder that contains an input.
         FileExistsError: If an output exists and ``is_ours`` is False.
     """
     existing = {_identity(path): os.fspath(path) for path in outputs if os.path.lexists(path)}

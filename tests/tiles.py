@@ -32,9 +32,10 @@ UNSEEN_BAD_LABELS = {
 
 
 def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Sequence[int], seed: int = 0) -> None:
-    """Checks log-probs, statistics and gradient of logits that are processed in tiles ending at ``inner_edges``.
+    """Processes logits in tiles, and checks the log-probs, the statistics and the gradient.
 
-    The rows include ignored and invalid labels, logits of -inf, and labels with a probability near 1.
+    ``inner_edges`` are the columns at which a tile ends and the next tile begins. Some labels are ignored or invalid.
+    Some labels have a probability near 1. Some logits are -inf.
     """
     generator = torch.Generator().manual_seed(seed + vocab)
     edges = [0, *inner_edges, vocab]

@@ -1,7 +1,7 @@
-"""Stage "linear": compares ``linear_mpo_loss`` with other libraries, and with a lower bound of its time.
+"""Stage "linear": measures ``linear_mpo_loss``, the losses of other libraries, and a lower bound of their time.
 
-The lower bound is the time of the matmuls that compute the logits and the gradients of hidden states and head. The
-stage also measures ``linear_mpo_loss`` with several memory budgets.
+The lower bound is the time of three matmuls. They compute the logits, the gradient of the hidden states, and the
+gradient of the head. The stage also measures ``linear_mpo_loss`` with several memory budgets.
 """
 
 from __future__ import annotations

@@ -20,10 +20,12 @@ _HEADER = [
 
 
 def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the Markdown table. ``documents`` maps the name of a result file to its content.
+    """Returns a Markdown table with a line for each starting model.
 
-    A starting model has a line if the SFT and MPO runs from this model have results for a common seed. The
-    significance tests are corrected for the number of lines.
+    The line needs at least one seed with results of both runs, SFT and MPO. Otherwise the starting model is left out.
+    The significance tests are corrected for the number of lines.
+
+    ``documents`` maps the name of a result file to its content.
     """
     lines = [line for name in ("study_prior", "study") for line in _lines(documents[name])]
     found = verdicts([gains for _, gains, _, _ in lines])

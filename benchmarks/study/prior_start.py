@@ -180,9 +180,9 @@ def _make_kinds(
 def _make_rlaif_v(
     engine: TransformersEngine, settings: PriorSettings, folder: Path, count: int, summaries: dict[str, Any]
 ) -> list[Pair]:
-    """Samples RLAIF-V pairs about the questions of the DropoutNTP pairs. Returns at most ``count`` pairs.
+    """Samples RLAIF-V pairs, and returns at most ``count`` of them. Adds the sampling summary to ``summaries``.
 
-    Adds the sampling summary to ``summaries``.
+    The questions are those of the DropoutNTP pairs.
     """
     config = reading_judge.config(
         samples=settings.samples, temperature=settings.temperature, seed=settings.seed,

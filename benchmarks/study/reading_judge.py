@@ -1,8 +1,11 @@
 """An engine that judges the claims in a response, for the RLAIF-V pairs of the task "language-prior".
 
-As in RLAIF-V, each claim becomes a question about the image. Because the model is tiny, two steps are simpler than in
-the paper. A program instead of a model splits a response into claims. The question asks for a digit, such as "Which
-digit is top-left ?", instead of yes or no. The verdict is yes if the model's direct answer equals the claimed digit.
+As in RLAIF-V, each claim becomes a question about the image. The model is tiny, so two steps are simpler than in the
+paper:
+
+- A program splits a response into claims. In the paper, a model splits the response.
+- The question asks for a digit, such as "Which digit is top-left ?". In the paper, the answer is yes or no. Here, the
+  verdict is yes if the model's direct answer equals the claimed digit.
 """
 
 from __future__ import annotations

@@ -21,14 +21,14 @@ class StudySettings(RunSettings):
         sft_digits: Number of training digits for the SFT. The pairs use the other training digits.
         sft_text_share: Fraction of the SFT questions that state the digits and have no image.
         text_questions: Number of questions without an image. The pairs of the file "text" are made from them.
-        late_continuations: Number of continuations that DropoutNTP samples if it keeps 0.75 of an answer. The kept
-            part then names all digits. Most continuations are correct, so several are sampled to get a wrong one. If
-            DropoutNTP keeps less, it samples one continuation.
-        pairs: Maximum number of pairs in the file "mixed", and in the file "text".
-        mixed_shares: Fractions of the pairs in "mixed": correctness pairs with direct answers, correctness pairs with
-            step-by-step answers, and DropoutNTP pairs.
-        kind_pairs: Maximum number of pairs in some of the files that ``perception.PAIR_FILES`` lists: "correctness",
-            "DropoutNTP 0.75" and all files between them. These files have equally many pairs.
+        late_continuations: Number of continuations that DropoutNTP samples after the first 75% of an answer. Most
+            continuations are correct, but a pair needs a wrong continuation. After a smaller part of an answer,
+            DropoutNTP samples only one continuation.
+        pairs: Maximum number of pairs in the file "mixed". The file "text" has the same maximum.
+        mixed_shares: Fractions of three kinds of pairs in the file "mixed". The kinds are correctness pairs with
+            direct answers, correctness pairs with step-by-step answers, and DropoutNTP pairs.
+        kind_pairs: Maximum number of pairs in each of these files: "correctness", "correctness and DropoutNTP", and
+            the files that ``perception.KEEPS`` names. All of these files have equally many pairs.
     """
 
     task: ClassVar[str] = "perception"

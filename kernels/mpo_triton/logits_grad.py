@@ -15,8 +15,8 @@ _INTEGERS = ["vocab", "first", "total", *_STRIDES, *(f"grad_{name}" for name in 
 def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Writes ``filler`` to the columns of a row that lie in one chunk.
 
-    ``begin`` is the first position of the chunk. ``rows.py`` defines positions: the columns of the row have the
-    positions ``shift`` to ``end - 1``.
+    The chunk begins at position ``begin``. The columns of the row have the positions ``shift`` to ``end - 1``, as
+    ``rows.py`` explains.
     """
     for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
         at = tl.multiple_of(at, BLOCK)

@@ -97,10 +97,12 @@ def token_logp_chunk_kernel(
 def merge_chunks(
     states_ptr, row, chunks, is_valid, MAX_CHUNKS: tl.constexpr, STATE: tl.constexpr, STATS: tl.constexpr
 ):
-    """Returns the softmax state of a row in float64, merged from the states of its chunks.
+    """Merges the softmax states of the chunks of a row. Returns the state of the whole row in float64.
 
-    With d = z - row_max for each logit z, the state is row_max, row_sum = sum(exp(d)), e_d = sum(exp(d) * d), z_sum =
-    sum(z) and squared = sum(exp(d)^2). The last three are computed only if STATS is not 0.
+    The state is row_max, row_sum, e_d, z_sum and squared. row_max is the largest logit z. With d = z - row_max,
+    row_sum is sum(exp(d)), e_d is sum(exp(d) * d), z_sum is sum(z), and squared is sum(exp(d)^2).
+
+    If STATS is 0, the values of e_d, z_sum and squared have no meaning.
     """
     lanes = tl.arange(0, MAX_CHUNKS)
     mask = (lanes < chunks) & is_valid
@@ -129,13 +131,13 @@ def merge_chunks(
 def merge_tile(
     row_state_ptr, row_max, row_sum, e_d, z_sum, squared, z_label, is_valid, is_later, has_label, STATS: tl.constexpr
 ):
-    """Adds a tile of the vocabulary to the stored softmax state of a row.
+    """Updates the stored softmax state of a row with one more tile of the vocabulary. Returns the new state.
 
-    ``has_label`` means that the label lies in the tile. ``is_later`` means that the row is valid and the tile is not
+    The state is new_max, row_sum, e_d, z_sum, squared and z_label. new_max is the largest logit so far. z_label is the
+    logit of the label. ``merge_chunks`` explains the others.
+
+    ``has_label`` is true if the label lies in the tile. ``is_later`` is true if the row is valid and the tile is not
     the first.
-
-    Returns new_max, row_sum, e_d, z_sum, squared and z_label over all tiles so far. new_max is the largest logit and
-    z_label the logit of the label. ``merge_chunks`` explains row_sum, e_d, z_sum and squared.
     """
     old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
     old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)

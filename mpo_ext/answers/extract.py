@@ -105,7 +105,11 @@ def all_boxes(text: str) -> list[str]:
 
 
 def _with_tail(answer: str, after: str) -> str:
-    """Adds to an answer what follows it in its line, if this is a known unit or holds another answer in a box."""
+    """Returns the answer, followed by the rest of its line if this rest belongs to the answer.
+
+    The rest belongs to the answer if it is a known unit, or contains a box with another answer. ``after`` is the text
+    after the answer.
+    """
     tail = after.partition("\n")[0].strip("*_` \t.;:")
     others = all_boxes(tail)
     unit = parse_unit(tail) if tail else None

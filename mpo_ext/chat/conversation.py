@@ -96,8 +96,8 @@ def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
 def read_tool_calls(calls: object) -> list[dict[str, Any]]:
     """Converts the tool calls of an assistant's turn to the form that chat templates take.
 
-    ``calls`` is None or a list of calls. A call is ``{"name": ..., "arguments": ...}``, or a mapping with such a
-    mapping in its field ``function``. Arguments that are a JSON string, as in OpenAI's API, are parsed.
+    ``calls`` is None or a list of calls. A call is ``{"name": ..., "arguments": ...}``, or an object with such an
+    object in the field ``function``. The arguments are an object, or the JSON text of an object as in OpenAI's API.
 
     Raises:
         ValueError: If ``calls`` has another form.
@@ -127,7 +127,10 @@ def read_tool_calls(calls: object) -> list[dict[str, Any]]:
 
 
 def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:
-    """Converts the content of a message to a list of texts, images and videos; ``split``: as in ``message_turns``."""
+    """Converts the content of a message to a list of parts: texts, images and videos.
+
+    ``split`` True: ``<image>`` and ``<video>`` in a text become parts. False: they stay in the text.
+    """
     if isinstance(content, str):
         pieces = re.split(f"({'|'.join(_PLACES)})", content) if split else [content]
         parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []

@@ -47,9 +47,12 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def _machine(args: argparse.Namespace, dtype: str) -> "Machine":
-    """Returns the GPU that the options describe. ``dtype`` is the precision of ``--tflops``.
+    """Returns the GPU that the options describe: by its name, or by ``--bandwidth`` and ``--tflops``.
 
-    Raises ValueError for an unknown GPU, and for incompatible or invalid options.
+    ``dtype`` is the dtype to which ``--tflops`` applies.
+
+    Raises:
+        ValueError: If the GPU is unknown, an option is invalid or missing, or two options exclude each other.
     """
     from mpo_ext.plan import machines
 

@@ -1,12 +1,15 @@
-"""Reads and writes the MMPR format: a meta file that lists data sets (subsets), and a JSON lines file for each.
+"""Reads and writes the MMPR format: a meta file that lists data sets (subsets), and a JSON lines file for each subset.
 
-The meta file maps each subset's name to ``root`` (folder of its images), ``annotation`` (its .jsonl file), ``length``,
-``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen`` and ``rejected``,
-usually ``image`` (a path, a list of paths, "" or null), and often ``answer_gt``.
+The meta file maps the name of each subset to an object. The object has the fields ``root`` (folder of the images),
+``annotation`` (path of the .jsonl file), ``length``, ``repeat_time``, ``data_augment`` and ``max_dynamic_patch``.
 
-This package adds two optional fields to a line. ``video`` is a video or a list of videos. A video is a path or an
-object as in ``Video.from_value``. A video in a list may also be a list of frame paths. ``rejected_image`` holds
-the images of the rejected response, as a path or a list of paths. All paths are relative to ``root``.
+A line of a .jsonl file has ``question``, ``chosen`` and ``rejected``. Usually it has ``image``: a path, a list of
+paths, "" or null. Often it has ``answer_gt``.
+
+This package adds two optional fields to a line. The field ``video`` holds a video or a list of videos. A video is a
+path or an object as in ``Video.from_value``. In a list of videos, a video may also be a list of frame paths. The field
+``rejected_image`` holds the images of the rejected response, as a path or a list of paths. All paths are relative to
+``root``.
 """
 
 import bisect

@@ -75,10 +75,11 @@ def read_picks(path: str | os.PathLike[str]) -> Picks:
 
 
 def restrict(source: PairSource, picks: Picks, *, keep: bool = True) -> PairSource:
-    """Returns a source with only the picked pairs (``keep=True``), or with only the other lines (``keep=False``).
+    """Returns a part of a source: the picked pairs (``keep=True``), or all other lines (``keep=False``).
 
     Raises:
-        ValueError: If the picks belong to other data: the number of lines or a picked pair differs.
+        ValueError: If the picks were made for other data. The source then has another number of lines, or another pair
+            at the place of a picked pair.
     """
     if len(source.pairs) != picks.lines:
         raise ValueError(

@@ -35,14 +35,14 @@ class Pair:
         provenance: Origin of the pair as any JSON object, such as pipeline, model, sampling settings, seed and
             verdicts. ``mpo-ext data view`` uses ``pipeline`` and ``cut``. ``cut`` is the number of characters of
             ``chosen`` that DropoutNTP kept, such as 17 or ``{"characters": 17, "tokens": 4}``.
-        extra: Unknown fields of the source. The key ``"$source"`` holds a dict for a lossless conversion back to the
-            source's format. It has, for example, the name and the settings of an MMPR data set.
-            A prompt or response with several turns or tool calls is also stored in ``extra["$source"]``, as a list of
-            turns: ``messages`` (prompt), ``chosen_messages`` or ``rejected_messages``. A turn is
+        extra: Unknown fields of the source. ``extra["$source"]`` is a dict for a lossless conversion back to the
+            source's format. For a pair from MMPR, this dict holds the name of the data set, for example.
+            ``extra["$source"]`` also holds prompts and responses with several turns or tool calls, as lists of turns.
+            The keys are ``messages`` (the prompt), ``chosen_messages`` and ``rejected_messages``. A turn is
             ``{"role": ..., "content": ...}``. An assistant's turn may have ``tool_calls``. A turn with the role "tool"
-            holds the result of a tool call. For such a response, ``chosen`` or ``rejected`` is one text with the
-            contents and tool calls of all its turns. ``extra["$source"]["tools"]`` describes the functions that the
-            assistant may call, as in ``mpo_ext.chat.Conversation``.
+            holds the result of a tool call. If ``chosen_messages`` is stored, ``chosen`` is one text with the contents
+            and tool calls of all these turns. The same holds for ``rejected``. The key ``tools`` describes the
+            functions that the assistant may call, as in ``mpo_ext.chat.Conversation``.
         videos: Videos, in order. ``question`` and the turns have ``<video>`` at the position of each video. A single
             video without ``<video>`` comes before the text. A single image without ``<image>`` precedes this video.
         rejected_images: Images of the rejected response, as in mDPO: one path for each of ``images``. Empty: the

@@ -87,7 +87,10 @@ def row_videos(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Vid
 
 
 def read_video(name: str, value: object, save_image: SaveImage | None) -> Video:
-    """Makes a Video from a value that ``row_videos`` accepts. Error messages call the value's field ``name``."""
+    """Converts a value of a row to a Video. The value may have any form that ``row_videos`` describes.
+
+    ``name`` is the name of the field, for error messages.
+    """
     if isinstance(value, bytes) or (isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}):
         value = image_path(name, value, save_image)
     try:
@@ -227,10 +230,13 @@ class Images:
         return len(self._placed) + len(self._waiting)
 
     def paths(self, name: str) -> tuple[str, ...]:
-        """Returns all image paths in the order of the prompt's image parts and ``<image>`` placeholders.
+        """Returns the paths of all images, in the order of their places in the prompt.
 
-        If the prompt has neither, returns the paths of the row's fields. If only some of the images have a part or
-        placeholder, raises FieldError. ``name`` is the name of the row's field, for error messages.
+        A place is an image part of a message, or ``<image>`` in a text. If the prompt has no places, the order is that
+        of the row's fields. ``name`` is the name of the prompt's field, for error messages.
+
+        Raises:
+            FieldError: If some images have a place, and others have none.
         """
         if self._waiting and self._n_places:
             raise FieldError(f"{name} must have no or {self.count} places for its images, got {self._n_places}")
@@ -272,9 +278,9 @@ def _anthropic_source(name: str, source: object) -> object:
 
 
 def refuse_fields(name: str, values: Mapping[str, Any], known: set[str]) -> None:
-    """Raises FieldError if an object with the fields ``values`` has a non-empty field that is not in ``known``.
+    """Raises FieldError if ``values`` has a non-empty field that is not in ``known``.
 
-    ``name`` names the object in the error message.
+    ``values`` are the fields of an object. ``name`` is the name of the object, for the error message.
     """
     for field, value in values.items():
         if field not in known and value not in (None, "", [], {}):  # 0 may be a weight

@@ -159,8 +159,8 @@ def _make_start(
 ) -> tuple[InternVLForConditionalGeneration, DigitsProcessor, list[dict[str, float]]]:
     """Loads or trains the SFT model. Returns the model, its processor and its training log.
 
-    ``info`` describes the SFT model in the package (``shipped_start``). If it is None, a model is trained. The log of
-    a loaded model is empty.
+    ``info`` is the result of ``shipped_start``. It describes the SFT model in the package. If ``info`` is None, a
+    model is trained. The package's model has an empty log.
     """
     model, processor = new_model(settings)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6

@@ -26,11 +26,11 @@ _KEYS = "settings.json"
 class Stages:
     """Runs stages of the demo, such as the SFT, and stores the result of each stage in a file in ``folder/stages``.
 
-    A stage that already has a file is not run again. Prints an explanation before each stage, a progress bar during
-    it, and its duration after it.
+    A stage that already has a file is not run again. Each other stage prints an explanation, a progress bar and its
+    duration.
 
-    The constructor deletes files made with other settings or another version of mpo_ext. It keeps the SFT model if
-    neither the version nor the settings of the SFT have changed.
+    The constructor deletes files of runs with other settings or another version of mpo_ext. The SFT model is kept if
+    the settings of the SFT and the version are the same.
 
     Attributes:
         seconds: Duration of each stage in seconds, including stages that an earlier run finished.

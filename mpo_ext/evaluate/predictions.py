@@ -69,14 +69,14 @@ def predictions_path(out: Path, model_file: str) -> Path:
 
 
 def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator[list[dict[str, Any]]]:
-    """Yields the lines of each question as dicts: a line for each response.
+    """Yields the stored responses to each question, as a list of dicts.
 
-    A question that could not be asked has a single line.
+    If a question could not be asked, the list has one dict, with the reason under the key "problem".
 
     Args:
-        path: Path of the predictions of a model.
-        cell: Combination of this model, a file of questions and a prompt. ``write_predictions`` must have set its
-            scores and offsets.
+        path: File with the predictions of a model.
+        cell: The model, file of questions and prompt to which the predictions belong. ``write_predictions`` must have
+            set the scores and offsets of the cell.
         indices: Positions of the questions in the file of questions.
     """
     with open(path, "rb") as file:

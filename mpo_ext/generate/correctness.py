@@ -96,15 +96,15 @@ class ScoredSample:
 class Correctness:
     """Makes pairs of a right and a wrong sample; ``mpo_ext.generate.runner.run`` runs this pipeline.
 
-    If a sample has an answer, but the matcher cannot tell whether it is right, the sample is in no pair. The output
+    A sample is in no pair if it has an answer, but the matcher cannot tell whether the answer is right. The output
     files, ``<name>.jsonl``, are:
 
-    - ``pairs``: a right sample is chosen, a wrong sample is rejected.
-    - ``format_pairs``: a right sample is chosen. The rejected sample has no answer in the form that ``style``
-      requires.
-    - ``unsolved``: questions without a right sample, as input for ``DropoutNTP``, which needs a ``chosen`` response.
-      A question that came without ``chosen`` gets one of its wrong samples (if any) as ``chosen``. The field
-      ``chosen_source`` marks this sample as wrong.
+    - ``pairs``: the chosen response is a right sample, and the rejected response is a wrong sample.
+    - ``format_pairs``: the chosen response is a right sample. The rejected response is a sample without an answer in
+      the form that ``style`` requires.
+    - ``unsolved``: questions without a right sample, as input for ``DropoutNTP``. That pipeline needs a ``chosen``
+      response. If a question came without ``chosen``, one of its wrong samples (if any) is stored as ``chosen``. The
+      field ``chosen_source`` marks this sample as wrong.
     """
 
     name = "correctness"

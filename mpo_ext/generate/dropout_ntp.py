@@ -153,10 +153,7 @@ class DropoutNTP:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests that ``sample`` needs, a list at a time, and receives their generations by ``send``.
-
-        The generator's return value is the return value of ``sample``.
-        """
+        """Yields lists of requests, receives their generations by ``send``, and returns the result of ``sample``."""
         rows = [self._load(item) for item in items]
         yield from self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None])
         requests: list[Request] = []

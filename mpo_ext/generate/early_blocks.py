@@ -101,8 +101,8 @@ class EarlyBlocks:
             stored: Samples of the block that the journal already holds, as JSON objects.
 
         Returns:
-            The block's samples, if an earlier run has left them in the file of waiting blocks. None if the block must
-            be sampled.
+            All samples of the block, if the file of waiting blocks has them from an earlier run. Otherwise None: the
+            block must be sampled.
         """
         place = _Place(start, len(stored))
         self._places.append(place)

@@ -231,15 +231,14 @@ def _open_answers(answer: str) -> Any:
 
 
 def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
-    """Removes the image fields from ``rest``, and returns the images.
+    """Removes the image fields from ``rest``. Returns ``(numbered, others)``.
 
-    Returns:
-        - Images from numbered fields, as a dict: key 2 for the field ``image_2``.
-        - Images from a field without a number, such as ``images``, as a list.
+    ``numbered`` is a dict with the images of numbered fields, such as {2: image} for the field ``image_2``. ``others``
+    is a list with the images of another field, such as ``images``.
 
     Raises:
-        FormError: If numbered and other fields both hold images, or two other fields hold different images. Also
-            raised if an image cannot be read, or ``image_source`` is not a file name.
+        FormError: If an image cannot be read, or ``image_source`` is not a file name. Also raised if both numbered
+            fields and other fields hold images, or if two other fields hold different images.
     """
     numbered = {
         int(match[1]): image

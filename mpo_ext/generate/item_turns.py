@@ -84,15 +84,15 @@ def read_conversation(
 
     Args:
         fields: Fields from ``take_conversation``.
-        question: The question, which becomes the last user turn. If ``fields`` hold messages, this argument must be
-            None or equal their last user turn, apart from ``<image>`` and white space.
-        options: Texts of the options, which may hold ``<image>``.
+        question: Without messages in ``fields``: the question, which becomes the last user turn. With messages: None,
+            or the text of the last user turn. White space and ``<image>`` may differ from the turn.
+        options: Texts of the answer options. They may contain ``<image>``.
         columns: Images from the item's image fields.
         data_url: Function that converts a base64 text to a data URL.
 
     Raises:
-        FormError: If the conversation cannot be used as a prompt. The message contains no values of the item, so equal
-            problems of different items have equal messages.
+        FormError: If the conversation cannot be used as a prompt. The message contains no values of the item. Items
+            with the same problem therefore have the same message.
     """
     name = next((name for name in _MESSAGES if name in fields), None)
     images = Images(columns, lambda content: data_url(base64.b64encode(content).decode()))

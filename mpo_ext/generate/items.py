@@ -102,7 +102,10 @@ class Item:
         return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in options)])
 
     def turns(self, question: str) -> tuple[Mapping[str, Any], ...]:
-        """Returns ``messages`` with ``question`` in place of the last user turn; () if ``messages`` is empty."""
+        """Returns a copy of ``messages`` in which ``question`` is the content of the last user turn.
+
+        Returns () if ``messages`` is empty.
+        """
         return tuple(with_question(self.messages, question)) if self.messages else ()
 
     @property
@@ -343,11 +346,11 @@ def item_files(
     root_map: Sequence[tuple[str, str]] = (),
     system: str | None = None,
 ) -> tuple[ItemFile, ...]:
-    """Returns the item files of a source: the source itself, or the files that an MMPR meta file lists.
+    """Returns the item files of a source: all files that an MMPR meta file lists, or the source itself.
 
     Args:
-        source: Path of JSON lines, a JSON array (.json), TSV, CSV or Parquet. Or path of an MMPR meta file, a JSON
-            object that lists such files with their image folders.
+        source: Path of an item file (JSON lines, JSON array, TSV, CSV or Parquet), or path of an MMPR meta file. A
+            meta file is a JSON object that lists item files and their image folders.
         image_root: Folder to which relative image paths are joined. Must be empty for a meta file.
         root_map: Tuples (old, new) for a meta file: paths in the folder ``old`` are looked up in the folder ``new``.
             Must be empty without a meta file.
@@ -415,11 +418,13 @@ def _is_path(image: object) -> bool:
 
 
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """Returns the data set name and the image folder that an earlier run with an MMPR meta file stored in a line.
+    """Returns (name of the data set, image folder) from a line that an earlier run wrote.
 
-    ``source`` is the field ``"$source"`` of the line, a dict with the name and the folder. ``images`` are the paths of
-    the images and videos. If the name or the folder is missing, or if a path is relative or outside the folder,
-    returns (None, ``image_root``).
+    The earlier run had an MMPR meta file. The run stored the name and the folder in ``source``, the field
+    ``"$source"`` of the line. ``images`` are the paths of the line's images and videos.
+
+    If the name or the folder is missing, returns (None, ``image_root``). If a path is relative or outside the folder,
+    also returns (None, ``image_root``).
     """
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):

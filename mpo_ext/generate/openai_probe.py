@@ -155,15 +155,15 @@ class _Prober:
         return None
 
     def continues(self, messages: list[dict[str, Any]], chat: ChatEncoder, answer: Reply) -> bool:
-        """Returns whether the server continues an unfinished assistant turn.
+        """Returns whether the server continues an unfinished turn of the assistant.
 
-        Sends the messages again with such a turn at the end. If the server continues the turn, the prompt grows by
-        exactly the tokens of the turn's text.
+        Sends ``messages`` again, followed by an unfinished turn with a known text. If the server continues the turn,
+        it counts more prompt tokens than before. The difference is the number of tokens of the known text.
 
         Args:
-            messages: Messages of the request.
-            chat: Encoder that counts the tokens of the turn's text.
-            answer: The server's answer to the request without the turn.
+            messages: Messages of an earlier request.
+            chat: Encoder that counts the tokens of the known text.
+            answer: The server's answer to the earlier request.
         """
         conversation = Conversation(question=_QUESTION)
         n_prefix = len(chat.response_ids(conversation, _PREFIX)) - 1

@@ -161,7 +161,7 @@ class Summary:
         return text
 
     def describe(self, reason: str) -> str:
-        """Returns the reason of a skip, followed by its example if there is one."""
+        """Returns ``reason`` as text. If an example of this reason is stored, the text ends with the example."""
         return f"{reason}, for example: {self.examples[reason]}" if reason in self.examples else reason
 
 

@@ -159,7 +159,7 @@ def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings |
     """
 
     def inherited(name: str) -> Callable[..., Any]:
-        """Returns a function that calls the method ``name`` of ``owner`` as it was before the replacement."""
+        """Returns a function that calls the original method ``name`` of ``owner``."""
         own: Any = vars(owner).get(name)
 
         def call(self: Any, *arguments: Any) -> Any:

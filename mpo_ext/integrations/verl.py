@@ -14,13 +14,13 @@ from mpo_ext.loss.functions import token_logp
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """Returns the log-prob of each label, ``[...]``, in nats; float32, or float64 for float64 logits.
+    """Returns the log-prob of each label, ``[...]``. The dtype is float32, or float64 for float64 logits.
 
     Args:
         logits: ``[..., V]``. If they are a ``DTensor``, verl's own function computes the log-probs.
         labels: ``[...]`` int64.
-        inplace_backward: Whether the gradient may overwrite contiguous logits. As in verl, this needs flash attention,
-            and has no effect if the environment variable VERL_DISABLE_FLASH_ATTN_CE is 1.
+        inplace_backward: Whether the gradient may overwrite contiguous logits. As in verl, True has no effect without
+            flash attention. True also has no effect if the environment variable VERL_DISABLE_FLASH_ATTN_CE is 1.
     """
     if isinstance(logits, DTensor):
         return own_function(logits, labels, inplace_backward)

@@ -182,7 +182,7 @@ def _repeat_time(pipeline: PipelineRecipe, pairs: int) -> float:
 def _engine_options(recipe: IterateRecipe, model: int) -> list[str]:
     """Returns the command-line options for the engine and the chat template.
 
-    ``model`` is the number of the round whose trained model the engine loads; 0 is the first model.
+    If ``model`` is 0, the engine loads the first model. Otherwise it loads the model that the round ``model`` trained.
     """
     engine, chat = recipe.engine, recipe.chat
     arguments = ["--engine", engine.name, "--block-size", str(engine.block_size)]

@@ -223,9 +223,9 @@ def _check_is_whole(name: str, tensor: Tensor | None) -> None:
 
 
 class _Probe(torch.autograd.Function):
-    """Forward returns the probe: for each token, fixed numbers in place of logits. Backward returns no gradient.
+    """Replaces the head. Forward returns the probe: a few fixed numbers. Backward returns no gradient.
 
-    The result is still a part of the autograd graph, in which DDP's ``find_unused_parameters`` looks for parameters.
+    The probe belongs to the autograd graph. DDP's ``find_unused_parameters`` searches this graph for parameters.
     """
 
     @staticmethod
@@ -238,10 +238,10 @@ class _Probe(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """Forward returns ``hidden`` unchanged. Backward also sends a gradient of zeros to the model's output ``logits``.
+    """Forward returns ``hidden`` unchanged. Backward also returns a gradient of zeros for ``logits``.
 
-    The loss does not use the model's output. FSDP and DDP place backward hooks on this output. Without the zeros,
-    these hooks would not run.
+    ``logits`` are the model's output, which the loss does not use. FSDP and DDP place backward hooks on this output.
+    Without the zeros, these hooks would not run.
     """
 
     @staticmethod
@@ -486,7 +486,7 @@ def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | N
 
 
 def _measured_scale(logits: Tensor, softcap: float | None) -> float:
-    """Returns the logit scale that follows from ``softcap`` and from the logit that the model returned for 0.25."""
+    """Returns the logit scale, computed from ``softcap`` and from the model's logit for the probe value 0.25."""
     value = logits[_PROBE.index(0.25)].item()
     if softcap is not None:
         value = softcap * math.atanh(value / softcap) if abs(value) < softcap else math.nan

@@ -89,20 +89,22 @@ class Head(NamedTuple):
 
 
 class KeptLogits:
-    """Computes where a buffer holds the logits that forward keeps for backward.
+    """The layout of a buffer that holds logits, and later the gradient of the head's weight.
 
-    Backward reads the logits tile by tile, from the first columns to the last. After each tile, it writes the gradient
-    of the head's weight for the tile's columns into the same buffer. The gradient starts at byte 0, and the logits
-    start at an offset. Therefore the gradient never overwrites logits that backward has not read yet.
+    Forward stores logits in the buffer. Backward reads the logits tile by tile, from the first columns to the last.
+    After each tile, backward writes the gradient for the columns of the tile into the same buffer. The gradient starts
+    at byte 0, and the logits start at an offset. With this offset, the gradient never overwrites logits that backward
+    has not read yet.
 
     Let n be the number of labelled rows (token positions), and D the hidden size. If a logit and a gradient value have
     equal size, the buffer holds ``vocab * max(n, D)`` values, and at most ``columns * min(n, D)`` additional values.
     With ``only_fitting`` and n larger than D, the buffer holds only the ``vocab * D`` values of the gradient. The
-    logits of all columns do not fit into this memory, so forward keeps only the logits of the first columns.
+    buffer is then too small for all logits, so forward keeps only the logits of the first columns.
 
-    ``store_`` stores float32 logits in float16, as distances from the row's maximum over this tile and all earlier
-    tiles. These maxima lie after the logits. Rounding changes a distance by at most 2^-11 of its value. For distances
-    up to 7.8, the relative error of exp(logit) is therefore below 2^-8, the rounding error of bfloat16.
+    ``store_`` stores float32 logits in float16. It stores each logit as its distance from a maximum: the row's maximum
+    over this tile and all earlier tiles. The maxima lie after the logits. Rounding changes a distance by at most 2^-11
+    of its value. For distances up to 7.8, the relative error of exp(logit) is therefore below 2^-8. This is the
+    rounding error of bfloat16.
 
     Args:
         rows: Number of labelled rows, n.

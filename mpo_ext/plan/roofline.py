@@ -280,7 +280,7 @@ def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = Fa
 def _wave_flop(loss: LossShape, tiles: GpuTiles, machine: Machine, name: str) -> float:
     """Returns the FLOP of a matmul over all tiles. Idle multiprocessors count as if they computed.
 
-    ``name`` is the matmul: "forward", "d hidden" or "d weight".
+    ``name`` is "forward" (the logits), "d hidden" or "d weight" (the gradients).
     """
     labelled, vocab, hidden = loss.labelled, loss.vocab, loss.hidden_size
     if not machine.multiprocessors:

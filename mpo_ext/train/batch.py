@@ -132,7 +132,7 @@ class Batch:
     def is_routed(self) -> Tensor:
         """Returns which tokens count in the auxiliary loss of mixture-of-experts routers: ``[R * L]`` bool on the CPU.
 
-        A prompt and its responses count if at least one of these responses is not empty. Padding does not count.
+        Padding does not count. A prompt does not count if all of its responses are empty. All other tokens count.
         """
         rows, length = self.segments.shape
         is_routed = torch.zeros(rows, length, dtype=torch.bool)

@@ -183,9 +183,12 @@ class Encoder:
             name: File and line number of the pair, for errors and warnings.
 
         Raises:
-            BadPairError: If an image or video cannot be read, or the prompt does not have the tokens for its media.
-                Also if the prompt or a response does not fit the chat template. Also if a response contains an image,
-                video or audio token, or a pair for a text model has images or videos.
+            BadPairError: If the pair cannot be used, for example:
+                - An image or video cannot be read.
+                - A pair for a text model has images or videos.
+                - The prompt or a response does not fit the chat template.
+                - The prompt has too few or too many tokens for its images and videos.
+                - A response contains an image, video or audio token.
             TypeError: If the processor returns values that cannot be batched.
         """
         if not pair.chosen.strip() and CHOSEN_TURNS not in pair.source:

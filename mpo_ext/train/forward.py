@@ -202,7 +202,7 @@ def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[
 
 
 def _features_read(owner: nn.Module, features: dict[str, Any]) -> list[str]:
-    """Returns the keys of ``features`` whose values the forward of ``owner`` uses as image features."""
+    """Returns the keys of ``features`` that the forward of ``owner`` uses as image features."""
     names = {name for name in _names_in_forward(owner) if features.get(name) is not None}
     names -= {"hidden_states", "attentions"}  # not image features: the forward passes these outputs on
     if "pooler_output" in names:

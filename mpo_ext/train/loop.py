@@ -305,10 +305,10 @@ class Trainer:
     def _handle_nonfinite(
         self, losses: list[tuple[tuple[str, ...], Tensor]], grad_norm: float, shift_before: RewardShift
     ) -> None:
-        """Handles a step with a non-finite loss or gradient: skips it, or raises ``FloatingPointError``.
+        """Skips a step with a non-finite loss or gradient, or raises ``FloatingPointError``.
 
-        The step is skipped if ``output.on_nonfinite`` is "skip". In both cases, the reward shift is first reset to
-        ``shift_before``, its value before the step. ``losses`` holds the pair names and the loss of each micro-batch.
+        The step is skipped if ``output.on_nonfinite`` is "skip". In both cases, the reward shift is reset to its value
+        before the step, ``shift_before``. ``losses`` has (names of the pairs, loss) for each micro-batch.
         """
         state = self.state
         state.reward_shift = shift_before

@@ -180,10 +180,10 @@ def no_mask(implementation: str | None) -> str:
 
 
 def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | dict[str, Tensor]:
-    """Returns the empty tensors that replace the masks in split attention; see ``window_marker``.
+    """Returns markers in place of masks, for split attention. A marker is an empty tensor, see ``window_marker``.
 
-    The result is one tensor or, if the model has several kinds of layers, a dict from kind to tensor. ``rows`` is the
-    number of sequence rows, R.
+    If the model has several kinds of layers, returns a dict from kind to marker. Otherwise returns one marker.
+    ``rows`` is the number of sequence rows, R.
     """
     windows = {_SLIDING: plan.window}
     return _by_kind({kind: window_marker(rows, windows.get(kind), device) for kind in plan.kinds})

@@ -304,7 +304,7 @@ def root_advice(path: str, root: str) -> str:
 
 
 def stored_lines(overviews: Iterable[SourceOverview]) -> list[str]:
-    """Returns a line of text for each folder (``SourceOverview.stored_in``) to which images were written."""
+    """Returns a note for each folder to which images or videos were written."""
     return [stored_note(folder) for folder in dict.fromkeys(overview.stored_in for overview in overviews) if folder]
 
 

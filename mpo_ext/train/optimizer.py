@@ -146,7 +146,7 @@ def _check_ranks(recipe: OptimRecipe, accelerator: Any) -> None:
 
 
 def _importing(path: str) -> Maker:
-    """Imports an optimizer class, such as "torch.optim.SGD", and returns a function that makes the optimizer."""
+    """Returns a function that makes an optimizer of the class ``path``, such as "torch.optim.SGD"."""
     module, _, name = path.rpartition(".")
     try:
         owner = importlib.import_module(module)
@@ -271,10 +271,10 @@ def scheduled_learning_rate(recipe: OptimRecipe, maximum: float, step: int, tota
 def set_learning_rates(
     optimizer: Any, groups: Sequence[ParameterGroup], recipe: OptimRecipe, step: int, total_steps: int
 ) -> dict[str, float]:
-    """Sets the learning rates of a step (counted from 0), and returns them as entries for the log.
+    """Sets the learning rates of a step, and returns them as entries for the log.
 
-    The keys are ``learning_rate`` and, for each part in ``optim.groups``, a key such as ``learning_rate_projector``.
-    If all parameters belong to such parts, the key ``learning_rate`` is missing.
+    ``step`` counts from 0. Each part in ``optim.groups`` has an entry, such as ``learning_rate_projector``. The entry
+    ``learning_rate`` is for all other parameters. Without other parameters, the entry is missing.
 
     Call this function before backward: under DeepSpeed, accelerate runs the optimizer step in backward.
     """

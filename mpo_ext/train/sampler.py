@@ -133,20 +133,22 @@ def token_micro_batches(
 ) -> list[list[int]]:
     """Divides the pairs of a rank into micro-batches with at most ``limit`` token positions.
 
-    The method is first-fit decreasing bin packing. Prompts are sorted by their longest pair, the longest first. All
-    pairs of a prompt go together into the first micro-batch with enough room. If they exceed the limit together, they
-    are spread over several micro-batches. In the layout "separate", each pair goes into the first micro-batch with
-    enough room. A single pair that exceeds the limit gets a micro-batch without other pairs.
+    The method is first-fit decreasing bin packing:
+
+    - Pairs with the same prompt form a group. The groups are sorted by their longest pair, the longest first.
+    - Each group goes into the first micro-batch with enough room. If a group exceeds the limit, it is divided.
+    - In the layout "separate", each pair goes separately into the first micro-batch with enough room.
+    - A single pair that exceeds the limit gets a micro-batch without other pairs.
 
     Args:
         prompts: Number of prompt tokens of each pair.
         responses: For each pair, the number of tokens of each response.
         limit: Maximum number of token positions of a micro-batch, padding included.
         layout: ``Batch.layout``, which determines the number of positions.
-        groups: The prompt of each pair as any hashable value, such as ``Sample.prompt_key``. Pairs with the same
-            prompt share its tokens if the layout allows it.
-        rejected_prompts: The prompt of the rejected response, as in ``groups``, and its number of tokens; by the index
-            of the pair. Only for pairs whose responses have different prompts.
+        groups: The prompt of each pair as any hashable value, such as ``Sample.prompt_key``. If the layout allows it,
+            pairs with the same prompt share the tokens of the prompt.
+        rejected_prompts: Only for pairs whose responses have different prompts: a dict from the index of the pair to
+            ``(prompt, number of tokens)`` of the rejected response. ``prompt`` is a hashable value as in ``groups``.
 
     Returns:
         For each micro-batch, the indices of its pairs in ``prompts``. Each index occurs once.

@@ -286,9 +286,13 @@ def _prepare_reference_model(accelerator: Any, model: nn.Module) -> nn.Module:
 def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | None = None) -> str | None:
     """Chooses the arrangement of pairs in sequence rows (``Batch.layout``), and sets it in ``data``.
 
-    Layouts with a shared prompt are tried first. Such a layout must be allowed by the recipe and supported by the
-    model, and by a reference model from ``reference.path``. On the first pairs, it must give the same log-probs as
-    separate rows. The function also sets the sample for dummy batches and the argument ``blank`` of ``collate``.
+    Layouts with a shared prompt are tried before separate rows. Such a layout must fulfil three conditions:
+
+    - The recipe allows the layout.
+    - The model supports the layout. If ``reference.path`` is set, the reference model also supports it.
+    - The first pairs have the same log-probs as in separate rows.
+
+    The function also sets the sample for dummy batches and the argument ``blank`` of ``collate``.
 
     Returns:
         A line for the console, or None if no usable pair was found.

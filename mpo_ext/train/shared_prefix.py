@@ -178,10 +178,12 @@ def _with_two_prompts(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def label_logp_and_precision(model: nn.Module, batch: Batch, from_logits: bool = False) -> tuple[Tensor, float]:
-    """Returns ``(logp, epsilon)``: the log-probs of the N labels and the machine epsilon of their computation.
+    """Returns ``(logp, epsilon)``: the log-prob of each label, and the precision of the computation.
 
-    ``logp`` is ``[N]`` float64 on the CPU. With ``from_logits``, the model computes logits. Otherwise, the log-probs
-    are computed from its hidden states.
+    ``logp`` is ``[N]`` float64 on the CPU, for the N labels of the batch. ``epsilon`` is the machine epsilon of the
+    coarsest dtype in the computation.
+
+    ``from_logits`` True: the model computes logits. False: the log-probs are computed from hidden states.
     """
     dtypes: list[torch.dtype] = []
 

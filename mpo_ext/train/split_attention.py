@@ -340,8 +340,7 @@ def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Converts tensors to autocast's dtype if autocast is enabled. Float64 tensors are not converted.
 
-    This is needed for ``causal_lower_right`` masks, because autocast does not convert queries, keys and values if
-    attention has such a mask.
+    Torch converts queries, keys and values itself, but not for attention with a ``causal_lower_right`` mask.
     """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

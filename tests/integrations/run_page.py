@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "how-to" / "other-trainers.md"
 
 
 def sections() -> dict[str, list[page.Block]]:
-    """Returns the blocks under each second-level heading, by heading."""
+    """Returns a dict from each second-level heading of the page to the blocks of code under it."""
     starts = [
         (number, line.removeprefix("## "))
         for number, line in enumerate(PAGE.read_text().splitlines(), start=1)
@@ -38,7 +38,10 @@ def sections() -> dict[str, list[page.Block]]:
 
 
 def run(block: page.Block, folder: Path) -> str:
-    """Writes a block with a title to a file and returns "". Runs a block without a title and returns its output."""
+    """Runs a block of code and returns its output.
+
+    A block with a title is the content of a file. It is only written to this file, and the result is "".
+    """
     if block.title is not None:
         path = folder / block.title
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,7 @@ def recorded_kernels(counter: Counter, rows: int) -> Iterator[None]:
         counter.kernel("token_logp", [z], [])
 
     def write_exp_logits(z: Tensor, *rest: Any, is_last: bool) -> Tensor:
-        """Counts a launch of exp_logits. Assumes that the last tile rescales all sums, and other tiles none."""
+        """Counts a launch of exp_logits. Assumes that only the last tile rescales the row sums."""
         sums = [rest[3]] if is_last else []
         counter.kernel("exp_logits", [z, *sums], [rest[5], *sums])
         return torch.empty_like(rest[1])

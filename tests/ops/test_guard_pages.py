@@ -23,7 +23,10 @@ _PROT_NONE = 0
 
 
 def guarded(values: Tensor, *, at_end: bool) -> Tensor:
-    """Returns a copy that ends right before an inaccessible page, or begins right after one."""
+    """Returns a copy of ``values`` between two inaccessible memory pages.
+
+    ``at_end`` True: the copy ends right before the second page. False: the copy begins right after the first page.
+    """
     size = values.numel() * values.element_size()
     pages = -(-max(size, 1) // mmap.PAGESIZE)
     memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)

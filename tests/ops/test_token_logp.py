@@ -38,7 +38,10 @@ def name_of(value: object) -> str:
 
 @functools.lru_cache(maxsize=2)
 def judged(dtype: torch.dtype, vocab: int, kind: str, rows: int, labelled: float = 0.7) -> tuple:
-    """Returns (logits, labels, upstream gradient, exact result, eager result), cached for all backends."""
+    """Returns (logits, labels, upstream gradient, exact result, eager result) of a random case.
+
+    A cache keeps the last cases, so that the tests of all backends share them.
+    """
     generator = torch.Generator().manual_seed(vocab)
     labels = torch.randint(vocab, (rows,), generator=generator)
     labels[: min(2, rows)] = torch.tensor([0, vocab - 1])[: min(2, rows)]  # the first and the last column

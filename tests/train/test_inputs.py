@@ -174,9 +174,9 @@ def test_images_of_another_size_or_content(tmp_path: Path, pairs: Path) -> None:
 
 
 def test_pairs_with_equal_texts_and_other_images_have_not_changed(tmp_path: Path) -> None:
-    """All pairs have the same texts, and only their images differ.
+    """Tests that a run resumes if all pairs have equal texts and different images.
 
-    A resuming run must compare each pair with the same pair of the earlier run, not with another pair of equal texts.
+    The check for changed pairs must compare each pair with itself, not with another pair that has equal texts.
     """
     data = write_pairs(tmp_path / "data", 12)
 

@@ -33,7 +33,10 @@ N_ITEMS = 60  # number of items of the pipelines
 
 
 def requests_of(items: Path) -> list[Request]:
-    """Returns requests for greedy sampling, with and without a prefix. The last is longer than the model's context."""
+    """Returns requests for greedy sampling. Their prefixes have 0 to 4 tokens.
+
+    The prompt of the last request is longer than the model's context.
+    """
     requests = []
     for number, line in enumerate(map(json.loads, items.read_text().splitlines())):
         images = tuple(str(items.parent / name) for name in line.get("images", ()))

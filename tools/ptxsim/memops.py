@@ -106,9 +106,9 @@ def _st(b, ins):
 
 
 def _serial(view, ix, fn, b, c, need_old):
-    """Executes an atomic operation lane by lane: view[i] = fn(view[i], b, c), where ix holds the index i of each lane.
+    """Executes the atomic operation ``view[i] = fn(view[i], b, c)`` for each lane. Returns the old values.
 
-    Returns the old values. Lanes with the same index run one after the other.
+    ``ix`` holds the index i of each lane. Lanes with equal indices run one after the other.
     """
     n = ix.size
     order = np.argsort(ix, kind="stable")

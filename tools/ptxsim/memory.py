@@ -513,9 +513,9 @@ class RaceDetector:
             self.warp[k][:] = -1
 
     def access(self, at, size, kind, epoch, warp, silent=None, lost=None):
-        """Records an access. Returns None if it does not race with another access.
+        """Records an access. Returns None, or a race with an earlier access.
 
-        For a race, returns (lane position, other warp, kind of the other access). MANY stands for several other warps.
+        A race is (lane position, other warp, kind of the other access). MANY stands for several other warps.
 
         at: byte positions of the lanes.
         kind: 'r' (read), 'w' (write) or 'a' (atomic).

@@ -17,9 +17,9 @@ SYNC = {}
 
 
 def sync(*names, mask=-1):
-    """Registers opcodes that all lanes of a member mask execute together.
+    """Registers opcodes that several lanes of a warp execute together.
 
-    mask: index of the operand with the member mask; None: the whole warp.
+    mask: index of the operand with the bit mask of these lanes. None: all lanes of the warp.
     """
     for n in names:
         SYNC[n] = mask
@@ -50,7 +50,7 @@ def _dp(b, arg, typ):
 
 
 def present(b, s):
-    """Returns a boolean array with one value per lane: True for the selected lanes s."""
+    """Returns a boolean array over all lanes. It is True for the lanes that the slice or index array ``s`` selects."""
     p = np.zeros(b.L, bool)
     p[s] = True
     return p
@@ -314,10 +314,13 @@ def _movmatrix(b, ins):
 
 
 def _fragment(shape_mk, per_reg, nreg, kind):
-    """Returns two arrays, row and column, that place the elements of an mma operand in its matrix.
+    """Returns two arrays: the row and the column of each element of an mma operand in its matrix.
 
-    They are indexed [register][element][lane].
-    kind: "a", "b" or "c". nreg: registers per lane. per_reg: elements per register.
+    Both arrays have the axes [register][element][lane].
+
+    kind: "a", "b" or "c".
+    nreg: registers per lane.
+    per_reg: elements per register.
     """
     lane = np.arange(32)
     g, t = lane >> 2, lane & 3
