@@ -196,7 +196,7 @@ _ROWS = 8192  # two responses of 4,096 tokens
 
 
 def _floors(name: str) -> tuple[float, float]:
-    """Returns the seconds in which a GPU at peak bandwidth reads the logits, and in which it reads and writes them."""
+    """Returns the seconds to read the logits, and the seconds to read and write them, at the GPU's peak bandwidth."""
     read = 2 * _ROWS * _BIG.vocab / machines.GPUS[name].bandwidth
     return read, 2 * read
 
@@ -204,7 +204,7 @@ def _floors(name: str) -> tuple[float, float]:
 def floors(documents: Documents) -> str:
     """Returns a table of the floor on each GPU: the time to move the logits at peak bandwidth.
 
-    It is a lower bound of the time of any loss that takes logits.
+    No loss that takes logits can be faster than the floor.
     """
     rows = []
     for name in machines.GPUS:

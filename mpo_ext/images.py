@@ -76,11 +76,11 @@ def load_image(source: Any) -> Any:
 def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
     """Checks an image, and returns (kind, text) for each warning.
 
-    The kinds are "animated image" (only the first frame is used) and "colour profile" (it cannot be applied).
+    Kinds: "animated image" if only the first frame is used, "colour profile" if the profile cannot be applied.
 
     Args:
         source: Path, ``file://`` URL, ``data:`` URL or bytes of an image file.
-        decode: Whether to decode the pixels. False: only headers and some checksums are read, except in modes I and F.
+        decode: True: decodes the pixels. False: reads headers and some checksums, but decodes images in modes I and F.
 
     Raises:
         FileNotFoundError: If the file does not exist.

@@ -2,11 +2,11 @@
 
 Nothing here imports the package. Tests use three groups of functions:
 
-- ``mpo_exact`` and ``token_logp_exact`` are the definition, in float64. For float64 logits they use long double, so
-  that float64 results can be checked too. They loop over sequences and rows, and prefer simplicity to speed.
+- ``mpo_exact`` and ``token_logp_exact`` define the results, in float64. For float64 inputs, they compute in long
+  double. Thus float64 results can be checked too. Both loop over sequences and rows, and prefer simplicity to speed.
 - ``mpo_eager`` and ``token_logp_eager`` are the code that a user would write in torch: logits upcast to float32,
-  ``log_softmax``, ``gather``, autograd. The error of a kernel is compared with their error.
-- ``assert_as_accurate`` and similar functions compare a result with both.
+  ``log_softmax``, ``gather``, autograd. Their errors are the standard for the errors of the kernels.
+- ``assert_as_accurate`` and similar functions compare a result with the exact and the eager result.
 """
 
 import dataclasses

@@ -102,8 +102,8 @@ def _measure(
 ) -> None:
     """Measures the time and memory of an implementation of the loss, and adds them to the result file.
 
-    ``make(name)`` returns the implementation. ``floors`` are the median seconds of the matmuls of the loss. The case's
-    name in the result file begins with ``sweep``.
+    ``make(name)`` returns the implementation. ``floors`` maps the name of each matmul of the loss to its median
+    seconds. ``sweep`` is the beginning of the case's name in the result file.
     """
     case = f"{sweep}, {loss.share:.0%} labelled"
     torch.compiler.reset()

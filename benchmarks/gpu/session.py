@@ -161,9 +161,10 @@ class PairBatch:
     def random(
         cls, device: str, pairs: int, tokens: int, vocab: int, dtype: torch.dtype, share: float = 1.0, seed: int = 0
     ) -> PairBatch:
-        """Returns a batch whose logits are normally distributed with a standard deviation of 3.
+        """Returns a batch of random logits: normally distributed, with a standard deviation of 3.
 
-        ``share`` is the fraction of each sequence, at its end, that has labels. The other labels are -100.
+        In each sequence, only the last tokens have labels. ``share`` is the fraction of tokens with labels. All other
+        labels are -100.
         """
         generator = torch.Generator(device).manual_seed(seed)
         logits = torch.empty(2 * pairs, tokens, vocab, dtype=dtype, device=device)

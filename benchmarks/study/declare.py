@@ -107,7 +107,7 @@ class StudyTask:
     paper: Mapping[tuple[str, str, str], str] = dataclasses.field(default_factory=dict)
 
     def choose(self, names: tuple[str, ...]) -> dict[str, StudyRow]:
-        """Returns the training runs that have these names or are in tables with these names.
+        """Returns the training runs with these names. The name of a table stands for all runs in the table.
 
         Without names, returns the runs in all tables.
         """

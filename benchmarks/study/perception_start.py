@@ -53,10 +53,12 @@ def train_start(
 ) -> list[dict[str, float]]:
     """Trains the starting model in place, with SFT on correct responses.
 
-    A question shows the digits in an image, states the digits in words, or asks about an image that is left out.
+    There are three kinds of questions: with an image of the digits, with the digits in words, and with a missing
+    image.
 
     Returns:
-        A dict for each evaluation, with ``step``, ``loss`` and a validation accuracy for each kind of questions.
+        A dict for each evaluation: ``step``, ``loss``, and the validation accuracy on each kind of validation
+        questions.
     """
     splits = digits.load_digits()
     tasks = digits.sample_tasks(digits.part(splits["train"], 0, settings.sft_digits), settings.sft_questions, rng)

@@ -96,8 +96,8 @@ def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
 def read_tool_calls(calls: object) -> list[dict[str, Any]]:
     """Converts the tool calls of an assistant's turn to the form that chat templates take.
 
-    ``calls`` is None or a list of calls. A call is ``{"name": ..., "arguments": ...}``, or an object with such an
-    object in the field ``function``. The arguments are an object, or the JSON text of an object as in OpenAI's API.
+    ``calls`` is None or a list of calls. A call is ``{"name": ..., "arguments": ...}``. As in OpenAI's API, a call may
+    also hold this object in its field ``function``, and the arguments may be JSON text.
 
     Raises:
         ValueError: If ``calls`` has another form.

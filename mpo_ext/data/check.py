@@ -101,10 +101,12 @@ def check_pairs(
 
     Args:
         source: Pairs to check.
-        images: How images and videos are checked. "skip": not at all. "exists": the files must exist. "verify": also
-            verifies each image with PIL, and decodes the first frame of each video. "decode": also decodes whole
-            images, and all video frames that a model sees. For a video that is a list of frame images, "verify"
-            decodes as much as "decode".
+        images: How to check images and videos. Each check includes the checks before it.
+            "skip": no check.
+            "exists": the files must exist.
+            "verify": PIL verifies each image. The first frame of each video file is decoded. If a video is a list of
+            frame images, the frames are decoded.
+            "decode": whole images are decoded. Of each video file, all frames that a model would get are decoded.
         keep: Maximum number of examples in the report for each kind of defect.
         length: Function that returns the length of a text, for the statistics.
         on_line: Function that is called after each line.

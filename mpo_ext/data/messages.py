@@ -119,7 +119,8 @@ def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
 def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
     """Raises FieldError if a row has a non-empty field in ``names``.
 
-    In other formats, such a field (for example ``system``) changes the prompt. The reader of this row would ignore it.
+    The format of the row does not have these fields, so the reader of the row would ignore them. In other formats,
+    such fields change the prompt, for example ``system``.
     """
     for name in names:
         # In chat_template_kwargs, false counts as a value: {"enable_thinking": false} changes the prompt.

@@ -134,10 +134,10 @@ def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
 
 
 class Images:
-    """Collects the images and videos of a row in the order in which they occur in the prompt.
+    """Collects the images and videos of a row, in the order of their places in the prompt.
 
-    In the prompt, an image is a placeholder ``<image>`` or a message part. A placeholder takes the next path of
-    ``columns``; so does a part without a path. Videos are collected in the same way.
+    An image has a place in the prompt: a message part or ``<image>``. A part may name the image. Otherwise, the place
+    takes the next path of ``columns``. Videos are collected in the same way.
 
     Args:
         columns: Paths from the row's fields ``image`` and ``images``.

@@ -41,8 +41,11 @@ def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
 def call_in_content(name: str, content: object) -> list[dict[str, Any]]:
     """Reads the tool calls in the content of a message with the role "function_call".
 
-    The content is a call or a list of calls, usually as JSON text. Any other content raises FieldError. ``name`` names
-    the message in the error text.
+    The content is a call or a list of calls, usually as JSON text. ``name`` is the name of the message in error
+    messages.
+
+    Raises:
+        FieldError: If the content is anything else.
     """
     try:
         value = json.loads(content) if isinstance(content, str) else content

@@ -111,8 +111,8 @@ def _prompt_messages(pair: Pair, *, has_images: bool) -> list[dict[str, Any]]:
 def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
     """Converts a row of TRL's preference format to a pair.
 
-    If ``chosen`` and ``rejected`` are whole conversations, the prompt is the turns with which both begin. In this
-    case, the column ``prompt`` may be missing, hold these turns, or hold the text of one of them.
+    If ``chosen`` and ``rejected`` are whole conversations, both begin with the turns of the prompt. The column
+    ``prompt`` may then be missing. It may also hold these turns, or the text of one turn.
 
     Args:
         row: Row with a text or messages as prompt. Unknown columns go into ``Pair.extra``.

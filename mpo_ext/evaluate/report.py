@@ -157,11 +157,11 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
 
 
 def without_image_table(results: Mapping[str, Any]) -> str:
-    """Returns a Markdown table that compares the answers that models gave with and without seeing the image.
+    """Returns a Markdown table that compares each model's answers with the image and without the image.
 
-    The values are the accuracy with the image, the accuracy without it, the fraction of equal answers, and the
-    difference of the accuracies, all in percent. The text below the table gives the accuracy of always answering with
-    the most frequent true answer.
+    A line has the accuracy with the image, the accuracy without the image, the fraction of equal answers, and the
+    difference of the two accuracies. All values are in percent. The text below the table states the accuracy of a
+    constant answer: the most frequent true answer.
     """
     lines = []
     for row in results["without_image"]:

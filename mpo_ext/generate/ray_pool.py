@@ -141,9 +141,10 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether one more death of an actor during a block of items would end the run.
+        """Returns whether one more death of an actor during this block would end the run.
 
-        ``start`` identifies the block. An actor that gets such a risky block gets no other blocks with it.
+        ``start`` identifies the block, a group of items. An actor that gets such a block gets no other block at the
+        same time.
         """
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 

@@ -116,12 +116,12 @@ def open_journal(
     world_size: int = 1,
     fsync_s: float = 5.0,
 ) -> Journal:
-    """Returns the journal of a process: the file to which it appends its samples. Use it as a context manager.
+    """Returns the journal to which a process appends its samples. Use the journal as a context manager.
 
     Args:
         pipeline: The pipeline that samples.
-        engine_settings: Result of the engine's ``settings()``. They must equal the engine settings in an existing
-            journal. If a journal of an earlier version lacks the field "processor", this field is not compared.
+        engine_settings: Result of the engine's ``settings()``. An existing journal must have been created with equal
+            settings. If an earlier version wrote a journal without the field "processor", this field is not compared.
         source: The items.
         out: Folder of the run.
         rank: Rank of the process.

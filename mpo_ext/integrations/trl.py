@@ -97,22 +97,22 @@ class MPOTrainingConfig(DPOConfig):
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
-    It supports full and LoRA training on text and images, DDP, FSDP2 and DeepSpeed's ZeRO. It adds the paper's reward
-    shift, which is saved in checkpoints. It also supports ``precompute_ref_log_probs`` with images. It logs each term
-    of the loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
+    The trainer supports full training and LoRA, with text and images. It runs with DDP, FSDP2 and DeepSpeed's ZeRO. It
+    adds the reward shift of the MPO paper, and saves the shift in checkpoints. ``precompute_ref_log_probs`` also works
+    with images. The log has each term of the loss (``loss/dpo``, ``loss/bco``, ``loss/ntp``), and ``reward_shift``.
 
     Args:
         model: As in ``DPOTrainer``.
         ref_model: As in ``DPOTrainer``.
-        args: ``MPOTrainingConfig``, or a ``DPOConfig`` whose terms are among "sigmoid", "bco_pair" and "sft".
+        args: ``MPOTrainingConfig``, or a ``DPOConfig`` whose ``loss_type`` has only "sigmoid", "bco_pair" and "sft".
             None: the default ``MPOTrainingConfig``.
         *rest: Further positional arguments of ``DPOTrainer``.
-        reward_shift: The reward shift; None: from ``args``, or ``RewardShift()`` for a ``DPOConfig``.
+        reward_shift: The reward shift. None: the reward shift in ``args``, or ``RewardShift()`` for a ``DPOConfig``.
         **kwargs: Further arguments of ``DPOTrainer``.
 
     Raises:
         RuntimeError: If TRL has a version or source that mpo_ext does not know.
-        ValueError: If ``args`` asks for a loss that is not a sum of MPO's terms, or sets ``use_liger_kernel``. Also
+        ValueError: If ``args`` sets ``use_liger_kernel``, or asks for a loss that is not a sum of MPO's terms. Also
             raised for ``precompute_ref_log_probs`` with images under FSDP or DeepSpeed, or with TRL before 1.14.
     """
 
@@ -259,8 +259,10 @@ def loss_of_batch(
 def reference_logp(trainer: Any, mpo: LossSettings, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Returns the summed log-probs of the responses under the reference model: ``[2B]`` float64, chosen first.
 
-    ``model`` is the reference model or the policy. A policy with adapters runs with its adapter "ref"; if it has no
-    such adapter, it runs without adapters. Replaces ``DPOTrainer.compute_ref_log_probs``.
+    ``model`` is the reference model. If the trainer has no reference model, ``model`` is the policy. A policy with
+    adapters then runs with its adapter "ref", or without adapters if "ref" does not exist.
+
+    Replaces ``DPOTrainer.compute_ref_log_probs``.
     """
     labels, model_inputs = _labels_and_inputs(inputs)
     checkpointing = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)

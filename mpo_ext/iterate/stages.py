@@ -145,8 +145,8 @@ def chat_template_path(recipe: IterateRecipe) -> Path:
 def round_sources(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
     """Returns a dict for each file of pairs in a round, with ``pipeline``, ``path``, ``pairs`` and ``repeat_time``.
 
-    ``pairs`` is the number of pairs. ``repeat_time`` is the average number of times that an epoch visits each pair; it
-    is 0 for a file without pairs.
+    ``pairs`` is the number of pairs in the file. ``repeat_time`` is the average number of visits to a pair in an
+    epoch, or 0 if the file is empty.
     """
     sources = []
     for name, pipeline in recipe.sample.pipelines.items():

@@ -52,10 +52,10 @@ def check_labels(logits: Tensor, labels: Tensor, name: str = "logits", *, may_be
 def check_pairs(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, name: str = "logits", *, is_part: bool = False
 ) -> int:
-    """Raises unless logits and labels hold B pairs, padded or packed. Returns the number of sequences, 2B.
+    """Raises unless ``logits`` and ``labels`` hold B pairs, padded or packed. Returns 2B, the number of sequences.
 
-    If ``name`` is "hidden", ``logits`` are hidden states, and labels may be on the CPU. With ``is_part``, each
-    sequence is split over several ranks, and a packed sequence may have no token on this rank.
+    If ``name`` is "hidden", ``logits`` are hidden states, and labels may be on the CPU. If ``is_part`` is True, each
+    sequence is split over several ranks. A packed sequence may then have no token on this rank.
     """
     size, axis = ("D", "feature") if name == "hidden" else ("V", "vocabulary")
     check_logits(name, logits, axis)

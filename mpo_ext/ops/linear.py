@@ -124,7 +124,7 @@ def linear_token_logp_shard(
     options: LinearOptions,
     shard: VocabShard,
 ) -> tuple[Tensor, Tensor]:
-    """Returns each token's softmax state over a shard of the vocabulary, and the tensor ``kept`` for backward.
+    """Returns ``(state, kept)``: each token's softmax state over a shard of the vocabulary, and a tensor for backward.
 
     ``weight`` and ``bias`` are this rank's shard of the head. Labels are ids of the whole vocabulary. The other
     arguments are those of ``linear_token_logp``. ``logits.merge_shards`` merges the states of all shards. With

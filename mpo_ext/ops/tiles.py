@@ -275,10 +275,10 @@ class TiledRows:
         return out, raw
 
     def grad_target(self, logits: Tensor, *, is_input: bool) -> Tensor:
-        """Returns the tensor to which the gradient of a tile is written: ``logits``, or a buffer in ``input_dtype``.
+        """Returns the tensor to which the gradient of a tile is written.
 
-        It is the buffer if the gradient is needed only as a matmul input (``is_input``) and ``logits`` have another
-        dtype.
+        By default, this tensor is ``logits``. With ``is_input``, the gradient is used only as a matmul input, and is
+        written in ``input_dtype``. If ``logits`` have another dtype, the tensor is then a buffer.
         """
         if not is_input or logits.dtype == self.input_dtype:
             return logits

@@ -132,10 +132,10 @@ def _logits_compiled(loss: LossShape, machine: Machine) -> Parts:
 
 
 def head_products(loss: LossShape, rows: int, count: float, name: str, dtype: str) -> Stage:
-    """Returns a stage of ``count`` matrix products with ``rows * vocab * hidden_size`` multiplications each.
+    """Returns a stage of ``count`` matrix products. Each has ``rows * vocab * hidden_size`` multiplications.
 
-    Such a product computes the logits, the gradient of the hidden states or the gradient of the head. Each product
-    reads or writes a tensor of the head's size. ``dtype`` is the dtype of the inputs.
+    Each product computes the logits, the gradient of the hidden states or the gradient of the head. Its memory traffic
+    is one tensor of the head's size. ``dtype`` is the dtype of the inputs.
     """
     flop = 2.0 * count * rows * loss.vocab * loss.hidden_size
     moved = count * SIZES[dtype] * loss.vocab * loss.hidden_size

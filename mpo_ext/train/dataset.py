@@ -30,7 +30,7 @@ NO_PAIR = ""  # digest of a dummy sample
 
 
 class BatchCounts(NamedTuple):
-    """Numbers of pairs, tokens and responses in a micro-batch or a step, over which losses are averaged."""
+    """The numbers by which averaged losses are divided: pairs, tokens and responses in a micro-batch or a step."""
 
     pairs: int = 0
     chosen_tokens: int = 0

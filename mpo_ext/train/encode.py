@@ -247,9 +247,9 @@ class Encoder:
         )
 
     def _rejected_prompt(self, pair: Pair, conversation: Conversation, name: str) -> Sample | None:
-        """Returns the prompt with ``pair.rejected_images``, as a sample without responses.
+        """Returns the prompt of the rejected response, as a sample without responses.
 
-        Returns None if both responses have the same images.
+        Only pairs with ``rejected_images`` have such a prompt. Returns None for all other pairs.
         """
         if not pair.has_other_images:
             return None

@@ -21,16 +21,14 @@ from torch import Tensor
 
 
 class TokenPart(NamedTuple):
-    """Consecutive tokens that attend causally to each other, or padding.
-
-    The tokens may also attend to a prompt in another part.
+    """Consecutive tokens of a sequence row: tokens that attend causally to each other, or padding.
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the other part in the list of parts. The prompt is the beginning of that part. None: the
-            tokens attend to no other part.
+        prompt: Index of another part, which begins with the prompt of these tokens. The tokens also attend to this
+            prompt. None: the tokens attend to no other part.
         prompt_length: Number of tokens of the prompt.
-        is_padding: Whether this part is padding, whose tokens attend to nothing.
+        is_padding: Whether the tokens are padding. Padding attends to nothing.
     """
 
     size: int

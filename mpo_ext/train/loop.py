@@ -289,7 +289,7 @@ class Trainer:
         return totals, losses
 
     def _skip_empty_step(self, rates: Mapping[str, float]) -> bool:
-        """Counts and logs a step whose pairs were all skipped. Returns whether a signal ends the run."""
+        """Counts and logs a step whose pairs were all skipped. Returns whether a signal ends the run now."""
         self._count_step()
         self.output.console.say(f"step {self.state.step}: all of its pairs were skipped, so the model is unchanged")
         self._report({"pairs": 0.0, **rates})

@@ -162,7 +162,7 @@ def compute_reference_file(
 
 
 def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
-    """Yields this rank's batches of each step, without the batches whose pairs are all in ``known``.
+    """Yields this rank's batches of each step. Leaves out batches whose pairs are all in ``known``.
 
     ``known`` contains digests of pairs. Dummy batches are appended, so that all ranks have the same number of batches.
     """

@@ -121,7 +121,7 @@ def _pieces(segments: RowSegments) -> list[_Piece]:
 
 
 def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
-    """Divides the keys of ``sizes`` into groups of keys with similar sizes.
+    """Divides the keys of ``sizes`` into groups, so that the sizes in a group are similar.
 
     In each group, the smallest size is at least ``shortest`` times the largest size.
     """

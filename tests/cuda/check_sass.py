@@ -172,10 +172,11 @@ def report(module: str, cuobjdump: str) -> str:
 
 
 def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, float]]:
-    """Returns counts of each kernel by its name, without the kernel "pair_loss".
+    """Returns a dict with three counts for each kernel. The kernel "pair_loss" is left out.
 
-    "per_logit" and "exponentials" are the numbers of instructions and of exponentials in the main loop, per logit.
-    "spills" is the number of instructions that access spilled registers, in the whole kernel.
+    "per_logit" is the number of instructions in the main loop, divided by its number of logits. "exponentials" is the
+    number of exponentials in the main loop, also per logit. "spills" is the number of instructions in the whole kernel
+    that access spilled registers.
     """
     found = {}
     for kernel, code in disassembly(module, cuobjdump, arch).items():

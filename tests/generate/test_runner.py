@@ -364,10 +364,10 @@ def test_images_of_pairs_start_at_the_folder_of_their_file(
 
 
 def test_a_journal_from_before_gives_relative_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs twice with the same output folder. The image paths in the pairs must be relative to that folder both times.
+    """Tests that the image paths in the pairs are relative to the output folder, also after a second run.
 
-    The second run reads the stored responses of the first. Only ``unsolved.jsonl`` keeps the image paths of the
-    questions unchanged.
+    The second run reads the responses that the first run stored. Unlike the pairs, ``unsolved.jsonl`` keeps the image
+    paths of the input.
     """
     Image = pytest.importorskip("PIL.Image")  # noqa: N806
     monkeypatch.chdir(tmp_path)

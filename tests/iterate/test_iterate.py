@@ -97,9 +97,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def kill_when(cwd: Path, pattern: str, delay_s: float, *words: str) -> None:
-    """Runs the command with the arguments ``words``, and kills it after a nonempty file matches ``pattern``.
+    """Runs the command with the arguments ``words``. Kills it ``delay_s`` seconds after a file is written.
 
-    The kill comes ``delay_s`` seconds later. Fails if the command ends before such a file exists.
+    The file matches ``pattern`` and is not empty. Fails if the command ends before the file is written.
     """
     process = start(cwd, *words)
     while not any(path.stat().st_size for path in cwd.glob(pattern)):

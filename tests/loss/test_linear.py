@@ -145,7 +145,7 @@ def make_linear(
 
 
 def leaves(case: Linear, wanted: tuple[str, ...], layout: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, Any]:
-    """Copies the tensors of a case with the function ``layout``, and returns them by name.
+    """Returns copies of the tensors of a case by name. The function ``layout`` makes each copy.
 
     Only the tensors named in ``wanted`` require a gradient.
     """

@@ -1,4 +1,4 @@
-"""Runs the unchanged files of ``recipes/accelerate`` with accelerate's launcher, on two ranks without a GPU."""
+"""Tests the config files in ``recipes/accelerate`` with accelerate's launcher, on two ranks without a GPU."""
 
 from __future__ import annotations
 

@@ -130,7 +130,8 @@ def test_a_layer_runs_once_over_each_prompt_and_each_group_of_responses() -> Non
 def lost(what: str) -> Callable[[Any], _States]:
     """Returns a deliberately wrong replacement for ``_States.join``.
 
-    ``what`` is the mistake, such as "no states" or "no gradient of recurrent".
+    ``what`` is the mistake. Examples: "no states", or "no gradient of recurrent" (the gradient of ``recurrent`` is
+    lost).
     """
 
     def wrong(states: Any) -> _States:

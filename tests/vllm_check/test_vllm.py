@@ -36,9 +36,9 @@ def run_script(
 
 @pytest.fixture(scope="session")
 def expected(folder: Path) -> Callable[[str], Path]:
-    """Returns a function that runs TransformersEngine on a model, "text" or "image", and returns the results' folder.
+    """Returns a function from the name of a model, "text" or "image", to the folder of the expected results.
 
-    Results are cached.
+    TransformersEngine computes the results of each model once.
     """
 
     @functools.cache

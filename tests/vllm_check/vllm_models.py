@@ -58,7 +58,10 @@ def write_text_model(folder: Path) -> None:
 
 
 def write_image_model(folder: Path) -> None:
-    """Writes an Idefics3: its tokenizer adds a token before each text, and its chat template takes lists of parts."""
+    """Writes an Idefics3 model with its processor.
+
+    The tokenizer adds a token before each text. The chat template takes lists of parts.
+    """
     torch.manual_seed(0)
     processor = tiny_processors.idefics3()
     image = processor.tokenizer.convert_tokens_to_ids("<image>")

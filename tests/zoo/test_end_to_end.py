@@ -42,7 +42,11 @@ def text_model(family: str, processor: Any, **settings: Any) -> nn.Module:
 
 
 def chatml_of_sentencepiece() -> tuple[nn.Module, Any]:
-    """Returns a model and tokenizer with ChatML and SentencePiece-style spaces, common in fine-tuned models."""
+    """Returns a Llama model and its tokenizer.
+
+    The tokenizer has the ChatML format, and marks spaces as SentencePiece does. Many fine-tuned models have such a
+    tokenizer.
+    """
     processor = with_template(
         lambda: tokenizers.sentencepiece("<|im_start|>", "<|im_end|>", scheme="legacy"), templates.INTERNLM2
     )

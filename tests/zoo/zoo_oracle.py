@@ -138,7 +138,10 @@ def _adds_special_tokens(processor: Any, text: str) -> bool:
 def _without_white_end(
     processor: Any, messages: Sequence[Mapping[str, Any]], suffix: int, kwargs: Mapping[str, Any]
 ) -> Iterator[list[int]]:
-    """Yields the token ids of the conversation's text, and of this text without 1, 2, ... trailing white spaces."""
+    """Yields the token ids of the conversation's text. Then removes the white space at the end of the text.
+
+    After each removed character, yields the token ids of the shorter text.
+    """
     text = _text(processor, messages, kwargs)
     tokenizer = getattr(processor, "tokenizer", processor)
     special = _adds_special_tokens(processor, text)

@@ -728,7 +728,7 @@ class Machine(MemoryAccess):
                     break
 
     def _gather_warp(self, s, p):
-        """Makes the lanes s wait at a warp-synchronous instruction until all lanes of their member mask are there.
+        """Makes the lanes s wait at a warp-synchronous instruction until all lanes of the member mask have arrived.
 
         p: pc of the instruction. Returns the lanes that may now execute it (a slice or index array), or None.
         """

@@ -224,7 +224,7 @@ def _mul_parts(ins):
 
 
 def _mul_int(how, typ):
-    """Returns (function, PTX type of the result) for an integer multiplication; how is "lo", "hi" or "wide"."""
+    """Returns (function, PTX type of the result) for an integer multiplication. how: "lo", "hi" or "wide"."""
     if how == "lo":
         return np.multiply, typ
     n = int(typ[1:])
