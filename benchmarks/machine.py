@@ -93,10 +93,11 @@ def sample(runs: int = 5) -> dict[str, list[float]]:
 
 
 def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Machine:
-    """Computes the speed of the machine. ``seconds`` maps the name of a measuring program to the seconds of its runs.
+    """Returns the speed of the machine.
 
-    Old result files lack the programs for attention and for matmuls with 32 or 1,024 rows. The result then lacks these
-    speeds.
+    ``seconds`` maps the name of each measuring program to the seconds of its runs. Two groups of programs may be
+    missing, because old result files lack them: attention, and matmuls with 32 or 1,024 rows. The result then lacks
+    their speeds.
 
     Raises:
         ValueError: If another program is missing.

@@ -174,7 +174,7 @@ class ExactShift:
         return self.value if self.order == "before" else before
 
     def update(self, reward_sum: float, count: int) -> None:
-        """Adds ``count`` rewards. If ``per`` is "micro_batch", also calls ``step``, which updates the value."""
+        """Adds the sum of ``count`` rewards. If ``per`` is "micro_batch", also updates the shift with ``step``."""
         self.pending.append((reward_sum, count))
         if self.per == "micro_batch":
             self.step()

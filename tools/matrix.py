@@ -66,7 +66,8 @@ def run_cell(python: str, torch: str, tests: Sequence[str], folder: Path) -> dic
 def _steps(interpreter: str, torch: str, tests: Sequence[str], folder: Path, cell: dict[str, Any]) -> str:
     """Builds and tests in a new environment, and adds fields such as ``status`` to ``cell``.
 
-    Returns pytest's last line. If a step fails, returns its name and the last line of its log.
+    Returns the last line that pytest prints. If a step fails, returns the name of the step and the last line of its
+    log.
     """
     binaries, source = folder / "environment" / "bin", folder / "source"
     python = str(binaries / "python")

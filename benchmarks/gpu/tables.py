@@ -1,4 +1,4 @@
-"""Makes Markdown tables of the results of the GPU stages in results/, for ``benchmarks.documents``."""
+"""Makes Markdown tables from the result files of the GPU stages. ``benchmarks.documents`` calls this module."""
 
 from __future__ import annotations
 

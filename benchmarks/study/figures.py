@@ -15,7 +15,7 @@ OLD_TASK = "perception"  # the task of result files that do not name it
 
 
 def task_of(document: Mapping[str, Any]) -> StudyTask:
-    """Returns the task of the study that a result file belongs to."""
+    """Returns the study's task to which a result file belongs."""
     return TASKS[document.get("task", OLD_TASK)]
 
 

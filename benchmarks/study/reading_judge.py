@@ -66,7 +66,7 @@ class ReadingJudge:
         return self.engine.decode_response(conversation, token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answers each request: with a list of claims, or with "yes" or "no" if a claim is to be judged."""
+        """Answers each request. The answer is a list of claims, or "yes" or "no" as the verdict on a claim."""
         generations: dict[int, Generation] = {}
         asked: dict[int, tuple[str, Request]] = {}
         for place, request in enumerate(requests):

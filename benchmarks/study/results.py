@@ -161,7 +161,7 @@ def write_document(out: Path, document: Mapping[str, Any]) -> None:
 
 
 def save_plot(path: Path, document: Mapping[str, Any]) -> None:
-    """Plots the mean accuracy on held-out questions, with one panel for each table, and writes it to ``path``.
+    """Plots the mean accuracy on held-out questions, and writes the plot to ``path``. Each table has a panel.
 
     The whiskers show the standard deviation over the seeds.
     """

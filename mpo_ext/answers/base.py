@@ -22,9 +22,10 @@ class Verdict:
         correct: True if the answer is right, False if it is certainly wrong, None if it is unreadable. "Unreadable"
             means that the matcher cannot read the answer, or cannot tell whether the answer equals the truth.
         score: Score in [0, 1]; 0 or 1 if the matcher gives no partial credit.
-        rule: Kind of the matcher and the comparison that decided, for example "choice:letter".
+        rule: Kind of the matcher and name of the deciding comparison, such as "choice:letter".
         prediction: The answer, in the form that the matcher compared.
-        truth: The true answer, in the form that the matcher compared. If there are several, the best match.
+        truth: The true answer, in the form that the matcher compared. If there are several true answers, the best
+            match.
     """
 
     correct: bool | None

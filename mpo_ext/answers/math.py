@@ -50,8 +50,8 @@ class MathMatcher(Matcher):
 
     Words are compared as text. As expressions, "no" and "on" would be equal products of letters.
 
-    If the truth is an expression, a sentence is unreadable. An answer is also unreadable if math-verify cannot read
-    the answer or the truth.
+    If the truth is an expression, an answer that is a sentence is unreadable. An answer is also unreadable if
+    math-verify cannot read the answer or the truth.
 
     Expressions are compared in a helper process, which can be stopped at the time limit.
 

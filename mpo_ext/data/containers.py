@@ -293,9 +293,9 @@ def long_cells() -> Iterator[None]:
 
 
 def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
-    """Converts each record of a CSV or TSV file to a line with a JSON object.
+    """Yields a line with a JSON object for each record of a CSV or TSV file.
 
-    If a record has too many or too few columns, the object only holds an error message, in the field ``UNREADABLE``.
+    If a record has too many or too few columns, the object has only the field ``UNREADABLE``, with an error message.
     """
     delimiter = "\t" if re.search(r"\.tsv(?:\.\w+)?$", path, re.IGNORECASE) else ","
     reader = csv.reader(text, delimiter=delimiter, strict=True)

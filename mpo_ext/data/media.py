@@ -201,7 +201,7 @@ def _check_value(name: str, value: object, read: Collection[str]) -> None:
 
 
 def is_media_content(text: str) -> bool:
-    """Returns whether a text is an image, video or audio as a data URL or in base64."""
+    """Returns whether a text holds the data of an image, video or audio: a data URL, or base64."""
     if _DATA_URL.match(text):
         return True
     return len(text) >= _SHORTEST_BASE64 and bool(_BASE64_MEDIA.match(text)) and _BASE64.fullmatch(text) is not None

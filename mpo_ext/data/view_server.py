@@ -102,7 +102,7 @@ class PairServer(http.server.ThreadingHTTPServer):
             return self.source.read(index)
 
     def pick(self, index: int, *, is_picked: bool) -> int:
-        """Adds a pair to the picks or removes it, writes the file of picks, and returns the number of picks.
+        """Picks a pair, or undoes the pick. Writes the file of picks, and returns the number of picks.
 
         Raises ValueError if the line is bad.
         """

@@ -8,7 +8,7 @@ from typing import Any
 class RunSettings:
     """Settings that the demo shares with the study of the paper's ablations (``benchmarks.study``).
 
-    The SFT is the first training run. A branch then trains the SFT model further on the pairs with one method.
+    The SFT is the first training run. A branch is a later run: it trains the SFT model further, with one method.
 
     Attributes:
         seed: Seed of weights, questions, sampled answers and the order of pairs; the split of the digits is fixed.
@@ -17,10 +17,10 @@ class RunSettings:
         sft_rate: Peak learning rate of the SFT.
         sft_batch: Number of questions per step of the SFT.
         sft_questions: Number of different questions of the SFT. If the steps need more, the questions are used again.
-        questions: Number of step-by-step questions that the model answers to make correctness pairs.
-        direct_questions: Number of direct questions that the model answers to make correctness pairs.
+        questions: Number of step-by-step questions for correctness pairs.
+        direct_questions: Number of direct questions for correctness pairs.
         dropout_ntp_questions: Number of step-by-step questions for DropoutNTP. Some of them give no pair.
-        samples: Number of answers per question of the correctness pairs.
+        samples: Number of answers to each question for correctness pairs.
         temperature: Sampling temperature of the answers and of the continuations without an image.
         pairs_per_question: Maximum number of correctness pairs per question. The same maximum holds for format pairs,
             whose rejected answer is unreadable.

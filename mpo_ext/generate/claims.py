@@ -38,7 +38,7 @@ def read_list(text: str) -> list[str]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Splits a text into sentences and lines, and returns those that hold a letter or a digit."""
+    """Splits a text into sentences and lines. Leaves out parts without a letter or a digit."""
     return [part.strip() for part in _SENTENCE_END.split(text) if _has_word(part)]
 
 

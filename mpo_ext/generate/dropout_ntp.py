@@ -345,9 +345,9 @@ class DropoutNTP:
         return None
 
     def _score(self, item: Item, text: str) -> dict[str, Any]:
-        """Returns a dict with the answer in ``text`` and the result of comparing it with the true answers.
+        """Compares the answer in a response with the true answers, and returns the answer and the result as a dict.
 
-        The dict is empty if the item has no true answer, or the settings have no matcher.
+        ``text`` is the response. The dict is empty if the item has no true answer, or the settings have no matcher.
         """
         if not item.truths or self._scorer is None:
             return {}

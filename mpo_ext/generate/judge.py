@@ -149,9 +149,9 @@ class Judge:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples responses to the items, asks the judge about them, and returns one list of records per item.
+        """Samples responses to the items, and asks the judge about the responses.
 
-        A record is a JSON object with a response and its verdicts.
+        Returns a list of records for each item. A record is a JSON object with a response and its verdicts.
         """
         return run_steps(self.steps(items, engine), engine)
 

@@ -38,9 +38,9 @@ class OpenAIEngine:
         model: Name of the model on the server.
         base_url: Address of the interface, such as ``http://localhost:8000/v1``.
         tokenizer: Folder or hub name of the model's tokenizer or processor. The empty string stands for ``model``.
-            With "none", the server gets only messages, and responses cannot be split into tokens, which DropoutNTP
-            needs.
-        processor: Processor of the model, or the tokenizer of a text model, instead of ``tokenizer``.
+            "none": no tokenizer. The server then gets only messages, and DropoutNTP cannot split responses into
+            tokens.
+        processor: Processor of the model, or the tokenizer of a text model. It replaces ``tokenizer``.
         chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
         api_key_env: Name of the environment variable that holds the API key. The key is stored nowhere.
         concurrency: Maximum number of requests at the same time.

@@ -125,9 +125,9 @@ class RayWorker:
             return BlockResult(block.start, [], f"{block}: {describe_error(error)}{self._culprit(block)}")
 
     def _culprit(self, block: Block) -> str:
-        """Returns a text that names the item that makes a block of items fail, or "" if there is no such item.
+        """Samples the items of a block one by one. Returns a text that names the first item that fails.
 
-        Samples the items one by one until one fails.
+        Returns "" if no item fails, or if a neighbour of this item fails, too.
         """
         if len(block.items) < 2:
             return ""

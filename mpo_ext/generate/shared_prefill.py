@@ -186,7 +186,7 @@ def _select_rows(name: str, value: Any, rows: "Tensor", n_rows: int) -> Any:
 
 
 def _check_cache(inputs: dict[str, Any]) -> None:
-    """Raises ``UnsharedError`` if the inputs have no ``DynamicCache``, or if its rows cannot be copied."""
+    """Raises ``UnsharedError`` if the inputs have no ``DynamicCache``, or a cache whose rows cannot be copied."""
     from transformers import DynamicCache
 
     cache = inputs.get("cache", inputs.get("past_key_values"))

@@ -165,7 +165,7 @@ def percent(row: Mapping[str, Any], name: str = "accuracy", sign: str = "") -> s
 
 
 def _training_cells(training: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the name and the text of each training metric, such as ("loss", "0.5123").
+    """Returns the name and the text of each training metric except counts, such as ("loss", "0.5123").
 
     Fractions are shown in percent, such as ("reward_accuracy in %", "71.2 ± 1.3").
     """

@@ -395,7 +395,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Returns the output head, or all layers in peft's ModulesToSaveWrapper. Raises TypeError for other heads."""
+    """Returns the head, or all layers of a head in peft's ModulesToSaveWrapper. Raises TypeError for other heads."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise TypeError(

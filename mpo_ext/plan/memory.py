@@ -352,7 +352,7 @@ def meta_model(recipe: ModelRecipe) -> nn.Module:
 def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Returns the layers of the decoder and the layers of the vision tower.
 
-    Layers are the entries of each ``nn.ModuleList`` that contains linear layers and is not inside another such list.
+    Layers are the entries of an ``nn.ModuleList`` with linear layers. Lists inside such a list do not count.
     """
     inner = unwrap_model(model)
     vision_roots = tuple(f"{name}." for name, _ in models.modules_of(inner, "vision_tower"))

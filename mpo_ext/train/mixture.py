@@ -64,16 +64,16 @@ class SourceOverview:
         lines: Number of lines of the source.
         lines_read: Number of lines that were read, spread evenly over the source.
         bad: Number of read lines without a valid pair.
-        misplaced: Number of read pairs whose ``<image>`` or ``<video>`` placeholders do not match their media.
+        misplaced: Number of misplaced pairs: read pairs whose ``<image>`` or ``<video>`` placeholders do not match
+            their media.
         with_images: Number of read pairs with images.
         with_videos: Number of read pairs with videos.
         with_rejected_images: Number of read pairs with other images for the rejected response.
-        images: Number of different image and video files in the read pairs. In this and the next two counts, the pairs
-            counted in ``misplaced`` are left out.
-        missing: Number of different image and video files that do not exist.
-        pairs_missing: Number of read pairs with at least one missing file.
-        stored_in: Folder to which images and videos were written if the source holds them as bytes; "" if no read
-            pair has such an image or video.
+        images: Number of different image and video files in the read pairs, without misplaced pairs.
+        missing: Number of these files that do not exist.
+        pairs_missing: Number of read pairs with at least one missing file, without misplaced pairs.
+        stored_in: Folder to which images and videos were written if the source holds them as bytes; "" if no read pair
+            has such an image or video.
         examples: Messages for the first bad lines, misplaced pairs and missing files, up to three of each kind.
     """
 

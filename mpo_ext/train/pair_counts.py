@@ -41,7 +41,7 @@ class PairCounts:
         self.examples.setdefault(reason, message)
 
     def merge(self, other: "PairCounts") -> None:
-        """Adds the counts of another process. For each reason without an example, copies the example of ``other``."""
+        """Adds the counts of ``other``. Takes examples from ``other`` only for reasons without an example."""
         self.kept += other.kept
         self.cut += other.cut
         self.split += other.split

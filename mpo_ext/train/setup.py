@@ -260,8 +260,8 @@ def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, referen
 def _choose_wrapped_layers(accelerator: Any, model: nn.Module) -> None:
     """Sets the layer classes that FSDP wraps. Classes in accelerate's config file take precedence.
 
-    By default, FSDP wraps the classes in ``_no_split_modules`` that the model contains. LLaVA and Gemma 3 also list
-    other classes, for which accelerate would raise an error.
+    The default is all classes in ``_no_split_modules`` that the model contains. LLaVA and Gemma 3 also list classes
+    that the model does not contain. accelerate would raise an error for such classes.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap:

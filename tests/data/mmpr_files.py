@@ -129,7 +129,7 @@ def mmpr(tmp_path: Path, images: Path) -> Path:
 
 @pytest.fixture
 def write_lines(tmp_path: Path, images: Path) -> WriteLines:
-    """Returns a function that writes a data file, and an MMPR meta file for this data file.
+    """Returns a function that writes a data file and its MMPR meta file.
 
     The function returns the path of the meta file.
     """

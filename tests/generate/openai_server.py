@@ -125,7 +125,7 @@ def flat(content: Any, image: str) -> str:
 
 
 def response(prompt: str, seed: int) -> str:
-    """Returns a random response: words, then the answer 7 (right), 8 or 9 (wrong), or no answer."""
+    """Returns random words, with or without a final answer. The answer is 7 (right), 8 (wrong) or 9 (wrong)."""
     rng = random.Random(f"{prompt} {seed}")
     words = " ".join(rng.choice(["one", "two", "\u4e09", "four"]) for _ in range(rng.randrange(1, 9)))
     return words + rng.choice(["\nFinal answer: 7", "\nFinal answer: 8", "\nFinal answer: 9", ""])

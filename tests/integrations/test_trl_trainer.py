@@ -1,4 +1,4 @@
-"""Compares MPOTrainer and the patch of TRL with TRL's DPOTrainer, and with MPO in plain float64 torch."""
+"""Tests MPOTrainer and the patch of TRL. The expected results come from TRL and from plain float64 torch."""
 
 from __future__ import annotations
 

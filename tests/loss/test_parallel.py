@@ -188,7 +188,7 @@ def compute(case: Case, tensors: dict[str, Tensor | None], options: dict[str, An
 
 
 def local(case: Case, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Returns this rank's part of complete tensors or complete gradients, by name."""
+    """Returns this rank's parts of tensors. The names of gradients begin with "d ", such as "d hidden"."""
     parts = dict(tensors)
     for name, tensor in tensors.items():
         if tensor is None:

@@ -104,7 +104,7 @@ def start(job: Job) -> list[Any]:
 
 
 def finish(processes: Sequence[Any], limit_s: float = LIMIT_S) -> list[int]:
-    """Waits for processes and returns their exit codes. If one needs over ``limit_s`` seconds, kills all and fails."""
+    """Waits for processes and returns their exit codes. If they need over ``limit_s`` seconds, kills all and fails."""
     end_s = time.monotonic() + limit_s
     for process in processes:
         process.join(max(end_s - time.monotonic(), 0.01))

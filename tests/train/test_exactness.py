@@ -163,7 +163,10 @@ class Data:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Returns 10 pairs, half of them without an image, and a pair with equal responses, which the trainer skips."""
+    """Returns 11 pairs. Half of the first 10 pairs have no image. The last pair has equal responses.
+
+    The trainer skips a pair with equal responses.
+    """
     # A step reads 8 of the 11 lines, and the next one 3, so steps and micro-batches differ in size.
     return make_data(tmp_path_factory.mktemp("pairs"), 10, text_only=2)
 
@@ -280,7 +283,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
 def assert_equal(run: Run, script: Run, tolerance: float) -> None:
-    """Compares the logged numbers of all steps, and the final weights, with those of the script."""
+    """Compares a run with the script: the logged numbers of all steps, and the final weights."""
     assert len(run.lines) == len(script.lines)
     off: dict[str, float] = {}
     for line, wanted in zip(run.lines, script.lines, strict=True):

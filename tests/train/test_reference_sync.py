@@ -1,4 +1,4 @@
-"""Tests TR-DPO, whose reference follows the policy: results equal to plain.py's, resumed runs, and two ranks."""
+"""Tests TR-DPO, whose reference follows the policy: resumed runs, runs on two ranks, and comparisons with plain.py."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def assert_same(job: Job, truth: Job) -> None:
 
 
 def checkpoints(job: Job) -> dict[str, float | None]:
-    """Maps the name of each checkpoint of a run to its score."""
+    """Returns a dict from the names of a run's checkpoints to their scores."""
     folders = [path for path in (job.out / "checkpoints").glob("step-*") if "." not in path.name]
     return {path.name: json.loads((path / "manifest.json").read_text())["score"] for path in folders}
 

@@ -70,7 +70,7 @@ def trainer_of(out: Path, pairs: Path, model: nn.Module | None = None, **setting
 
 
 def with_lines(pairs: Path, name: str, change: Callable[[list[dict[str, Any]]], None]) -> Path:
-    """Writes a copy of a file of pairs next to the file, with lines edited by ``change``. Returns its path."""
+    """Writes a copy of a file of pairs with changed lines to the same folder. Returns the path of the copy."""
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]
     change(lines)
     path = pairs.with_name(name)

@@ -430,7 +430,7 @@ FAMILIES = {**TEXT_FAMILIES, **IMAGE_FAMILIES}
 
 
 def meta_model(family: Family) -> Any:
-    """Returns a model of the family's class with few layers on the meta device, without weights."""
+    """Returns a model of the family with few layers. It is on the meta device, so it has no weights."""
     config = getattr(transformers, f"{family.config}Config")()
     for part in (config, *(getattr(config, name, None) for name in ("text_config", "vision_config"))):
         for name in ("num_hidden_layers", "depth"):

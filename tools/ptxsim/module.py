@@ -121,7 +121,7 @@ class Kernel:
         self.functions = order
 
     def callee(self, ins):
-        """Returns the function that a call instruction calls; None if it is external or the call is indirect."""
+        """Returns the function that a call instruction calls; None for external functions and indirect calls."""
         for a in ins.args:
             if isinstance(a, Sym):
                 f = self.module.parsed.functions.get(a.name)
