@@ -67,7 +67,7 @@ def _error_range(errors: Sequence[float]) -> str:
 
 
 def cost_model(documents: Documents) -> str:
-    """Returns a table of the cost model's prediction errors, and a table of the methods with large errors."""
+    """Returns two tables of the cost model: the prediction errors, and the methods with large errors."""
     points = documents["cost_model"]["points"]
     within, errors = check_model.WITHIN, [abs(check_model.error(p)) for p in points]
     ours = [abs(check_model.error(p)) for p in points if check_model.is_ours(p["provider"])]

@@ -61,7 +61,7 @@ def pair() -> Iterator[str]:
 
 
 def loss() -> Iterator[str]:
-    """Yields the SVG elements in the middle of the picture: the terms of the loss, and the passes over the logits."""
+    """Yields the SVG elements in the middle of the picture: the terms of the loss, and how often logits are read."""
     yield text(326, 34, "One loss, one pass", size=15, bold=True)
     terms = (
         ("0.8 DPO", "the chosen response is better"),

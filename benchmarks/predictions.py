@@ -31,7 +31,7 @@ _VOCABS = (151936, 248320, 262144)  # Qwen2.5, Qwen3.5, Gemma
 
 
 def vocabularies(documents: Documents) -> str:
-    """Returns a table of the predicted time and memory of the loss that takes hidden states, by vocabulary size."""
+    """Returns a table of the loss from hidden states: the predicted time and memory for each vocabulary size."""
     machine = machines.gpu("H100")
     rows = []
     for method in cost.LINEAR:
@@ -128,7 +128,10 @@ _PAIRS = ((3072, 1024), (12288, 2048))
 
 
 def step_times(documents: Documents) -> str:
-    """Returns a table of the predicted time and memory of a training step, by trainer and by length of the pairs."""
+    """Returns a table of the predicted time and memory of a training step. Each trainer has a row.
+
+    The columns are different lengths of pairs.
+    """
     model, machine = _described_model(), machines.gpu("H100")
     frozen = _described_model(trainable_share=0.005, head_learns=False)
     adapters = "mpo_ext, split attention, precomputed reference, LoRA (0.5 % of the weights)"

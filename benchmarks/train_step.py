@@ -174,7 +174,7 @@ def rates(sizes: Sizes, seconds: float) -> dict[str, float]:
 
 
 def loss_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Returns the largest absolute difference between the losses of two runs at the same step."""
+    """Compares the losses of two runs step by step, and returns the largest absolute difference."""
     return max(abs(our - their) for our, their in zip(ours, theirs, strict=True))
 
 

@@ -70,7 +70,7 @@ class Gate:
         self.begin_s, self.begin_cpu_s = time.perf_counter(), time.process_time()
 
     def __call__(self, loss: float) -> None:
-        """Reports a finished step and its loss, and waits for the next turn."""
+        """Reports the measurements of a finished step, and waits for the next turn."""
         elapsed, cpu = time.perf_counter() - self.begin_s, time.process_time() - self.begin_cpu_s
         parts = {} if self.parts is None else dict(self.parts.seconds)
         step = MeasuredStep(loss, elapsed, cpu, resident_bytes("VmHWM") - self.before, parts)

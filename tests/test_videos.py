@@ -62,8 +62,8 @@ def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path: Path) -> None:
 def test_frames_of_a_variable_rate(tmp_path: Path) -> None:
     """Loads a video whose frames are shown for different durations.
 
-    For each sampling time, the frame shown at that moment is loaded. A frame shown at several sampling times is loaded
-    once. ``times`` has the timestamps that the loaded frames have in the file.
+    At each sampling time, one frame is on the screen. These frames are loaded, each of them once. ``times`` holds
+    their timestamps in the file.
     """
     path = write_video(tmp_path / "a.mkv", 6, stamps=[0, 1, 2, 10, 12, 14], codec="ffv1")
     video = load_video(Video(str(path), fps=4.0))

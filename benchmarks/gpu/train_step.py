@@ -66,7 +66,7 @@ def _model(loss: LossShape, stage: GpuStage) -> nn.Module:
 
 
 def _ways(model: nn.Module, loss: LossShape, device: str) -> dict[str, Callable[[], Tensor]]:
-    """Returns a dict from name to function. Each function computes the model's loss in a different way.
+    """Returns a dict of functions by name. Each function computes the model's loss in a different way.
 
     All functions use the same random pair.
     """

@@ -28,10 +28,15 @@ def prefix_of(document: Mapping[str, Any]) -> str:
 
 
 def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
-    """Returns a dict from seed to the measured ``quantity``. ``row`` names a training run or a starting model.
+    """Returns a dict from seed to the value of ``quantity``.
 
-    Seeds without a measured result are left out. ``column`` is one of ``COLUMNS``. ``quantity`` is one of
-    ``QUANTITIES``, or a quantity in ``StudyTask.columns``. Fractions are returned in percent.
+    Seeds without a measured result are left out. Fractions are returned in percent.
+
+    Args:
+        document: Content of a result file of the study.
+        row: Name of a training run or of a starting model.
+        column: Kind of questions, one of ``COLUMNS``.
+        quantity: One of ``QUANTITIES``, or a quantity in ``StudyTask.columns``.
     """
     factor = 1 if quantity == "tokens" else 100
     return {

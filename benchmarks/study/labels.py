@@ -106,7 +106,7 @@ def cost(document: Mapping[str, Any]) -> str:
 
 
 def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Returns the entries of ``document["starts"]`` that have label fractions of the pair file ``name``."""
+    """Returns the starting models in ``document`` that have label fractions for the pair file ``name``."""
     return [start for start in document["starts"] if start.get("labels", {}).get(name)]
 
 

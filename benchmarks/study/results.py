@@ -74,10 +74,11 @@ def current_commit() -> str:
 
 
 def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, AnySettings]) -> int:
-    """Copies results of an earlier study into the folder ``out``, and returns their number.
+    """Copies results of an earlier study into the folder ``out``, and returns the number of copied results.
 
-    Skips failures, seeds that are not in ``settings``, and results that ``out`` already has. ``document`` does not
-    record how the training runs are declared. The caller must make sure that these declarations have not changed.
+    Failures are not copied. A seed is skipped if it is not in ``settings``. A result is also skipped if ``out``
+    already has it. ``document`` does not record the declarations of the training runs. The caller must make sure that
+    these declarations have not changed.
 
     Args:
         out: Folder of the study.
@@ -85,7 +86,7 @@ def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, Any
         settings: Settings by seed.
 
     Raises:
-        ValueError: If ``document`` has other values in its field ``settings``.
+        ValueError: If the earlier study has other settings.
     """
     starts = {start["seed"]: start for start in document["starts"]}
     task = tables.task_of(document)

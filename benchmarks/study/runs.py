@@ -1,6 +1,6 @@
-"""Runs the study: for each seed, makes starting models and their pairs, and trains further models from them.
+"""Runs the study. For each seed, trains starting models, makes pairs from their answers, and trains other models.
 
-The same command resumes an interrupted study, because each result is saved in a file. Runs can be executed in
+Each result is saved in a file. The same command therefore resumes an interrupted study. Runs can be executed in
 parallel processes.
 """
 
@@ -32,7 +32,7 @@ StudyRun = tuple[int, str]  # seed and row
 
 
 class Study:
-    """A study in progress, with its results so far and the runs that are left.
+    """A study in progress: the results so far, and the runs that have no result yet.
 
     Args:
         out: Existing folder, in which each seed has a subfolder.

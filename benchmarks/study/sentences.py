@@ -116,7 +116,10 @@ def best_rates(document: Document) -> str:
 
 
 def unparsable(document: Document) -> str:
-    """Returns a table of the runs and starting models with more than 1 % unparsable step-by-step answers."""
+    """Returns a table of the runs and starting models with more than 1 % unparsable answers.
+
+    Only step-by-step answers count.
+    """
     task = figures.task_of(document)
     shares = {row: figures.values(document, row, "cot", "unparsable") for row in (*task.starts, *task.rows)}
     means = {row: statistics.fmean(values.values()) for row, values in shares.items() if values}

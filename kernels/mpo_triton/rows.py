@@ -1,9 +1,9 @@
-"""Computes aligned positions in rows of logits, which let Triton kernels read 16-byte vectors.
+"""Lets Triton kernels read rows of logits in aligned vectors of 16 bytes.
 
-A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Position 0 is the last
-multiple of 16 bytes that is not after the start of the row. Positions count elements from there. Column c is at
-position ``shift + c``, where ``shift`` is less than the number of elements in 16 bytes. Only the first and the last
-block of positions need a mask.
+A row may start between two multiples of 16 bytes, for example if the vocabulary size is odd. Kernels therefore number
+the elements from the last multiple at or before the start of the row. Column c then has the position ``shift + c``.
+For example, ``shift`` is 2 if a float32 row starts 8 bytes after this multiple. Only the first and the last block of
+positions need a mask.
 """
 
 from typing import NamedTuple

@@ -156,8 +156,9 @@ def matcher(kind: str, **options: Any) -> Matcher:
 def is_same_answer(first: str | None, second: str | None, matcher: Matcher) -> bool:
     """Returns whether two answers are the same.
 
-    They are the same if they are equal apart from case and spaces, or if the matcher accepts them in either order. A
-    missing answer (None) differs from every answer, including another missing answer and the text "None".
+    Two answers are the same if they differ only in case and spaces. They are also the same if the matcher accepts one
+    answer as the prediction and the other answer as the truth. A missing answer (None) differs from every answer. It
+    also differs from another missing answer, and from the text "None".
     """
     if first is None or second is None:
         return False

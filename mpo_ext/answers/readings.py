@@ -1,6 +1,6 @@
-"""Compares mathematical answers under further readings, such as "7,0" read as 7.0.
+"""Compares mathematical answers under less common readings, such as "7,0" read as 7.0.
 
-An answer is wrong only if it differs from the truth under every usual reading.
+An answer that equals the truth under one of these readings is not counted as wrong.
 """
 
 import dataclasses

@@ -98,7 +98,10 @@ def _may_be_same(first: str, second: str) -> bool:
 
 
 def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
-    """Returns the similarity of two texts in [0, 1]; 0 if it is below the threshold or both texts are empty."""
+    """Returns the similarity of two texts, between 0 and 1.
+
+    A similarity below ``threshold`` becomes 0. The similarity of two empty texts is 0.
+    """
     longer = max(len(prediction), len(truth))
     if longer == 0:
         return 0.0

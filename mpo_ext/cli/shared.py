@@ -268,7 +268,7 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns ``--trust-remote-code`` and each ``--engine-option`` as keyword arguments for an engine."""
+    """Returns the keyword arguments for an engine from ``--trust-remote-code`` and ``--engine-option``."""
     options = parse_json_options("--engine-option", args.engine_option)
     return {"trust_remote_code": args.trust_remote_code, **options}
 

@@ -245,7 +245,7 @@ def _weight_files(source: Path) -> list[Path]:
 
 
 def _shapes(file: Path, language: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each converted tensor in a file of weights, by its new name. Reads no weights."""
+    """Returns the shapes of the converted tensors in a file of weights, by new name. Reads no weights."""
     import torch
     from safetensors import safe_open
 

@@ -189,7 +189,7 @@ def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, 
 def refuse_rows(path: str, values: dict[str, Any]) -> None:
     """Raises ValueError if a .json file holds a single pair, or an object with a list of rows.
 
-    ``values`` is the object in the file. The content of an MMPR meta file, which lists data sets, is accepted.
+    ``values`` is the object in the file. An MMPR meta file, which lists data sets, is accepted.
     """
     if not values or any(
         isinstance(value, dict) and {"root", "annotation"} & value.keys() for value in values.values()

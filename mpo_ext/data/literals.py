@@ -10,11 +10,11 @@ _SPACES = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tok
 
 
 def read_literal(text: str) -> Any:
-    """Parses a value in Python notation. Also parses a printed numpy array of strings such as ``['cat' 'dog']``.
+    """Parses a literal in Python notation, or a printed numpy array of strings such as ``['cat' 'dog']``.
 
     Raises:
-        ValueError: If the text has neither notation. Also raised for other strings without a comma between them, such
-            as ``'a' 'b'`` and ``['a''b']``, which Python would join.
+        ValueError: If the text cannot be parsed. Also raised for ``'a' 'b'`` and ``['a''b']``, which may lack a comma:
+            Python would join the two strings.
     """
     text = text.strip()
     try:

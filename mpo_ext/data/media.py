@@ -116,9 +116,9 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
 
 
 def _held_names(values: Mapping[str, Any]) -> list[str]:
-    """Returns the file names of the images and videos that a row holds as bytes or data URLs.
+    """Returns the file names of the images and videos whose content is in the row, as bytes or as a data URL.
 
-    A file name is the ``path`` beside ``bytes``, or the row's field ``file_name``.
+    A file name is in the field ``path`` beside ``bytes``, or in the row's field ``file_name``.
     """
     names = [path for name, value in values.items() if name in _READ_FIELDS for path in _paths_of_contents(value)]
     if names:

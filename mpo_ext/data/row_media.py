@@ -185,8 +185,8 @@ class Images:
     def add_video(self, name: str, part: Mapping[str, Any]) -> None:
         """Adds the video of a message part.
 
-        If the part does not name a video, adds the next video of the row's fields. ``name`` is the name of the part's
-        field, for error messages.
+        A part without a video gets the next video from the row's own field, such as ``videos``. ``name`` is the name
+        of the field that holds the part, for error messages.
         """
         self._n_video_places += 1
         given = {field: part[field] for field in VIDEO_FIELDS if not is_empty(part.get(field))}

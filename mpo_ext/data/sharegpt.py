@@ -1,8 +1,13 @@
 """Reads ShareGPT rows with a preference, in the format of LLaMA-Factory.
 
-``conversations`` (or ``conversation``, ``messages``) holds the turns of the prompt. ``chosen`` and ``rejected`` hold
-the responses; ``system`` and ``images`` are optional. A turn has ``from`` and ``value``, or ``role`` and ``content``.
-ms-swift also writes a question and its response as one entry ``{"human": ..., "assistant": ...}``.
+The fields of a row are:
+
+- ``conversations`` (or ``conversation``, or ``messages``): the turns of the prompt.
+- ``chosen`` and ``rejected``: the responses.
+- ``system`` and ``images``, for example, are optional.
+
+A turn has ``from`` and ``value``, or ``role`` and ``content``. ms-swift also writes two turns, a question and its
+response, as one entry ``{"human": ..., "assistant": ...}``.
 """
 
 from collections.abc import Mapping

@@ -95,7 +95,7 @@ def write_view(
 
 
 def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Counts how often each name occurs, without empty names, and returns (name, count) pairs sorted by name."""
+    """Returns (name, count) for each distinct name, sorted by name. Empty names are not counted."""
     return sorted(collections.Counter(name for name in names if name).items())
 
 

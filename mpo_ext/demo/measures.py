@@ -14,20 +14,19 @@ from mpo_ext.demo.train import score
 def measure(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: int) -> dict[str, dict[str, Any]]:
     """Measures the responses to the questions, separately for each form of question.
 
-    The language prior predicts each digit as (previous digit + ``prior_step``) modulo 10.
+    The language prior predicts each digit from the digit before it: (digit before + ``prior_step``) modulo 10.
 
     Returns:
         A dict for each form, "direct" or "cot":
 
         - ``accuracy``: Fraction of the questions that are answered correctly.
         - ``unparsable``: Fraction of the questions whose answer is unreadable.
-        - ``right``: A character per question, "1" if its answer is correct, else "0".
+        - ``right``: A string with a character per question: "1" for a correct answer, otherwise "0".
         - ``count``: Number of questions.
-        - ``digits_right`` (form "cot" only): Of the digits in the images, the fraction that the responses name
-          correctly.
+        - ``digits_right`` (form "cot" only): Fraction of the images' digits that the responses name correctly.
         - ``hallucinated`` (form "cot" only): Fraction of the responses that name a wrong digit predicted by the prior.
-        - ``follow_prior`` (form "cot" only): Of the named digits whose previous digit is named, too, the
-          fraction that equals the prior's prediction. Chance is 0.1.
+        - ``follow_prior`` (form "cot" only): How often a named digit equals the prior's prediction, as a fraction. A
+          digit counts only if the response also names the digit before it. Chance is 0.1.
     """
     result: dict[str, dict[str, Any]] = {}
     for form in FORMS:

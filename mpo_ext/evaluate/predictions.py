@@ -27,20 +27,22 @@ def write_predictions(
     data_files: Mapping[str, str],
     world_size: int,
 ) -> None:
-    """Writes the sampled responses into ``predictions-MODEL.jsonl``, and sets the scores and offsets of ``cells``.
+    """Writes the sampled responses of each model to ``predictions-MODEL.jsonl``.
+
+    Also sets the ``scores`` and the ``offsets`` of each cell.
 
     Args:
-        cells: Cells of the evaluation (combinations of model, file of questions and prompt). Cells of the same model
-            must be adjacent.
+        cells: Cells of the evaluation. A cell combines a model, a file of questions and a prompt. Cells of the same
+            model must be adjacent.
         out: Folder of the evaluation.
-        exports: Evaluation toolkits to write files for, keys of ``EXPORTS``.
-        model_files: For each model, by name: the text that stands for it in the names of output files.
-        data_files: For each file of questions, by name: the text that stands for it in the names of output files.
+        exports: Names of evaluation toolkits, keys of ``EXPORTS``. Files for these toolkits are written, too.
+        model_files: Dict from the name of each model to its short text for file names.
+        data_files: Dict from the name of each file of questions to its short text for file names.
         world_size: Number of processes that sampled responses.
 
     Raises:
-        IncompleteRunError: If a process has not sampled all its responses for a model. The files of all earlier
-            models in ``cells`` have been written by then.
+        IncompleteRunError: If a process has not sampled all its responses for a model. The files of the models before
+            this model have been written by then.
     """
     columns: dict[str, list[str]] = {}
     for model, model_cells in itertools.groupby(cells, key=lambda cell: cell.model):

@@ -219,9 +219,9 @@ class Evaluation:
         )
 
     def is_same(self, item: Item, first: QuestionScore, second: QuestionScore) -> bool:
-        """Returns whether two scores of a question have the same answer; False if a score has no answer.
+        """Returns whether two scores of a question have the same answer.
 
-        The answer of a score is the most frequent answer of its responses.
+        The answer of a score is the most frequent answer of its responses. If a score has no answer, returns False.
         """
         if first.answer is None or second.answer is None:
             return False

@@ -266,10 +266,10 @@ class DropoutNTP:
         return Conversation(key=row.item.digest, **fields, **(row.media if with_image else {}))
 
     def _sample_chosen(self, rows: Sequence[_Row]) -> Generator[list[Request], list[Generation], None]:
-        """Samples the missing chosen response of each row, and stores it in the row.
+        """Samples a chosen response for each row, and stores the response in the row.
 
-        The model sees the images. A response that is unusable, such as a wrong one, sets the row's ``problem``. Yields
-        one list of requests, and receives their generations.
+        The model sees the images. If a response cannot be used, the row's ``problem`` is set. An example is a response
+        with a wrong answer. The generator yields one list of requests, and the caller sends the generations.
         """
         if not rows:
             return

@@ -35,11 +35,11 @@ def is_missing(value: Any) -> bool:
 
 
 def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | None, bool]:
-    """Removes the options from the fields ``rest``, and returns the options.
+    """Removes the options from ``rest``, the fields of an item, and returns the options.
 
     Returns:
         - The options as a list of texts or a dict from letter to text; None if the item has no options.
-        - True if an integer answer is the index of an option, as in ScienceQA.
+        - Whether an integer answer is the index of an option, as in ScienceQA.
 
     Raises:
         FormError: If options cannot be read, or if an unknown field looks like options.

@@ -186,12 +186,11 @@ class OpenAIClient:
     async def _ask(self, path: str, body: Mapping[str, Any], max_retries: int) -> Reply:
         """Sends a request. After a temporary failure, retries up to ``max_retries`` times, with growing pauses.
 
-        A pause is at least as long as the server requests.
+        A pause is at least as long as the server requests. If all attempts fail, a test follows: the latest successful
+        request of ``post`` is sent again. After status 429 or 503, there is no test.
 
         Raises:
-            RequestRefusedError: If the server refuses the request, or if all attempts fail but the server answers a
-                test. The test repeats the latest successful request of ``post``. There is no test after status 429 or
-                503.
+            RequestRefusedError: If the server refuses the request, or if all attempts fail and the test succeeds.
             ServerError: If the server cannot be used.
         """
         attempt = 0

@@ -298,9 +298,9 @@ class OpenAIEngine:
         return Generation(generation.token_ids, generation.text, reason)
 
     def _text_generation(self, request: Request, text: str, reason: Any, reply: Reply) -> Generation:
-        """Converts an answer that has no token ids into a ``Generation``, and encodes the text to get the ids.
+        """Converts an answer without token ids to a ``Generation``. The tokenizer encodes the text to get the ids.
 
-        Without a tokenizer, the generation has no ids, and the server's ``usage`` tells the number of tokens.
+        Without a tokenizer, the generation has no ids. The server's ``usage`` then gives the number of tokens.
         """
         if self.chat is None:
             usage = reply.get("usage") or {}

@@ -70,9 +70,9 @@ class SharedPrefill:
         generation_config: Any,
         **inputs: Any,
     ) -> list[list[int]]:
-        """Samples the prompts, and returns the new token ids of each sample, padded after the end token.
+        """Samples from the prompts, and returns the new token ids of each sample.
 
-        transformers' ``generate`` calls this method and gives it all arguments.
+        After the end token, padding follows. transformers' ``generate`` calls this method and passes all arguments.
 
         Raises:
             UnsharedError: If the state after the prefill cannot be copied.

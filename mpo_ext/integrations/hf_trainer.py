@@ -100,8 +100,8 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
     """Gives a subclass of transformers' Trainer the MPO loss: ``class PairTrainer(MPOLossMixin, Trainer)``.
 
     The data set holds samples of ``mpo_ext.train.encode.Encoder``; ``data_collator`` is a ``PairCollator``. A batch
-    may hold ``ref_logp``, ``[2B]``: the summed log-probs under the reference model, chosen responses first. Otherwise,
-    the reference model computes them.
+    may hold ``ref_logp``, ``[2B]``: the summed log-probs under the reference model, chosen responses first. Without
+    ``ref_logp``, the trainer computes these log-probs with the reference model.
 
     Checkpoints also save the reward shift. The log shows each term of the loss. As in Trainer, all micro-batches of an
     optimizer step have the same weight.
@@ -110,8 +110,8 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
         *args: As in Trainer.
         mpo_config: Weights, beta and the other settings of the loss.
         reward_shift: The reward shift. None: ``RewardShift()``, as in the authors' code.
-        ref_model: Reference model. None: the policy without its LoRA adapters; if it has no adapters, a copy of the
-            initial policy.
+        ref_model: Reference model. None: the policy without its LoRA adapters. For a policy without adapters, None
+            stands for a copy of the initial policy.
         **kwargs: As in Trainer.
 
     Raises:

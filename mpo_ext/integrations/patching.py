@@ -108,7 +108,7 @@ def unpatch(name: str) -> None:
 def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replacement]:
     """Returns a ``Replacement`` with the new value ``value`` for each module attribute that is ``function``.
 
-    All imported modules of the packages are searched. The attributes may have any name.
+    All imported modules of ``packages`` are searched. An attribute may have another name than the function.
     """
     return [Replacement(module, name, value) for package in packages for module, name in _holders(function, package)]
 

@@ -125,7 +125,7 @@ def logp_of_rows(
 ) -> Tensor:
     """Returns the summed log-probs of the labels of each response, ``[2B]`` float64, without gradient.
 
-    ``options`` are keyword arguments of ``linear_token_logp``. The other arguments are those of ``loss_of_rows``.
+    ``options`` are keyword arguments of ``linear_token_logp``. For the other arguments, see ``loss_of_rows``.
     """
     targets = shift_labels(labels, cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device))
 

@@ -234,7 +234,7 @@ class SampleRecipe:
         return {name: pipeline for name, pipeline in given.items() if pipeline is not None}
 
     def questions_of(self, pipeline: PipelineRecipe) -> QuestionsRecipe:
-        """Returns the questions of a pipeline: its own ``questions``, or ``sample.questions`` if it has none."""
+        """Returns the questions of a pipeline. Without ``pipeline.questions``, returns the field ``questions``."""
         questions = pipeline.questions or self.questions
         assert questions is not None
         return questions

@@ -154,9 +154,9 @@ def accuracy_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 
 
 def percent(row: Mapping[str, Any], name: str = "accuracy", sign: str = "") -> str:
-    """Returns the fraction ``row[name]`` in percent with its standard error, such as "53.1 ± 2.0"; "-" if it is None.
+    """Returns a fraction in percent with its standard error, such as "53.1 ± 2.0"; "-" for None.
 
-    ``sign`` is the sign option of the number format: "+" for differences.
+    The fraction is ``row[name]``. ``sign`` is the sign option of the number format: "+" for differences.
     """
     if row[name] is None:
         return "-"

@@ -168,7 +168,10 @@ def pair_loss_of_sums(
     shift: BatchShift,
     config: MPOConfig,
 ) -> PairLoss:
-    """Returns the loss of B pairs from the summed log-probs of their sequences, with the formulas of ``pair_loss``."""
+    """Returns the loss of B pairs from the summed log-prob of each response.
+
+    The formulas are those of ``pair_loss``.
+    """
     chosen_tokens, rejected_tokens = tokens.chunk(2)
     has_both = (chosen_tokens > 0) & (rejected_tokens > 0)
 
@@ -202,10 +205,10 @@ def pair_loss_of_sums(
 
 
 def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
-    """Returns the updated state of the reward shift, ``[2]``: delta and the number of updates so far.
+    """Returns the state of the reward shift after a batch, ``[2]``: delta, and the number of updates so far.
 
-    ``batch`` is ``[sum, count]`` of the rewards of a batch. With a count of 0 or the rule HOLD, the state stays
-    unchanged.
+    ``batch``, ``[2]``, holds the sum and the number of the rewards. If the number is 0 or the rule is HOLD, the state
+    stays unchanged.
     """
     if shift.rule == HOLD:
         return shift.state.clone()

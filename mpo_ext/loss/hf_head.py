@@ -275,7 +275,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Forward returns ``value``. Backward stores the gradient of ``value`` in ``cell``; ``logits`` get zeros."""
+    """Forward returns ``value``. Backward stores the gradient of ``value`` in ``cell``. ``logits`` get zeros."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
@@ -309,9 +309,9 @@ def _probed(
     calls: list[_HeadCall],
     returned: list[Tensor],
 ) -> Iterator[None]:
-    """Replaces the layers' forward by ``in_head`` in the ``with`` block.
+    """Makes each layer return ``in_head(call)`` instead of its output, in the ``with`` block.
 
-    Each call of a layer is appended to ``calls``, and the result of ``in_head`` to ``returned``.
+    The calls are appended to ``calls``. The results of ``in_head`` are appended to ``returned``.
     """
 
     def probing(layer: nn.Linear) -> Any:

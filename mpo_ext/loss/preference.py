@@ -241,10 +241,11 @@ def _aot_unpaired(pairs: Pairs) -> Tensor:
 
 
 def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
-    """Returns the logistic loss of each value of ``better`` against a value of ``worse``.
+    """Returns logistic losses, ``[B]``, that compare the values of ``better`` with the values of ``worse``.
 
-    The k-th smallest value of ``better`` is compared with the k-th smallest value of ``worse``. Entry i of the result,
-    ``[B]``, belongs to ``better[i]``. Pairs with an empty response are excluded from the comparison.
+    Both tensors are sorted. The k-th smallest value of ``better`` is compared with the k-th smallest value of
+    ``worse``. If the first value is ``better[i]``, the result is entry i. Pairs with an empty response are not
+    compared.
     """
     better, order = torch.where(pairs.has_both_sides, better, torch.inf).sort()
     worse = torch.where(pairs.has_both_sides, worse, torch.inf).sort().values

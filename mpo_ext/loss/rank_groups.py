@@ -75,12 +75,12 @@ class RankGroups:
         CPU tensors. If a process group has no CPU backend (only NCCL), they exchange GPU tensors and the host waits.
 
         Args:
-            check: Checks this rank's arguments and returns a result.
-            facts: Takes the result of ``check``, and returns the numbers to compare among the ranks.
+            check: Function that checks this rank's arguments and returns a result.
+            facts: Function that takes the result of ``check``. It returns the numbers that the ranks compare.
 
         Returns:
-            The result of ``check``, and this rank's shards of the vocabularies of the model and of the reference
-            model. Both shards are None without ``vocab_parallel``.
+            (result, shard, reference shard): the result of ``check``, this rank's shard of the model's vocabulary, and
+            this rank's shard of the reference model's vocabulary. Both shards are None without ``vocab_parallel``.
         """
         error: Exception | None = None
         checked, mine = None, RankFacts()

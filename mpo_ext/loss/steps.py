@@ -240,7 +240,8 @@ def loss_output(
 ) -> MPOOutput:
     """Returns the ``MPOOutput`` of a loss.
 
-    ``row_stats``, ``[len(names), ...]``, are the statistics of each token. They are averaged over the labelled tokens.
+    ``row_stats`` has the shape ``[len(names), ...]``: a value of each statistic for each token. The ``MPOOutput`` has
+    the mean of each statistic over the labelled tokens.
     """
     dpo_loss, bco_loss, ntp_loss = pair.terms.unbind()
     chosen_logp, rejected_logp = pair.logp.chunk(2)

@@ -102,7 +102,7 @@ def _check_hidden(
     matmul_dtype: torch.dtype,
     backend: str,
 ) -> None:
-    """Raises unless these arguments of ``linear_token_logp`` are valid and fit each other."""
+    """Raises if one of these arguments of ``linear_token_logp`` is invalid, or if they do not fit each other."""
     check_logits("hidden", hidden, "feature")
     check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
     check_head(hidden, weight, bias)
@@ -218,7 +218,7 @@ def _score_tiles(
 
 
 def _rescale_(total: Tensor, old_max: Tensor, row_max: Tensor, *, is_first: bool) -> None:
-    """Multiplies the rows of ``total`` by ``exp(old_max - row_max)``, in place. Does nothing if ``is_first``."""
+    """Multiplies the rows of ``total`` by ``exp(old_max - row_max)``, in place. If ``is_first``, does nothing."""
     if not is_first:
         total.mul_(torch.where(old_max == -math.inf, 0.0, torch.exp(old_max - row_max)).unsqueeze(1))
 
@@ -228,10 +228,10 @@ def _finish_hidden_grad(
 ) -> None:
     """Completes ``total`` in place: it then holds the gradient d logp / d hidden.
 
-    Let y be the label and p_y its probability. tanh' is the derivative of the softcap's tanh, or 1 without a softcap.
-    Before the call, ``total`` holds S, the sum of ``exp(z_v - row_max) * tanh'_v * weight_v`` over all columns v but
-    y. After the call, it holds ``head.slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum)``. ``columns`` holds y as
-    an index of ``head.weight``. If the index is out of range, y lies in another shard, and the term of y is 0.
+    Let y be the label, p_y its probability, and t_v the derivative of the softcap's tanh (1 without a softcap). Before
+    the call, ``total`` holds S, the sum of ``exp(z_v - row_max) * t_v * weight_v`` over all columns v except y.
+    Afterwards, ``total`` holds ``head.slope * ((1 - p_y) * t_y * weight_y - S / row_sum)``. ``columns`` holds y as an
+    index of ``head.weight``. If the index is out of range, y lies in another shard, and the term of y is 0.
     """
     label_factor = -torch.expm1(logp)
     if head.softcap:
@@ -373,7 +373,7 @@ def linear_grad_rows(
     """Like ``linear_grad``, but the gradient of the hidden states has only the n labelled rows.
 
     The arguments are those of ``linear_grad``. ``row_values`` are row_max, row_sum and row_weight. With ``shard``,
-    weight and bias are a rank's shard of the head. The gradient of hidden states must then be summed over the ranks.
+    weight and bias are a rank's shard. The caller must then sum the gradient of the hidden states over the ranks.
 
     Returns:
         The flat indices of the n labelled rows, the unrounded gradient of their hidden states ``[n, D]``, and the

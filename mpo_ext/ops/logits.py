@@ -1,7 +1,7 @@
 """The operators on logits: ``token_logp`` returns log-probs of labels, ``logits_grad`` the gradient of the logits.
 
-Each operator allocates its outputs and calls the kernel of a backend. All operators except ``logits_grad_`` return new
-tensors and do not write to their inputs, so ``torch.compile`` can trace past them.
+Each operator allocates its outputs and calls the kernel of a backend. ``logits_grad_`` overwrites the logits. All
+other operators return new tensors and do not write to their inputs, so ``torch.compile`` can trace past them.
 """
 
 from __future__ import annotations

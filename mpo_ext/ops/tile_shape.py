@@ -80,9 +80,9 @@ def product_waves(height: int, width: int, multiprocessors: int) -> int:
 def fewest_waves(rows: int, vocab: int, hidden_size: int, widest: int, multiprocessors: int) -> int:
     """Returns the number of columns of a tile for which the matmuls on a GPU take the least time.
 
-    A GPU computes a matmul in waves (see ``product_waves``). A wave takes the same time even if only some
-    multiprocessors have work. ``widest`` is the largest number of columns that fits. The result is a multiple of 512
-    between 3/4 of ``widest`` and ``widest``, or ``widest`` if there is no such multiple.
+    A GPU computes a matmul in waves (see ``product_waves``). A wave takes its full time even if some multiprocessors
+    are idle. ``widest`` is the largest number of columns that fits. The result is a multiple of 512 above 3/4 of
+    ``widest``. If there is no such multiple, the result is ``widest``.
     """
 
     def seconds(columns: int) -> int:

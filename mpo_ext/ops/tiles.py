@@ -296,10 +296,10 @@ class TiledRows:
         return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
-        """Adds ``grad.T @ self.rows[rows]`` to ``target``, the gradient of the rows of ``weight`` that a tile covers.
+        """Adds ``grad.T @ self.rows[rows]`` to ``target``, the gradient of a slice of the weight.
 
-        Call this method for each slice of rows from ``chunks``. Only after the last call (``is_last``), ``target``
-        holds the whole sum.
+        Call this method for each slice of rows from ``chunks``. ``target`` holds the sum only after the last call
+        (``is_last``).
         """
         # A single product may be rounded directly; the sum of several products is formed in float32.
         is_direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)

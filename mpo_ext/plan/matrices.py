@@ -34,10 +34,11 @@ class Matrix(NamedTuple):
 
 
 def matrices(layer: nn.Module, experts_per_token: int | None) -> Iterator[Matrix]:
-    """Yields the matrices of the linear layers, routers and experts of a layer.
+    """Yields the matrices of the linear layers, the routers and the experts in a layer.
 
-    Experts are found in a module called ``experts``, which is a list of modules or has parameters with three axes. If
-    ``experts_per_token`` is None, all experts count as active.
+    The experts are in a submodule with the name ``experts``. This submodule is a ``ModuleList`` with a module per
+    expert, or it has 3-D parameters with an expert per index of the first axis. ``experts_per_token`` is the number of
+    experts that process a token. None means all experts.
     """
     lists = {name: len(each) for name, each in layer.named_modules() if _is_experts(name) and _is_list(each)}
     for name, module in layer.named_modules():

@@ -122,7 +122,7 @@ class MemoryEstimate:
         return 2 * sum(map(_bytes, trainable)), "2 x gradients" if name == "adamw" else "as AdamW: 2 x gradients"
 
     def activations(self, *, checkpointed: bool) -> int:
-        """Returns the bytes of the activations that the layers keep for backward in a micro-batch."""
+        """Returns the bytes of the activations that a micro-batch keeps for backward."""
         total = self._activations(self.decoder, self.positions, checkpointed=checkpointed)
         total += (4 + self.compute_bytes) * self.hidden_size * self.positions  # the final norm
         if self.recipe.model.attention == "eager":
@@ -214,13 +214,13 @@ class MemoryEstimate:
         """Returns how many bytes a layer reads and writes in a forward pass, divided by the number of token positions.
 
         Reads and writes of attention kernels are not counted. The counts are those of transformers' models without
-        torch.compile:
+        torch.compile. In this list, a pass reads or writes each element once:
 
-        - A linear layer: its inputs and its outputs, once.
+        - A linear layer: 1 pass over its inputs, and 1 pass over its outputs.
         - An RMS norm: 7 passes over its elements. A layer norm: 2 passes.
         - Rotary embedding: 10 passes over queries and keys.
         - Activation and gate of the MLP: 5 passes over its inner features.
-        - Both residual additions: 6 passes over the hidden states.
+        - Both residual additions together: 6 passes over the hidden states.
         """
         total = 0
         for matrix in self.matrices([layer]):

@@ -49,8 +49,8 @@ class LossShape:
         vocab: Size of the vocabulary, V.
         hidden: Size of the hidden states, D; None if the inputs of the loss are logits.
         share: Fraction of the rows (token positions) that have a label.
-        dtype: Dtype of the logits, or of hidden states and head.
-        matmul_dtype: Dtype of the inputs of mpo_ext's matmuls on a CPU; None: ``dtype``.
+        dtype: Dtype of the inputs: the logits, or the hidden states and the head.
+        matmul_dtype: Dtype in which mpo_ext computes matmuls on a CPU; None: ``dtype``.
     """
 
     pairs: int = 1
@@ -309,9 +309,9 @@ def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, con
 
 
 def _linear_of_logits(of_logits: _Method) -> _Method:
-    """Converts ``of_logits``, a method that starts from logits, to a method that starts from hidden states.
+    """Returns a function that predicts the costs of a loss from hidden states.
 
-    The result first computes the logits of all tokens. It then computes the loss from the logits like ``of_logits``.
+    ``of_logits`` predicts the costs of a loss from logits. The new function adds the costs of computing all logits.
     """
 
     def method(loss: LossShape, machine: Machine) -> Parts:

@@ -69,10 +69,10 @@ class Batch:
     image_blocks: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
 
     def with_merged_responses(self) -> "Batch":
-        """Returns a copy of the batch that treats all responses to a prompt as a single response.
+        """Returns a copy of the batch in which all responses to a prompt form a single response.
 
-        A response then attends to the responses before it. ``check_shared_prefix`` uses the copy to measure the effect
-        of a broken mask.
+        In the copy, a response attends to the responses before it. ``check_shared_prefix`` uses the copy to measure
+        the effect of a broken mask.
         """
         lengths = tuple(
             tuple((prompt[0], sum(prompt[1:])) if len(prompt) > 1 else prompt for prompt in row)
@@ -194,8 +194,8 @@ class _RowPlan(NamedTuple):
     """The positions of all prompts and responses of a batch in the sequence rows.
 
     Attributes:
-        prompts: The prompts, ordered by row and by position in the row. If ``copies`` is 2, the second half of the
-            list repeats the prompts of the first half in other rows.
+        prompts: The prompts, ordered by row and by position in the row. If ``copies`` is 2, the list has two halves.
+            The second half has the same prompts as the first half, in other rows.
         responses: The B chosen responses, followed by the B rejected responses.
         copies: The value of ``Batch.copies``.
     """
@@ -220,7 +220,7 @@ class _RowPlan(NamedTuple):
         return ends
 
     def segment_lengths(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Returns the value of ``Batch.segment_lengths`` for this plan."""
+        """Returns ``Batch.segment_lengths`` of the batch that this plan describes."""
         sizes = [{0: len(prompt.ids)} for prompt in self.prompts]
         for response in self.responses:
             if len(response.ids):
@@ -480,7 +480,7 @@ def _is_of_video(name: str) -> bool:
 
 
 def _padded_cat(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenates tensors along the first axis. All other axes are padded with zeros to the largest size.
+    """Concatenates tensors along the first axis. First, all other axes are padded with zeros to their largest size.
 
     ``name`` is the name of the input, for error messages.
     """

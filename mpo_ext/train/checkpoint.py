@@ -267,9 +267,10 @@ class Checkpoints:
         return self._scan()[0]
 
     def _scan(self) -> tuple[list[tuple[Manifest, Path]], list[Path]]:
-        """Returns the manifests and paths of the complete checkpoints, oldest first, and incomplete checkpoints.
+        """Returns the complete checkpoints and the incomplete checkpoints in the folder, as two lists.
 
-        Logs a warning for each incomplete checkpoint.
+        A complete checkpoint is given as (manifest, path), the oldest first. An incomplete checkpoint is given as its
+        path, and is logged with a warning.
         """
         complete, incomplete = [], []
         for path in self.folder.iterdir() if self.folder.is_dir() else ():

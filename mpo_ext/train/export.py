@@ -50,11 +50,11 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
     """Writes the model in Hugging Face format for ``from_pretrained``. All ranks must call this function.
 
     With LoRA, the export contains the adapters. With ``merged``, ``folder/merged`` also contains the merged model. To
-    merge, the main rank loads the base model again, in the dtype of training. This needs memory for a second model.
-    If the base model is quantized, the merged model has the dequantized weights.
+    merge, the main rank loads the base model again, in the dtype of training. This needs memory for a second model. If
+    the base model is quantized, the merged model has the dequantized weights.
 
     A base model without a name or path cannot be loaded again. In this case, the model in memory is copied and merged.
-    If that model is sharded or quantized, it cannot be copied, and ``CheckpointError`` is raised.
+    A sharded or quantized model cannot be copied: ``CheckpointError`` is raised.
 
     Args:
         accelerator: accelerate's ``Accelerator``.
@@ -64,9 +64,8 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
         merged: Whether to write the merged model, too; ignored without LoRA.
 
     Raises:
-        CheckpointError: If any rank fails: the folder holds files other than an export, the disk is full, parameters
-            besides the adapters were trained, or the base model cannot be loaded or copied. The folder stays
-            unchanged.
+        CheckpointError: If any rank fails. For example, the folder holds files other than an export, the disk is full,
+            or parameters besides the adapters were trained. The folder stays unchanged.
     """
     folder = Path(os.path.abspath(folder))
     partial = temporary_path(folder)

@@ -35,12 +35,12 @@ _ACCEPT = "output.resume_changed_data=true accepts the changes; another output.d
 
 @dataclasses.dataclass
 class InputChanges:
-    """Messages about the inputs that have changed between a checkpoint and the run that resumes from it.
+    """Messages about changed inputs. The run that resumes has other inputs than the checkpoint.
 
     Attributes:
         refused: Changes that affect training: changed training data, a changed encoding of the same data, changed
             frozen weights or changed reference weights. The run resumes only if the user accepts these changes.
-        allowed: Changes that do not affect training, such as other library versions that encode pairs in the same way.
+        allowed: Changes that do not affect training. For example, other library versions encode pairs in the same way.
         evaluation: Changes of the evaluation data. They do not prevent the run from resuming.
     """
 
@@ -278,10 +278,10 @@ def _hash_tokens(sample: Sample) -> str:
 
 
 def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: InputChanges) -> None:
-    """Adds to ``changes`` the differences in the processor, the library versions and the encoded first pairs.
+    """Compares the processor, the library versions and the encoded first pairs. Adds the differences to ``changes``.
 
-    A new library version may write the same processor in another form. This difference is allowed if it does not
-    change the encoding of the first pairs.
+    A new library version may write the same processor in another form. This difference is allowed if the first pairs
+    are encoded as before.
     """
     parts = changed_parts(old["processor"], new["processor"])
     versions = list(changed_parts(old["versions"], new["versions"]).values())

@@ -29,7 +29,7 @@ PARTS = {
 def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
     """Returns the model, prepared for training, and its processor. A text model has a tokenizer instead.
 
-    The model is on the CPU. A quantized model is on the GPU if there is one.
+    The model is on the CPU, with one exception: if there is a GPU, a quantized model is on the GPU.
     """
     check_model_path("model.path", recipe.path)
     check_on_hub("model.path", recipe.path)

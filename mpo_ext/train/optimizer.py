@@ -288,8 +288,10 @@ def set_learning_rates(
 def clip_gradients(accelerator: Any, model: nn.Module, max_grad_norm: float) -> float:
     """Clips the gradient norm to ``max_grad_norm`` (0: no clipping), and returns the norm before clipping.
 
-    DeepSpeed clips the gradients itself; this function then only returns the norm that DeepSpeed reports. Raises
-    RuntimeError if DeepSpeed reports no norm, because a settings file can disable its computation.
+    DeepSpeed clips the gradients itself. With DeepSpeed, this function only returns the norm that DeepSpeed reports.
+
+    Raises:
+        RuntimeError: If DeepSpeed reports no norm. A settings file of DeepSpeed can disable the norm.
     """
     max_norm = max_grad_norm if max_grad_norm > 0 else math.inf
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)

@@ -85,7 +85,7 @@ class HubRecipe:
 
 
 def _section_or(name: str) -> BeforeValidator:
-    """Returns a validator that converts a string VALUE to the section ``{name: VALUE}``."""
+    """Returns a validator that converts a string to a section: with the name "path", "a" becomes ``{"path": "a"}``."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, str):

@@ -96,7 +96,7 @@ class Console:
 
 
 def _rates(line: Mapping[str, float]) -> list[str]:
-    """Returns a text for each learning rate in a log line, such as "rate 1.00e-06" or "projector rate 2.00e-06"."""
+    """Returns the learning rates in a log line as texts, such as "rate 1.00e-06" or "projector rate 2.00e-06"."""
     names = [name for name in line if name.startswith(_RATE)]
     return [f"{name.removeprefix(_RATE).lstrip('_')} rate {line[name]:.2e}".lstrip() for name in names]
 

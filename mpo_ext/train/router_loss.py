@@ -122,7 +122,7 @@ def make_router_loss(model: nn.Module, coef: float | None, say: Callable[[str], 
 
 
 def find_routers(model: nn.Module) -> list[Router]:
-    """Returns the modules that a transformers model declares as sources of ``router_logits``; [] without routers."""
+    """Returns the modules whose outputs transformers records as ``router_logits``; [] for a model without routers."""
     routers: dict[int, Router] = {}
     for owner in unwrap_model(model).modules():
         specs = (getattr(type(owner), "_can_record_outputs", None) or {}).get("router_logits", [])

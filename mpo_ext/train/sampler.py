@@ -209,9 +209,10 @@ def _n_positions(rows: _Rows, layout: RowLayout) -> int:
 
 
 def _parts(rows_of: Mapping[int, _Rows], limit: int, layout: RowLayout) -> Iterator[tuple[list[int], _Rows]]:
-    """Divides the pairs of one prompt into parts that fit into a micro-batch, and yields each part with its rows.
+    """Divides the pairs of one prompt into parts that fit into a micro-batch.
 
-    In the layout "separate", each pair is a part. A pair that exceeds the limit is a part, too.
+    Yields the pairs and the rows of each part. In the layout "separate", each part is one pair. A pair that exceeds
+    the limit forms a part alone.
     """
     part: list[int] = []
     rows: _Rows = {}

@@ -129,9 +129,10 @@ def section(kind: type[T]) -> type[T]:
 
 
 def _describe(error: pydantic.ValidationError, kind: type) -> Exception:
-    """Converts a pydantic error to the exception to raise. An unknown setting takes precedence over other errors.
+    """Converts a pydantic error to the exception to raise.
 
-    ``kind`` is the class of the section that was validated.
+    If a setting is unknown, the exception reports this setting instead of other errors. ``kind`` is the class of the
+    section that was validated.
     """
     unknown = ("unexpected_keyword_argument", "invalid_key")
     details = min(error.errors(include_url=False), key=lambda details: details["type"] not in unknown)

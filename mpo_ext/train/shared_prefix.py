@@ -62,15 +62,15 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
 
 
 def shared_layouts(models: Sequence[nn.Module], setting: SharedPrefix, reasons: list[str]) -> Iterator[SharedLayout]:
-    """Yields the names of layouts, such as "packed", that the caller should check.
+    """Yields the layouts that the caller should check, such as "packed". In these layouts, responses share a prompt.
 
-    In these layouts, responses share a prompt; see ``Batch``. Before it yields a layout, the function enables or
-    disables split attention in the models, as the layout needs.
+    ``Batch`` describes the layouts. Some layouts need split attention. The function switches split attention in the
+    models on or off before it yields a layout.
 
     Args:
         models: Models that will run on the batches.
         setting: Value of ``loss.shared_prefix``.
-        reasons: List to which the function appends the reason for each layout that it leaves out.
+        reasons: List to which the function appends a reason if it leaves out layouts.
     """
     if not setting:
         reasons.append("loss.shared_prefix is false")
@@ -222,7 +222,10 @@ def _rms(differences: Tensor) -> float:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module, window: int) -> Iterator[None]:
-    """Sets evaluation mode and reduces sliding windows to at most ``window`` tokens. Restores both at the end."""
+    """In the ``with`` block, the model is in evaluation mode, and sliding windows have at most ``window`` tokens.
+
+    At the end, the earlier mode and the earlier windows are restored.
+    """
     training = [(module, module.training) for module in model.modules()]
     windows: dict[int, tuple[Any, int]] = {}
     for module in unwrap_model(model).modules():

@@ -65,14 +65,14 @@ class _Part(NamedTuple):
 class RowSegments:
     """The sequence rows of a batch, divided into parts for attention calls.
 
-    Each prompt of a row forms a part together with its first response. Each later response is a part. The last part of
-    a row is its padding, which may be empty.
+    A prompt and its first response form a part. Each later response is a part. The last part of a row is its padding,
+    which may be empty.
 
     Attributes:
         parts: The parts of all rows, in order.
-        sizes: The number of tokens of each part; their sum is R * L, for R rows of L token positions.
-        cu_seqlens: Offsets of the attention calls in the packed queries and in the packed keys: two int32 tensors
-            ``[C + 1]``, where C is the number of calls.
+        sizes: The number of tokens of each part. The sum is R * L, for R rows of L token positions.
+        cu_seqlens: Two int32 tensors ``[C + 1]``, where C is the number of calls: the offsets of the calls in the
+            packed queries, and their offsets in the packed keys.
         longest: Maximum number of queries of a call, and maximum number of keys of a call.
     """
 

@@ -152,13 +152,15 @@ class _SplitForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the layer's output, ``[R, L, D]`` for hidden states ``[R, L, D]``.
 
-        With the keyword argument ``row_segments``, the layer runs over batches of prompts and then over batches of
-        responses, and the output for padding is zero. Without it, the layer runs as in transformers.
+        With the keyword argument ``row_segments``, the layer runs once per prompt. The responses continue from the
+        states at the end of their prompt. The output for padding is 0. Without ``row_segments``, the layer runs as in
+        transformers.
 
         Raises:
-            RuntimeError: If the layer ignores the states of a prompt, or a marker (``window_marker``) comes without
-                ``row_segments``.
-            ValueError: If a call with ``row_segments`` has a cache, or further positional or tensor arguments.
+            RuntimeError: If the layer ignores the states of a prompt. Also raised if the mask is a marker (see
+                ``window_marker``), but ``row_segments`` is missing.
+            ValueError: If a call with ``row_segments`` also passes a cache, a second positional argument or another
+                tensor.
         """
         segments, mask = kwargs.pop("row_segments", None), kwargs.get("attention_mask")
         kind = type(self._layer).__name__

@@ -128,7 +128,10 @@ def name_of(kernel: str) -> str:
 
 
 def problems(module: str, cuobjdump: str) -> list[str]:
-    """Returns a message for each problem: missing kernels, spills in loops, main loops with narrow loads or stores."""
+    """Returns a message for each problem of the compiled kernels in ``module``.
+
+    Problems are a wrong number of kernels, a loop that spills registers, and narrow loads or stores in a main loop.
+    """
     found = []
     per_arch: dict[str, int] = defaultdict(int)
     for arch, _ in resources(module, cuobjdump):
@@ -147,7 +150,7 @@ def problems(module: str, cuobjdump: str) -> list[str]:
 
 
 def _narrow_accesses(name: str, arch: str, body: list[str]) -> list[str]:
-    """Checks the number of vector loads and stores in a main loop. Returns a list with a message, or an empty list."""
+    """Returns a list with a message if a main loop has a wrong number of vector loads or stores; otherwise []."""
     loads = sum(bool(re.search(r"\bLDG\.E\S*\.128", text)) for text in body)
     # Half of a vector of float32 logits.
     is_narrow = name.startswith("logits_grad float32 to") or name in ("exp_logits bfloat16", "exp_logits float16")

@@ -29,10 +29,10 @@ def bytes_of(report: object, buffer: object) -> tuple[int, int]:
 
 
 def efficiency(report: object, kind: str, width: int) -> float:
-    """Returns the requested bytes divided by the bytes of the memory sectors that contain them.
+    """Returns the requested bytes divided by the bytes of the accessed memory sectors. A sector has 32 bytes.
 
-    Counts vector accesses to logits in global memory, whose sectors have 32 bytes. ``kind`` is "load" or "store", and
-    ``width`` is the size of a vector in bytes.
+    Only vector accesses to global memory count. ``kind`` is "load" or "store", and ``width`` is the size of a vector
+    in bytes.
     """
     accesses = [
         a for a in report.accesses if a.space == "global" and a.kind == kind and f".v{width // 4}." in a.ins.text

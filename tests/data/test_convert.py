@@ -23,7 +23,7 @@ from mpo_ext.images import ImageError
 
 
 def assert_same_mmpr(meta: Path, other: Path) -> None:
-    """Asserts that two MMPR datasets have equal lines, byte for byte, and equal settings except ``annotation``."""
+    """Asserts that two MMPR datasets have the same lines and the same settings. Only ``annotation`` may differ."""
     assert [subset.name for subset in read_meta(meta)] == [subset.name for subset in read_meta(other)]
     for one, two in zip(read_meta(meta), read_meta(other), strict=True):
         assert Path(one.annotation).read_bytes() == Path(two.annotation).read_bytes()

@@ -51,7 +51,7 @@ class Block:
 
     @property
     def prelude(self) -> str:
-        """Returns the code that runs before this block and defines names for it; "" if the block has no such code."""
+        """Returns the setup code of this block, which defines names for the block; "" without setup code."""
         path = PRELUDES / f"{self.page.replace('/', '-').removesuffix('.md')}-{self.number}.py"
         return path.read_text() if self.language == "python" and path.exists() else ""
 

@@ -1,6 +1,7 @@
-"""Tests that the journal, the file of sampled responses, has the order of the questions, also after a kill.
+"""Tests that sampled responses are stored in the order of the questions, also after a kill.
 
-Questions are sampled in groups, called blocks. Blocks may finish in any order.
+Questions are sampled in groups (blocks), and blocks may finish in any order. The file of sampled responses is called
+the journal.
 """
 
 import random

@@ -53,7 +53,10 @@ def run(pipeline: Any, source: Path, out: Path, engine: StubEngine | None = None
 
 
 def run_until_killed(target: Callable[[], Any], after_s: float) -> bool:
-    """Calls ``target`` in a process for at most ``after_s`` seconds. Returns whether it was killed or failed."""
+    """Calls ``target`` in a process, and kills the process after ``after_s`` seconds.
+
+    Returns False if ``target`` succeeded in this time, otherwise True.
+    """
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
     process.join(after_s)

@@ -274,7 +274,7 @@ def test_a_killed_run_resumes_as_the_uninterrupted_run(models: dict[str, Path], 
 
 @contextlib.contextmanager
 def patched_if(is_patched: bool) -> Iterator[None]:
-    """Patches TRL for the duration of a ``with`` block, with the reward shift of MPO, if ``is_patched`` is True."""
+    """Patches TRL in the ``with`` block if ``is_patched`` is True. The patch uses the reward shift of MPO."""
     if is_patched:
         mpo_ext.patch("trl", reward_shift={"mode": "cumulative"})
     try:

@@ -510,7 +510,7 @@ def ddp(rank: int, **settings: Any) -> None:
 
 
 def ddp_without_images(rank: int) -> None:
-    """Checks DDP with ``find_unused_parameters`` on text batches, where the vision tower gets no gradient."""
+    """Checks DDP with ``find_unused_parameters`` on batches without images. The vision tower then gets no gradient."""
     inner = build("internvl")
     model = nn.parallel.DistributedDataParallel(copy.deepcopy(inner), find_unused_parameters=True)
     for seed in range(2):
@@ -662,7 +662,7 @@ def after_head(model: nn.Module, change: Callable[[torch.Tensor], Any]) -> None:
 
 @pytest.fixture
 def model() -> Iterator[nn.Module]:
-    """Yields a model. After the test, checks that its head is unchanged and still computes logits."""
+    """Yields a model. After the test, checks that the model's output head still computes logits."""
     model = build("qwen2")
     head = model.get_output_embeddings()
     yield model

@@ -162,7 +162,7 @@ PER_PAIR: dict[str, Callable[[Row, Number, Number, Number], Number]] = {
 def aot(better: Sequence[Number], worse: Sequence[Number], beta: Number, e: Number) -> list[Number]:
     """Computes the AOT losses with label smoothing ``e``.
 
-    Each value of ``better`` is compared with the value of the same rank in ``worse``.
+    The k-th smallest value of ``better`` is compared with the k-th smallest value of ``worse``.
     """
     losses = []
     for value in better:
@@ -198,7 +198,7 @@ def rows_of(case: Case) -> list[Row]:
 def exact_with_gradient(name: str, case: Case, beta: float = BETA, **settings: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (losses, gradient of the chosen log-probs, gradient of the rejected log-probs).
 
-    The gradients belong to the summed loss. They are central differences, computed with 60 decimal digits.
+    The gradients are those of the sum of the losses. They are central differences with 60 decimal digits.
     """
     values = {"label_smoothing": SMOOTHING.get(name, 0.0), "delta": DELTA.get(name, 0.0), **settings}
     with localcontext() as context:
@@ -509,7 +509,7 @@ def trl_case() -> Case:
 
 
 def as_in_trl(name: str) -> dict[str, float]:
-    """Returns settings for which TRL computes the same loss: delta 0, and no label smoothing for "sigmoid"."""
+    """Returns arguments for the same loss as in TRL: delta 0, and no label smoothing for "sigmoid"."""
     return {"delta": 0.0, "label_smoothing": 0.0} if name == "sigmoid" else {"delta": 0.0}
 
 

@@ -32,7 +32,7 @@ KINDS = [
 
 
 def name_of(value: object) -> str:
-    """Returns a test id such as `float32`, `flat` or `1003`."""
+    """Returns a test id, such as `float32` for ``torch.float32``."""
     return str(value).removeprefix("torch.")
 
 

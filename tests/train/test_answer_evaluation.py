@@ -63,7 +63,7 @@ def any_precision() -> Iterator[None]:
 
 
 def settings_of(items: Path, **settings: Any) -> dict[str, Any]:
-    """Returns overrides of a recipe: ``output.eval_generate`` with short answers, and ``settings``."""
+    """Returns overrides of a recipe: ``output.eval_generate`` with defaults of this test and with ``settings``."""
     generation = {
         "path": str(items), "prompt": "none", "style": "direct", "max_new_tokens": 6, "image_root": str(items.parent),
         "batch_size": 4, "matcher": {"kind": "number"}, "every": 1, **settings,

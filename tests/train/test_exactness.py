@@ -323,7 +323,7 @@ def test_options(data: Data, grouped_data: Data, tmp_path: Path, name: str) -> N
 
 
 def test_script_reads_what_the_trainer_reads(data: Data, grouped_data: Data) -> None:
-    """Checks that tokens and pixels of the script equal the encoder's, bit for bit."""
+    """Checks that the script and the encoder produce the same tokens and pixels, bit for bit."""
     _, processor = digits_run.tiny()
     encoder = Encoder(processor)
     kept = 0

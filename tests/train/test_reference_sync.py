@@ -172,7 +172,7 @@ def test_a_hard_update_copies_and_buffers_stay() -> None:
 
 
 def test_weights_in_4_bits_stay() -> None:
-    """4-bit weights stay as they are: they are frozen, and packed integers cannot be averaged."""
+    """Checks that an update of the reference leaves 4-bit weights unchanged: packed integers cannot be averaged."""
     reference, policy = Two(0, torch.float32), Two(1, torch.float32)
     for number, model in enumerate((reference, policy)):
         model.packed = nn.Parameter(torch.full((5,), 16 * number, dtype=torch.uint8), requires_grad=False)

@@ -30,7 +30,7 @@ from mpo_ext.train.split_recurrence import _groups, _pieces, _SplitForward, _Sta
 def pairs_of(family: str, count: int = 3) -> list[Sample]:
     """Returns ``count + 2`` pairs of unequal lengths.
 
-    The first ``count`` pairs share a prompt. The next pair has a shorter prompt, and the last pair a longer one.
+    The first ``count`` pairs share a prompt. The next pair has a shorter prompt. The last pair has a longer prompt.
     """
     some = 1 if ALL[family].images else 0
     shared = [

@@ -165,7 +165,7 @@ def test_the_frames_reach_the_model(family: str, tmp_path: Path) -> None:
 
 
 def test_pixels_are_those_of_the_frames(tmp_path: Path) -> None:
-    """Compares the stand-in's patches with patches computed by hand from the frames."""
+    """Compares the video patches of a pair with patches computed by hand from the frames."""
     _, processor = built("Qwen2.5-VL")
     paths = []
     for number in range(3):

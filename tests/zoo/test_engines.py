@@ -106,7 +106,7 @@ def test_the_end_of_the_turn_stops_both_engines(name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ENCODED)
 def test_sampled_ids_become_the_trained_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks that a rejected response of DropoutNTP is trained with the ids of its prefix and the sampled ids."""
+    """Checks the ids with which a rejected response of DropoutNTP is trained: the prefix, then the sampled ids."""
     family, ours, _, _ = engines(name, monkeypatch)
     chosen = (*family.responses, "The cat sat on the mat. It is red.")[0]
     rejected = chosen.replace("red", "blue").replace("7", "8")

@@ -297,7 +297,10 @@ def assert_proved(encoder: Encoder, pair: Pair) -> None:
 
 
 def test_the_page_has_the_table_of_the_registry() -> None:
-    """Checks the table in docs/families.md. ``PYTHONPATH=.:tests/zoo python tests/zoo/zoo_families.py`` prints it."""
+    """Checks the table in docs/families.md.
+
+    ``PYTHONPATH=.:tests/zoo python tests/zoo/zoo_families.py`` prints the table.
+    """
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- families -->\n")[2].partition("<!-- /families -->")[0]
     assert shown == table()

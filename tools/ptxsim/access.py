@@ -12,7 +12,7 @@ class MemoryAccess:
     """A base class of Machine: executes memory instructions and raises their faults."""
 
     def _counters(self, ins, kind):
-        """Returns a function ``get`` for one instruction: ``get(space)`` returns its Access counters in a state space.
+        """Returns a function ``get`` for an instruction: ``get(space)`` returns its counters in a state space.
 
         ``get`` returns None if accesses to the space are not counted. ``kind``: "load", "store" or "atomic".
         """
@@ -303,5 +303,5 @@ class MemoryAccess:
         self.report.note(self._where(ins), what, n)
 
     def all_present(self, s):
-        """Returns whether the lanes s are whole warps, so that an instruction can read from any lane of a warp."""
+        """Returns whether the lanes ``s`` are whole warps. A lane can then read from any other lane of its warp."""
         return isinstance(s, slice) and s.start & 31 == 0 and s.stop & 31 == 0

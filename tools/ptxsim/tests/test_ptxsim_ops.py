@@ -295,7 +295,7 @@ def decode(raw, t):
 
 
 def floats(t, n=400, seed=0):
-    """Returns raw float values of type t: random bits, small exponents, mantissas with few set bits, denormals."""
+    """Returns n random values of float type t (f16 and bf16 as raw bits), such as denormals and infinities."""
     r = random.Random(f"f{t}{seed}")
     bits, man = {"f16": (16, 10), "bf16": (16, 7), "f32": (32, 23), "f64": (64, 52)}[t]
     bias = {"f16": 15, "bf16": 127, "f32": 127, "f64": 1023}[t]
