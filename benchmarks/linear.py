@@ -1,8 +1,8 @@
 """Compares ``linear_mpo_loss`` with other libraries (rivals): ``python -m benchmarks.linear``.
 
-From a rival's log-probs, ``logits.pair_loss`` computes the MPO loss. Liger is an exception: it returns no log-probs,
-so its chunked DPO loss is measured. The tables also show a lower bound of the times, the floor. It is the time of the
-necessary matmuls.
+A rival computes log-probs, and ``logits.pair_loss`` then computes the MPO loss. Liger is an exception: it returns no
+log-probs, so its chunked DPO loss is measured. The tables also show the floor, a lower bound of the time. The floor is
+the time of the necessary matmuls.
 """
 
 from __future__ import annotations

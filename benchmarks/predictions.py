@@ -106,8 +106,8 @@ def paths(documents: Documents) -> str:
 def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) -> steps.ModelShape:
     """Returns the sizes of a text decoder like Qwen2.5-7B, for the cost model.
 
-    ``trainable_share`` is the trained fraction of the parameters. ``head_learns`` tells whether the output head is
-    trained.
+    ``trainable_share`` is the fraction of the parameters that are trained. ``head_learns`` tells whether the output
+    head is trained.
     """
     layers, width, middle, keys, vocab = 28, 3584, 18944, 512, 152064
     decoder = layers * (2 * width * width + 2 * width * keys + 3 * width * middle)

@@ -103,9 +103,9 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, s
 
 
 def changed_independently(names: Iterable[str]) -> list[str]:
-    """Returns the changed parts that do not depend on library versions, such as the part "chat_template".
+    """Returns the changed parts that do not depend on library versions, such as "chat_template".
 
-    ``names`` are all changed parts: keys of a result of ``changed_parts``.
+    ``names`` are the keys of a result of ``changed_parts``: all changed parts.
     """
     return [name for name in names if name.partition(".")[0] in _INDEPENDENT_PARTS]
 

@@ -180,12 +180,12 @@ class LoadedVideo:
 
 
 def load_video(source: Any) -> LoadedVideo:
-    """Reads a video, and returns the frames that a model sees.
+    """Reads a video, and returns the frames for a model.
 
     A file of D seconds gives ``round(D * fps)`` frames at equal intervals, but at least one and at most
-    ``max_frames``. A frame is never repeated, so a file with few frames gives fewer. A list gives all its frames, or
-    ``max_frames`` evenly spaced frames if it is longer. Each frame is converted like an image by
-    ``mpo_ext.images.load_image``.
+    ``max_frames``. A frame is never repeated, so a file with few frames gives fewer. A list gives all its frames. From
+    a list longer than ``max_frames``, ``max_frames`` evenly spaced frames are taken. Each frame is converted like an
+    image by ``mpo_ext.images.load_image``.
 
     Args:
         source: A ``Video``, a value that ``Video.from_value`` takes, or a ``LoadedVideo``, which is returned
@@ -217,17 +217,16 @@ def key_frames(source: Any, count: int) -> LoadedVideo:
 
 
 def check_video(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
-    """Checks a video. Returns a list of warnings as ``check_image`` does; at present, it is always empty.
+    """Checks a video. Returns a list of warnings as ``check_image`` does; at present, the list is always empty.
 
     Args:
         source: A ``Video``, or a value that ``Video.from_value`` takes.
-        decode: Whether to decode all frames that a model sees. False: only the first frame of a file is decoded. The
-            frames of a list are always decoded.
+        decode: Whether to decode all frames that ``load_video`` returns. False: only the first frame of a video file
+            is decoded. The frames of a list are always decoded.
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        VideoError: If ``load_video`` would raise it. Without ``decode``, defects that concern later frames may stay
-            undetected.
+        VideoError: If ``load_video`` would raise it. Without ``decode``, defects in later frames may stay undetected.
         ImageError: If a frame image cannot be used.
     """
     video = Video.from_value(source)

@@ -767,7 +767,7 @@ def assert_output_as_accurate(
 ) -> None:
     """Checks every field of an MPOOutput.
 
-    Also checks ``gradient``, if it is given, as the gradient of ``loss`` times ``upstream``.
+    If ``gradient`` is given, it is compared with the gradient of ``loss`` times ``upstream``.
     """
     dtype = torch.float64 if eager["loss"].dtype == torch.float64 else torch.float32
     for name in FIELDS:

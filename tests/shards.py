@@ -29,9 +29,9 @@ def make_rows(dtype: torch.dtype, vocab: int, edges: tuple[int, ...]) -> tuple[T
 
 
 def check_shards(backend: str, dtype: torch.dtype, vocab: int, edges: tuple[int, ...]) -> None:
-    """Compares log-probs, statistics and gradients of merged shards with those of the whole vocabulary.
+    """Compares merged shards with the whole vocabulary: log-probs, statistics and gradients.
 
-    ``edges`` are the first columns of all shards but the first.
+    ``edges`` are the first columns of all shards except the first shard.
     """
     logits, labels = make_rows(dtype, vocab, edges)
     mask = ops.stats_mask(STATS)

@@ -107,9 +107,9 @@ def _case(loss: LossShape, what: str) -> str:
 
 
 def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor | None) -> dict[str, Run]:
-    """Returns (prepare, run) functions for "forward", "backward" and "both". Only ``run`` is timed.
+    """Returns (prepare, run) for each of "forward", "backward" and "both". Only ``run`` is timed.
 
-    If ``pristine`` is given, ``prepare`` restores the logits from this copy. Before "backward", it also computes the
+    If ``pristine`` is given, ``prepare`` copies it into the logits. For "backward", ``prepare`` also computes the
     loss.
     """
     leaf = batch.logits.detach().requires_grad_()

@@ -83,8 +83,8 @@ class StudyTask:
     """A task of the study: its starting models, its training runs, and its tables.
 
     Attributes:
-        starts: Starting models by name. The name of the default starting model is ``START``. A value has the settings
-            in which the model differs from the default starting model.
+        starts: Dict from the name of a starting model to its settings. The default starting model has the name
+            ``START``. For the other models, only the settings that differ from the default are given.
         rows: Settings of each training run by name. All runs are repeated for each seed.
         tables: Tables by name.
         differences: Dict from the name of a table to its accuracy differences. A difference is (row, row to compare
@@ -94,7 +94,7 @@ class StudyTask:
             only "mixed" is made.
         main: Names of the tables whose runs are executed first.
         columns: Additional columns of the tables: (header, kind of questions, quantity in percent).
-        paper: Differences that the paper reports, each with its direction: "higher" or "lower".
+        paper: Dict from a difference in the paper to its direction: "higher" or "lower".
     """
 
     starts: Mapping[str, Mapping[str, Any]]

@@ -55,9 +55,9 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
     """Returns the standard error of accuracy(``row``) - accuracy(``other``), in percentage points.
 
-    The error is computed over the step-by-step questions ("cot"), by comparing the two answers to each question. It
-    uses the first seed that has both results. Returns None if no seed has both, or if the file does not record which
-    answers are correct.
+    The error comes from the differences between the two answers to each step-by-step question ("cot"). It is computed
+    for the first seed with results of both rows. Without such a seed, returns None. Also returns None if the file does
+    not record which answers are correct.
     """
     answers: dict[str, dict[int, str | None]] = {row: {}, other: {}}
     for result in document["results"]:

@@ -1,8 +1,7 @@
-"""Declares the task "language-prior" of the study, which is the demo's task.
+"""Declares the task "language-prior" of the study. The demo has the same task and the same settings.
 
-The starting model makes up digits: it predicts them from its own text instead of reading the image. The settings are
-the demo's settings. This file was fixed before the reported seeds ran (docs/study.md). Two parts were added later, but
-before the runs of these tables:
+The starting model makes up digits: it predicts them from its own text instead of reading the image. This file was
+fixed before the reported seeds ran (docs/study.md). Two parts were added later, but before the runs of these tables:
 
 - the tables "alone", "repair" and "rlaif"
 - the entries of the table "weights" in ``PAPER``

@@ -75,7 +75,7 @@ def train_start(
 ) -> list[dict[str, float]]:
     """Trains the starting model in place, as the demo trains its SFT model.
 
-    If ``adopt`` has copied a trained model, loads its weights into ``model`` instead of training.
+    If ``folder`` has a trained model, which ``adopt`` copied there, loads its weights into ``model`` instead.
 
     Returns:
         ``step`` and ``loss`` of every hundredth step.
@@ -110,7 +110,8 @@ def make_files(
     If ``has_all`` is False, only the file "mixed" is made, with the same pairs as in the demo.
 
     Returns:
-        Two dicts. The first maps each file name to pairs. The second maps each sampling run's name to its summary.
+        (pairs, summaries). The first dict has the pairs of each file by file name. The second dict has the summary of
+        each sampling run by name.
 
     Raises:
         RuntimeError: If a file would have no pair.

@@ -52,8 +52,8 @@ def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
 def findings(document: Document) -> str:
     """Returns two tables about the differences that the paper reports, such as MPO being better than SFT.
 
-    The first table shows the differences that are significant in the study. The second table counts the
-    other differences, separately for each reason: "not significant", "one seed, no verdict" or "not run".
+    The first table lists the differences that are significant in the study. The second table counts the other
+    differences by reason: "not significant", "one seed, no verdict" or "not run".
     """
     task = figures.task_of(document)
     rows: dict[str, list[list[str]]] = {SAME: [], OPPOSITE: []}

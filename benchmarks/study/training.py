@@ -119,10 +119,9 @@ def encode_right(right: Sequence[bool]) -> str:
 
 
 def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
-    """Returns ``count`` questions about sums of digits for each kind of question. The seed of the questions is fixed.
+    """Returns a dict from each kind to ``count`` questions about sums of digits. The seed of the questions is fixed.
 
-    The result is a dict from kind to questions. The kinds are "direct", "cot" (step by step) and "text" (digits stated
-    in words, no image).
+    The kinds are "direct", "cot" (step by step) and "text" (digits stated in words, no image).
     """
     rng = np.random.default_rng(_EVALUATION_SEED)
     tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}

@@ -50,9 +50,9 @@ class Matcher(abc.ABC):
     longest: ClassVar[int | None] = LONGEST_ANSWER  # characters; None suits matchers that take linear time
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
+        """Compares an answer with the truth, and returns the verdict. With several truths, returns the best verdict.
 
-        A right verdict is best. An unreadable verdict is better than a wrong one.
+        The order of the verdicts is right, unreadable, wrong.
 
         Args:
             prediction: The extracted answer.

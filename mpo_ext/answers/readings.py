@@ -41,13 +41,19 @@ def is_symbol(number: Number) -> bool:
 def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
     """Compares two answers under further readings. Call this for answers that differ as expressions.
 
-    The readings are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
-    number ("1-1/4"), a quantity in several units ("5 ft 6 in"), and a word for 0 ("none").
+    The readings are:
+
+    - letters as an unknown unit ("7 pcs")
+    - a decimal comma ("7,0")
+    - a magnitude ("1.5M")
+    - a mixed number ("1-1/4")
+    - a quantity in several units ("5 ft 6 in")
+    - a word for 0 ("none")
 
     Returns:
-        (is_equal, rule). ``is_equal`` is True only for equal quantities in several units. The other readings are
-        guesses: if the answers are equal under a guess, ``is_equal`` is None. It is also None if the units of a
-        quantity do not fit together. It is False if the answers differ under all readings. ``rule`` names the
+        (is_equal, rule). ``is_equal`` is True for equal quantities in several units. The other readings are guesses:
+        if the answers are equal under a guess, ``is_equal`` is None. If the units of a quantity do not fit together,
+        ``is_equal`` is None, too. If the answers differ under all readings, ``is_equal`` is False. ``rule`` names the
         comparison that decided, such as "value" or "unit".
     """
     prediction, truth = (clean_answer(text.translate(TO_ASCII)) for text in (prediction, truth))

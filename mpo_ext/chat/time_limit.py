@@ -15,7 +15,8 @@ class _TimeUpError(BaseException):
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Returns a context manager that raises ``TimeoutError`` if its block takes longer than ``seconds``.
 
-    It works in every thread. A call of compiled code is not interrupted: the error is raised after this call returns.
+    The time limit works in every thread. A call of compiled code is not interrupted. The error is raised after the
+    call.
 
     Args:
         seconds: Time limit of the block, in seconds.

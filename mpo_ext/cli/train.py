@@ -108,8 +108,8 @@ def print_data(recipe: "Recipe", mixtures: "Sequence[Mixture]") -> bool:
     not match their images or videos.
 
     Returns:
-        Whether the trainer can use the data. Without ``data.skip_bad``, there must be no defects. With it,
-        ``data.train`` and, if given, ``data.eval`` must each have a pair without defects.
+        Whether the trainer can use the data. Without ``data.skip_bad``, there must be no defects. With
+        ``data.skip_bad``, a pair without defects is enough. ``data.train`` and ``data.eval`` are checked separately.
     """
     from mpo_ext.train.mixture import SourceOverview, root_advice, stored_lines
 

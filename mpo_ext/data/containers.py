@@ -79,12 +79,12 @@ def is_parquet(path: str) -> bool:
 def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
     """Returns the path of a JSON lines file that has the rows of the file ``path``.
 
-    If ``path`` is in another format, it is converted, and the result is stored in the cache.
+    A file in another format is converted, and the result is stored in the cache.
 
     Args:
         path: Path of a file that is not parquet.
-        is_meta_allowed: Whether a .json file that holds one object may be an MMPR meta file, which lists data sets.
-            False: the file is read as JSON lines.
+        is_meta_allowed: Whether the file may be an MMPR meta file, which lists data sets. False: a .json file that
+            holds one object is read as JSON lines.
 
     Returns:
         ``path`` itself if the file already holds JSON lines, otherwise a path in the cache. None if the file is an

@@ -230,7 +230,7 @@ class DatasetPairs(PairSequence):
         return Location(Path(self._name).name, self._name, check_index(index, len(self)) + 1)
 
     def sample_row(self) -> dict[str, Any]:
-        """Returns an example row for detecting the format: an empty value of the right type for each column."""
+        """Returns an example row for detecting the format. Each column has an empty value, such as "" for a text."""
         return {name: _empty_value(feature) for name, feature in self._features.items() if name not in self._ignore}
 
 

@@ -254,9 +254,9 @@ def _prompt_texts(pair: Pair) -> list[str]:
 
 
 def count_places(pair: Pair, kind: str = "image") -> int:
-    """Returns how many images (or, with ``kind="video"``, videos) the prompt of a pair shows.
+    """Returns the number of places for an image in the prompt of a pair; with ``kind="video"``, for a video.
 
-    Counts the placeholders ``<image>`` (or ``<video>``) in texts, and the message parts of the type ``kind``.
+    A place is a placeholder ``<image>`` (or ``<video>``) in a text, or a message part of the type ``kind``.
     """
     mark = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}[kind]
     messages = pair.source.get(PROMPT_TURNS)

@@ -253,9 +253,9 @@ def split_common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 
 
 def read_system(row: Mapping[str, Any], prompt: Sequence[Turn]) -> list[Turn]:
-    """Returns a prompt's turns. If the row's field ``system`` is not empty, its text is the first turn.
+    """Returns the turns of a prompt. A text in the row's field ``system`` becomes the first turn.
 
-    Raises FieldError if the prompt already begins with a different system turn.
+    Raises FieldError if the prompt already begins with another system text.
     """
     system = row.get("system")
     if is_empty(system):

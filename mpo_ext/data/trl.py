@@ -193,8 +193,8 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
     Args:
         prompt: Column ``prompt``, a text or messages.
         images: Object that collects the images of the prompt.
-        question: Column ``question``, the original text of a single-turn prompt. It is ignored if ``prompt`` has been
-            edited since ``to_trl`` wrote it.
+        question: Column ``question``, the original text of a single-turn prompt. ``to_trl`` writes both columns. If
+            ``prompt`` was edited later, ``question`` is ignored.
     """
     if isinstance(prompt, str):
         return _placed([{"role": "user", "content": prompt}], images.count)

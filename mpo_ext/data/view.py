@@ -100,7 +100,7 @@ def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def empty_picks(source: PairSource) -> dict[str, Any]:
-    """Returns the content of a picks file for ``source`` in which no pair is picked."""
+    """Returns the content of a new picks file for ``source``. No pair is picked yet."""
     return Picks(os.fspath(source.path), len(source.pairs), {}).to_dict()
 
 

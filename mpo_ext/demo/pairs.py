@@ -72,14 +72,15 @@ def make_pairs(
     The questions are about training digits that the SFT did not use.
 
     The correctness pairs come from questions with a true answer. The DropoutNTP pairs come from questions without true
-    answers, like the paper's data without ground truth. DropoutNTP cannot check answers, so some of its chosen
-    responses are wrong and some of its rejected responses are right.
+    answers, like the paper's data without ground truth. DropoutNTP cannot check answers. Therefore some of its chosen
+    responses are wrong, and some of its rejected responses are right.
 
     An interrupted sampling run resumes. The following files are written to ``folder``:
 
-    - ``images`` and a ``.jsonl`` file of questions for each sampling run.
+    - ``images``, and a ``.jsonl`` file of questions for each sampling run.
     - A folder with the output of each sampling run.
-    - ``pairs.jsonl`` with image paths relative to ``folder``, its check ``check.json`` and its page ``pairs.html``.
+    - ``pairs.jsonl`` with image paths relative to ``folder``.
+    - The check of the pairs, ``check.json``, and the page that shows them, ``pairs.html``.
 
     Args:
         model: The SFT model.
@@ -87,8 +88,8 @@ def make_pairs(
         settings: Settings of the demo.
         rng: Random generator that draws the questions.
         folder: Folder to write to.
-        name: Name of the model. Other weights need another name, because a resumed run keeps the responses of a model
-            with the same name.
+        name: Name of the model. Each set of weights needs its own name, because a resumed run keeps the responses of a
+            model with the same name.
         stream: Output of the progress display; None disables the display.
 
     Raises:

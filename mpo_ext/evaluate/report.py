@@ -251,7 +251,7 @@ def _without_chance(svg: str) -> str:
 
 
 def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, str], limit: int, seed: int) -> None:
-    """Writes ``failures.html``: the questions with a wrong answer, and the responses of all models and prompts.
+    """Writes ``failures.html``: questions with a wrong answer, and the responses of all models and prompts to them.
 
     A question is shown only if a model that saw the image answered it wrongly. The page also shows the responses that
     models gave without seeing the image.

@@ -148,9 +148,10 @@ def _option(key: str, value: Any) -> str:
 def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index: bool) -> str:
     """Returns the letter of the option to which an integer answer refers.
 
-    With ``is_index``, the answer is an index, and 0 is the first option. Without ``is_index``, or if the index is out
-    of range, the number must be the text of an option: the answer 4 refers to the option "4". Without ``is_index``,
-    the number must not be the index of another option.
+    With ``is_index``, the answer is an index, and 0 is the first option. If the index is out of range, the answer must
+    be the text of an option, such as "4" for the answer 4.
+
+    Without ``is_index``, the answer must be the text of an option. It must not be the index of another option.
 
     Args:
         answer: The answer.
@@ -158,7 +159,7 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
         is_index: Whether an integer answer is the index of an option, as in ScienceQA.
 
     Raises:
-        FormError: If the answer fits several options, or no option.
+        FormError: If the answer may refer to several options, or refers to no option.
     """
     labels = label_options(options)
     matching = [label for label, text in labels.items() if text.strip() == str(answer)]

@@ -130,7 +130,7 @@ class OpenAIEngine:
     def submit(self, request: Request) -> str:
         """Starts a request, and returns a name that identifies it.
 
-        ``finished`` returns a refusal for a request that cannot be sent, such as a request with videos.
+        If a request cannot be sent, ``finished`` returns a refusal. For example, a request with videos cannot be sent.
 
         Raises:
             ValueError: If the request has a ``top_k`` or a prefix, and the server does not support it.

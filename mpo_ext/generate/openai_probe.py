@@ -175,7 +175,8 @@ class _Prober:
     def draws_top_k(self, path: str, body: Mapping[str, Any]) -> bool:
         """Returns whether the server applies ``top_k``.
 
-        Samples several times with ``top_k=1`` at a high temperature. All samples must be equal.
+        The method samples several times with ``top_k=1`` at a high temperature. The server passes if all samples are
+        equal.
         """
         changes: dict[str, Any] = {"temperature": 2.0, "top_k": 1, "max_new_tokens": 4}
         texts = set()

@@ -1,7 +1,7 @@
 r"""Named prompt templates. A template is the text around a question, and asks for an answer in a certain form.
 
-The text holds ``{question}`` once and, to show options, ``{options}`` once. Braces after a letter, a digit or a
-backslash are ordinary text, such as ``\boxed{}``. A question may hold any braces.
+The text holds ``{question}`` once. A template that shows options also holds ``{options}`` once. Braces after a letter,
+a digit or a backslash are ordinary text, such as ``\boxed{}``. A question may hold any braces.
 """
 
 import dataclasses

@@ -2,9 +2,9 @@
 
 The engine gets the items in groups. A killed run loses at most the samples of unfinished groups.
 
-Each process of a run stores its samples in a file, its journal (``mpo_ext.generate.sampler``). The process that
-completes the last journal writes the output files from all journals, in the order of the input. This step draws no
-random numbers, so the output files depend only on the journals.
+Each process of a run stores its samples in a file, its journal (``mpo_ext.generate.sampler``). One process completes
+the last journal. This process then reads all journals, and writes the output files in the order of the input. No
+random numbers are drawn in this step, so the output files depend only on the journals.
 """
 
 import contextlib

@@ -39,10 +39,10 @@ class LossSettings:
 def settings_function(
     other_loss: Callable[[Any], str | None], config_of: Callable[[Any], MPOConfig], reward_shift: Mapping[str, Any]
 ) -> Callable[[Any], LossSettings | None]:
-    """Returns a function that takes a trainer, and returns its ``LossSettings``.
+    """Returns a function that takes a trainer, and returns the ``LossSettings`` of this trainer.
 
-    If ``other_loss`` gives a reason, the returned function prints it (once per trainer) and returns None. The trainer
-    then computes its own loss.
+    The returned function first calls ``other_loss(trainer)``. If the result is a reason, the function prints the
+    reason once per trainer, and returns None. The trainer then computes its own loss.
 
     Args:
         other_loss: Function that takes a trainer. It returns the reason why mpo_ext cannot compute the trainer's loss,

@@ -157,12 +157,13 @@ class CorrectnessRecipe:
 class DropoutNTPRecipe:
     """Settings of the pipeline "dropout-ntp".
 
-    The model continues the beginning of the chosen response without seeing the image. The result is the rejected
-    response. Fields not listed here are options of ``mpo-ext sample dropout-ntp``.
+    The model continues the beginning of the chosen response, by default without seeing the image. The result is the
+    rejected response. Fields not listed here are options of ``mpo-ext sample dropout-ntp``.
 
     Attributes:
         questions: Questions of this pipeline; None: ``sample.questions``.
-        sample_chosen: Whether the round's model generates a chosen response for each question that has none.
+        sample_chosen: Whether the round's model generates a chosen response for each question without a chosen
+            response.
         repeat_time: Average number of times that an epoch visits each pair.
         max_pairs: Maximum number of pairs per epoch; None: no limit. Each epoch draws a new random selection.
     """

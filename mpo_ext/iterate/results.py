@@ -102,7 +102,7 @@ def _compare(
 def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
     """Returns a dict for each file of pairs in a round.
 
-    It holds the fields of ``round_sources``, the number of pairs per epoch, and the counts from sampling.
+    The dict holds the fields of ``round_sources``, the number of pairs per epoch, and the counts from sampling.
     """
     rows = []
     for source in stages.round_sources(recipe, number):

@@ -223,9 +223,9 @@ def _gradients_over_ranks(
 class OnceDifferentiable(torch.autograd.Function):
     """Returns a gradient unchanged; differentiating the result again raises an error.
 
-    torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. If the incoming gradient
-    requires none, the gradient that backward returns has no autograd graph. A gradient penalty is then wrong without
-    an error. This class raises whether or not the incoming gradient requires a gradient.
+    torch's ``once_differentiable`` raises only if the incoming gradient requires a gradient. Otherwise, backward
+    returns a gradient without an autograd graph. A gradient penalty is then wrong, but no error is raised. This class
+    raises in both cases.
     """
 
     @staticmethod

@@ -124,8 +124,8 @@ def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 def sums_by_mask(rows: Tensor, sequence: Tensor, sequences: int) -> Tensor:
     """Returns the sum of the values of each sequence, ``[sequences]``.
 
-    ``rows[i]`` belongs to sequence number ``sequence[i]``. The result is bitwise reproducible, unlike ``index_add`` on
-    a GPU.
+    The value ``rows[i]`` belongs to the sequence with the number ``sequence[i]``. The result is bitwise reproducible,
+    unlike the result of ``index_add`` on a GPU.
     """
     is_member = sequence == torch.arange(sequences, device=rows.device).unsqueeze(1)
     return torch.where(is_member, rows, torch.zeros((), dtype=rows.dtype, device=rows.device)).sum(-1)

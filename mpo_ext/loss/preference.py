@@ -232,7 +232,7 @@ def _aot(pairs: Pairs) -> Tensor:
 
 
 def _aot_unpaired(pairs: Pairs) -> Tensor:
-    """Returns AOT for unpaired data (arXiv 2406.05882): sorted chosen log-ratios against sorted rejected log-ratios.
+    """Returns the AOT loss for unpaired data (arXiv 2406.05882): sorted chosen against sorted rejected log-ratios.
 
     The formula is that of ``_aot`` with ``a = chosen_ratio`` and ``b = rejected_ratio``. Older versions of TRL call
     this loss "aot_pair", although it is for unpaired data.

@@ -284,7 +284,7 @@ def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _with_own(gathered: Tensor, own: Tensor, rank: int) -> Tensor:
-    """Returns ``gathered``, ``[ranks, ...]``, in which the differentiable ``own`` replaces this rank's part."""
+    """Returns ``gathered``, ``[ranks, ...]``, but with this rank's part replaced by the differentiable ``own``."""
     if not own.requires_grad:
         return gathered
     return torch.cat([gathered[:rank], _OwnPart.apply(own).unsqueeze(0), gathered[rank + 1 :]])

@@ -2,8 +2,8 @@
 
 A tile holds the logits of some labelled rows (token positions) for some columns of the vocabulary. A torch matmul
 computes the tile. The kernels then compute log-probs from the tile, or overwrite it with its gradient. The outer loop
-runs over the vocabulary, and the inner loop over rows. Each part of the weight is therefore read and converted only
-once. The gradient of this part is complete when the inner loop ends.
+runs over the vocabulary, and the inner loop over rows. Each slice of the weight is therefore read and converted only
+once. At the end of the inner loop, the gradient of this slice is complete.
 
 The dtypes depend on the device:
 
@@ -12,7 +12,7 @@ The dtypes depend on the device:
 - CPU that multiplies half precision faster than float32: inputs and tiles keep the dtype of the inputs.
 - Other CPUs: half-precision inputs are converted to float32, which is exact, and tiles are float32.
 
-The gradient of a tile is converted to the dtype of the matmul inputs, because it is an input of the next matmuls.
+The next matmuls take the gradient of a tile as input. The gradient is therefore converted to the dtype of the inputs.
 """
 
 from __future__ import annotations

@@ -29,12 +29,12 @@ class Stage:
         name: Name of the stage in reports.
         flop: Number of floating-point operations in the matmuls.
         dtype: Dtype of the inputs of the matmuls and attention kernels.
-        shortest: Smallest of the three sizes m, n, k of the matmuls, because small matmuls are slower on a CPU.
+        shortest: Smallest of the three sizes m, n, k of the matmuls. On a CPU, small matmuls are slower.
         attention: Number of floating-point operations in attention kernels.
         attention_kind: Key of ``Machine.attention_rates``.
         moved: Number of bytes that are read or written.
-        kernel: Number of logits that the kernels of mpo_ext process. A logit counts 1/2 in forward and 1/2 in
-            backward.
+        kernel: Number of logits that the kernels of mpo_ext process. The forward kernel counts 1/2 per logit, and so
+            does the backward kernel.
         softmax: Number of logits that torch's softmax processes, counted like ``kernel``.
         fresh: Number of bytes of newly allocated memory in small pages.
         huge: Number of bytes of newly allocated memory in huge pages.

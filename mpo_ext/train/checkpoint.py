@@ -187,13 +187,14 @@ class Checkpoints:
     def resolve(self, accelerator: Any, resume: str) -> Path | None:
         """Returns the checkpoint that ``OutputRecipe.resume`` selects, or None for a new run.
 
-        All ranks must call this method. It checks the files of the checkpoint against the SHA-256 values in its
+        All ranks must call this method. The files of the checkpoint are compared with the SHA-256 values in its
         manifest.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
-            resume: "auto": the newest complete checkpoint that is not damaged, or a new run if the folder has no
-                checkpoint; "never": a new run; otherwise the path of a checkpoint.
+            resume: "auto", "never", or the path of a checkpoint. "auto" selects the newest complete checkpoint that is
+                not damaged. "never" stands for a new run. If the folder has no checkpoint, "auto" also stands for a
+                new run.
 
         Raises:
             FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.

@@ -111,7 +111,7 @@ class SourceOverview:
 class Mixture(Sequence[Pair | BadLine]):
     """The lines of all data sources as one sequence. An index selects a line.
 
-    Memory holds an offset of 8 bytes per line, but not the lines. A pickled copy in another process reopens the
+    A mixture holds 8 bytes per line in memory, but not the lines. A pickled copy in another process reopens the
     sources when it first reads a line.
 
     A source has one or more subsets (``MixtureSubset``). A subset's ``repeat_time`` sets how often an epoch visits its
@@ -177,9 +177,9 @@ class Mixture(Sequence[Pair | BadLine]):
         return source, index - self._starts[source]
 
     def read(self, index: int) -> tuple[Pair | BadLine, str]:
-        """Returns the pair of a line (or the error of a bad line), and the file and line number as text.
+        """Returns the pair of a line, and the file and the line number as one text.
 
-        The image paths of the pair are absolute.
+        For a bad line, returns a ``BadLine`` instead of the pair. The image paths of the pair are absolute.
 
         Raises:
             RuntimeError: If the source's number of lines has changed since the mixture was created.

@@ -212,7 +212,7 @@ def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
     """Returns the digests of the pairs whose log-probs an interrupted run has already computed.
 
-    They are read from the journals, the unfinished files that the ranks of that run wrote beside ``path``.
+    The digests are in journals beside ``path``. A journal is the unfinished file of a rank.
     """
     known: set[str] = set()
     for journal in _journal_paths(path):

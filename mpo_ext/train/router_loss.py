@@ -34,11 +34,11 @@ class Router(NamedTuple):
 
 
 class RouterLoss:
-    """The load-balancing loss of a model's routers.
+    """The load-balancing loss of a model's routers: ``E * sum_e f_e * P_e``.
 
-    Let E be the number of experts and k the number of experts per token. Over all tokens and routers, let f_e be the
-    fraction of tokens that have expert e among their k most likely experts, and P_e the mean probability of expert e.
-    The loss is ``E * sum_e f_e * P_e``, which is k if all experts are used equally. f_e has no gradient.
+    E is the number of experts, and k is the number of experts per token. f_e is the fraction of tokens that have
+    expert e among their k most likely experts. f_e has no gradient. P_e is the mean probability of expert e. Both are
+    computed over all tokens and routers. If all experts are used equally, the loss is k.
 
     Attributes:
         routers: Modules that return the router logits.

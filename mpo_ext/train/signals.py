@@ -82,10 +82,10 @@ def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None
 
 @contextlib.contextmanager
 def blocked_in_new_workers() -> Iterator[None]:
-    """Blocks SIGTERM and SIGINT during the ``with`` block, which starts worker processes.
+    """Blocks SIGTERM and SIGINT in the ``with`` block. The block starts worker processes.
 
-    In the workers, the signals stay blocked until ``init_worker`` has set its handlers. The context manager also sets
-    PYTHONSAFEPATH, so that workers do not import modules from the current folder (Python 3.11 or later).
+    In a worker, the signals stay blocked until ``init_worker`` has set the signal handlers. The context manager also
+    sets PYTHONSAFEPATH, so that workers do not import modules from the current folder (Python 3.11 or later).
     """
     safe_path = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"

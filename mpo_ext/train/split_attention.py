@@ -227,10 +227,10 @@ class _Call(NamedTuple):
 
 
 def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _Call | None:
-    """Returns the rows and the window of a split attention call; None for an ordinary call, without ``row_segments``.
+    """Returns the rows and the window of a split attention call, or None for an ordinary call.
 
-    ``mask`` is an attention mask or a marker made by ``window_marker``. The function removes ``row_segments`` from
-    ``kwargs``, and for a split attention call also ``is_causal``.
+    An ordinary call has no ``row_segments``. ``mask`` is an attention mask or a marker made by ``window_marker``. The
+    function removes ``row_segments`` from ``kwargs``. For a split attention call, it also removes ``is_causal``.
 
     Raises:
         RuntimeError: If only one of a marker and ``row_segments`` is given.

@@ -17,7 +17,7 @@ ITEM = Item(question="How many?", truths=("7",))
 
 
 def judged(texts: list[str], item: Item = ITEM, finish: dict[str, str] | None = None, **options: Any) -> ItemResult:
-    """Returns the pipeline's result for a question to which the model gives the responses ``texts``."""
+    """Returns the pipeline's result for a question. The model gives the responses ``texts``."""
     pipeline = Correctness(CorrectnessConfig(samples=len(texts), **options))
     script = {
         key: Generation(tuple(map(ord, text)), text, (finish or {}).get(text, "stop"))

@@ -86,7 +86,7 @@ def test_padding_on_the_left_changes_no_logits(engine: TransformersEngine) -> No
 
 
 def test_a_prefix_is_what_the_turn_begins_with(engine: TransformersEngine) -> None:
-    """Cutting a greedy response at any token and continuing it from there gives the same response."""
+    """Checks that a greedy response can be cut at any token: the model then continues it with the same tokens."""
     (request,) = requests_of(2, sampling=dataclasses.replace(SAMPLING, temperature=0.0), prefix_ids=())[1:]
     (whole,) = engine.generate([request])
     for cut in range(1, len(whole.token_ids)):

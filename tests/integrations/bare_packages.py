@@ -1,4 +1,4 @@
-"""Registers a large package without running its __init__ code, so that a single module of it can be imported."""
+"""Makes a single module of a large package importable, without running the package's __init__ code."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def kill_in_step(step: int, module: str, *arguments: Any) -> None:
-    """Trains in a separate process, which SIGKILL ends right before the optimizer update of ``step``.
+    """Trains in a separate process. SIGKILL ends this process right before the optimizer update of ``step``.
 
-    The process calls ``module.run_until_killed(*arguments)``, with the arguments as strings. This function must train
-    with transformers' Trainer.
+    The process calls ``module.run_until_killed(*arguments)``, with the arguments as strings. ``run_until_killed`` must
+    train with transformers' Trainer.
     """
     words = [sys.executable, __file__, str(step), module, *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

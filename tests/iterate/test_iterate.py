@@ -169,7 +169,7 @@ def test_the_page_shows_the_rounds_and_links_to_existing_files(whole: Path) -> N
 
 
 def test_a_run_that_is_killed_anywhere_gives_the_same_bytes(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """Kills the command while it samples, trains or evaluates. The process that the command started must end, too.
+    """Kills the command while it samples, trains or evaluates. Its child process must end, too.
 
     The environment variable MPO_KILLS is the seed of the random delays before the kills. If MPO_KILLS exists, the test
     continues the run with a second round, and kills the command in that round, too.

@@ -55,10 +55,10 @@ def rewards(rank: int, step: int) -> list[float]:
 
 
 def expected(settings: dict[str, Any]) -> list[dict[str, float]]:
-    """Returns the expected reward shift of each step: "used" by the loss, and "value" after the step.
+    """Returns two values of the reward shift for each step: "used" in the loss, and "value" after the step.
 
-    By default, each rank has a mean reward per step, and the value is the mean of all these means so far. With "ema"
-    or "optimizer_step", a step has one mean over the rewards of both ranks.
+    By default, a step has one mean reward for each rank. The shift is the average of all these means so far. With
+    "ema" or "optimizer_step", a step has a single mean over the rewards of both ranks.
     """
     value, log, means = 0.0, [], []
     for step in range(STEPS):

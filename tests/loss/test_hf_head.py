@@ -190,8 +190,7 @@ def assert_same_gradients(ours: dict[str, torch.Tensor], truth: dict[str, torch.
 def check_against_logits(model: nn.Module, tol: float = 1e-9, inner: nn.Module | None = None) -> HiddenAndHead:
     """Compares logits, loss and gradients with and without hidden_and_head.
 
-    The inputs are made for ``inner``, which is the model without its wrapper. None means that ``model`` has no
-    wrapper.
+    If ``model`` is a wrapper, ``inner`` is the wrapped model. The inputs are made for the wrapped model.
     """
     inputs, labels = batch_of(inner if inner is not None else model)
     logits = model(**inputs).logits

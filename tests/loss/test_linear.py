@@ -307,7 +307,7 @@ def judged(case: Linear, is_widened: bool, reward_shift: float) -> tuple[Any, di
 def judged_rows(case: Linear, is_widened: bool, shift: bool) -> tuple[Array, Tensor, Judgement]:
     """Returns (exact log-probs, eager log-probs, reference gradients) of a case.
 
-    The upstream gradient is ``upstream_of(case)``.
+    The gradients are computed with the upstream gradient ``upstream_of(case)``.
     """
     exact, by_logits, share = token_logp_exact(case.exact_head.logits, case.labels, upstream_of(case), shift=shift)
     logits, tensors = eager_logits(case, is_widened)

@@ -1,8 +1,8 @@
 """Compares mpo_loss with the MPO losses of four trainers.
 
-Each trainer's loss is reimplemented here, from the trainer's code or description. The functions compute float64
-log-probs with torch, and then follow each trainer's order of operations. They use no code of the package. They share
-little code with each other, so a mistake does not affect all of them.
+Each trainer's loss is reimplemented here, from the trainer's code or description. A function computes float64
+log-probs with torch, and then follows the order of operations in its trainer. The functions use no code of the
+package. They share little code with each other, so a mistake does not affect all of them.
 """
 
 from typing import Any

@@ -54,7 +54,7 @@ def judged(dtype: torch.dtype, vocab: int, kind: str, rows: int, labelled: float
 
 
 def check(engine: str, device: str, layout: str, case: tuple) -> None:
-    """Checks log-probs and gradient of a case with logits in the given memory layout."""
+    """Checks the log-probs and the gradient of a case. ``layout`` is the memory layout of the logits."""
     logits, labels, weight, (exact, exact_gradient, share), (eager, eager_gradient) = case
     z = lay_out(logits.to(device), layout).requires_grad_()
     logp = token_logp(z, labels.to(device), backend=engine, shift=False)

@@ -177,9 +177,10 @@ def tiles(tokens: int, *, axis: bool = False) -> Images:
 
 
 def patches(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """Returns images of several sizes in Qwen-VL's format: the token ids of each image, and the model inputs of all.
+    """Returns images of several sizes in Qwen-VL's format.
 
-    Each image token stands for 2 x 2 patches.
+    The first result is a list with the token ids of each image. The second result is a dict of model inputs for all
+    images. Each image token stands for 2 x 2 patches.
     """
     grids = [[1, 2 * int(side), 4] for side in torch.randint(1, 4, (count,), generator=generator)]
     total = sum(t * h * w for t, h, w in grids)

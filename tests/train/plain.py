@@ -205,7 +205,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], learning_rate: float) -> None:
-        """Updates the parameters with their gradients; None leaves a parameter unchanged."""
+        """Updates the parameters with their gradients. A parameter with the gradient None stays unchanged."""
         beta1, beta2 = self.settings.betas
         for number, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             if gradient is None:

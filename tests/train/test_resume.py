@@ -307,7 +307,7 @@ def test_sigterm_ends_after_the_current_step_and_the_run_resumes(
 
 
 def assert_same_but_extra_checkpoints(job: Job, truth: Job) -> None:
-    """Compares two runs. Leaves out checkpoints that only one run has, such as a checkpoint made by a signal."""
+    """Compares two runs. Checkpoints that only one run has are ignored, such as a checkpoint made by a signal."""
     ours, theirs = checkpoints(job), checkpoints(truth)
     assert max(ours) == max(theirs)
     assert all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())

@@ -35,7 +35,7 @@ def test_orders_differ_between_epochs_and_seeds() -> None:
 
 
 def test_a_step_depends_on_seed_and_number_alone() -> None:
-    """A run that resumes at any step, also in a later epoch, takes the same pairs as an uninterrupted run."""
+    """Checks that a step has the same pairs in a resumed run as in an uninterrupted run, also in a later epoch."""
     whole = StepSampler(numbers(23), batch_size=5, seed=7)
     steps = [whole.step(step).tolist() for step in range(15)]
     for step in (14, 3, 9, 0, 5):

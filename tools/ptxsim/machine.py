@@ -487,7 +487,7 @@ class Machine(MemoryAccess):
         raise ValueError(f"destination {arg}")
 
     def symbol(self, sym):
-        """Returns the address of a variable. For shared and local variables, it is an offset into their memory."""
+        """Returns the address of a variable. The address of a shared or local variable is an offset into that memory."""
         n = sym.name
         if n in self.shared_at:
             return self.shared_at[n] + sym.offset

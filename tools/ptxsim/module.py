@@ -63,7 +63,8 @@ class Module:
     def kernel(self, name=None):
         """Returns a kernel of the module.
 
-        name: the kernel's name, or a part that only its name has. None: the only kernel of the module.
+        ``name`` is the kernel's name, or a part of this name that no other kernel's name has. With None, the module
+        must have only one kernel.
         """
         names = self.entries
         hits = [n for n in names if name is None or n == name] or [n for n in names if name in n]
