@@ -278,8 +278,7 @@ def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
 
     - The values differ only in the sign.
     - ``parse_unit`` cannot read ``unit``.
-    - ``unit`` is a temperature, and a conversion between Celsius and Fahrenheit or kelvin turns one value into the
-      other.
+    - ``unit`` is a temperature. One value in Celsius is the other value in Fahrenheit or kelvin.
     - ``unit`` is "K", and one value is 1000 times the other, because "K" may mean thousand.
     - ``unit`` is not a temperature, and the ratio of the values is a power of ten.
     - ``unit`` is a known unit, but not a temperature, and the ratio is a usual factor between units, such as 60.

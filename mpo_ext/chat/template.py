@@ -75,8 +75,8 @@ class TurnForm:
     """The text that a chat template writes around a response.
 
     Attributes:
-        ignores_generation_prompt: Whether the template ignores ``add_generation_prompt`` although it writes a header
-            before a response.
+        ignores_generation_prompt: Whether the template writes a header before a response, but ignores
+            ``add_generation_prompt``.
         opened: Opening tag, such as ``<think>``, at the end of the generation prompt. In a whole conversation, the
             template does not write this tag before a response.
         lead: Text between the prompt and a response.

@@ -1,4 +1,7 @@
-"""Reads and writes the file of pairs picked on the page of ``mpo-ext data view``, and selects these pairs."""
+"""Reads and writes a picks file, and selects the picked pairs.
+
+The user picks pairs on the page of ``mpo-ext data view``. The page saves the picks file.
+"""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""The interface of all readers: a sequence of pairs in which each bad line is reported with its location."""
+"""The interface of all readers. A reader is a sequence of pairs. Each bad line is reported with its location."""
 
 import collections
 import contextlib

@@ -4,7 +4,7 @@ The fields of a row are:
 
 - ``conversations`` (or ``conversation``, or ``messages``): the turns of the prompt.
 - ``chosen`` and ``rejected``: the responses.
-- ``system`` and ``images``, for example, are optional.
+- optional fields, such as ``system`` and ``images``.
 
 A turn has ``from`` and ``value``, or ``role`` and ``content``. ms-swift also writes two turns, a question and its
 response, as one entry ``{"human": ..., "assistant": ...}``.

@@ -292,7 +292,7 @@ class Thumbnails:
             return None, f"broken: {error}"
 
     def _store(self, content: bytes) -> dict[str, Any]:
-        """Stores a JPEG file as a data URI. Returns its entry without ``name``; see ``add``."""
+        """Stores a JPEG file as a data URI, if the page has room. Returns ``index`` or ``problem``; see ``add``."""
         uri = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
         if len(uri) > self._budget:
             self._budget = 0

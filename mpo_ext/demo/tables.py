@@ -98,7 +98,7 @@ def _differences_note(results: Sequence[DemoResult]) -> str:
 
 
 def print_tables(console: Console, results: Sequence[DemoResult]) -> None:
-    """Prints the tables of measures and differences, and the durations of the stages of the first seed."""
+    """Prints a table of measures, a table of differences, and the time of each stage for the first seed."""
 
     def show(title: str, make: Callable[[Sequence[DemoResult]], tuple[list[str], list[list[str]]]], note: str) -> None:
         header, rows = make(results)

@@ -75,7 +75,7 @@ class RayPool:
             self._say(f"the cluster has {n_gpus:g} GPUs, {engines} engines need {gpus * engines:g}: some must wait")
 
     def start(self) -> tuple[str, dict[str, Any]]:
-        """Waits for the first engine, and returns its model's name and its settings."""
+        """Waits for the first engine. Returns the name of the engine's model, and the engine's settings."""
         while self._report is None:
             self._receive()
         return self._report.name, self._report.settings

@@ -86,8 +86,8 @@ class QuestionsRecipe:
     """Settings of the questions for which a pipeline samples responses.
 
     Attributes:
-        path: File of questions, or meta file (.json) that lists such files, as for ``mpo-ext sample``. A list of paths
-            gives such a file for each round.
+        path: File of questions, or meta file (.json) that lists such files, as for ``mpo-ext sample``. A list has a
+            path for each round.
         image_root: Folder at which relative image paths start. A meta file names its own folders instead.
         root_map: Tuples (old, new) for a meta file: paths in the folder ``old`` are looked up in the folder ``new``.
         limit: Maximum number of questions, taken from the beginning of the file; None: all.

@@ -244,8 +244,7 @@ def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
     """Returns logistic losses, ``[B]``, that compare the values of ``better`` with the values of ``worse``.
 
     Both tensors are sorted. The k-th smallest value of ``better`` is compared with the k-th smallest value of
-    ``worse``. If the first value is ``better[i]``, the result is entry i. Pairs with an empty response are not
-    compared.
+    ``worse``. The loss of ``better[i]`` is entry i of the result. Pairs with an empty response are not compared.
     """
     better, order = torch.where(pairs.has_both_sides, better, torch.inf).sort()
     worse = torch.where(pairs.has_both_sides, worse, torch.inf).sort().values

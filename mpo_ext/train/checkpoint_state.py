@@ -3,8 +3,8 @@
 Tensors are stored by name in the format of torch.distributed.checkpoint. The format is the same for one process, DDP
 and FSDP2, so a run may resume with another number of ranks.
 
-This module does not use ``torch.distributed.checkpoint.state_dict``. The functions of that module call
-``optimizer.step()`` if the optimizer has no state yet. They fail if a parameter has no optimizer state.
+This module does not use ``torch.distributed.checkpoint.state_dict``. If the optimizer has no state yet, the functions
+of that module call ``optimizer.step()``. If a parameter has no optimizer state, the functions fail.
 """
 
 import contextlib

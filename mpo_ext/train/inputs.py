@@ -35,12 +35,12 @@ _ACCEPT = "output.resume_changed_data=true accepts the changes; another output.d
 
 @dataclasses.dataclass
 class InputChanges:
-    """Messages about changed inputs. The run that resumes has other inputs than the checkpoint.
+    """Messages about the inputs that have changed since the checkpoint.
 
     Attributes:
         refused: Changes that affect training: changed training data, a changed encoding of the same data, changed
             frozen weights or changed reference weights. The run resumes only if the user accepts these changes.
-        allowed: Changes that do not affect training. For example, other library versions encode pairs in the same way.
+        allowed: Changes that do not affect training, such as other library versions that encode pairs in the same way.
         evaluation: Changes of the evaluation data. They do not prevent the run from resuming.
     """
 

@@ -152,9 +152,9 @@ class _SplitForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the layer's output, ``[R, L, D]`` for hidden states ``[R, L, D]``.
 
-        With the keyword argument ``row_segments``, the layer runs once per prompt. The responses continue from the
-        states at the end of their prompt. The output for padding is 0. Without ``row_segments``, the layer runs as in
-        transformers.
+        With the keyword argument ``row_segments``, the layer computes each prompt once. The responses continue from
+        the states at the end of their prompt. The output for padding is 0. Without ``row_segments``, the layer runs as
+        in transformers.
 
         Raises:
             RuntimeError: If the layer ignores the states of a prompt. Also raised if the mask is a marker (see

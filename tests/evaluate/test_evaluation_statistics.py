@@ -1,4 +1,4 @@
-"""Tests the statistics of an evaluation. The expected values are computed by hand, or published."""
+"""Tests the statistics of an evaluation. The expected values are published values, or are computed by hand."""
 
 import math
 

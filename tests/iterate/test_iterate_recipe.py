@@ -36,7 +36,7 @@ def build(**settings: Any) -> IterateRecipe:
 
 
 def parse(stage: stages.RoundStage) -> argparse.Namespace:
-    """Returns the parsed arguments of a stage's command, such as ``mpo-ext sample`` for sampling in a round."""
+    """Returns the parsed arguments of the command that a stage runs, such as ``mpo-ext sample``."""
     parser = argparse.ArgumentParser()
     subcommands = parser.add_subparsers(required=True)
     for module in (data, sample, evaluate):

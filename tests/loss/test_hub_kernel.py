@@ -49,7 +49,7 @@ def forget() -> Iterator[None]:
 
 
 def load(folder: Path) -> ModuleType:
-    """Imports a build of the kernel from its folder, in the way that ``kernels`` imports it."""
+    """Imports a build of the kernel from its folder, as the package ``kernels`` does."""
     name = json.loads((folder / "metadata.json").read_text())["id"]
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     assert spec is not None

@@ -27,7 +27,7 @@ VOCABS = [1, 2, 7, 1003, 32768, 92553, 151674]
 
 
 def name_of(value: object) -> str:
-    """Returns a test id such as `float32`, `flat` or `1003`."""
+    """Returns a test id, such as `float32` for ``torch.float32``."""
     return str(value).removeprefix("torch.")
 
 

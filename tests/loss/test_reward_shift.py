@@ -1,4 +1,4 @@
-"""Tests RewardShift directly and through mpo_loss: the value used by each call, and the value after it."""
+"""Tests RewardShift directly and through mpo_loss: the value that a call uses, and the value after the call."""
 
 import math
 from typing import Any

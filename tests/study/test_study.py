@@ -405,7 +405,7 @@ def test_verdicts_are_corrected_for_their_number() -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch):
     """Replaces the study's runs by instant runs. Returns (list, set).
 
-    The list collects (seed, name) of each run. Tests add the names of runs that must fail to the set.
+    The list collects (seed, name) of each run. If a test adds a name to the set, the runs with this name fail.
     """
     asked: list[tuple[int, str]] = []
     failing: set[str] = set()

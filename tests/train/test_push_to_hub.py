@@ -54,7 +54,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """Installs a fake hub with a token, and returns it. The model card is an empty file."""
+    """Installs a fake hub that has a token, and returns the hub. The model card is an empty file."""
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "HfApi", hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")

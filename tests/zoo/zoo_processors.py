@@ -1,4 +1,4 @@
-"""Tiny processors of the real classes, without video processors, which need torchvision."""
+"""Tiny processors of the real classes. They have no video processors, because video processors need torchvision."""
 
 import re
 import types

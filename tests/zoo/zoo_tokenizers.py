@@ -97,7 +97,7 @@ def gpt2(*special: str, **options: Any) -> Any:
 
 
 def llama3(*special: str, bos: str = "<|begin_of_text|>", eos: str = "<|eot_id|>", **options: Any) -> Any:
-    """Returns a tokenizer with Llama 3's split pattern; its post-processor adds BOS."""
+    """Returns a tokenizer with the split pattern of Llama 3. The post-processor adds BOS."""
     vocabulary, merges = byte_level_bpe()
     tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=list(merges), ignore_merges=True))
     tokenizer.pre_tokenizer = _split(LLAMA3_PATTERN)

@@ -90,7 +90,7 @@ class CompiledTriton:
 
     @property
     def hidden_params(self):
-        """The number of scratch memory parameters that Triton has appended."""
+        """The number of parameters for scratch memory that Triton has appended."""
         return len(self.kernel.fn.params) - len(self.arg_names)
 
     def launch(self, grid, args, **options):
