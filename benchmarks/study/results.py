@@ -76,9 +76,9 @@ def current_commit() -> str:
 def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, AnySettings]) -> int:
     """Copies results of an earlier study into the folder ``out``, and returns the number of copied results.
 
-    Failures are not copied. A seed is skipped if it is not in ``settings``. A result is also skipped if ``out``
-    already has it. ``document`` does not record the declarations of the training runs. The caller must make sure that
-    these declarations have not changed.
+    Failures are not copied. The results of a seed are copied only if the seed is in ``settings``. Results that ``out``
+    already has are not copied. ``document`` does not record the declarations of the training runs. The caller must
+    make sure that these declarations have not changed.
 
     Args:
         out: Folder of the study.

@@ -254,7 +254,7 @@ def _prompt_texts(pair: Pair) -> list[str]:
 
 
 def count_places(pair: Pair, kind: str = "image") -> int:
-    """Returns the number of places for an image in the prompt of a pair; with ``kind="video"``, for a video.
+    """Returns the number of places for images in the prompt of a pair; with ``kind="video"``, for videos.
 
     A place is a placeholder ``<image>`` (or ``<video>``) in a text, or a message part of the type ``kind``.
     """

@@ -22,8 +22,8 @@ class SamplingConfig:
 
     Attributes:
         temperature: Softmax temperature; 0 takes the most probable token.
-        top_p: Nucleus sampling: a token is drawn from the most probable tokens. As few tokens as possible are taken so
-            that their probabilities sum to at least ``top_p``.
+        top_p: A token is drawn from the smallest set of tokens with a total probability of at least ``top_p`` (nucleus
+            sampling).
         top_k: A token is drawn from the ``top_k`` most probable tokens; 0: from all tokens.
         max_new_tokens: Maximum number of tokens in a continuation.
     """

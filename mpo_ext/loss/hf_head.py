@@ -275,7 +275,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Forward returns ``value``. Backward stores the gradient of ``value`` in ``cell``. ``logits`` get zeros."""
+    """Returns ``value``. Backward stores the gradient of ``value`` in ``cell``. The gradient of ``logits`` is 0."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:

@@ -102,7 +102,7 @@ def _check_hidden(
     matmul_dtype: torch.dtype,
     backend: str,
 ) -> None:
-    """Raises if one of these arguments of ``linear_token_logp`` is invalid, or if they do not fit each other."""
+    """Raises if an argument is invalid, or if the arguments do not fit each other; see ``linear_token_logp``."""
     check_logits("hidden", hidden, "feature")
     check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
     check_head(hidden, weight, bias)

@@ -50,7 +50,7 @@ class LossShape:
         hidden: Size of the hidden states, D; None if the inputs of the loss are logits.
         share: Fraction of the rows (token positions) that have a label.
         dtype: Dtype of the inputs: the logits, or the hidden states and the head.
-        matmul_dtype: Dtype in which mpo_ext computes matmuls on a CPU; None: ``dtype``.
+        matmul_dtype: Dtype to which mpo_ext converts the inputs of matmuls on a CPU; None: ``dtype``.
     """
 
     pairs: int = 1

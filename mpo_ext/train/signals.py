@@ -82,7 +82,7 @@ def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None
 
 @contextlib.contextmanager
 def blocked_in_new_workers() -> Iterator[None]:
-    """Blocks SIGTERM and SIGINT in the ``with`` block. The block starts worker processes.
+    """Blocks SIGTERM and SIGINT while the ``with`` block starts worker processes.
 
     In a worker, the signals stay blocked until ``init_worker`` has set the signal handlers. The context manager also
     sets PYTHONSAFEPATH, so that workers do not import modules from the current folder (Python 3.11 or later).

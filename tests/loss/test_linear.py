@@ -168,7 +168,7 @@ def wanted_in(mode: str) -> tuple[str, ...]:
 
 
 def placed(backend: str, *tensors: Tensor | None) -> Any:
-    """Moves tensors to the device of a backend. Skips the test for float64 tensors and a kernel on a GPU."""
+    """Moves tensors to the device of a backend. Skips the test if a GPU kernel would get float64."""
     device = device_of(backend)
     if device != "cpu" and backend != "reference" and any(x is not None and x.dtype == torch.float64 for x in tensors):
         pytest.skip("the kernels of a GPU take no float64")
