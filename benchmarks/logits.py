@@ -73,9 +73,9 @@ def pair_loss(logp: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor], Tensor]) -> LossOf:
-    """Returns a function that computes the MPO loss from another library's ``token_logp(logits, labels)``.
+    """Returns a function that computes the MPO loss with another library's ``token_logp(logits, labels)``.
 
-    Labels of -100 are replaced by 0 before the call, because some libraries reject them.
+    Some libraries reject the label -100. The function therefore passes the label 0 instead, and ignores the result.
     """
 
     def loss_of(values: Tensor, batch: LogitsBatch) -> Tensor:

@@ -254,9 +254,10 @@ def now() -> tuple[str, tuple[float, ...]]:
 
 
 def provenance(command: str, started: str, load_before: tuple[float, ...]) -> dict[str, Any]:
-    """Returns the field ``environment`` of a result file: machine, versions, commit, times and loads.
+    """Returns the field ``environment`` of a result file.
 
-    ``command`` is the command line. ``started`` and ``load_before`` are the result of ``now`` at the start of the run.
+    The field describes the machine, the software, the times and the system loads of a run. ``command`` is the command
+    line. ``started`` and ``load_before`` are the results that ``now`` returned at the start of the run.
     """
     short = environment()
     # A run writes these files itself, so they do not count as modified.

@@ -1,12 +1,12 @@
 """Measures the speed of sampling: ``python -m benchmarks.sampling``.
 
-It prints three results, from medians of alternating runs.
+Prints three results. They are computed from medians of alternating runs.
 
 1. The speed of batches, relative to single prompts. The model is the untrained InternVL of the digits demo.
-2. The overhead of a sampling run, for example of filters and of writing files. It is the time outside
-   ``TransformersEngine.generate``, as a fraction of the time inside.
-3. The speed of one shared prefill for all samples of a question, relative to a prefill for each sample. The model is
-   an untrained InternVL with as many patches and image tokens as the released models. The question has images.
+2. The overhead of a sampling run: the time outside ``TransformersEngine.generate``, divided by the time inside. For
+   example, filters and writing files take time outside.
+3. The speed of one shared prefill for all samples of a question, relative to one prefill per sample. The model is an
+   untrained InternVL with as many patches and image tokens as the released models. The question has images.
 """
 
 from __future__ import annotations

@@ -121,10 +121,10 @@ def _mib(size: float | None) -> str:
 
 
 def _beyond(point: Point | None) -> float | None:
-    """Returns the peak bytes in addition to the inputs; None if memory was not measured.
+    """Returns the peak bytes of a loss without its inputs; None if memory was not measured.
 
-    For a loss that takes hidden states, the bytes of the returned gradients are subtracted, too. For a loss that takes
-    logits, they are included.
+    If the loss takes hidden states, the bytes of the returned gradients are subtracted, too. If the loss takes logits,
+    the bytes of the returned gradient are included.
     """
     if point is None or point.get("peak_bytes") is None:
         return None

@@ -29,9 +29,10 @@ def atomic_write(path: str | os.PathLike[str], *, is_locked: bool = False) -> It
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path with the suffix of ``path``; after the ``with`` block, renames it to ``path``.
+    """Yields a temporary path. After the ``with`` block, renames the file at this path to ``path``.
 
-    This is for libraries that write to a path. In all other cases, use ``atomic_write``.
+    The temporary path has the same suffix as ``path``. Use this function only for libraries that write to a path. In
+    all other cases, use ``atomic_write``.
     """
     target = Path(path)
     with _renamed(target, f".{target.stem[:200]}.{secrets.token_hex(6)}{target.suffix}") as temporary:

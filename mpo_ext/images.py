@@ -445,7 +445,7 @@ def _range(image: Any) -> str:
 
 
 def _color_mode(mode: str) -> str:
-    """Returns the mode of the colours from ``_color_and_alpha`` for an image with mode ``mode``: "RGB" for "P"."""
+    """Returns the mode of the colours that ``_color_and_alpha`` returns for an image mode, such as "RGB" for "P"."""
     return "L" if mode in _GREYS else mode if mode in ("CMYK", "LAB") else "RGB"
 
 

@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
 def wide(tensor: Tensor | Array) -> Array:
     """Converts a tensor to a wider numpy array: long double for float64, otherwise float64.
 
-    A numpy array is returned unchanged, because it already holds exact logits.
+    A numpy array is returned unchanged.
     """
     if isinstance(tensor, np.ndarray):
         return tensor
@@ -705,17 +705,17 @@ def assert_product_as_accurate(
     extra: Array | float = 0.0,
     name: str = "product",
 ) -> None:
-    """Checks a matrix product. An entry is a sum of terms; its error is divided by the sum of their absolute values.
+    """Checks a matrix product. An entry of the product is a sum of terms.
 
-    So errors are visible in small entries too, such as those of confident or rare tokens. The largest quotient may be
-    ``factor`` times that of eager torch, plus the machine epsilon and ``noise``. An entry without nonzero terms must
-    be 0.
+    The error of an entry is divided by ``size``, so that the errors of small entries count, too. The largest quotient
+    may be ``factor`` times the largest quotient of eager torch, plus the machine epsilon and ``noise``. An entry
+    without nonzero terms must be 0.
 
     Args:
-        actual: Any shape.
-        eager: The same shape; its dtype may be wider.
-        exact: The same shape.
-        size: The same shape, the sum of the absolute values of each entry's terms.
+        actual: The product to check, of any shape. The arrays below have the same shape.
+        eager: The product that eager torch computes. Its dtype may be wider.
+        exact: The exact product.
+        size: Sum of the absolute values of each entry's terms.
         factor: Allowed multiple of the error of eager torch.
         noise: Unavoidable relative error of a term.
         extra: Unavoidable absolute error of each entry.

@@ -15,9 +15,10 @@ IGNORE = -100
 
 
 def make_rows(dtype: torch.dtype, vocab: int, edges: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Returns 7 rows of logits, and their labels: at shard edges, ignored, or out of range.
+    """Returns 7 rows of logits and their labels.
 
-    Some rows have -inf in a whole shard.
+    Some labels are at the edge of a shard. Other labels are ignored or out of range. Some rows have -inf in a whole
+    shard.
     """
     generator = torch.Generator().manual_seed(vocab)
     logits = (4 * torch.randn(7, vocab, generator=generator)).to(dtype)

@@ -32,7 +32,7 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 
     Args:
         response: Step-by-step response.
-        question: The question, which names a cell or the largest digit.
+        question: The question, which asks for the digit in a cell or for the largest digit.
         values: True digits of the grid, in the order of the cells.
     """
     cells = CELLS[round(len(values) ** 0.5)]

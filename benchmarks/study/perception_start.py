@@ -133,8 +133,9 @@ def choose(
 ) -> dict[str, list[Pair]]:
     """Chooses the pairs of each file at random. Returns a dict from file name to pairs.
 
-    ``pool`` maps each kind to its pairs. The kinds "direct", "cot" (step by step) and "text" (digits stated in words)
-    hold correctness pairs. The kinds named by the keys of ``perception.KEEPS`` hold DropoutNTP pairs.
+    ``pool`` maps each kind to its pairs. Three kinds have correctness pairs: "direct", "cot" (step by step) and "text"
+    (the question states the digits in words). The other kinds, the keys of ``perception.KEEPS``, have DropoutNTP
+    pairs.
 
     Raises:
         RuntimeError: If a file would have no pairs.

@@ -40,14 +40,14 @@ def config(*, samples: int, temperature: float, seed: int, pairs_per_question: i
 class ReadingJudge:
     """An engine that lists the claims of a response, and judges each claim.
 
-    To judge a claim, it asks the starting model for a direct answer.
+    To judge a claim, the engine compares the claim with a direct answer of the starting model.
 
     Args:
         engine: Engine that runs the starting model.
         side: Number of rows and columns of a grid.
 
     Attributes:
-        claim_tokens: Number of tokens in all lists of claims so far. Each word is one token for the starting model.
+        claim_tokens: Number of tokens in all lists of claims so far. Each word counts as one token.
     """
 
     name = "direct answers"

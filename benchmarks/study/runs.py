@@ -119,7 +119,10 @@ class Study:
             self.write()
 
     def settings_of(self, seed: int, row: str) -> AnySettings:
-        """Returns the settings of a starting model. ``row`` names the model, or a run that begins from it."""
+        """Returns the settings of a starting model.
+
+        ``row`` is the name of the starting model, or the name of a run that begins from this model.
+        """
         return dataclasses.replace(self.settings[seed], **self.task.starts[tables.start_of(self.task, row)])
 
     def folder_of(self, seed: int, row: str) -> str:

@@ -93,8 +93,8 @@ def evaluate_held_out(
 ) -> Mapping[str, Mapping[str, Any]]:
     """Lets the model answer the held-out questions greedily. Returns accuracy and other measures by kind of question.
 
-    A kind is, for example, "cot" (step by step). For the task "language-prior", the measures of "cot" include the
-    results of ``measure_digits`` and of ``encode_right`` (key ``right``).
+    An example of a kind is "cot" (step by step). For the task "language-prior", the measures of "cot" also include the
+    results of ``measure_digits``, and the result of ``encode_right`` under the key ``right``.
     """
     if not isinstance(settings, PriorSettings):
         tasks = adding_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)

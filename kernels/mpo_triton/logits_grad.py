@@ -134,9 +134,9 @@ def logits_grad(
 ) -> None:
     """Writes the result of the operator ``logits_grad`` in one launch.
 
-    ``layout`` describes the logits, and ``grad_layout`` the output. Both are ``RowLayout`` tuples of
-    ``mpo_ext.ops.memory``. ``tile`` is the ``Tile`` of the vocabulary that the logits cover; None means the whole
-    vocabulary.
+    ``layout`` is the ``RowLayout`` of the logits, and ``grad_layout`` is the ``RowLayout`` of the result. If the
+    logits cover only a part of the vocabulary, ``tile`` describes this part. ``mpo_ext.ops.memory`` explains
+    ``RowLayout`` and ``Tile``.
     """
     first, total, _ = tile or (0, vocab, None)
     rows, grad = aligned_rows(layout), aligned_rows(grad_layout)

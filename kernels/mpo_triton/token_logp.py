@@ -282,8 +282,9 @@ def token_logp(
 ) -> None:
     """Writes the outputs of the operator ``token_logp`` in two launches, without synchronisation.
 
-    ``layout`` is a ``RowLayout`` of ``mpo_ext.ops.memory``. ``tile`` is the ``Tile`` of the vocabulary that the logits
-    cover; the outputs then cover this tile and all earlier tiles. None means the whole vocabulary.
+    ``layout`` is the ``RowLayout`` of the logits. If the logits cover only a part of the vocabulary, ``tile``
+    describes this part. The outputs then cover this part and all earlier parts. ``mpo_ext.ops.memory`` explains
+    ``RowLayout`` and ``Tile``.
     """
     first, total, row_states = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype

@@ -70,7 +70,8 @@ def load_function(name: str) -> Callable[[str, str], bool | float | Verdict | No
 class AnyMatcher(Matcher):
     """Accepts an answer if at least one of several matchers accepts it.
 
-    An answer that no matcher accepts is wrong if all matchers call it wrong. Otherwise, it is unreadable.
+    If all matchers call the answer wrong, the answer is wrong. If no matcher accepts the answer and at least one
+    matcher calls it unreadable, the answer is unreadable.
 
     Attributes:
         matchers: The matchers, called in this order. Each is a ``Matcher``, a kind such as "number", or a mapping with

@@ -127,7 +127,7 @@ def _are_numbers(first: Number, second: Number) -> bool:
 def _is_other_unit(first: Number, second: Number) -> bool:
     """Returns whether the unit names of two numbers differ only in case, but may mean different units.
 
-    True for "m/s" and "m/S". False for two names of the same unit, such as "Metre" and "metre".
+    True for "m/s" and "m/S". False for "Metre" and "metre", which mean the same unit.
     """
     is_same_text = first.unit.casefold() == second.unit.casefold()
     return first.unit != second.unit and is_same_text and compare_units(first.unit, second.unit) != 1

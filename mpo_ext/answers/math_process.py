@@ -119,8 +119,8 @@ class MathProcess:
 
         Returns:
             - "equal" or "different".
-            - "rounded" if one expression is a decimal number to which the other rounds. Example: "1.41" and the square
-              root of 2.
+            - "rounded" if one expression is a decimal number and equals the other expression after rounding. Example:
+              "1.41" and the square root of 2.
             - "unread" if math-verify cannot read or compare the expressions.
             - "unfinished" if the time limit is reached or the helper process dies.
 

@@ -59,9 +59,9 @@ class NumberRule:
     """Compares two numbers. ``NumberMatcher`` describes the attributes that are not listed here.
 
     Attributes:
-        percent: As in ``NumberMatcher``, or "either": 50% equals both 0.5 and 50.
-        is_rounding_wrong: Whether numbers that are equal only after rounding (3.14 and 3.14159) count as different. If
-            False, ``compare`` returns None ("unclear") for such numbers.
+        percent: As in ``NumberMatcher``. A further value is "either": 50% equals both 0.5 and 50.
+        is_rounding_wrong: Whether numbers that are equal only after rounding, such as 3.14 and 3.14159, count as
+            different. False: for such numbers, ``compare`` returns None ("unclear").
     """
 
     relative: float

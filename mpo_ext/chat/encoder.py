@@ -72,26 +72,26 @@ class EncodedResponse(NamedTuple):
 class ChatEncoder:
     """Turns conversations and responses into token ids, and token ids into responses. Instances can be pickled.
 
-    The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``, with a
-    single placeholder for each image or video. The ids of a response are the next ids of the whole conversation, up to
-    and including the token that ends the turn.
+    The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``, but each
+    image or video is a single placeholder. The ids of a response are the next ids of the whole conversation. They end
+    with the token that ends the turn.
 
     The encoder deviates from the template in five cases:
 
-    - If the template ignores ``add_generation_prompt``, the prompt ends with the header that the template writes
-      before a response, without trailing spaces.
+    - If the template ignores ``add_generation_prompt``, the encoder adds the header of a response to the prompt,
+      without trailing spaces.
     - If the template writes no special token after a response, the encoder puts ``eos_token`` there, in place of any
       white space.
-    - If the generation prompt opens a block such as ``<think>``, and a response closes the block without opening it,
-      the encoder puts the opening tag before the response.
+    - Some generation prompts open a block such as ``<think>``. If a response closes this block without opening it, the
+      encoder puts the opening tag before the response.
     - If the tokenizer merges the end of the prompt with the beginning of the response, the encoder tokenizes the
       response separately.
     - If the tokenizer adds tokens at the end of every text, the encoder removes them.
 
     Args:
         processor: The model's processor, or the tokenizer of a text model.
-        chat_template: Chat template to use instead of the processor's. Without any template, a prompt is the question
-            and a line break.
+        chat_template: Chat template to use instead of the processor's template. Without any template, a prompt is the
+            question and a line break.
         chat_template_kwargs: Variables for the template, such as ``{"enable_thinking": False}``.
         date: Date for templates that write the current date; None: today.
         stop_ids: Ids at which the model stops, from its ``generation_config``.
@@ -100,13 +100,13 @@ class ChatEncoder:
     Attributes:
         end_id: Id of the token that ends an assistant's turn in training.
         stop_ids: Ids at which sampling stops: the argument ``stop_ids``, ``end_id`` and the tokenizer's EOS id.
-        notices: Sentences for the user about facts that hold for all conversations, such as a deviation.
+        notices: Messages to the user that concern all conversations, for example about a deviation.
         form: The text that the template writes around a response.
         ends_in_tail: How often the template writes ``end_id`` after a response; 0: never.
 
     Raises:
-        ChatError: If the chat template cannot be used. For example, it does not write responses, a conversation does
-            not begin with its prompt, or the token that ends a turn is unknown.
+        ChatError: If the chat template cannot be used. For example, the template does not write responses, a
+            conversation does not begin with its prompt, or the token that ends a turn is unknown.
     """
 
     def __init__(

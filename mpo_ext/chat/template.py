@@ -150,12 +150,12 @@ def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
     """Finds the text that the template writes around a response, by rendering two test responses.
 
     Returns:
-        The text around a response, and a message to the user about a deviation of the template, or None.
+        A tuple: the text around a response, and a message for the user. The message describes a deviation of the
+        template; it is None without a deviation.
 
     Raises:
         ChatError: If the template does not write responses, or writes different text around the two test responses.
-            Also raised if a rendered conversation does not begin with its rendered prompt. This prompt includes the
-            generation prompt.
+            Also if a rendered conversation does not begin with the rendered prompt and its generation prompt.
     """
     question = renderer.turn("user", "question")
     prompt = renderer.render([question], generation_prompt=True)

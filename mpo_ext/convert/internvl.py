@@ -203,10 +203,10 @@ _OF_ALL_MODELS = {
 
 
 def _settings_of_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of a config that define the architecture.
+    """Returns the entries of a config that define the architecture, and the ids of special tokens.
 
-    Leaves out the general entries, which every model's config has, but keeps the ids of special tokens. Also leaves
-    out entries that are None and entries whose name begins with "_".
+    Entries that every model's config has are left out. So are entries with the value None, and entries whose name
+    begins with "_".
     """
     import transformers
 
@@ -358,7 +358,7 @@ def _write_weights(
 
 
 def _write_settings(config: Any, values: Mapping[str, Any], tokenizer: Any, out: Path) -> None:
-    """Writes the tokenizer, and the configs of the model, of generation and of the processors."""
+    """Writes the tokenizer and all config files to the folder ``out``."""
     from transformers import GenerationConfig
 
     config.save_pretrained(out)

@@ -78,10 +78,10 @@ def converted(name: str, tensor: Any, language: Mapping[str, Any]) -> dict[str, 
 
 
 def _separate(name: str, tensor: Any, language: Mapping[str, Any]) -> Sequence[Any]:
-    """Splits InternLM2's weight ``wqkv``, and returns the weights of the queries, keys and values.
+    """Splits InternLM2's weight ``wqkv`` into the weights of the queries, keys and values.
 
-    The rows of ``wqkv`` are grouped by key-value head: the query heads of a group, then its key head and its value
-    head.
+    The rows of ``wqkv`` form groups, one group for each key-value head. A group has the rows of its query heads, then
+    the rows of the key head, then the rows of the value head.
     """
     heads = language["num_attention_heads"]
     groups = language.get("num_key_value_heads") or heads

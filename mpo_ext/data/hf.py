@@ -55,21 +55,21 @@ def to_dataset(
     """Builds a dataset for TRL's trainers. The dataset is stored on disk and memory-mapped.
 
     Args:
-        pairs: The pairs, or a function that returns a new iterator over the pairs; they are read twice.
+        pairs: The pairs, or a function that returns a new iterator over the pairs. The pairs are read twice.
         kind: "standard" or "conversational".
-        embed: Whether the dataset contains the bytes of all images. False: it contains the paths of image files, but
-            the bytes of images that are given as URLs.
-        cache_dir: Folder in which to build the dataset; None: a temporary folder, deleted when the process exits.
+        embed: Whether image files are stored as bytes. False: they are stored as paths. Images that are given as URLs
+            are always stored as bytes.
+        cache_dir: Folder in which to build the dataset. None: a temporary folder, deleted when the process exits.
 
     Returns:
-        The dataset. It has no column ``images`` if no pair has images, because TRL requires an image model for a
-        dataset with this column.
+        The dataset. If no pair has images, the dataset has no column ``images``, because TRL requires an image model
+        for a dataset with this column.
 
     Raises:
         ImportError: If Hugging Face datasets is not installed.
         OSError: If an image to store as bytes cannot be read.
         ImageError: If an image to store as bytes is not a valid image.
-        ValueError: If a pair has tools, or ``to_trl`` raises it for a pair.
+        ValueError: If a pair has tools, or if ``to_trl`` raises ValueError for a pair.
     """
     datasets = require_datasets()
     check_choice("kind", kind, get_args(Kind))

@@ -226,7 +226,10 @@ class Images:
 
     @property
     def count(self) -> int:
-        """Number of images. An image that has neither a message part nor a placeholder in the prompt counts, too."""
+        """Number of images, including images without a place in the prompt.
+
+        A place is a message part or a placeholder in the text.
+        """
         return len(self._placed) + len(self._waiting)
 
     def paths(self, name: str) -> tuple[str, ...]:

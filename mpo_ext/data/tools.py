@@ -28,9 +28,9 @@ def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Colle
 
 
 def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
-    """Reads the field ``tool_calls`` of a message. Returns [] for an empty field.
+    """Returns the tool calls in the field ``tool_calls`` of a message; [] for an empty field.
 
-    Raises FieldError if the field is invalid. ``name`` names the message in the error text.
+    Raises FieldError if the field is invalid. ``name`` stands for the message in the error text.
     """
     try:
         return [] if is_empty(calls) else read_tool_calls(calls)

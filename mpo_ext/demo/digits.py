@@ -178,12 +178,12 @@ def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str
 
 
 def without_image(task: Task) -> Task:
-    """Returns the same question without its image."""
+    """Returns a copy of the question without the image."""
     return dataclasses.replace(task, image=None)
 
 
 def in_words(task: Task) -> Task:
-    """Returns the same question without its image, but with the digits stated in its text."""
+    """Returns a copy of the question without the image. The text of the copy states the digits."""
     return dataclasses.replace(task, image=None, is_named=True)
 
 

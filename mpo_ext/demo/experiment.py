@@ -180,7 +180,10 @@ def _make_start(
 
 
 def held_out_tasks(settings: Settings) -> list[reading.ReadingTask]:
-    """Returns the questions for the evaluation, about held-out digits: first direct, then step-by-step questions."""
+    """Returns the questions for the evaluation. All questions are about held-out digits.
+
+    The first questions ask for a direct answer. The other questions ask for a step-by-step answer.
+    """
     rng = np.random.default_rng(_EVALUATION_SEED)
     split = digits.load_digits()["held-out"]
     counts = {"direct": settings.direct_evaluation_tasks, "cot": settings.evaluation_tasks}

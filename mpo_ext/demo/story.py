@@ -24,15 +24,13 @@ _MENDED, _BROKEN = 7, 2  # maximum numbers of examples; the first mended example
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Examples:
-    """Step-by-step questions that either the SFT model or the MPO model, but not both, answered correctly.
-
-    The attributes are indices into the questions.
+    """Indices of step-by-step questions that either only the SFT model or only the MPO model answered correctly.
 
     Attributes:
         mended: Questions that only the MPO model answered correctly.
         broken: Questions that only the SFT model answered correctly.
-        shown: The first few of ``mended`` in which the SFT model hallucinated a digit and the MPO model named all
-            digits correctly.
+        shown: The first few questions of ``mended`` that fulfil two conditions. The SFT model hallucinated a digit,
+            and the MPO model named all digits correctly.
     """
 
     mended: list[int]

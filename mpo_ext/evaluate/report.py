@@ -308,7 +308,7 @@ def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, s
 
 
 def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -> Iterator[dict[str, Any]]:
-    """Yields a dict for ``failures.html`` with the text, true answers and images of each question in ``indices``.
+    """Yields an entry of ``failures.html`` for each question in ``indices``: its text, true answers and images.
 
     ``indices`` are positions in the file of questions.
     """

@@ -118,13 +118,14 @@ def _without_image(
     key: tuple[str, str, str],
     config: EvaluationConfig,
 ) -> dict[str, Any]:
-    """Returns a model's accuracies with and without seeing the image, their comparison, and the unchanged fraction.
+    """Compares the accuracies of a model with the image and without the image.
 
-    The unchanged fraction is the fraction of questions with the same answer both ways. Only questions that could be
-    asked both ways count. ``same`` is the result of ``_unchanged``. ``key`` is (model, file, prompt).
+    Only questions that could be asked both ways count. ``same`` is the result of ``_unchanged``. ``key`` is (model,
+    file, prompt). Two entries of the returned dict are:
 
-    ``most_frequent_truth`` in the result is the accuracy of always giving the most frequent true answer. It is None
-    without questions, or if a question has several true answers.
+    - ``unchanged``: Fraction of questions with the same answer both ways, and its standard error.
+    - ``most_frequent_truth``: Accuracy of always giving the most frequent true answer. None without questions, or if a
+      question has several true answers.
     """
     model, name, prompt = key
     both = zip(scores[key], scores[model, name, f"{prompt}{WITHOUT_IMAGE}"], strict=True)

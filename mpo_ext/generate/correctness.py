@@ -189,11 +189,11 @@ class Correctness:
     def _choose_pairs(
         self, item: Item, right: Sequence[ScoredSample], candidates: Sequence[ScoredSample], result: ItemResult
     ) -> Iterator[tuple[ScoredSample, ScoredSample]]:
-        """Yields at most ``pairs_per_question`` pairs of a right sample and a candidate.
+        """Yields (right sample, candidate) tuples, at most ``pairs_per_question``.
 
-        The candidates are wrong samples, or samples without an answer. With ``length_balance``, pairs with similar
-        lengths come first. Otherwise, a hash determines the order. Pairs with the same answer on both sides are
-        skipped and counted in ``result``.
+        The candidates are wrong samples, or samples without an answer. A hash determines the order of the tuples. With
+        ``length_balance``, tuples of two samples with similar lengths come first. If both samples have the same
+        answer, the tuple is skipped, and ``result`` counts it.
         """
         ranked = sorted(
             itertools.product(right, candidates), key=lambda pair: (self._length_gap(*pair), self._hash(item, *pair))

@@ -30,21 +30,21 @@ class DropoutNTPConfig:
 
     Attributes:
         keep: Fraction of the chosen response to keep as the prefix, in [0, 1).
-        unit: Unit of ``keep``: "tokens", which works for every language, or "words", separated by single spaces as in
-            the script of MPO's authors.
+        unit: Unit of ``keep``. "tokens" works for every language. "words" are separated by single spaces, as in the
+            script of MPO's authors.
         with_image: Whether the model sees the images and videos while it continues the response.
         samples: Number of continuations per response.
         sampling: Settings for drawing tokens.
         seed: Seed of all draws.
-        sample_chosen: Whether to sample the chosen response of an item that has none. For this sample, the model sees
-            the image, as in the paper. False skips such items.
+        sample_chosen: Whether to sample a chosen response for an item without a chosen response. For this sample, the
+            model sees the image, as in the paper. False: such items are skipped.
         allow_truncated: Whether to use continuations that ``max_new_tokens`` cut off.
         allow_wrong_chosen: Whether to use items whose chosen response is known to be wrong. The correctness pipeline
             writes such items to ``unsolved.jsonl``.
         style: How to find the answer in a response, such as "final_answer"; see ``extract_answer``.
-        matcher: Kind and options of the matcher that compares the answer of a continuation with the true answer, if
-            the item has one. A continuation is skipped if its answer is right, or if the matcher cannot tell. It is
-            used if its answer is wrong, or if no answer is found in it. None: no comparison.
+        matcher: Kind and options of the matcher. For an item with a true answer, the matcher compares the answer of
+            each continuation with the true answer. The continuation is skipped if its answer is right, or if the
+            matcher cannot tell. The continuation is used if its answer is wrong or missing. None: no comparison.
     """
 
     keep: float = 0.5

@@ -172,15 +172,16 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
 
 
 def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Finds the option to which a number in a string, such as ``"2"``, refers.
+    """Returns the option to which a number in a string, such as ``"2"``, refers.
 
-    Returns the answer unchanged if it equals the text of an option, otherwise the letter from ``indexed_answer``.
+    If ``answer`` equals the text of an option, the result is ``answer``. Otherwise, the result is the letter from
+    ``indexed_answer``.
 
     Args:
-        answer: The answer. Indices count from 0.
+        answer: The number as a string.
         options: Texts of the options, or a dict from letter to text.
-        is_index: Whether an integer answer is the index of an option, as in ScienceQA. False: the answer must be the
-            text of an option.
+        is_index: Whether an integer answer is the index of an option (0 for the first option), as in ScienceQA. False:
+            the answer must be the text of an option.
 
     Raises:
         FormError: If the answer fits several options, or no option.

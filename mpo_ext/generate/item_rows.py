@@ -70,8 +70,8 @@ def _is_parquet(path: str) -> bool:
 def _lines(path: str) -> str:
     """Returns the path of a text file with one row per line.
 
-    TSV and CSV in UTF-8 are used as they are. All other files are converted to JSON lines, if they are not JSON lines
-    yet.
+    A TSV or CSV file in UTF-8 is used as it is, and so is a file of JSON lines. All other files are converted to JSON
+    lines.
     """
     with open(path, "rb") as file:
         head = file.read(_HEAD)

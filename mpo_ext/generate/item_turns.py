@@ -120,9 +120,9 @@ def read_conversation(
 
 
 def read_chosen(chosen: Any) -> Any:
-    """Returns the text of a chosen response that is a message or a list with one message.
+    """Returns the text of a chosen response. The response is a message, or a list with one message.
 
-    A value that is neither a dict nor a list, such as a text, is returned unchanged. So is an empty value.
+    Any other value, such as a text, is returned unchanged. An empty value is also returned unchanged.
 
     Raises:
         FormError: If a message cannot be read, if there are several messages, or if the message has tool calls.

@@ -39,15 +39,16 @@ class Item:
             ``<video>``.
         messages: All turns of a multi-turn prompt, as in ``mpo_ext.chat.Conversation``; otherwise empty.
         tools: The functions that the assistant may call, as in ``Conversation``.
-        images: Image paths as the input gives them, and data URLs of images that the input itself holds.
-        videos: Videos, with paths as the input gives them.
+        images: Image paths as in the input. If the input holds the image itself, a data URL takes the place of the
+            path.
+        videos: Videos, with paths as in the input.
         chosen: Preferred response, an input of DropoutNTP; None if the item has no such response.
         truths: True answers, each of which counts as right.
-        extra: Other fields of the input line. ``options`` is a list of texts, or a dict from letter to text.
+        extra: Other fields of the input line. The field ``options`` is a list of texts, or a dict from letter to text.
         image_root: Folder to which relative image paths are joined.
-        subset: Name of the item's data set, if the item comes from an MMPR meta file (a JSON file that lists data
-            sets); otherwise None. If set, ``subset`` and ``image_root`` are stored in the item's pairs, and the paths
-            of images and videos in the pairs are absolute.
+        subset: Name of the item's data set in an MMPR meta file (a JSON file that lists data sets). None without such
+            a file. If set, the item's pairs store ``subset`` and ``image_root``, and their image and video paths are
+            absolute.
         problem: Reason why the item cannot be used, or None.
         detail: Further explanation of ``problem``, or None.
     """
@@ -110,7 +111,10 @@ class Item:
 
     @property
     def prompt_text(self) -> str:
-        """The prompt as readable text: the tools, and the question with its options or all turns with their roles."""
+        """The prompt as readable text: the tools, followed by all turns.
+
+        If ``messages`` is empty, the question is the only turn. The question is shown with its options.
+        """
         question = self.question_with_options
         return turns_text(self.turns(question) or None, self.tools, question)
 

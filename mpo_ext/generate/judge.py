@@ -110,10 +110,10 @@ class JudgeConfig:
 
 @dataclasses.dataclass(slots=True)
 class _Verdict:
-    """A request to the judge, and the response to which its verdict is added.
+    """A request to the judge, and the response whose record receives the verdict.
 
     Attributes:
-        record: JSON object of the rated response, or of the first of two compared responses.
+        record: JSON object of the response. In a comparison, this is the first of the two responses.
         request: The request.
         opponent: Key of the second response in a comparison; None for a rating.
     """
@@ -295,7 +295,8 @@ class Judge:
     ) -> list[tuple[RatedResponse, RatedResponse]]:
         """Returns (chosen, rejected) tuples of responses. The judge has preferred ``chosen`` in both orders.
 
-        Counts in ``result.notes`` the comparisons whose verdict is unreadable or changes with the order.
+        A comparison gives no tuple if its verdict is unreadable or changes with the order. ``result.notes`` counts
+        these comparisons.
         """
         by_key = {response.record["key"]: response for response in responses}
         shares = {

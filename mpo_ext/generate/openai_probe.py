@@ -139,8 +139,8 @@ class _Prober:
     ) -> Reply | None:
         """Sends a request with the optional fields of ``form``, and returns the server's answer.
 
-        Returns None if the server refuses the request or lacks the path. ``changes`` are further fields of the
-        request, which take precedence over ``body``.
+        Returns None if the server refuses the request or lacks the path. The fields in ``changes`` are added to
+        ``body``, and replace fields with the same name.
         """
         fields = {**self.base, **(EXTENSIONS if form.extensions else {}), form.limit: max_new_tokens}
         fields |= {"seed": 2**form.seed_bits - 1, **body, **changes}

@@ -1,8 +1,8 @@
-"""Ends the child processes that a library has started, after their parent process has ended or was killed.
+"""Ends the child processes that a library starts, as soon as their parent process has ended.
 
-vLLM's engine process does not notice that its parent was killed (vLLM issue 55510), and keeps the GPU's memory. This
-file, run as a script, is a watcher: it waits until the parent has ended, and then ends the engine process. Without
-``/proc``, for example on macOS, there is no watcher.
+vLLM's engine process does not notice that its parent was killed (vLLM issue 55510), and keeps the GPU's memory. A
+watcher therefore waits until the parent has ended, and then ends the engine process. The watcher is this file, run as
+a script. Without ``/proc``, for example on macOS, there is no watcher.
 """
 
 import contextlib

@@ -34,7 +34,10 @@ def media_fields(error: Exception) -> dict[str, str]:
 
 
 def without_placeholders(question: str) -> str:
-    """Removes ``<image>`` and ``<video>``, with the line break after each, from a question, and strips the result."""
+    """Returns a question without the placeholders ``<image>`` and ``<video>``.
+
+    A line break right after a placeholder is removed, too. So is white space at both ends of the question.
+    """
     for mark in _MARKS:
         question = question.replace(f"{mark}\n", "").replace(mark, "")
     return question.strip()

@@ -92,10 +92,10 @@ class RayWorker:
         return EngineReport(self.engine.name, self.engine.settings(), concurrency)
 
     def step(self, blocks: Sequence[Block]) -> list[BlockResult]:
-        """Starts the given blocks (groups of items), and returns the results of the blocks that are finished.
+        """Starts the given blocks (groups of items), and returns the results of finished blocks.
 
-        With a streaming engine, waits until at least one block is finished or has failed. This may be a block of an
-        earlier call. Other engines finish all given blocks. A block that failed has an ``error`` in its result.
+        A streaming engine waits until at least one block has finished or failed. This block may come from an earlier
+        call. Any other engine finishes all given blocks. The result of a failed block has an ``error``.
         """
         if self._feeder is None:
             return [self._run(block) for block in blocks]

@@ -286,9 +286,9 @@ class RlaifV:
         return Request(key=key, question=question, seed=seed, sampling=sampling, role="judge", **values)
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the responses to an item, by the number of their wrong claims.
+        """Makes preference pairs from the responses to an item. The chosen response of a pair has fewer wrong claims.
 
-        ``records`` are the responses with the verdicts on their claims, as JSON objects. ``model`` is the name of the
+        ``records`` are JSON objects: the responses, with the verdicts on their claims. ``model`` is the name of the
         model that wrote the responses.
         """
         result = ItemResult()

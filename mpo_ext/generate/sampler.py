@@ -79,9 +79,9 @@ def check_world_size(out: Path, world_size: int) -> None:
 
 
 def stored_date(out: Path) -> str | None:
-    """Returns the date that the chat template has written into the prompts of a stored run.
+    """Returns the date in the prompts of a stored run in ISO format; None if no date is stored.
 
-    The date is in ISO format; None if there is no stored date. ``out`` is the folder of the run.
+    The chat template has written this date. ``out`` is the folder of the run.
     """
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         engine = (read_header(path) or {}).get("engine", {})

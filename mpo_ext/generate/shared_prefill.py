@@ -41,11 +41,11 @@ class SharedPrefill:
 
     Pass an instance to transformers' ``generate`` as ``custom_generate``. The inputs of ``generate`` hold each prompt
     once. The prompts run in one forward pass (the prefill). Then the cache and the inputs are copied for the samples.
-    Apart from rounding, the samples have the same tokens as without sharing. When half of the samples in a batch
-    have ended, they are removed from the batch.
+    Apart from rounding, the samples have the same tokens as without sharing. When half of the samples in a batch have
+    ended, the ended samples are removed from the batch.
 
     Args:
-        prompts: Index of each sample's prompt in the inputs.
+        prompts: For each sample, the index of its prompt in the inputs.
         seeds: Seed of each sample.
         sampling: Settings for drawing tokens.
         batch_size: Maximum number of samples that are decoded together.

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 @contextlib.contextmanager
 def renamed_weights_loaded(trainer: Any, model: nn.Module, checkpoint: str) -> Iterator[None]:
-    """Loads a checkpoint even if the weights have other names in it than in the model.
+    """Loads a checkpoint even if its weights have other names than the weights of the model.
 
-    The ``with`` block calls ``_load_from_checkpoint`` or ``_load_best_model`` of Trainer. If ``save_pretrained`` has
-    renamed the weights (as for LLaVA and InternVL), Trainer finds none of them, warns, and keeps the weights that the
-    model had before. This context suppresses the warning. It then loads the checkpoint with ``from_pretrained``, which
-    knows the names. That needs memory for a second model on the CPU.
+    The ``with`` block calls ``_load_from_checkpoint`` or ``_load_best_model`` of Trainer. For some models, such as
+    LLaVA and InternVL, ``save_pretrained`` renames the weights. Trainer then finds none of the weights, warns, and
+    leaves the model unchanged. This context suppresses the warning, and loads the checkpoint with ``from_pretrained``,
+    which knows the names. Loading needs memory for a second model on the CPU.
 
     Args:
         trainer: Trainer that loads the checkpoint.

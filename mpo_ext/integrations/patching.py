@@ -39,20 +39,19 @@ _applied: dict[str, list[_Applied]] = {}
 def patch(name: str, **options: Any) -> None:
     """Makes another trainer compute its loss or its log-probs with mpo_ext, until ``unpatch``.
 
-    Prints a line that describes the change. The values of the losses change only by rounding, unless an option changes
-    them.
+    Prints a line that describes the change. Without options, the values of the losses change only by rounding.
 
     Args:
-        name: "trl", "axolotl", "llama-factory" or "ms-swift", whose preference loss is replaced; or "openrlhf", "verl"
-            or "unsloth", whose log-probs of tokens are replaced.
-        options: Only for a preference loss: ``reward_shift``, a mapping with settings of ``RewardShift``, such as
-            ``{"mode": "cumulative"}``. Without it, the trainer's own reward shift applies: fixed at 0 in TRL and
-            axolotl, "cumulative" in LLaMA-Factory and ms-swift.
+        name: Name of the trainer. In "trl", "axolotl", "llama-factory" and "ms-swift", the preference loss is
+            replaced. In "openrlhf", "verl" and "unsloth", the log-probs of tokens are replaced.
+        options: The only option is ``reward_shift``, for trainers whose preference loss is replaced. It is a mapping
+            with settings of ``RewardShift``, such as ``{"mode": "cumulative"}``. Without it, the trainer's own reward
+            shift applies: fixed at 0 in TRL and axolotl, "cumulative" in LLaMA-Factory and ms-swift.
 
     Raises:
         ImportError: If the trainer's package is not installed.
-        RuntimeError: If the package has a version or source that mpo_ext does not know (see ``check_sources``). If the
-            trainer is already patched, or another patch of mpo_ext has replaced one of the functions.
+        RuntimeError: If mpo_ext does not know the version or the source of the package (see ``check_sources``). Also
+            if the trainer is already patched, or if another patch of mpo_ext has replaced one of the functions.
         TypeError: If an option, or a setting of ``reward_shift``, does not exist or has the wrong type.
         ValueError: If ``name`` is unknown, or an option has a value that is not allowed.
     """

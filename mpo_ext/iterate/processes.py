@@ -95,10 +95,10 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _wait_for_old_stages(self) -> Iterator[FileLock]:
-        """Locks ``stage.lock``, which every command inherits, and yields the lock.
+        """Locks ``stage.lock`` and yields the lock. Each command inherits the lock.
 
-        A command of an earlier, killed process may still hold the lock. If so, this method waits until the command
-        has ended.
+        If an earlier run was killed, its last command may still hold the lock. This method then waits until that
+        command has ended.
         """
         path, what = self.folder / "stage.lock", f"the stages of {self.folder}"
         lock = FileLock(path, what)

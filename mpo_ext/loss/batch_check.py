@@ -240,8 +240,8 @@ def _check_labelled(sequences: Sequence[BatchSequence], ahead: int, ignore_index
 def _check_alignment(sequences: Sequence[BatchSequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
     """Yields a finding if the labels are too early or too late, compared with ``input_ids``.
 
-    If the loss shifts the labels (``ahead=1``), ``labels[t]`` must equal ``input_ids[t]``. If not (``ahead=0``),
-    ``labels[t]`` must equal ``input_ids[t + 1]``.
+    With ``ahead=1``, the loss shifts the labels: ``labels[t]`` must equal ``input_ids[t]``. With ``ahead=0``, the loss
+    does not shift the labels: ``labels[t]`` must equal ``input_ids[t + 1]``.
     """
     shares = {offset: _share_of_equal(sequences, offset, ignore_index) for offset in (-1, 0, 1, 2)}
     expected = 1 - ahead

@@ -63,19 +63,19 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     """Runs the model without its output head, and returns the arguments of ``linear_mpo_loss``.
 
     The model's logits would be ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``, without the
-    tanh if softcap is None. The head's forward is replaced: it returns a few known numbers, the probe. The model turns
-    the probe into its output ``logits``, which reveal ``logit_scale`` and ``softcap``. The first call with a model
+    tanh if softcap is None. Instead of logits, the head returns a few known numbers, the probe. From the probe, the
+    model computes its output ``logits``, which show ``logit_scale`` and ``softcap``. The first call with a model
     reads these logits, and therefore waits for the device.
 
     Compute the loss from ``hidden``. The backward of the loss then runs the backward hooks of wrappers such as FSDP.
-    If the model runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the
-    matmul with the head is float32.
+    If accelerate runs the model under autocast, call ``linear_mpo_loss`` under autocast, too. Otherwise, the matmul
+    with the head is float32.
 
     Args:
-        model: Hugging Face model with a linear output head, wrapped as for training: in DDP, in FSDP or by accelerate.
-            LoRA adapters are allowed, but not on the head. FSDP must shard the head with the root module; ZeRO-3 may
-            partition it. The head may be sharded over the vocabulary by tensor parallelism: by ``tp_plan`` of
-            transformers, or by torch's ``ColwiseParallel`` with ``output_layouts=Replicate()``.
+        model: Hugging Face model with a linear output head. DDP, FSDP or accelerate may wrap the model. LoRA adapters
+            are allowed, but not on the head. FSDP must shard the head with the root module. ZeRO-3 may partition the
+            head. Tensor parallelism may shard the head over the vocabulary: by ``tp_plan`` of transformers, or by
+            torch's ``ColwiseParallel`` with ``output_layouts=Replicate()``.
         positional: Must be empty: the model's inputs are keyword arguments.
         inputs: Keyword arguments of ``model(...)``, such as ``input_ids=input_ids``, without labels.
 
@@ -83,7 +83,7 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
         TypeError: If the model has no output head, the head is not a plain linear layer, or an input is positional.
         ValueError: If labels are among the inputs.
         RuntimeError: If the model's forward does not call the head exactly once, returns no ``logits``, or changes the
-            logits in an unknown way. If a wrapper, such as FSDP, does not keep the head's whole weight until backward.
+            logits in an unknown way. Also if a wrapper such as FSDP frees the head's weight before backward.
     """
     if positional:
         raise TypeError(

@@ -101,20 +101,20 @@ def preference_loss(
     """Returns the preference loss ``name`` of each pair. Training minimises the mean over pairs.
 
     If a response has no label, the loss and the gradient of its pair are 0. The pair then has no effect on other
-    pairs. (In ``mpo_loss``, the DPO and BCO terms of such a pair are constants above 0, whose gradient is 0, too.) A
-    NaN log-prob in any other pair makes the mean over the batch NaN or infinite.
+    pairs. ``mpo_loss`` differs: the DPO and BCO terms of such a pair are constants above 0, with gradient 0. In any
+    other pair, a NaN log-prob makes the mean over the batch NaN or infinite.
 
     Args:
-        name: Name of the loss, a key of ``LOSSES``, such as "ipo". TRL 1.16 uses the same name if it has the loss.
-        chosen_logp: ``[B]`` float32 or float64 sum of the label log-probs of each chosen response.
-        rejected_logp: ``[B]`` sum for each rejected response, in the same dtype.
-        ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. May be None
-            for a loss without a reference model, which ignores this argument.
-        ref_rejected_logp: ``[B]`` the same for each rejected response.
+        name: Key of ``LOSSES``, such as "ipo". A loss that TRL 1.16 also has has the same name in TRL.
+        chosen_logp: ``[B]`` float32 or float64. Sum of the label log-probs of each chosen response.
+        rejected_logp: ``[B]``, same dtype. The same sum for each rejected response.
+        ref_chosen_logp: ``[B]``, same dtype, without gradient. The sum for each chosen response under the reference
+            model. Losses without a reference model ignore this argument, and accept None.
+        ref_rejected_logp: ``[B]``. As ``ref_chosen_logp``, for each rejected response.
         chosen_tokens: ``[B]`` int32 or int64 number of labels of each chosen response.
         rejected_tokens: ``[B]`` int32 or int64 number of labels of each rejected response.
-        beta: Temperature of the implicit reward ``beta * (logp - ref_logp)``; tau in "ipo", 1 / eta in "sppo_hard",
-            and the weight lambda in "orpo".
+        beta: Temperature of the implicit reward ``beta * (logp - ref_logp)``. "ipo" uses ``beta`` as tau,
+            "sppo_hard" as 1 / eta, and "orpo" as the weight lambda.
         label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)``.
         delta: Reward shift of "bco_pair": a number or a 0-d tensor. The host does not wait for the tensor's value.
 

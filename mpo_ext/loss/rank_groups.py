@@ -131,11 +131,16 @@ class RankGroups:
         return merge_shards(states, labels, ignore_index, stats, shard.total, dtype)
 
     def sequence_totals(self, sums: Tensor, others: Tensor, same: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns ``sums``, ``[n]``, and ``others``, ``[m]``, each summed over the ranks of ``sequence_parallel``.
+        """Returns ``sums`` and ``others``, each summed over the ranks of ``sequence_parallel``.
 
-        Both are float64. The first result is differentiable with respect to ``sums``. The tensors in ``same`` must be
-        equal on all these ranks. If they differ, the first result is NaN. On a CPU without vocabulary parallelism, the
-        method raises ValueError instead.
+        ``sums`` is ``[n]`` and ``others`` is ``[m]``; both are float64. The first result is differentiable with
+        respect to ``sums``.
+
+        The tensors in ``same`` must be equal on all these ranks. If they differ and no error is raised, the first
+        result is NaN.
+
+        Raises:
+            ValueError: If tensors in ``same`` differ, ``sums`` is on a CPU, and there is no vocabulary parallelism.
         """
         assert self.sequence is not None
         gathered, poison = self._gathered("sequence_parallel", torch.cat([sums, others]), same)

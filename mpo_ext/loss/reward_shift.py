@@ -182,16 +182,16 @@ class RewardShift:
         return BatchShift(self._state, rule, self.update_order == "before", self.decay)
 
     def end_batch(self, shift: BatchShift, new_state: Tensor, batch: Tensor) -> Tensor | None:
-        """Stores the state after a batch. ``mpo_loss`` calls this after the pair loss.
+        """Stores the state after a batch. ``mpo_loss`` calls this method after the pair loss.
 
         Args:
             shift: Result of ``begin_batch``.
             new_state: ``[2]`` state that the pair loss returned.
-            batch: ``[2]`` sum and count of the rewards of this rank's batch.
+            batch: ``[2]`` sum and number of the rewards in this rank's batch.
 
         Returns:
-            None, or the updated state. If a state is returned, the caller must compute the pair loss again from it.
-            The delta in this state includes the rewards of all ranks; the delta of the first computation did not.
+            None if the pair loss is final. Otherwise, the updated state, whose delta includes the rewards of all
+            ranks. The caller must then compute the pair loss again with this state.
         """
         if shift.rule != HOLD:
             self._state.copy_(new_state)

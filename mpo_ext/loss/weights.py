@@ -17,7 +17,7 @@ _SAMPLED = 4096  # minimum number of values that a fingerprint reads from a larg
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """Returns the shape of the parameter, or its shape before ZeRO-3 partitioned it."""
+    """Returns the shape of the whole parameter, even if ZeRO-3 has partitioned the parameter."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

@@ -98,7 +98,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor, name: str, is_part: bo
 def check_offsets(cu_seqlens: Tensor, rows: int, *, is_part: bool = False) -> None:
     """Raises unless the offsets of packed sequences increase from 0 to ``rows``, the number of tokens.
 
-    With ``is_part`` (sequences are split over ranks), neighbouring offsets may be equal.
+    With ``is_part``, sequences are split over ranks. Neighbouring offsets may then be equal.
     """
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
@@ -228,7 +228,7 @@ def check_row_values(logits: Tensor, labels: Tensor, dtype: torch.dtype, **value
 
 
 def check_rows(labels: Tensor, dtype: torch.dtype, device: torch.device, **values: Tensor) -> None:
-    """Raises unless each tensor in ``values`` has one number of ``dtype`` per label and is on ``device``."""
+    """Raises unless each tensor in ``values`` has the shape of ``labels``, and the given dtype and device."""
     for name, tensor in values.items():
         if tensor.shape != labels.shape or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(

@@ -338,13 +338,12 @@ def linear_grad(
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
     The arguments after ``wanted`` are the fields of ``LinearOptions``. If ``kept`` is not None, the call overwrites
-    it. If the gradient of ``weight`` is also wanted, the call writes this gradient to ``kept``, from which
-    ``kept_weight_grad`` returns it. Sums over tiles are formed in float32 (float64 for float64 inputs) and rounded
-    once.
+    ``kept``. If the gradient of ``weight`` is also wanted, ``kept`` then holds this gradient, and ``kept_weight_grad``
+    returns it. Sums over tiles are float32 (float64 for float64 inputs), and are rounded once.
 
     Returns:
-        The gradients of hidden, weight and bias, contiguous, each in the shape of its input. A gradient that is not
-        wanted, or that lies in ``kept``, is returned as an empty tensor ``[0]``.
+        The gradients of hidden, weight and bias, contiguous, each in the shape of its input. An empty tensor ``[0]``
+        stands for a gradient that is not wanted, and for a gradient in ``kept``.
     """
     _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
     rows = {"row_max": row_max, "row_sum": row_sum, "row_weight": row_weight}

@@ -101,10 +101,10 @@ def token_logp_shard(
 def merge_shards(
     states: Tensor, labels: Tensor, ignore_index: int, stats: int, total: int, dtype: torch.dtype
 ) -> RowOutputs:
-    """Merges the states of all shards, ``[shards, ..., ROW_STATE]``, into the outputs of ``token_logp`` in ``dtype``.
+    """Computes the outputs of ``token_logp`` from the states of all shards, ``[shards, ..., ROW_STATE]``.
 
-    A state is explained in ``mpo_ext.loss.eager.shard_state``. ``total`` is the size of the whole vocabulary. Only the
-    output logp is differentiable.
+    ``mpo_ext.loss.eager.shard_state`` explains a state. ``total`` is the size of the whole vocabulary. ``dtype`` is
+    the dtype of the outputs. Only the output logp is differentiable.
     """
     maxima, sums, e_d, z_sum, squared, z_label = states.unbind(-1)
     maxima = maxima.detach()

@@ -150,9 +150,9 @@ class KeptLogits:
         return _typed(memory, begin, (rows.stop - rows.start, width), self.dtype)
 
     def store_(self, memory: Tensor, rows: slice, first: int, end: int, logits: Tensor, row_max: Tensor) -> None:
-        """Stores a tile's float32 ``logits`` in float16, as distances from ``row_max``. May overwrite ``logits``.
+        """Stores ``logits - row_max`` of a tile in float16. May overwrite ``logits``.
 
-        ``row_max`` is the maximum of each row over this tile and all earlier tiles.
+        ``logits`` are float32. ``row_max`` is the maximum of each row over this tile and all earlier tiles.
         """
         safe_max = self.tile_max(memory, rows, first)
         safe_max.copy_(torch.where(row_max == -math.inf, 0.0, row_max).unsqueeze(1))

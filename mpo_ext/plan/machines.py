@@ -57,28 +57,28 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Rates of a machine. A rate of ``inf`` means that the machine spends no time on this kind of work.
+    """Rates of a machine. If a rate is infinite, the predicted time of this kind of work is 0.
 
     Attributes:
         name: Name of the machine in reports.
         is_gpu: Whether the machine is a GPU. The stages of a loss differ between CPU and GPU.
-        bandwidth: Bytes per second of reads and writes, without page faults.
+        bandwidth: Bytes per second of memory reads and writes, without page faults.
         matmul_rates: FLOP per second of large matmuls, by dtype.
         matmul_shares: Fraction of the rate in ``matmul_rates`` that a matmul reaches. The key is the smallest of the
             matmul's sizes m, n and k. Between two keys, the fraction is interpolated over the logarithm of the size.
             Empty: every matmul reaches the full rate.
-        attention_rates: FLOP per second of attention kernels, by kind and dtype. Kind "plain": causal or full
-            attention; only the scores that the result needs count as FLOP. Kind "masked": attention with a dense mask;
-            all scores count as FLOP. If a rate is missing, the rate of matmuls is used.
+        attention_rates: FLOP per second of attention kernels, by kind and dtype. If a rate is missing, the rate of
+            matmuls is used. Kind "plain" is causal or full attention; FLOP are counted only for scores that the result
+            needs. Kind "masked" is attention with a dense mask; FLOP are counted for all scores.
         kernel_rate: Logits per second that mpo_ext's kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
         fresh: Bytes per second at which the operating system provides new memory in small pages (page faults). Writing
             to the memory is not included.
-        huge: Bytes per second at which the operating system provides new memory in huge pages, without writing to it.
+        huge: As ``fresh``, but in huge pages.
         overhead: Constant number of seconds added to each forward plus backward.
         launch: Seconds between two kernels of a GPU.
-        multiprocessors: Number of multiprocessors of a GPU; 0: unknown. Idle multiprocessors are then not counted.
-        memory: Bytes of a GPU's memory, which sets the default memory budget of tiles; 0: unknown.
+        multiprocessors: Number of multiprocessors of a GPU. 0: unknown; idle multiprocessors are then not counted.
+        memory: Bytes of a GPU's memory, from which the default memory budget of tiles follows. 0: unknown.
         source: Origin of the rates, for reports.
     """
 

@@ -29,7 +29,7 @@ class Matrix(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """Number of weights of all matrices that this entry stands for."""
+        """Number of weights in all ``number`` matrices."""
         return self.number * self.inputs * self.outputs
 
 

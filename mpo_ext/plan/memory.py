@@ -194,7 +194,10 @@ class MemoryEstimate:
         )
 
     def eager_loss(self) -> int:
-        """Returns the peak bytes of a plain torch loss on all logits, if each response is a separate row."""
+        """Returns the peak bytes of a plain torch loss on the logits of all positions.
+
+        Each response is assumed to be in a separate row.
+        """
         return self.separate_positions * self.vocab * _EAGER_BYTES[self.compute_bytes]
 
     def matrices(self, layers: Sequence[nn.Module]) -> list[Matrix]:

@@ -140,7 +140,7 @@ STEPS = {
 
 
 class _Positions(NamedTuple):
-    """Sizes of a micro-batch: number of rows (sequences), tokens per row and attention scores."""
+    """Numbers of rows, tokens and attention scores of a micro-batch."""
 
     rows: int  # number of rows
     row: int  # number of tokens of a row
@@ -291,9 +291,9 @@ def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine
 
 
 def _logits_of_all(loss: LossShape, positions: int, machine: Machine) -> Parts:
-    """Returns ``(stages, memory)`` of ``mpo_loss``: the stages of its work, and its peak bytes.
+    """Returns ``(stages, memory)`` of ``mpo_loss`` for logits of all positions.
 
-    The head's matmuls for all positions are included.
+    The stages include the matmuls of the head. ``memory`` is the peak in bytes.
     """
     stages, _ = logits_ours(loss, machine)
     every, grads = loss.size * positions * loss.vocab, loss_gradients(loss)

@@ -261,10 +261,10 @@ def _optimizer_values(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 
 
 def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns a dict from name to uninitialized tensor, into which the saved optimizer state can be loaded.
+    """Returns uninitialized tensors by name, into which the saved optimizer state can be loaded.
 
-    ``saved`` is the metadata of the saved tensors. A tensor with the shape of its parameter is sharded like the
-    parameter.
+    ``saved`` is the metadata of the saved tensors. If a tensor has the shape of its parameter, the tensor is sharded
+    like the parameter.
     """
     tensors: dict[str, Tensor] = {}
     for full_name, entry in saved.items():

@@ -116,8 +116,8 @@ def compare_inputs(
 ) -> InputChanges:
     """Returns the changes from the inputs of a checkpoint (``old``) to the inputs of the run that resumes (``new``).
 
-    ``changed_settings`` are the names of the recipe's changed settings. If a setting of ``data.eval`` has changed, the
-    changes of the evaluation data are left out, because the message about the setting suffices.
+    ``changed_settings`` are the names of the recipe's changed settings. If a setting of ``data.eval`` is among them,
+    the evaluation data are not compared, because the message about the setting suffices.
     """
     changes = InputChanges()
     changes.refused += _changed_subsets(old["train"], new["train"])
@@ -200,10 +200,10 @@ def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
 
 
 def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a message if image files of a data subset have another size than at the checkpoint, or no longer exist.
+    """Yields a message if image files have another size than at the checkpoint, or no longer exist.
 
-    ``old`` describes the subset in the checkpoint, ``new`` in the run. Images that were missing at the checkpoint are
-    left out.
+    ``old`` describes a data subset at the checkpoint, and ``new`` describes the same subset in the run. Images that
+    were already missing at the checkpoint are not compared.
     """
     pairs = zip(old["images"], new["images"], strict=False)
     changed = [(path, before, after) for (_, before), (path, after) in pairs if before is not None and before != after]

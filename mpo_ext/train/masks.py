@@ -268,15 +268,16 @@ def _by_kind(masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
 def use_split_attention(model: nn.Module) -> str | None:
     """Changes a model so that rows with several responses need no mask.
 
-    In such rows, attention is computed in several calls, so that no response attends to another response. Recurrent
-    and convolutional layers start each response from their states at the end of the prompt. The output for all other
-    rows is unchanged.
+    In such rows, attention is computed in several calls, so that no response attends to another response. At the start
+    of each response, recurrent and convolutional layers get their states from the end of the prompt. The output for
+    all other rows is unchanged.
 
     The model may be wrapped. The name of its attention implementation becomes one of ``split_attention.NAMES``;
     ``save_pretrained`` does not save this name.
 
     Returns:
-        None, or the reason why the model cannot be changed. The model is then unchanged.
+        None if the model was changed. Otherwise, the reason why the model cannot be changed. The model is then
+        unchanged.
     """
     inner = unwrap_model(model)
     decoder = _decoder(inner) or inner

@@ -161,7 +161,7 @@ class Log:
             file.write(encoded + "\n")
 
     def position(self) -> int:
-        """Returns the size of the file in bytes, which ``rewind`` takes; 0 if the file does not exist."""
+        """Returns the size of the log file in bytes, for ``rewind``; 0 if the file does not exist."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def rewind(self, position: int) -> None:

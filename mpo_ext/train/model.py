@@ -181,7 +181,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the name and the module of a part ("vision_tower", "projector" ...); nothing if the model lacks it."""
+    """Yields a part of the model, such as "vision_tower", as a tuple (name, module).
+
+    Yields nothing if the model lacks the part.
+    """
     for prefix in ("model.", "", "model.model."):
         for name in PARTS[part]:
             try:

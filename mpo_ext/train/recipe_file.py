@@ -80,8 +80,8 @@ def parse_yaml(text: str) -> Any:
 def _count_values(value: Any, known: dict[int, int], depth: int) -> int:
     """Returns the number of values in a parsed YAML value. Each alias counts as a full copy.
 
-    ``known`` is a dict from the id of a dict or list to its count, or to -1 while it is being counted. Raises
-    ``ValueError`` if the value contains itself, is nested too deep, or has too many values.
+    ``known`` is a dict from the id of a dict or list to its count. The count -1 means that counting has not finished
+    yet. Raises ``ValueError`` if the value contains itself, is nested too deep, or has too many values.
     """
     if not isinstance(value, (dict, list)):
         return 1

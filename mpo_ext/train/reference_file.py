@@ -99,7 +99,7 @@ def reference_date(recipe: Recipe) -> datetime.date | None:
     """Returns the date that the prompts contained when the log-probs were precomputed.
 
     The date is read from the log-prob file, or from the unfinished files of an interrupted run. Returns None if no
-    file stores the date, or if the reference is of another kind.
+    file stores a date. Also returns None if ``recipe.reference_kind`` is not "precomputed".
     """
     if recipe.reference_kind != "precomputed":
         return None

@@ -24,8 +24,8 @@ _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 class Router(NamedTuple):
     """A module of a mixture-of-experts model that computes router logits.
 
-    If the module returns a tuple, entry ``position`` holds the logits. ``owner`` is the class in transformers that
-    declares the module as a source of router logits.
+    If the module returns a tuple, entry ``position`` of the tuple holds the logits. ``owner`` is the transformers
+    class whose ``_can_record_outputs`` declares the module.
     """
 
     module: nn.Module

@@ -15,18 +15,18 @@ _ORDER = 2  # part of the seed; another number in ``mixture`` makes its random n
 class StepSampler:
     """Chooses the pairs of each optimizer step. Steps are numbered from 0; the numbers continue over epochs.
 
-    An epoch visits its pairs in random order; its last step may have fewer pairs. The seed and the step number
-    determine the pairs of a step. A run therefore resumes without a stored sampler state, and the number of ranks does
-    not matter.
+    An epoch visits its pairs in random order. The last step of an epoch may have fewer pairs. The seed and the step
+    number determine the pairs of a step. A run therefore resumes without a stored sampler state, and the number of
+    ranks does not matter.
 
     Args:
         epoch: Function, such as ``Mixture.epoch``, that takes the number of an epoch and returns its pair indices
             (int64). All epochs must have the same number of pairs.
         batch_size: Number of pairs per step, summed over all ranks.
         seed: Seed of the pair order.
-        groups: Array, such as ``Mixture.prompt_groups()``; ``groups[i]`` is the group number of pair i. The pairs of a
-            group become adjacent in an epoch. If an epoch repeats pairs, the second copies of a group's pairs form a
-            separate group, and so do the third copies. None: pairs are not grouped.
+        groups: Array of group numbers, such as ``Mixture.prompt_groups()``. Pair i belongs to group ``groups[i]``. In
+            an epoch, the pairs of a group form a block. If an epoch repeats the pairs, the second copies form a second
+            block, and so on. None: pairs are not grouped.
 
     Attributes:
         pairs_per_epoch: Number of pairs per epoch.

@@ -1,4 +1,7 @@
-"""Checks whether a model supports rows with several responses: by its code, and by the log-probs of a few pairs."""
+"""Checks whether a model supports rows with several responses.
+
+One check reads the model's code. Another check compares the log-probs of a few pairs.
+"""
 
 import dataclasses
 import math

@@ -89,8 +89,7 @@ class RowSegments:
             lengths: ``Batch.segment_lengths`` of the R rows.
             length: Number of token positions of a row, L.
             device: Device of ``cu_seqlens``.
-            blocks: ``Batch.image_blocks`` if the model lets the tokens of an image attend to each other; otherwise
-                empty.
+            blocks: ``Batch.image_blocks``. Empty if the tokens of an image do not attend to each other in the model.
         """
         self.parts: list[_Part] = []
         for row, prompts in enumerate(lengths):
@@ -220,7 +219,7 @@ _Attend = Callable[..., Tensor]
 
 
 class _Call(NamedTuple):
-    """The sequence rows of a split attention call, and the length of its sliding window (None without a window)."""
+    """The arguments of a split attention call. ``window`` is the length of the sliding window, or None."""
 
     segments: RowSegments
     window: int | None

@@ -2,14 +2,14 @@
 
     python tests/cuda/check_sass.py [FILE ...] [--json results/machine_code.json]
 
-Innermost loops over logits or rows must not spill registers to local memory. Spills elsewhere are allowed. They are
-expected, because kernels that run four thread blocks per multiprocessor have only 64 registers per thread.
+Innermost loops over logits or rows must not spill registers to local memory. Spills elsewhere are allowed: some
+kernels run four thread blocks per multiprocessor, and have only 64 registers per thread.
 
 In code for sm_80 and sm_90, the main loops must load 128 bits at a time. The main loops of logits_grad and exp_logits
-must also store 128 bits at a time. If the output has half the width of the logits, they must store 64 bits.
+must also store 128 bits at a time. They must store 64 bits if an output element has half the size of a logit.
 
-``--json`` writes registers, spills and instructions per logit, for docs/performance.md. The program cuobjdump is
-taken from PATH or from the triton package.
+``--json`` writes registers, spills and instructions per logit, for docs/performance.md. The program cuobjdump is taken
+from PATH or from the triton package.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Runs the CUDA backend without a GPU: the simulator ptxsim executes its compiled PTX.
+"""Runs the CUDA backend without a GPU. The simulator ptxsim executes the compiled PTX of the kernels.
 
-``SimulatedNative`` replaces ``mpo_ext._C``. Grid, block size and kernel arguments of each launch come from the real
-module, as on a GPU. Tests launch kernels directly, or through ``mpo_ext.ops``. In direct launches, it is an error to
-read a byte that was never written.
+``SimulatedNative`` replaces ``mpo_ext._C``. As on a GPU, the real module chooses the grid, the block size and the
+kernel arguments of each launch. Tests launch kernels directly, or through ``mpo_ext.ops``. In direct launches, it is
+an error to read a byte that was never written.
 """
 
 import contextlib

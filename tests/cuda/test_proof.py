@@ -98,10 +98,10 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
 
 
 def fence_problems(text: str) -> list[str]:
-    """Returns a message for each missing fence around the increments of arrival counters in PTX text.
+    """Returns a message for each missing fence in PTX text. Each increment of an arrival counter needs two fences.
 
-    Each increment needs two fences: one after the nearest earlier write or barrier, and one before the nearest later
-    read or barrier.
+    No write or barrier may lie between the first fence and the increment. No read or barrier may lie between the
+    increment and the second fence.
     """
     # A thread block writes its results, increments a counter, and then reads the results of other blocks.
     publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")

@@ -147,6 +147,6 @@ def write_lines(tmp_path: Path, images: Path) -> WriteLines:
 
 @pytest.fixture
 def broken(write_lines: Any, images: Path) -> Path:
-    """Returns a meta file whose data file has one good line, and then the line of each entry in ``DEFECTS``."""
+    """Returns a meta file. Its data file has one good line, followed by the bad line of each entry in ``DEFECTS``."""
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:40])
     return write_lines("broken", [GOOD, *(line for _, line, _ in DEFECTS)])

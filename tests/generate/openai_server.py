@@ -18,7 +18,9 @@ EXTENSIONS = {
 
 @dataclasses.dataclass
 class Server:
-    """The configuration and the answers of a fake server. An answer's text depends only on the prompt and the seed.
+    """The configuration of a fake server, and a record of its requests.
+
+    The text of an answer depends only on the prompt and the seed.
 
     Attributes:
         tokenizer: The model's tokenizer, with a chat template.
@@ -30,13 +32,17 @@ class Server:
         seed_bits: Seeds must be below ``2**seed_bits``.
         limit: Name of the request field with the maximum number of tokens.
         image: Text that stands for an image in the prompt.
-        template: Chat template to use instead of the tokenizer's.
-        key: API key that requests must have; None: any.
-        fault: Function that takes a request body and returns the server's fault, or None for no fault. A tuple
-            (status, headers) stands for an HTTP error. "cut" closes the connection without an answer, and "half" after
-            half of the answer. "text" gives an answer that is not JSON, and "empty" an answer without choices.
-        finish: Finish reason that all answers report; None: the actual one.
-        message: Further fields of a chat message.
+        template: Chat template to use instead of the tokenizer's template.
+        key: API key that requests must have; None: requests need no key.
+        fault: Function that takes a request body and returns None or one of these faults:
+
+            - (status, headers): The answer is an HTTP error.
+            - "cut": The connection closes before the answer.
+            - "half": The connection closes after half of the answer.
+            - "text": The answer is not JSON.
+            - "empty": The answer has no choices.
+        finish: Finish reason that all answers report; None: the actual finish reason.
+        message: Additional fields of each chat message that the server writes.
         bodies: Bodies of the requests that were answered.
         n_running: Number of requests in progress.
         most_running: Largest number of requests that were in progress at the same time.

@@ -1,6 +1,6 @@
 """Tests engines that accept requests at any time.
 
-Later questions start before slow ones finish, and the outputs stay the same.
+A question may start before earlier questions have finished. The outputs must stay the same.
 """
 
 import itertools

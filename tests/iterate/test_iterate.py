@@ -82,7 +82,10 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Returns the files that every run must reproduce, by name. Lines with times are removed from the model cards."""
+    """Returns the files that must be equal in every run, as a dict from path to content.
+
+    Lines with times are removed from the model cards.
+    """
     paths = [path for path in sorted(out.rglob("*")) if path.is_file()]
     files = {
         str(path.relative_to(out)): path.read_bytes()

@@ -519,7 +519,7 @@ def test_backward_cuts_the_same_tiles_as_forward_where_they_are_kept(kernel: str
 
 
 def confident(dtype: torch.dtype, probability: float, *, vocab: int = 1003, depth: int = 65) -> Linear:
-    """Returns a batch whose labels have about the given probability; rounding to ``dtype`` changes it slightly."""
+    """Returns a batch in which each label has about the given probability."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(vocab, depth, generator=generator, dtype=torch.float64) / math.sqrt(depth)).to(dtype)
     labels = torch.randint(vocab, (6,), generator=generator)

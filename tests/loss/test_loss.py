@@ -71,7 +71,7 @@ def on_cpu(output: MPOOutput) -> Any:
 
 
 def by_sequence(rows: Tensor, case: Case) -> list[Tensor]:
-    """Splits a tensor of rows into one view for each sequence."""
+    """Returns a list with a view of each sequence's rows."""
     return list(rows) if case.cu_seqlens is None else list(rows.tensor_split(case.cu_seqlens[1:-1].long()))
 
 

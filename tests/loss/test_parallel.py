@@ -204,10 +204,10 @@ def local(case: Case, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | N
 
 
 def error(name: str, ours: Tensor, truth: Tensor, *, may_have_more_nan: bool = False) -> float:
-    """Returns the largest absolute error, divided by the largest absolute value of ``truth``.
+    """Returns the largest absolute error of ``ours``, divided by the largest absolute value of ``truth``.
 
-    The divisor of a loss or log-prob is at least 1. NaN must be at the same places in both tensors. With
-    ``may_have_more_nan``, ``ours`` may have more.
+    For a loss or log-prob, the divisor is at least 1. Both tensors must have NaN at the same places. With
+    ``may_have_more_nan``, ``ours`` may have NaN at other places, too.
     """
     assert ours.shape == truth.shape, f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
     if may_have_more_nan:
@@ -225,9 +225,9 @@ BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8}
 
 
 def check_case(rank: int, seed: int) -> dict[str, float]:
-    """Computes a random case on several ranks and in one process. Returns the errors of all results by name.
+    """Computes a random case on several ranks and in one process. Compares the results.
 
-    An error is divided by its bound.
+    Returns the error of each result by name. An error of 1 is the largest allowed error.
     """
     case = make_case(seed)
     truth = compute(case, case.tensors, case.options)
@@ -274,7 +274,7 @@ def test_random_cases_equal_one_process(pool: RankPool) -> None:
 
 
 def same_bits(rank: int, seeds: range) -> list[dict[str, Tensor]]:
-    """Checks that two runs give the same bits. Returns the results that must be equal on all ranks."""
+    """Checks that two runs of a case give the same bits. Returns the results that must also be equal on all ranks."""
     shared = []
     for seed in seeds:
         case = make_case(seed)

@@ -560,7 +560,7 @@ def trl_loss(name: str, case: Case, label_smoothing: float) -> float:
 def trl_losses(name: str, case: Case) -> list[float]:
     """Returns TRL's loss of each pair, computed in batches of one pair.
 
-    Some losses are defined only on a whole batch. For these, returns a list with one number, the loss of the batch.
+    If the loss is defined only on a whole batch, returns a list with one number, the loss of the batch.
     """
     label_smoothing = 0.0 if name == "sigmoid" else SMOOTHING.get(name, 0.0)
     if LOSSES[name].whole_batch:

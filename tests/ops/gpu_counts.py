@@ -153,10 +153,11 @@ def count(
     mode: str, rows: int, hidden_size: int, vocab: int, dtype: torch.dtype = torch.bfloat16, *,
     positions: int | None = None, budget: int = H100_BUDGET, **head: float,
 ) -> Counts:  # fmt: skip
-    """Counts a forward and backward pass with ``rows`` labelled positions.
+    """Counts the GPU work of a forward and backward pass.
 
-    ``mode`` is a key of MODES. ``positions`` is the number of all positions; None: ``rows``, so all are labelled.
-    ``budget`` is the memory budget in bytes. ``head`` may have logit_scale, softcap and temperature.
+    ``mode`` is a key of MODES. ``rows`` is the number of labelled positions, and ``positions`` is the number of all
+    positions. Without ``positions``, all positions are labelled. ``budget`` is the memory budget in bytes. ``head``
+    may have logit_scale, softcap and temperature.
     """
     counter = Counter((rows, hidden_size))
     scales = [head.get("logit_scale", 1.0), head.get("softcap", 0.0), head.get("temperature", 1.0)]

@@ -112,9 +112,9 @@ def job_of(folder: Path) -> Callable[..., Job]:
 
 @pytest.fixture(scope="module")
 def whole(job_of: Callable[..., Job]) -> Callable[[str], Job]:
-    """Returns a function that takes a job's name and runs the job without interruption. Results are cached.
+    """Returns a function that takes a job's name, and runs the job without interruption. The results are cached.
 
-    The run counts its events, such as optimizer updates, and writes their number to the job's file ``.events``.
+    The number of events in the run, such as optimizer updates, is written to the job's file ``.events``.
     """
 
     @functools.lru_cache(None)

@@ -162,9 +162,9 @@ def leaking(inner: nn.Module, segments: torch.Tensor) -> Any:
 
 
 def by_row(inner: nn.Module, segments: torch.Tensor) -> Any:
-    """Builds wrong masks for sliding-window attention: distances are counted in the row, not in the sequence.
+    """Builds wrong masks for sliding-window attention. The masks count distances in the row, not in the sequence.
 
-    In a row with two responses, the second one is then too far from its prompt.
+    In a row with two responses, the second response is then too far from the prompt.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks, "sequence_positions", lambda s: torch.arange(s.shape[1]).expand_as(s))

@@ -1,6 +1,6 @@
-"""Answers requests with an engine, and runs pipelines that use the engine, in a separate process.
+"""Answers requests and runs pipelines with an engine. Tests start this script as a separate process.
 
-The process is needed because vLLM can start only once in a process.
+The separate process is needed because vLLM can start only once in a process.
 
 Usage: ``python run_engine.py ENGINE MODEL ITEMS OUT OPTIONS``. ENGINE is "vllm" or "openai", and OPTIONS is JSON.
 """

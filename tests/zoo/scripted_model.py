@@ -14,12 +14,12 @@ class ScriptedConfig(PretrainedConfig):
 
 
 class ScriptedModel(PreTrainedModel, GenerationMixin):
-    """Generates the ids of a script after any prompt, one at each step: its logits are one-hot.
+    """A model that generates the same token ids (a script) after any prompt. Each step generates one id.
 
     Attributes:
         script: Ids to generate; the last id is repeated.
-        prompts: Token ids of the prompts seen.
-        scripts: Scripts for the next prompts; each replaces ``script``.
+        prompts: Token ids of all prompts so far.
+        scripts: Scripts for the next prompts. The first of them becomes ``script`` when a new prompt arrives.
     """
 
     config_class = ScriptedConfig

@@ -1,4 +1,7 @@
-"""Chat templates that give the same text as the families' published templates. Few templates here support tools."""
+"""Chat templates that write the same text as the published templates of the model families.
+
+Few templates here support tools.
+"""
 
 ALTERNATE = (
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"

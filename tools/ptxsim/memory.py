@@ -201,7 +201,7 @@ class BufferStats:
 
     @property
     def unique_bytes_read(self):
-        """The bytes of all 32-byte sectors that were read, each counted once: the traffic with a perfect cache."""
+        """Bytes of all 32-byte sectors that were read. Each sector counts once, as with a perfect cache."""
         return min(int(self._rd.sum()) * 32, self.nbytes)
 
     @property

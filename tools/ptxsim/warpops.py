@@ -1,7 +1,7 @@
 """Warp-level instructions: shuffles, votes, reductions, matrix loads and mma.
 
-The machine runs such an instruction only after every lane in the member mask has arrived. Then the registers of the
-other lanes are ready to be read.
+A warp-level instruction waits until all lanes in its member mask have arrived. The instruction can then read the
+registers of all these lanes.
 """
 
 import numpy as np
