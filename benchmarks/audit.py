@@ -127,10 +127,11 @@ CHECKS = (
 
 
 def run(check: Check, scale: float) -> tuple[dict[str, Any], str]:
-    """Runs a check with its numbers of cases multiplied by ``scale``.
+    """Runs a check. The numbers of cases are multiplied by ``scale``.
 
     Returns:
-        A tuple: the entry of the check in results/audit.json, and the end of the output if the check failed (else "").
+        A tuple: the entry of the check in results/audit.json, and a text. If the check failed, the text is the end of
+        the output. Otherwise, the text is "".
     """
     load, start = os.getloadavg()[0], time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **check.environment(scale)}

@@ -71,9 +71,9 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) 
 
 @functools.cache
 def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[steps.ModelShape, steps.StepShape]:
-    """Returns the inputs with which the cost model predicts a training step of ``benchmarks.train_step``.
+    """Returns the inputs of the cost model for a training step of ``benchmarks.train_step``.
 
-    ``precomputed`` tells whether the reference log-probs are computed before training.
+    With ``precomputed``, the reference log-probs are computed before training.
     """
     from mpo_ext.plan.memory import MemoryEstimate
 

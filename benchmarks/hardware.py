@@ -25,14 +25,14 @@ WAYS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 
 
 def needed_memory(name: str, overrides: tuple[str, ...], ranks: int, folder: Path) -> tuple[int, int]:
-    """Returns the sequence length that a recipe is assumed to have, and the peak bytes predicted per GPU.
+    """Returns the assumed sequence length of a recipe, and the predicted peak bytes per GPU.
 
     The length counts the tokens of a prompt and one response.
 
     Args:
         name: Name of the recipe, without suffix.
-        overrides: Settings that replace those of the recipe, such as "data.max_length=4096".
-        ranks: Number of GPUs. If there are several, each GPU holds only a shard of the parameters, gradients and
+        overrides: Settings that replace settings of the recipe, such as "data.max_length=4096".
+        ranks: Number of GPUs. With several GPUs, each GPU holds only a shard of the parameters, gradients and
             optimizer state.
         folder: Folder to which a model config and a file with one pair are written.
     """

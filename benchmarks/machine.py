@@ -1,6 +1,6 @@
 """Measures the speed of this machine, such as bytes and FLOP per second, for the cost model in mpo_ext.plan.
 
-The speed is measured with small programs. They alternate with the runs of the benchmarks, because other processes may
+Small programs measure the speed. The programs alternate with the runs of the benchmarks, because other processes may
 slow the machine down for a while.
 """
 

@@ -51,7 +51,7 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
 
 
 def _scaling(name: str, points: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Plots the measured times: a column of panels for each varied size, and a row for each dtype.
+    """Plots the measured times. Each varied size has a column of panels, and each dtype has a row of panels.
 
     Returns the paths of the plot files; [] if no size was varied.
     """

@@ -215,9 +215,10 @@ def full_table(name: str, documents: Documents) -> str:
 
 
 def sweeps(name: str, documents: Documents) -> str:
-    """Returns a table of times for all shapes except the base shape, and a link to their plot.
+    """Returns a table of times and a link to the plot of these times.
 
-    The table has a column for each of mpo_ext's methods and for eager torch.
+    The table covers all measured shapes except the base shape. It has a column for each of mpo_ext's methods and for
+    eager torch.
     """
     document = documents[name]
     points = [p for p in _measured(document) if p["sweep"] in _AXES]

@@ -90,9 +90,9 @@ class Parts:
         self._marks: dict[str, float] = {}
 
     def wrap(self, call: Callable[..., Any], name: str, *, of_policy: bool = False) -> Callable[..., Any]:
-        """Returns a function that calls ``call`` and adds its seconds to the part ``name``.
+        """Returns a function that calls ``call``, and adds the seconds of each call to the part ``name``.
 
-        If ``of_policy`` is True, calls without gradients are not counted. They belong to the reference model.
+        With ``of_policy``, calls without gradients are not counted, because they belong to the reference model.
         """
 
         @functools.wraps(call)

@@ -350,7 +350,7 @@ def mpo_exact(
 
 
 def _sum_noise(rows: ExactRows, eps: float) -> float:
-    """Returns the possible error of a sequence's log-prob: ``eps`` times the sum of max(|logp|, 1) over its tokens."""
+    """Returns the possible error of a sequence's log-prob: ``eps`` times the sum of max(|logp|, 1) over all tokens."""
     # The 1 stands for the rounding of the logarithm's argument.
     finite = np.abs(rows.logp[rows.labelled & np.isfinite(rows.logp)])
     return float(eps * np.maximum(finite, 1).sum())
@@ -600,8 +600,8 @@ def assert_as_accurate(
 ) -> None:
     """Raises if the error of a result exceeds ``factor`` times the error of eager torch in the same dtype.
 
-    The limit also contains ``noise``, the unavoidable absolute error, and the rounding error of the largest exact
-    value. Infinities and NaN must match.
+    Two numbers are added to this limit: ``noise``, the unavoidable absolute error, and the rounding error of the
+    largest exact value. Infinities and NaN must match.
     """
     # A fixed atol would hide mistakes. With a vocabulary of 150k, a typical gradient entry is 1e-5, so a kernel that
     # writes zeros would pass atol=5e-5.

@@ -100,9 +100,9 @@ def check(document: Mapping[str, Any], *, has_all: bool = True) -> None:
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the generated Markdown texts and tables of docs/ by name, such as "study_setup" or "prior_differences".
+    """Returns the generated Markdown blocks of docs/, as a dict from name to text.
 
-    The first word of a name comes from ``prefix_of``.
+    Examples of names are "study_setup" and "prior_differences". ``prefix_of`` returns the first word of a name.
     """
     prefix, task = prefix_of(document), task_of(document)
     blocks = {f"{prefix}_setup": _setup(document)}

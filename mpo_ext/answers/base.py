@@ -111,7 +111,7 @@ class Matcher(abc.ABC):
 
 
 def is_empty(prediction: str, truths: Sequence[str]) -> bool:
-    """Returns whether the answer is blank or all true answers are blank."""
+    """Returns True if the answer is blank, or if all true answers are blank."""
     return not prediction.strip() or not any(truth.strip() for truth in truths)
 
 

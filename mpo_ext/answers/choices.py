@@ -113,11 +113,12 @@ class ChoiceMatcher(Matcher):
 
 
 def _read_boxes(answer: str, boxes: Sequence[str], labels: tuple[tuple[str, str], ...]) -> Choice:
-    r"""Returns the selection in an answer with several ``\boxed{}``. ``boxes`` are their contents, not all equal.
+    r"""Returns the selection in an answer with several ``\boxed{}``.
 
-    Contents with the same letter ("\boxed{A}, \boxed{(A)}") select this letter. A list of letters
-    ("\boxed{A}, \boxed{C}") selects all of them. In all other cases, such as "\boxed{A} or \boxed{C}", the selection
-    is unclear.
+    ``boxes`` are the contents of the boxes, at least two of which differ. If all contents mean the same letter
+    ("\boxed{A}, \boxed{(A)}"), the selection is this letter. If the answer is a list of letters ("\boxed{A},
+    \boxed{C}"), the selection is all letters. In all other cases, such as "\boxed{A} or \boxed{C}", the selection is
+    unclear.
     """
     choices = {read_choice(box, labels) for box in boxes}
     letters = {choice.letters for choice in choices}

@@ -129,7 +129,7 @@ def _units() -> dict[str, tuple[Fraction, dict[str, int]]]:
 def _folded_units() -> dict[str, tuple[Fraction, dict[str, int]]]:
     """Returns the units of ``_units`` by lower-case name.
 
-    Single letters, and names that are ambiguous in lower case ("mW" and "MW"), are left out.
+    Single letters are left out. So are names that are ambiguous in lower case, such as "mW" and "MW".
     """
     units = _units() | {name: (Fraction(0), {}) for name in _OTHER_SYMBOLS.split() if name not in _units()}
     folded: dict[str, tuple[Fraction, dict[str, int]]] = {}

@@ -58,9 +58,10 @@ def renderings(response: str, opened: str) -> list[str]:
 
 
 def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
-    """Raises ``ChatError`` if the rendered prompt ``text`` lacks the content or a tool call of a turn in ``messages``.
+    """Raises ``ChatError`` if the rendered prompt ``text`` is incomplete.
 
-    Only the reasoning of an assistant's turn, up to ``</think>``, may be missing.
+    ``text`` must contain the content and the tool calls of each turn in ``messages``. In an assistant's turn, the
+    reasoning (up to ``</think>``) may be missing.
     """
     written = squash(text)
 

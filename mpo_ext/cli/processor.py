@@ -113,9 +113,10 @@ def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
 
 
 def _examples(folder: Path, *, has_images: bool) -> Iterator[tuple[Any, str]]:
-    """Yields a text pair and, if ``has_images``, a pair with an image. The image file is written to ``folder``.
+    """Yields (pair, name) tuples of example pairs. ``name`` denotes the pair in messages.
 
-    Each pair is yielded in a tuple (pair, name). The name denotes the pair in messages.
+    Yields a pair without images. With ``has_images``, also yields a pair with an image, and writes the image to
+    ``folder``.
     """
     from mpo_ext.data.records import Pair
 

@@ -274,7 +274,8 @@ def _load_tokenizer(source: Path, values: Mapping[str, Any]) -> Any:
 def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[str, Any]) -> bool:
     """Returns whether the output head shares its weights with the embedding.
 
-    The config must say so. If the checkpoint stores a head, it must also be equal to the embedding.
+    This is True only if the config ties both weights. If the checkpoint stores a head, the head must also be equal to
+    the embedding.
     """
     language = values["llm_config"]
     if not language.get("tie_word_embeddings", values.get("tie_word_embeddings", False)):

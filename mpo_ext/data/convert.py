@@ -107,7 +107,10 @@ def written_paths(out: str | os.PathLike[str], format: Format) -> list[Path]:
 
 
 def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair | BadLine:
-    """Returns the pair, or a BadLine if the format cannot hold its turns, tools, extra fields or media."""
+    """Returns the pair, or a BadLine if ``format`` cannot hold the pair.
+
+    For example, a pair in the format "hf" must have no tools and no videos.
+    """
     for name in ("videos", "rejected_images"):
         if getattr(pair, name) and format in ("trl", "hf"):
             reason = (

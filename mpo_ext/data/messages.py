@@ -73,9 +73,10 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
 
 
 def _unbundled(value: object) -> object:
-    """Converts a message, or a dict of two lists such as ``{"role": [...], "content": [...]}``, to a list of messages.
+    """Converts a message to a list with this message, and a dict of lists to a list of messages.
 
-    Older datasets store messages as a dict of lists. Any value that is not a dict is returned unchanged.
+    Older datasets store messages as a dict of two lists, such as ``{"role": [...], "content": [...]}``. Any value that
+    is not a dict is returned unchanged.
     """
     if not isinstance(value, Mapping):
         return value

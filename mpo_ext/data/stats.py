@@ -137,13 +137,13 @@ def collect_stats(
 ) -> dict[str, SubsetStats]:
     """Reads every pair of a source, and returns the statistics of each data set, by name.
 
-    A pair counts under the name of its MMPR data set. Without such a data set, it counts under the name of its
-    file or dataset.
+    A pair counts under the name of its MMPR data set. A pair without such a data set counts under the name of its file
+    or dataset.
 
     Args:
         source: The pairs.
         length: Function that returns the length of a text.
-        skipped: Collects the bad lines; None: they are only counted.
+        skipped: Collects the bad lines. None: bad lines are only counted.
     """
     stats = {name: SubsetStats() for name in source.subsets}
     for where, pair in source.scan():

@@ -78,8 +78,8 @@ def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tu
 
 
 def standard_error(accuracy: float, count: float, **_: Any) -> float:
-    """Returns the standard error, in percentage points, of an accuracy over ``count`` questions.
+    """Returns the standard error of an accuracy, in percentage points.
 
-    ``accuracy`` is a fraction. Other keyword arguments are ignored.
+    ``accuracy`` is a fraction, and ``count`` is the number of questions. Other keyword arguments are ignored.
     """
     return 100 * math.sqrt(accuracy * (1 - accuracy) / count)

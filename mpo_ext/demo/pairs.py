@@ -118,10 +118,7 @@ def make_pairs(
 
 
 def sampling_runs(settings: Settings) -> Iterator[tuple[str, str, int, runner.PairPipeline]]:
-    """Yields (name, form, count, pipeline) of each sampling run.
-
-    ``form`` is the form of the questions in the run, and ``count`` is their number.
-    """
+    """Yields the name, the form of the questions, the number of questions and the pipeline of each sampling run."""
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}
     pairing: dict[str, Any] = {"samples": settings.samples, "pairs_per_question": settings.pairs_per_question}

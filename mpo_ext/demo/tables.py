@@ -42,10 +42,11 @@ def measures_table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[
 
 
 def differences_table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of a table of accuracy differences between two methods, in percentage points.
+    """Returns the header and the rows of a table of accuracy differences between two methods.
 
-    With one seed, a cell has the difference and its paired standard error, such as "+3.1 ± 0.9". With several seeds,
-    it has the mean and the standard deviation over the seeds. Both methods answered the same questions.
+    With one seed, a cell has the difference in percentage points and its paired standard error, such as "+3.1 ± 0.9".
+    (Both methods answered the same questions.) With several seeds, a cell has the mean and the standard deviation over
+    the seeds.
     """
     rows = []
     for method, other in DIFFERENCES:

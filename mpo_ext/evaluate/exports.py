@@ -29,9 +29,9 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
 
     The context manager yields a function that adds a question to the tables. The columns are:
 
-    - index: the question's field ``index``, or its position in the file if it does not have this field.
+    - index: the question's field ``index``. Without this field, the position of the question in the file.
     - question, the options A, B, ..., and all other scalar fields of the question except ``image``.
-    - answer: the true answer; a Python list as text if there are several.
+    - answer: the true answer. Several true answers are written as a Python list.
     - prediction: the whole response.
     - extracted: the extracted answer. VLMEvalKit does not have this column.
     - hit: 1 if the extracted answer is correct, otherwise 0. VLMEvalKit does not have this column.

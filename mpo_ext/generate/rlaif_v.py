@@ -237,9 +237,9 @@ class RlaifV:
                 draft.fail("number of questions is not that of the claims")
 
     def _check(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
-        """Asks a model about each claim, with the item's images as input, and stores the verdicts in the records.
+        """Asks a model about each claim, and stores the verdicts in the records. The model sees the item's images.
 
-        Yields one request for each different yes-or-no question about an item, and receives the generations.
+        Yields the requests, and receives the generations. Each yes-or-no question about an item is asked only once.
         """
         media: dict[int, dict[str, Any]] = {}
         users: dict[tuple[int, str], list[_Draft]] = {}

@@ -320,7 +320,7 @@ def _log_sums(out: MPOOutput, config: MPOConfig) -> dict[str, tuple[Tensor, Tens
 
 
 def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], inputs: dict[str, Any]) -> None:
-    """Adds the means of the metrics over all ranks to the trainer's metrics. Waits for the device once.
+    """Averages the metrics over all ranks, and adds the means to the trainer's metrics. Waits for the device once.
 
     ``mode`` is "train" or "eval". ``terms`` is a result of ``_log_sums`` for the batch ``inputs``.
     """
@@ -389,7 +389,7 @@ def _other_loss(args: DPOConfig) -> str | None:
 
 
 def _other_loss_of(trainer: Any) -> str | None:
-    """Returns why mpo_ext cannot compute the loss of a patched ``DPOTrainer``; None: mpo_ext computes it."""
+    """Returns why mpo_ext cannot compute the loss of a patched ``DPOTrainer``, or None if mpo_ext can compute it."""
     weights = trainer.loss_weights
     if min(weights) < 0 or not any(weights):
         return _other_loss(trainer.args) or f"loss_weights must be at least 0, and one of them positive, got {weights}"

@@ -212,9 +212,10 @@ class SampleRecipe:
     """Settings of the pipelines that make the pairs of a round. At least one pipeline must be set.
 
     Attributes:
-        questions: A file of questions, a list with a file for each round, or a section ``QuestionsRecipe``.
-        correctness: Settings of the pipeline "correctness"; None disables it. ``{}`` takes the defaults.
-        dropout_ntp: Settings of the pipeline "dropout-ntp"; None disables it. ``{}`` takes the defaults.
+        questions: A file of questions, a list with a file for each round, or a section ``QuestionsRecipe``. None: each
+            pipeline has its own ``questions``.
+        correctness: Settings of the pipeline "correctness"; ``{}``: the default settings. None disables the pipeline.
+        dropout_ntp: Settings of the pipeline "dropout-ntp"; ``{}``: the default settings. None disables the pipeline.
     """
 
     questions: _Questions | None = None

@@ -246,7 +246,7 @@ def _link(recipe: IterateRecipe, path: Path) -> str | None:
 
 
 def _picture(results: Mapping[str, Any]) -> str:
-    """Returns a plot of accuracy, pairs and reward accuracy per round as a data URL."""
+    """Returns a plot as a data URL: accuracy, number of pairs and reward accuracy of each round."""
     rounds = results["rounds"]
     numbers = [values["round"] for values in rounds]
     accuracies: dict[str, list[tuple[int, float, float]]] = {}

@@ -37,9 +37,10 @@ class PairLoss(NamedTuple):
 
 
 def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Returns the log-prob of each label: ``[..., V]`` logits and ``[...]`` labels give ``[...]``, float32 or float64.
+    """Returns the log-prob of each label, ``[...]``: float64 for float64 logits, otherwise float32.
 
-    The log-prob is 0 for the label ``ignore_index``, and NaN for any other label outside ``[0, V)``.
+    The logits are ``[..., V]``, and the labels are ``[...]``. The log-prob is 0 for the label ``ignore_index``, and
+    NaN for any other label outside ``[0, V)``.
     """
     vocab = logits.shape[-1]
     logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)

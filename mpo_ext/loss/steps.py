@@ -269,7 +269,7 @@ def score_hidden(
 
 
 def what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute: bool | None) -> int:
-    """Returns which tensor forward keeps for backward, as a ``KEEP_`` constant of ``mpo_ext.ops.linear``."""
+    """Returns a ``KEEP_`` constant of ``mpo_ext.ops.linear``: the tensor that forward keeps for backward."""
     head_needs_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (head_needs_grad or hidden.requires_grad):
         return linear_ops.KEEP_NOTHING

@@ -58,8 +58,8 @@ def gpu_tile_shape(
 ) -> tuple[int, int]:
     """Returns the number of rows and columns of a tile on a GPU.
 
-    ``multiprocessors`` is the number of multiprocessors of the GPU. If it is 0 (unknown), the tile has as many columns
-    as fit. Otherwise, ``fewest_waves`` chooses their number. The other arguments are those of ``tile_shape``.
+    ``multiprocessors`` is the number of multiprocessors of the GPU. With 0 (unknown), the tile has as many columns as
+    fit. Otherwise, ``fewest_waves`` chooses the number of columns. The other arguments are those of ``tile_shape``.
     """
     sizes = {"per_element": per_element, "per_column": per_column, "budget": budget, "preferred": budget}
     height, width = tile_shape(rows, vocab, **sizes, step=_GPU_COLUMN_STEP)

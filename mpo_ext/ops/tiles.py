@@ -248,7 +248,7 @@ class TiledRows:
         return self._buffer("weight", part.shape, self.input_dtype).copy_(part)
 
     def as_input(self, grad: Tensor) -> Tensor:
-        """Returns the gradient of a tile, converted to ``input_dtype``, the dtype of the matmul inputs."""
+        """Returns the gradient of a tile in ``input_dtype``, the dtype of the matmul inputs."""
         if grad.dtype == self.input_dtype:
             return grad
         return self._buffer("grad input", grad.shape, self.input_dtype).copy_(grad)

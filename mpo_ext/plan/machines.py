@@ -195,7 +195,7 @@ GPUS = {
 def gpu(name: str) -> Machine:
     """Returns a machine for the GPU ``name``, a key of ``GPUS``.
 
-    Its bandwidth and its rates of matmuls and attention are assumed fractions of the peaks in the data sheet. Its
+    The bandwidth and the rates of matmuls and attention are assumed fractions of the peaks in the data sheet. The
     ``kernel_rate`` follows from the clock and the number of multiprocessors. Raises ValueError for an unknown name.
     """
     if name not in GPUS:

@@ -303,7 +303,7 @@ def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, con
         vocab: Size of the vocabulary.
         budget: The argument ``memory_budget`` of ``linear_mpo_loss``, in bytes.
         is_half: Whether the inputs of matmuls are half precision. The gradient of a tile is then a separate tensor.
-        converted: Bytes of the head's copy in the dtype of the matmuls; 0 without such a copy.
+        converted: Bytes of a copy of the head in the dtype of the matmuls; 0 without a copy.
     """
     return min(budget, (6 if is_half else 4) * rows * vocab + converted)
 

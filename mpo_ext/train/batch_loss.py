@@ -197,8 +197,8 @@ def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, c
         config: Weights, beta and the other settings of the loss.
 
     Returns:
-        An ``MPOOutput``, in which ``dpo_loss`` is the mean preference loss, ``bco_loss`` and the reward shift are 0,
-        and ``stats`` is empty.
+        An ``MPOOutput``. ``dpo_loss`` is the mean preference loss. ``bco_loss`` and the reward shift are 0. ``stats``
+        is empty.
     """
     labels = batch.labels.to(logp.device)
     is_scored = labels != config.ignore_index

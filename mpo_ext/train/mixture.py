@@ -216,7 +216,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return groups
 
     def inspect(self, *, limit: int = _INSPECTED_LINES) -> list[SourceOverview]:
-        """Returns an overview of each source: format, bad lines, pairs with images, and missing image files.
+        """Returns an overview of each source, such as its bad lines, pairs with images, and missing image files.
 
         Args:
             limit: Maximum number of lines to read per source. The lines are spread evenly over the source. From a

@@ -63,8 +63,8 @@ def parse_yaml(text: str) -> Any:
     """Returns the parsed YAML text.
 
     Raises:
-        ValueError: If the text is not YAML, a mapping contains a key twice, values are nested more than 50 deep or
-            contain themselves, or aliases expand the text to more than 1,000,000 values.
+        ValueError: If the text is not YAML, or a mapping contains a key twice. Also if values are nested more than 50
+            deep or contain themselves, or if aliases expand the text to more than 1,000,000 values.
     """
     ruamel = _import_ruamel()
     try:

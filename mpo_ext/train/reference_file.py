@@ -62,7 +62,7 @@ class PrecomputedReference:
 
 
 def reference_path(recipe: Recipe) -> Path:
-    """Returns the path of the log-prob file: ``reference.file``, or a file in the output folder by default."""
+    """Returns the path of the log-prob file: ``reference.file``, or "reference.jsonl" in the output folder."""
     return Path(recipe.reference.file or Path(recipe.output.dir, "reference.jsonl"))
 
 

@@ -153,10 +153,10 @@ class RunState:
 
 
 def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, str]:
-    """Returns the settings that differ between a checkpoint and the recipe, as a dict from name to message.
+    """Returns a message for each setting that differs between a checkpoint and the recipe, by name.
 
-    ``state`` is the ``RunState`` dict in the checkpoint at ``path``. A setting that the checkpoint lacks counts
-    as its default. Raises ``LinesError`` if a setting has changed that must stay the same in a run.
+    ``state`` is the ``RunState`` dict in the checkpoint at ``path``. A setting that the checkpoint lacks counts as its
+    default. Raises ``LinesError`` if a changed setting must stay the same in a run.
     """
     stored = state["recipe"]
     with contextlib.suppress(TypeError, ValueError):  # the checkpoint may have a setting that no longer exists

@@ -195,7 +195,7 @@ def _rows_of(
 
 
 def _joined(*batches: _Rows) -> _Rows:
-    """Returns the rows of several batches together. Rows with the same prompt become one row."""
+    """Combines the rows of several batches. Rows with the same prompt become one row."""
     joined: _Rows = {}
     for key, (prompt, size) in chain.from_iterable(rows.items() for rows in batches):
         joined[key] = prompt, size + joined.get(key, (0, 0))[1]

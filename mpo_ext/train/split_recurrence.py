@@ -32,8 +32,8 @@ _CHECKED_TOKENS = 24, 16  # numbers of tokens of the sequence in ``_check`` and 
 class _States:
     """Convolution and recurrent states of one layer for B sequences.
 
-    Layers get this object in place of transformers' ``Cache`` and call the same methods. It keeps the autograd graph
-    of the states. Each attribute is a dict from ``state_idx`` to a tensor, because a layer may have several states.
+    This object takes the place of transformers' ``Cache`` in the layers. The states keep their autograd graph. Each
+    attribute is a dict from ``state_idx`` to a tensor, because a layer may have several states.
 
     Attributes:
         conv: Last inputs of a convolution with C channels and K taps, ``[B, C, K - 1]``.
@@ -48,7 +48,7 @@ class _States:
     def join(states: Sequence[tuple["_States", int]]) -> "_States":
         """Combines the states of several sequences into one batch.
 
-        Each element of ``states`` is a pair: the states of a batch, and the index of a sequence in this batch.
+        For each sequence, ``states`` has a tuple: the states of a batch, and the index of the sequence in this batch.
         """
         joined = _States()
         first = states[0][0]

@@ -37,7 +37,7 @@ def final(answer: object) -> str:
 
 
 def outputs(out: Path) -> dict[str, bytes]:
-    """Returns the contents of an evaluation's files by path, without journals (sampled responses) and lock files."""
+    """Returns the files of an evaluation, except journals and lock files, as a dict from path to content."""
     paths = [path for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {str(path.relative_to(out)): path.read_bytes() for path in paths if "journals" not in path.parts}
 

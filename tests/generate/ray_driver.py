@@ -23,8 +23,9 @@ from mpo_ext.generate.engine import Generation, Request
 class RayStub(StubEngine):
     """A stub engine with faults, which depend on the question.
 
-    It raises at the question ``broken``, kills its process at ``deadly``, and waits two seconds at ``slow``. With
-    ``child``, it starts a child process. The folder ``pids`` gets files with the process ids as names.
+    The question ``broken`` raises an error, ``deadly`` kills the process, and ``slow`` takes two seconds. With
+    ``child``, the engine starts a child process. Each process writes a file with its process id as the name to the
+    folder ``pids``.
     """
 
     def __init__(

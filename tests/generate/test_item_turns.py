@@ -1,4 +1,7 @@
-"""Tests questions with several turns, a system prompt, a history or tools: reading, refusal, sampling, output."""
+"""Tests questions with several turns, a system prompt, a history or tools.
+
+The tests cover reading, refusals, sampling and output files.
+"""
 
 import base64
 import dataclasses

@@ -382,8 +382,8 @@ AXES: dict[str, list[Any]] = {
 def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
     """Returns combinations of values, one value for each axis.
 
-    Every two values of different axes occur together in at least one combination (pairwise testing). Then a budget of
-    1 with a large vocabulary is replaced by 1500.
+    Every two values of different axes occur together in at least one combination (pairwise testing). With a large
+    vocabulary, the budget 1 is replaced by 1500.
     """
     chance = random.Random(seed)
     names = list(axes)

@@ -48,8 +48,9 @@ class Job:
     """A training run with the tiny model from ``digits_run``, or with a model in a folder.
 
     Attributes:
-        out: Folder of the run. Files beside it have its name and a suffix: ``.text`` (printed output), ``.rank0`` ...
-            (final parameters of each rank), ``.events`` (number of events, see ``die_at_event``).
+        out: Folder of the run. The files beside the folder have the same name and a suffix. ``.text`` is the printed
+            output, ``.rank0`` ... are the final parameters of each rank, and ``.events`` is the number of events (see
+            ``die_at_event``).
         pairs: File to train on.
         settings: Overrides of the recipe, as in ``digits_run.recipe``.
         hook: Called in each process with its rank, before the run.

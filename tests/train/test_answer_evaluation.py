@@ -38,7 +38,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def items(pairs: Path) -> Path:
-    """Returns a file with the questions of nine pairs and made-up answers. The tiny model answers some correctly."""
+    """Writes the questions of nine pairs and made-up true answers to a file. Returns the file.
+
+    The tiny model answers some questions correctly.
+    """
     lines = [json.loads(line) for line in pairs.read_text().splitlines()[:9]]
     path = pairs.with_name("items.jsonl")
     path.write_text(

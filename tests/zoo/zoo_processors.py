@@ -41,7 +41,7 @@ class _NoVideo:
 
 
 def without_video(base: type, **attributes: Any) -> Any:
-    """Returns a subclass of ``base`` whose constructor takes no video processor and sets ``attributes``."""
+    """Returns a subclass of ``base`` without a video processor. Its constructor sets ``attributes``."""
 
     def build(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
