@@ -1,6 +1,6 @@
 """Measures the speed of sampling: ``python -m benchmarks.sampling``.
 
-Prints three results. They are computed from medians of alternating runs.
+Prints three results. Each result is computed from medians of alternating runs.
 
 1. The speed of batches, relative to single prompts. The model is the untrained InternVL of the digits demo.
 2. The overhead of a sampling run: the time outside ``TransformersEngine.generate``, divided by the time inside. For

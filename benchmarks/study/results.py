@@ -50,7 +50,7 @@ def read(out: Path, settings: AnySettings, row: str) -> dict[str, Any] | None:
 
 
 def save(out: Path, settings: AnySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the result of a training run or of a starting model. Returns the result after ``complete_result``."""
+    """Completes, writes and returns the result of a training run or starting model; see ``complete_result``."""
     complete = complete_result(settings, row, result)
     path = _file(out, settings, row)
     path.parent.mkdir(parents=True, exist_ok=True)

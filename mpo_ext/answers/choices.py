@@ -117,7 +117,7 @@ def _read_boxes(answer: str, boxes: Sequence[str], labels: tuple[tuple[str, str]
 
     ``boxes`` are the contents of the boxes, at least two of which differ. If all contents mean the same letter
     ("\boxed{A}, \boxed{(A)}"), the selection is this letter. If the answer is a list of letters ("\boxed{A},
-    \boxed{C}"), the selection is all letters. In all other cases, such as "\boxed{A} or \boxed{C}", the selection is
+    \boxed{C}"), all letters are selected. In all other cases, such as "\boxed{A} or \boxed{C}", the selection is
     unclear.
     """
     choices = {read_choice(box, labels) for box in boxes}

@@ -119,7 +119,7 @@ class MathProcess:
 
         Returns:
             - "equal" or "different".
-            - "rounded" if one expression is a decimal number and equals the other expression after rounding. Example:
+            - "rounded" if one expression is a decimal number, and the other expression rounds to this number. Example:
               "1.41" and the square root of 2.
             - "unread" if math-verify cannot read or compare the expressions.
             - "unfinished" if the time limit is reached or the helper process dies.

@@ -47,8 +47,8 @@ class Item:
         extra: Other fields of the input line. The field ``options`` is a list of texts, or a dict from letter to text.
         image_root: Folder to which relative image paths are joined.
         subset: Name of the item's data set in an MMPR meta file (a JSON file that lists data sets). None without such
-            a file. If set, the item's pairs store ``subset`` and ``image_root``, and their image and video paths are
-            absolute.
+            a file. With a data set, the item's pairs store ``subset`` and ``image_root``. The paths of images and
+            videos in the pairs are then absolute.
         problem: Reason why the item cannot be used, or None.
         detail: Further explanation of ``problem``, or None.
     """

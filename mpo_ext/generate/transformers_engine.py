@@ -384,7 +384,7 @@ def _batches(
 
 
 def make_generation(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Generation:
-    """Returns the ``Generation`` of a request. Its token ids are the sampled ``ids`` before the first end token."""
+    """Returns the ``Generation`` of a request from the sampled token ids before the first end token."""
     end = next((place for place, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = list(ids[:end])
     head = chat.response_text(request, request.prefix_ids) if request.prefix_ids else ""

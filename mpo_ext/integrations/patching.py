@@ -45,8 +45,8 @@ def patch(name: str, **options: Any) -> None:
         name: Name of the trainer. In "trl", "axolotl", "llama-factory" and "ms-swift", the preference loss is
             replaced. In "openrlhf", "verl" and "unsloth", the log-probs of tokens are replaced.
         options: The only option is ``reward_shift``, for trainers whose preference loss is replaced. It is a mapping
-            with settings of ``RewardShift``, such as ``{"mode": "cumulative"}``. Without it, the trainer's own reward
-            shift applies: fixed at 0 in TRL and axolotl, "cumulative" in LLaMA-Factory and ms-swift.
+            with settings of ``RewardShift``, such as ``{"mode": "cumulative"}``. Without this option, the trainer's
+            own reward shift applies: fixed at 0 in TRL and axolotl, "cumulative" in LLaMA-Factory and ms-swift.
 
     Raises:
         ImportError: If the trainer's package is not installed.

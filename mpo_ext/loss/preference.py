@@ -105,7 +105,7 @@ def preference_loss(
     other pair, a NaN log-prob makes the mean over the batch NaN or infinite.
 
     Args:
-        name: Key of ``LOSSES``, such as "ipo". A loss that TRL 1.16 also has has the same name in TRL.
+        name: Key of ``LOSSES``, such as "ipo". Losses that also exist in TRL 1.16 have the same names there.
         chosen_logp: ``[B]`` float32 or float64. Sum of the label log-probs of each chosen response.
         rejected_logp: ``[B]``, same dtype. The same sum for each rejected response.
         ref_chosen_logp: ``[B]``, same dtype, without gradient. The sum for each chosen response under the reference
