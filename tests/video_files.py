@@ -17,7 +17,7 @@ def grey(number: int) -> int:
 
 
 def number_of(image: Image.Image) -> int:
-    """Returns the number (below 32) of a frame from ``write_video``, given its image."""
+    """Returns the number (below 32) of a frame from ``write_video``. ``image`` is the frame."""
     return round(float(np.asarray(image).mean()) / 8)
 
 

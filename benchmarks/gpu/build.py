@@ -19,7 +19,7 @@ _PROBE = "from mpo_ext.ops.native import compiled; print(True, bool(compiled().h
 def ensure_built(out: Path, *, needs_cuda: bool, archs: str | None = None) -> str:
     """Builds the native module if it is missing or lacks required CUDA kernels. Returns a message.
 
-    After a build, also links the Triton kernels into mpo_ext if they are missing there. CMake, ninja, a compiler and
+    If mpo_ext has no Triton kernels after the build, they are linked into mpo_ext. CMake, ninja, a compiler and
     pybind11 must be installed, because nothing is downloaded.
 
     Args:

@@ -12,7 +12,7 @@ _INTEGERS = ["vocab", "first", "hidden_size", *_STRIDES, "out_misalignment"]
 
 @triton.jit
 def rescale_part(sums_ptr, scale, size, BLOCK: tl.constexpr):
-    """Multiplies this program's part of a row of ``size`` sums by ``scale``."""
+    """Multiplies a row of ``size`` sums by ``scale``. Each program multiplies a part of the row."""
     stop = size * (tl.program_id(1) + 1) // tl.num_programs(1)
     for at in range(size * tl.program_id(1) // tl.num_programs(1), stop, BLOCK):
         columns = at + tl.arange(0, BLOCK)

@@ -158,7 +158,7 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
 def _split(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Returns the prompt, the chosen response and the rejected response of a row.
 
-    If ``chosen`` and ``rejected`` are whole conversations, the prompt is the turns with which both begin.
+    If ``chosen`` and ``rejected`` are whole conversations, their common first turns are the prompt.
     """
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     are_conversations = isinstance(chosen, list) and isinstance(rejected, list)

@@ -118,7 +118,7 @@ class Feeder:
 
     @property
     def n_blocks(self) -> int:
-        """Number of blocks (groups of items) that were added with ``add`` and not yet removed by ``take``."""
+        """Number of blocks (groups of items) that ``add`` has added and ``take`` has not yet removed."""
         return len(self._blocks)
 
     @property

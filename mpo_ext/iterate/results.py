@@ -143,7 +143,10 @@ def _training(path: Path) -> dict[str, Any]:
 
 
 def accuracy_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows of a table of the accuracies in %, with a row for each file and prompt."""
+    """Returns the header and the rows of a table of accuracies in %.
+
+    Each row belongs to a file and a prompt, and each column to a round.
+    """
     rounds = results["rounds"]
     cells: dict[str, dict[int, str]] = {}
     for values in rounds:

@@ -44,7 +44,7 @@ from mpo_ext.ops.memory import VocabShard, result_dtype
 
 
 class _Rows(NamedTuple):
-    """The log-probs and statistics of this rank's tokens over the whole vocabulary.
+    """Log-probs and statistics of this rank's tokens, computed over the whole vocabulary.
 
     The fields are the outputs of ``ops.linear.linear_token_logp``, in the same order.
     """

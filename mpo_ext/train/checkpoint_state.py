@@ -66,11 +66,11 @@ def save_state(
 
 
 class StateReader:
-    """Restores the model and the optimizer of a run from a checkpoint.
+    """Restores the model and the optimizer of a run from a checkpoint. All ranks must call each method.
 
-    The constructor raises ``CheckpointError`` if the checkpoint does not fit the model or the optimizer. All ranks
-    must call each method. ``folder`` is the folder of the checkpoint, and ``manifest`` its manifest. For the other
-    arguments, see ``Checkpoints.load``.
+    The constructor raises ``CheckpointError`` if the checkpoint does not fit the model or the optimizer. ``folder`` is
+    the folder of the checkpoint, and ``manifest`` describes the checkpoint. For the other arguments, see
+    ``Checkpoints.load``.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ def run(backend: str, logits: torch.Tensor, *args: torch.Tensor, **options: obje
 
 
 def assert_same(ours: object, expected: object) -> None:
-    """Compares the results of two backends with a tolerance, because they sum in different orders."""
+    """Checks that two backends give the same results, except for rounding. The backends sum in different orders."""
     for name in ("loss", "dpo_loss", "bco_loss", "ntp_loss", "chosen_logp", "rejected_logp", "reward_shift", "tokens"):
         torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.stats, expected.stats, rtol=1e-5, atol=1e-5)

@@ -514,7 +514,7 @@ def as_in_trl(name: str) -> dict[str, float]:
 
 
 def trl_loss(name: str, case: Case, label_smoothing: float) -> float:
-    """Returns the mean loss computed by a method of TRL's trainer, with fake objects for the trainer and the model."""
+    """Returns the mean loss that a method of TRL's trainer computes. The trainer and the model are fake objects."""
     if name == "orpo":
         from trl.experimental.orpo import ORPOTrainer
 
