@@ -278,7 +278,7 @@ def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
 
     - The values differ only in the sign.
     - ``parse_unit`` cannot read ``unit``.
-    - ``unit`` is a temperature. One value in Celsius is the other value in Fahrenheit or kelvin.
+    - ``unit`` is a temperature. The values are the same temperature in Celsius, Fahrenheit or kelvin.
     - ``unit`` is "K", and one value is 1000 times the other, because "K" may mean thousand.
     - ``unit`` is not a temperature, and the ratio of the values is a power of ten.
     - ``unit`` is a known unit, but not a temperature, and the ratio is a usual factor between units, such as 60.
@@ -301,5 +301,11 @@ def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
 
 
 def _is_temperature(first: Fraction, second: Fraction) -> bool:
-    scale, kelvin = Fraction(9, 5), (Fraction("273.15"), 273)
-    return abs(first - second) in kelvin or second == first * scale + 32 or first == second * scale + 32
+    zeros = (Fraction("273.15"), Fraction(273))  # of Celsius in kelvin, exact and rounded
+    for celsius, other in ((first, second), (second, first)):
+        if other == celsius * Fraction(9, 5) + 32 or other - celsius in zeros:
+            return True
+    for fahrenheit, kelvin in ((first, second), (second, first)):
+        if kelvin - (fahrenheit - 32) * Fraction(5, 9) in zeros:
+            return True
+    return False

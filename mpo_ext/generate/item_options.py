@@ -166,7 +166,7 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
     letter = list(labels)[answer] if 0 <= answer < len(labels) else None
     if is_index and letter is not None:
         return letter
-    if matching and (letter is None or matching == [letter]):
+    if len(matching) == 1 and letter in (None, *matching):
         return matching[0]
     raise FormError("answer must be a letter or the text of an option: a number may be an index from 0 or from 1")
 
