@@ -121,8 +121,10 @@ def test_scienceqa() -> None:
     assert read({**SCIENCEQA, "image": None}).images == ()
     assert read({**SCIENCEQA, "hint": "It is warm."}).question == "It is warm.\nWhich ocean is it?"
     same = {"question": "Q?", "answer": 5, "options": ["5", "5"]}
-    assert Item.from_dict(same).problem == Item.from_dict({**SCIENCEQA, "answer": 2}).problem == (
-        "answer must be a letter or the text of an option: a number may be an index from 0 or from 1"
+    assert (
+        Item.from_dict(same).problem
+        == Item.from_dict({**SCIENCEQA, "answer": 2}).problem
+        == ("answer must be a letter or the text of an option: a number may be an index from 0 or from 1")
     )
 
 
