@@ -299,7 +299,7 @@ def run_train_step(
 ) -> Results:
     """Measures complete training steps of mpo_ext's trainer and of TRL's trainer, and returns the results.
 
-    After ``seconds``, no further group of steps begins. ``prompts`` is an argument of ``step_groups``.
+    After ``seconds``, no further group of steps begins. ``step_groups`` describes ``prompts``.
     """
     results = Results()
     begin = time.perf_counter()

@@ -143,10 +143,10 @@ class Video:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LoadedVideo:
-    """The frames of a video that a model sees.
+    """The frames of a video that are shown to a model.
 
     Attributes:
-        frames: PIL images of mode RGB and of one size, upright.
+        frames: PIL images of mode RGB, all upright and of the same size.
         times: Time of each frame in seconds from the start of the video.
         rate: Frames per second of the whole video.
         n_source: Number of frames of the whole video.

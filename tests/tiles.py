@@ -104,9 +104,9 @@ def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
 
 
 def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    """Compares linear_mpo_loss, on the code path for GPUs, with a float64 reference. Needs no GPU.
+    """Compares linear_mpo_loss, on the code path for GPUs, with a float64 reference, on a CPU.
 
-    Torch computes the matrix products on the CPU, and ``backend`` runs the kernels.
+    Torch computes the matrix products, and the other kernels run with ``backend``.
     """
 
     def scaled_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: float, bias: object) -> None:

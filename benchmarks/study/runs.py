@@ -133,12 +133,12 @@ class Study:
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
         """Returns the sort key of an entry of the queue. An entry is (seed, name of a training run or starting model).
 
-        The order of the queue is:
+        The queue has three parts:
 
-        1. Names in the main tables, name by name: all seeds of a name, then all seeds of the next. So an interrupted
-           study has complete comparisons.
-        2. Training runs that are in no main table, seed by seed.
-        3. Starting models that are in no main table, seed by seed.
+        1. Names in the main tables. All seeds of a name come before the next name, so that an interrupted study has
+           complete comparisons.
+        2. Other training runs, seed by seed.
+        3. Other starting models, seed by seed.
         """
         seed, row = run
         place = [*self.task.starts, *self.task.rows].index(row)

@@ -47,8 +47,8 @@ class Choice:
     Attributes:
         letters: Letters of the selected options, sorted, such as "AC"; "" if the answer selects no option.
         text: Normalized text of the answer, such as "paris" for "B. Paris".
-        is_unclear: Whether the selection is unclear, as in "A or B", or in "B. Paris" if Paris is option C. A letter
-            that no option has is also unclear.
+        is_unclear: Whether the selection is unclear. "A or B" is unclear. "B. Paris" is unclear if Paris is option C.
+            A letter that no option has is also unclear.
     """
 
     letters: str

@@ -231,8 +231,8 @@ class ChatEncoder:
     def response_text(self, conversation: Conversation, ids: Sequence[int]) -> str:
         """Returns the text of a response from its token ids, without the white space that the template adds.
 
-        ``ids`` are the ids after the conversation's prompt, without the token that ends the turn. The text keeps
-        special tokens, because some models write bounding boxes with them.
+        ``ids`` are the token ids between the prompt and the token that ends the turn. The text keeps special tokens,
+        because some models write bounding boxes with them.
         """
         ids, prompt = list(ids), self.prompt(conversation)
         texts = possible_texts(self.decode, self._special_ids, prompt.ids[-_CONTEXT:], ids)

@@ -19,9 +19,9 @@ def takes_videos(processor: Any) -> bool:
 
 
 def expanded(conversation: AnyConversation, processor: Any) -> AnyConversation:
-    """Returns the conversation in a form that its processor takes.
+    """Returns the conversation in a form that its processor accepts.
 
-    If the processor has no video processor, the frames of videos become numbered images (``with_frames``).
+    If the processor has no video processor, each video becomes a list of numbered images (``with_frames``).
     """
     if not conversation.videos or takes_videos(processor) or not hasattr(processor, "tokenizer"):
         return conversation

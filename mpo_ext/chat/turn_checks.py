@@ -91,7 +91,7 @@ def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 def check_response_turn(turn: Mapping[str, Any], before: str, whole: str) -> None:
     """Raises ``ChatError`` if the rendered conversation ``whole`` lacks the content or a tool call of ``turn``.
 
-    ``turn`` is a turn of the response. ``before`` is the beginning of ``whole``, up to this turn.
+    ``turn`` belongs to the response. ``before`` is the part of ``whole`` before this turn.
     """
     content = turn["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)

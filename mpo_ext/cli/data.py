@@ -139,8 +139,8 @@ def _open(args: argparse.Namespace) -> Any:
 def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Any, Callable[[Any], None]]:
     """Opens the pairs. Returns the ``PairSource``, a ``StoredMedia``, and a function ``warn(skipped)``.
 
-    Call ``warn`` after all pairs have been read. Its argument is the ``Skipped`` that holds the skipped lines.
-    ``warn`` prints a report of these lines, and a warning about missing images and videos.
+    Call ``warn`` after all pairs have been read, with the ``Skipped`` that holds the skipped lines. ``warn`` prints
+    these lines, and a warning about missing images and videos.
     """
     from mpo_ext.data.sources import MissingImages
 

@@ -287,9 +287,9 @@ def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[s
 
 
 def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) -> Any:
-    """Returns a tensor of the authors' checkpoint. ``name`` is the name that transformers gives to the tensor.
+    """Returns the tensor of the authors' checkpoint that becomes the tensor ``name`` of the converted model.
 
-    Use this function only for tensors that the conversion renames without splitting.
+    Use this function only for tensors that the conversion renames, not for tensors that it splits.
     """
     import torch
     from safetensors import safe_open

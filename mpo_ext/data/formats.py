@@ -87,11 +87,11 @@ def _listed(value: object) -> Iterable[object]:
 def detect_lines(file: LineFile) -> Format:
     """Detects the format of a JSON lines file from its first 1000 lines.
 
-    The first row whose fields fit only one format decides. If there is no such row, the format is "mmpr" if the first
-    row has ``question``, ``chosen`` and ``rejected``.
+    The first row whose fields fit only one format decides. If no row decides, and the first row has ``question``,
+    ``chosen`` and ``rejected``, the format is "mmpr".
 
     Raises:
-        ValueError: If the file is empty, none of these lines holds a JSON object, or no format fits.
+        ValueError: If the file is empty, if no line is a JSON object, or if no format fits.
     """
     if len(file) == 0:
         raise ValueError(f"path must hold pairs, got an empty file: {file.name}")

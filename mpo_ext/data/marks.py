@@ -40,9 +40,11 @@ def check_marks(pair: Pair) -> Pair:
     images of the returned pair are in the order of these placeholders. Responses are not changed.
 
     Raises:
-        FieldError: If the prompt has a placeholder of another program, such as ``<|image_pad|>``. Also raised if
-            numbered placeholders do not name each image exactly once, or occur together with ``<image>`` or with image
-            parts of messages.
+        FieldError: In each of these cases:
+
+            - The prompt has a placeholder of another program, such as ``<|image_pad|>``.
+            - The numbered placeholders do not name each image exactly once.
+            - The prompt has numbered placeholders, and also ``<image>`` or image parts of messages.
     """
     texts = [text for text in _texts(pair) if "<" in text or "[" in text]  # every mark has one of these characters
     if not texts:

@@ -62,15 +62,19 @@ def _paths_text(paths: Sequence[str]) -> str:
 def row_videos(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Video]:
     """Returns the videos in the fields ``video`` and ``videos`` of a row.
 
-    Each field may hold a video or a list of videos. A video is a path, an object as in ``Video.from_value``, bytes, or
-    an object with ``bytes`` or ``path``. In a list of videos, a video may also be a list of frame paths.
+    Each field may hold a video or a list of videos. A video has one of these forms:
+
+    - a path
+    - an object as in ``Video.from_value``
+    - bytes, or an object with ``bytes`` or ``path``
+    - a list of frame paths, but only inside a list of videos
 
     Args:
         row: Fields of the row.
         save_image: Function that stores the bytes of a video and returns the path. None: such bytes raise FieldError.
 
     Raises:
-        FieldError: If a value is not a video, or both fields have videos and these differ.
+        FieldError: If a value is not a video. Also raised if both fields have videos, and these differ.
     """
     found = {}
     for name in ("video", "videos"):

@@ -151,13 +151,13 @@ def root_hint(source: PairSource, media: str) -> str:
 
 
 class StoredMedia:
-    """Detects whether pairs use images or videos that were extracted from the rows.
+    """Detects whether pairs use images or videos that a ``PairSource`` stored in its folder ``image_dir``.
 
-    If rows hold images or videos as bytes, a ``PairSource`` stores these in its folder ``image_dir``. Pass ``add`` as
-    ``on_pair`` to this ``PairSource``.
+    A ``PairSource`` stores images and videos there if rows hold them as bytes. Call ``add`` with each pair that is
+    read, for example as ``on_pair`` of the source.
 
     Attributes:
-        folder: ``image_dir`` if a pair uses a file that was stored there, otherwise "".
+        folder: ``image_dir`` after a pair with such a file was read; until then "".
     """
 
     def __init__(self, source: PairSource) -> None:

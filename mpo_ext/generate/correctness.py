@@ -80,8 +80,8 @@ class ScoredSample:
     Attributes:
         text: The response.
         answer: The extracted answer; None if the response has no answer.
-        correct: True for a right answer, False for a wrong answer. None if there is no answer, or if the matcher
-            cannot tell.
+        correct: True for a right answer, False for a wrong answer. None: there is no answer, or the matcher cannot
+            decide.
         rule: Name of the comparison that decided, such as "choice:letter"; None without an answer.
         record: JSON object of the response, as stored on disk.
     """

@@ -68,11 +68,13 @@ class Generation:
     Attributes:
         token_ids: Generated token ids, without the prefix and the end-of-turn token.
         text: Text of ``token_ids``.
-        finish_reason: "stop" if the model ended its turn, "length" if ``max_new_tokens`` cut the continuation off or
-            the engine refused the request.
-        refusal: Reason why the engine refused the request, for example a prompt that is too long; otherwise None.
-        tokens: Number of generated tokens, if the engine does not know their ids; otherwise None.
-        choice_probs: Probability of each choice of the request, measured at the first generated token; None if the
+        finish_reason: "stop": the model ended its turn. "length": the continuation reached ``max_new_tokens``, or the
+            engine refused the request.
+        refusal: Reason why the engine refused the request, for example a prompt that is too long. None: the request
+            was not refused.
+        tokens: Number of generated tokens, from an engine that does not know the token ids. None: the number is
+            ``len(token_ids)``.
+        choice_probs: Probability of each choice of the request, measured at the first generated token. None: the
             request has no choices, or the engine cannot measure them.
     """
 

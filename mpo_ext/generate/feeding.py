@@ -134,8 +134,10 @@ class Feeder:
     def add(self, tag: Any, steps: Steps) -> None:
         """Adds a block (a group of items), and submits its first requests.
 
-        ``tag`` is any object that identifies the block. ``steps`` is the generator that yields the block's requests.
-        If the generator or a request fails, ``take`` returns the error.
+        Args:
+            tag: Any object that identifies the block.
+            steps: Generator that yields the requests of the block. If the generator fails, or the engine rejects a
+                request, ``take`` returns the error.
         """
         self._blocks.append(_Block(tag, steps))
         self._advance(self._blocks[-1], None)

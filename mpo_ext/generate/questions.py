@@ -239,9 +239,9 @@ class AnswerScorer:
         return {**fields, "verdicts": VERDICT_VERSION}
 
     def stored_fields(self, record: Mapping[str, Any], item: Item) -> dict[str, Any]:
-        """Returns ``answer``, ``correct``, ``score`` and ``rule`` as ``score_fields`` does, from a stored JSON object.
+        """Returns ``answer``, ``correct``, ``score`` and ``rule`` of a stored JSON object.
 
-        If the object has another ``VERDICT_VERSION``, its scores are outdated, and the response is scored again.
+        If the object has another ``VERDICT_VERSION``, its scores are outdated. The response is then scored again.
         """
         if record.get("verdicts") == VERDICT_VERSION:
             return {name: record[name] for name in ("answer", "correct", "score", "rule") if name in record}

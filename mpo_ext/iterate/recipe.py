@@ -108,14 +108,14 @@ _Questions = Annotated[QuestionsRecipe, BeforeValidator(_to_questions)]
 
 @section
 class CorrectnessRecipe:
-    """Settings of the pipeline "correctness", which makes pairs of a correct and a wrong response.
+    """Settings of the pipeline "correctness". It makes pairs of a correct and a wrong response.
 
     Fields not listed here are options of ``mpo-ext sample correctness``.
 
     Attributes:
         questions: Questions of this pipeline; None: ``sample.questions``.
-        format_pairs: Whether to train also on pairs whose rejected response has no answer in the form that ``style``
-            requires (``format_pairs.jsonl``).
+        format_pairs: Whether to train also on the pairs in ``format_pairs.jsonl``. Their rejected responses have no
+            answer in the form that ``style`` requires.
         repeat_time: Average number of times that an epoch visits each pair.
         max_pairs: Maximum number of pairs per epoch; None: no limit. Each epoch draws a new random selection.
     """

@@ -201,10 +201,7 @@ class SumGradients(torch.autograd.Function):
 
 
 class _OwnPart(torch.autograd.Function):
-    """Returns a tensor unchanged; differentiating its gradient again raises an error.
-
-    A second derivative would lack the contributions of the other ranks.
-    """
+    """Returns a tensor unchanged. A second derivative raises an error, because other ranks' parts would be missing."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:

@@ -160,9 +160,10 @@ class RewardShift:
         self._apply(batch, each_rank_counts=self.mode == "cumulative")
 
     def step(self) -> None:
-        """Ends an optimizer step: with ``per="optimizer_step"``, updates delta with the rewards since the last call.
+        """Updates delta at the end of an optimizer step, with the rewards since the last call.
 
-        All ranks must call this method together. It does nothing with ``per="micro_batch"`` or mode "fixed".
+        Has an effect only with ``per="optimizer_step"`` and a mode other than "fixed". All ranks must call this method
+        together.
         """
         if self.mode == "fixed" or self.per != "optimizer_step":
             return

@@ -256,11 +256,15 @@ class TiledRows:
     def logits(
         self, rows: slice, weight_rows: Tensor, first: int, end: int, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the logits of a tile, and the values of the softcap's tanh (None without a softcap).
+        """Returns the logits of a tile, and the tanh that the softcap computes. Without a softcap, the tanh is None.
 
-        The argument ``weight_rows`` is the result of ``self.weight_rows(first, end)``. The logits are written to
-        ``out``, if given. Otherwise, they lie in a buffer that the next tile overwrites. The tanh always lies in such
-        a buffer.
+        Args:
+            rows: Slice of the labelled rows.
+            weight_rows: Result of ``self.weight_rows(first, end)``.
+            first: First column of the tile.
+            end: Column after the last column of the tile.
+            out: Tensor for the logits; None: a buffer, which the next tile overwrites. The tanh always lies in such a
+                buffer.
         """
         if out is None:
             out = self._buffer("logits", (rows.stop - rows.start, end - first))

@@ -228,7 +228,7 @@ class _RowPlan(NamedTuple):
         return self.by_row([tuple(size for _, size in sorted(segments.items()) if size) for segments in sizes])
 
     def by_row(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """Groups ``values`` by sequence row: a tuple per row, with the value of each prompt in the row."""
+        """Groups the values of the prompts by sequence row. Returns a tuple of values for each row."""
         rows: list[list[Any]] = [[] for _ in self.ends]
         for prompt, value in zip(self.prompts, values, strict=True):
             rows[prompt.row].append(value)

@@ -348,7 +348,7 @@ class Encoder:
                 )
 
     def _expected_tokens(self, kind: str, inputs: Mapping[str, Tensor]) -> int | None:
-        """Returns how many tokens the prompt needs for the images or videos in ``inputs``; None if unknown.
+        """Returns the number of prompt tokens that the images or videos in ``inputs`` need; None if unknown.
 
         ``kind`` is "image" or "video".
         """

@@ -1,14 +1,14 @@
 """Attention without a mask tensor for rows with several responses to a prompt, on a CPU.
 
-In a row ``[prompt | chosen | rejected]``, a rejected token attends to the prompt and to earlier rejected tokens, but
-not to the chosen response. A single causal call of SDPA's flash kernel on the CPU cannot compute this: its first query
-attends only to the first key. So this module makes two kinds of calls. In a causal call, a prompt or a response
-attends to itself. In a non-causal call, the responses attend to their prompt.
+In a row ``[prompt | chosen | rejected]``, a rejected token attends to the prompt and to earlier rejected tokens. It
+does not attend to the chosen response. SDPA's flash kernel on the CPU cannot compute this in a single causal call. So
+this module calls the kernel several times. In a causal call, a prompt or a response attends to itself. In a
+non-causal call, the responses attend to their prompt.
 
 Each call returns its output and lse, the log-sum-exp of each query's scores. With ``joint = logaddexp(lse_1, lse_2)``,
-the attention output is the sum of both outputs with the weights ``exp(lse_i - joint)``. In backward, each kernel call
-takes this sum and ``joint``, not its output and its lse. This gives the exact gradients (FlashAttention-2, arXiv
-2307.08691, section 3.1).
+the attention output is ``exp(lse_1 - joint) * output_1 + exp(lse_2 - joint) * output_2``. In backward, each kernel
+call receives the attention output and ``joint`` in place of its output and its lse. This gives the exact gradients
+(FlashAttention-2, arXiv 2307.08691, section 3.1).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class JointCalls(NamedTuple):
 
 
 def joint_calls(parts: Sequence[TokenPart]) -> JointCalls:
-    """Returns the kernel calls for all parts. Adjacent parts with the same prompt attend to it in the same call."""
+    """Returns the kernel calls for all parts. Adjacent parts with the same prompt attend to it in one call."""
     own: list[tuple[int, int]] = []
     shared: list[tuple[int, int, int, int]] = []
     starts: list[int] = []

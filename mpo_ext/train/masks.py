@@ -302,7 +302,7 @@ def _decoder(inner: nn.Module) -> Any:
 def decoder_config(inner: nn.Module) -> Any:
     """Returns the config that the decoder uses, or None if the model has no config.
 
-    It may be a different object from the model's text config.
+    The model's own text config may be a different object.
     """
     decoder = _decoder(inner)
     config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)

@@ -136,7 +136,10 @@ def log_line(
 
 
 def speed(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Returns the seconds of a step, and two rates summed over all ranks: tokens (no padding) and pairs per second."""
+    """Returns the seconds of a step, the tokens per second and the pairs per second of all ranks together.
+
+    Padding does not count as tokens.
+    """
     return {"step_s": seconds, "tokens_per_s": sums["tokens"] / seconds, "pairs_per_s": sums["pairs"] / seconds}
 
 

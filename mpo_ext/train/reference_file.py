@@ -175,9 +175,8 @@ def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a log-prob file. Raises ``LinesError`` if they differ from ``settings``.
 
-    The error lists all differences. A different date and different library versions are accepted. If the versions
-    differ, only the version-independent parts of the processor are compared, because a library may save the same
-    processor differently in each version.
+    The error lists all differences. The date and the library versions may differ. With other library versions, only
+    the parts of the processor that do not depend on the versions are compared.
     """
     old, new = read_header(path) or {}, json.loads(json.dumps(settings))
     texts = [

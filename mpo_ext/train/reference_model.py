@@ -116,7 +116,7 @@ def check_can_follow(reference: nn.Module, policy: nn.Module, every: int) -> Non
 
 
 class AdapterReference:
-    """Computes reference log-probs with the policy, whose LoRA adapters are disabled during the forward pass."""
+    """Computes reference log-probs with the policy while its LoRA adapters are disabled."""
 
     def __init__(self, recipe: LossRecipe, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
         self._recipe, self._autocast = recipe, autocast

@@ -226,10 +226,10 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
 
 
 def _fixed_weights(recipe: Recipe, policy: nn.Module, reference: nn.Module | None) -> dict[str, str]:
-    """Returns a dict from a setting that names a model, such as ``model.path``, to the hash of the model's weights.
+    """Returns hashes of the weights that no checkpoint stores. A resuming run must load the same weights again.
 
-    It contains only models with weights that no checkpoint stores: a policy with frozen parameters, and a reference
-    model without updates. A resuming run loads these weights again. The dict is empty for quantized models.
+    A key is the setting that names the model, such as ``model.path``. No checkpoint stores the frozen parameters of a
+    policy, or a reference model without updates. For quantized models, the dict is empty.
     """
     if recipe.model.lora is not None and recipe.model.lora.quantization is not None:
         return {}

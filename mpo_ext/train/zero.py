@@ -99,7 +99,7 @@ def full_state_dict(model: nn.Module, *, is_main: bool) -> dict[str, Tensor] | N
 
 
 def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
-    """Returns a DeepSpeed engine for a frozen model, with the dtype of the policy's engine.
+    """Returns a DeepSpeed engine for a frozen model. Its dtype is the dtype of the policy's engine.
 
     Under ZeRO-3, the engine also shards the model.
     """

@@ -138,9 +138,9 @@ def test_a_gradient_may_be_narrower_than_its_logits(arch: str, dtype: str, grad_
 
 
 def check_narrow_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray) -> None:
-    """Checks a gradient with a narrower dtype than the logits.
+    """Checks the gradient in ``buffer``, whose dtype is narrower than the dtype of the logits.
 
-    ``place`` describes how the gradient is stored in ``buffer``: its dtype and its layout.
+    ``place`` gives the dtype and the layout of the gradient.
     """
     smallest = 2.0**-25 if place.dtype == "float16" else 0
     unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[place.dtype]

@@ -1,4 +1,4 @@
-"""Tests tool calls and tool results: they are read from each format, shown, written, and read again."""
+"""Tests reading, showing and writing pairs with tool calls and tool results."""
 
 import json
 from pathlib import Path

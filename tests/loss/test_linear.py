@@ -282,10 +282,10 @@ class Judgement:
 
 
 def eager_logits(case: Linear, is_widened: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns (logits of plain torch, the input tensors by name). The inputs require a gradient.
+    """Returns the logits that plain torch computes, and a dict of the input tensors by name.
 
-    ``is_widened`` converts half-precision inputs to float32 first, because kernels do not round logits to a narrower
-    dtype.
+    The inputs require a gradient. ``is_widened`` converts half-precision inputs to float32 first. The kernels also
+    compute logits in float32, without rounding.
     """
     if is_widened and case.eps > torch.finfo(torch.float64).eps:
         case = dataclasses.replace(case, **{name: tensor.float() for name, tensor in case.tensors.items()})

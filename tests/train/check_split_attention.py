@@ -10,9 +10,9 @@ Split attention handles a row with several responses to one prompt, without buil
 
 Prints the largest relative error of loss and gradients. All gradients together count as one vector.
 
-A batch has one to four pairs with the same prompt, and two pairs with other prompts. A prompt has up to two images.
-Responses differ in length. Sliding windows are shorter or longer than a prompt. In float64 runs, the models' norms
-compute in float64 too.
+A batch has pairs with the same prompt, and two pairs with other prompts. A prompt has up to two images. Responses
+differ in length. Some sliding windows are shorter than a prompt, and others are longer. In float64 runs, the norm
+layers also compute in float64.
 """
 
 from __future__ import annotations

@@ -114,7 +114,10 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": data_parallel, "
 
 
 def save_by_two(accelerator: Any, folder: Path) -> None:
-    """Tests DDP and FSDP2 on two ranks: saves after two steps, trains on, resumes, and compares the states."""
+    """Tests checkpoints under DDP and FSDP2 on two ranks.
+
+    Saves after two steps and trains another step. A resumed run must reach the same states.
+    """
     for name, wrap in WRAPPERS.items():
         model = wrap(tied())
         optimizer = optimizer_of(model)

@@ -510,10 +510,9 @@ def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(
 
 
 def die_at(folder: Path, number: int, step: int) -> None:
-    """Saves a checkpoint of ``step``, and exits right before a change on disk.
+    """Saves a checkpoint of ``step``, and exits right before the change on disk with the index ``number``.
 
-    ``number`` is the index of the change, counted from 0. Changes are calls of ``os.rename``, ``os.unlink``,
-    ``os.rmdir`` and ``os.mkdir``.
+    A change is a call of ``os.rename``, ``os.unlink``, ``os.rmdir`` or ``os.mkdir``. The first change has index 0.
     """
     store = Checkpoints(folder, keep_last=1)
     model = Small()

@@ -1,7 +1,7 @@
-"""Tests the Triton kernels without a GPU: in Triton's interpreter, and compiled to PTX that a simulator runs.
+"""Tests the Triton kernels without a GPU. Triton interprets the kernels, or compiles them to PTX for a simulator.
 
-Triton decides when it is imported whether it interprets or compiles kernels. So ``make test`` runs pytest twice: with
-TRITON_INTERPRET=1 for the tests in interpreter/, and without it for the others.
+When Triton is imported, TRITON_INTERPRET=1 makes it interpret all kernels. So ``make test`` runs pytest twice: with
+this variable for the tests in interpreter/, and without it for the other tests.
 """
 
 import os

@@ -34,11 +34,11 @@ class Family:
         responses: Responses besides those of ``test_families``, such as responses with thoughts.
         needs_thoughts: Whether the family refuses responses without thoughts.
         thinking: How the family thinks, for the table.
-        separate_rows: Why a pair's responses need separate rows; "": one row holds the prompt and both.
+        separate_rows: Reason why the two responses of a pair need separate rows; "": they share a row.
         options: Options of the encoder.
         notices: A regular expression for each notice of the encoder.
-        refused: Dict from an input for which the encoder must raise an error to a regular expression for the message.
-            A key is a response, "system" for system messages, or "family" for every input of the family.
+        refused: Inputs for which the encoder must raise an error. A key is a response, "system" for system messages,
+            or "family" for every input of the family. The value is a regular expression for the error message.
         rule: A rule of the family in addition to its template, for the table.
     """
 
