@@ -135,9 +135,9 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: LogitsBatch) -> dict[str, Callable[[], Any]]:
-    """Returns ``{"floor": run}``, where ``run`` reads the logits of labelled tokens twice, and overwrites them once.
+    """Returns ``{"floor": run}``. ``run`` reads the logits of labelled tokens twice, and overwrites them once.
 
-    Its time is a lower bound of the time that the loss takes.
+    The time of ``run`` is a lower bound of the time that the loss takes.
     """
     labelled = batch.logits[:, int((batch.labels[0] == -100).sum()) :]
     return {"floor": lambda: (labelled.view(torch.float32).sum(), labelled.view(torch.float32).mul_(1.0))}

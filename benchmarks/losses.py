@@ -184,9 +184,9 @@ def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape,
 def memory_target(
     begin: Callable[[], None], benchmark: LossBenchmark, name: str, loss: LossShape, threads: int
 ) -> None:
-    """Runs the implementation ``name`` once for its setup, calls ``begin``, and runs it on the shape ``loss``.
+    """Runs the implementation ``name`` on the shape ``loss``. ``peak_bytes`` calls this function in a fresh process.
 
-    ``peak_bytes`` calls this function in a fresh process.
+    A first, smaller run does the setup of the implementation. Then ``begin`` is called.
     """
     torch.set_num_threads(threads)
     run = benchmark.providers[name]()
@@ -271,11 +271,11 @@ def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespa
 def memory_of_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, int | str]:
     """Measures and prints the peak memory of each implementation.
 
-    On a CPU, this is the increase of the resident memory of a fresh process. On a GPU, it is the allocated memory.
+    On a CPU, the peak is the increase of the resident memory of a fresh process. On a GPU, it is the allocated memory.
 
     Returns:
         A dict. A key is the name of an implementation. A value is the peak bytes beyond inputs and gradients, or the
-        reason why they were not measured.
+        reason why the peak was not measured.
     """
     trial = dataclasses.replace(loss, tokens=min(loss.tokens, 8), vocab=min(loss.vocab, 512))
     cases, missing = usable(benchmark, args.cases, trial, device=args.device)

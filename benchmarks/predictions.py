@@ -70,7 +70,7 @@ _SHARES = (1.0, 0.25, 0.1)
 
 
 def products_of(method: str) -> str:
-    """Returns how many matmuls with the output head a method needs, and over which tokens, such as "3, labelled rows".
+    """Returns the number of matmuls with the output head that a method needs, and their rows: "3, labelled rows".
 
     ``method`` is a way to compute the loss from hidden states. A row is the hidden state of one token.
     """

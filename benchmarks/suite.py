@@ -51,9 +51,9 @@ class Results:
 
     Attributes:
         points: Entries of the result file.
-        missing: Dict from the name of each implementation that could not run to the reason.
-        machine: Dict from the name of each program that measures the machine to the seconds of its runs.
-        beside: Dict from the name of each such program to its median seconds in the latest call of ``add_machine``.
+        missing: Dict with the name of each implementation that could not run, and the reason.
+        machine: Dict with the name of each program that measures the machine, and the seconds of its runs.
+        beside: Dict with the name of each such program, and its median seconds in the latest call of ``add_machine``.
     """
 
     points: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -107,7 +107,7 @@ def _around(base: LossShape, axes: Mapping[str, Sequence[Any]]) -> Iterator[tupl
 
 
 def logits_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups of implementations and shapes that are measured for the loss that takes logits.
+    """Returns the groups to measure in the benchmark of the loss on logits. A group has implementations and a shape.
 
     The first groups have the base shape. Later groups vary the labelled fraction, the vocabulary, the number of
     tokens or pairs, or the dtype. ``quick`` selects small shapes.

@@ -87,7 +87,7 @@ def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str
 def closest(word: str, known: Iterable[str]) -> str | None:
     """Returns the known word that ``word`` probably means; None if there is none.
 
-    If exactly one known word has the initials ``word``, returns this word: ``learning_rate`` for ``lr``. Otherwise,
+    For the initials of exactly one known word, such as ``lr`` for ``learning_rate``, returns this word. Otherwise,
     returns the known word that is most similar to ``word``.
     """
     names = list(known)

@@ -461,10 +461,10 @@ def _to_srgb(color: Any, profile: bytes | None) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _profile_transform(profile: bytes, mode: str) -> tuple[Any, str | None]:
-    """Returns (transform, problem) for a colour profile; ``mode`` is the mode of the image's colours.
+    """Returns (transform, problem) for a colour profile. ``mode`` is the mode of the image's colours.
 
-    ``transform`` converts the colours to sRGB. It is None if they need no conversion or the profile cannot be applied.
-    ``problem`` is the reason why the profile cannot be applied, or None.
+    ``transform`` converts the colours to sRGB; None: no conversion. ``problem`` is the reason why the profile cannot
+    be applied, or None.
     """
     cms, pillow = _image_cms(), _pillow()
     try:

@@ -642,8 +642,8 @@ def assert_gradient_as_accurate(
     """Checks a gradient of logits. Checks the labels' entries, and separately the many small entries of other tokens.
 
     In half precision, the rounding error of a label's entry can exceed the largest of the other entries. So the other
-    entries are also checked by their relative errors. The limit of a relative error is ``factor`` times eager torch's
-    largest one, plus roundings and the effect of ``noise``.
+    entries are also checked by their relative errors. The limit is ``factor`` times the largest relative error of
+    eager torch, plus the errors of a few roundings and the effect of ``noise``.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.

@@ -167,8 +167,8 @@ def exp_logits_case(vocab: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
 def check_exp_logits(backend: str, dtype: torch.dtype, vocab: int) -> None:
     """Compares the results of write_exp_logits on three tiles with float64 results.
 
-    The results are the exponentials ``exp(z - r)`` of logits z, and rescaled sums. The number r is the reference of a
-    row (see mpo_ext/ops/exp_logits.py). If it rises from one tile to the next, the sums are rescaled.
+    The kernel writes ``exp(z - r)`` for each logit z. The number r is the reference of a row (see
+    mpo_ext/ops/exp_logits.py). If the reference rises from one tile to the next, the kernel rescales given sums.
     """
     logits, labels, edges = exp_logits_case(vocab)
     sums = torch.randn(len(labels), 37, generator=torch.Generator().manual_seed(1))

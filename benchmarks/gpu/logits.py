@@ -136,7 +136,7 @@ def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor 
 def _measure_fixed(stage: GpuStage, rows: int) -> None:
     """Measures the fixed costs of a forward pass, with a small vocabulary, and adds them to the result file.
 
-    Measures ``rows`` positions twice: once with labels at two of them, once with labels at all of them.
+    Measures ``rows`` positions twice: first with labels at two positions, then with labels at all positions.
     """
     loss = LossShape(tokens=rows // 2, vocab=1024)
     values = torch.zeros(2, rows // 2, 1024, device=stage.device, dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
 """Makes the table of the page "When does MPO help?".
 
-It has a line for each starting model, with the model's errors and the accuracy gain of MPO over SFT.
+A row of the table has the errors of a starting model, and the accuracy gain of MPO over SFT.
 """
 
 from __future__ import annotations

@@ -72,7 +72,10 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes the rewards (0 if a response of the pair has no labelled token), the NTP term and delta. Grid (1,)."""
+    """Computes the rewards, the NTP term and delta. Grid (1,).
+
+    If a response has no labelled token, both rewards of its pair are 0.
+    """
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
@@ -149,7 +152,7 @@ def pair_loss_kernel(
     AVERAGE_SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes DPO, BCO, the loss and d loss / d logp of each sequence.
+    """Computes the DPO term, the BCO term and the loss. Also computes d loss / d logp, one number per sequence.
 
     Grid (1,): one program for all pairs, because the work is small.
     """

@@ -86,10 +86,10 @@ class Matcher(abc.ABC):
         return self._verdict(True if same else None, "length", folded, [*same, *truths][0])
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "Matcher":
-        """Returns this matcher, adapted to a question with the answer options ``options``.
+        """Returns a matcher for a question with these answer options.
 
-        ``ChoiceMatcher`` uses the options. ``AnyMatcher`` passes them on to its matchers. All other matchers return
-        themselves.
+        ``ChoiceMatcher`` uses the options. ``AnyMatcher`` passes the options on to its matchers. All other matchers
+        return themselves unchanged.
         """
         return self
 
@@ -116,7 +116,7 @@ def is_empty(prediction: str, truths: Sequence[str]) -> bool:
 
 
 def rank(verdict: Verdict) -> tuple[int, float]:
-    """Returns the sort key of a verdict: right answers are highest, unreadable answers next, wrong answers lowest."""
+    """Returns the sort key of a verdict. Wrong answers come first, then unreadable answers, then right answers."""
     return {True: 2, None: 1, False: 0}[verdict.correct], verdict.score
 
 

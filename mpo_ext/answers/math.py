@@ -116,8 +116,8 @@ class MathMatcher(Matcher):
 def _are_numbers(first: Number, second: Number) -> bool:
     """Returns whether two numbers can be compared by value.
 
-    The result is False for "x = 7" and "y = 7". It is also False if the units differ and one of them may be a
-    variable ("2a" and "2b").
+    Returns False for numbers of different variables, such as "x = 7" and "y = 7". Also returns False for different
+    units if one of the units may be a variable, as in "2a" and "2b".
     """
     if first.name != second.name and first.name and second.name:
         return False

@@ -189,7 +189,7 @@ class MathProcess:
 
 
 def _import_path() -> list[str]:
-    """Returns ``sys.path`` for the helper process, without the current folder but with mpo_ext's parent folder."""
+    """Returns the helper's ``sys.path``. The current folder is left out, and mpo_ext's parent folder is added."""
     here = os.path.realpath(os.curdir)
     folders = [folder for folder in sys.path if folder and os.path.realpath(folder) != here]
     return [*folders, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]

@@ -243,9 +243,9 @@ class NumberMatcher(Matcher):
 class ChartMatcher(Matcher):
     """Applies the relaxed accuracy of ChartQA: numbers within 5 % of the truth are right.
 
-    If the truth is not a number, the answer is compared as text, ignoring case. An answer is unreadable in the same
-    cases as for ``NumberMatcher``, except for rounding: numbers that differ by more than the tolerance, but are equal
-    after rounding, are wrong.
+    If the truth is not a number, the answer is compared as text, ignoring case. Numbers that differ by more than the
+    tolerance are wrong, even if they are equal after rounding. Apart from this rule, an answer is unreadable in the
+    same cases as for ``NumberMatcher``.
 
     Attributes:
         relative: Tolerance as a fraction of the truth.

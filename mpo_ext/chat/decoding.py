@@ -20,10 +20,10 @@ def possible_texts(
 ) -> list[str]:
     """Returns candidates for the text of a response with the token ids ``ids``.
 
-    The candidates differ only in spaces. At least one of them should encode to ``ids`` again.
+    The candidates differ only in spaces. At least one candidate should encode to ``ids`` again.
 
-    There are several candidates because of SentencePiece. Its tokenizer may prepend a space at the beginning of a text
-    or after each special token. Its decoder removes this space only at the beginning of a text.
+    The reason is SentencePiece. A SentencePiece tokenizer may prepend a space at the beginning of a text or after each
+    special token. The decoder removes this space only at the beginning of a text.
 
     Args:
         decode: Function that returns the text of ids.

@@ -60,8 +60,8 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
 
     Args:
         file: The file.
-        known: Stored fingerprints. If one of them has the file's path, size and modification time, it is returned, and
-            the file is not read.
+        known: Stored fingerprints. If a stored fingerprint has the path, size and modification time of the file, it is
+            returned with the name of the file. The file is then not read.
 
     Returns:
         A dict with the file's ``path``, ``size`` in bytes, ``mtime_ns``, ``name`` (for messages) and ``digest``, a

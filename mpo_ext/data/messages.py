@@ -178,8 +178,8 @@ def is_conversation(value: object) -> bool:
 def read_response(name: str, value: object) -> list[Turn]:
     """Converts a response to turns. The response is a text, a message or a list of messages.
 
-    The first and the last turn must be the assistant's. User and assistant alternate. After an assistant's turn with
-    tool calls, tool results must follow, unless it is the last turn.
+    The assistant must have the first and the last turn. User and assistant alternate. Tool results must follow tool
+    calls, except for tool calls in the last turn.
 
     Raises:
         FieldError: If a message is invalid, or the turns break one of these rules.
@@ -245,7 +245,7 @@ def with_question(prompt: Sequence[Mapping[str, Any]], question: str) -> list[Tu
 
 
 def split_common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Returns the number of messages with which both conversations begin.
+    """Returns the number of messages at the beginning that both conversations share.
 
     The last message of each conversation does not count, because it is the response.
     """

@@ -372,12 +372,12 @@ def _as_text(answer: object) -> str | None:
 def to_line(pair: Pair, root: str) -> bytes:
     """Returns a pair as a line of an MMPR file.
 
-    If the pair was read from MMPR, the line has the same values as the original line. The bytes are the same, too, if
-    ``json.dumps`` wrote the original line with its default separators.
+    If the pair was read from MMPR, the line has the same values as the original line. If ``json.dumps`` wrote the
+    original line with its default separators, the bytes are also the same.
 
     Args:
         pair: Pair to write. Its provenance becomes the field ``provenance``, which other readers ignore.
-        root: Absolute path of the folder to which the written image paths are relative.
+        root: Absolute path of a folder. The written image paths are relative to this folder.
 
     Raises:
         ValueError: If an image is outside ``root``, or a field of ``extra`` has the name of a field of the pair.

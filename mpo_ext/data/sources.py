@@ -33,7 +33,7 @@ class PairSource:
         root: Folder to which relative image paths are joined.
         subsets: Data sets that an MMPR meta file lists, by name; empty without a meta file.
         on_pair: Function that is called with each pair that is read; None: no call. The pair has absolute image paths.
-        is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
+        is_dataset: Whether the pairs are rows of a dataset or of parquet files. Such rows may hold images as bytes.
         image_dir: Folder for the images and videos that rows hold as bytes; "" if the rows cannot hold bytes.
         selected: Ascending int64 indices ``[n]`` of the lines that ``scan`` and ``scan_for`` visit; None: all lines.
     """

@@ -53,11 +53,13 @@ def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True
         pair: Pair to convert.
         kind: "standard": the prompt is the question. "conversational": the prompt consists of the turns of the pair,
             or of a user message with the question.
-        has_images: Whether any row of the file or dataset has images; must be the same for all rows.
-            True: the row has the column ``images``. The content of prompt messages is a list of parts, which image
-            models expect. Each ``<image>`` becomes an image part, and a line break after it is removed. If the number
-            of ``<image>`` differs from the number of images, the image parts come first, and the text is unchanged.
-            False: the row has no column ``images``, and the content is text.
+        has_images: Whether any row of the file or dataset has images. The value must be the same for all rows.
+
+            - True: The row has the column ``images``. The content of prompt messages is a list of parts, which image
+              models expect. Each ``<image>`` becomes an image part. A line break after ``<image>`` is removed. If the
+              number of ``<image>`` differs from the number of images, the image parts come first, and the text is
+              unchanged.
+            - False: The row has no column ``images``. The content of prompt messages is text.
 
     Raises:
         ValueError: If the pair has videos or rejected images, or has images while ``has_images`` is False. For

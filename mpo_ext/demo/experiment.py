@@ -97,8 +97,8 @@ def run_seed(settings: Settings, folder: Path, console: Console) -> tuple[DemoRe
     """Runs or resumes the demo with one seed, and writes the pairs and the training runs to ``folder``.
 
     Returns:
-        (result, responses). ``responses`` maps each key of ``tables.LABELS`` (the SFT model and the methods) to the
-        responses of its model to ``held_out_tasks``.
+        (result, responses). The keys of the dict ``responses`` are those of ``tables.LABELS``: the SFT model and the
+        methods. A value is the list of the model's responses to ``held_out_tasks``.
     """
     console.rule(f"seed {settings.seed}")
     stages = Stages(console, folder, settings)

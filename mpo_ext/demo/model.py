@@ -154,7 +154,7 @@ def build_model(
 ) -> InternVLForConditionalGeneration:
     """Returns an untrained model of the demo.
 
-    It has neither dropout nor drop path, so that policy and reference agree at the first step.
+    The model has no dropout and no drop path, so that policy and reference agree at the first step.
 
     Args:
         tokenizer: Tokenizer of ``build_tokenizer``.

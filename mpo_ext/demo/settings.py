@@ -65,13 +65,13 @@ class Settings(RunSettings):
         prior_step: Difference of two digits that follow the language prior.
         sft_digits: Number of training digits in the SFT. The pairs use the remaining training digits.
         sft_steps: Number of steps of the SFT. Its learning rate falls to zero.
-        sft_warmup: Length of the warmup (the learning rate rises from zero), as a fraction of the SFT's steps.
-        sft_named_share: Of the SFT questions, the fraction that states the digits and has no image. These questions
-            teach the model to answer from its own text.
-        sft_direct_share: Of the SFT questions that do not state the digits, the fraction that asks for a direct
-            answer.
-        sft_blind_share: Of the step-by-step SFT questions that do not state the digits, the fraction that has no
-            image. These questions teach the model to continue a response without an image, as DropoutNTP requires.
+        sft_warmup: Fraction of the SFT's steps in which the learning rate rises from zero.
+        sft_named_share: Fraction of the SFT questions that state the digits and have no image. These questions teach
+            the model to answer from its own text.
+        sft_direct_share: Fraction of the remaining SFT questions that ask for a direct answer. All others are
+            step-by-step questions.
+        sft_blind_share: Fraction of these step-by-step questions that have no image. They teach the model to continue
+            a response without an image, as DropoutNTP requires.
         keep: Fraction of the tokens of a sampled response that DropoutNTP keeps.
         evaluation_tasks: Number of held-out step-by-step questions.
         direct_evaluation_tasks: Number of held-out direct questions.

@@ -69,7 +69,7 @@ def _mean(values: Sequence[float], *, signed: bool = False) -> str:
 def markdown(results: Sequence[DemoResult]) -> str:
     """Returns the tables of measures and differences as Markdown.
 
-    With several seeds, these tables have means over the seeds, and the tables of each seed follow.
+    With several seeds, the first tables have means over the seeds. The tables of each seed follow.
     """
     text = _section(results)
     if len(results) > 1:

@@ -137,10 +137,10 @@ def _free_memory() -> None:
 
 
 def _file_names(what: str, named: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a dict from each name to the text that stands for it in file names: "a-b-c" for "a b/c".
+    """Returns a dict from each name to its form in file names: "a-b-c" for "a b/c".
 
-    ``what`` is the name of the argument in error messages. Raises ValueError if there is no name, or if the texts of
-    two names are equal, ignoring case. The name "all", and names without usable characters, also raise it.
+    ``what`` is the name of the argument in error messages. Raises ValueError in each of these cases: there is no
+    name, a name is "all", a name has no usable characters, or two names have the same form, ignoring case.
     """
     if not named:
         raise ValueError(f"{what} must name at least one, got none")

@@ -81,10 +81,10 @@ class _Row:
     Attributes:
         item: The item.
         problem: Reason why the item cannot be used, or None.
-        details: Fields that explain the problem. They are stored with it.
+        details: Fields that explain the problem. They are stored together with the problem.
         media: The loaded images and videos; empty if the model does not see them.
         chosen: The chosen response, from the item or sampled; None before it is sampled.
-        sampled_tokens: Number of tokens of the chosen response if it was sampled; None if it came with the item.
+        sampled_tokens: Number of tokens of ``chosen`` if the pipeline sampled it; otherwise None.
         prefix: The kept beginning of ``chosen``.
     """
 
@@ -125,7 +125,7 @@ class DropoutNTP:
         return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
 
     def cut(self, chosen: str, conversation: Conversation, engine: Engine) -> Prefix:
-        """Returns the part at the beginning of a chosen response that is kept, according to ``keep`` and ``unit``.
+        """Returns the kept beginning of a chosen response. ``keep`` and ``unit`` determine its length.
 
         ``conversation`` is the prompt of the response. With the unit "tokens", no character is cut in the middle.
         """
@@ -260,7 +260,7 @@ class DropoutNTP:
         return row
 
     def _conversation(self, row: _Row) -> Conversation:
-        """Returns the prompt whose response is continued; it has images and videos only with ``with_image``."""
+        """Returns the prompt for a continuation. The prompt has images and videos only with ``with_image``."""
         with_image = self.config.with_image
         fields = prompt_fields(row.item, row.item.question_with_options, with_image=with_image)
         return Conversation(key=row.item.digest, **fields, **(row.media if with_image else {}))

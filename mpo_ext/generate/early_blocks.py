@@ -117,9 +117,10 @@ class EarlyBlocks:
         return None
 
     def finish(self, start: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Stores all samples of the block that was announced with the index ``start``.
+        """Stores all samples of a block. ``start`` is the index of the block's first sample.
 
-        The samples go to the journal if all earlier blocks are complete, otherwise to the file of waiting blocks.
+        If all earlier blocks are complete, the samples go to the journal. Otherwise, they go to the file of waiting
+        blocks.
         """
         if self._places[0].start == start:
             self.journal.append(records[self._places.popleft().n_stored :])

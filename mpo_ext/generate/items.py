@@ -304,7 +304,7 @@ class ItemSource:
     def settings(self) -> dict[str, Any]:
         """Returns a dict of JSON values: the digest of the input and, if there is one, the system prompt.
 
-        A resumed run compares these values with those of its first start.
+        A resumed run must have the same values as its first start.
         """
         return {"blake2b": self.digest, **({} if self.system is None else {"system": self.system})}
 

@@ -237,7 +237,7 @@ class Judge:
         return float(match[1]) if match and 1 <= int(match[1]) <= self.config.best_rating else None
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the judged responses to an item. The judge prefers the chosen response of each pair.
+        """Makes pairs from the judged responses to an item. In each pair, the judge prefers the chosen response.
 
         ``records`` are the responses with their verdicts, as JSON objects. ``model`` is the name of the model that
         wrote the responses.

@@ -15,8 +15,8 @@ def is_degenerate(text: str) -> bool:
 
     - The response ends with the same passage at least 5 times in a row. The repetitions have at least 60 characters in
       total, and the passage has at most 400 characters. The passage is not only white space.
-    - The response has at least 60 sequences of 6 words, and more than half of them repeat an earlier sequence. A
-      punctuation mark, and a Chinese, Japanese or Korean character, counts as a word.
+    - The response has at least 60 sequences of 6 words, and more than half of them repeat an earlier sequence. Each
+      punctuation mark and each Chinese, Japanese or Korean character counts as a word.
     """
     for period in range(1, min(_PERIODS, len(text) // _LEAST_REPEATS) + 1):
         needed = max(_LEAST_REPEATS * period, _LEAST_REPEATED_CHARS)

@@ -68,10 +68,10 @@ def distinct(samples: Sequence[Response], result: ItemResult) -> list[Response]:
 
 
 def choice_hash(seed: int, item: Item, *texts: str) -> bytes:
-    """Returns a hash by which pipelines choose among samples or pairs of an item.
+    """Returns a hash of the seed, the item and the texts.
 
-    It depends only on the seed, the item and the texts. So the choice does not depend on the order of items or
-    samples.
+    Pipelines use the hash to choose samples or pairs of an item. So the choice does not depend on the order of items
+    or samples.
     """
     parts = (seed, item.digest, *texts)
     return hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).digest()

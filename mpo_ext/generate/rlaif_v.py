@@ -119,7 +119,8 @@ class _Draft:
     def is_whole(self, generation: Generation, name: str) -> bool:
         """Returns whether a generated list of claims or yes-or-no questions is complete.
 
-        If it was refused or cut off, stores this in ``record``. ``name`` is "claims" or "questions".
+        If the request was refused, or the list was cut off, stores the reason in ``record``. ``name`` is "claims" or
+        "questions".
         """
         if generation.refusal is not None:
             self.record["refusal"] = generation.refusal
@@ -134,11 +135,11 @@ class _Draft:
 
 
 class RlaifV:
-    """Makes pairs of responses by the number of their wrong claims.
+    """Makes pairs of responses. The response with fewer wrong claims is the chosen response.
 
     ``mpo_ext.generate.runner.run`` runs this pipeline. The only output file is ``pairs.jsonl``. Equal responses to an
-    item are checked only once. If several claims about an item give the same yes-or-no question, it is asked only
-    once.
+    item are checked only once. If several claims about an item give the same yes-or-no question, the model gets this
+    question only once.
     """
 
     name = "rlaif_v"

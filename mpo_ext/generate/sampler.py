@@ -1,12 +1,12 @@
 """Samples responses to items (questions), stores them and reads them back, for pipelines and the evaluation.
 
-With N processes, process r handles the items r, r + N, r + 2N and so on. It appends each sample as a record (a JSON
-object) to its own file, its journal (``mpo_ext.journal``), in the order of the input. Memory does not grow with the
-number of items.
+With N processes, process r handles the items r, r + N, r + 2N and so on. Each process has a file, its journal
+(``mpo_ext.journal``). The process appends each sample to the journal as a record (a JSON object), in the order of the
+input. Memory does not grow with the number of items.
 
-The engine gets the items in groups, called blocks, which depend only on the input and the block size. If a killed run
-has stored a part of a block, the next run samples the whole block again, with the same results. It appends only the
-missing records.
+The engine gets the items in groups, called blocks. The blocks depend only on the input and the block size. If a killed
+run has stored a part of a block, the next run samples the whole block again, with the same results. The next run
+appends only the missing records.
 """
 
 import contextlib
@@ -269,7 +269,7 @@ def _no_steps() -> Steps:
 
 
 def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[StoredBlock]:
-    """Yields each list of items together with the samples that the journal already holds."""
+    """Yields a ``StoredBlock`` for each list of items, with the samples that the journal already holds."""
     stored = journal.records()
     for items in item_blocks:
         keys = [pipeline.keys(item) for item in items]

@@ -226,7 +226,7 @@ class TransformersEngine:
         prompts: Sequence[EncodedPrompt],
         tokens: Sequence[Sequence[int]],
     ) -> list[Generation]:
-        """Generates one greedy token per request of a batch. The generations have the probabilities of the choices.
+        """Generates one greedy token per request of a batch, and measures the probabilities of the choices.
 
         Args:
             rows: The batch, as indices into ``requests``.

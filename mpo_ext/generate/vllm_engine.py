@@ -191,11 +191,11 @@ def _first_probs(completion: Any) -> dict[int, float]:
 
 
 def devices_of_rank(count: int) -> str | None:
-    """Returns the value of ``CUDA_VISIBLE_DEVICES`` for this process, such as "2,3" for its two GPUs.
+    """Returns the value of ``CUDA_VISIBLE_DEVICES`` for this process, such as "2,3" for a process with two GPUs.
 
     Each process on this machine gets ``count`` GPUs that no other process gets. Without this value, the vLLM engines
-    of all processes would start on the first GPUs. Returns None if the variable must not change: with a single
-    process, without GPUs, or if the variable already names exactly ``count`` GPUs.
+    of all processes would start on the first GPUs. With a single process or without GPUs, returns None: the variable
+    must not change. Also returns None if the variable already names exactly ``count`` GPUs.
 
     Raises:
         ValueError: If this machine has too few GPUs for its processes.

@@ -84,8 +84,8 @@ def load_reward_shift(reward_shift: RewardShift, checkpoint: str) -> None:
     """Restores the state of the reward shift from a checkpoint's folder.
 
     Raises:
-        ValueError: If the folder has no state (allowed for the mode "fixed"), or the state is from a ``RewardShift``
-            with other settings.
+        ValueError: If a ``RewardShift`` with other settings saved the state. Also raised if the folder has no state,
+            except for the mode "fixed".
     """
     path = Path(checkpoint) / STATE_FILE
     if not path.is_file():

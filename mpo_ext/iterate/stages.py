@@ -135,7 +135,7 @@ def train_recipe_path(recipe: IterateRecipe, number: int) -> Path:
 
 
 def chat_template_path(recipe: IterateRecipe) -> Path:
-    """Returns the path of the file with the chat template that the recipe sets in ``train.model``.
+    """Returns the path of the file with the chat template, if the recipe sets ``train.model.chat_template``.
 
     Sampling and evaluation read the template from this file.
     """

@@ -290,11 +290,11 @@ def _share_of_equal(sequences: Sequence[BatchSequence], offset: int, ignore_inde
 def _check_alignment_by_logp(
     sequences: Sequence[BatchSequence], ahead: int, ignore_index: int
 ) -> Iterator[BatchFinding]:
-    """Yields a finding if the labels have much higher log-probs with another value of ``ahead``.
+    """Yields a finding if the labels seem to be at the wrong positions.
 
     The loss scores the label at position ``t + ahead`` with the logits at position t. This function computes the mean
-    log-prob of the labels for -1, 0, 1 and 2 in place of ``ahead``. If the largest mean exceeds the mean for ``ahead``
-    by more than 2 nats, the function yields a finding.
+    log-prob of the labels for the offsets -1, 0, 1 and 2. If the largest mean exceeds the mean for ``ahead`` by more
+    than 2 nats, the function yields a finding.
     """
     means = {}
     for other in range(-1, 3):

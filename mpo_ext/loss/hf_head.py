@@ -262,7 +262,7 @@ class _GradientCell:
 
 
 class _LossProbe(torch.autograd.Function):
-    """Forward returns the probe, like ``_Probe``. Backward returns ``cell.gradient`` for the argument ``value``."""
+    """Forward returns the probe, like ``_Probe``. Backward returns ``cell.gradient`` as the gradient of ``value``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
@@ -349,7 +349,7 @@ def _probed(
 
 
 def _is_forward_of_tp_plan(layer: nn.Linear) -> bool:
-    """Returns whether transformers has replaced the layer's forward because the layer is in ``tp_plan``."""
+    """Returns whether transformers has replaced the forward of the layer, as it does for layers in ``tp_plan``."""
     return getattr(vars(layer).get("forward"), "__module__", "") == "transformers.distributed.tensor_parallel"
 
 

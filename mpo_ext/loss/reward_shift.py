@@ -211,7 +211,7 @@ class RewardShift:
         return torch.tensor(float(number), dtype=torch.float64, device=self._state.device)
 
     def _apply(self, batch: Tensor, *, each_rank_counts: bool) -> None:
-        """Updates the state with ``batch``, ``[2]``: the sum and the count of this rank's rewards.
+        """Updates the state with the rewards of a batch. ``batch``, ``[2]``, holds their sum and count on this rank.
 
         If ``each_rank_counts``, the mean rewards of the ranks have equal weights. Otherwise, all rewards have equal
         weights.

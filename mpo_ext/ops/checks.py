@@ -114,10 +114,10 @@ def check_offsets(cu_seqlens: Tensor, rows: int, *, is_part: bool = False) -> No
 def check_reference(
     logits: Tensor, sequences: int, ref_logp: Tensor | None, ref_logits: Tensor | None, name: str = "logits"
 ) -> None:
-    """Raises unless exactly one valid reference is given: summed log-probs, or the logits of the reference model.
+    """Raises unless exactly one valid reference is given: ``ref_logp`` (summed log-probs) or ``ref_logits``.
 
     ``sequences`` is the number of sequences, 2B. With ``name`` "hidden", ``logits`` and ``ref_logits`` are hidden
-    states, whose hidden sizes may differ.
+    states. Their hidden sizes may differ.
     """
     ref_name = f"ref_{name}"
     if (ref_logp is None) == (ref_logits is None):

@@ -50,7 +50,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def current_stream(tensor: Tensor) -> int:
-    """Returns the address of the current stream on the tensor's device."""
+    """Returns the address of the current CUDA stream on the device of the tensor."""
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 

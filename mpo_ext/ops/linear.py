@@ -48,14 +48,14 @@ def linear_token_logp(
     backend: str,
     only_fitting: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the log-probability of each label from hidden states. Only logits of labelled tokens are computed.
+    """Returns the log-probability of each label, computed from hidden states. Only labelled tokens get logits.
 
     The arguments after ``keep`` are the fields of ``LinearOptions``.
 
     Returns:
         ``(logp, row_max, row_sum, row_stats, kept)``. The first four are the outputs of ``logits.token_logp``, on the
-        device of ``hidden``. ``kept`` is for backward. KEEP_NOTHING: an empty tensor. KEEP_HIDDEN_GRAD: ``[n, D]``,
-        d logp / d hidden of the n labelled rows. KEEP_LOGITS: uint8, the bytes of the logits; see ``KeptLogits``.
+        device of ``hidden``. ``keep`` determines ``kept``. KEEP_NOTHING: an empty tensor. KEEP_HIDDEN_GRAD: d logp /
+        d hidden of the n labelled rows, ``[n, D]``. KEEP_LOGITS: the bytes of the logits, uint8; see ``KeptLogits``.
     """
     _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
     if not 0 <= stats < 1 << len(STATS) or keep not in (KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS):
@@ -418,9 +418,9 @@ def _fill_gradients(
 ) -> Tensor:
     """Writes the gradients of weight and bias to ``head_grads``. Returns the gradient of hidden states, ``[n, D]``.
 
-    ``row_values`` are row_max, row_sum and row_weight of the n labelled rows. Each gradient is multiplied by
-    ``factor``, a 0-d tensor. ``wanted`` selects the gradients of hidden states, weight and bias. The result is empty
-    if ``wanted[0]`` is False.
+    ``row_values`` are row_max, row_sum and row_weight of the n labelled rows. ``factor``, a 0-d tensor, multiplies
+    each gradient. ``wanted`` holds three bools: whether to compute the gradients of hidden states, weight and bias.
+    Without a gradient of hidden states, the result is empty.
     """
     row_max, row_sum, row_weight = row_values
     d_weight, d_bias = head_grads

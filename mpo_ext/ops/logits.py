@@ -277,9 +277,9 @@ def write_grad(
     """Writes the result of ``logits_grad`` to ``grad``. The first eight arguments are those of ``logits_grad``.
 
     ``grad`` has the shape of the logits, and may be the logits themselves. On a CPU, it has the dtype of the logits. A
-    GPU also allows float16 or bfloat16 for float32 logits, and bfloat16 for float16 logits. If ``is_zeroed``, ``grad``
-    is already filled with zeros, and ignored rows are not written. ``tile`` is the part of the vocabulary that the
-    logits cover; None means the whole vocabulary.
+    GPU also allows float16 or bfloat16 for float32 logits, and bfloat16 for float16 logits. If the caller has filled
+    ``grad`` with zeros, pass ``is_zeroed``: ignored rows are then not written. ``tile`` is the part of the vocabulary
+    that the logits cover; None means the whole vocabulary.
     """
     if labels.numel() == 0:
         return

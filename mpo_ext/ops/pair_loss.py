@@ -182,9 +182,10 @@ def _(
 def _cuda_arguments(
     outputs: tuple[Tensor, ...], ref_logp: Tensor, state: Tensor, cu_seqlens: Tensor | None, settings: Sequence[float]
 ) -> tuple[dict[str, object], list[Tensor | None]]:
-    """Returns arguments of ``pair_loss_cuda`` and ``forward_cuda``, and the input tensors to which they point.
+    """Returns arguments of ``pair_loss_cuda`` and ``forward_cuda``, and the input tensors.
 
-    The caller must keep these tensors alive until the launch. ``ref_logp`` and ``cu_seqlens`` keep their dtypes.
+    The arguments hold addresses of the input tensors. So the caller must keep these tensors alive until the launch.
+    ``ref_logp`` and ``cu_seqlens`` keep their dtypes.
     """
     inputs = [ref_logp.contiguous(), state.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous()]
     arguments: dict[str, object] = {

@@ -313,7 +313,7 @@ class TiledRows:
             target.copy_(total)
 
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
-        """Adds ``grad.sum(0)`` to ``target``, the gradient of the elements of ``bias`` that a tile covers.
+        """Computes the gradient of the elements of ``bias`` that a tile covers: the sum of ``grad`` over all rows.
 
         Call this method for each slice of rows from ``chunks``. The sum is formed in a buffer. The last call
         (``is_last``) writes the sum to ``target``.
@@ -335,7 +335,7 @@ class TiledRows:
 
 
 def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
-    """Returns the flat indices of the labels to score, ``[n]``. If labels are on a GPU, the host waits for it."""
+    """Returns the flat indices of the labels to score, ``[n]``. If labels are on a GPU, the host waits for the GPU."""
     return (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
 
 

@@ -206,7 +206,7 @@ class MemoryEstimate:
         return [matrix for layer in layers for matrix in matrices(layer, per_token)]
 
     def bytes_per_position(self, layer: nn.Module) -> int:
-        """Returns the bytes of activations per token position that a layer keeps for backward."""
+        """Returns the bytes of activations that a layer keeps for backward, per token position."""
         total = 0
         for matrix in self.matrices([layer]):
             kept = matrix.outputs + (matrix.inputs if matrix.learns else 0)

@@ -98,7 +98,10 @@ class AnswerEvaluation:
         return answer_metrics([score for score, _ in whole])
 
     def _ask(self) -> Iterator[tuple[QuestionScore, dict[str, Any]]]:
-        """Asks this rank's questions. Yields each question's score and its line of the answers file, as a dict."""
+        """Asks the questions of this rank. Yields (score, line) for each question.
+
+        ``line`` is a line of the answers file, as a dict.
+        """
         accelerator, evaluation = self._accelerator, self._evaluation
         rank, world_size = (0, 1) if self._in_step else (accelerator.process_index, accelerator.num_processes)
         ours = itertools.islice(self.questions.source.items(), rank, None, world_size)

@@ -36,7 +36,8 @@ class BatchLoss:
         routers: Auxiliary loss of the policy's mixture-of-experts routers; None: no such loss.
 
     Attributes:
-        first_batch: Check that runs on each micro-batch; None: no check. The trainer sets it during the first step.
+        first_batch: Check that runs on each micro-batch with pairs; None: no check. The trainer uses a check only in
+            the first step.
     """
 
     def __init__(
@@ -244,9 +245,9 @@ def _micro_batch_setting(recipe: Recipe) -> str:
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, recipe: Recipe, step: int) -> Iterator[None]:
-    """Adds advice and the sizes of ``batch`` to the message of an out-of-memory error in the ``with`` block.
+    """Adds advice to the message of an out-of-memory error in the ``with`` block, and raises ``RuntimeError``.
 
-    The error is raised again as ``RuntimeError``. Its message also names ``step``, counted from 1.
+    The message also names ``step``, counted from 1, and the sizes of ``batch``.
     """
     try:
         yield

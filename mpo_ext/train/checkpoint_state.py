@@ -182,7 +182,7 @@ def _named_parameters(accelerator: Any, model: nn.Module) -> dict[str, nn.Parame
 
 
 def _named_buffers(accelerator: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields name and tensor of each persistent buffer, that is, of each buffer in the state dict.
+    """Yields the name and the tensor of each buffer in the state dict.
 
     Raises ``CheckpointError`` if a module has extra state (``get_extra_state``).
     """

@@ -61,7 +61,7 @@ class StepSlice:
         skipped: Skipped pairs; each object states its reason.
         n_cut: Number of pairs with a truncated response.
         n_split: Number of pairs with a response that was tokenized separately from the prompt.
-        error: Error message of a bad pair that must end the run, or None.
+        error: Message of an error that must end the run, such as a bad pair; None: no error.
     """
 
     step: int
@@ -225,10 +225,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
 
 
 def _all_lines(lines: int, epoch: int) -> np.ndarray:
-    """Returns an epoch that visits each line once: the indices from 0 to ``lines - 1``.
-
-    ``StepSampler`` passes the argument ``epoch``, which has no effect.
-    """
+    """Returns an epoch that visits each line once: the indices from 0 to ``lines - 1``, for any ``epoch``."""
     return np.arange(lines)
 
 

@@ -403,7 +403,7 @@ def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
 def _open(load: Callable[[Any], Any], source: Any, place: str, name: str) -> Any:
     """Returns ``load(source)``, an image or a video. Raises ``BadPairError`` if the file cannot be read.
 
-    The error message contains ``place``, such as ``images[0]``, and ``name``, the file and line number of the pair.
+    The error message contains ``place`` (such as ``images[0]``) and ``name`` (file and line number of the pair).
     """
     try:
         return load(source)

@@ -263,9 +263,9 @@ class Trainer:
     def _accumulate_gradients(
         self, step_slice: StepSlice, size: StepSize
     ) -> tuple[Totals, list[tuple[tuple[str, ...], Tensor]]]:
-        """Runs forward and backward of each micro-batch.
+        """Runs forward and backward of each micro-batch. Returns (sums of the metrics, losses).
 
-        Returns the sums of the metrics, and a list of ``(pair names, loss)``, one for each micro-batch.
+        ``losses`` is a list of ``(pair names, loss)``, one for each micro-batch that has pairs.
         """
         recipe, accelerator = self.recipe, self.accelerator
         totals = Totals(accelerator.device)

@@ -63,10 +63,10 @@ def loader_of(config: Any) -> Any:
 
 
 def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
-    """Disables dropout, freezes parts or adds adapters as the recipe says, and returns the model to train.
+    """Prepares a model for training as the recipe says, and returns the model to train.
 
-    If the model supports split attention, this function enables it (``use_split_attention``). It also enables gradient
-    checkpointing if the recipe says so.
+    Disables dropout. Freezes parts of the model, or adds adapters. If the model supports split attention, enables it
+    (``use_split_attention``). If the recipe says so, enables gradient checkpointing.
 
     Raises:
         ValueError: If all parameters are frozen.

@@ -183,7 +183,7 @@ class RunOutput:
         self.input_changes.check(checkpoint, accept=self.recipe.output.resume_changed_data)
 
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
-        """Restores the run from a checkpoint: policy, optimizer, run state, log, and ``reference`` if it is not None.
+        """Restores the run from a checkpoint: models, optimizer, run state and log.
 
         Call ``check_inputs`` with the checkpoint first.
 
@@ -194,8 +194,8 @@ class RunOutput:
             reference: Reference model if training updates it; None otherwise.
 
         Returns:
-            Whether a setting, an input that affects training, a file of ``data.eval`` or the questions of
-            ``output.eval_generate`` have changed since the checkpoint.
+            Whether anything has changed since the checkpoint: a setting, an input that affects training, a file of
+            ``data.eval``, or the questions of ``output.eval_generate``.
         """
         changes = self.input_changes
         state = self.checkpoints.load(self.accelerator, path, model, optimizer, reference=reference)

@@ -199,7 +199,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Returns a text with the reasons why a pair may be missing in a log-prob file, such as a changed processor.
 
-    ``header`` holds the settings of the file, ``settings`` those of this run.
+    ``header`` holds the settings of the file, and ``settings`` holds the settings of this run.
     """
     if "processor" not in header:
         return "the images, the processor, or the date in the prompts have changed (the file does not say which)"

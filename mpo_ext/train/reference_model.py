@@ -36,8 +36,8 @@ class Reference(Protocol):
 def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe, inspect: Inspect | None = None) -> Tensor:
     """Returns the log-probs of the N labels of a batch: ``[N]`` on the model's device, differentiable.
 
-    The log-probs are float32, or float64 for float64 models. ``inspect`` is called with the logits if
-    ``recipe.from_logits`` is True, otherwise with ``HiddenRows``.
+    The log-probs are float32, or float64 for float64 models. With ``recipe.from_logits``, ``inspect`` is called with
+    the logits. Otherwise, it is called with the ``HiddenRows``.
     """
     if recipe.from_logits:
         logits = forward_logits(model, batch)

@@ -31,8 +31,8 @@ class RunState:
     Attributes:
         step: Number of steps done.
         n_skipped_steps: Number of steps that did not update the model because the loss or gradient was not finite.
-        pair_counts: Counts of this rank's trained and skipped pairs. When a run resumes, the main rank's counts start
-            at the checkpoint's totals over all ranks.
+        pair_counts: Counts of the trained and skipped pairs of this rank. When a run resumes, the counts of the main
+            rank start at the totals of all ranks in the checkpoint.
         evaluation: Log line of the latest evaluation; None before the first evaluation.
         best_score: The best value of ``output.best_metric`` so far; None before the first evaluation.
         n_stalled: Number of evaluations since the best evaluation.

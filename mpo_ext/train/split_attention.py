@@ -190,9 +190,9 @@ def _register_mask(name: str, base: str) -> None:
 
 
 def window_marker(rows: int, window: int | None, device: torch.device) -> Tensor:
-    """Returns an empty tensor to pass as a mask: ``[R, 1, 0, window]``, or ``[R, 1, 0, 0]`` without a sliding window.
+    """Returns an empty mask with the shape ``[R, 1, 0, window]``, or ``[R, 1, 0, 0]`` without a sliding window.
 
-    Models pass a 4-D mask unchanged to each layer, and split attention reads the size of the window from its shape.
+    Models pass a 4-D mask unchanged to each layer. Split attention reads the window from the shape of this mask.
     Other attention functions fail on this shape instead of computing wrong results. ``rows`` is R.
     """
     return torch.empty(rows, 1, 0, window or 0, dtype=torch.bool, device=device)

@@ -279,7 +279,7 @@ def exact_pair_loss(
     state: tuple[float, float],
     **c: object,
 ) -> dict[str, np.ndarray]:
-    """Computes the loss of pairs and the other outputs of pair_loss in float64, from the definition.
+    """Computes the outputs of pair_loss in float64, from their definitions.
 
     ``state`` is (delta, number of updates) of the reward shift. ``c`` has the settings of the loss.
     """

@@ -1,6 +1,6 @@
-"""Runs programs in forked processes, which need not repeat slow imports.
+"""Runs programs in forked processes. A forked process need not repeat slow imports.
 
-Reads requests as JSON lines, and answers each with the exit code of its program.
+A request is a JSON line that describes a program. The answer is the exit code of the program.
 """
 
 import json

@@ -226,7 +226,7 @@ def test_other_answers_under_a_name_are_refused(items: Path, tmp_path: Path) -> 
 def test_the_journal_has_only_settings_that_the_responses_depend_on(items: Path, tmp_path: Path) -> None:
     """Checks the settings in the first line of the journal, the file of sampled responses.
 
-    An evaluation resumes only from a journal with equal settings, so settings of the scoring must not be among them.
+    An evaluation resumes only from a journal with equal settings. So the journal must not hold scoring settings.
     """
     evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "out", config=COT)
     (journal,) = (tmp_path / "out").rglob("journal-*.jsonl")

@@ -28,7 +28,10 @@ JUDGED: dict[str, Callable[[], Any]] = {
 
 
 class ScriptedEngine(StubEngine):
-    """Answers questions with the texts ``answers`` in turn. Answers all other requests with the function ``judge``."""
+    """An engine that answers one question after the other with the texts ``answers``.
+
+    The function ``judge`` answers all other requests.
+    """
 
     def __init__(self, answers: Sequence[str], judge: Callable[[Request], str | tuple[float, ...]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Compares a transformers Trainer that uses MPOLossMixin with MPO in plain float64 torch. Kills and resumes runs."""
+"""Tests a transformers Trainer that uses MPOLossMixin, also with kills, against MPO in plain float64 torch."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def save_text_model(folder: Path, *, vocab: int = 320, hidden: int = 32, **setti
 
 
 def save_image_model(folder: Path, *, vision_feature_layer: int = -1) -> Path:
-    """Saves a two-layer LLaVA, which has four tokens per image, and its processor. Returns the folder."""
+    """Saves a two-layer LLaVA with four tokens per image, and its processor. Returns the folder."""
     template = tiny_processors.QWEN.replace("IMAGE", IMAGE_MARK)
     tokenizer = tiny_processors.with_template(
         tiny_processors.build_tokenizer(["<image>", *tiny_processors.SPECIAL[tiny_processors.QWEN]]), template

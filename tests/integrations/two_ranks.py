@@ -30,7 +30,7 @@ def _run_and_exit(rank: int, run: Callable[..., None], folder: str, *arguments: 
 
 
 def join(rank: int, folder: str) -> None:
-    """Sets the environment of a rank: one thread, and the address of the other rank."""
+    """Makes this process one of two ranks: sets the number of threads and the environment variables."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text(),

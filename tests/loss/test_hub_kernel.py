@@ -24,7 +24,7 @@ from mpo_ext.ops import native
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a zip file that imitates a wheel, with only the compiled module in the folder ``mpo_ext``."""
+    """Returns the path of a zip file that imitates a wheel. The file holds only the compiled module of mpo_ext."""
     path = tmp_path_factory.mktemp("wheels") / "mpo_ext-0.whl"
     module = Path(str(native.compiled().__file__))
     with zipfile.ZipFile(path, "w") as archive:

@@ -295,7 +295,7 @@ def eager_logits(case: Linear, is_widened: bool) -> tuple[Tensor, dict[str, Tens
 
 @functools.lru_cache(maxsize=4)
 def judged(case: Linear, is_widened: bool, reward_shift: float) -> tuple[Any, dict[str, Any], Judgement]:
-    """Returns (exact result, eager result, reference gradients) of linear_mpo_loss."""
+    """Returns the exact result, the result of eager torch, and the reference gradients of a case."""
     exact = mpo_exact(case.exact_head.logits, case.labels, **case.pairing, reward_shift=reward_shift)
     logits, tensors = eager_logits(case, is_widened)
     eager = mpo_eager(logits.detach(), case.labels, **case.pairing, reward_shift=reward_shift)

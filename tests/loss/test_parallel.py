@@ -430,9 +430,9 @@ def test_sums_of_the_reference_must_be_the_same_on_all_ranks(pool: RankPool) -> 
 
 
 def fault_with_two_groups(rank: int, fault: str) -> tuple[str, float]:
-    """Returns (error message, loss) of a call with a vocabulary group and a sequence group.
+    """Calls mpo_loss with a vocabulary group and a sequence group. Returns (error message, loss).
 
-    The arguments on rank 2 are invalid: ``fault`` names the mistake.
+    On rank 2, an argument is wrong: ``fault`` names the mistake.
     """
     logits, labels, ref_logp = pairs(4)
     columns = slice(0, 10) if rank % 2 == 0 else slice(10, 24)

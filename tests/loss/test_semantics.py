@@ -218,7 +218,7 @@ def test_one_pair_makes_the_two_averages_equal(backend: str, device: str) -> Non
 
 
 def test_gradient_accumulation_with_a_fixed_shift_equals_one_large_batch(backend: str, device: str) -> None:
-    """Compares the gradient of a batch of two pairs with the mean over two micro-batches of one pair each.
+    """Compares the gradient of a batch of two pairs with the mean gradient of two micro-batches of one pair.
 
     The reward shift is fixed, and the NTP loss is averaged over responses.
     """

@@ -115,7 +115,7 @@ class Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def recorded_kernels(counter: Counter, rows: int) -> Iterator[None]:
-    """Replaces the functions that need a GPU. Kernels are counted instead of launched.
+    """Replaces the functions that need a GPU, in a ``with`` block. ``counter`` counts kernels, which are not launched.
 
     ``rows`` is the number of positions that are treated as labelled.
     """

@@ -1,4 +1,4 @@
-"""Tests the operators on shards of the vocabulary in one process: merged shards equal the whole vocabulary."""
+"""Tests the operators on shards of the vocabulary, in one process. Merged results must equal unsharded results."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ PIXEL_MEAN, PIXEL_SPREAD = 0.3, 0.35
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All settings of a run, under the recipe's names. The prefix ``shift_`` means the section ``reward_shift``."""
+    """All settings of a run, named as in a recipe. The prefix ``shift_`` stands for the section ``reward_shift``."""
 
     beta: float = 0.1
     dpo_weight: float = 0.8

@@ -1,8 +1,8 @@
 """Compares the trainer with the float64 script plain.py: loss, rewards, delta, gradient norms and final weights.
 
-In float32 their values must agree to 1e-5 over 20 steps. In float64 they must agree to 1e-9, which finds errors that
-float32 rounding could hide. By default, a selection of settings is tested. MPO_EXACTNESS_ALL=1 tests all combinations
-of reward-shift mode, reference and gradient accumulation, over 20 steps in float32.
+A trainer in float32 must agree with the script to 1e-5 over 20 steps. A trainer in float64 must agree to 1e-9, which
+finds errors that float32 rounding could hide. By default, a selection of settings is tested. MPO_EXACTNESS_ALL=1 tests
+all combinations of reward-shift mode, reference and gradient accumulation, over 20 steps in float32.
 """
 
 import dataclasses

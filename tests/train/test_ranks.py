@@ -29,7 +29,7 @@ _SHIFT = {"reward_shift__mode": "ema", "reward_shift__update": "after", "reward_
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with eleven pairs for training and three for evaluation.
 
-    The last step of an epoch has one pair, so one of two ranks has none.
+    The last step of an epoch has one pair. So one rank of two has no pair in this step.
     """
     folder = tmp_path_factory.mktemp("ranks")
     digits_run.write_pairs(folder / "train", 11, text_only=3)

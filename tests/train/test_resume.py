@@ -152,8 +152,8 @@ def checkpoints(job: Job) -> dict[str, float | None]:
 def kill_repeatedly(name: str, job_of: Callable[..., Job], truth: Job, kills: int) -> Counter[str]:
     """Kills and resumes runs, ``kills`` times in all, and checks that each run ends like ``truth``.
 
-    Some kills are right before a random event, others at a random time. Returns the number of kills during the write
-    of a checkpoint, and of kills elsewhere.
+    Some kills are right before a random event, others at a random time. Returns two counts: the kills during the write
+    of a checkpoint, and all other kills.
     """
     rng = random.Random(f"{name} {SEED}")
     events, seconds = int(truth.beside("events").read_text()), float(truth.beside("seconds").read_text())

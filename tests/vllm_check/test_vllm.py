@@ -94,9 +94,9 @@ def vars_of(request: Request) -> dict[str, Any]:
 def require_equal_or_tied(
     kind: str, engine: TransformersEngine, requests: Sequence[Request], ours: list[Any], theirs: list[Any]
 ) -> None:
-    """Asserts that the two continuations of each request are equal, except for differences that rounding can cause.
+    """Asserts that both engines continue each request equally, except for differences that rounding can cause.
 
-    If they differ, the gap between the two largest logits at the first different token must be below ``TIE``.
+    At the first different token, the gap between the two largest logits must be below ``TIE``.
     """
     differences = []
     for request, our, their in zip(requests, ours, theirs, strict=False):

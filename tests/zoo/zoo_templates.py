@@ -260,7 +260,7 @@ def _tool_turns(content: str) -> str:
 
 
 def qwen_tools(image: str = "") -> str:
-    """Returns Qwen's template with tools, whose signatures are in the system message; ``image`` marks an image."""
+    """Returns Qwen's template with tools. The system message describes the tools. ``image`` marks an image."""
     system = content(image).replace("m.content", "messages[0].content")
     return (
         "{{ '<|im_start|>system\\n' }}{% if messages[0].role == 'system' %}" + system + "{% else %}"

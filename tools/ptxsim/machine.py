@@ -1,10 +1,10 @@
 """The machine that simulates a kernel.
 
 Thread blocks run group by group. The blocks of the running group are called resident. Each thread of a resident block
-is a lane: an element of numpy arrays. Warp w owns the lanes 32w..32w+31, since blocks are padded to whole warps. Each
-lane has a program counter (pc). The schedule `lockstep` repeatedly runs all lanes with the lowest pc. The schedule
-`random` repeatedly picks a random warp. In this warp, it runs the lanes with the lowest pc, for a random number of
-instructions.
+is a lane. Numpy arrays hold the values of all lanes, one element per lane. Blocks are padded to whole warps, so warp w
+owns the lanes 32w..32w+31. Each lane has a program counter (pc). The schedule `lockstep` repeatedly runs all lanes
+with the lowest pc. The schedule `random` repeatedly picks a random warp. In this warp, it runs the lanes with the
+lowest pc, for a random number of instructions.
 """
 
 import random

@@ -150,7 +150,10 @@ def test_the_reward_shift_moves_as_on_the_cpu(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edges_agree_with_the_cpu_kernels(dtype: torch.dtype) -> None:
-    """Compares results, including NaN, for labels out of range, logits of -inf, and rows with NaN or +inf."""
+    """Compares the results with the CPU kernels. Results may be NaN.
+
+    The inputs have labels out of range, logits of -inf, and rows with NaN or +inf.
+    """
     torch.manual_seed(0)
     logits = (4 * torch.randn(9, 1003)).to(dtype)
     labels = torch.randint(1003, (9,))
