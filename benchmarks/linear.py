@@ -38,10 +38,10 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 class HiddenBatch:
     """Random inputs of the loss that takes hidden states, for B pairs with T tokens per sequence.
 
-    The B pairs are joined to one pair of two sequences with ``B * T`` tokens each. This leaves the sizes of the
-    matmuls unchanged. D is the hidden size, and V is the vocabulary size. The shapes are: hidden states
-    ``[2, B * T, D]``, head ``[V, D]``, labels ``[2, B * T]``, ref_logp ``[2]``. In each sequence, only the last
-    fraction ``share`` has labels; the other labels are -100.
+    The B pairs are joined to one pair of two sequences with ``B * T`` tokens each. The sizes of the matmuls stay the
+    same. D is the hidden size, and V is the vocabulary size. The shapes are: hidden states ``[2, B * T, D]``, head
+    ``[V, D]``, labels ``[2, B * T]``, ref_logp ``[2]``. In each sequence, only the last fraction ``share`` has labels.
+    All other labels are -100.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:

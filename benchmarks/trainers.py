@@ -149,7 +149,7 @@ class _DoneError(Exception):
 
 
 def run_ours(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
-    """Trains with mpo_ext's trainer, and calls the gate after each of ``steps`` steps.
+    """Trains ``steps`` steps with mpo_ext's trainer, and calls ``gate`` with the loss of each step.
 
     ``pairs`` is the pair file. ``settings`` override the recipe.
     """

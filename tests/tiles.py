@@ -104,9 +104,9 @@ def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
 
 
 def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    """Compares linear_mpo_loss, on the code path for GPUs, with a float64 reference, on a CPU.
+    """Compares linear_mpo_loss on the code path for GPUs with a float64 reference. Needs no GPU.
 
-    Torch computes the matrix products, and the other kernels run with ``backend``.
+    Torch computes the matrix products on the CPU. All other kernels run with ``backend``.
     """
 
     def scaled_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: float, bias: object) -> None:
@@ -168,7 +168,7 @@ def check_exp_logits(backend: str, dtype: torch.dtype, vocab: int) -> None:
     """Compares the results of write_exp_logits on three tiles with float64 results.
 
     The kernel writes ``exp(z - r)`` for each logit z. The number r is the reference of a row (see
-    mpo_ext/ops/exp_logits.py). If the reference rises from one tile to the next, the kernel rescales given sums.
+    mpo_ext/ops/exp_logits.py). If the reference rises from one tile to the next, the kernel rescales the row's sums.
     """
     logits, labels, edges = exp_logits_case(vocab)
     sums = torch.randn(len(labels), 37, generator=torch.Generator().manual_seed(1))

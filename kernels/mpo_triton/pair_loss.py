@@ -72,10 +72,7 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes the rewards, the NTP term and delta. Grid (1,).
-
-    If a response has no labelled token, both rewards of its pair are 0.
-    """
+    """Computes the rewards, the NTP term and delta. Grid (1,)."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
@@ -90,7 +87,7 @@ def pair_rewards_kernel(
         rejected_tokens = tl.load(tokens_ptr + pairs + pair, mask=mask, other=0)
         chosen_ref = tl.load(ref_logp_ptr + pair, mask=mask, other=0.0)
         rejected_ref = tl.load(ref_logp_ptr + pairs + pair, mask=mask, other=0.0)
-        has_both = (chosen_tokens > 0) & (rejected_tokens > 0)
+        has_both = (chosen_tokens > 0) & (rejected_tokens > 0)  # otherwise, both rewards are 0
         chosen = tl.where(has_both, beta * (chosen_sum - chosen_ref), 0.0)
         rejected = tl.where(has_both, beta * (rejected_sum - rejected_ref), 0.0)
         tl.store(rewards_ptr + pair, chosen, mask=mask)

@@ -127,9 +127,9 @@ def _held_names(values: Mapping[str, Any]) -> list[str]:
 
 
 def _paths_of_contents(value: object) -> Iterator[object]:
-    """Yields an item for each image or video in ``value`` that is given by its content (bytes or a data URL).
+    """Yields a name for each image or video in ``value`` that is given by its content (bytes or a data URL).
 
-    The item is the value of the field ``path`` beside the field ``bytes``. Without such a field, the item is None.
+    The name is the value of the field ``path`` beside the field ``bytes``, or None without the field ``path``.
     """
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         yield value.get("path")

@@ -178,8 +178,8 @@ def is_conversation(value: object) -> bool:
 def read_response(name: str, value: object) -> list[Turn]:
     """Converts a response to turns. The response is a text, a message or a list of messages.
 
-    The assistant must have the first and the last turn. User and assistant alternate. Tool results must follow tool
-    calls, except for tool calls in the last turn.
+    The first and the last turn must be turns of the assistant. User and assistant alternate. Tool results must follow
+    tool calls, except for tool calls in the last turn.
 
     Raises:
         FieldError: If a message is invalid, or the turns break one of these rules.

@@ -73,7 +73,7 @@ def weights_digest(model: InternVLForConditionalGeneration) -> str:
 
 
 def ship(folder: Path) -> None:
-    """Copies the SFT model that the demo run in ``folder`` trained into the package.
+    """Copies the SFT model of a demo run into the package. ``folder`` is the folder of the run.
 
     Raises:
         ValueError: If the demo did not train an SFT model.

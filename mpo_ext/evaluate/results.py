@@ -178,7 +178,7 @@ def _comparisons(
     names: Sequence[str],
     config: EvaluationConfig,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the comparisons on each file: all pairs of models with a prompt, and all pairs of prompts of a model."""
+    """Yields the comparisons on each file. A comparison has two models and a prompt, or a model and two prompts."""
     prompts = config.prompts
     sides = [((first, prompt), (second, prompt)) for prompt in prompts for first, second in combinations(models, 2)]
     sides += [((model, first), (model, second)) for model in models for first, second in combinations(prompts, 2)]

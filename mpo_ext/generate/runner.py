@@ -82,7 +82,8 @@ def run(
             samples of an item are in the same group, even if they exceed this number. A killed run loses its
             unfinished groups.
         limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
-        rank: Rank of this process. The process takes the items ``rank``, ``rank + world_size``, and so on.
+        rank: Rank of this process. The process takes the items at the positions ``rank``, ``rank + world_size``, and
+            so on.
         world_size: Number of processes, which need not run at the same time.
         fsync_s: Seconds between two syncs of the stored samples to disk.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.

@@ -30,7 +30,8 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
     """Returns the attributes that ``mpo_ext.patch("ms-swift")`` replaces, and a line that describes the change.
 
     The replaced methods belong to ``DPOTrainer``. The new methods compute losses with the terms "sigmoid", "bco_pair"
-    and "sft". For any other loss, or with options that mpo_ext lacks, such as packing, they call ms-swift's methods.
+    and "sft". ms-swift still computes all other losses. It also computes losses with options that mpo_ext lacks, such
+    as packing.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else reward_shift
     settings = settings_function(_other_loss, _config_of, shift_settings)

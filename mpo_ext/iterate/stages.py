@@ -135,9 +135,9 @@ def train_recipe_path(recipe: IterateRecipe, number: int) -> Path:
 
 
 def chat_template_path(recipe: IterateRecipe) -> Path:
-    """Returns the path of the file with the chat template, if the recipe sets ``train.model.chat_template``.
+    """Returns the path of the file from which sampling and evaluation read the chat template.
 
-    Sampling and evaluation read the template from this file.
+    The file exists only if the recipe sets ``train.model.chat_template``.
     """
     return recipe.folder / _TEMPLATE
 

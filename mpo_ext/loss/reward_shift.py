@@ -104,7 +104,7 @@ class RewardShift:
         return self
 
     def eval(self) -> RewardShift:
-        """Turns updates off for an evaluation, and returns the instance. Calls then use delta without changing it."""
+        """Turns updates off for an evaluation, and returns the instance. Losses then use delta without changing it."""
         return self.train(False)
 
     def state_dict(self) -> dict[str, Any]:

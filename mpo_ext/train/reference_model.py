@@ -37,7 +37,7 @@ def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe, inspect: Insp
     """Returns the log-probs of the N labels of a batch: ``[N]`` on the model's device, differentiable.
 
     The log-probs are float32, or float64 for float64 models. With ``recipe.from_logits``, ``inspect`` is called with
-    the logits. Otherwise, it is called with the ``HiddenRows``.
+    the logits. Otherwise, ``inspect`` is called with the ``HiddenRows``.
     """
     if recipe.from_logits:
         logits = forward_logits(model, batch)

@@ -138,7 +138,7 @@ def test_a_gradient_may_be_narrower_than_its_logits(arch: str, dtype: str, grad_
 
 
 def check_narrow_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray) -> None:
-    """Checks the gradient in ``buffer``, whose dtype is narrower than the dtype of the logits.
+    """Checks the gradient in ``buffer``. Its dtype is narrower than the dtype of the logits.
 
     ``place`` gives the dtype and the layout of the gradient.
     """

@@ -1,4 +1,7 @@
-"""Tests a transformers Trainer that uses MPOLossMixin, also with kills, against MPO in plain float64 torch."""
+"""Tests a transformers Trainer that uses MPOLossMixin.
+
+Compares the Trainer with MPO in plain float64 torch. Kills and resumes runs.
+"""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def out_of_memory() -> None:
 
 
 def test_a_reward_shift_keeps_its_memory() -> None:
-    """Checks that the tensors of a reward shift keep their addresses. A CUDA graph would replay the old addresses."""
+    """Checks that the tensors of a reward shift keep their addresses. A CUDA graph needs fixed addresses."""
     logits, labels, ref_logp = torch.randn(2, 3, 7), torch.ones(2, 3, dtype=torch.int64), torch.tensor([-9.0, -4.0])
     for options in ({}, {"mode": "ema"}, {"per": "optimizer_step", "update": "after"}):
         shift = RewardShift(**options)

@@ -75,10 +75,10 @@ def compare(
         response: The assistant's message.
         prompt_ids: The encoder's ids of the prompt.
         response_ids: The encoder's ids of the response.
-        is_split: Whether the response was tokenized separately. If so, texts are compared instead of ids. Also asserts
-            that the separation was necessary: the template's ids do not begin with the prompt's ids.
+        is_split: Whether the response was tokenized separately. If so, texts are compared instead of ids. The
+            template's ids must then not begin with ``prompt_ids``; otherwise the separation was unnecessary.
         adds_header: Whether the encoder adds the assistant's header, because the template's generation prompt lacks
-            it. If so, the encoder's prompt may be longer than the template's.
+            it. The encoder's prompt may then be longer than the template's prompt.
         suffix: Number of special tokens that the tokenizer adds at the end of a text; they are not compared.
         **kwargs: Options of ``apply_chat_template``.
     """

@@ -150,7 +150,7 @@ def test_the_reward_shift_moves_as_on_the_cpu(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edges_agree_with_the_cpu_kernels(dtype: torch.dtype) -> None:
-    """Compares the results with the CPU kernels. Results may be NaN.
+    """Compares the Triton kernels with the CPU kernels on unusual inputs. NaN results must also agree.
 
     The inputs have labels out of range, logits of -inf, and rows with NaN or +inf.
     """
