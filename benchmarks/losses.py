@@ -186,7 +186,7 @@ def memory_target(
 ) -> None:
     """Runs the implementation ``name`` on the shape ``loss``. ``peak_bytes`` calls this function in a fresh process.
 
-    A first, smaller run does the setup of the implementation. Then ``begin`` is called.
+    Before this run, a first run does the setup. ``begin`` is called between both runs.
     """
     torch.set_num_threads(threads)
     run = benchmark.providers[name]()

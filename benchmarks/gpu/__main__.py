@@ -1,8 +1,8 @@
 """Runs checks and benchmarks on a GPU: ``python -m benchmarks.gpu --stage NAME ...`` (``make gpu-check`` runs all).
 
-Nothing is downloaded. A native module without CUDA kernels is built again first. Each stage rewrites its result file
-gpu_STAGE.json after every case. So a stopped stage keeps its results. ``--dry`` runs every stage with small sizes on a
-CPU. ``--docs`` copies the result files to results/, and rewrites the tables in README.md and docs/.
+Nothing is downloaded. If the native module has no CUDA kernels, the module is built again first. Each stage rewrites
+its result file gpu_STAGE.json after every case, so a stopped stage keeps its results. ``--dry`` runs every stage with
+small sizes on a CPU. ``--docs`` copies the result files to results/, and rewrites the tables in README.md and docs/.
 """
 
 from __future__ import annotations

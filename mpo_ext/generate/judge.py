@@ -1,4 +1,4 @@
-"""The judge pipeline: a judge model compares or rates sampled responses, and pairs follow its preference.
+"""The judge pipeline: a judge model compares or rates sampled responses, and prefers the chosen response of each pair.
 
 The judge compares two responses in both orders. If its preference changes with the order, the responses form no pair.
 ``mpo_ext.generate.runner`` runs the pipeline.

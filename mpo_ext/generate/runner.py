@@ -35,7 +35,7 @@ _CHECKED_ITEMS = 100
 
 
 class PairPipeline(Pipeline, Protocol):
-    """The interface of a pipeline: ``steps`` draws samples, and ``make_pairs`` makes pairs of them.
+    """The interface of a pipeline: ``steps`` draws samples, and ``make_pairs`` makes pairs from the samples.
 
     Attributes:
         needs_truths: Whether the items must have a true answer.

@@ -74,7 +74,7 @@ def responses_of(family: Family) -> tuple[str, ...]:
 
 
 def written(family: Family, response: str) -> str:
-    """Returns the response with ``<think>`` before it, if the family needs thoughts and the response lacks the tag."""
+    """Returns the response. Adds ``<think>`` before it if the family needs thoughts and the tag is missing."""
     return f"<think>{response}" if family.needs_thoughts and not response.startswith("<think>") else response
 
 
