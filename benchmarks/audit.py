@@ -171,9 +171,9 @@ def run(check: Check, scale: float) -> tuple[dict[str, Any], str]:
 def count_tests(report: Path, output: str) -> dict[str, int]:
     """Returns the numbers of tested cases and of passed, failed and skipped tests of a pytest run.
 
-    A test can have many cases. Their numbers are summed from the properties in the JUnit file ``report`` and from the
-    Hypothesis statistics in ``output``. If neither has a number, each test that ran counts as one case. Without the
-    file ``report``, the result is one failed test.
+    Some tests report numbers of cases: as properties in the JUnit file ``report``, or as Hypothesis statistics in
+    ``output``. The number of cases is the sum of these numbers. If there are no such numbers, each test that ran is
+    one case. Without the file ``report``, the result is one failed test.
     """
     if not report.exists():
         return {"cases": 0, "passed": 0, "failed": 1, "skipped": 0}

@@ -112,7 +112,7 @@ def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[f
 
 
 def _statistics_seconds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Returns the CPU seconds that entropy and top1 add to a loss call with these arguments."""
+    """Returns the additional CPU seconds of a loss call that also computes entropy and top1."""
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in args]
 
     def seconds(stats: tuple[str, ...]) -> float:

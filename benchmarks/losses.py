@@ -144,10 +144,10 @@ def _elapsed(run: Provider, batch: Any) -> float:
 def runs_of(
     benchmark: LossBenchmark, cases: Mapping[str, Provider], loss: LossShape, *, device: str = "cpu"
 ) -> dict[str, Run]:
-    """Returns a dict from name to (prepare, run) functions, which run on inputs with the shape ``loss``.
+    """Returns the functions to measure: a dict from name to (prepare, run).
 
-    The dict has an entry for each implementation in ``cases``, and for each function of ``benchmark.floor_runs``.
-    ``prepare`` restores the logits if the implementation overwrites them.
+    The names are those of the implementations in ``cases`` and of the functions in ``benchmark.floor_runs``. The
+    inputs of ``run`` have the shape ``loss``. If an implementation overwrites the logits, ``prepare`` restores them.
     """
     batch = benchmark.make_batch(loss, device)
     work = batch if loss.hidden is not None else benchmark.make_batch(loss, device)

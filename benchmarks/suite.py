@@ -1,8 +1,8 @@
 """Declares the measurements of ``python -m benchmarks``, and makes the entries (points) of the result files.
 
-A group is a set of implementations that are run in turn on one shape. Between the implementations, small programs run.
-They measure the speed of the machine, and a lower bound of the implementations' times (floor). If an implementation
-could not be measured, its point has the reason.
+A group is a set of implementations that run in turn on inputs of one shape. Between the implementations, small
+programs run. Some of these programs measure the speed of the machine. Others measure a floor: a lower bound of the
+time of the implementations. If an implementation could not be measured, its point has the reason.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ _RUN_SECONDS = 20.0  # a peer whose run would take longer is not measured
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Implementations of the loss that are measured together on one shape, in alternating runs.
+    """Implementations of the loss that are measured together on inputs of one shape.
+
+    In each round, every implementation runs once.
 
     Attributes:
         sweep: Name of the size that is varied, such as "vocab"; "base" for the base shape.
         loss: Shape of the inputs.
         providers: Names of the implementations.
-        runs: Number of counted rounds; a round runs each implementation once.
-        memory: Names of the implementations whose peak memory is also measured, each in a fresh process.
+        runs: Number of counted rounds.
+        memory: Names of the implementations whose peak memory is also measured. Each is measured in a fresh process.
     """
 
     sweep: str
@@ -267,11 +269,11 @@ PROMPTS, _TRL_PROMPT = (1024, 2048, 4096, 8192), 2048
 def step_groups(
     *, quick: bool, prompts: Sequence[int] = PROMPTS
 ) -> list[tuple[str, train_step.Sizes, tuple[str, ...], int]]:
-    """Returns (sweep, sizes, cases, steps) tuples, one for each group of training steps to measure.
+    """Returns the groups of training steps to measure, as tuples (sweep, sizes, cases, steps).
 
     ``sweep`` is the name of the varied size. ``cases`` are keys of ``train_step.CASES``. ``steps`` is the number of
-    counted steps. Some groups have long text prompts, so that attention takes much of the time. ``prompts`` are the
-    prompt lengths of these groups, in tokens.
+    counted steps. In the sweep "prompt", prompts are long, and attention takes much of the time. ``prompts`` are the
+    prompt lengths of this sweep, in tokens.
     """
     ours, cases = ("mpo_ext", "mpo_ext, precomputed"), ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
     if quick:

@@ -258,7 +258,7 @@ def readme_logits(documents: Documents) -> str:
 
 
 def _base_steps(document: Document) -> tuple[list[Point], Point | None]:
-    """Returns all measured training steps on the base sizes, and TRL's measurement among them (None if missing)."""
+    """Returns the measurements of training steps on the base sizes, and the measurement of TRL (or None)."""
     base = [point for point in _measured(document) if point["sweep"].startswith("base")]
     return base, _find(base, provider="TRL")
 
@@ -277,7 +277,7 @@ def _step_shape(document: Document) -> str:
 
 
 def _loss_gap(base: Sequence[Point], trl: Point | None, names: str) -> str:
-    """Returns a sentence with the largest difference between our losses and TRL's at the same step.
+    """Returns a sentence with the largest difference between the losses of mpo_ext and TRL at the same step.
 
     ``names`` is the subject and verb of the sentence, such as "the losses of mpo_ext and TRL differ".
     """

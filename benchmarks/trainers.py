@@ -222,11 +222,11 @@ def _trl_options(recipe: Any, sizes: Sizes, steps: int, folder: str) -> dict[str
 
 
 def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
-    """Trains with TRL's DPOTrainer, and calls the gate after each of ``steps`` steps.
+    """Trains with TRL's DPOTrainer for ``steps`` steps, and calls ``gate`` after each step.
 
-    Loss, learning rate and order of the pairs are those of mpo_ext's recipe. TRL runs in float32, without gradient
-    checkpointing and without a length limit, and writes no log. Other options, such as the fused AdamW, are TRL's
-    defaults. ``pairs`` is the pair file. ``settings`` override the options of ``DPOConfig``.
+    The loss, the learning rate and the order of the pairs are those of mpo_ext's recipe. TRL runs in float32, without
+    gradient checkpointing, without a length limit and without a log. All other options have TRL's defaults. ``pairs``
+    is the pair file. ``settings`` override the options of ``DPOConfig``.
     """
     from datasets import Dataset
     from datasets import Image as ImageFeature

@@ -87,9 +87,9 @@ def check_outputs(
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns the device and inode numbers of a file, which are equal for all paths of the file.
+    """Returns the device number and the inode number of a file.
 
-    For a broken link, they are the numbers of the link itself.
+    All paths of the same file give the same numbers. A broken link gives the numbers of the link.
     """
     status = os.stat(path) if os.path.exists(path) else os.lstat(path)
     return status.st_dev, status.st_ino

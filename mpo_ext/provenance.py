@@ -113,8 +113,8 @@ def changed_independently(names: Iterable[str]) -> list[str]:
 def _tokenizer_digest(tokenizer: Any) -> str:
     """Returns a hash of a tokenizer.
 
-    For a fast tokenizer, the hash covers its JSON definition without ``_IGNORED_FIELDS`` and null or false fields. For
-    a slow tokenizer, the hash covers the class name, the vocabulary and the added tokens.
+    For a slow tokenizer, the hash covers the class name, the vocabulary and the added tokens. For a fast tokenizer, it
+    covers the JSON definition. Fields in ``_IGNORED_FIELDS`` and fields that are null or false are left out.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

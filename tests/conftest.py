@@ -74,7 +74,7 @@ def threads() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the tests, so that each case runs on all backends in succession and reuses the oracle's cached result.
+    """Sorts the tests, so that the backends of a case follow each other. The oracle then computes each case once.
 
     Skips float64 cases on GPU kernels, which do not support float64.
     """

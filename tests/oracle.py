@@ -139,8 +139,8 @@ def token_logp_exact(
         ignore_index: Positions with this label get log-probability 0.
 
     Returns:
-        ``(logp, gradient, share)``, shaped ``[...]``, ``[..., V]`` and ``[..., V]``. ``share`` is the gradient of a
-        log-probability with respect to its logits. ``gradient`` is weight * share.
+        ``(logp, gradient, share)``: ``[...]``, ``[..., V]`` and ``[..., V]``. ``share`` is d logp / d logits of each
+        position. ``gradient`` is ``weight * share``.
     """
     vocab = logits.shape[-1]
     targets = labels.cpu().numpy()
@@ -430,9 +430,9 @@ class ExactHead:
         }
 
     def sizes(self, gradient: Array) -> dict[str, Array]:
-        """Returns the gradients computed from the absolute values of all inputs, so that no terms cancel.
+        """Returns the gradients for the absolute values of all inputs, so that no terms cancel.
 
-        Kernels may have errors in proportion to these values.
+        The errors of a kernel may be proportional to these values.
         """
         positive = dataclasses.replace(
             self, hidden=np.abs(self.hidden), weight=np.abs(self.weight), slope=np.abs(self.slope)
@@ -893,8 +893,8 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 
     - "contiguous".
     - "sliced": a view ``[:, :-1]`` of a tensor with one more position per sequence.
-    - "unaligned": a view of wider rows, which need not start at multiples of 16 bytes.
-    - "transposed": a view in which V is not the contiguous axis.
+    - "unaligned": a view of wider rows. Its rows may start at any address.
+    - "transposed": a view whose last axis, V, is not contiguous.
     """
     if layout == "contiguous":
         return tensor.clone(memory_format=torch.contiguous_format)

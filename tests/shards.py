@@ -1,4 +1,4 @@
-"""Checks the operators on shards of the vocabulary, for the tests of all backends."""
+"""Checks the operators on parts (shards) of the vocabulary. The tests of each backend call these checks."""
 
 from __future__ import annotations
 

@@ -391,7 +391,7 @@ def test_the_limit_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def url_pairs(folder: Path, tmp_path: Path) -> Path:
-    """Returns a file of pairs that name one image by data URL, file URL, absolute path and relative path."""
+    """Writes a file with four pairs that name the same image by different URLs and paths. Returns the file."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "rgba.png").write_bytes((folder / "rgba.png").read_bytes())
     path = tmp_path / "in" / "rgba.png"

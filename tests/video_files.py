@@ -33,11 +33,11 @@ def write_video(
     rotation: int = 0,
     colours: Sequence[tuple[int, int, int]] | None = None,
 ) -> Path:
-    """Encodes a video with frames of uniform grey or color, and returns its path.
+    """Encodes a video whose frames have a uniform color, and returns its path.
 
-    ``values`` are the grey values of the frames. A number n stands for ``grey(0)`` to ``grey(n - 1)``. ``colours``, if
-    given, are the colors of the frames instead. ``stamps`` are the times of the frames in units of 1 / rate seconds.
-    With a ``rotation`` in degrees, the upper half of each stored frame is white.
+    ``values`` are the grey values of the frames. A number n stands for ``grey(0)`` to ``grey(n - 1)``. ``colours`` are
+    the colors of the frames, and replace ``values``. ``stamps`` are the times of the frames in units of 1 / rate
+    seconds. With a ``rotation`` in degrees, the upper half of each stored frame is white.
     """
     import av
 

@@ -29,10 +29,10 @@ _RUNS, _BUDGET_RUNS = 7, 3
 
 
 def run(stage: GpuStage) -> None:
-    """Measures matmuls and implementations of the loss, then several memory budgets of ``linear_mpo_loss``.
+    """Measures matmuls, implementations of the loss, and several memory budgets of ``linear_mpo_loss``.
 
-    The matmuls and the implementations are measured with 100 % and with 10 % of the positions labelled. For the memory
-    budgets, all positions are labelled.
+    The matmuls and the implementations are measured twice: with 100 % and with 10 % of the positions labelled. The
+    memory budgets are measured with all positions labelled.
     """
     whole = _DRY_LOSS if stage.dry else LOSS
     for share in (1.0, 0.1):

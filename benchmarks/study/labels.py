@@ -1,6 +1,7 @@
-"""Checks with the true digits whether the chosen response of a pair is really the better one.
+"""Checks whether the chosen response of a pair is better than the rejected response.
 
-The pairs store the true digits of their grid. The pipelines that make the pairs do not use them.
+The check uses the true digits of the grid. The pairs store these digits, but the pipelines that make the pairs do not
+use them.
 """
 
 from __future__ import annotations

@@ -80,10 +80,10 @@ ROWS: dict[str, StudyRow] = {
 
 
 def _of_variants(names: list[str]) -> tuple[tuple[str, str], ...]:
-    """Returns three table rows, as (label, name), for each variant of the starting model.
+    """Returns the table rows, as (label, name), for variants of the starting model.
 
-    The rows are the variant itself, SFT from it, and MPO from it. ``names`` are names of variants, such as "prior
-    0.5"; "" is the model with the default settings.
+    Each variant has three rows: the variant itself, SFT from the variant, and MPO from the variant. ``names`` are
+    names of variants, such as "prior 0.5". The name "" stands for the default settings.
     """
     rows = []
     for name in names:

@@ -94,8 +94,7 @@ def _sample(
     """Samples answers about digits that the starting model has not seen, and makes pairs from them.
 
     Returns:
-        Two dicts, whose keys are kinds of pairs. The first has the pairs, the second the summaries of their sampling.
-        ``choose`` explains the kinds.
+        (pairs, summaries). Both are dicts with the same keys, the kinds of pairs. ``choose`` explains the kinds.
     """
     engine = TransformersEngine(model, processor, name=f"digits study, seed {settings.seed}", batch_size=BATCH_SIZE)
     unseen = digits.part(digits.load_digits()["train"], settings.sft_digits, None)

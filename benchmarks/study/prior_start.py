@@ -141,8 +141,8 @@ def _make_kinds(
 ) -> dict[str, list[Pair]]:
     """Makes the pairs of all files except "mixed" and "RLAIF-V". Returns a dict from file name to pairs.
 
-    Some files are random subsets of ``mixed``, the pairs of the file "mixed". For the other files, responses are
-    sampled with ``engine``. The sampling summaries are added to ``summaries``.
+    ``mixed`` holds the pairs of the file "mixed". Some of the other files are random subsets of these pairs. For the
+    rest, ``engine`` samples responses. The summaries of this sampling are added to ``summaries``.
     """
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
     common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}

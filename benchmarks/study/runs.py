@@ -98,10 +98,10 @@ class Study:
                         raise error
 
     def finish(self, seed: int, row: str, result: dict[str, Any]) -> None:
-        """Stores a result. ``row`` names the training run or the starting model that has this result.
+        """Stores the result of ``row``, a training run or a starting model.
 
-        When a starting model has been trained, the runs that begin from it are queued. When its training has failed,
-        these runs fail, too.
+        When a starting model has been trained, the runs that begin from it are queued. If its training has failed,
+        these runs are stored as failed, too.
         """
         self.results[seed, row] = result
         is_start = row in self.task.starts

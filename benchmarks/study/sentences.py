@@ -43,7 +43,7 @@ def family_of(document: Document, name: str) -> list[tuple[Difference, list[floa
 
 
 def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
-    """Returns the text of a verdict; "one seed, no verdict" or "not run" if there are too few ``numbers``."""
+    """Returns the text of a verdict. With one number, returns "one seed, no verdict"; without numbers, "not run"."""
     if len(numbers) > 1:
         return verdict.text
     return ONE_SEED if numbers else NOT_RUN

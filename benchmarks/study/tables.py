@@ -41,7 +41,7 @@ SCHEMA = 1
 def load(path: Path, *, has_all: bool = True) -> dict[str, Any]:
     """Reads and checks a result file of the study, and returns its content.
 
-    If ``has_all`` is False, the file may lack runs, because some runs were declared after it was written.
+    With ``has_all=False``, the file may lack some of the declared runs.
 
     Raises:
         ValueError: If the file has a wrong format. The message names the file.

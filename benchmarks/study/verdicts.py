@@ -32,7 +32,7 @@ def verdicts(family: Sequence[Sequence[float]]) -> list[DifferenceVerdict]:
     tested.
 
     Args:
-        family: For each difference, its value in each seed.
+        family: A list for each difference, with a value for each seed.
     """
     raw = [_p_value(values) for values in family]
     order = sorted((p, index) for index, p in enumerate(raw) if p is not None)

@@ -56,15 +56,15 @@ class Blocks(NamedTuple):
 def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
     """Returns the numbers of columns and warps of a program that processes a part of a row.
 
-    They depend only on the vocabulary and the dtype, so training never recompiles. A thread holds 32 elements
-    (float32: 16), so several 16-byte loads are in flight. A program processes only four blocks of columns, one after
-    the other. Even a few labelled rows therefore have enough programs to fill a GPU.
+    The numbers depend only on the vocabulary and the dtype, so training never recompiles.
     """
+    # A thread holds 32 elements (float32: 16), so several 16-byte loads are in flight.
     elements_per_warp = 32 * (16 if dtype.itemsize == 4 else 32)
     num_warps = 4
     while num_warps > 1 and elements_per_warp * num_warps // 2 >= vocab:
         num_warps //= 2
     block = elements_per_warp * num_warps
+    # With only four blocks per program, even a few labelled rows have enough programs to fill a GPU.
     return Blocks(block, 4 * block, num_warps)
 
 

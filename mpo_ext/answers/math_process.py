@@ -57,10 +57,10 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
 
 
 def serve() -> None:
-    """Runs in the helper process: reads one pair of expressions per line of stdin, and prints one result per pair.
+    """Runs in the helper process. Reads two expressions from each line of stdin, and prints whether they are equal.
 
-    Requests and results are JSON objects. The first printed line is ``{"ready": true}``, or ``{"error": ...}``
-    if math-verify cannot be imported.
+    Requests and results are JSON objects. The first printed line is ``{"ready": true}``. If math-verify cannot be
+    imported, it is ``{"error": ...}``.
     """
     import logging
     import signal

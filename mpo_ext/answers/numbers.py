@@ -185,26 +185,25 @@ def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> boo
 class NumberMatcher(Matcher):
     """Compares numbers with a tolerance. If the truth is not a number, compares texts without regard to case.
 
-    A number is right if ``|prediction - truth| <= relative * |truth|``, or ``<= absolute`` if the truth is 0. If both
-    numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong. A currency may be missing: $7
-    equals 7.
+    A number is right if ``|number - truth| <= relative * |truth|``. If the truth is 0, ``|number| <= absolute`` is
+    required instead. Units are converted: if the truth is "7 m", "700 cm" is right, and "7 km" is wrong. A currency
+    may be missing: "$7" equals "7".
 
-    If the truth is a number, an answer with no number or several numbers is unreadable. An answer is also unreadable
-    in cases such as the following:
+    If the truth is a number, an answer is unreadable in cases such as the following:
 
-    - It has a decimal comma ("1,5").
-    - Only the answer or only the truth has a unit, and the other number may mean the same quantity ("7" or "700" for
-      "7 m"). With "m" in ``units``, "7" is right.
-    - The numbers differ by more than the tolerance, but are equal after rounding ("3.14" and "3.14159").
+    - The answer has no number, or several numbers.
+    - The answer has a decimal comma, such as "1,5".
+    - A unit is missing in the answer or in the truth, but both may mean the same quantity: "7" or "700" for "7 m".
+      With "m" in ``units``, "7" is right.
+    - The numbers are equal only after rounding, such as "3.14" and "3.14159".
 
     Attributes:
-        relative: Tolerance as a fraction of the truth. With 1e-3, which the authors of MPO use, 2023 matches 2024.
+        relative: Tolerance as a fraction of the truth. The authors of MPO use 1e-3, so that 2023 matches 2024.
         absolute: Absolute tolerance, used only if the truth is 0.
         percent: "ignore" drops the percent sign, so 5% equals 5. "ratio" reads 5% as 0.05. "keep" reads the sign as a
-            unit: a number with the sign never equals a number without it.
-        degrees: Whether a degree sign, or the word "degree", "degrees" or "deg", may be missing after one of the
-            numbers.
-        units: Units that may be missing after one of the numbers; "any" means every unit.
+            unit: "5%" never equals "5" or "0.05".
+        degrees: Whether "°", "degree", "degrees" or "deg" may be missing in the answer or in the truth.
+        units: Units that may be missing in the answer or in the truth; "any" means every unit.
     """
 
     kind: ClassVar[str] = "number"

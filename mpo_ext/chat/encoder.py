@@ -426,12 +426,12 @@ def _check_single_end(chat: ChatEncoder, ids: Sequence[int], response: str) -> N
 def _tokenize_apart(
     tokenizer: Any, decode: Callable[[Sequence[int]], str], context: list[int], text: str
 ) -> list[int] | None:
-    """Returns ids that decode to ``text`` when placed after the ids ``context``; None if no such ids are found.
+    """Returns token ids of ``text`` that can follow the ids ``context``. Returns None if no such ids are found.
 
-    SentencePiece prepends a space to a text. To avoid this space, ``text`` is also encoded after an anchor such as a
-    line break, and the anchor's ids are removed.
+    The joined ids decode to the text of ``context`` followed by ``text``.
     """
     expected = unicodedata.normalize("NFC", decode(context) + text)
+    # SentencePiece prepends a space to a text, but not after an anchor such as a line break.
     for anchor in _ANCHORS:
         begin = list(tokenizer.encode(anchor, add_special_tokens=False)) if anchor else []
         ids = list(tokenizer.encode(anchor + text, add_special_tokens=False, verbose=False))

@@ -205,13 +205,13 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def find_end(form: TurnForm, tokenizer: Any) -> tuple[int, int]:
-    """Returns the id of the token that ends a turn, and how often the template writes it after a response.
+    """Returns (token id, count). The token ends a turn, and the template writes it ``count`` times after a response.
 
-    If the template writes no such token, returns ``eos_token_id`` and 0.
+    If the template writes no such token, returns (``eos_token_id``, 0).
 
     Raises:
-        ChatError: If the template ends a turn with ordinary text. Also raised if it writes at most white space after a
-            turn, and the tokenizer has no ``eos_token``.
+        ChatError: If the template ends a turn with ordinary text. Also raised if the template writes only white space
+            or nothing after a turn, and the tokenizer has no ``eos_token``.
     """
     tail = form.tail
     ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []

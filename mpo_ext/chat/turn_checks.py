@@ -32,7 +32,7 @@ def response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: i
 
 
 def check_written(response: str, prompt: str, whole: str) -> None:
-    """Raises ``ChatError`` if the template has not written the response unchanged after the prompt.
+    """Raises ``ChatError`` if the template has changed the response.
 
     ``whole`` is the text that the template has written for prompt and response. Differences in white space and in the
     Unicode form are ignored.

@@ -133,9 +133,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        """Parses arguments like argparse, but also accepts KEY=VALUE after an option, and adds it to ``overrides``.
+        """Parses arguments like argparse, but also finds KEY=VALUE arguments after options.
 
-        argparse alone would return such a KEY=VALUE as an unknown argument.
+        argparse would return such arguments as unknown. This function adds them to ``overrides``.
         """
         namespace, rest = parse(args, namespace)
         for text in rest:

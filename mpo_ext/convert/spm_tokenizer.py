@@ -16,18 +16,18 @@ _TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 def load_spm_tokenizer(folder: Path, *, extra_special_tokens: Mapping[str, str]) -> Any:
     """Loads ``tokenizer.model`` and ``tokenizer_config.json``, and returns a ``PreTrainedTokenizerFast``.
 
-    The token ids are those of SentencePiece. The setting ``added_tokens_decoder`` may rename pieces. Each text between
+    The token ids are those of SentencePiece. The setting ``added_tokens_decoder`` may rename tokens. Each text between
     special tokens is encoded separately, as in transformers' slow tokenizers.
 
     Args:
         folder: Folder of the files.
-        extra_special_tokens: Further special tokens, as a dict from the name of a tokenizer attribute, such as
-            "video_token", to the token. They are added to the vocabulary if missing.
+        extra_special_tokens: Further special tokens: a dict from the name of a tokenizer attribute, such as
+            "video_token", to a token. Missing tokens are added to the vocabulary.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the model is not a BPE model, ``tokenizers`` would split texts differently, or the ids in
-            ``added_tokens_decoder`` do not fit.
+        ValueError: If the model is not a BPE model, or ``tokenizers`` would split texts in another way. Also raised if
+            the ids in ``added_tokens_decoder`` do not continue the ids of the model.
         ModuleNotFoundError: If protobuf is not installed.
     """
     import transformers

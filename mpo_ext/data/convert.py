@@ -135,7 +135,7 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
 
 
 def _turns(pair: Pair) -> list[dict[str, Any]]:
-    """Returns one list with the turns of the prompt and of both responses, as they are in ``Pair.source``."""
+    """Returns the turns in ``Pair.source`` as one list: the turns of the prompt and of both responses."""
     return [turn for name in TURNS for turn in pair.source.get(name, ()) if isinstance(turn, dict)]
 
 

@@ -213,9 +213,9 @@ def is_sequence(turns: Sequence[Turn], *, first: Collection[str], last: Collecti
 def check_prompt_turns(prompt: Sequence[Turn], n_images: int, n_videos: int = 0) -> None:
     """Raises FieldError if the turns do not form a valid prompt.
 
-    A prompt may begin with one system turn. Then user and assistant alternate. Tool results follow an assistant's turn
-    with tool calls. The last turn is the user's or a tool result. A prompt of several turns has ``<image>`` 0 or
-    ``n_images`` times, and ``<video>`` 0 or ``n_videos`` times.
+    The first turn may be a system turn. Then user and assistant alternate. An assistant's turn with tool calls is
+    followed by the tool results. The last turn is a user's turn or a tool result. If there are several turns, they
+    have either no ``<image>`` or ``n_images`` of them. The same holds for ``<video>`` and ``n_videos``.
     """
     if not prompt:
         raise FieldError("prompt must be text or messages, got none")
@@ -361,7 +361,11 @@ def _shown(turn: Mapping[str, Any]) -> str:
 
 
 def prompt_text(pair: Pair) -> str:
-    """Returns the prompt of a pair as readable text: the question, or the tools and all turns with their roles."""
+    """Returns the prompt of a pair as readable text.
+
+    Without ``messages`` and ``tools`` in ``pair.source``, the text is the question. Otherwise, the text has the tools
+    and all turns with their roles.
+    """
     return turns_text(pair.source.get(PROMPT_TURNS), pair.source.get(PROMPT_TOOLS), pair.question)
 
 

@@ -285,7 +285,7 @@ def _paths(name: str, value: object) -> list[str]:
 
 
 def _compact(media: list[Any]) -> Any:
-    """Returns ``value`` for a list ``[value]`` if the value is not a list. Any other list is returned unchanged."""
+    """Returns "a" for the list ``["a"]``. Other lists, such as ``["a", "b"]`` and ``[["a"]]``, are unchanged."""
     return media[0] if len(media) == 1 and not isinstance(media[0], list) else media
 
 
@@ -319,12 +319,12 @@ def resolve_image(image: str, root: str) -> str:
 
 
 def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any], root: str) -> dict[str, Any]:
-    """Returns a pair as the fields of an MMPR line, in the order of the published files.
+    """Returns the fields of an MMPR line for a pair, in the order of the published files.
 
     Args:
         pair: The pair.
-        relative: Paths of its images, relative to the root.
-        source: ``pair.source``. It stores the form of the original line: for example, whether ``image`` was a list.
+        relative: The pair's image paths, relative to the root.
+        source: ``pair.source``. It describes the original line: for example, whether ``image`` was a list.
         root: Absolute path of the root.
     """
     form = source.get("image", "string" if len(relative) == 1 else "list" if relative else "absent")

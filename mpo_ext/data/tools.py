@@ -13,7 +13,9 @@ _FIELDS = {"tools", "functions", "tool_calls", "tool_call_id", "function_call", 
 
 
 def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Collection[str] = ()) -> None:
-    """Raises FieldError if a row or message has tools that the reader does not use, such as a non-empty ``functions``.
+    """Raises FieldError if a row or message has tools that the reader does not use.
+
+    Tools are in fields such as ``functions``. Empty fields raise no error.
 
     Args:
         values: Fields of the row or message.

@@ -69,8 +69,8 @@ def measure_digits(tasks: Sequence[ReadingTask], responses: Sequence[str], prior
 def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float]:
     """Returns the accuracy of ``first`` minus the accuracy of ``second``, and the paired standard error.
 
-    Both numbers are in percentage points. Both arguments are results of ``measure`` for one form, on the same
-    questions.
+    Both numbers are in percentage points. ``first`` and ``second`` are results of ``measure`` for one form. They must
+    come from the same questions.
     """
     differences = [int(ours) - int(theirs) for ours, theirs in zip(first["right"], second["right"], strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan

@@ -98,8 +98,8 @@ def build_tokenizer(*, is_reading: bool = False) -> PreTrainedTokenizerFast:
 def build_processor(side: int | None = None) -> DigitsProcessor:
     """Returns the demo's processor, with the tokenizer of ``build_tokenizer``.
 
-    An image has ``side`` rows and columns of digits, 16x16 pixels per digit, and one token per digit. If ``side`` is
-    None, the processor is for the adding task, which has 2x2 digits.
+    An image has ``side`` rows and ``side`` columns of digits. Each digit has 16x16 pixels and one token. If ``side``
+    is None, the processor is for the adding task. An image then has 2x2 digits.
     """
     tokenizer = build_tokenizer(is_reading=side is not None)
     side = side or 2

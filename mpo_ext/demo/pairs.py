@@ -183,9 +183,9 @@ def read_made(path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _with_subset(pair: Pair) -> Pair:
-    """Returns a copy of a pair whose subset is its form, "direct" or "cot".
+    """Returns a copy of a pair with its form, "direct" or "cot", as the subset.
 
-    In reports, pairs are grouped by subset.
+    Reports then group the pairs by form.
     """
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 

@@ -32,13 +32,13 @@ class ModelSource:
 def find_model(name: str) -> ModelSource:
     """Returns the location of the model ``name``.
 
-    ``name`` is a hub name or a folder. The folder holds a whole model, adapters, or a training run with a subfolder
-    ``final``.
+    ``name`` is a hub name or a folder. The folder holds a whole model or adapters. The folder of a training run is
+    also accepted: its model is in the subfolder ``final``.
 
     Raises:
         FileNotFoundError: If the name is ``a/b``, and the folder ``a`` exists without ``b``.
-        ValueError: If the name is neither a folder nor a possible hub name, or no model can be loaded from the folder.
-            The message says what to do.
+        ValueError: If the name is neither a folder nor a possible hub name, or the folder has no usable model. The
+            message says what to do.
     """
     folder = Path(name)
     if not folder.exists():
@@ -110,9 +110,9 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
 
 class FingerprintedEngine:
-    """Wraps an engine, and adds a hash of the model's weights to the settings of the engine.
+    """An engine with a hash of the model's weights in its settings.
 
-    A resumed run compares the settings, and thus detects changed weights in the same folder.
+    A resumed run compares the settings. It thus detects changed weights in the same folder.
     """
 
     def __init__(self, engine: TransformersEngine) -> None:

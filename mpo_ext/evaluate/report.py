@@ -329,10 +329,10 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
 
 
 def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns a dict for ``failures.html`` with a model's responses to a question.
+    """Returns the responses to a question as a dict for ``failures.html``.
 
-    The dict holds counts and at most ``_MAX_SAMPLES`` responses. If there are more, correct responses are left out
-    first. ``lines`` are the stored predictions of the question.
+    The dict has counts, and the text of at most ``_MAX_SAMPLES`` responses. Wrong responses are preferred. ``lines``
+    are the stored predictions of one model for the question.
     """
     problem = lines[0].get("problem")
     samples = [] if problem else lines

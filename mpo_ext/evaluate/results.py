@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers")
 
 
 class _Answered(NamedTuple):
-    """The true answers of a question, and whether the model gives the same answer without seeing the image."""
+    """The true answers of a question. ``is_same``: whether the model answers the same with and without the image."""
 
     is_same: bool
     truths: tuple[str, ...]

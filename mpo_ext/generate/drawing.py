@@ -1,4 +1,4 @@
-"""Draws the next token of each row of a batch with a separate random generator for each row."""
+"""Draws the next token of each row of a batch. Each row has a separate random generator."""
 
 import math
 import random
@@ -51,10 +51,10 @@ def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig)
 
 
 class SeededDraw:
-    """Draws the next token of each row of a batch with a separate random generator for each row.
+    """Draws the next token of each row of a batch. Each row has a separate random generator.
 
-    An instance is also a logits processor of transformers: it sets the logits of all tokens except the drawn ones to
-    -inf.
+    An instance is also a logits processor of transformers. It draws a token for each row, and sets the logits of all
+    other tokens to -inf.
 
     Args:
         seeds: Seed of each row.

@@ -153,7 +153,10 @@ class DropoutNTP:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields lists of requests, receives their generations by ``send``, and returns the result of ``sample``."""
+        """Yields lists of requests. The caller sends the generations of each list with ``send``.
+
+        At the end, this generator returns the same value as ``sample``.
+        """
         rows = [self._load(item) for item in items]
         yield from self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None])
         requests: list[Request] = []

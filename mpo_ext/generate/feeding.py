@@ -143,11 +143,12 @@ class Feeder:
         self._advance(self._blocks[-1], None)
 
     def take(self, *, in_order: bool) -> list[tuple[Any, Records | Exception]]:
-        """Removes the complete and the failed blocks (groups of items), and returns (tag, result) for each of them.
+        """Removes all complete and all failed blocks (groups of items). Returns (tag, result) for each removed block.
 
-        The tag is the object that was given to ``add`` with the block. The result is the return value of the block's
-        generator, or the error of a failed block. The failed blocks are last. With ``in_order``, complete blocks stay
-        if they come after an incomplete or failed block.
+        The tag is the object that was given to ``add`` with the block. The result of a complete block is the return
+        value of its generator. The result of a failed block is its error. The failed blocks are last in the list.
+
+        With ``in_order``, a complete block stays if an earlier block is incomplete or has failed.
         """
         complete: list[tuple[Any, Records | Exception]] = []
         failed: list[tuple[Any, Records | Exception]] = []
@@ -163,10 +164,10 @@ class Feeder:
         return complete + failed
 
     def collect(self) -> None:
-        """Waits until at least one running request has ended, and stores its generation.
+        """Waits until at least one running request has ended. Stores the generations of all ended requests.
 
-        If this completes the current requests of a block (a group of items), submits the block's next requests.
-        Raises the errors of the engine's method ``finished``.
+        When all current requests of a block (a group of items) have ended, the block's next requests are submitted.
+        Errors of ``StreamingEngine.finished`` are raised.
         """
         if not self._running:
             return

@@ -46,10 +46,10 @@ class GrowingLayer(DynamicLayer):
 
 
 def repeat_cache(cache: DynamicCache, rows: Tensor) -> None:
-    """Selects batch rows of a KV cache in place: row i of the result is the old row ``rows[i]``.
+    """Selects batch rows of a KV cache in place: the new row i is the old row ``rows[i]``.
 
-    An index may occur several times, so the batch can grow. Each plain ``DynamicLayer`` that holds tokens is replaced
-    by a ``GrowingLayer``.
+    ``rows`` may hold the same index several times. The new batch may therefore be larger than the old batch. Each
+    plain ``DynamicLayer`` that holds tokens is replaced by a ``GrowingLayer``.
     """
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:

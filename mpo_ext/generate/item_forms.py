@@ -65,18 +65,19 @@ _SHORTEST_BASE64 = 65  # shorter texts are the ``index`` of another row of MMBen
 
 @dataclasses.dataclass(slots=True)
 class ItemFields:
-    """The fields of an item in the common format, to which ``read_fields`` converts all published formats.
+    """The fields of an item in the common format. ``read_fields`` converts all published formats to this format.
 
     Attributes:
-        question: The question, in which ``<image>`` replaces placeholders such as ``<image 1>``. If there are options,
-            the context of the input comes first. A question that is not a string is kept unchanged.
+        question: The question. It has ``<image>`` instead of placeholders such as ``<image 1>``. If the input has
+            options and a field ``context`` or ``hint``, the question begins with this field. A question that is not a
+            string is kept unchanged.
         chosen: The preferred response; None if the input has none. A message becomes its text.
         images: Paths and data URLs of the images.
         videos: The videos.
-        truths: True answers. An answer that is an option index becomes the option's letter.
+        truths: True answers. If the input gives the index of an option, the true answer is the option's letter.
         extra: All other fields. The answer options are in ``extra["options"]``: a list of texts, or a dict from letter
             to text.
-        turns: All turns of a multi-turn prompt; ``question`` is the last user turn. Empty for a single turn.
+        turns: All turns of a multi-turn prompt. ``question`` is the last user turn. Empty for a prompt of one turn.
         tools: The functions that the assistant may call.
     """
 
@@ -160,7 +161,7 @@ def _plain(value: Any) -> Any:
 
 
 def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | None, *, is_index: bool) -> list[str]:
-    """Removes the answer field from ``rest``, and returns the true answers as texts; empty without an answer.
+    """Removes the answer field from ``rest``, and returns the true answers as texts. Returns [] without an answer.
 
     ``is_index`` says whether an integer answer is the index of an option, as in ScienceQA.
     """
@@ -269,10 +270,10 @@ def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
 def _place_numbered(
     turns: list[Turn], options: list[str] | dict[str, str] | None, images: Mapping[int, Any]
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
-    """Replaces placeholders such as ``<image 2>`` by ``<image>``, and orders the images by their placeholders.
+    """Replaces placeholders such as ``<image 2>`` by ``<image>``, and sorts the images accordingly.
 
     Images without a placeholder come first. If only some images have a placeholder, the first user turn gets an
-    ``<image>`` for each image without a placeholder.
+    ``<image>`` for each other image.
 
     Returns:
         The turns, the options and the sorted images.

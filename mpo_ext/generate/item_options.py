@@ -95,16 +95,16 @@ def _is_text(value: Any) -> bool:
 
 
 def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
-    """Converts options to a list of texts or a dict from letter to text. Returns None for an empty value.
+    """Converts options to a list of texts, or to a dict from letter to text. Returns None for an empty value.
 
     Args:
         key: Name of the field in error messages.
-        value: A list; a dict from letter to text; a dict with ``text`` and ``label`` lists; or a text that holds a
-            list or dict in the notation of Python or JSON, as in MMMU.
+        value: A list of texts, a dict from letter to text, or a dict with two lists, ``text`` and ``label``. Each of
+            these may also be written as a string in Python or JSON notation, as in MMMU.
 
     Raises:
-        FormError: If the value is none of these, has more than 26 options, or has labels other than different letters
-            from A to Z.
+        FormError: If the value has another form, or more than 26 options. Also raised if the labels are not different
+            letters from A to Z.
     """
     if isinstance(value, str):
         if not value.strip() or is_missing(value):

@@ -85,7 +85,10 @@ class Item:
 
     @property
     def pair_videos(self) -> tuple[Video, ...]:
-        """The videos that are stored in pairs: with absolute paths if ``subset`` is set, otherwise as in the input."""
+        """The videos of the item, as they are stored in pairs.
+
+        If ``subset`` is set, the paths of the videos are absolute. Otherwise, they are the paths in the input.
+        """
         return self.videos if self.subset is None else self.video_sources
 
     @property

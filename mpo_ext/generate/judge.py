@@ -156,9 +156,9 @@ class Judge:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Works like ``sample``, but as a generator: yields lists of requests, and receives their generations.
+        """Yields lists of requests. The caller sends the generations of each list with ``send``.
 
-        The generator's return value is the return value of ``sample``.
+        At the end, this generator returns the same value as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         verdicts: list[_Verdict] = []

@@ -80,13 +80,12 @@ class ServerOptions:
                              "an environment variable (api_key_env)")  # fmt: skip
 
     def key(self) -> str:
-        """Returns the API key from the environment variable that ``api_key_env`` names.
+        """Returns the API key: the value of the environment variable ``api_key_env``.
 
-        Returns "none" if ``api_key_env`` names the default variable, ``OPENAI_API_KEY``, and that variable is not set.
+        The default variable is ``OPENAI_API_KEY``. If this variable is not set, returns "none".
 
         Raises:
-            ValueError: If ``api_key_env`` names another variable and that variable is not set, or if the key cannot be
-                sent in a header.
+            ValueError: If any other variable is not set. Also raised if the key cannot be sent in a header.
         """
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.api_key_env != DEFAULT_KEY_ENV:

@@ -274,7 +274,7 @@ class OpenAIEngine:
         """Converts the server's answer to a request into a ``Generation``.
 
         Raises:
-            ServerError: If the server's prompt differs from that of the model's processor, or if the server has
+            ServerError: If the server and the model's processor made different prompts. Also raised if the server has
                 removed the reasoning from the text.
         """
         (choice,) = reply["choices"]

@@ -23,15 +23,16 @@ class ItemResult:
     """The pairs that a pipeline has made from an item, and the reasons for skipped samples.
 
     Attributes:
-        lines: Tuples (name, JSON object) of the output lines, where ``name`` is the file's name without ".jsonl".
-        skipped: Number of skipped samples or pairs for each reason. If the item as a whole is skipped, its reason
-            counts once, too.
+        lines: Tuples (name, JSON object) of the output lines. The name is that of the output file, without ".jsonl".
+        skipped: Dict from a reason to the number of samples and pairs that were skipped for this reason. If the item
+            as a whole is skipped, its reason counts once, too.
         is_skipped: Whether the item as a whole is skipped.
-        notes: For each remark in the summary, the number of pairs or comparisons to which the remark applies.
+        notes: Dict from a remark to the number of pairs or comparisons with this remark.
         tokens: Number of generated tokens.
-        stage_tokens: Number of generated tokens in each step of the pipeline, such as "responses" and "verdicts";
-            empty for a pipeline with one step.
-        details: Examples for reasons in ``skipped``, such as the path of an unreadable image; at most one per reason.
+        stage_tokens: Dict from a step of the pipeline, such as "responses" or "verdicts", to the number of tokens
+            generated in this step; empty for a pipeline with one step.
+        details: Dict from a reason in ``skipped`` to an example, such as the path of an unreadable image. Some reasons
+            have no example.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -69,21 +70,21 @@ def problem_detail(record: Mapping[str, Any]) -> str | None:
 
 @dataclasses.dataclass(slots=True)
 class Summary:
-    """The counts of a run. They do not depend on whether the run was interrupted and resumed.
+    """The counts of a run. A run that was interrupted and resumed has the same counts as other runs.
 
     Attributes:
         items: Number of items.
         records: Number of samples.
         generated_tokens: Number of generated tokens in all samples.
-        lines: Number of lines in each output file, by the file's name without ".jsonl".
+        lines: Dict from the name of an output file, without ".jsonl", to its number of lines.
         chosen_chars: Number of characters in the chosen responses of all pairs.
         rejected_chars: Number of characters in the rejected responses of all pairs.
-        skipped: Number of skipped items, samples and pairs for each reason.
+        skipped: Dict from a reason to the number of items, samples and pairs that were skipped for this reason.
         skipped_items: Number of items skipped as a whole.
-        notes: For each remark, the number of pairs or comparisons to which the remark applies.
-        stage_tokens: Number of generated tokens in each step of the pipeline, such as "responses" and "verdicts";
-            empty for a pipeline with one step.
-        examples: The first example for each reason in ``skipped``. Reasons without an example are left out.
+        notes: Dict from a remark to the number of pairs or comparisons with this remark.
+        stage_tokens: Dict from a step of the pipeline, such as "responses" or "verdicts", to the number of tokens
+            generated in this step; empty for a pipeline with one step.
+        examples: Dict from a reason in ``skipped`` to its first example. Some reasons have no example.
     """
 
     items: int = 0

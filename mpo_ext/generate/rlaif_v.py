@@ -168,9 +168,9 @@ class RlaifV:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests that ``sample`` needs, a list at a time, and receives their generations by ``send``.
+        """Yields lists of requests. The caller sends the generations of each list with ``send``.
 
-        The generator's return value is the return value of ``sample``.
+        At the end, this generator returns the same value as ``sample``.
         """
         all_records = yield from self.questions.steps(items, engine)
         drafts: list[_Draft] = []

@@ -41,9 +41,9 @@ class Pipeline(Protocol):
         """Returns the keys that identify the samples of an item, in order."""
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests for the items, a list at a time, and receives their generations by ``send``.
+        """Yields lists of requests. The caller sends the generations of each list with ``send``.
 
-        The generator's return value holds one list of records per item, with one record for each of the item's
+        At the end, this generator returns a list of records for each item, with one record for each of the item's
         ``keys``. A record is the JSON object of a sample.
         """
 
@@ -159,10 +159,10 @@ def sample_items(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """Samples what the journal lacks, and yields each item of this process with the list of its samples.
+    """Yields each item of this process with the list of its samples.
 
-    A sample is a JSON object. New samples are appended to ``journal``. ``block_size``, ``rank`` and ``world_size``
-    have the same meaning as in ``runner.run``.
+    A sample is a JSON object. Samples that are missing in ``journal`` are generated and appended to it.
+    ``block_size``, ``rank`` and ``world_size`` have the same meaning as in ``runner.run``.
 
     Raises:
         ValueError: If the journal holds samples of other items.
@@ -255,9 +255,9 @@ class StoredBlock:
 
 
 def check_records(sampled: Sequence[Mapping[str, Any]], keys: Sequence[str], pipeline: str) -> None:
-    """Raises RuntimeError if the samples do not have the given keys, in order.
+    """Raises RuntimeError unless the fields ``key`` of the samples are ``keys``, in the same order.
 
-    The key of a sample is its field ``key``. ``pipeline`` is the name of the pipeline in the error message.
+    ``pipeline`` is the name of the pipeline in the error message.
     """
     if [record["key"] for record in sampled] != list(keys):
         raise RuntimeError(f"{pipeline}.steps must give one record for each key, in order")

@@ -100,7 +100,10 @@ class SharedPrefill:
 
 
 class _DecodingBatch:
-    """The samples that are decoded together, one per batch row, and the inputs of the model's next step."""
+    """A batch of samples that are decoded together. Each row is a sample.
+
+    The batch also holds the inputs of the model's next step.
+    """
 
     def __init__(
         self, model: Any, inputs: dict[str, Any], ids: "Tensor", logits: "Tensor", draw: SeededDraw, config: Any

@@ -347,11 +347,11 @@ def _batches(
     shares_prefill: bool,
     adds_special: Callable[[str], bool],
 ) -> Iterator[list[list[int]]]:
-    """Yields batches of requests. A batch is a list of groups, and a group is a list of indices into ``requests``.
+    """Yields batches of requests. A batch is a list of groups. A group is a list of indices into ``requests``.
 
-    The requests in a group have the same prompt. The requests in a batch have equal settings, equal numbers of images
-    and equal video shapes. Their prompts have similar lengths. A batch has at most ``batch_size`` requests; a larger
-    group is a batch by itself.
+    The requests in a group have the same prompt. The requests in a batch have equal settings, equal numbers of images,
+    equal video shapes, and prompts of similar length. A batch has at most ``batch_size`` requests. A larger group is a
+    batch by itself.
 
     Args:
         requests: The requests.

@@ -10,12 +10,15 @@ from mpo_ext.loss.functions import token_logp
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Returns the log-prob of each label, ``[...]``, in nats; float32, or float64 for float64 logits.
+    """Returns the log-prob of each label in nats.
 
     Args:
-        logits: ``[..., V]``; divided by ``temperature`` in place, as in OpenRLHF's function.
+        logits: ``[..., V]``. Divided by ``temperature`` in place, as in OpenRLHF's function.
         labels: ``[...]`` int64.
         temperature: Divisor of the logits.
+
+    Returns:
+        ``[...]`` float32; float64 for float64 logits.
     """
     if temperature != 1.0:
         logits.div_(temperature)

@@ -152,10 +152,10 @@ def _token_rows(head: HiddenAndHead, labels: Tensor) -> Tensor:
 
 
 def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings | None]) -> list[Replacement]:
-    """Returns replacements for the methods of a Trainer class that save and load checkpoints.
+    """Returns replacements for the checkpoint methods of a Trainer class, such as ``_save_checkpoint``.
 
-    The new methods also save and load the reward shift. They load the weights even if ``save_pretrained`` has renamed
-    them. ``settings`` is a result of ``settings_function``.
+    The new methods also save and load the reward shift. If ``save_pretrained`` has renamed weights, the new methods
+    still load them. ``settings`` is a result of ``settings_function``.
     """
 
     def inherited(name: str) -> Callable[..., Any]:

@@ -15,8 +15,8 @@ class KnownSources(NamedTuple):
     Attributes:
         package: Name of the distribution.
         module: Module of ``mpo_ext.integrations`` that uses the package.
-        versions: Hashes by minor version and function, such as
-            ``{"1.16": {"module:Class.method": "5e58a1699e0d76cd"}}``. The inner keys may also be "module:function" or
+        versions: Dict from a tested minor version, such as "1.16", to the hashes of this version. The hashes are a
+            dict such as ``{"module:Class.method": "5e58a1699e0d76cd"}``. Its keys may also be "module:function" or
             "module:Class".
     """
 

@@ -121,10 +121,10 @@ def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
 
 
 def _training(path: Path) -> dict[str, Any]:
-    """Returns the last step, mean metrics, and the metrics of the last evaluation from a training log.
+    """Returns the last step, the mean metrics, and the metrics of the last evaluation from a training log.
 
-    The means cover the last tenth of the logged steps, weighted by the pairs per step. ``averaged_pairs`` is the
-    number of pairs in these steps.
+    The metrics are averaged over the last tenth of the logged steps. Each step is weighted by its number of pairs.
+    ``averaged_pairs`` is the number of pairs in all averaged steps.
     """
     with open(path, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]

@@ -170,9 +170,8 @@ def round_sources(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
 def _repeat_time(pipeline: PipelineRecipe, pairs: int) -> float:
     """Returns how often an epoch visits each pair on average.
 
-    This is the pipeline's ``repeat_time``, or less if an epoch would have more than ``max_pairs`` pairs.
-
-    ``pairs`` is the number of pairs that the pipeline has made.
+    This is the pipeline's ``repeat_time``, or less if an epoch would have more than ``max_pairs`` pairs. ``pairs`` is
+    the number of pairs that the pipeline has made.
     """
     if pipeline.max_pairs is None:
         return pipeline.repeat_time

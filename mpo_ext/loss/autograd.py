@@ -118,11 +118,11 @@ class HiddenPlan(NamedTuple):
 
 
 class ValueOfHidden(torch.autograd.Function):
-    """Makes a precomputed ``value`` differentiable with respect to hidden states, weight and bias.
+    """Makes a precomputed value differentiable with respect to hidden states, weight and bias.
 
-    The value is a loss or log-probs. For a loss, ``row_weight`` is d loss / d logp of each token. For log-probs,
-    ``row_weight`` is None: backward then uses the incoming gradient, which has one value per token. ``kept`` is the
-    last output of ``linear_token_logp`` or ``linear_token_logp_shard`` in ``ops.linear``.
+    If ``value`` is a loss, ``row_weight`` is d loss / d logp of each token. If ``value`` holds the log-prob of each
+    token, ``row_weight`` is None, and backward uses the incoming gradient instead. ``kept`` is the last output of
+    ``linear_token_logp`` or ``linear_token_logp_shard`` in ``ops.linear``.
     """
 
     @staticmethod

@@ -87,14 +87,14 @@ def check_batch(
     reward_shift: RewardShift | Tensor | float | None = _NOT_GIVEN,
     config: MPOConfig = _DEFAULT_CONFIG,
 ) -> list[BatchFinding]:
-    """Returns the probable mistakes in the arguments of ``mpo_loss``, each with its evidence; [] for a correct batch.
+    """Returns the probable mistakes in the arguments of ``mpo_loss``. A correct batch gives [].
 
     Call this function for the first batch, on which policy and reference are nearly equal. Do not call it in every
     step, because it waits for the device and computes the log-probs of all labels again.
 
     Args:
-        logits: ``[2B, T, V]``, or packed ``[N, V]`` with ``cu_seqlens``, as in ``mpo_loss``; with ``weight``, hidden
-            states ``[2B, T, D]`` or ``[N, D]``, as in ``linear_mpo_loss``.
+        logits: ``[2B, T, V]``, or packed ``[N, V]`` with ``cu_seqlens``, as in ``mpo_loss``. With ``weight``, pass the
+            hidden states instead, ``[2B, T, D]`` or ``[N, D]``, as in ``linear_mpo_loss``.
         labels: ``[2B, T]`` or ``[N]`` int64.
         ref_logp: ``[2B]`` summed log-probs under the reference, or None.
         weight: ``[V, D]`` weight of the head, or None.

@@ -1,8 +1,8 @@
-"""The loss functions over several ranks. Each rank holds columns of the vocabulary, parts of the sequences, or both.
+"""Computes the losses on several ranks that split the vocabulary, the sequences, or both.
 
-The public functions in ``mpo_ext.loss.functions`` call the functions of the same names here, with some arguments
-grouped into tuples. The kernels are the same as in one process. Each rank computes the loss from the same numbers in
-the same order, so the loss is bitwise the same on all ranks.
+The public functions in ``mpo_ext.loss.functions`` call the functions of the same names here. The kernels are the same
+as in one process. All ranks compute the loss from the same numbers in the same order. Therefore, the loss is bitwise
+the same on all ranks.
 """
 
 from __future__ import annotations
@@ -279,10 +279,11 @@ def _score_logits(
     ignore_index: int,
     backend: str,
 ) -> _Rows:
-    """Returns the log-probs and statistics of this rank's tokens over the whole vocabulary.
+    """Computes the log-probs and statistics of this rank's tokens from logits.
 
-    ``shard`` is the part of the vocabulary that this rank's logits cover (None: all). The tensors in ``same`` must be
-    equal on all ranks of ``vocab_parallel``. ``names`` are the requested statistics.
+    The softmax covers the whole vocabulary. ``shard`` is the part of the vocabulary that this rank's logits cover
+    (None: all). The tensors in ``same`` must be equal on all ranks of ``vocab_parallel``. ``names`` are the requested
+    statistics.
     """
     mask, empty = logits_ops.stats_mask(names), logits.new_empty(0)
     if shard is not None:
@@ -310,10 +311,10 @@ def _score_hidden(
     head: HeadOptions,
     options: linear_ops.LinearOptions,
 ) -> _Rows:
-    """Returns the log-probs and statistics of this rank's tokens over the whole vocabulary.
+    """Computes the log-probs and statistics of this rank's tokens from hidden states.
 
-    ``inputs`` are the hidden states, weight and bias. The result also holds the tensor that forward keeps for
-    backward. ``shard``, ``same`` and ``names`` are explained in ``_score_logits``.
+    The softmax covers the whole vocabulary. ``inputs`` are the hidden states, weight and bias. The result also holds
+    the tensor that forward keeps for backward. ``shard``, ``same`` and ``names`` are explained in ``_score_logits``.
     """
     hidden, weight, bias = inputs
     if options.backend == "reference":

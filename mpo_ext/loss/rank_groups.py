@@ -1,6 +1,6 @@
 """Process groups whose ranks compute a loss together.
 
-The ranks raise the same errors, and exchange a few numbers per row (token position) or sequence.
+All ranks of a group raise the same error. They exchange only a few numbers for each token position and sequence.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
 def _exchange(
     name: str, group: dist.ProcessGroup, mine: RankFacts, error: Exception | None
 ) -> tuple[list[list[int]], Exception | None]:
-    """Exchanges the facts and the errors of the ranks of a group.
+    """Gathers the facts and the errors of all ranks of a group.
 
     Args:
         name: Name of the group in messages.
@@ -235,7 +235,8 @@ def _exchange(
         error: Error of this rank, or None.
 
     Returns:
-        The facts of all ranks, and the error of the first rank with an error. If no rank has one, the error is None.
+        (facts, error). ``facts`` has the facts of each rank. ``error`` is the error of the first rank that failed, or
+        None.
     """
     device = _exchange_device(group)
     code = 0 if error is None else next((i for i, kind in enumerate(_ERRORS) if isinstance(error, kind)), 2) + 1

@@ -238,7 +238,7 @@ def check_rows(labels: Tensor, dtype: torch.dtype, device: torch.device, **value
 
 
 def check_kernel(backend: str, tensor: Tensor, name: str = "logits") -> None:
-    """Raises unless ``backend`` is in ``KERNELS`` and, for the backend "cpu", ``tensor`` is on the CPU.
+    """Checks that ``backend`` is in ``KERNELS``. With the backend "cpu", ``tensor`` must be on the CPU.
 
     ``name`` is the name of the tensor in error messages.
     """

@@ -1,9 +1,9 @@
 """Computes exponentials of tiles of logits on a GPU, for the gradient of hidden states under a frozen head.
 
 Forward sums ``exp(z - r) @ weight`` over the tiles of each row (token position). The number r is called the reference
-of the row; it has nothing to do with the reference model. If the row's largest logit so far exceeds r by more than a
-slack, r rises to this logit. Otherwise, ``exp`` could overflow. When r rises, the sum so far is rescaled. Usually, the
-slack is 40, so rescaling is rare. In the last tile, the slack is 0. If the exponentials are float16, it is always 0.
+of the row; it has nothing to do with the reference model. If a logit exceeds r by more than a slack, ``exp`` could
+overflow. Therefore, r rises to the row's largest logit so far, and the sum is rescaled. The slack is usually 40, so r
+rises rarely. The slack is 0 in the last tile, and in all tiles if the exponentials are float16.
 """
 
 from __future__ import annotations

@@ -274,10 +274,10 @@ def finish_shard_hidden_grad(
 def kept_hidden_grad(
     hidden: Tensor, labels: Tensor, kept: Tensor, row_weight: Tensor, scale: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """Returns the gradient of ``scale * (row_weight * logp).sum()`` with respect to the hidden states.
+    """Returns the gradient of ``scale * (row_weight * logp).sum()`` with respect to ``hidden``.
 
-    ``kept`` is d logp / d hidden, ``[n, D]``, from ``linear_token_logp``. Only the shape, dtype and device of
-    ``hidden`` are used. The other arguments are those of ``linear_grad``.
+    ``kept`` is an output of ``linear_token_logp``: d logp / d hidden, ``[n, D]``. The values of ``hidden`` are not
+    read. The other arguments are those of ``linear_grad``.
     """
     check_logits("hidden", hidden, "feature")
     check_labels(hidden, labels, "hidden", may_be_on_cpu=True)

@@ -22,10 +22,11 @@ class WideMatmuls(NamedTuple):
 
 @functools.cache
 def wide_matmuls(device: torch.device, dtype: torch.dtype) -> WideMatmuls:
-    """Returns whether a half-precision matmul can write its product to a float32 tensor, or add it to one.
+    """Returns whether half-precision matmuls can write to a float32 tensor, and whether they can add to it.
 
-    The result is found by small trial products and cached. A CPU supports neither. NVIDIA GPUs can write since torch
-    2.8, and add since torch 2.10. ``dtype`` is the dtype of the inputs; other dtypes than half precision give False.
+    ``dtype`` is the dtype of the inputs. If it is not half-precision, both answers are False. A CPU supports neither.
+    NVIDIA GPUs can write since torch 2.8, and add since torch 2.10. The answers are found by small trial products and
+    cached.
     """
     if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return WideMatmuls(False, False)
@@ -53,8 +54,8 @@ def _gives(value: float, out: Tensor, call: Callable[[], object]) -> bool:
 def scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor | None) -> None:
     """Writes ``scale * (a @ b + bias)`` to ``out``.
 
-    ``out`` may be float32 for half-precision inputs if ``wide_matmuls`` returns ``writes=True``. Otherwise, ``out``
-    must have the dtype of the inputs.
+    ``out`` must have the dtype of ``a`` and ``b``. There is one exception: if ``wide_matmuls`` returns
+    ``writes=True``, ``out`` may be float32 while ``a`` and ``b`` are half-precision.
     """
     if a.dtype == out.dtype:
         if bias is not None:

@@ -63,7 +63,8 @@ class RowLayout(NamedTuple):
 def row_layout(tensor: Tensor) -> RowLayout:
     """Returns the positions in memory of the rows of a tensor ``[..., V]``.
 
-    The tensor is copied to contiguous memory if its last axis is strided, or if two strides cannot describe its rows.
+    A ``RowLayout`` has two strides. If two strides cannot describe the rows, the tensor is copied to contiguous
+    memory. The tensor is also copied if the elements of a row are not contiguous.
     """
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()

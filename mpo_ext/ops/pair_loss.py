@@ -138,8 +138,8 @@ def forward(
 ]:  # fmt: skip
     """Returns the four outputs of ``token_logp``, then the nine outputs of ``pair_loss``.
 
-    The arguments are those of both operators. The backend "cuda" runs both in one launch; the results are bitwise
-    identical to those of two launches.
+    The arguments are those of the two operators. The backend "cuda" runs both operators in one launch. The results are
+    bitwise equal to the results of two launches.
     """
     if backend != "cuda" or labels.numel() == 0:
         rows = token_logp(logits, labels, ignore_index, stats, backend)

@@ -86,7 +86,7 @@ def fewest_waves(rows: int, vocab: int, hidden_size: int, widest: int, multiproc
     """
 
     def seconds(columns: int) -> int:
-        """Returns a number proportional to the total time of the matmuls for the logits and the weight's gradient."""
+        """Returns the total time of the matmuls (logits and gradient of the weight) in an arbitrary unit."""
         total = 0
         for width, count in ((columns, vocab // columns), (vocab % columns, 1)):
             logits = product_waves(rows, width, multiprocessors) * hidden_size

@@ -148,11 +148,10 @@ def open_eval_questions(settings: GenerationRecipe) -> QuestionFile:
 def shards_parameters(accelerator: Any, path: str) -> bool:
     """Returns whether each rank holds only a part of the parameters, as with FSDP2 and ZeRO-3.
 
-    With such a model, all ranks must run the same forward passes. ``path`` is the file of questions, for the error
-    message.
+    If True, all ranks must run the same forward passes. ``path`` is the file of questions; the error message names it.
 
     Raises:
-        ValueError: If the model is sharded in another way (such as FSDP 1), which does not support generation.
+        ValueError: If the model is sharded by a method that does not support generation, such as FSDP 1.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind == "DEEPSPEED":

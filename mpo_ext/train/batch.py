@@ -146,7 +146,7 @@ class Batch:
 
 
 class _PlacedPrompt(NamedTuple):
-    """A sample's prompt, with its sequence row and the position of the prompt's first token in this row."""
+    """The prompt of a sample, and its place in a sequence row."""
 
     number: int  # index of the prompt in _RowPlan.prompts
     sample: Sample
@@ -167,7 +167,7 @@ class _PlacedPrompt(NamedTuple):
 
 
 class _PlacedResponse(NamedTuple):
-    """A response with its prompt, and the position of the response's first token in the sequence row of the prompt."""
+    """A response to a prompt, and its place in the sequence row of the prompt."""
 
     prompt: _PlacedPrompt
     start: int  # position of the first token in the row

@@ -177,8 +177,8 @@ def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, cou
 
     Args:
         out: Output of the loss for a micro-batch.
-        used: Settings of this loss, from ``weighted_config``. They may average the NTP term over responses although
-            the recipe averages it over tokens.
+        used: Settings of this loss, from ``weighted_config``. Their ``ntp_average`` may be "sequence" although the
+            recipe has "token".
         recipe: Loss settings of the recipe.
         counts: Sizes of the micro-batch.
     """

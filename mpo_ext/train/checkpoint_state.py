@@ -282,9 +282,9 @@ def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapp
 def _matched_groups(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Returns ``groups``, the saved parameter groups, in the order of the optimizer's groups.
+    """Sorts the saved parameter groups in the order of the optimizer's groups, and returns them.
 
-    Raises ``CheckpointError`` if the groups of the optimizer hold other parameters.
+    Raises ``CheckpointError`` if the optimizer's groups hold other parameters than the saved groups.
     """
     names_now = _names_in_groups(optimizer, parameters)
     by_names = {frozenset(group["params"]): group for group in groups}

@@ -109,10 +109,11 @@ def mark_exported(accelerator: Any, folder: Path, checkpoint: Path | None) -> No
 
 
 def is_exported(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
-    """Returns whether ``folder`` holds an export of the model of ``checkpoint``. All ranks get the same result.
+    """Returns whether ``folder`` holds the exported model of a checkpoint.
 
-    All ranks must call this function. It compares the record of ``mark_exported`` with the checkpoint. Exports of
-    earlier versions of mpo_ext have no record; for them, the result is True if they are not older than the checkpoint.
+    All ranks must call this function. All ranks get the same result. The function compares the record of
+    ``mark_exported`` with the checkpoint. Earlier versions of mpo_ext wrote no record. Without a record, the result is
+    True if the exported files are at least as new as the checkpoint.
     """
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
     try:

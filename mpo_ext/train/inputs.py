@@ -78,10 +78,10 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
 
     Args:
         data: Data and encoder of the run.
-        known: Inputs that a checkpoint stores, or None. Files with the same path, size and modification time as in the
-            checkpoint are not read again.
-        fixed_weights: Dict from a setting that names a model, such as ``model.path``, to the hash of the model's
-            weights. It contains only models with weights that no checkpoint stores.
+        known: Inputs that a checkpoint stores, or None. If the path, size and modification time of a file are those in
+            the checkpoint, the file is not read again.
+        fixed_weights: Hashes of the weights of those models that no checkpoint stores. The keys are settings, such as
+            ``model.path``.
 
     Raises:
         CheckpointError: If a rank cannot read a file.

@@ -41,9 +41,10 @@ class JointCalls(NamedTuple):
     """The token ranges of all kernel calls. The stop of a range is exclusive.
 
     Attributes:
-        own: ``(start, stop)`` of the tokens of each causal call, which are both queries and keys. The ranges do not
-            overlap.
-        shared: ``(start, stop, key start, key stop)`` of each non-causal call: first its queries, then its keys.
+        own: ``(start, stop)`` of each causal call. The tokens in this range are both queries and keys. The ranges do
+            not overlap.
+        shared: ``(start, stop, key start, key stop)`` of each non-causal call: the range of its queries, then the
+            range of its keys.
     """
 
     own: tuple[tuple[int, int], ...]

@@ -214,15 +214,17 @@ def attention_masks(
 ) -> Tensor | dict[str, Tensor]:
     """Returns the attention masks ``[R, 1, L, L]`` of sequence rows with several responses to a prompt.
 
-    The result is one mask or, if the model has several kinds of layers, a dict from kind to mask. For SDPA, a mask is
-    bool. For eager attention, it has the dtype of the embeddings: 0 for visible tokens, otherwise the lowest number.
+    If the model has several kinds of layers, the result is a dict from kind to mask. Otherwise, it is one mask. For
+    SDPA, masks are bool. For eager attention, masks have the dtype of the embeddings: 0 for visible tokens, otherwise
+    the lowest number.
 
-    - A token attends to its prompt and its response, up to itself. A sliding window limits how far back it attends.
-    - If ``token_types`` is given (the model input ``token_type_ids``), the tokens of an image also attend to later
-      tokens of the same image. An image is a run of tokens of type 1.
-    - A padding token attends to itself, because a softmax over an empty set is NaN.
+    - A token attends to itself, and to the earlier tokens of its prompt and its response. A sliding window limits how
+      far back it attends.
+    - ``token_types`` is the model input ``token_type_ids``. A run of tokens of type 1 is an image. The tokens of an
+      image also attend to later tokens of the image.
+    - A padding token attends only to itself, because a softmax over an empty set is NaN.
 
-    ``segments`` is ``Batch.segments``; each row must have a single prompt.
+    ``segments`` is ``Batch.segments``. Each row must have a single prompt.
 
     Raises:
         ValueError: If masks cannot separate the responses in this model.

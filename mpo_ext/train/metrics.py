@@ -27,7 +27,10 @@ _SFT_KEYS = ("loss", "ntp_loss", "router_aux_loss", "chosen_logp", "entropy", "t
 
 
 class Totals:
-    """Sums of metrics over the micro-batches of a step or an evaluation. They stay on the device until ``reduce``."""
+    """Sums of metrics over the micro-batches of a step or an evaluation.
+
+    The sums stay on the device until ``reduce`` is called.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)

@@ -294,9 +294,10 @@ class Mixture(Sequence[Pair | BadLine]):
 
 
 def root_advice(path: str, root: str) -> str:
-    """Returns advice for a source with missing image files: the setting that names their folder.
+    """Returns advice for a source with missing image files.
 
-    ``root`` is the folder against which the relative image paths of the source are resolved.
+    The advice names the setting for the folder of the images. ``root`` is the folder at which relative image paths
+    start now.
     """
     if path.endswith(".json"):
         return f"root_map moves the folders of a meta file: {{path: {path}, root_map: ...}}"

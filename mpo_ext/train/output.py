@@ -153,9 +153,10 @@ class RunOutput:
             self.log.rewind(0)
 
     def check_inputs(self, data: RunData, checkpoint: Path | None, fixed_weights: Mapping[str, str]) -> None:
-        """Compares the recipe and the inputs, such as the data, with the values in a checkpoint.
+        """Compares the recipe and the inputs of this run with the values in a checkpoint.
 
-        Also collects the inputs of this run, which its checkpoints will store.
+        An input is, for example, the training data. Also collects the inputs of this run, which its checkpoints will
+        store.
 
         Args:
             data: Data of the run.
@@ -163,8 +164,8 @@ class RunOutput:
             fixed_weights: As in ``collect_inputs``.
 
         Raises:
-            LinesError: If a setting that must stay the same in a run has changed, or if ``output.resume_changed_data``
-                is False and an input that affects training has changed.
+            LinesError: If a setting that must stay the same in a run has changed. Also raised if an input that affects
+                training has changed and ``output.resume_changed_data`` is False.
         """
         if checkpoint is None:
             self.inputs = collect_inputs(data, None, fixed_weights) if self.save else None

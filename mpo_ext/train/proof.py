@@ -66,8 +66,8 @@ class Proof:
             run.
         pairs: The first pairs that could be encoded, as decoded text.
         skipped: Messages about pairs that could not be encoded; at most ``count`` messages (see ``prove``).
-        reasons: Dict from reason to the number of pairs that could not be encoded for this reason. Pairs without a
-            message in ``skipped`` are counted, too.
+        reasons: Dict from a reason to the number of pairs that could not be encoded for this reason. The number
+            includes pairs without a message in ``skipped``.
         problems: Messages about failed checks, such as token ids that differ from those of the processor.
     """
 

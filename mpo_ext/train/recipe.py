@@ -166,10 +166,10 @@ class LossRecipe:
         preference: Name of a loss in ``mpo_ext.loss.preference`` that replaces the DPO term; None: the DPO term.
         router_aux_loss_coef: Weight of the load-balancing loss of mixture-of-experts routers; 0 disables this loss.
             None: ``router_aux_loss_coef`` of the model's config.
-        average_over: "step": the DPO and BCO terms are averaged over all pairs of an optimizer step, and the NTP term
-            over the step's tokens or sequences (see ``ntp_average``). "micro_batch": the losses of the micro-batches
-            are averaged, as in the authors' code. If ``optim.micro_batch_tokens`` is set, "micro_batch" counts each
-            pair as a micro-batch.
+        average_over: "step": the DPO and BCO terms are averaged over the pairs of an optimizer step. The NTP term is
+            averaged over the step's tokens or sequences; see ``ntp_average``.
+            "micro_batch": the losses of the micro-batches are averaged, as in the authors' code. If
+            ``optim.micro_batch_tokens`` is set, each pair counts as a micro-batch.
         from_logits: True: the model computes all logits for ``mpo_loss``. False: ``linear_mpo_loss`` computes the loss
             from the hidden states.
         shared_prefix: Arrangement of a pair in ``input_ids``. If the model does not support a value, the next value in
@@ -381,20 +381,20 @@ class Recipe:
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML file and returns its recipe.
 
-    Numbers and booleans follow YAML 1.2: ``1e-6`` is a number, ``no`` is a string. Relative paths in a recipe are
-    resolved against the current working directory, not the folder of the file. ``data.train`` and ``data.eval`` take a
-    source or a list of sources; a source is a path or a section.
+    Numbers and booleans follow YAML 1.2: ``1e-6`` is a number, ``no`` is a string. Relative paths in a recipe start at
+    the current working directory, not at the folder of the file. ``data.train`` and ``data.eval`` take a source or a
+    list of sources. A source is a path or a section.
 
     Args:
         path: Path of the file.
-        overrides: Settings that replace those of the file, such as ``"optim.learning_rate=1e-6"``. The value is YAML
-            (``"data.train=[a.jsonl, b.jsonl]"``); the last override of a setting takes precedence.
+        overrides: Settings that replace those of the file, such as ``"optim.learning_rate=1e-6"``. Values are YAML, as
+            in ``"data.train=[a.jsonl, b.jsonl]"``. The last override of a setting takes precedence.
 
     Raises:
         OSError: If the file cannot be read.
         ImportError: If ruamel.yaml is not installed.
-        ValueError: If the file is not YAML, a setting is unknown, missing or duplicate, or values are out of range or
-            incompatible. The message names the file, the setting with its section, the rule and the value.
+        ValueError: If the file is not YAML, or a setting is unknown, missing or duplicate. Also raised if values are
+            out of range or incompatible. The message names the file, the setting, the rule and the value.
         TypeError: If a value has the wrong type.
     """
     required: dict[str, Any] = {"model": {}, "data": {}, "output": {}}  # makes errors name the missing setting

@@ -141,7 +141,10 @@ def _import_ruamel() -> Any:
 
 @functools.cache
 def _yaml(*, dumps: bool) -> Any:
-    """Returns a YAML 1.2 parser. With ``dumps``, returns a writer of text that YAML 1.1 and 1.2 parsers read alike."""
+    """Returns an object that parses YAML 1.2.
+
+    With ``dumps``, the object writes YAML. Parsers of YAML 1.1 and YAML 1.2 read the written text alike.
+    """
     ruamel = _import_ruamel()
     rules = [
         (f"tag:yaml.org,2002:{name}", re.compile(f"(?:{p})$"), first) for name, (p, first) in _CORE_SCHEMA.items()

@@ -51,10 +51,10 @@ class RouterLoss:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """Context manager that yields a list. In forward passes of the ``with`` block, routers append logits to it.
+        """Context manager that yields a list. During the ``with`` block, routers append their logits to it.
 
-        Run backward after the block. With gradient checkpointing, backward runs the routers again, and the logits of
-        this second run must not be appended.
+        Run backward after the block. With gradient checkpointing, backward runs the routers again. Their logits must
+        not be appended a second time.
         """
         logits: list[Tensor] = []
         handles = [router.module.register_forward_hook(_recorder(router.position, logits)) for router in self.routers]

@@ -434,7 +434,7 @@ def _windows(
 
 
 class _WithBase:
-    """A view of ``module``. In the view, ``values`` replace some attributes; ``module`` itself is unchanged."""
+    """Has the attributes of ``module``, with some of them replaced by ``values``. ``module`` itself is unchanged."""
 
     def __init__(self, module: Any, **values: Any) -> None:
         self._module = module
@@ -448,9 +448,9 @@ class _WithBase:
 def _split_flash(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Computes split attention with a single flash-attn call for all parts; a function for ``AttentionInterface``.
+    """Computes split attention like ``_split_sdpa``, with the same arguments, but in a single flash-attn call.
 
-    Arguments and result are the same as in ``_split_sdpa``. The parts are packed as sequences of variable length.
+    The parts are packed as sequences of variable length.
     """
     name, base = _base_of(module)
     with_base = _WithBase(module, config=_WithBase(module.config, _attn_implementation=name))

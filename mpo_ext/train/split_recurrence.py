@@ -1,11 +1,11 @@
-"""Recurrent and convolutional layers in sequence rows ``[prompt | response | response ...]``.
+"""Runs recurrent and convolutional layers on sequence rows ``[prompt | response | response ...]``.
 
-Such a layer runs over the prompt first and keeps its final states: the recurrent state and the last inputs of the
+A layer runs over the prompt first and keeps its final states: the recurrent state and the last inputs of the
 convolution. Each response then starts from the states of its prompt. Gradients flow through the states.
 
-The supported layers (Gated DeltaNet, Mamba 2, short convolutions) read and write states by the methods of
+The supported layers are Gated DeltaNet, Mamba 2 and short convolutions. They read and write states by the methods of
 transformers' ``Cache``. The keyword argument ``row_segments`` describes the prompts and responses of each row. Without
-it, the layers run as in transformers.
+this argument, the layers run as in transformers.
 """
 
 import functools
@@ -270,7 +270,9 @@ class _SplitForward:
 
 @functools.cache
 def _cache_name(kind: type[nn.Module]) -> str | None:
-    """Returns the name of the argument that takes a layer's states, such as "cache_params"; None without states.
+    """Returns the name of the argument with the states of a layer, such as "cache_params".
+
+    Returns None if layers of this class have no states.
 
     Raises:
         ValueError: If the class does not take its states from a ``Cache``, or its recurrence takes no initial state.

@@ -37,8 +37,8 @@ MULTIPROCESSORS = 2  # of the simulated GPU; a real GPU has about a hundred
 def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> str:
     """Returns the compiled PTX of a kernel file.
 
-    ``edit`` is (old text, new text), which puts a mistake into the source or into a header. The old text must occur
-    once. Edited files are compiled for bfloat16 only.
+    ``edit`` is (old text, new text): it puts a mistake into the source or a header. The old text must occur exactly
+    once. With ``edit``, only the bfloat16 kernels are compiled.
     """
     source = ROOT / "csrc" / "mpo" / "cuda" / f"{file}.cu"
     if edit is None:

@@ -63,9 +63,9 @@ def check_token_logp(rows: Rows, out: dict[str, np.ndarray], stats: int) -> None
 
 
 def check_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray, scale: float = 1.0) -> None:
-    """Checks a gradient of logits. The allowed error is the rounding of its dtype and of float32 arithmetic.
+    """Compares a gradient of logits with the exact gradient.
 
-    ``place`` describes how the gradient is stored in ``buffer``: its dtype and its layout. Ignored rows must be 0.
+    ``buffer`` holds the gradient. ``place`` describes its dtype and its layout. Rows with an ignored label must be 0.
     Rows with an invalid label must be NaN.
     """
     exact = exact_rows(rows)

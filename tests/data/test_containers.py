@@ -253,9 +253,9 @@ def test_a_wrong_meta_file_is_named_briefly(content: Any, tmp_path: Path) -> Non
 
 
 def test_a_cell_with_a_list_as_numpy_writes_it(tmp_path: Path, cache: Path) -> None:
-    """Reads a CSV cell with a list as numpy prints it, without commas: ``['a.png' 'b.png']``.
+    """Reads the CSV cell ``['a.png' 'b.png']``. numpy prints a list in this way, without commas.
 
-    To Python, this is a list of the one string ``a.pngb.png``.
+    Python would read this text as a list of one string, ``a.pngb.png``.
     """
     path = tmp_path / "a.csv"
     path.write_text("question,chosen,rejected,images\n<image> or <image>?,c,r,\"['a.png' 'b.png']\"\n")

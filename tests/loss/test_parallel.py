@@ -306,11 +306,11 @@ def pairs(seed: int, vocab: int = 24) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> list[float]:
-    """Runs three steps on four ranks, which form two groups of two ranks.
+    """Runs three steps on four ranks: two groups of two ranks.
 
-    The groups have different pairs. The two ranks of a group have the same pairs. They split the sequences if
-    ``sequence`` is True, otherwise the vocabulary. Returns a flat list with three numbers per step. They are delta in
-    the loss, and ``value`` and ``count`` of the shift after the step.
+    The two ranks of a group have the same pairs. The two groups have different pairs. The ranks of a group split the
+    sequences if ``sequence`` is True, otherwise the vocabulary. Returns a list with three numbers per step: delta in
+    the loss, then ``value`` and ``count`` of the shift after the step.
     """
     shift = RewardShift(**settings)
     replica, part = divmod(rank, 2)

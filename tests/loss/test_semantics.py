@@ -184,7 +184,8 @@ def test_llama_factory(run: list[Batch], backend: str, device: str, label_smooth
 def test_nemo_rl(run: list[Batch], backend: str, device: str) -> None:
     """Compares mpo_loss with NeMo-RL's loss.
 
-    NeMo-RL's reward shift is a moving average, which each optimizer step updates after the loss has used it.
+    NeMo-RL's reward shift is a moving average. An optimizer step computes the loss first, and then updates the
+    average.
     """
     momentum, beta = 0.9, 0.05
     value = 0.3

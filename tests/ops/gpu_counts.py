@@ -41,8 +41,8 @@ class Counts:
     Attributes:
         launches: Number of kernel launches, including matrix products.
         products: Number of launches of matrix products.
-        moved: Bytes that the kernels other than matrix products read and write.
-        passes: Number of reads and writes of float32 tensors ``[n, D]``, the shape of the labelled hidden states.
+        moved: Bytes that all kernels except matrix products read and write.
+        passes: Number of reads and writes of float32 tensors with the shape of the labelled hidden states, ``[n, D]``.
         peak: Peak bytes of the tensors that the calls allocate.
         tile: (rows, columns) of a tile of logits.
     """

@@ -1,4 +1,7 @@
-"""Tests a study that reuses runs of an earlier result file. A retrained starting model must score as before."""
+"""Tests that a study can reuse the results of an earlier result file.
+
+If the starting model is trained again, its results must equal the earlier results.
+"""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import copy

@@ -55,8 +55,8 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 def train(model: nn.Module, optimizer: Any, steps: int, *, rank: int | None = None) -> None:
     """Trains on random tokens.
 
-    The seed of the tokens depends on the step and on ``rank``. If ``rank`` is None, the seed is drawn with the random
-    generators of Python, numpy and torch.
+    With ``rank``, the seed of the tokens depends on the step and the rank. Without ``rank``, the random generators of
+    Python, numpy and torch draw the seed.
     """
     for step in range(steps):
         if rank is None:

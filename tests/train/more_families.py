@@ -34,13 +34,11 @@ def llava_onevision() -> nn.Module:
 
 
 def onevision_images(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """Returns 8 x 8 images in LLaVA-OneVision's format: the token ids of each image, and the model inputs of all.
-
-    A single image has ten image tokens: four for the whole image, and six for its only tile, with line breaks. If
-    there are several images, each has five: four for the whole image, and one for a line break.
-    """
+    """Returns the token ids of ``count`` random images, and the inputs of LLaVA-OneVision for these images."""
     pixels = torch.randn(count, 2, 1, 8, 8, generator=generator)
     inputs = {"image_sizes": torch.full((count, 2), 8), "batch_num_images": torch.tensor([count])}
+    # A single image has four tokens, and its only tile has six, with line breaks. Of several images, each has four
+    # tokens and a line break.
     return [[IMAGE] * (10 if count == 1 else 5)] * count, {"pixel_values": pixels, **inputs}
 
 

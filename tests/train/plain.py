@@ -1,8 +1,9 @@
-"""A reference implementation of Mixed Preference Optimization in plain float64 PyTorch, to test the trainer.
+"""Mixed Preference Optimization in plain float64 PyTorch. Tests compare the trainer with this reference.
 
-It does not use mpo_ext. Each response gets a separate forward pass with full logits and log_softmax, and a step is one
-backward pass. It is written from the paper (arXiv 2411.10442), the recipe's documentation, and the authors' rule for
-the reward shift. AdamW, gradient clipping and the schedules reimplement those of torch and transformers.
+The script does not use mpo_ext. Each response gets a separate forward pass with full logits and log_softmax. A step
+has one backward pass. The loss follows the paper (arXiv 2411.10442), and the settings follow the recipe's
+documentation. The reward shift follows the authors' rule. AdamW, gradient clipping and the schedules follow torch and
+transformers.
 """
 
 import copy

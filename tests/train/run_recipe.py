@@ -1,7 +1,7 @@
-"""Runs recipes in processes with one or several ranks. A test can kill or signal these at a chosen moment.
+"""Runs recipes in child processes, one process per rank. Tests can kill or signal a process at a chosen moment.
 
-To save time, the processes are forked from a server that has already imported the trainer. ``write_text_run`` writes a
-small text model with tokenizer and pairs, for tests of the command line.
+To save time, the processes are forked from a server that has already imported the trainer. For tests of the command
+line, ``write_text_run`` writes a small text model, its tokenizer, and pairs.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ def write_text_run(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def program(command: Sequence[str], text: Path) -> Iterator[Any]:
-    """Runs a program in a new session for the duration of a ``with`` block. Its output goes to the file ``text``."""
+    """Starts a program, and ends it at the end of the ``with`` block. Its output goes to the file ``text``."""
     import subprocess
 
     with open(text, "w") as file:

@@ -56,9 +56,10 @@ def assert_same(one: Any, other: Any, *names: str) -> None:
 def test_each_micro_batch_has_its_share_of_the_step(
     tmp_path: Path, settings: dict[str, Any], of_pairs: list[float], of_tokens: list[float]
 ) -> None:
-    """Checks the loss weights of each micro-batch: its share of the step's pairs or tokens, times the number of ranks.
+    """Checks the factors of the loss weights for each micro-batch of a step.
 
-    The number of ranks cancels accelerate's mean of the gradients over ranks.
+    For example, 2 of 5 pairs give the factor 2/5. With two ranks, the factor is 4/5, because accelerate averages the
+    gradients over the ranks.
     """
     recipe = digits_run.recipe(tmp_path / "run", tmp_path / "pairs.jsonl", **settings)
     counts = [BatchCounts(2, 5, 2), BatchCounts(1, 9, 1), BatchCounts(2, 1, 1)]

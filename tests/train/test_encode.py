@@ -230,9 +230,9 @@ def test_an_image_without_a_place_comes_first(family: Any, images: tuple[str, ..
 
 
 def test_nested_images_lie_as_the_model_flattens_them(images: tuple[str, ...]) -> None:
-    """Checks that Idefics3 gives the same features for ``[N, 1, ...]`` and ``[1, N, ...]``.
+    """Checks that Idefics3 computes the same features for ``[N, 1, ...]`` and ``[1, N, ...]``.
 
-    These are N rows with one image each, and one row with N images. The encoder makes the first form.
+    The encoder makes ``[N, 1, ...]``: N rows with one image each. The processor makes ``[1, N, ...]``: one row.
     """
     processor = idefics3()
     both = sample(Encoder(processor), Pair("?", "yes", "no", images[:2])).image_inputs

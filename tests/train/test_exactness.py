@@ -211,7 +211,7 @@ class Run:
 
 
 def run_script(data: Data, overrides: Mapping[str, Any], *, steps: int = STEPS) -> Run:
-    """Runs the script plain.py with the settings of a recipe that has these overrides."""
+    """Trains with the script plain.py. ``overrides`` are overrides of the recipe."""
     grouped = bool(overrides.get("data__group_prompts"))
     order = data.steps(steps, overrides.get("optim__micro_batch_size", 4), grouped=grouped)
     base = plain.widen(digits_run.tiny()[0])

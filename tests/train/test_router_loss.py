@@ -395,10 +395,10 @@ def test_accumulation_has_the_gradient_of_one_micro_batch_up_to_the_use_of_exper
 
 
 def test_two_ranks_train_as_one_does(folder: Path) -> None:
-    """Compares two ranks with one rank, in micro-batches of one pair.
+    """Compares a run on two ranks with a run on one rank. Each micro-batch is one pair.
 
-    Larger micro-batches of two ranks would hold other pairs than those of one rank, so the expert loads would differ.
-    A step has five pairs, so one of the two ranks has one pair less.
+    With larger micro-batches, the two runs would group the pairs differently, so the expert loads would differ. A step
+    has five pairs, so one of the two ranks has one pair less.
     """
     settings = {
         "loss__router_aux_loss_coef": 1.0, "reward_shift__mode": "fixed", "optim__batch_size": 5,

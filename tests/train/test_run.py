@@ -550,7 +550,7 @@ def test_a_reference_model_from_a_path_is_checked_too(
 def test_a_run_from_logits_never_asks_for_the_head(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``hidden_and_head`` does not support some models. With ``from_logits`` in the recipe, a run does not call it."""
+    """With ``from_logits``, a run must not call ``hidden_and_head``, which does not support some models."""
 
     def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError("no head")
@@ -1105,7 +1105,7 @@ def test_an_accelerate_that_frees_the_head_is_refused_with_fsdp2(
 
 
 def test_the_learning_rate_is_set_before_the_backward_pass(tmp_path: Path, pairs: Path) -> None:
-    """With DeepSpeed, accelerate runs the optimizer step inside the backward pass."""
+    """With DeepSpeed, backward includes the optimizer step, so the learning rate must be set before backward."""
     trainer = trainer_of(tmp_path / "out", pairs, optim__warmup_ratio=0.5)
     rates: list[float] = []
     backward = trainer.accelerator.backward

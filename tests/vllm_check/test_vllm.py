@@ -191,7 +191,7 @@ def test_suppressed_tokens_and_adapters(folder: Path) -> None:
 
 @pytest.fixture
 def command(folder: Path) -> list[object]:
-    """Returns the arguments of a command that samples in the same way as run_engine.py's pipeline named "drawn".
+    """Returns the arguments of a command that samples like the pipeline "drawn" in run_engine.py.
 
     Tests replace the argument "OUT" by the output folder.
     """

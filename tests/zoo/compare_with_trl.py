@@ -1,8 +1,7 @@
 """Compares each family's token ids with the ids of TRL's DPOTrainer. Run by hand with ``make zoo-trl``.
 
-TRL tokenizes the prompt and the whole conversation, like mpo_ext. TRL's response begins at the first token where the
-conversation's ids differ from the prompt's ids, and ends with the conversation. So it includes white space that the
-template writes after the end token.
+TRL tokenizes the prompt and the whole conversation. After their common tokens, the rest of the conversation is the
+response. TRL's response therefore includes white space that the template writes after the end token.
 """
 
 import collections

@@ -55,7 +55,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
 
 
 class FakeVLLM(types.ModuleType):
-    """A fake ``vllm`` module that records the prompts, and answers each with the ids of a script."""
+    """A fake ``vllm`` module. It records the prompts, and answers each prompt with the token ids in ``script``."""
 
     def __init__(self, script: Sequence[int] = ()) -> None:
         super().__init__("vllm")

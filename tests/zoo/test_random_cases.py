@@ -36,9 +36,9 @@ transformers.logging.set_verbosity_error()
 
 
 def responses_of(case: Any) -> tuple[str, str]:
-    """Returns (chosen, rejected): the case's response and ``OTHER``.
+    """Returns (chosen, rejected). The chosen response is the case's response, and the rejected response is ``OTHER``.
 
-    If the case's response is empty, it is the rejected one.
+    If the case's response is empty, the two are exchanged.
     """
     return (case.response, OTHER) if case.response.strip() else (OTHER, case.response)
 

@@ -791,8 +791,8 @@ class Machine(MemoryAccess):
     def _bar_arrive(self, s, ids, count):
         """Counts arrivals of the lanes s at a barrier. Returns the barrier numbers.
 
-        ids: barrier number, an int or an array with a number per lane.
-        count: number of threads that the barrier waits for, an array with a number per lane; 0 or None: all threads.
+        ids: barrier number of all lanes (an int) or of each lane (an array).
+        count: for each lane, the number of threads for which the barrier waits; 0 or None: all threads.
         """
         slot = self.slot[s]
         todo = [(int(ids), None)] if np.ndim(ids) == 0 else [(int(i), ids == i) for i in np.unique(ids)]

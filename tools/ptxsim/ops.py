@@ -410,9 +410,9 @@ BUILD["min"] = BUILD["max"] = _minmax
 
 
 def _unary_float(fn64):
-    """Returns a builder for instructions such as rcp and ex2, which are computed in float64 and then rounded.
+    """Returns a builder for instructions with one operand, such as rcp and ex2.
 
-    The hardware's .approx forms are less accurate.
+    Results are computed in float64 and then rounded. They are more accurate than the .approx forms of a GPU.
     """
 
     def build(b, ins):
