@@ -170,7 +170,7 @@ def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[s
 
 
 def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape, device: str = "cpu") -> int:
-    """Returns the peak bytes that a run of the implementation ``name`` allocates. Gradients count, inputs do not.
+    """Returns the peak bytes that a run of the implementation ``name`` allocates, with gradients and without inputs.
 
     Raises OSError or RuntimeError if the memory cannot be measured.
     """

@@ -13,7 +13,10 @@ def device_of(backend: str) -> str:
 
 
 def is_left_out(parameters: dict[str, Any]) -> bool:
-    """Returns whether a test case combines float64 with "cuda" or "triton", whose kernels do not support float64."""
+    """Returns whether a test case combines float64 with the backend "cuda" or "triton".
+
+    The kernels of these backends do not support float64.
+    """
     backends = [value for name, value in parameters.items() if name in ("backend", "engine", "kernel")]
     values = [*parameters.values()]
     values += [each for value in values if isinstance(value, dict) for each in value.values()]

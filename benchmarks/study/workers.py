@@ -72,7 +72,8 @@ class Workers:
 def _begin(parent: int, stop: Any, begin: Callable[..., object], args: tuple[Any, ...]) -> None:
     """Sets up a worker process: starts a watching thread, then calls ``begin(*args)``.
 
-    The thread ends the process when the process ``parent`` has ended or the event ``stop`` is set.
+    The thread ends this process if the parent process, with the pid ``parent``, has ended. It also ends this process
+    if the event ``stop`` is set.
     """
 
     def watch() -> None:

@@ -162,7 +162,7 @@ def _folded(units: tuple[str, ...]) -> frozenset[str]:
 
 
 def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> bool | None:
-    """Compares an answer with a truth that is not a number. Returns None if it is unclear whether they are equal.
+    """Returns whether an answer equals a truth that is not a number. Returns None if this is unclear.
 
     ``number`` is the number in the answer, or None.
     """

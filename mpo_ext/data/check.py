@@ -213,7 +213,7 @@ class _MediaChecker:
 
 
 class _Duplicates:
-    """Finds pairs that occur more than once. Stores a 64-bit hash and the location of each pair in 24 bytes."""
+    """Finds pairs that occur more than once. Stores 24 bytes per pair: a 64-bit hash and the location of the pair."""
 
     def __init__(self) -> None:
         self._keys, self._lines, self._files = array("Q"), array("Q"), array("L")

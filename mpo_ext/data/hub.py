@@ -164,7 +164,7 @@ def has_parquet(folder: str) -> bool:
 
 
 def describe_folder(folder: str | os.PathLike[str]) -> str:
-    """Returns a description of a folder, for the error message of a function that expected a file.
+    """Describes a folder for an error message, when a file was expected instead.
 
     The description lists files of the folder, or tells how to convert a saved dataset to a file.
     """

@@ -310,7 +310,7 @@ def _subset_of(name: str, folder: str, annotation: str = "") -> MMPRSubset:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _RowParser:
-    """A ``parse`` function for ``LineFile`` that converts rows of ``format`` to pairs."""
+    """Converts a row in the format ``format`` to a pair. ``LineFile`` takes an instance as its ``parse`` function."""
 
     format: str
     image_dir: Path

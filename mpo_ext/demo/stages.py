@@ -80,9 +80,10 @@ class Stages:
 
 
 def clear(folder: Path, *, keep_start: bool) -> None:
-    """Deletes the results of stages, training runs and sampling runs of an earlier demo run in ``folder``.
+    """Deletes the results of an earlier demo run in ``folder``.
 
-    Also deletes the log-probabilities of the reference model. If ``keep_start`` is True, the SFT model is kept.
+    These are the results of stages, training runs and sampling runs, and the log-probs of the reference model. If
+    ``keep_start`` is True, the SFT model is kept.
     """
     kept = {_file(START_STAGE), START_RUN} if keep_start else set()
     for name in ("runs", "stages"):

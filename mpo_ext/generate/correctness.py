@@ -40,8 +40,8 @@ class CorrectnessConfig:
         matcher: Kind and options of the matcher that compares an answer with the truth.
         pairs_per_question: Maximum number of pairs per question in each of the outputs ``pairs`` and ``format_pairs``;
             0: no limit.
-        accuracy: Minimum and maximum fraction of right samples among the samples of a question that are not skipped as
-            truncated, degenerate or empty. A question outside this range gives no pairs.
+        accuracy: Minimum and maximum fraction of right samples of a question. A question outside this range gives no
+            pairs. Samples that are skipped as truncated, degenerate or empty do not count.
         length_balance: Whether to prefer pairs whose responses have similar lengths.
         reuse_limit: Maximum number of pairs in one output that use the same response; 0: no limit.
         dedupe: Whether to use equal responses to a question only once.

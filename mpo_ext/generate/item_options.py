@@ -65,10 +65,10 @@ def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | Non
 
 
 def _take_series(rest: dict[str, Any], name: str) -> list[str] | None:
-    """Removes fields such as ``choice_a`` and ``choice_b``, and returns their values, the options.
+    """Removes fields such as ``choice_a`` and ``choice_b`` from ``rest``, and returns their values, the options.
 
-    ``name`` is the format string of the field names, here ``"choice_{lower}"``. Returns None if fewer than two options
-    are given.
+    ``name`` is the format string of the field names, here ``"choice_{lower}"``. With fewer than two options, nothing
+    is removed, and None is returned.
     """
     keys = {letter: name.format(upper=letter, lower=letter.lower()) for letter in _COLUMNS}
     values = {letter: rest[key] for letter, key in keys.items() if key in rest}

@@ -141,7 +141,7 @@ class OpenAIClient:
         """Starts a request without waiting for the answer.
 
         Args:
-            name: Name by which ``finished`` returns the answer.
+            name: Name of the request. ``finished`` returns the answer with this name.
             path: Path of the request below ``base_url``.
             make_body: Function that returns the JSON body. A worker thread calls it when the request is sent.
         """

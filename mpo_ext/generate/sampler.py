@@ -59,7 +59,7 @@ def journal_path(out: Path, rank: int, world_size: int) -> Path:
 def holds_run(folder: Path) -> bool:
     """Returns whether a folder holds files of a run.
 
-    These are ``outputs.lock`` in the folder, or a file of samples (journal) in the folder or its subfolders.
+    Such files are ``outputs.lock`` in the folder, and journals (files of samples) in the folder or its subfolders.
     """
     if (folder / "outputs.lock").is_file():
         return True

@@ -442,7 +442,7 @@ class IterateRecipe:
 
     @property
     def chat(self) -> dict[str, Any]:
-        """Settings in ``train.model`` that sampling and evaluation also use, such as ``chat_template``, by name."""
+        """Settings of ``train.model`` that sampling and evaluation use, too, such as ``chat_template``."""
         model = self.train_recipe(1, [{"path": "pairs.jsonl"}]).model
         names = ("trust_remote_code", "chat_template", "chat_template_kwargs", "revision")
         return {name: getattr(model, name) for name in names}

@@ -96,9 +96,10 @@ def linear_logits(
 
 
 def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Returns the sum of the token values of each sequence.
+    """Returns the sum of ``rows`` over the tokens of each sequence.
 
-    If the values are ``token_logp`` of a reference model, the sums are the argument ``ref_logp`` of ``mpo_loss``.
+    For example, ``rows`` is the result of ``token_logp`` for a reference model. The sums are then the argument
+    ``ref_logp`` of ``mpo_loss``.
 
     Args:
         rows: A value for each token: ``[2B, T]``, or packed ``[N]`` or ``[1, N]`` with ``cu_seqlens``.

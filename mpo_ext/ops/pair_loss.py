@@ -32,7 +32,7 @@ class PairLossSettings(NamedTuple):
     decay: float = 0.0  # fraction of the old value that EMA keeps
 
     def numbers(self) -> list[float]:
-        """Returns the settings as a list of numbers, the argument ``settings`` of the operators."""
+        """Returns the settings as a list of numbers. The operators take this list as the argument ``settings``."""
         return [float(value) for value in self]
 
     @classmethod

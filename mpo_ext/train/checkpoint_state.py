@@ -157,9 +157,10 @@ def unwrapped(accelerator: Any, model: nn.Module) -> Any:
 
 
 def _model_tensors(accelerator: Any, model: nn.Module, reference: nn.Module | None) -> dict[str, Tensor]:
-    """Returns a dict from name (``model.NAME``, ``reference.NAME``) to the tensor that a checkpoint stores.
+    """Returns the tensors that a checkpoint stores, by name.
 
-    The tensors share memory with the models, so loading a checkpoint into them changes the models.
+    The names are ``model.NAME`` and ``reference.NAME``. The tensors share memory with the models, so loading a
+    checkpoint into the tensors changes the models.
     """
     tensors = {
         f"model.{name}": parameter.detach()

@@ -69,10 +69,10 @@ def load_encoder(recipe: Recipe, checkpoint: Path | None) -> Encoder:
 
 
 def check_encoding(recipe: Recipe, mixture: Mixture, encoder: Encoder) -> EncodingReport:
-    """Encodes up to 100 pairs of ``mixture``, the training data, as the run would.
+    """Encodes up to 100 training pairs as the run would.
 
-    The pairs are spread evenly over an epoch. Bad lines are left out. Like the run, this function compares the first
-    three encoded pairs with the model's own processor.
+    The pairs are spread evenly over an epoch of ``mixture``. Bad lines are left out. Like the run, this function
+    compares the first three encoded pairs with the model's own processor.
     """
     pairs = list(_spread_pairs(mixture))
     counts, lengths = PairCounts(), []

@@ -21,9 +21,9 @@ _IGNORE_INDEX = MPOConfig().ignore_index
 class FirstBatchCheck:
     """Checks the micro-batches of the first step for mistakes in the labels and the log-probs.
 
-    In every micro-batch, labels must be valid indices of the output head. If the loss has a preference term, the first
-    micro-batch is also checked as in ``mpo_ext.check_batch``: labels are compared with the input tokens. If the
-    reference and the policy start from the same weights, their log-probs are compared, too.
+    In every micro-batch, labels must be valid indices of the output head. The first micro-batch gets further checks if
+    the loss has a preference term. Its labels are compared with the input tokens, as in ``mpo_ext.check_batch``. If
+    the reference and the policy start from the same weights, their log-probs are compared, too.
 
     Attributes:
         findings: Probable mistakes that this rank has found.

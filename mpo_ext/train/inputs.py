@@ -154,7 +154,7 @@ def _describe_subset(mixture: Mixture, subset: MixtureSubset, files: list[dict[s
 
 
 def _compared_images(mixture: Mixture, subset: MixtureSubset) -> Iterator[str]:
-    """Yields the image and video paths of a few lines, which are spread evenly over a subset of the data."""
+    """Yields the image and video paths of a few lines. The lines are spread evenly over a subset of the data."""
     count = min(subset.lines, _IMAGE_LINES)
     for line in np.linspace(0, subset.lines - 1, count).round().astype(int) if count else ():
         pair, _ = mixture.read(subset.first + int(line))

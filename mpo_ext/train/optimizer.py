@@ -76,7 +76,10 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[ParameterGro
 
 
 def _part_of_parameters(model: nn.Module, parts: Iterable[str]) -> dict[int, str]:
-    """Returns a dict from ``id(parameter)`` to the name of its part, for the model parts in ``parts``."""
+    """Returns a dict from ``id(parameter)`` to the model part of the parameter, such as "language_model".
+
+    The dict contains only the parameters of the parts in ``parts``.
+    """
     inner: Any = unwrap_model(model)
     found: dict[int, str] = {}
     for part in MODEL_PARTS:  # in Qwen2-VL the projector is a submodule of the vision tower

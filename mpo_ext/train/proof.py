@@ -238,7 +238,7 @@ def _decode(encoder: Encoder, sample: Sample) -> ProvedPair:
 
 
 def _marked(encoder: Encoder, ids: Tensor, targets: Tensor | None) -> str:
-    """Returns the decoded response with its trained tokens in double square brackets.
+    """Returns the decoded response. Trained tokens are in double square brackets.
 
     ``targets`` is True for trained tokens; None: all tokens are trained.
     """

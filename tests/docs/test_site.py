@@ -89,7 +89,7 @@ def test_every_documented_name_exists() -> None:
 
 
 def row_of(name: str) -> str:
-    """Returns the Markdown table row of a function or class: name, first paragraph of its docstring, and file.
+    """Returns a Markdown table row with the name, the first docstring paragraph and the file of a function or class.
 
     ``name`` is the full name, such as "mpo_ext.mpo_loss".
     """

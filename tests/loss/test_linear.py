@@ -82,7 +82,7 @@ class Linear:
 
     @property
     def pairing(self) -> dict[str, Any]:
-        """The arguments of mpo_loss other than logits and labels."""
+        """The arguments ``ref_logp``, ``cu_seqlens`` and ``shift`` of mpo_loss."""
         return {"ref_logp": self.ref_logp, "cu_seqlens": self.cu_seqlens, "shift": self.shift}
 
     @functools.cached_property

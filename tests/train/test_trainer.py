@@ -331,7 +331,7 @@ def test_a_model_with_other_image_tokens_than_the_processor_is_an_error(tmp_path
 
 
 def poison(model: nn.Module, calls: set[int]) -> None:
-    """Makes the hidden states NaN in some forward passes of training. ``calls`` has their numbers, counted from 1."""
+    """Makes the hidden states NaN in the training forward passes with the numbers ``calls``, counted from 1."""
     count = 0
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:

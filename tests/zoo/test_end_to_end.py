@@ -152,7 +152,10 @@ def train_in_own_form(model: nn.Module, examples: Sequence[dict[str, torch.Tenso
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[Example], Any]:
-    """Returns (folder of a trained model, its examples, its loss on them computed without mpo_ext)."""
+    """Trains a model. Returns the folder of the model, the training examples, and the loss on these examples.
+
+    The loss is computed without mpo_ext.
+    """
     build, make_examples, end = FORMS[request.param]
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)

@@ -493,10 +493,10 @@ class SharedMemory:
 
 
 class RaceDetector:
-    """Finds races in shared memory. For each byte, it records the last accesses: the warp and the barrier interval.
+    """Finds races in shared memory.
 
-    In a race, two warps access the same byte between the same barriers of their block, and at least one of them
-    writes. Atomics count as writes, but two atomics do not race. Two writes of the same value are not reported.
+    In a race, two warps of a block access the same byte, and no barrier separates the accesses. At least one of them
+    is a write. Atomics count as writes, but two atomics do not race. Two writes of the same value are not reported.
     """
 
     MANY = -2

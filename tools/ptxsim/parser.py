@@ -550,7 +550,7 @@ class _Operands:
         return a
 
     def atom(self):
-        """Parses an operand such as "%r1", "name+8" or "3": a register, symbol or number, plus constants."""
+        """Parses a register, symbol or number, such as "%r1", "name" or "3", plus constants, as in "name+8"."""
         a = self.primary()
         off = 0
         while self.peek() in ("+", "-") and self.peek():
