@@ -146,7 +146,7 @@ def runs_of(
 ) -> dict[str, Run]:
     """Returns the functions to measure: a dict from name to (prepare, run).
 
-    The names are those of the implementations in ``cases`` and of the functions in ``benchmark.floor_runs``. The
+    The dict has an entry for each implementation in ``cases``, and for each function in ``benchmark.floor_runs``. The
     inputs of ``run`` have the shape ``loss``. If an implementation overwrites the logits, ``prepare`` restores them.
     """
     batch = benchmark.make_batch(loss, device)

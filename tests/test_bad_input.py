@@ -1,4 +1,4 @@
-"""Tests that each invalid argument raises the right exception, which names the argument, the rule and the value."""
+"""Tests that invalid arguments raise the right exceptions. A message names the argument, the rule and the value."""
 
 import dataclasses
 import math

@@ -62,7 +62,7 @@ class StudySettings(RunSettings):
 
     @classmethod
     def quick(cls, seed: int = 0) -> "StudySettings":
-        """Returns the settings of a study that takes a minute and only checks that all parts work."""
+        """Returns the settings of a test of the study. The test takes a minute and only checks that all parts work."""
         return cls(
             seed=seed, hidden_size=64, layers=1, sft_rate=5e-3, sft_questions=500, sft_check_steps=40,
             sft_steps=40, sft_warmup=0.025, questions=400, direct_questions=60, samples=4, temperature=0.7,

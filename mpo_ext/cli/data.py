@@ -304,9 +304,9 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _without_findings(source: Any) -> Any:
-    """Returns a ``PairSource`` without the lines that ``check_pairs`` finds defective. Prints a summary of them.
+    """Returns a ``PairSource`` without its defective lines. Prints a summary of these lines.
 
-    Raises ValueError if no line remains.
+    ``check_pairs`` finds the defective lines. Raises ValueError if no line remains.
     """
     import dataclasses
 

@@ -34,7 +34,7 @@ class Picks:
     Attributes:
         source: Path of the source, for error messages.
         lines: Number of lines of the source.
-        digests: Maps the index of each picked line in the source to the ``pair_digest`` of its pair.
+        digests: Dict from the index of a picked line to the ``pair_digest`` of its pair.
     """
 
     source: str

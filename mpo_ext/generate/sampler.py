@@ -245,7 +245,7 @@ class StoredBlock:
 
         Args:
             journal: The file of stored samples.
-            sampled: All samples of the items as JSON objects, including those that are already stored.
+            sampled: All samples of the items as JSON objects, beginning with the stored samples.
             pipeline: Name of the pipeline, for an error message.
         """
         check_records(sampled, list(itertools.chain.from_iterable(self.keys)), pipeline)

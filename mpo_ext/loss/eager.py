@@ -2,8 +2,8 @@
 
 Autograd can differentiate this loss on any device and to any order. ``mpo_ext.loss.functions`` uses this module for
 ``backend="reference"``. Nothing is optimised: as in most trainers, a float32 ``log_softmax`` of all tokens is
-materialised. Unlike the kernels, this module also reads the logits of tokens without a label, so a NaN in them reaches
-the gradient.
+materialised. Unlike the kernels, this module also reads the logits of tokens without a label. A NaN in these logits
+reaches the gradient.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class KeptLogits:
 
 
 class TiledRows:
-    """The labelled rows (token positions) of an operator call, the sizes of their tiles, and the tiles' buffers.
+    """Divides the labelled rows (token positions) of an operator call into tiles, and holds the buffers of a tile.
 
     Args:
         hidden: ``[..., D]`` hidden states.
@@ -181,8 +181,8 @@ class TiledRows:
         head: Output head.
         ignore_index: Label of rows that are skipped.
         memory_budget: Bytes for a tile and the tensors computed from it.
-        converts_weight_grad: Whether the gradient of ``head.weight`` is computed. If this gradient is summed in
-            float32 and the weight has another dtype, the float32 sum takes a part of the memory budget.
+        converts_weight_grad: Whether the gradient of ``head.weight`` is computed. A float32 sum of this gradient takes
+            a part of the memory budget, unless the weight is float32, too.
         keeps_logits: Whether forward keeps logits for backward.
         only_fitting: As in ``KeptLogits``.
     """

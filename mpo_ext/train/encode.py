@@ -367,8 +367,8 @@ class Encoder:
 def conversation_of(pair: Pair, name: str) -> Conversation:
     """Returns the prompt of a pair as a conversation, with its tools and media.
 
-    The turns are those in ``pair.source["messages"]``. Without this entry, the question is the only turn.
-    ``name`` is the file and line number of the pair. Raises ``BadPairError`` if messages or tools are invalid.
+    The entry ``pair.source["messages"]`` has the turns. Without this entry, the question is the only turn. ``name`` is
+    the file and line number of the pair. Raises ``BadPairError`` if messages or tools are invalid.
     """
     messages = pair.source.get("messages", ())
     if "messages" in pair.source and not (isinstance(messages, (list, tuple)) and messages):

@@ -90,7 +90,7 @@ def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
     """Context manager that yields the model's keyword arguments for a batch.
 
     ``inner`` is the model without wrappers. If an image belongs to two sequence rows, the model encodes it only once
-    inside the ``with`` block. If this is not possible for the model, a warning is issued.
+    inside the ``with`` block. Some models cannot do so, and a warning is issued.
     """
     inputs: dict[str, Any] = dict(batch.inputs)
     has_grid = any(name in inputs for name in GRIDS)

@@ -78,8 +78,8 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
 
     Args:
         data: Data and encoder of the run.
-        known: Inputs that a checkpoint stores, or None. If the path, size and modification time of a file are those in
-            the checkpoint, the file is not read again.
+        known: Inputs that a checkpoint stores, or None. A file is not read again if it has the same path, size and
+            modification time as in the checkpoint.
         fixed_weights: Hashes of the weights of those models that no checkpoint stores. The keys are settings, such as
             ``model.path``.
 

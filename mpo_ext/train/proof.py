@@ -62,13 +62,13 @@ class Proof:
     """The result of ``prove``, which checks the encoding of the first pairs.
 
     Attributes:
-        notices: Messages about encoder rules that the chat template does not contain, and about checks that could not
-            run.
+        notices: Messages about the chat template and the tokenizer: for example, that the template writes the date.
+            Also messages about checks that could not run.
         pairs: The first pairs that could be encoded, as decoded text.
         skipped: Messages about pairs that could not be encoded; at most ``count`` messages (see ``prove``).
         reasons: Dict from a reason to the number of pairs that could not be encoded for this reason. The number
             includes pairs without a message in ``skipped``.
-        problems: Messages about failed checks, such as token ids that differ from those of the processor.
+        problems: Messages about failed checks. For example, token ids differ from those of the processor.
     """
 
     notices: tuple[str, ...]

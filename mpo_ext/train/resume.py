@@ -1,4 +1,4 @@
-"""Run state that checkpoints store as JSON, and the settings that may change when a run resumes."""
+"""Defines the run state that checkpoints store as JSON, and the settings that may change when a run resumes."""
 
 import contextlib
 import dataclasses

@@ -33,7 +33,7 @@ SharedLayout = Literal["packed", "shared", "masked"]
 
 
 def supports_shared_prefix(model: nn.Module) -> str | None:
-    """Returns the reason why a model does not support rows with several responses; None if it does.
+    """Returns None if a model supports rows with several responses. Otherwise, returns the reason why it does not.
 
     The check reads the model's config and code. The model may be wrapped (DDP, FSDP, peft).
     """

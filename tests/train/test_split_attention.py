@@ -1,4 +1,4 @@
-"""Tests split attention: loss and gradients equal those of the dense mask and of separate rows.
+"""Compares split attention with a dense mask and with separate rows. Loss and gradients must be equal.
 
 Split attention handles a row with several responses to one prompt, without building a mask.
 """

@@ -1,4 +1,4 @@
-"""A transformers model that generates prescribed tokens, and a fake vLLM that does the same."""
+"""A transformers model and a fake vLLM. Both generate prescribed tokens."""
 
 import types
 from collections.abc import Sequence
