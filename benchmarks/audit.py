@@ -187,7 +187,7 @@ def count_tests(report: Path, output: str) -> dict[str, int]:
 
 
 def count_native(output: str) -> dict[str, int]:
-    """Returns the same keys as ``count_tests``. The counts come from lines such as "120 checks, 0 failed"."""
+    """Counts the checks in output lines such as "120 checks, 0 failed". Returns the same keys as ``count_tests``."""
     counts = re.findall(r"^(\d+) checks, (\d+) failed$", output, re.MULTILINE)
     failed = sum(int(number) for _, number in counts)
     checks = sum(int(number) for number, _ in counts)

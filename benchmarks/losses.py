@@ -85,11 +85,10 @@ def usable(
     device: str = "cpu",
     most_seconds: float = math.inf,
 ) -> tuple[dict[str, Provider], dict[str, str]]:
-    """Tries each provider on a small shape, and returns the providers that can run on the shape ``loss``.
+    """Returns the providers that can run on the shape ``loss``.
 
-    A provider from another library must also be fast enough. It is rejected if a run on the shape ``loss`` takes more
-    than ``most_seconds``. This time is estimated from the small shape, and then measured. A compiled provider does not
-    run on the small shape.
+    Each provider that is not compiled first runs on a small shape. Providers of other libraries must also be fast: a
+    run on the shape ``loss`` may take at most ``most_seconds``.
 
     Returns:
         Two dicts. The first maps the name of each usable provider to the provider. The second maps the name of each

@@ -38,7 +38,7 @@ from benchmarks.trainers import Gate, MeasuredStep, Parts, run_ours, run_trl
 
 @dataclasses.dataclass(frozen=True)
 class TrainerCase:
-    """A trainer and its settings, which are measured as one case."""
+    """A case of the benchmark: a trainer with its settings."""
 
     is_trl: bool  # whether the trainer is TRL's
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # override recipe or DPOConfig

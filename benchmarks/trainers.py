@@ -272,9 +272,9 @@ def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping
 
 
 def _watch_trl(parts: Parts, model: Any, trainer: Any, stack: contextlib.ExitStack) -> None:
-    """Makes ``parts`` time the parts of TRL's training steps.
+    """Makes ``parts`` measure the parts of TRL's training steps.
 
-    To do so, it replaces a function of TRL. Closing ``stack`` restores the function.
+    Replaces a function of TRL until ``stack`` is closed.
     """
     from trl.trainer import utils
 

@@ -143,7 +143,7 @@ def missing_image_advice(source: str) -> str:
 
 
 def describe_source(source: Any) -> str:
-    """Returns a text that names the source of an image in a message.
+    """Returns a description of an image source for messages.
 
     Paths and URLs are complete. ``data:`` URLs, base64 text, and texts too long for a path get at most 80 characters.
     """
@@ -407,7 +407,7 @@ def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
 
 
 def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
-    """Scales a grey image of more than 8 bits to mode L. Returns it and its opacity (mode L; None: opaque)."""
+    """Scales a grey image of more than 8 bits to mode L. Returns (image, opacity). None as opacity: opaque."""
     import numpy as np
 
     values, pillow = np.asarray(image), _pillow()

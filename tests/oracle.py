@@ -829,10 +829,10 @@ class Case:
 
 
 def make_logits(rows: int, vocab: int, dtype: torch.dtype, kind: str, labels: Tensor, seed: int) -> Tensor:
-    """Returns logits ``[rows, V]`` of a kind: flat, peaked, or peaked around a common offset of 10,000.
+    """Returns logits ``[rows, V]`` of a kind: "flat", "peaked", or "offset" (peaked, with 10,000 added).
 
-    A few entries dominate a peaked row, as in a trained model. In two of three peaked rows the label is among them,
-    with a probability between 0.5 and almost 1.
+    In a peaked row, a few logits are much larger than the others, as in a trained model. In two of three peaked rows,
+    the label has a probability between 0.5 and almost 1.
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "flat":

@@ -207,9 +207,9 @@ LINEAR_OPTIONS = [{"recompute": True}, {"recompute": False}, {"frozen": True}, {
 
 
 def check_unseen_bad_label(name: str, backend: str, device: str = "cpu") -> None:
-    """Checks that an out-of-range label makes the loss NaN, even in a response that no loss term uses.
+    """Checks that an out-of-range label makes the loss NaN, even if no loss term uses its response.
 
-    With a valid label in its place, the loss must be finite.
+    With a valid label instead, the loss must not be NaN.
     """
     rows, settings = UNSEEN_BAD_LABELS[name]
     labels = torch.tensor(rows)

@@ -4,10 +4,10 @@
     python tools/hub_kernel.py build/hub --wheels dist/*.whl
 
 The repository has a folder for each build variant. ``kernels`` loads the best variant for a machine. The variant
-torch-universal has the Triton kernels and the loss in plain torch. Wheels of this project, one for each version of
-Python, add a variant with their compiled modules. This variant is for CUDA if the modules have CUDA kernels, otherwise
-for the CPU. Its modules do not use torch's ABI, so they need no particular version of torch. The name of the
-variant begins with torch-stable-abi26, so ``kernels`` loads it with torch 2.6 or later.
+torch-universal has the Triton kernels and the loss in plain torch. ``--wheels`` takes wheels of this project, one for
+each version of Python. Their compiled modules form another variant. This variant is for CUDA if the modules have CUDA
+kernels, otherwise for the CPU. The modules do not use torch's ABI. The name of the variant begins with
+torch-stable-abi26, so ``kernels`` loads the variant with torch 2.6 or later.
 """
 
 from __future__ import annotations

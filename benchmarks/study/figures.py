@@ -20,9 +20,9 @@ def task_of(document: Mapping[str, Any]) -> StudyTask:
 
 
 def prefix_of(document: Mapping[str, Any]) -> str:
-    """Returns the prefix of the names that a result file's tables have in docs/.
+    """Returns "study" for the task "perception", and "prior" for the task "language-prior".
 
-    The prefix is "study" for the task "perception", and "prior" for the task "language-prior".
+    The names of a result file's tables in docs/ begin with this prefix.
     """
     return "study" if document.get("task", OLD_TASK) == OLD_TASK else "prior"
 

@@ -42,7 +42,7 @@ def _lines(document: Mapping[str, Any]) -> list[tuple[list[str], Sequence[float]
     """Returns (first cells, gains, error, last cells) for each starting model in ``document``.
 
     ``gains`` are MPO's accuracy gains over SFT, one for each seed. With a single seed, ``error`` is the standard error
-    that ``figures.question_error`` returns for the gain. With several seeds, it is None.
+    of the gain, from ``figures.question_error``. With several seeds, ``error`` is None.
     """
     lines: list[tuple[list[str], Sequence[float], float | None, list[str]]] = []
     task = figures.task_of(document)

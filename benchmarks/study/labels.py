@@ -71,8 +71,8 @@ def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
 def table(document: Mapping[str, Any]) -> str:
     """Returns a Markdown table with a row for each kind of pairs, or "Not run yet." if there are no pairs.
 
-    The columns are the generated tokens per pair, the fractions of ``label_shares`` in percent, and the number of
-    seeds. Tokens and fractions are means over the seeds in ``document``.
+    A row has the generated tokens per pair, the fractions of ``label_shares`` in percent, and the number of seeds.
+    Tokens and fractions are means over the seeds.
     """
     rows = []
     for name in ("correctness", *KEEPS, RLAIF_V):

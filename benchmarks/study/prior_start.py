@@ -198,7 +198,7 @@ def _make_rlaif_v(
 
 
 def _text_pipeline(settings: PriorSettings, common: Mapping[str, Any]) -> Correctness:
-    """Returns the pipeline for correctness pairs about questions that state the digits in words.
+    """Returns the correctness pipeline for questions that state the digits as text.
 
     The responses have only a final answer. ``common`` holds further fields of ``CorrectnessConfig``.
     """

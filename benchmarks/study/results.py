@@ -128,7 +128,8 @@ def document_of(
 ) -> dict[str, Any]:
     """Returns the content of ``study.json``. Runs without a result get the reason "not run".
 
-    The keys of ``results`` are (seed, name of a training run or starting model). The keys of ``settings`` are seeds.
+    ``results`` maps (seed, name) to the result of the training run or starting model with this name. ``settings`` maps
+    each seed to its settings.
     """
     starts, listed = [], []
     name = next(iter(settings.values())).task

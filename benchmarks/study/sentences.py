@@ -80,10 +80,10 @@ def findings(document: Document) -> str:
 
 
 def best_rates(document: Document) -> str:
-    """Returns the best learning rates of SFT and MPO, as a table and a sentence. Accuracy on "cot" questions decides.
+    """Returns a table and a sentence about the best learning rates of SFT and MPO.
 
-    Only seeds with results for all learning rates count. The accuracy of the best rate is a little too high, because
-    the same seeds select the rate.
+    The best learning rate has the highest accuracy on "cot" questions. Only seeds with results for all learning rates
+    count. The highest accuracy is a little too high, because the same seeds select the learning rate.
     """
     rows = {
         method: {label.removeprefix(f"{method}, "): row for label, row in figures.task_of(document).tables["rate"].rows

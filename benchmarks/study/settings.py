@@ -76,10 +76,10 @@ class PriorSettings(Settings):
     """Settings of the task "language-prior" for one seed: the demo's settings, and sizes of further pair files.
 
     Attributes:
-        kind_questions: Number of step-by-step questions for correctness pairs. The same number of questions is drawn
-            again for DropoutNTP pairs. RLAIF-V pairs use the questions of the DropoutNTP pairs.
-        kind_pairs: Maximum number of pairs in some of the files that ``language_prior.PAIR_FILES`` lists:
-            "correctness", "DropoutNTP 0.75" and all files between them. These files have equally many pairs.
+        kind_questions: Number of step-by-step questions for correctness pairs. DropoutNTP pairs use as many other
+            questions. RLAIF-V pairs use the questions of the DropoutNTP pairs.
+        kind_pairs: Maximum number of pairs in each file from "correctness" to "DropoutNTP 0.75" in
+            ``language_prior.PAIR_FILES``. These files have equally many pairs.
         text_questions: Number of questions without an image. The pairs of the file "text" are made from them.
         text_evaluation_tasks: Number of held-out questions that state the digits and have no image.
     """

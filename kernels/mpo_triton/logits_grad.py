@@ -65,7 +65,7 @@ def logits_grad_kernel(
 ):
     """Computes grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i) for CHUNK columns of a row.
 
-    m_i is the row's maximum, and sum_i its sum of exponentials.
+    Row i has the label y_i, the maximum m_i and the sum of exponentials sum_i.
 
     Grid    (rows, chunks)
     Reads   each logit of a labelled row once

@@ -229,13 +229,13 @@ def token_logp_kernel(
     IS_TILE: tl.constexpr,
     STATS: tl.constexpr,  # bits in the order of STATS in mpo_ext/ops
 ):
-    """Merges the chunks of a row in order, and computes the label's log-prob and the statistics.
+    """Merges the states of a row's chunks. Computes the log-prob of the label, and the statistics of the row.
 
-    With the row's maximum m, its sum of exponentials s and its label y, the log-prob is (z[y] - m) - log(s).
+    For a row with the maximum m, the sum s of exp(z - m) and the label y, the log-prob is (z[y] - m) - log(s).
 
     Grid    (rows,)
     Reads   the states of the chunks and one logit per row with a valid label
-    Writes  three float32 values per row, and one for each statistic; if IS_TILE, also the row's float64 state
+    Writes  logp, row_max, row_sum and one value for each statistic; if IS_TILE, also the row's float64 state
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)

@@ -23,22 +23,21 @@ def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer")
 
     The style is the form of the answer that the prompt asked for:
 
-    - "final_answer": the text after the last "Final answer:", up to the end of the line. If the rest of this line is
-      empty, the next line with text. If this text begins with ``\boxed{}``, ``$$`` or ``\[``, only the content of the
-      box or the math block. The rest of the line is kept if it is a known unit, or has a box with another answer.
+    - "final_answer": the rest of the line after the last "Final answer:". If the rest is empty, the next line with
+      text is used. If the text begins with ``\boxed{}``, ``$$`` or ``\[``, only the content of the box or math block
+      is used. Text after the box or block is kept if it is a known unit, or has a box with another answer.
     - "answer": the same after the last "Answer:".
     - "boxed": the content of the last ``\boxed{...}``.
     - "direct": the whole response.
-    - ``regex:...`` or a compiled pattern: the content of its group in the last match. The pattern must have exactly
-      one group.
+    - ``regex:PATTERN`` or a compiled pattern: the group in the last match. The pattern must have exactly one group.
 
     Args:
         response: Text that the model generated.
         style: Style of the answer.
 
     Returns:
-        The answer without markdown, math delimiters and a final period; None if it is unreadable, for example because
-        the marker, the box or the closing brace is missing.
+        The answer without markdown, math delimiters and a final period. None if there is no readable answer, for
+        example because the marker, the box or the closing brace is missing.
 
     Raises:
         TypeError: If an argument has the wrong type.

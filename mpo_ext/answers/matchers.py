@@ -88,9 +88,9 @@ class AnyMatcher(Matcher):
         object.__setattr__(self, "matchers", tuple(map(_build, self.matchers)))
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Calls the matchers in order until one of them accepts the answer, and returns its verdict.
+        """Returns the verdict of the first matcher that accepts the answer.
 
-        If none accepts the answer, returns the verdict with the highest ``rank``.
+        If no matcher accepts the answer, returns the verdict with the highest ``rank``.
         """
         best: Verdict | None = None
         for rule in cast(Sequence[Matcher], self.matchers):

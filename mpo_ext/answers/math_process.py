@@ -18,10 +18,10 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
 
     ``MathProcess.compare`` explains these results. Two errors of math-verify are corrected:
 
-    - It rounds to six decimals, so it treats all tiny numbers as equal. The values of equal expressions must therefore
-      also agree within a relative tolerance of 1e-6.
-    - It cannot compare an inequality with a set (for example an interval), but reports that they are different. For
-      such a pair, this function returns "unread".
+    - math-verify rounds to six decimals, so it treats all tiny numbers as equal. The values of equal expressions must
+      therefore also agree within a relative tolerance of 1e-6.
+    - math-verify cannot compare an inequality with a set (such as an interval), and reports a difference. For such a
+      pair, this function returns "unread".
 
     Args:
         is_equal: Result of math-verify: whether the prediction equals the truth.

@@ -123,9 +123,9 @@ class NumberRule:
         return correct, rule
 
     def _is_unclear(self, first: Number, second: Number, prediction: Number, truth: Number) -> bool:
-        """Returns whether two different numbers may be equal after rounding, or in another reading: "1,234" as 1.234.
+        """Returns whether two different numbers may mean the same number, for example because a number is rounded.
 
-        The arguments are those of ``_one_unit``.
+        A number may also have a second reading, such as 1.234 for "1,234". ``_one_unit`` describes the arguments.
         """
         if any(_within(other, second.value, self.relative, self.absolute) for other in first.others):
             return True

@@ -274,7 +274,10 @@ class ChatEncoder:
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
-        """Adds a notice if the tokenizer merges the end of a test prompt with the response, or adds a second BOS."""
+        """Checks the tokens of a test prompt, and adds a notice for each problem.
+
+        The problems are: the tokenizer merges the end of the prompt with the response; the prompt has two BOS tokens.
+        """
         if self.form.opened:
             return
         conversation = Conversation(question="question")
@@ -357,7 +360,7 @@ class ChatEncoder:
         return EncodedResponse(ids[size:end], is_target[size:end], False)
 
     def _continue(self, prompt: EncodedPrompt, rest: str) -> tuple[list[int], bool]:
-        """Returns the ids of ``rest``, and whether ``rest`` was tokenized without the prompt before it."""
+        """Returns (ids, is_apart): the ids of ``rest``, and whether ``rest`` was tokenized apart from the prompt."""
         whole = self._encode(prompt.text + rest)
         size = len(prompt.ids)
         if whole[:size] == prompt.ids:

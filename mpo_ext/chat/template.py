@@ -53,10 +53,10 @@ def _literal(value: Any) -> str:
 
 
 def freeze_date(template: str, date: datetime.date) -> str:
-    """Returns the template with each call ``strftime_now("...")`` replaced by the text for ``date`` at 00:00.
+    """Replaces each call ``strftime_now("...")`` in a template by its result at 00:00 on ``date``.
 
     Raises:
-        ChatError: If a call has no constant format.
+        ChatError: If the format in a call is not a constant string.
     """
     midnight = datetime.datetime.combine(date, datetime.time())
     frozen = _DATE_CALL.sub(lambda call: repr(midnight.strftime(call[2])), template)
@@ -102,7 +102,10 @@ class Renderer:
         self._as_parts = hasattr(processor, "tokenizer")
 
     def turn(self, role: str, text: str) -> dict[str, Any]:
-        """Returns a message with a text: as a string for a tokenizer, as a list with one text part for a processor."""
+        """Returns a message with a role and a text.
+
+        The content is a string for a tokenizer, and a list with one text part for a processor.
+        """
         return {"role": role, "content": [{"type": "text", "text": text}] if self._as_parts else text}
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = ()) -> str:

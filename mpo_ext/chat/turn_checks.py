@@ -46,10 +46,10 @@ def check_written(response: str, prompt: str, whole: str) -> None:
 
 
 def renderings(response: str, opened: str) -> list[str]:
-    """Returns one or two texts to pass to the chat template as the response, to be tried in this order.
+    """Returns the texts to try as the response in the chat template, in this order.
 
-    The first text is the response. The second is ``opened``, such as ``<think>``, followed by the response. It is
-    returned only if the response closes this tag without opening it.
+    The first text is the response. The second text is ``opened``, such as ``<think>``, followed by the response. There
+    is a second text only if the response closes the tag without opening it.
     """
     tag = OPEN_TAG.search(opened)
     if tag and f"</{tag[1]}>" in response and not response.lstrip().startswith(f"<{tag[1]}>"):

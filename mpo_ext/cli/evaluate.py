@@ -128,8 +128,8 @@ def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
 
     Args:
         what: Name of the argument in error messages.
-        texts: The arguments. Without NAME, a file gets its file name without suffix. A folder or hub name gets the
-            last part of its path, and a folder ``final`` gets the name of its parent folder.
+        texts: The arguments. Without NAME, the name comes from PATH: the file ``data/vqa.jsonl`` is called "vqa". The
+            folders ``runs/mpo`` and ``runs/mpo/final`` are called "mpo".
     """
     named: dict[str, str] = {}
     for text in texts:

@@ -46,14 +46,14 @@ class ProcessorReport:
 def check_processor(
     args: argparse.Namespace, model: str, pairs: Iterable[tuple[Any, str]] | None = None
 ) -> ProcessorReport:
-    """Encodes up to three pairs with the trainer's encoder, and checks their token ids against the processor's output.
+    """Encodes up to three pairs with the trainer's encoder, and compares the token ids with the processor's output.
 
     Args:
         args: Arguments with the options of ``add_chat``.
         model: Folder of a model, of a run or of adapters, or a name on the hub.
-        pairs: Tuples (pair, name), of which the first usable pairs are encoded. The name denotes the pair in messages.
-            Image paths must be absolute. None: an example text pair and, if the model takes images, an example pair
-            with an image.
+        pairs: Tuples (pair, name). The first usable pairs are encoded. Messages refer to a pair by ``name``. Image
+            paths must be absolute. None: an example pair of text. If the model takes images, also an example pair with
+            an image.
 
     Raises:
         ImportError: If a package is missing.
@@ -92,7 +92,7 @@ def check_processor(
 
 
 def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:
-    """Yields (pair, location) for each valid pair of a ``PairSource``. The location is a text with file and line."""
+    """Yields (pair, location) for each valid pair of a ``PairSource``. ``location`` is a text with file and line."""
     from mpo_ext.data.reader import BadLine
 
     for where, pair in source.scan():

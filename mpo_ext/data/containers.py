@@ -323,8 +323,8 @@ def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
 def _cell(name: str, text: str) -> Any:
     """Parses a cell in the CSV column ``name``.
 
-    In the columns ``_LISTS``, each list or object is parsed, and an empty cell becomes None. In other columns, only
-    chat messages are parsed. The notation of a parsed cell is JSON or Python. Every other cell stays text.
+    In the columns ``_LISTS``, lists and objects are parsed, and an empty cell becomes None. In other columns, only
+    chat messages are parsed. A parsed cell holds JSON or a Python literal. All other cells stay text.
     """
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):

@@ -98,8 +98,7 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
 def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """Describes how a file has changed between two of its fingerprints. Returns None if the content is the same.
 
-    For a file of lines, the description names the first changed lines. To find them, the file of ``new`` is read
-    again.
+    For a file of lines, the description names the first changed lines. The function reads the file again to find them.
     """
     if old["digest"] == new["digest"]:
         return None

@@ -127,10 +127,10 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
 
 
 def _ignored_files(builder: Any, path: str) -> list[str]:
-    """Returns the parquet files of a folder that belong to none of its splits, as paths relative to the folder.
+    """Returns the parquet files of a folder that are in no split of the dataset, as relative paths.
 
-    ``builder`` is the dataset builder of the folder. If the folder has a README.md, the result is [], because this
-    file may list the files of each split.
+    ``builder`` is the dataset builder of the folder. If the folder has a README.md, the result is [], because a
+    README.md may list the files of each split.
     """
     if os.path.exists(os.path.join(path, "README.md")):
         return []

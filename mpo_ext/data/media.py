@@ -221,10 +221,10 @@ def _is_media(name: str, text: str) -> bool:
 
 
 def _check_field(name: str, value: object, *, has_media: bool) -> None:
-    """Raises FieldError if an unknown field has a name like "image", "video" or "audio" and is not empty.
+    """Raises FieldError if the name of an unknown field contains a word such as "image", "video" or "audio".
 
-    If the pair has media, numbers such as ``image_width`` are allowed, and nested fields are not checked. If it has no
-    media, numbers are not allowed, and nested fields are checked.
+    Empty fields are allowed. If the pair has media, numbers such as ``image_width`` are also allowed. If the pair has
+    no media, nested fields are checked, too.
     """
     # In a row with images or videos, a number such as "image_width" or "image_id" describes one of them.
     if _MEDIA_NAME.search(name) and not is_empty(value) and not (has_media and isinstance(value, (int, float))):

@@ -302,11 +302,11 @@ def pair_of_turns(
 ) -> Pair:
     """Builds a pair from turns.
 
-    The last user turn becomes ``question``. A prompt or response with several turns or with tool calls is also stored
-    in ``Pair.source``, as a list of turns.
+    The last user turn becomes ``question``. A prompt with several turns or with tool calls is also stored in
+    ``Pair.source``, as a list of turns. The same applies to each response.
 
     Args:
-        prompt: Turns before the response, as in ``check_prompt_turns``.
+        prompt: Turns before the response; see ``check_prompt_turns``.
         chosen: Turns of the chosen response.
         rejected: Turns of the rejected response.
         images: Image paths in the order of their placeholders in the prompt.
@@ -370,9 +370,9 @@ def prompt_text(pair: Pair) -> str:
 
 
 def turns_text(messages: object, tools: object, question: str) -> str:
-    """Returns tools and turns as readable text, such as "user: What is this?" for a turn.
+    """Returns the tools and turns as readable text, such as "user: What is this?" for a turn.
 
-    If ``messages`` is not a list of turns, ``question`` takes their place.
+    If ``messages`` is not a list of turns, the text has ``question`` instead of the turns.
     """
     lines = [f"tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):

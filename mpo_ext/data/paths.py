@@ -24,8 +24,8 @@ def parse_root_map(text: str) -> tuple[str, str]:
 def map_root(path: str, root_map: RootMap) -> str:
     """Replaces the folder at the beginning of a path. ``root_map`` holds tuples (old folder, new folder).
 
-    A tuple matches if its old folder is the path itself or contains it. The first match is used. Without a match, the
-    path is returned unchanged.
+    A tuple matches if the path is the old folder, or is inside the old folder. The first match is used. Without a
+    match, the path is returned unchanged.
     """
     for old, new in root_map:
         prefix = old.rstrip("/")

@@ -91,7 +91,8 @@ class PairSource:
         """Reads the line at an index.
 
         Returns:
-            The location, the media paths as written in the line, and either a BadLine or the pair with absolute paths.
+            (location, paths, pair). ``paths`` are the media paths as written in the line. The paths in ``pair`` are
+            absolute. If the line is bad, ``pair`` is a BadLine.
         """
         where = self.pairs.locate(index)
         try:
@@ -144,7 +145,10 @@ class MissingImages:
 
 
 def root_hint(source: PairSource, media: str) -> str:
-    """Returns advice about missing ``media`` ("images"): the option of ``mpo-ext data`` that names their folder."""
+    """Returns advice about missing files: the option of ``mpo-ext data`` that sets the folder of the files.
+
+    ``media`` is the kind of files, such as "images".
+    """
     if source.format == "hf" or source.subsets:
         return "try --root-map"
     return f"relative {media} start at {source.root}: try --root"

@@ -184,8 +184,8 @@ def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
 def hallucinated_cells(task: ReadingTask, response: str, prior_step: int) -> list[int]:
     """Returns the indices of the cells that the response hallucinates.
 
-    The response hallucinates a cell if it names a wrong digit, and the language prior predicts this digit. If the
-    response names the digit d for the previous cell, the prior predicts (d + ``prior_step``) modulo 10.
+    For such a cell, the response names the digit that the language prior predicts, and this digit is wrong. After the
+    digit d in the response, the prior predicts (d + ``prior_step``) modulo 10.
     """
     read = read_digits(response, task.cells)
     return [

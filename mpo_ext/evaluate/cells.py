@@ -141,9 +141,9 @@ def open_questions(
         name: Name of the file in the results.
         path: Path of a file of questions, or of a meta file (.json) that lists such files.
         limit: Maximum number of questions; None: all.
-        image_root: Folder at which relative image paths start; not used for a meta file.
+        image_root: Folder of relative image paths; not used for a meta file.
         root_map: Tuples (old, new) for a meta file: paths in the folder ``old`` are looked up in the folder ``new``.
-        system: System prompt of the questions that have none; None: no system prompt.
+        system: System prompt for questions without a system prompt; None: no system prompt.
 
     Raises:
         ValueError: If no question has a true answer.

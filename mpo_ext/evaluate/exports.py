@@ -73,12 +73,13 @@ def vlmevalkit_columns(items: Iterator[Item]) -> list[str]:
 
 @contextlib.contextmanager
 def lmms_eval(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
-    """Writes lmms-eval's sample log ``lmms-eval/MODEL/mpo-ext_samples_TASK.jsonl``, a line for each question.
+    """Writes lmms-eval's sample log, with a line for each question.
 
-    A line has lmms-eval's fields doc_id, target, input, resps, filtered_resps (the extracted answers), doc_hash,
-    prompt_hash and target_hash. It also has exact_match, the fraction of correct responses.
+    The path is ``lmms-eval/MODEL/mpo-ext_samples_TASK.jsonl``. A line has lmms-eval's fields doc_id, target, input,
+    resps, filtered_resps (the extracted answers), doc_hash, prompt_hash and target_hash. The field exact_match is the
+    fraction of correct responses.
 
-    The arguments and the yielded function are those of ``vlmevalkit``. ``columns`` is unused.
+    ``vlmevalkit`` describes the arguments and the yielded function. ``columns`` is not used.
     """
     with atomic_write(out / "lmms-eval" / model / f"mpo-ext_samples_{task}.jsonl") as file:
 

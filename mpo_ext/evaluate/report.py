@@ -199,7 +199,7 @@ def _percent(row: Mapping[str, Any]) -> str:
 def _is_shown(comparison: Mapping[str, Any], baseline: str) -> bool:
     """Returns whether ``table.md`` shows a comparison.
 
-    It shows a comparison if its two sides are the same model with two prompts, or if its first side is the model
+    The table shows comparisons of two prompts for the same model. It also shows comparisons whose first model is
     ``baseline``.
     """
     first, second = comparison["first"], comparison["second"]

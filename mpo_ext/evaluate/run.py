@@ -50,15 +50,16 @@ def evaluate(
     Args:
         models: Models by their name in the results. A model is a folder (a model, adapters, or a training run with
             ``final/``), a name on the hub, or an engine. The models are loaded one after the other.
-        data: Files of questions by their name in the results; ``item_files`` describes the kinds of files.
+        data: Question files by their name in the results. ``item_files`` describes the kinds of files.
         out: Folder of the evaluation.
         config: Prompts, sampling and matcher; None: the default ``EvaluationConfig``.
         limit: Maximum number of questions per file; None: all questions.
-        image_root: Folder at which relative image paths start. A meta file (.json) names its own folders instead.
+        image_root: Folder of relative image paths. Not used for a meta file (.json), which names its own folders.
         root_map: Tuples (old, new) for meta files: paths in the folder ``old`` are looked up in the folder ``new``.
-        system: System prompt of the questions that have none; None: no system prompt.
-        exports: Other toolkits in whose formats predictions are also written: "vlmevalkit", "lmms-eval".
-        page_limit: Maximum number of questions on ``failures.html``. If more were wrong, a random selection is shown.
+        system: System prompt for questions without a system prompt; None: no system prompt.
+        exports: Formats in which predictions are also written: "vlmevalkit", "lmms-eval".
+        page_limit: Maximum number of questions on ``failures.html``. If more answers are wrong, the page shows a
+            random selection.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Processes, progress display, and how often responses are saved; None: the default ``EvaluationRun``.
 

@@ -70,7 +70,7 @@ class EvaluationConfig:
     def evaluations(self) -> "list[Evaluation]":
         """Returns an ``Evaluation`` for each prompt.
 
-        If ``without_image`` is True, the list also has, at its end, an ``Evaluation`` without images for each prompt.
+        If ``without_image`` is True, a second ``Evaluation`` for each prompt follows. The second does without images.
         """
         sides = (True, False) if self.without_image else (True,)
         return [Evaluation(self, prompt, with_image=side) for side in sides for prompt in self.prompts]

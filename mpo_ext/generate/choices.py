@@ -44,10 +44,10 @@ def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None
 
 
 def measured(ids_of: Sequence[Sequence[int]], probs: Mapping[int, float]) -> tuple[float, ...] | None:
-    """Returns the probability of each choice: the summed probabilities of the tokens with which it can begin.
+    """Returns the probability of each choice: the sum of the probabilities of its possible first tokens.
 
     Args:
-        ids_of: For each choice, the ids of the tokens with which it can begin, from ``choice_tokens``.
+        ids_of: For each choice, the ids of its possible first tokens, from ``choice_tokens``.
         probs: Probability of each token id as the first token of the response. Missing tokens count as 0.
 
     Returns:

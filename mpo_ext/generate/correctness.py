@@ -248,8 +248,8 @@ class Correctness:
     def _unsolved_line(self, item: Item, wrong: Sequence[ScoredSample]) -> dict[str, Any]:
         """Returns the item as an input line for DropoutNTP, which needs a chosen response.
 
-        If ``item.chosen`` is None, one of the wrong samples (if any) becomes the chosen response. ``chosen_source``
-        marks it as wrong, and DropoutNTP uses it only with ``allow_wrong_chosen``.
+        If the item has no chosen response, a wrong sample (if any) becomes the chosen response. ``chosen_source``
+        marks such a chosen response as wrong. DropoutNTP uses it only with ``allow_wrong_chosen``.
         """
         source = "input"
         if item.chosen is None and wrong:

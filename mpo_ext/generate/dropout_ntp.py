@@ -304,8 +304,7 @@ class DropoutNTP:
     def _record(self, row: _Row, key: str, generation: Generation | None, engine: Engine) -> dict[str, Any]:
         """Returns the JSON object that is stored for a continuation.
 
-        ``key`` identifies the continuation. ``generation`` is None if the item cannot be used; the object then holds
-        the item's problem.
+        ``key`` identifies the continuation. If ``generation`` is None, the object holds the item's problem.
         """
         record: dict[str, Any] = {"key": key}
         if row.sampled_tokens is not None:

@@ -59,7 +59,7 @@ def repeat_cache(cache: DynamicCache, rows: Tensor) -> None:
 
 
 def _with_room(states: Tensor, length: int) -> Tensor:
-    """Returns a copy of ``states`` ``[B, heads, T, D]`` in a tensor with room for more than ``length`` tokens."""
+    """Copies ``states`` ``[B, heads, T, D]`` into a new tensor, which has room for more than ``length`` tokens."""
     n_rows, n_heads, n_tokens, size = states.shape
     result = states.new_empty(n_rows, n_heads, length + max(_LEAST_ROOM, length // 8), size)
     result[:, :, :n_tokens] = states

@@ -135,7 +135,7 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
 
 
 def _take_videos(rest: dict[str, Any]) -> list[Video]:
-    """Removes the videos from the fields ``rest``, and returns the videos.
+    """Removes ``video`` and ``videos`` from the fields ``rest``, and returns the videos in these fields.
 
     ``mpo_ext.data.row_media.row_videos`` describes the accepted values.
     """
@@ -307,7 +307,7 @@ def _place_numbered(
 def _image(key: str, value: Any, rest: Mapping[str, Any]) -> Any:
     """Converts an image to a path or a data URL.
 
-    Returns None for an empty value, and returns a value of an unknown type unchanged.
+    An empty value becomes None. A value of an unknown type is returned unchanged.
 
     Args:
         key: Name of the field that holds the image.
@@ -315,8 +315,8 @@ def _image(key: str, value: Any, rest: Mapping[str, Any]) -> Any:
         rest: Other fields of the item.
 
     Raises:
-        FormError: If the value is a row number, which refers to the image of another row, as in MMBench. Also raised
-            if bytes are not an image of a supported type.
+        FormError: If the value is the number of another row, which holds the image (as in MMBench). Also raised if
+            bytes are not an image of a supported type.
     """
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:  # the form of Hugging Face's datasets
         value = value["bytes"] if value.get("bytes") else value.get("path")

@@ -185,13 +185,15 @@ class Item:
         """Builds an item from a parsed input line. If the line cannot be used, the item's ``problem`` says why.
 
         Args:
-            values: A dict with ``question`` or ``messages``. Optional fields are ``image`` or ``images`` (a path or a
-                list of paths), ``video`` or ``videos`` (see ``mpo_ext.data.row_media.row_videos``), ``chosen``,
-                ``answer_gt`` or ``answer``, ``options``, ``system``, ``history`` and ``tools``. ``item_forms`` lists
-                further accepted formats. All other fields except ``rejected`` and ``"$source"`` become ``extra``.
-            image_root: Folder to which relative image paths are joined.
-            subset: Name of the data set in an MMPR meta file; None without a meta file. If set, the images and videos
-                must be inside ``image_root``.
+            values: A dict with ``question`` or ``messages``. The optional fields are ``image``, ``images``, ``video``,
+                ``videos``, ``chosen``, ``answer_gt``, ``answer``, ``options``, ``system``, ``history`` and ``tools``.
+                Each of ``image`` and ``images`` holds a path or a list of paths. The function
+                ``mpo_ext.data.row_media.row_videos`` describes the values of ``video`` and ``videos``. ``item_forms``
+                lists further accepted formats. All other fields become ``extra``, except ``rejected`` and
+                ``"$source"``.
+            image_root: Folder of relative image paths.
+            subset: Name of the data set in an MMPR meta file. All images and videos must then be inside
+                ``image_root``. None: the line does not come from a meta file.
             system: System prompt for an item without a system prompt; None: no system prompt.
         """
         if not isinstance(values, Mapping) or is_nested_deeply(values):

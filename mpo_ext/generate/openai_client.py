@@ -256,9 +256,10 @@ class _Failure:
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float:
-    """Returns how many seconds the client must wait according to the response headers; 0 without such a header.
+    """Returns how many seconds the response headers ask the client to wait; 0 without such a header.
 
-    If ``Retry-After`` is a date, the seconds count from the header ``Date`` or, without it, from this machine's time.
+    ``Retry-After`` may be a date. The seconds are then counted from the date in the header ``Date``. Without this
+    header, they are counted from now.
     """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name, "")

@@ -132,9 +132,9 @@ class QuestionSampler:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields one list with all requests, and receives their generations by ``send``.
+        """Yields a list with the requests for all items. The caller passes the generations to ``send``.
 
-        The generator's return value holds one list of records (JSON objects) per item. A record has ``key``, ``text``,
+        The generator returns a list of records (JSON objects) for each item. A record has ``key``, ``text``,
         ``finish`` and ``tokens``. If the item cannot be used, or the engine refuses the request, the record has
         ``key`` and ``problem`` instead.
         """
@@ -202,9 +202,9 @@ class AnswerScorer:
         self._verdicts: dict[tuple[tuple[str, ...], Any, str], Verdict] = {}
 
     def matcher_for(self, item: Item) -> Matcher:
-        """Returns the matcher that judges answers to an item's question.
+        """Returns the matcher for answers to an item's question.
 
-        A multiple-choice matcher gets the item's options.
+        If the item has options, the matcher gets the options.
         """
         return self.matcher if item.options is None else self.matcher.with_options(dict(item.options))
 

@@ -50,7 +50,7 @@ def skip_reason(record: Mapping[str, Any], *, allow_truncated: bool, allow_degen
 
 
 def normalized(text: str) -> str:
-    """Replaces each run of white space by one space and strips the text, so that responses can be compared."""
+    """Strips a text and replaces each run of white space by one space, so that responses can be compared."""
     return " ".join(text.split())
 
 

@@ -41,10 +41,10 @@ class Pipeline(Protocol):
         """Returns the keys that identify the samples of an item, in order."""
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields lists of requests. The caller sends the generations of each list with ``send``.
+        """Yields lists of requests for the items. The caller passes the generations of each list to ``send``.
 
-        At the end, this generator returns a list of records for each item, with one record for each of the item's
-        ``keys``. A record is the JSON object of a sample.
+        The generator returns a list of records for each item, with a record for each of the item's ``keys``. A record
+        is the JSON object of a sample.
         """
 
 
@@ -92,9 +92,9 @@ def stored_date(out: Path) -> str | None:
 
 
 def keep_date(engine: Engine, folders: Iterable[Path]) -> None:
-    """Makes an engine's chat template write the date of an earlier run, so that a resumed run has the same prompts.
+    """Sets the date that an engine's chat template writes. A resumed run then has the same prompts.
 
-    The date comes from the first of ``folders`` that has stored one. If there is none, the engine is unchanged.
+    The date is the first stored date in ``folders``. Without a stored date, the engine is unchanged.
     """
     set_date(engine, next(filter(None, map(stored_date, folders)), None))
 
@@ -182,9 +182,10 @@ def sample_items(
 def read_samples(
     pipeline: Pipeline, source: ItemSource, out: Path, *, world_size: int = 1
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """Returns an iterator over all items with the lists of their stored samples, in the order of the input.
+    """Returns an iterator over (item, samples) for all items, in the order of the input.
 
-    A sample is a JSON object. The samples come from the journals, one file for each process of the run.
+    ``samples`` are the stored samples of the item, as JSON objects. They come from the journals. Each process of the
+    run has a journal.
 
     Raises:
         IncompleteRunError: If a journal is missing (raised at once) or lacks a sample (raised during iteration).

@@ -257,8 +257,8 @@ class TransformersEngine:
     def _generation_config(self, sampling: SamplingConfig) -> Any:
         """Returns a config for greedy decoding, with the model's end tokens and suppressed tokens.
 
-        ``SeededDraw`` draws each token at random and sets the logits of all other tokens to -inf. Greedy decoding then
-        takes the drawn token.
+        Greedy decoding returns the tokens that ``SeededDraw`` draws, because ``SeededDraw`` sets all other logits to
+        -inf.
         """
         from transformers import GenerationConfig
 

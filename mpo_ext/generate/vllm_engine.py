@@ -220,10 +220,10 @@ def devices_of_rank(count: int) -> str | None:
 
 
 def _single_ids(suppressed: Sequence[Sequence[int]]) -> list[int]:
-    """Returns the suppressed token ids in order: ``[[7], [3]]`` becomes ``[3, 7]``.
+    """Returns the suppressed token ids as a sorted list: ``[[7], [3]]`` becomes ``[3, 7]``.
 
     Raises:
-        ValueError: If a sequence has several ids.
+        ValueError: If a sequence does not have exactly one id.
     """
     for ids in suppressed:
         if len(ids) != 1:

@@ -113,15 +113,15 @@ def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replac
 
 
 def check_sources(name: str) -> str:
-    """Returns the version of a trainer's package, after checking the version and the source of its functions.
+    """Checks the version and the functions of a trainer's package, and returns the version.
 
-    In a tested version, the functions must have the source that was tested. A version later than all tested versions
-    is allowed if the functions have the same source as in the last tested version.
+    In a tested version, the functions must have the tested source. In a later version, the functions must have the
+    same source as in the last tested version.
 
     Raises:
         ImportError: If the package is not installed.
-        RuntimeError: If the version is neither tested nor later than all tested versions, or a function has another
-            source.
+        RuntimeError: If the version is not tested and not later than all tested versions. Also if a function has
+            another source.
         ValueError: If ``name`` is unknown.
     """
     package, _, versions = _known(name)

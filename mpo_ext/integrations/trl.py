@@ -271,10 +271,10 @@ def reference_logp(trainer: Any, mpo: LossSettings, model: nn.Module, inputs: di
 
 
 def _model_and_inputs(trainer: Any, *model_and_inputs: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Returns the model and the inputs from the arguments of ``compute_ref_log_probs``.
+    """Returns (model, inputs) from the arguments of ``compute_ref_log_probs``.
 
-    TRL before 1.9 passes only the inputs. In this case, the model is the trainer's reference model, or the policy if
-    the trainer has no reference model.
+    TRL before 1.9 passes no model. The result then has ``trainer.ref_model``. Without a reference model, the result
+    has the policy, ``trainer.model``.
     """
     *model, inputs = model_and_inputs
     return (model[0] if model else trainer.ref_model or trainer.model), inputs

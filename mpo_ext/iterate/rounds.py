@@ -1,8 +1,8 @@
 """Runs the stages (commands, such as sampling or training) of all rounds in order.
 
-When a stage has ended with status 0 and has written its result, a file ``STAGE.done`` is written. To resume an
-interrupted or killed run, repeat the call of ``run_rounds`` that started it. The new call starts only the stages
-without this file. An interrupted stage resumes from the files that it has written.
+A stage is done if it has ended with status 0 and has written its result. A file ``STAGE.done`` marks a stage as done.
+To resume an interrupted or killed run, call ``run_rounds`` again with the same recipe. The new call starts only the
+stages that are not done. An interrupted stage resumes from the files that it has written.
 """
 
 import shutil
@@ -182,9 +182,9 @@ def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | Non
 
 
 def _run_stage(runner: StageRunner, recipe: IterateRecipe, stage: RoundStage, stream: TextIO | None) -> None:
-    """Runs a stage and marks it as done.
+    """Runs a stage and marks the stage as done.
 
-    If ``stage`` writes the HTML page of a pipeline's pairs and there are no pairs, it is skipped and not marked.
+    Skips the HTML page of a pipeline that has no pairs.
     """
     is_page = stage.name.startswith("page of ")
     if is_page and Path(stage.arguments[2]).stat().st_size == 0:

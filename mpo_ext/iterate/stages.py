@@ -30,8 +30,8 @@ class RoundStage:
 
     Attributes:
         round: Number of the round; 0 is the evaluation of the first model.
-        name: "evaluate", "train" or the name of a pipeline. The stage that writes the HTML page of a pipeline's pairs
-            is called "page of NAME", where NAME is the pipeline's name.
+        name: "evaluate", "train", the name of a pipeline, or "page of NAME". The stage "page of NAME" writes the HTML
+            page with the pairs of the pipeline NAME.
         module: Module that Python runs.
         arguments: Arguments of the module.
         launcher: Words of the command before ``-m MODULE``; empty: the Python of this process.
@@ -215,7 +215,10 @@ def _matcher_options(matcher: Mapping[str, Any]) -> list[str]:
 
 
 def _option(name: str, value: Any) -> list[str]:
-    """Returns a command-line option as words. None and False give no words; True gives the option without a value."""
+    """Returns a command-line option as a list of words.
+
+    True gives the option without a value. None and False give an empty list.
+    """
     if value is None or value is False:
         return []
     option = f"--{name.replace('_', '-')}"

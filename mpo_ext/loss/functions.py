@@ -235,13 +235,13 @@ def linear_mpo_loss(
             memory, at least 256 MiB and at most 1 GiB. The budget changes the speed, and the result only by rounding.
             On a CPU, less than about 4 MiB is slow, and less than about 256 KiB is very slow.
         recompute: Whether backward computes the logits again. False: forward keeps the logits of the labelled rows,
-            which saves one matmul. None: on a GPU, the same as True; on a CPU, forward keeps as many logits as fit
-            into the memory of the gradient of ``weight``, and backward computes the others again. A kept logit takes 2
-            bytes if hidden states and weight are bfloat16, otherwise usually 4. Kept logits and the gradient of
-            ``weight`` share one buffer. This buffer has the size of the kept logits or of the gradient, whichever is
-            larger, plus a part of ``memory_budget``. ``recompute`` has no effect if ``weight`` needs no gradient. If
-            ``weight`` needs a gradient, a second backward through the same graph (``retain_graph=True``) computes all
-            logits again, whatever ``recompute`` is.
+            which saves one matmul. None: on a GPU, the same as True. On a CPU, None makes forward keep as many logits
+            as fit into the memory of the gradient of ``weight``, and backward computes the others again. A kept logit
+            takes 2 bytes if hidden states and weight are bfloat16, otherwise usually 4. Kept logits and the gradient
+            of ``weight`` share one buffer. The buffer is as large as the larger of the two, plus a part of
+            ``memory_budget``. If ``weight`` needs no gradient, ``recompute`` has no effect. If ``weight`` needs a
+            gradient, a second backward through the same graph (``retain_graph=True``) always computes all logits
+            again.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.

@@ -176,7 +176,7 @@ def _record(call: _HeadCall) -> Tensor:
 def _run(
     model: nn.Module, inner: nn.Module, inputs: dict[str, Any], in_head: Callable[[_HeadCall], Tensor]
 ) -> tuple[_HeadCall, Any]:
-    """Runs the model with ``in_head`` as its head's forward. Returns the recorded call of the head, and the output."""
+    """Runs the model with ``in_head`` in place of the head's forward. Returns (call of the head, model output)."""
     if inputs.get("labels") is not None:
         raise ValueError(
             "inputs must not hold labels, since the model would compute its own loss from what stands in for logits, "
@@ -298,7 +298,7 @@ def _probe_rows(hidden: Tensor) -> Tensor:
 
 
 def _held(parameter: Any) -> Any:
-    """Returns the parameter. Under ZeRO-3, returns a view, which keeps the gathered values until backward."""
+    """Returns the parameter. Under ZeRO-3, returns a view of the parameter. A view keeps the gathered values."""
     return parameter.view_as(parameter) if hasattr(parameter, "ds_id") else parameter
 
 
@@ -356,10 +356,10 @@ def _is_forward_of_tp_plan(layer: nn.Linear) -> bool:
 def _local_head(
     layer: nn.Linear, input: Any, is_forward_of_tp_plan: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-    """Returns the head's input, weight and bias on this rank, and the process group over which the head is sharded.
+    """Returns the head's input, weight and bias on this rank, and the process group that splits the vocabulary.
 
-    The group is None if the head is not sharded over the vocabulary. A weight that FSDP2 still shards raises
-    RuntimeError, because the ranks of FSDP2 have different hidden states.
+    Without tensor parallelism, the group is None. A weight that FSDP2 still shards raises RuntimeError. The reason is
+    that the ranks of FSDP2 have different hidden states.
     """
     weight, bias = _held(layer.weight), _held(layer.bias)
     if not hasattr(weight, "full_tensor"):

@@ -238,10 +238,10 @@ def linear_token_logp(
 
 
 def _aligned_labels(labels: Tensor, options: LossOptions, groups: RankGroups) -> Tensor:
-    """Returns each label at the position whose logits predict it.
+    """Returns the labels, shifted if ``options.shift`` is True. Each label is at the position whose logits predict it.
 
     Raises:
-        ValueError: If ``shift`` is True with ``sequence_parallel``, because this needs labels of another rank.
+        ValueError: If ``shift`` is True with ``sequence_parallel``. A shift would need labels of another rank.
     """
     if not options.shift:
         return labels
@@ -443,10 +443,10 @@ def _loss_of_sums(
     backend: str,
     shift: BatchShift,
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Computes the pair loss on ranks that hold only parts of the sequences.
+    """Returns the pair loss, and its gradient with respect to the log-probs of this rank's tokens.
 
-    ``totals`` are the first three results of ``_totals``. Returns the pair loss, and d loss / d logp of this rank's
-    tokens. For the backend "reference", the second result is None.
+    Each rank holds only a part of each sequence. For the backend "reference", the gradient is None. ``totals`` are the
+    first three results of ``_totals``.
     """
     sums, tokens, ref_logp = totals
     config = options.config

@@ -355,7 +355,10 @@ def _find(name: str) -> PreferenceLoss:
 def _check_tensor(
     name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None
 ) -> None:
-    """Raises unless the tensor is ``[B]``, has one of the dtypes, and has the shape and device of ``like``."""
+    """Raises unless the tensor is ``[B]`` and has one of the dtypes.
+
+    With ``like``, the tensor must also have the shape and the device of ``like``.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:

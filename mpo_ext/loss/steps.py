@@ -128,9 +128,9 @@ def check_logits_loss(
     *,
     is_part: bool = False,
 ) -> LossPlan:
-    """Checks the arguments of ``mpo_loss`` and returns the number of sequences, the statistics and the backend.
+    """Checks the arguments of ``mpo_loss``. Returns the number of sequences, the statistics and the backend.
 
-    Raises if an argument is invalid. ``is_part``: whether this rank holds only a part of each sequence.
+    Raises if an argument is invalid. ``is_part`` says whether this rank holds only a part of each sequence.
     """
     _check_config(options.config)
     sequences = checks.check_pairs(logits, labels, options.cu_seqlens, is_part=is_part)
@@ -222,9 +222,8 @@ def end_pairs(
 ) -> tuple[eager.PairLoss, Tensor]:
     """Updates the reward shift with a batch. Returns the pair loss, and d loss / d logp of each token.
 
-    ``outputs`` are the outputs of the operator ``pair_loss`` for ``inputs``. On several ranks, the update of the
-    reward shift needs the rewards of all ranks. With ``update="before"``, the pair loss is therefore computed again
-    after the update.
+    ``outputs`` are the outputs of the operator ``pair_loss`` for ``inputs``. On several ranks with
+    ``update="before"``, the pair loss is computed again with the new reward shift.
     """
     *fields, weight = outputs
     pair = eager.PairLoss(*fields)

@@ -79,8 +79,7 @@ def cuda_problem(device: torch.device) -> str | None:
 def _device_problem(index: int) -> str | None:
     """Returns the reason why the CUDA runtime cannot load the kernels of this build on a GPU, or None if it can.
 
-    The result is cached for each GPU. If the kernels do not load, a warning gives the reason, because tensors on this
-    GPU then use another backend.
+    The result is cached for each GPU. If the kernels do not load, a warning gives the reason.
     """
     with torch.cuda.device(index):
         error = native.compiled().cuda_device_error()

@@ -32,7 +32,7 @@ def check_logits(name: str, logits: Tensor, axis: str = "vocabulary") -> None:
 
 
 def check_labels(logits: Tensor, labels: Tensor, name: str = "logits", *, may_be_on_cpu: bool = False) -> None:
-    """Raises unless ``labels`` is int64, has the shape of the logits without the last axis, and is on their device.
+    """Raises unless ``labels`` is int64, has the shape ``logits.shape[:-1]``, and is on the device of the logits.
 
     With ``may_be_on_cpu``, labels on the CPU are also allowed. ``name`` is the name of the logits in error messages.
     """

@@ -57,12 +57,12 @@ def current_stream(tensor: Tensor) -> int:
 def counters(count: int, like: Tensor) -> int | Tensor:
     """Returns at least ``count`` int32 counters on the device of ``like``, all 0.
 
-    A kernel counts its finished thread blocks with the counters, and resets them to 0 after use. All launches on a
-    stream can therefore share the counters.
+    A kernel counts its finished thread blocks, and then sets the counters to 0 again. All launches on a stream can
+    therefore share the counters.
 
     Returns:
-        The address of the counters. During the capture of a CUDA graph, a new tensor of zeros instead. Each replay of
-        the graph sets this tensor to 0, so replays on any stream are safe.
+        The address of the counters. During the capture of a CUDA graph, the result is a new tensor of zeros instead.
+        Each replay of the graph sets this tensor to 0, so replays on any stream are safe.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=like.device)

@@ -168,7 +168,7 @@ def _score_tiles(
     """Computes the log-probs of the labelled tokens, tile by tile.
 
     Returns:
-        A ``_Chunk`` for each group of tokens, and the tensor ``kept`` for backward. With KEEP_HIDDEN_GRAD,
+        (chunks, kept): a ``_Chunk`` for each group of tokens, and a tensor for backward. With KEEP_HIDDEN_GRAD,
         ``_finish_hidden_grad`` must complete ``kept``.
     """
     shard = shard or VocabShard(0, tiles.vocab)
@@ -301,10 +301,10 @@ def kept_hidden_rows(
     ignore_index: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the flat indices of the n labelled rows, and the gradient of their hidden states, ``[n, D]``.
+    """Returns the flat indices of the n labelled rows, and the gradient ``[n, D]`` of their hidden states.
 
-    The gradient and the arguments before ``dtype`` are explained in ``kept_hidden_grad``. ``dtype`` is the dtype of
-    the gradient; None means the dtype of ``kept``.
+    ``dtype`` is the dtype of the gradient. None: the dtype of ``kept``. ``kept_hidden_grad`` describes the gradient
+    and the other arguments.
     """
     check_not_capturing(hidden)
     index = labelled_rows(labels, ignore_index).to(hidden.device, non_blocking=True)

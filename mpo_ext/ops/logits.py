@@ -142,13 +142,13 @@ def score(
 ) -> None:
     """Writes the results of ``token_logp`` to ``outputs``. The first five arguments are those of ``token_logp``.
 
-    With ``tile``, ``logits`` cover only a part of the vocabulary; the results then cover this tile and all earlier
+    With ``tile``, ``logits`` cover only a part of the vocabulary. The results then cover this tile and all earlier
     tiles. Tiles must be passed in order.
 
-    ``exp_logits`` is None, or the tensor ``logits`` itself. In the second case, the call also overwrites the logits:
-    the label's logit with 0, and each other logit z with ``exp(z - row_max)``. Here, ``row_max`` is the maximum over
-    this tile and all earlier tiles. Only the backend "cpu" can do this; others need ``write_exp_logits``. If a label
-    is out of range or its logp is NaN, the overwritten values of its row are undefined.
+    If ``exp_logits`` is the tensor ``logits``, the call also overwrites the logits. The label's logit becomes 0. Each
+    other logit z becomes ``exp(z - row_max)``, where ``row_max`` is the maximum over this tile and all earlier tiles.
+    In a row with an out-of-range label or a NaN logp, the new values are undefined. Only the backend "cpu" supports
+    ``exp_logits``. With other backends, use ``write_exp_logits``.
     """
     if labels.numel() == 0:
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class WideMatmuls(NamedTuple):
-    """Describes whether a device can write or add the product of half-precision matrices to a float32 tensor."""
+    """Describes whether half-precision matmuls on a device support a float32 output."""
 
     writes: bool  # whether a matmul can write its product to a float32 tensor
     adds: bool  # whether a matmul can add its product to a float32 tensor
@@ -38,9 +38,9 @@ def wide_matmuls(device: torch.device, dtype: torch.dtype) -> WideMatmuls:
 
 
 def _gives(value: float, out: Tensor, call: Callable[[], object]) -> bool:
-    """Returns whether ``call`` runs without an error and fills ``out`` with ``value``.
+    """Returns whether ``call`` runs without an error and sets all elements of ``out`` to ``value``.
 
-    The values of a meta tensor are not compared.
+    If ``out`` is a meta tensor, its elements are not checked.
     """
     try:
         call()
@@ -97,10 +97,12 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Returns the dtype to which inputs of ``dtype`` are converted for matmuls.
 
-    A GPU keeps every dtype, and a CPU keeps float32 and float64. A CPU keeps bfloat16 or float16 only if a measurement
-    shows that it multiplies this dtype faster than float32; if not, the result is float32. The environment variable
-    MPO_CPU_MATMUL replaces the measurement: "float32" always converts to float32, so logits are never rounded;
-    "native" never converts.
+    A GPU keeps every dtype. A CPU keeps float32 and float64. A CPU keeps bfloat16 or float16 only if matmuls in this
+    dtype are faster than in float32. Otherwise, the result is float32.
+
+    By default, a measurement finds the faster dtype. The environment variable MPO_CPU_MATMUL replaces the measurement.
+    With "float32", half precision is always converted, so logits are never rounded. With "native", no dtype is
+    converted.
 
     Raises:
         ValueError: If MPO_CPU_MATMUL has another value.

@@ -144,8 +144,8 @@ def reused_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Returns a contiguous uninitialised tensor on the CPU, in the memory of an earlier freed tensor if possible.
 
     The memory is for gradients. In new memory, page faults take longer than writing the gradient. The last freed block
-    of at least 16 MiB is therefore kept. The next tensor of at least 16 MiB reuses the block if it fits and fills at
-    least half of the block; otherwise, the block is freed. ``empty_cache`` also frees the block.
+    of at least 16 MiB is therefore kept. The next tensor of at least 16 MiB reuses the block if the tensor fits and
+    fills at least half of the block. Otherwise, the block is freed. ``empty_cache`` also frees the block.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < REUSED_BYTES:

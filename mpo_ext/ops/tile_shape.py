@@ -25,8 +25,8 @@ def tile_shape(
 ) -> tuple[int, int]:
     """Returns the number of rows and columns of a tile.
 
-    A tile has all rows and as many columns as fit. If fewer than 256 columns would fit, it has fewer rows. It always
-    has at least one row and one column.
+    A tile has all rows and as many columns as fit. If fewer than 256 columns would fit, the tile has fewer rows. A
+    tile always has at least one row and one column.
 
     Args:
         rows: Number of labelled rows (token positions).
@@ -35,8 +35,8 @@ def tile_shape(
         per_column: Additional bytes per column of a tile.
         budget: Maximum bytes of a tile: ``columns * (rows * per_element + per_column)``.
         preferred: Maximum bytes of the elements alone, ``rows * columns * per_element``. Larger tiles are not faster.
-        step: The number of columns is rounded down to a multiple of ``step``. It is not rounded if it is the whole
-            vocabulary or less than ``step``.
+        step: Numbers of columns above ``step`` are rounded down to a multiple of ``step``. The whole vocabulary is not
+            rounded.
     """
     columns = min(vocab, _MIN_COLUMNS)
     if per_column:  # at most half of the budget for memory that does not depend on the rows

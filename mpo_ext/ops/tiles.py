@@ -350,10 +350,10 @@ def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 
 class _TileSize:
-    """Computes how many rows and columns a tile may have, so that it fits into a given memory budget.
+    """Computes the number of rows and columns of a tile, so that the tile fits into a memory budget.
 
-    ``kept_dtype`` is the dtype of kept logits. ``keeps_logits`` is an argument of ``TiledRows``; ``grad_bytes`` and
-    ``only_fitting`` are arguments of ``KeptLogits``.
+    ``kept_dtype`` is the dtype of kept logits. ``TiledRows`` explains ``keeps_logits``. ``KeptLogits`` explains
+    ``grad_bytes`` and ``only_fitting``.
     """
 
     def __init__(

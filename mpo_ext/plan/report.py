@@ -42,7 +42,7 @@ class Plan:
     Attributes:
         model_class: Name of the model's class.
         parameters: Number of parameters, including adapters. Tied parameters count once.
-        active: Number of parameters that process a token; of experts, only the active ones count.
+        active: Number of parameters that process a token. Inactive experts do not count.
         trainable: Number of parameters that the run trains.
         steps_per_epoch: Number of optimizer steps per epoch, before pairs are skipped.
         warmup_steps: Number of steps in which the learning rate rises.
@@ -52,13 +52,13 @@ class Plan:
         layout: "shared": one row of the batch holds a prompt and both responses. "separate": each response has a row
             with its prompt. The layout is predicted from the recipe and from the model's config and code. The trainer
             verifies "shared" on the first pairs.
-        tokens: Assumed number of tokens of a prompt plus a response (see docs/train.md).
+        tokens: Assumed number of tokens of a response with its prompt (see docs/train.md).
         positions: Number of decoder positions of a micro-batch whose pairs all have ``tokens`` tokens.
         memory: Parts of a rank's memory.
-        other_activations: Bytes of the activations with the opposite setting of gradient checkpointing.
-        eager_loss: Peak bytes of a plain torch loss on all logits, if each response is a separate row of the batch.
+        other_activations: Bytes of the activations if the setting of gradient checkpointing were reversed.
+        eager_loss: Peak bytes of a loss in plain torch on all logits, with a separate row for each response.
         cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.steps``.
-        cost_step: Shape of a rank's step in which all pairs have the assumed length, for ``mpo_ext.plan.steps``.
+        cost_step: Shape of a rank's step with pairs of the assumed length, for ``mpo_ext.plan.steps``.
         variants: The planned run, then runs with one changed setting each, then TRL's trainer.
         notes: Remarks that are printed after the tables.
     """

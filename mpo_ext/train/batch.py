@@ -257,8 +257,8 @@ def collate(
         with_rejected: Whether rejected responses are included; False: they are treated as empty.
         positions: Function from a sample to the position ids of its prompt; see ``prompt_positions``. None: prompt
             tokens are numbered from 0.
-        blank: A sample with images, whose prompt is added without labels if the batch has no images. Models that are
-            sharded over ranks need it, because all ranks must run the vision tower. None: no prompt is added.
+        blank: A sample with images. Its prompt, without labels, is added to a batch without images. All ranks of a
+            sharded model then run the vision tower. None: no prompt is added.
 
     Raises:
         TypeError: If token ids are not int64.

@@ -184,8 +184,8 @@ def _beside(path: Path, kind: str, token: str) -> Path:
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
     """Deletes the temporary folders that a killed process left in ``folder``.
 
-    ``names`` is a pattern for the final names of these folders, such as ``step-00000200``. If ``move_into_place`` was
-    killed between its two renames, ``NAME.replaced-...`` is renamed back to ``NAME``.
+    ``names`` is a pattern for the final folder names, such as ``step-00000200``. If there is no folder ``NAME``, the
+    folder ``NAME.replaced-...`` is renamed to ``NAME`` instead.
     """
     for path in list(folder.iterdir()):
         leftover = LEFTOVER.fullmatch(path.name)

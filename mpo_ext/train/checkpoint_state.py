@@ -325,9 +325,9 @@ def _load_optimizer(
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], path: Path) -> None:
-    """Raises ``CheckpointError`` if the saved tensors have other names, shapes or dtypes than ``tensors``.
+    """Raises ``CheckpointError`` unless the saved tensors match ``tensors`` in names, shapes and dtypes.
 
-    ``saved`` is the metadata of the saved tensors.
+    ``saved`` maps the name of each saved tensor to its metadata.
     """
     missing, unknown = tensors.keys() - saved.keys(), saved.keys() - tensors.keys()
     if missing or unknown:

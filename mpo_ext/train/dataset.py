@@ -293,9 +293,9 @@ class RunData:
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields the micro-batches of ``step_slice`` with their sizes, then dummy batches with None.
+        """Yields (micro-batch, sizes) for each micro-batch of ``step_slice``. Then yields (dummy batch, None).
 
-        Their total number is ``size.micro_steps``, which is the same on all ranks.
+        In total, yields ``size.micro_steps`` tuples. This number is the same on all ranks.
         """
         yield from zip(step_slice.batches, step_slice.counts, strict=True)
         for _ in range(size.micro_steps - len(step_slice.batches)):

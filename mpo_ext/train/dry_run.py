@@ -102,8 +102,8 @@ def check_encoding(recipe: Recipe, mixture: Mixture, encoder: Encoder) -> Encodi
 def check_resume(recipe: Recipe, checkpoint: Path | None, encoder: Encoder, steps: int) -> Iterator[str]:
     """Yields lines of text that say whether the run would be new, would resume, or would have no steps left.
 
-    Like the run, this function compares the recipe and the data with the checkpoint. If the data cannot be compared, a
-    line says why. Weights are not compared, and damaged files of the checkpoint are not noticed.
+    The function compares the recipe and the data with the checkpoint, as the run does. If the data cannot be compared,
+    a line says why. Weights are not compared. Damaged files of the checkpoint are not detected.
 
     Args:
         recipe: Recipe of the run.
@@ -112,7 +112,7 @@ def check_resume(recipe: Recipe, checkpoint: Path | None, encoder: Encoder, step
         steps: Total number of steps of the run.
 
     Raises:
-        LinesError: If the run would refuse a change since the checkpoint.
+        LinesError: If the recipe or the data has changed so that the run would not resume.
     """
     folder = recipe.output.dir
     if checkpoint is None:

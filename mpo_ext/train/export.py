@@ -167,9 +167,9 @@ def _write_export(
 
 
 def _merge(inner: Any, base: Any, adapters: Path, state_dict: dict[str, Tensor] | None) -> Any:
-    """Loads or copies the base model, merges the adapters into it and returns the merged model.
+    """Returns a copy of the base model with the adapters merged into its weights.
 
-    The merged model has the dequantized values of 4-bit base weights.
+    4-bit weights of the base model are dequantized.
     """
     from peft import PeftModel
 

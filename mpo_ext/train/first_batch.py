@@ -92,11 +92,11 @@ class FirstBatchCheck:
 
 
 def batch_sequences(batch: Batch, vocab: int, logits_at: Callable[[Tensor], Tensor]) -> Iterable[BatchSequence]:
-    """Yields the B chosen and then the B rejected sequences ``[prompt | response]`` of a batch.
+    """Yields the sequences ``[prompt | response]`` of a batch: B chosen sequences, then B rejected sequences.
 
-    In a yielded sequence, position t predicts label t (``shift=False``). ``vocab`` is the number of logits per
-    position. ``logits_at`` takes n indices into ``batch.labels`` and returns the logits ``[n, vocab]`` that predict
-    these labels.
+    In a sequence, position t predicts label t (``shift=False``). ``vocab`` is the number of logits per position.
+    ``logits_at`` takes n indices into ``batch.labels``. It returns the logits ``[n, vocab]`` that predict these
+    labels.
     """
     tokens, segments = batch.inputs["input_ids"].flatten().cpu(), batch.segments.flatten().tolist()
     index, bounds = batch.index.cpu(), batch.cu_seqlens.tolist()

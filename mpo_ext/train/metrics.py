@@ -77,20 +77,19 @@ def means(
     Most metrics are means over pairs. The other metrics are:
 
     - ``ntp_loss``: next-token loss, a mean over chosen tokens or chosen responses (``ntp_average``).
-    - ``router_aux_loss``: a mean over the tokens of ``Batch.is_routed``.
-    - ``entropy`` and ``top1``: means over labelled tokens. ``top1`` is the fraction of labelled tokens whose label has
-      the largest logit of the vocabulary.
-    - ``balanced_accuracy``: the mean of two reward accuracies: on pairs whose chosen response is longer, and on pairs
-      whose rejected response is longer.
+    - ``router_aux_loss``: router loss, a mean over the tokens of ``Batch.is_routed``.
+    - ``entropy`` and ``top1``: means over labelled tokens. ``top1`` is the fraction of labels with the largest logit.
+    - ``balanced_accuracy``: the mean of two values of ``reward_accuracy``. The first value is for pairs with a longer
+      chosen response, the second for pairs with a longer rejected response.
     - ``pairs``, ``chosen_tokens`` and ``rejected_tokens``: sums.
 
     ``reward_accuracy`` is the fraction of pairs whose chosen reward is strictly higher than the rejected reward, as in
-    TRL. While the policy equals the reference, it has no meaning: all rewards are 0 except for rounding.
-    ``length_accuracy`` is the fraction of pairs whose chosen response is longer. A pair with equal lengths counts one
-    half.
+    TRL. If the policy equals the reference, all rewards are 0 except for rounding, and ``reward_accuracy`` has no
+    meaning. ``length_accuracy`` is the fraction of pairs whose chosen response is longer. A pair with equal lengths
+    counts one half.
 
-    ``loss`` is the weighted sum of the loss terms. ``weights`` holds the weights of the DPO, BCO and next-token terms,
-    and ``router_coef`` is the weight of the router loss.
+    ``loss`` is the weighted sum of the loss terms. ``weights`` holds the weights of the DPO, BCO and next-token terms.
+    ``router_coef`` is the weight of the router loss.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)

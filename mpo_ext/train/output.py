@@ -65,10 +65,10 @@ class RunOutput:
         )
 
     def template_date(self, checkpoint: Path | None) -> datetime.date:
-        """Returns the date for chat templates that print today's date. It is the same on all ranks.
+        """Returns the date that chat templates write as today's date. All ranks get the same date.
 
-        A stored date keeps the prompts of a resumed run unchanged. The first date that exists is used: the date in
-        ``checkpoint``, the date in the file of precomputed reference log-probs, today's date.
+        The result is the date in ``checkpoint``, so a resumed run has the same prompts. Without this date, the result
+        is the date in the file of precomputed reference log-probs. Without both dates, the result is today's date.
         """
         inputs = None if checkpoint is None else self.checkpoints.state(self.accelerator, checkpoint).get("inputs")
         date = stored_date(inputs) or reference_date(self.recipe) or datetime.date.today()

@@ -82,8 +82,8 @@ class CopyReference:
     def sync(self, policy: nn.Module, mix: float) -> None:
         """Sets the parameters to ``(1 - mix) * reference + mix * policy``. Buffers do not change, as in TRL.
 
-        The result is computed in float32, or float64 for float64 models. Each rank updates the tensors that it stores:
-        the whole model under DDP, its shards under FSDP2.
+        The computation is in float32, or in float64 for float64 models. Under DDP, each rank updates the whole model.
+        Under FSDP2, each rank updates its shards.
         """
         target, source = unwrap_model(self.model), unwrap_model(policy)
         for model in (target, source):

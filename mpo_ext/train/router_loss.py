@@ -65,11 +65,13 @@ class RouterLoss:
                 handle.remove()
 
     def __call__(self, logits: Sequence[Tensor], is_counted: Tensor) -> Tensor:
-        """Returns the loss, a scalar tensor in float32 (float64 for float64 logits), differentiable in the logits.
+        """Returns the loss as a scalar tensor that is differentiable in the logits.
+
+        The dtype is float32, or float64 for float64 logits.
 
         Args:
             logits: Logits of each router for N tokens, ``[N, E]`` or ``[R, L, E]`` with ``R * L = N``.
-            is_counted: ``[N]`` bool, False for tokens to ignore, such as padding.
+            is_counted: ``[N]`` bool; False for tokens that the loss ignores, such as padding.
 
         Raises:
             RuntimeError: If no logits were recorded, or their shapes do not match.
@@ -135,9 +137,9 @@ def find_routers(model: nn.Module) -> list[Router]:
 
 
 def _matches(spec: Any, name: str, module: nn.Module) -> bool:
-    """Returns whether ``spec`` selects the module ``name`` as a router.
+    """Returns whether ``spec`` declares that the module ``name`` is a router.
 
-    ``spec`` is an entry of ``_can_record_outputs``, with which transformers declares the router outputs of a model.
+    ``spec`` is an entry of ``_can_record_outputs``, in which transformers declares the router outputs of a model.
     """
     kind = spec if isinstance(spec, type) else getattr(spec, "target_class", None)
     suffix = spec if isinstance(spec, str) else getattr(spec, "class_name", None)

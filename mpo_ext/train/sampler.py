@@ -226,10 +226,10 @@ def _parts(rows_of: Mapping[int, _Rows], limit: int, layout: RowLayout) -> Itera
 
 
 def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:
-    """Returns the indices of ``lengths``, divided into groups.
+    """Divides the indices of ``lengths`` into groups, and returns the groups.
 
     Indices with equal values in ``groups`` form a group. If ``groups`` is None, each index is a group. In each group,
-    the index with the largest length comes first. The groups are sorted by their largest length, the largest first.
+    the index with the largest length comes first. The group with the largest length comes first.
     """
     if groups is not None and len(groups) != len(lengths):
         raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")

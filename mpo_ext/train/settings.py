@@ -163,11 +163,12 @@ def _dotted(parts: Sequence[int | str]) -> str:
 
 
 def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
-    """Returns a hint for the error message about the unknown setting ``key`` in the section at ``parents``.
+    """Returns a hint for the error message about the unknown setting ``key``.
 
-    The hint suggests a similar name in this section, or the same name in another section. Otherwise, it lists all
-    names in this section. ``kind`` is the class that was validated: the recipe, or a section that was created without
-    a recipe. The location ``parents`` starts at ``kind``.
+    The hint suggests a similar name in the same section. Without a similar name, it suggests the same name in another
+    section. Otherwise, the hint lists all names in the section.
+
+    ``kind`` is the recipe class or the class of a section. ``parents`` is the location of the section within ``kind``.
     """
     settings = _settings(kind)
     path = [parent for parent in parents if isinstance(parent, str)]

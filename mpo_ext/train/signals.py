@@ -19,11 +19,11 @@ class InterruptedRunError(Exception):
 
 
 class StopRequests:
-    """Collects requests to end a run: signals to any rank, the result of the callback ``on_step``, and early stopping.
+    """Collects requests to end a run. Requests are signals to any rank, a result of ``on_step``, and early stopping.
 
     Attributes:
         received: Signal number (such as 15) that this rank has received, or None.
-        agreed: Signal number that ends the run on all ranks, set by ``agree``; or None.
+        agreed: Signal number that ends the run on all ranks, or None. ``agree`` sets it.
         is_over: Whether ``on_step`` or early stopping has requested the end of the run.
     """
 

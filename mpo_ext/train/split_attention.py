@@ -349,7 +349,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _has_aligned_kernels(query: Tensor, attend: _Attend) -> bool:
-    """Returns whether the attention function supports a ``causal_lower_right`` mask, which needs no mask tensor."""
+    """Returns whether the attention function supports ``causal_lower_right``, which replaces a mask tensor."""
     return query.is_cuda and isinstance(attend, partial)  # a partial is SDPA; eager attention is a function
 
 
@@ -418,12 +418,11 @@ def _with_blocks(
 def _windows(
     count: int, total: int, window: int, device: torch.device, *, causal: bool = True
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Divides the queries of sliding-window attention into groups, because masks for all queries would be large.
+    """Divides the queries of sliding-window attention into groups, because a mask for all queries would be large.
 
-    Yields ``(queries, keys, mask)`` for each group: a slice of the queries, the slice of the keys that they see, and
-    their mask. ``count`` is the number of queries, ``total`` the number of keys, ``window`` the number of tokens of
-    the window. The queries belong to the last ``count`` tokens. If ``causal`` is False, the queries also attend
-    to all later keys.
+    Yields ``(queries, keys, mask)`` for each group: the slice of its queries, the slice of the keys that they see, and
+    the mask. The queries are the last ``count`` of ``total`` tokens. A query sees itself and the ``window - 1`` tokens
+    before. If ``causal`` is False, the query also sees all later tokens.
     """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)

@@ -100,10 +100,10 @@ class _Piece(NamedTuple):
 
 
 def _pieces(segments: RowSegments) -> list[_Piece]:
-    """Divides the rows into pieces, each of which a layer processes as one sequence.
+    """Divides the rows into pieces. A layer processes each piece as one sequence.
 
-    A prompt and its response are one piece if the prompt has only this response. Otherwise, the prompt and each of its
-    responses are separate pieces.
+    A prompt with a single response is one piece together with the response. Otherwise, the prompt and each response
+    are separate pieces.
     """
     parts = segments.parts
     lengths = {part.prompt: part.prompt_length for part in parts if part.prompt is not None and part.prompt_length}
@@ -298,8 +298,8 @@ def split_layers(decoder: nn.Module) -> str | None:
     Each such layer gets an instance attribute ``forward``, which is not saved with the model.
 
     Returns:
-        None if all such layers are supported, or the decoder has none. Otherwise, all layers are unchanged, and the
-        result is the reason why a layer is not supported.
+        None if all such layers are supported. Otherwise, the reason why a layer is not supported; all layers are then
+        unchanged.
     """
     try:
         names = [(layer, _cache_name(type(layer))) for layer in decoder.modules()]  # type: ignore[arg-type]

@@ -37,11 +37,11 @@ class UnknownTokens:
 
 
 def find_unknown(chat: ChatEncoder, pairs: Iterable[tuple[Pair, str]]) -> UnknownTokens | None:
-    """Tokenizes the texts of pairs, and returns the counts of unknown tokens; None if no text has unknown tokens.
+    """Counts the unknown tokens in the texts of pairs. Returns None if there are no unknown tokens.
 
     Args:
         chat: Encoder with the tokenizer and the chat template. Images are not opened.
-        pairs: Pairs, each with its name for the message.
+        pairs: Tuples (pair, name). The message refers to the pair by ``name``.
     """
     if getattr(chat.tokenizer, "unk_token_id", None) is None:
         return None
@@ -71,7 +71,8 @@ def _texts(chat: ChatEncoder, pair: Pair, name: str) -> Iterator[tuple[str, str]
 def _unknown_pieces(tokenizer: Any, text: str) -> list[str]:
     """Returns the parts of a text that become unknown tokens.
 
-    Slow tokenizers do not report the positions of tokens. For them, the words with unknown tokens are returned.
+    A slow tokenizer does not report the positions of tokens. With a slow tokenizer, the parts are therefore whole
+    words.
     """
     unknown, token = tokenizer.unk_token_id, tokenizer.unk_token
     if unknown not in tokenizer.encode(text, add_special_tokens=False, verbose=False):

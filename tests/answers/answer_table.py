@@ -1,8 +1,10 @@
 """A table of answers with the verdict that a matcher must give to each.
 
-Each entry ends with the correct answer ("truth"), a model's answer, and the verdict of a human reader. RIGHT: the
-answer has the meaning of the truth. WRONG: it certainly has another meaning. UNREADABLE: it states no answer, or it is
-unclear whether it agrees with the truth. The matcher's name and options come first, if the entry has them.
+An entry holds the correct answer ("truth"), a model's answer, and the verdict of a human reader. In some lists, an
+entry begins with the name or the options of the matcher. The verdicts are:
+
+RIGHT: the answer has the same meaning as the truth. WRONG: the answer certainly has another meaning. UNREADABLE: there
+is no answer, or its meaning is unclear.
 """
 
 from typing import Any

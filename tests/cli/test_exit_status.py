@@ -1,6 +1,6 @@
 """Tests the exit statuses of the commands.
 
-2: the user must change arguments, settings or paths. 1: the work failed, or a check found a defect.
+Status 1: the work failed, or a check found a defect. Status 2: the user must change arguments, settings or paths.
 """
 
 from __future__ import annotations

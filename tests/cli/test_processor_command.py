@@ -50,7 +50,7 @@ def save(
     Args:
         folder: Where to save.
         template: Chat template.
-        rows: Number of rows of the embedding; None: one more than the tokenizer has tokens.
+        rows: Number of rows of the embedding; None: the number of tokens of the tokenizer plus 1.
         stop: Id of the stop token; None: the id of <|im_end|>.
         tokenizer: Tokenizer to save; None: a Qwen2 tokenizer.
     """

@@ -103,7 +103,7 @@ def innermost_loops(code: list[tuple[int, str]]) -> list[list[str]]:
 
 
 def main_loop(code: list[tuple[int, str]]) -> list[str]:
-    """Returns the instructions of the innermost loop that computes the most exponentials; [] without a loop."""
+    """Returns the instructions of the innermost loop with the most exponentials; [] if the code has no loop."""
     return max(innermost_loops(code), key=lambda body: sum("MUFU.EX2" in text for text in body), default=[])
 
 

@@ -186,9 +186,9 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
 
 
 class Rows:
-    """Random logits for a kernel, in a buffer in which only rows with a valid label may be read.
+    """Random logits in a buffer for a kernel. The kernel may read only the rows with a valid label.
 
-    The simulator raises if a kernel reads another row, a gap between rows, or the bytes before the first row.
+    The simulator raises if the kernel reads another row, a gap between rows, or the bytes before the first row.
     """
 
     def __init__(self, dtype: str, labels: list[int], vocab: int, stride: int, offset: int = 0, seed: int = 0) -> None:

@@ -34,8 +34,8 @@ class Block:
         language: Language after the fence; "" for none.
         title: Name of the file to which the block is written; None: the block is run instead.
         text: Content of the block.
-        reason: Why the tests skip the block; None: they run it.
-        number: Number among the blocks of the same language on the page, from 1.
+        reason: Why the tests skip the block; None: the tests run the block.
+        number: Number of the block among the page's blocks of the same language, from 1.
     """
 
     page: str
@@ -86,7 +86,7 @@ def blocks(page: Path) -> list[Block]:
 def commands(text: str) -> Iterator[list[str] | str]:
     """Yields the commands of a bash block.
 
-    A call of mpo-ext or python is a list of its words. Any other line is a string for a shell.
+    A simple call of mpo-ext or python becomes a list of words. Any other line, such as a pipe, stays a string.
     """
     for line in text.replace("\\\n", " ").splitlines():
         if not line.strip() or line.lstrip().startswith("#"):

@@ -1,6 +1,6 @@
-"""Tests that a run does not resume with another processor.
+"""Tests the prompts of resumed runs.
 
-Also tests that prompts of a resumed run have the date on which the run first started.
+A run does not resume with another processor. The prompts keep the date of the first start.
 """
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here

@@ -119,7 +119,7 @@ def test_a_killed_worker_and_a_killed_driver(items: Path, plain: dict[str, bytes
     command = [sys.executable, str(script), str(items), str(out), str(pids)]
 
     def processes() -> list[int]:
-        """Returns the process ids of the Ray actors and of a child process of each, oldest first."""
+        """Returns the process ids of the Ray actors and of their child processes, oldest first."""
         return [int(path.name) for path in sorted(pids.iterdir(), key=lambda path: path.stat().st_mtime_ns)]
 
     driver = subprocess.Popen([*command, "0.5"], env=environment)

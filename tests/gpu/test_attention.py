@@ -1,6 +1,6 @@
-"""Tests split attention on a GPU: it uses the flash kernel; loss and gradients equal those of a dense mask.
+"""Tests split attention on a GPU. The flash kernel must run. Loss and gradients must equal those of a dense mask.
 
-Split attention handles a row with several responses to one prompt, without building a mask.
+With split attention, a row can hold several responses to one prompt without a mask tensor.
 """
 
 import pytest

@@ -971,7 +971,7 @@ def test_an_empty_batch_gives_zeros() -> None:
 
 @pytest.fixture
 def filled_memory() -> Iterator[None]:
-    """Makes torch fill uninitialized memory, because opcheck compares whole outputs, including unused parts."""
+    """Makes torch fill uninitialized memory, because opcheck also compares unused parts of outputs."""
     torch.use_deterministic_algorithms(True)  # which fills empty tensors
     yield
     torch.use_deterministic_algorithms(False)

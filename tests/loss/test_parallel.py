@@ -368,7 +368,7 @@ def test_the_reward_shift_counts_each_pair_once(pool: RankPool, settings: dict[s
 
 
 def raised(rank: int, fault: str, function: str) -> str:
-    """Returns this rank's error message, or "no error", of a call with invalid arguments on rank 2."""
+    """Calls a function with invalid arguments on rank 2. Returns this rank's error message, or "no error"."""
     logits, labels, ref_logp = pairs(3)
     part = dist.get_rank(GROUPS["all"])
     logits = logits[..., 6 * part : 6 * part + 6].clone()

@@ -197,7 +197,8 @@ def test_a_label_out_of_range_gives_nan_in_its_row_only(
 def masked_logits(dtype: torch.dtype, vocab: int) -> Tensor:
     """Returns three rows of logits, each with some logits of -inf.
 
-    These are the first half of row 0, all but the two ends of row 1, and every second entry of row 2.
+    The first half of row 0 is -inf. In row 1, only the first and the last logit are finite. In row 2, every second
+    logit is -inf.
     """
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
     logits[0, : vocab // 2] = -torch.inf

@@ -289,9 +289,9 @@ def _micro_batch(
     delta: Delta,
     known: dict[tuple[Any, ...], float],
 ) -> list[_Measured]:
-    """Returns the loss terms of each pair of a micro-batch. All pairs use the same reward shift.
+    """Returns the loss terms of each pair of a micro-batch.
 
-    ``known`` caches the reference log-probs of responses.
+    ``delta`` computes the reward shift of the micro-batch. ``known`` caches the reference log-probs.
     """
     found = []
     for pair in pairs:

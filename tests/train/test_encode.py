@@ -486,9 +486,9 @@ def test_the_digest_changes_if_and_only_if_the_inputs_do(images: tuple[str, ...]
 
 
 def test_the_digest_tells_apart_where_one_response_ends() -> None:
-    """Checks that a sample's digest changes if a token moves between prompt and responses, or if a tensor changes.
+    """Checks that a token moved from the prompt to a response changes a sample's digest.
 
-    A changed name, shape or dtype of a tensor changes the digest; its memory layout does not.
+    Another name, shape or dtype of a tensor also changes the digest. Another memory layout does not.
     """
     encoder = text_encoder()
     fields = {"prompt": [5, 6], "chosen": [7], "rejected": [8]}

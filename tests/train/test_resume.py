@@ -428,10 +428,7 @@ def test_a_finished_run_ends_as_it_did(job_of: Callable[..., Job], whole: Callab
 
 
 def test_the_clock_does_not_tell_whether_a_model_is_exported(tmp_path: Path) -> None:
-    """Checks that file times do not decide whether the model of a checkpoint was exported.
-
-    Two runs use one folder, and the clock is set back or forward between them.
-    """
+    """Checks that file times do not decide whether the model of a checkpoint counts as exported."""
     folder, accelerator = tmp_path / "final", accelerate.Accelerator(cpu=True)
     folder.mkdir()
     (folder / "config.json").write_text("{}")

@@ -609,10 +609,10 @@ def test_a_step_whose_pairs_are_all_skipped_is_logged_and_saved(tmp_path: Path, 
 
 
 def poison(model: Any, calls: set[int], factor: float = math.nan) -> None:
-    """Breaks some of the forward passes of training. ``calls`` has their numbers, counted from 1.
+    """Breaks the forward passes of training whose numbers, counted from 1, are in ``calls``.
 
-    By default, ``factor`` is NaN, and the hidden states become NaN. Any other ``factor`` leaves the hidden states
-    unchanged, and their gradients become infinite or NaN.
+    If ``factor`` is NaN, the hidden states become NaN. Otherwise, the gradients of the hidden states become infinite
+    or NaN.
     """
     count = 0
 

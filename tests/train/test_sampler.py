@@ -78,7 +78,7 @@ def test_pairs_of_a_prompt_stand_next_to_each_other() -> None:
 def test_copies_of_a_pair_stand_in_groups_of_their_own() -> None:
     """Checks that each block of four consecutive pairs has the four different pairs of one prompt.
 
-    An epoch has each of the 300 pairs three times. So the three copies of a pair are in different blocks.
+    An epoch has three copies of each of the 300 pairs. The copies must be in different blocks.
     """
     times = np.repeat(np.arange(300), 3)
     groups = np.arange(300) // 4

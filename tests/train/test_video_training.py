@@ -113,7 +113,7 @@ def test_an_epoch_equals_separate_rows(family: str, clips: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_are_those_of_the_processor(family: str, clips: Path) -> None:
-    """Compares the ids of the prompt and of the conversation with ``apply_chat_template`` on the frames."""
+    """Checks that the encoder's token ids equal those of ``apply_chat_template`` for the same video frames."""
     model, processor = built(family)
     lines = [json.loads(line) for line in clips.read_text().splitlines()[:3]]
     pairs = [Pair.from_dict(line).map_paths(lambda path: str(clips.parent / path)) for line in lines]

@@ -48,9 +48,9 @@ def requests_of(items: Path) -> list[Request]:
 
 
 def conversations_of(items: Path) -> list[Request]:
-    """Returns requests for greedy sampling. Each has several turns; some also have a system prompt.
+    """Returns requests for greedy sampling. Each request has several turns. Some requests have a system prompt.
 
-    Requests about images have images in two turns. Some requests without images have tools, and some have tool calls.
+    Requests about images have images in two turns. Of the other requests, some have tools, and some have tool calls.
     """
     system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "It is red."}
     tool = {"type": "function", "function": {"name": "age", "parameters": {"type": "object"}}}

@@ -242,7 +242,10 @@ GRANITE = (
 
 
 def _tool_turns(content: str) -> str:
-    """Returns Jinja code for messages with tools: calls become JSON in <tool_call>, results become user turns."""
+    """Returns Jinja code for messages with tools.
+
+    Tool calls become JSON in <tool_call>. Tool results become user turns.
+    """
     return (
         "{% for m in messages %}{% if m.role == 'tool' %}"
         "{% if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"

@@ -176,7 +176,7 @@ def sentencepiece(
 
 
 def gemma(*special: str, **options: Any) -> Any:
-    """Returns a GemmaTokenizer, which replaces spaces by METASPACE, prepends no space, and keeps line breaks."""
+    """Returns a GemmaTokenizer. It replaces spaces by METASPACE, prepends no space, and keeps line breaks."""
     vocabulary, merges = metaspace_bpe()
     names = {"<unk>": "<unk>", "<s>": "<bos>", "</s>": "<eos>"}
     vocabulary = {names.get(token, token): index for token, index in vocabulary.items()}

@@ -99,10 +99,9 @@ def _bar(m, ins):
         raise ValueError("barrier number")
 
     def result(flags, slot):
-        """Combines the predicates (flags) of the threads at a barrier with "popc", "or" or "and".
+        """Reduces the flags of each resident block to one value, with "popc", "or" or "and".
 
-        slot: for each thread, the index of its block among the resident blocks. Returns an array with a value for each
-        resident block.
+        slot: for each flag, the index of its block.
         """
         yes = np.bincount(slot[flags], minlength=m.R)
         return yes if op_name == "popc" else yes > 0 if op_name == "or" else yes == np.bincount(slot, minlength=m.R)

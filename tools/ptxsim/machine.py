@@ -513,7 +513,7 @@ class Machine(MemoryAccess):
         return self.steps * 4 + 1
 
     def param_view(self, name, offset, dt):
-        """Returns an array with one value per lane: the bytes of a .param variable at offset, read as dtype dt."""
+        """Returns the value of a .param variable in each lane, read at offset as dtype dt."""
         if (self.cur.name, name) in self.fparams:
             a = self.fparams[self.cur.name, name]
             return a[:, offset : offset + np.dtype(dt).itemsize].view(dt)[:, 0]

@@ -1,6 +1,7 @@
 """Vectorised float functions that numpy lacks, with correct rounding.
 
-"Rounded to odd" means: an inexact result gets an odd last bit. Rounding it again to fewer bits is then correct.
+"Rounded to odd" means that the last bit of an inexact result is 1. Such a result can be rounded again to fewer bits
+without a second rounding error.
 """
 
 from fractions import Fraction

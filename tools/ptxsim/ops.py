@@ -60,7 +60,7 @@ def op(*names):
 
 
 def emit(D, fn, srcs):
-    """Returns a function that takes the selected lanes s and executes D[s] = fn(x[s], y[s], ...); srcs = (x, y, ...)."""
+    """Returns a function of the selected lanes s that executes D[s] = fn(x[s], y[s], ...) for srcs = (x, y, ...)."""
     if len(srcs) == 1:
         (a,) = srcs
 

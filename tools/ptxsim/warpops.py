@@ -57,7 +57,7 @@ def present(b, s):
 
 
 def ballot(b, s, flag):
-    """Returns a 32-bit mask for each warp. A bit is set if its lane is in s and its flag is true."""
+    """Returns a 32-bit mask for each warp. The bit of a lane is set if the lane is in s and its flag is true."""
     p = np.zeros(b.L, bool)
     p[s] = flag
     return np.packbits(p.reshape(-1, 32), axis=1, bitorder="little").view("<u4")[:, 0].astype(np.uint32)

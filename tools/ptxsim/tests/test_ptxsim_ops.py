@@ -33,7 +33,7 @@ NP = {
 def run(text, tin, tout, *cols):
     """Runs PTX instructions that compute %d from %a, %b and %c. Returns the values of %d.
 
-    cols: an array of values for each input; each element gets a thread. tin, tout: types of the inputs and of %d.
+    cols: arrays of the inputs; thread i uses element i. tin: types of the inputs. tout: type of %d.
     """
     n = len(cols[0])
     reg = {
