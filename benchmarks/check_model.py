@@ -29,8 +29,8 @@ def is_ours(provider: str) -> bool:
 def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the measured points of the benchmarks, each with ``predicted_s`` and ``predicted_bytes``.
 
-    A prediction uses the machine speed that was measured together with the point. The result lacks the points that the
-    cost model cannot predict.
+    A prediction uses the machine speed that was measured together with the point. Points that the cost model cannot
+    predict are left out.
     """
     points = []
     for benchmark in ("logits", "linear", "train_step"):

@@ -46,7 +46,7 @@ def vocabularies(documents: Documents) -> str:
 
 
 def losses(documents: Documents) -> str:
-    """Returns tables of the loss's predicted time and memory, for each implementation and each GPU."""
+    """Returns tables of the predicted time and memory of the loss, for each implementation and each GPU."""
     parts = []
     for share in (1.0, 0.1):
         loss, wide = replace(_BIG, share=share), replace(_WIDE, share=share)

@@ -407,7 +407,7 @@ def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
 
 
 def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
-    """Scales a grey image of more than 8 bits to mode L. Returns (image, opacity). None as opacity: opaque."""
+    """Scales a grey image of more than 8 bits to mode L. Returns (image, opacity). Opacity None: opaque."""
     import numpy as np
 
     values, pillow = np.asarray(image), _pillow()

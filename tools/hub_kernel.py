@@ -5,9 +5,9 @@
 
 The repository has a folder for each build variant. ``kernels`` loads the best variant for a machine. The variant
 torch-universal has the Triton kernels and the loss in plain torch. ``--wheels`` takes wheels of this project, one for
-each version of Python. Their compiled modules form another variant. This variant is for CUDA if the modules have CUDA
-kernels, otherwise for the CPU. The modules do not use torch's ABI. The name of the variant begins with
-torch-stable-abi26, so ``kernels`` loads the variant with torch 2.6 or later.
+each version of Python. The compiled modules of these wheels form another variant. This variant is for CUDA if the
+modules have CUDA kernels, otherwise for the CPU. The modules do not use torch's ABI. The name of the variant begins
+with torch-stable-abi26, so ``kernels`` loads the variant with torch 2.6 or later.
 """
 
 from __future__ import annotations

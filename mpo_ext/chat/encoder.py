@@ -276,7 +276,8 @@ class ChatEncoder:
     def _check_probe(self) -> None:
         """Checks the tokens of a test prompt, and adds a notice for each problem.
 
-        The problems are: the tokenizer merges the end of the prompt with the response; the prompt has two BOS tokens.
+        A first problem is that the tokenizer merges the end of the prompt with the response. A second problem is a
+        prompt with two BOS tokens.
         """
         if self.form.opened:
             return

@@ -58,9 +58,9 @@ def with_frames(conversation: AnyConversation) -> AnyConversation:
 def media_arguments(images: Sequence[Sequence[Any]], videos: Sequence[Sequence[LoadedVideo]]) -> dict[str, Any]:
     """Returns the arguments ``images``, ``videos`` and ``videos_kwargs`` for a processor's call with several texts.
 
-    The parameters hold a list for each text. Without images, ``images`` is left out. Without videos, ``videos`` and
-    ``videos_kwargs`` are left out. With ``do_sample_frames=False``, the processor uses all frames, because
-    ``load_video`` has already chosen the frames.
+    Each parameter holds a list for each text. Without images, ``images`` is left out. Without videos, ``videos`` and
+    ``videos_kwargs`` are left out. ``videos_kwargs`` makes the processor use all frames, because ``load_video`` has
+    already chosen the frames.
     """
     arguments: dict[str, Any] = {"images": [list(part) for part in images]} if any(images) else {}
     flat = [video for part in videos for video in part]

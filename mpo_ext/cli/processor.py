@@ -52,8 +52,8 @@ def check_processor(
         args: Arguments with the options of ``add_chat``.
         model: Folder of a model, of a run or of adapters, or a name on the hub.
         pairs: Tuples (pair, name). The first usable pairs are encoded. Messages refer to a pair by ``name``. Image
-            paths must be absolute. None: an example pair of text. If the model takes images, also an example pair with
-            an image.
+            paths must be absolute. None: an example pair without an image. If the model takes images, also an example
+            pair with an image.
 
     Raises:
         ImportError: If a package is missing.

@@ -148,8 +148,8 @@ class LineFile(PairSequence):
     def _index(self) -> "tuple[array[int], np.ndarray | None]":
         """Returns (starts, numbers).
 
-        ``starts`` has the byte offset of each line. Its last element is the file size. ``numbers`` has the indices of
-        the non-empty lines; None: no line is empty.
+        ``starts`` has the byte offset of each line. The last element of ``starts`` is the file size. ``numbers`` has
+        the indices of the non-empty lines; None: no line is empty.
         """
         if self._starts is None:
             self._starts, self._numbers = self._build_index()

@@ -244,8 +244,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _request(self) -> tuple[str | None, dict[str, str]]:
         """Returns (path, query) of the request.
 
-        ``path`` is the part of the path after the secret. With a wrong secret, ``path`` is None. ``query`` maps names
-        to values.
+        ``path`` is the part of the URL's path after the secret. With a wrong secret, ``path`` is None. ``query`` maps
+        names to values.
         """
         url = urllib.parse.urlsplit(self.path)
         token, _, name = url.path.removeprefix("/").partition("/")

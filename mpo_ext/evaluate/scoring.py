@@ -70,7 +70,8 @@ class EvaluationConfig:
     def evaluations(self) -> "list[Evaluation]":
         """Returns an ``Evaluation`` for each prompt.
 
-        If ``without_image`` is True, a second ``Evaluation`` for each prompt follows. The second does without images.
+        If ``without_image`` is True, a second ``Evaluation`` for each prompt follows. The second leaves the images
+        out.
         """
         sides = (True, False) if self.without_image else (True,)
         return [Evaluation(self, prompt, with_image=side) for side in sides for prompt in self.prompts]

@@ -249,7 +249,7 @@ class Correctness:
         """Returns the item as an input line for DropoutNTP, which needs a chosen response.
 
         If the item has no chosen response, a wrong sample (if any) becomes the chosen response. ``chosen_source``
-        marks such a chosen response as wrong. DropoutNTP uses it only with ``allow_wrong_chosen``.
+        marks such a chosen response as wrong. DropoutNTP uses such a response only with ``allow_wrong_chosen``.
         """
         source = "input"
         if item.chosen is None and wrong:

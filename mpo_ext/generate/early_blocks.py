@@ -66,7 +66,7 @@ class EarlyBlocks:
     def _read_spans(self) -> None:
         """Finds the byte offset and the size of each line in the file of waiting blocks.
 
-        A line holds the samples of a block. A line is skipped if the journal already holds all its samples.
+        A line holds the samples of a block. A line is skipped if the journal already holds all samples of the line.
         """
         n_stored = sum(1 for _ in self.journal.records())
         with open(self.path, "rb") as file:

@@ -184,8 +184,8 @@ def read_samples(
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
     """Returns an iterator over (item, samples) for all items, in the order of the input.
 
-    ``samples`` are the stored samples of the item, as JSON objects. They come from the journals. Each process of the
-    run has a journal.
+    ``samples`` are the stored samples of the item, as JSON objects. The samples come from the journals. Each process
+    of the run has a journal.
 
     Raises:
         IncompleteRunError: If a journal is missing (raised at once) or lacks a sample (raised during iteration).

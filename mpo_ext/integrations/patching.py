@@ -120,8 +120,7 @@ def check_sources(name: str) -> str:
 
     Raises:
         ImportError: If the package is not installed.
-        RuntimeError: If the version is not tested and not later than all tested versions. Also if a function has
-            another source.
+        RuntimeError: If an untested version is older than the last tested version, or a function has another source.
         ValueError: If ``name`` is unknown.
     """
     package, _, versions = _known(name)

@@ -35,7 +35,7 @@ def tile_shape(
         per_column: Additional bytes per column of a tile.
         budget: Maximum bytes of a tile: ``columns * (rows * per_element + per_column)``.
         preferred: Maximum bytes of the elements alone, ``rows * columns * per_element``. Larger tiles are not faster.
-        step: Numbers of columns above ``step`` are rounded down to a multiple of ``step``. The whole vocabulary is not
+        step: A number of columns above ``step`` is rounded down to a multiple of ``step``. The whole vocabulary is not
             rounded.
     """
     columns = min(vocab, _MIN_COLUMNS)

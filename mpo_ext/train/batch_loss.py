@@ -150,10 +150,9 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
 def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size: StepSize, world_size: int) -> float:
     """Returns the weight of the auxiliary router loss for a micro-batch.
 
-    The weight is ``coef * world_size * fraction``. If ``loss.average_over`` is "step", ``fraction`` is n / N. Here, n
-    counts the micro-batch's tokens that enter the router loss, and N counts those of the whole step. If
-    ``loss.average_over`` is "micro_batch", ``fraction`` is the same as for the DPO and BCO terms; see
-    ``weighted_config``.
+    The weight is ``coef * world_size * fraction``. If ``loss.average_over`` is "step", ``fraction`` is n / N: n tokens
+    of the micro-batch and N tokens of the whole step enter the router loss. If ``loss.average_over`` is "micro_batch",
+    ``fraction`` is the same as for the DPO and BCO terms; see ``weighted_config``.
 
     Args:
         recipe: The recipe of the run.

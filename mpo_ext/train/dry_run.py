@@ -112,7 +112,7 @@ def check_resume(recipe: Recipe, checkpoint: Path | None, encoder: Encoder, step
         steps: Total number of steps of the run.
 
     Raises:
-        LinesError: If the recipe or the data has changed so that the run would not resume.
+        LinesError: If a change of the recipe or the data prevents the run from resuming.
     """
     folder = recipe.output.dir
     if checkpoint is None:

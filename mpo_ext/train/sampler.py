@@ -229,7 +229,8 @@ def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list
     """Divides the indices of ``lengths`` into groups, and returns the groups.
 
     Indices with equal values in ``groups`` form a group. If ``groups`` is None, each index is a group. In each group,
-    the index with the largest length comes first. The group with the largest length comes first.
+    the indices are sorted by length, the longest first. The groups are sorted by their longest length, the longest
+    first.
     """
     if groups is not None and len(groups) != len(lengths):
         raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")

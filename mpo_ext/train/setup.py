@@ -325,7 +325,7 @@ def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | 
 def _check_layout(
     models: Sequence[nn.Module], samples: Sequence[Sample], data: RunData, layout: SharedLayout
 ) -> str | None:
-    """Returns the reason why a model on any rank cannot use a layout of sequence rows; None if there is no such model.
+    """Returns the reason why a model cannot use a layout of sequence rows; None if all models on all ranks can use it.
 
     All ranks must call this function.
     """
@@ -343,9 +343,10 @@ def _check_layout(
 
 
 def _find_samples(data: RunData, *, search_images: bool) -> tuple[list[Sample], Sample | None]:
-    """Returns the first two samples of the run, and the first sample with images or None.
+    """Returns the first two samples of the run, and the first sample with images.
 
-    At most 1000 pairs are read. If ``search_images`` is False, the search ends after two samples.
+    At most 1000 pairs are read. Without a sample with images, the second result is None. If ``search_images`` is
+    False, the search ends after two samples.
     """
     steps = data.steps()
     samples: list[Sample] = []

@@ -420,9 +420,9 @@ def _windows(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Divides the queries of sliding-window attention into groups, because a mask for all queries would be large.
 
-    Yields ``(queries, keys, mask)`` for each group: the slice of its queries, the slice of the keys that they see, and
-    the mask. The queries are the last ``count`` of ``total`` tokens. A query sees itself and the ``window - 1`` tokens
-    before. If ``causal`` is False, the query also sees all later tokens.
+    Yields ``(queries, keys, mask)`` for each group: the slice of the queries, the slice of the keys that these queries
+    see, and the mask. The queries are the last ``count`` of ``total`` tokens. A query sees itself and the ``window -
+    1`` previous tokens. If ``causal`` is False, a query also sees all later tokens.
     """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)

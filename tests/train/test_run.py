@@ -609,7 +609,7 @@ def test_a_step_whose_pairs_are_all_skipped_is_logged_and_saved(tmp_path: Path, 
 
 
 def poison(model: Any, calls: set[int], factor: float = math.nan) -> None:
-    """Breaks the forward passes of training whose numbers, counted from 1, are in ``calls``.
+    """Breaks the forward pass number n of training, for each n in ``calls``. The first forward pass has the number 1.
 
     If ``factor`` is NaN, the hidden states become NaN. Otherwise, the gradients of the hidden states become infinite
     or NaN.

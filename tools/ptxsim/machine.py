@@ -513,7 +513,7 @@ class Machine(MemoryAccess):
         return self.steps * 4 + 1
 
     def param_view(self, name, offset, dt):
-        """Returns the value of a .param variable in each lane, read at offset as dtype dt."""
+        """Reads a value of dtype dt at offset in a .param variable. Returns an array with the value of each lane."""
         if (self.cur.name, name) in self.fparams:
             a = self.fparams[self.cur.name, name]
             return a[:, offset : offset + np.dtype(dt).itemsize].view(dt)[:, 0]
