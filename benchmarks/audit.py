@@ -1,7 +1,8 @@
 """Runs the reliability checks, such as ``kill -9`` during training, and updates docs/reliability.md (``make audit``).
 
 Usage: ``python -m benchmarks.audit [WORD ...] [--scale S] [--jobs N]``. A check runs if its name contains one of the
-words. Without words, all checks run. The results are stored in results/audit.json and copied into the page.
+words. Without words, all checks run. The results are stored in results/audit.json, and copied into
+docs/reliability.md.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def build(vocab: int, hidden: int, layers: int) -> Any:
 
 
 def make_step(layout: Any, vocab: int, hidden: int, layers: int, prompt: int, response: int) -> Callable[[], float]:
-    """Returns a function that runs forward and backward on one random pair, and returns the loss.
+    """Returns a function that runs forward and backward on a random pair. This function returns the loss.
 
     ``layout`` is "shared" (one sequence for the pair) or "separate" (one sequence for each response).
     """

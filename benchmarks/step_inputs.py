@@ -122,9 +122,9 @@ def make_pairs(folder: Path, sizes: Sizes, count: int) -> Path:
 
 
 def make_recipe(folder: Path, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> Recipe:
-    """Returns the recipe with which mpo_ext's trainer makes the same steps as TRL in ``trainers.run_trl``.
+    """Returns a recipe for mpo_ext's trainer. Its steps are the same as those of TRL in ``trainers.run_trl``.
 
-    ``settings`` override its values.
+    ``settings`` override values of the recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"

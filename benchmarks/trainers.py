@@ -44,14 +44,14 @@ class MeasuredStep:
 
 
 class Gate:
-    """Measures each step of a trainer, and makes the trainer's process wait for its turn between steps.
+    """Measures each step of a trainer. Between steps, makes the trainer wait for its turn.
 
     The trainer calls the gate with the loss after each step.
 
     Args:
-        connection: Connection to the process that assigns the turns and receives each measured step. If None, the
-            trainer never waits, and ``steps`` receives the measured steps.
-        parts: Measures the parts of each step. If None, only whole steps are measured.
+        connection: Connection to the process that assigns the turns. The gate sends each measured step to this
+            process. None: the trainer never waits, and ``steps`` receives the measured steps.
+        parts: Measures the parts of each step. None: only whole steps are measured.
 
     Attributes:
         steps: Measured steps; empty if ``connection`` is given.

@@ -158,7 +158,7 @@ def _input_problems(stage: GpuStage, backend: str) -> list[str]:
 
 
 def _shift_problems(stage: GpuStage, backend: str) -> list[str]:
-    """Compares the reward shift after three loss calls with a float64 reference. Returns [] if they agree."""
+    """Compares the reward shift after three loss calls with a float64 reference. Returns [] if both agree."""
     batch = PairBatch.random(stage.device, 2, 6, 1003, torch.bfloat16, 0.8)
     shifts = RewardShift(), RewardShift()
     for _ in range(3):

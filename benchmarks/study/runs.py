@@ -161,7 +161,7 @@ class Study:
     def report_failures(self) -> bool:
         """Prints each failed run, and returns whether any run failed.
 
-        A run is not printed if it failed because its starting model failed.
+        Runs that failed because of a failed starting model are not printed.
         """
         failed = [
             result

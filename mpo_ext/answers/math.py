@@ -149,7 +149,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""Splits a known unit off the end of an expression. The unit is "" if there is none.
+    r"""Splits a known unit off the end of an expression. Returns (expression, unit). Without a unit, the unit is "".
 
     "\sqrt{2} \text{ m}" gives "\sqrt{2}" and "m".
     """

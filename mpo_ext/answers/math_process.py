@@ -104,7 +104,10 @@ def serve() -> None:
 
 
 class MathProcess:
-    """A helper process that compares expressions. It starts with the first comparison and handles one at a time."""
+    """A helper process that compares expressions, one pair of expressions at a time.
+
+    The process starts with the first comparison.
+    """
 
     START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
     START_SECONDS = 120.0

@@ -31,7 +31,7 @@ def expanded(conversation: AnyConversation, processor: Any) -> AnyConversation:
 def with_frames(conversation: AnyConversation) -> AnyConversation:
     """Returns a conversation in which each video is replaced by images of its frames.
 
-    The frames are numbered as in InternVL: each is a line such as ``Frame1: <image>``.
+    The frames are numbered as in InternVL. The text of a frame is a line such as ``Frame1: <image>``.
     """
     if not conversation.videos:
         return conversation

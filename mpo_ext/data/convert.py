@@ -140,7 +140,7 @@ def _turns(pair: Pair) -> list[dict[str, Any]]:
 
 
 def _with_readable_images(where: Location, pair: Pair) -> Pair | BadLine:
-    """Returns the pair, or a BadLine if one of its images cannot be read."""
+    """Returns the pair, or a BadLine if an image of the pair cannot be read."""
     for image in pair.images:
         try:
             read_image(image)

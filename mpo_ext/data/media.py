@@ -235,7 +235,7 @@ def _check_field(name: str, value: object, *, has_media: bool) -> None:
 
 
 def drop_fields(value: Any, names: Collection[str]) -> Any:
-    """Returns a JSON value without the fields ``names``, removed at any depth."""
+    """Returns a JSON value without the fields ``names``. Nested fields are removed, too."""
     if isinstance(value, Mapping):
         return {name: drop_fields(part, names) for name, part in value.items() if name not in names}
     if isinstance(value, (list, tuple)):

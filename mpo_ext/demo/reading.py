@@ -168,7 +168,7 @@ def without_image(task: ReadingTask) -> ReadingTask:
 
 
 def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
-    """Returns the digit that a step-by-step response names for each cell in ``cells``.
+    """Returns the digit of each cell in ``cells``, as a step-by-step response names it.
 
     The digit is None if the response does not name the cell at the expected position.
     """

@@ -210,7 +210,7 @@ def respond(
 
 
 def score(tasks: Sequence[digits.GridTask], responses: Sequence[str]) -> list[bool | None]:
-    """Returns, for each response, whether its answer is correct; None if it has no readable answer."""
+    """Returns whether the answer of each response is correct. A response without a readable answer gives None."""
     is_right = matcher(**digits.MATCHER)
     answers = [extract_answer(text, task.style) for task, text in zip(tasks, responses, strict=True)]
     return [

@@ -199,8 +199,7 @@ class DropoutNTP:
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
         """Makes a pair from each usable continuation of an item, and counts the skipped continuations by reason.
 
-        ``records`` are the continuations as JSON objects. ``model`` is the model's name, which is written into the
-        pairs.
+        ``records`` are the continuations as JSON objects. The pairs store ``model``, the name of the model.
         """
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         if sampled := records[0].get("chosen_tokens", 0):
@@ -245,7 +244,7 @@ class DropoutNTP:
         return result
 
     def _load(self, item: Item) -> _Row:
-        """Checks an item, opens the media that the model will see, and returns the state of the item."""
+        """Checks an item and opens the media for the model. Returns the state of the item."""
         row = _Row(item, item.problem, chosen=item.chosen)
         if row.problem:
             row.details = item_fields(item)

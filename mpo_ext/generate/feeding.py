@@ -62,12 +62,12 @@ def run_blocks(blocks: Iterator[tuple[Tag, Steps]], engine: Engine) -> Iterator[
     A ``StreamingEngine`` runs several blocks at the same time. Other engines run one block after the other.
 
     Args:
-        blocks: Tuples (tag, steps) for the blocks. The tag is any object. The steps are a generator of requests, as
-            for ``run_steps``.
+        blocks: Tuples (tag, steps), one for each block. ``tag`` is any object. ``steps`` is a generator of requests,
+            as for ``run_steps``.
         engine: The engine.
 
     Yields:
-        The tag of a block, and the return value of its generator.
+        Tuples (tag, result). ``result`` is the return value of the generator ``steps``.
     """
     if hasattr(engine, "submit"):
         with contextlib.closing(Feeder(cast(StreamingEngine, engine))) as feeder:

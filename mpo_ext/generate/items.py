@@ -131,7 +131,7 @@ class Item:
     def pair_extra(self) -> dict[str, Any]:
         """The extra fields that are stored in pairs.
 
-        These are ``extra`` and, if ``subset`` is set, the field ``"$source"`` with ``subset`` and ``image_root``.
+        These are the fields of ``extra``. If ``subset`` is set, ``"$source"`` holds ``subset`` and ``image_root``.
         """
         if self.subset is None:
             return dict(self.extra)
@@ -416,7 +416,7 @@ def media_problem(error: Exception) -> str:
 
 
 def _no_question(values: Mapping[str, Any]) -> str:
-    """Returns the ``detail`` of an item that has no question: a text that lists the field names of the row."""
+    """Returns the ``detail`` of an item without a question. The text lists the field names of the row."""
     names = ", ".join(map(repr, values)) or "none"
     names = names if len(names) <= _MAX_NAMES else f"{names[:_MAX_NAMES]} ..."
     return f"the question must be in 'question', or in 'messages'; the fields are {names}"

@@ -81,11 +81,11 @@ def watch(parent: int, excluded: set[int]) -> None:
 
 
 def end(processes: dict[int, str]) -> None:
-    """Sends SIGTERM to processes and their children, and after some seconds SIGKILL to those that still run.
+    """Sends SIGTERM to processes and their children. After some seconds, sends SIGKILL to those that still run.
 
     Args:
-        processes: Start time of each process, by pid. If a pid now has another start time, the system has reused it,
-            and that process is not ended.
+        processes: Maps each pid to the start time of the process. If the start time has changed, the pid belongs to a
+            new process, which is not ended.
     """
     for number, patience_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 0.0)):
         for pid in list(processes):

@@ -50,7 +50,7 @@ class ItemResult:
         return self
 
     def skip_problem(self, records: Sequence[Mapping[str, Any]]) -> bool:
-        """Marks the item as skipped if a sample has a ``problem``, and returns whether this is the case.
+        """Marks the item as skipped if a sample has a ``problem``. Returns whether a sample has a ``problem``.
 
         ``records`` are the samples as JSON objects.
         """

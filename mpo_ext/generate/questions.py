@@ -17,7 +17,7 @@ _MAX_KNOWN_VERDICTS = 1 << 16
 
 
 def refusal_fields(refusal: str) -> dict[str, str]:
-    """Returns the fields that are stored instead of a response if the engine refused the request."""
+    """Returns the fields that are stored if the engine refused the request. They replace the response."""
     return {"problem": "prompt refused by the engine", "refusal": refusal}
 
 

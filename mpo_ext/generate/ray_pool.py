@@ -43,8 +43,7 @@ class RayPool:
         arguments: Arguments of ``RayWorker``.
         engines: Number of actors.
         gpus: Number of GPUs of each actor.
-        block_size: Maximum number of samples that are drawn for a block. A block is a group of items that are sent to
-            an actor together.
+        block_size: Maximum number of samples of a block. A block is a group of items that an actor receives together.
         stream: Output for remarks to the user, or None.
     """
 

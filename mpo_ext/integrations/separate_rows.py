@@ -1,4 +1,4 @@
-"""Computes the loss of batches that have a separate row for each response, as in other trainers."""
+"""Computes the loss for the batches of other trainers, which have a separate row for each response."""
 
 from __future__ import annotations
 

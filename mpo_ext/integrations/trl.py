@@ -176,7 +176,7 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
                 self._signature_columns.append(name)
 
     def _precompute_with_images(self) -> None:
-        """Adds the reference log-probs as columns to data sets with images, and drops the reference model."""
+        """Adds columns with the reference log-probs to data sets with images. Then drops the reference model."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
                 "precompute_ref_log_probs must be False for images under FSDP or DeepSpeed, got True: compute the "

@@ -452,7 +452,7 @@ def _config_numbers(model: nn.Module) -> tuple[float, ...]:
 def _read_probe(
     model: nn.Module, logits: Tensor, numbers: tuple[float, ...], dtypes: list[torch.dtype]
 ) -> tuple[float, float | None]:
-    """Returns the logit scale and softcap with which the model turns the probe into ``logits``."""
+    """Returns the logit scale and the softcap of the model, which has turned the probe into ``logits``."""
     rows = logits.detach().reshape(-1, len(_PROBE)).double()
     low, high = torch.stack([rows.amin(0), rows.amax(0)]).cpu()
     if not torch.equal(low, high):  # NaN also raises

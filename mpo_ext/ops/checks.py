@@ -249,7 +249,7 @@ def check_kernel(backend: str, tensor: Tensor, name: str = "logits") -> None:
 
 
 def check_pair_rows(rows: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-    """Raises unless ``rows`` holds one log-prob of ``dtype`` for each label."""
+    """Raises unless ``rows``, the log-probs, have the dtype ``dtype`` and the shape of the labels."""
     if rows.dtype != dtype:
         raise TypeError(f"logp must be {dtype}, got {rows.dtype}")
     check_labels(rows.unsqueeze(-1), labels, "logp")

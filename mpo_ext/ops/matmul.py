@@ -73,7 +73,7 @@ def scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor 
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """Adds ``a @ b`` to ``total``, or writes ``a @ b`` to ``total`` if ``is_first``. ``total`` keeps its dtype."""
+    """Adds ``a @ b`` to ``total``. If ``is_first`` is True, sets ``total`` to ``a @ b``. ``total`` keeps its dtype."""
     if a.dtype == total.dtype:
         if is_first:
             torch.mm(a, b, out=total)

@@ -173,9 +173,9 @@ class MemoryEstimate:
         )
 
     def cost_step(self, micro_batches: int) -> steps.StepShape:
-        """Returns the shape of a training step, assuming that all pairs have the maximum length.
+        """Returns the shape of a training step in which all pairs have the maximum length.
 
-        With a vision tower, all prompt tokens are assumed to be image tokens.
+        For a model with a vision tower, all prompt tokens are assumed to be image tokens.
         """
         kind = self.recipe.reference_kind
         config = unwrap_model(self.model).config

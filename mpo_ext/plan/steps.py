@@ -168,7 +168,7 @@ def _positions(step: StepShape, rows: Rows) -> _Positions:
 
 
 class _Layers:
-    """Divides the work on a micro-batch into stages, for the decoder and for the vision tower."""
+    """Divides the work of the decoder and the vision tower on a micro-batch into stages."""
 
     def __init__(self, model: ModelShape, step: StepShape, rows: Rows) -> None:
         self.model, self.step = model, step

@@ -35,8 +35,8 @@ _BLOCK = 64  # minimum number of questions whose images are loaded at a time
 class AnswerEvaluation:
     """Asks the policy the questions of ``output.eval_generate`` and scores its answers.
 
-    The questions are divided among the ranks. If the parameters are sharded, every rank asks all questions instead,
-    because each forward pass needs all ranks.
+    By default, the questions are divided among the ranks. If the parameters are sharded, every rank asks all
+    questions, because each forward pass needs all ranks.
 
     Args:
         recipe: Recipe of the run; its setting ``output.eval_generate`` must not be None.

@@ -42,9 +42,9 @@ class Manifest:
         step: Number of optimizer steps done before the save.
         world_size: Number of ranks that wrote the checkpoint.
         score: Evaluation score at this step, or None.
-        files: Size in bytes of each file, by path within the folder.
+        files: Maps the path of each file within the folder to the size in bytes.
         deepspeed: Whether DeepSpeed wrote the tensors.
-        digests: SHA-256 of each file, by path within the folder; None in checkpoints of earlier versions.
+        digests: Maps the path of each file within the folder to the SHA-256. None in checkpoints of earlier versions.
     """
 
     number: int

@@ -77,7 +77,7 @@ class HubUpload:
         return None
 
     def _on_main(self, action: Callable[[], str | None]) -> str | None:
-        """Runs ``action`` on the main process only, and returns its result (an error message or None) on all ranks."""
+        """Runs ``action`` on the main process only. Returns the result on all ranks: an error message or None."""
         text = action() if self._accelerator.is_main_process else None
         return gather(self._accelerator, text)[0]
 

@@ -41,8 +41,7 @@ class Totals:
 
         Args:
             out: Output of the loss for the micro-batch.
-            ntp_parts: Number of tokens or responses over which ``out.ntp_loss`` is averaged; see
-                ``BatchCounts.ntp_parts``.
+            ntp_parts: Number of tokens or responses whose mean is ``out.ntp_loss``; see ``BatchCounts.ntp_parts``.
             tokens: Number of tokens of the micro-batch, without padding.
         """
         pairs = len(out.chosen_reward)

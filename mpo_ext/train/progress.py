@@ -125,7 +125,7 @@ def first_step_lines(recipe: Recipe, line: Mapping[str, float], batches: Sequenc
 def lone_pairs(limit: int | None, batches: Sequence[Batch]) -> str | None:
     """Returns a console line if every pair of the first step is longer than ``limit``; otherwise None.
 
-    Each of these pairs is then a micro-batch. ``limit`` is ``optim.micro_batch_tokens``, and ``batches`` are the
+    In this case, each micro-batch has only one pair. ``limit`` is ``optim.micro_batch_tokens``. ``batches`` are the
     micro-batches of the first step.
     """
     if limit is None or not batches or not all(batch.pairs == 1 and batch.positions > limit for batch in batches):

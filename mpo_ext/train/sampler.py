@@ -185,7 +185,7 @@ def _rows_of(
     groups: Sequence[Any],
     rejected: Mapping[int, tuple[Any, int]],
 ) -> _Rows:
-    """Returns the rows of a pair. The arguments after ``pair`` are those of ``token_micro_batches``."""
+    """Returns the rows of a pair. ``token_micro_batches`` describes the arguments after ``pair``."""
     sides = [(groups[pair], prompts[pair], size) for size in responses[pair] or [0]]
     if pair in rejected and len(sides) == 2:
         sides[1] = (*rejected[pair], sides[1][2])

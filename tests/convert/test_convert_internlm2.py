@@ -152,7 +152,7 @@ def internlm2_logits(values: dict[str, torch.Tensor], ids: torch.Tensor) -> torc
 
 
 def write_internlm2(folder: Path, values: dict[str, torch.Tensor], **changes: Any) -> Path:
-    """Writes a checkpoint with the weights ``values`` for the language model, and returns its folder.
+    """Writes a checkpoint and returns its folder. ``values`` are the weights of the language model.
 
     The vision tower and the projector have random weights. ``changes`` are settings of the language model's config.
     """

@@ -49,7 +49,7 @@ def find_cuobjdump() -> str | None:
 
 
 def _output(command: list[str], module: str) -> list[str]:
-    """Runs a command once for each file, and returns the lines that it prints.
+    """Runs a command once for each file, and returns all printed lines.
 
     ``module`` has the paths of the files, separated by ``os.pathsep``.
     """

@@ -259,7 +259,7 @@ def test_which_paths_are_ids_of_the_hub(
 
 @pytest.fixture
 def hub(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Makes ``datasets.load_dataset("owner/name")`` read a local folder. Returns a list of each call's options."""
+    """Makes ``datasets.load_dataset("owner/name")`` read a local folder. Returns the options of each call."""
     folder, load, calls = hub_folder(tmp_path / "hub/owner/name", images), datasets.load_dataset, []
 
     def load_dataset(path: str, **options: Any) -> Any:

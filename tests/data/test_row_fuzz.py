@@ -52,7 +52,7 @@ GOOD_CONTENT = st.sampled_from(["q", "<image>\nq", "see <image>y"]) | st.lists(G
 
 
 def conversations(first: str, second: str, content: Any) -> Any:
-    """Draws an odd number of messages, with the roles ``first`` and ``second`` in turn."""
+    """Draws an odd number of messages. Their roles alternate between ``first`` and ``second``."""
     contents = st.lists(content, min_size=1, max_size=5).filter(lambda turns: len(turns) % 2 == 1)
     roles = (first, second)
     return contents.map(lambda turns: [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)])

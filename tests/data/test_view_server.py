@@ -1,4 +1,4 @@
-"""Tests the local server of the HTML page that shows pairs. It saves the pairs that a user selects on this page."""
+"""Tests the local server of the HTML page that shows pairs. The server saves the pairs that a user selects."""
 
 import contextlib
 import io

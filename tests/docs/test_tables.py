@@ -10,7 +10,7 @@ PARSER = MarkdownIt("gfm-like", {"linkify": False})
 
 
 def broken_tables(text: str) -> list[int]:
-    """Returns the indices of the lines that start with ``|`` but are in neither a table nor a code block."""
+    """Returns the indices of lines that start with ``|``, except lines in a table or code block."""
     covered: set[int] = set()
     for token in PARSER.parse(text):
         if token.type in ("table_open", "fence", "code_block") and token.map:

@@ -124,7 +124,7 @@ def parsed(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(content: Any, image: str) -> str:
-    """Returns the content of a message as text, with ``image`` in place of each image."""
+    """Returns the content of a message as text. Each image is replaced by the text ``image``."""
     if isinstance(content, str):
         return content
     return "".join(part.get("text", image) for part in content)

@@ -69,7 +69,7 @@ def run(
 
 
 def words(model: Path, out: Path, *arguments: Any) -> list[str]:
-    """Returns the command-line arguments of a run; ``arguments`` alternates option names and values."""
+    """Returns the command-line arguments of a run. ``arguments`` are name, value, name, value, and so on."""
     values: dict[str, Any] = {
         "rlhf_type": "dpo", "model": model, "dataset": out.parent / "pairs.jsonl", "output_dir": out,
         "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "rpo_alpha": 0.0, "beta": 0.1,

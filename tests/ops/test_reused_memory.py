@@ -1,4 +1,4 @@
-"""Tests that a step reuses the memory of the previous step's gradients, if they have been freed."""
+"""Tests that a step reuses the memory of the previous step's gradients after they have been freed."""
 
 from __future__ import annotations
 

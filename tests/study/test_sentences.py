@@ -47,7 +47,7 @@ def make_document(cot: Accuracies, seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **m
 
 
 def cells_of(table: str) -> list[list[str]]:
-    """Returns the cells of each line of the Markdown tables in a text."""
+    """Returns a list of cells for each line of the Markdown tables in a text."""
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 

@@ -384,12 +384,12 @@ def sample(
 
     Args:
         family: Name of the model family.
-        seed: Seed of the responses, and of the prompt if ``prompt`` is None.
+        seed: Seed of the responses.
         text: Number of text tokens in the prompt.
         chosen: Number of tokens in the chosen response.
         rejected: Number of tokens in the rejected response.
         images: Number of images in the prompt.
-        prompt: Seed of the prompt; pairs with the same value share a prompt.
+        prompt: Seed of the prompt; None: ``seed``. Pairs with the same seed of the prompt share the prompt.
         name: Name of the pair in messages.
     """
     generator = torch.Generator().manual_seed(1000 + (seed if prompt is None else prompt))

@@ -55,7 +55,7 @@ def write_llava(folder: Path) -> Path:
 
 
 def write_pairs(folder: Path, count: int, *, images: bool) -> Path:
-    """Writes pairs of different lengths. With ``images``, two of three pairs have an image."""
+    """Writes pairs of different lengths. If ``images`` is True, two out of three pairs have an image."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []

@@ -151,7 +151,7 @@ class Delta:
         self.waiting: list[float] = []  # rewards since the last optimizer step
 
     def of_micro_batch(self, rewards: list[float]) -> float:
-        """Adds all rewards of a micro-batch. Returns the shift that its loss uses."""
+        """Adds all rewards of a micro-batch. Returns the reward shift for the loss of this micro-batch."""
         before = self.value
         if self.settings.shift_per == "optimizer_step":
             self.waiting += rewards
@@ -348,7 +348,7 @@ def _average(pairs: Sequence[_Measured], settings: Settings) -> Tensor:
 
 
 def _line(pairs: Sequence[_Measured], settings: Settings, has_reference: bool) -> dict[str, float]:
-    """Returns the metrics of a step: means over its pairs or tokens, and counts."""
+    """Returns the metrics of a step. They are means over the pairs or tokens of the step, or counts."""
     tokens = sum(sum(pair.tokens) for pair in pairs)
     line = {
         "ntp_loss": _ntp(pairs, settings).item(),

@@ -460,7 +460,7 @@ def test_leftovers_of_a_death_are_removed_or_finished(save: Callable[..., Path],
 
 
 def save_forever(folder: Path, first: int) -> None:
-    """Saves checkpoints in a loop, with the count of saves as parameter values.
+    """Saves checkpoints in a loop. All parameter values of a checkpoint are the number of the save.
 
     Every third save replaces the previous checkpoint.
     """

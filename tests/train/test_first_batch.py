@@ -49,7 +49,7 @@ def prepared(out: Path, pairs: Path, **settings: Any) -> Trainer:
 
 
 def findings(trainer: Trainer, batch: Batch) -> list[str]:
-    """Returns the messages of the first-batch check for a batch."""
+    """Runs the check of a first batch, and returns its messages."""
     check = FirstBatchCheck(trainer.recipe, trainer.processor)
     trainer.batch_loss.first_batch = check
     trainer.batch_loss(trainer.model, batch, trainer.recipe.loss.config, RewardShift())

@@ -35,7 +35,7 @@ def with_gradients(seed: int = 1) -> nn.Module:
 
 
 def steps(model: nn.Module, made: torch.optim.Optimizer, count: int = 3) -> dict[str, torch.Tensor]:
-    """Calls ``made.step()`` ``count`` times, with the same gradients. Returns the parameters by name."""
+    """Calls ``made.step()`` with the same gradients, ``count`` times. Returns the parameters by name."""
     for _ in range(count):
         made.step()
     return digits_run.weights(model)

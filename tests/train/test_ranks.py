@@ -1,4 +1,4 @@
-"""Compares runs on two ranks with runs on one rank: equal losses, and the same model on all ranks.
+"""Compares runs on two ranks with runs on one rank. The losses must be equal, and all ranks must have the same model.
 
 Also tests that all ranks end if any rank ends.
 """

@@ -86,7 +86,7 @@ def logits_of(model: nn.Module, one: Sample, ids: torch.Tensor) -> tuple[torch.T
 def expected_loss(model: nn.Module, samples: Sequence[Sample], layout: RowLayout) -> torch.Tensor:
     """Returns transformers' router loss over the tokens of all rows.
 
-    If the two responses of a pair share a row, the tokens of their prompt are counted once.
+    If both responses of a pair are in one row, the tokens of the prompt are counted once.
     """
     layers: list[list[torch.Tensor]] = [[] for _ in find_routers(model)]
     for one in samples:
