@@ -387,7 +387,7 @@ def _orientation(image: Any) -> Any:
 
 
 def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
-    """Returns (colours, opacity) of an image: colours in mode L, RGB, CMYK or LAB, opacity in mode L (None: opaque)."""
+    """Returns (colours, opacity) of an image. Colours: mode L, RGB, CMYK or LAB. Opacity: mode L; None: opaque."""
     mode, transparency = image.mode, image.info.get("transparency")
     if mode.startswith("I") or mode == "F":
         return _grey(image, transparency)

@@ -53,12 +53,12 @@ class ServerOptions:
 
     Attributes:
         base_url: Address of the interface, such as ``http://localhost:8000/v1``.
-        api_key_env: Name of the environment variable that holds the API key. It must be set unless it is the default
-            variable, ``OPENAI_API_KEY``.
+        api_key_env: Name of the environment variable that holds the API key. The default variable, ``OPENAI_API_KEY``,
+            need not be set. Any other variable must be set.
         concurrency: Maximum number of requests at the same time.
         timeout_s: Seconds to wait for the answer to a request.
-        max_retries: Maximum number of retries after a temporary failure: a status 408, 409, 425, 429 or >= 500; a
-            broken connection; no answer in time; an answer that is not the expected JSON.
+        max_retries: Maximum number of retries after a temporary failure. Temporary failures are: a status 408, 409,
+            425, 429 or >= 500; a broken connection; no answer in time; an answer that is not the expected JSON.
     """
 
     base_url: str

@@ -312,9 +312,10 @@ class RoundEvaluationRecipe:
 
 @section
 class LaunchRecipe:
-    """Launch commands, such as ``[torchrun, --nproc-per-node, "4"]``. ``-m MODULE`` and its arguments follow.
+    """Commands that launch the stages, such as ``[torchrun, --nproc-per-node, "4"]``.
 
-    An empty list starts a single process with the current Python.
+    ``-m MODULE`` and the arguments of the module are added to a command. An empty list starts a single process with
+    the current Python.
 
     Attributes:
         sample: Launch command of the pipelines that make pairs.

@@ -256,9 +256,9 @@ def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
 def _orpo(pairs: Pairs) -> Tensor:
     """Returns the odds-ratio term of ORPO (arXiv 2403.07691).
 
-    The term is ``-beta * log sigmoid(log chosen_odds - log rejected_odds)``. The odds of a response are
-    ``p / (1 - p)``, where ``log p`` is the mean log-prob of its labels; ``1 - p`` is at least the dtype's epsilon.
-    The caller adds the cross entropy of the chosen responses, which has weight 1 in ORPO.
+    The term is ``-beta * log sigmoid(log chosen_odds - log rejected_odds)``. The odds of a response are ``p / (1 -
+    p)``. Here, ``log p`` is the mean log-prob of the labels, and ``1 - p`` is at least the dtype's epsilon. The caller
+    adds the cross entropy of the chosen responses, which has weight 1 in ORPO.
     """
     return -pairs.beta * F.logsigmoid(
         _log_odds(pairs.chosen_logp / pairs.chosen_tokens) - _log_odds(pairs.rejected_logp / pairs.rejected_tokens)

@@ -62,7 +62,7 @@ def _output(command: list[str], module: str) -> list[str]:
 def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, int]]:
     """Maps (architecture, kernel) to the kernel's use of registers, stack, local and shared memory.
 
-    ``module`` is one or several files, separated by ``os.pathsep``, such as the fatbins of csrc/mpo/cuda.
+    ``module`` has the paths of one or more files, separated by ``os.pathsep``, such as the fatbins of csrc/mpo/cuda.
     """
     found: dict[tuple[str, str], dict[str, int]] = {}
     arch = kernel = ""

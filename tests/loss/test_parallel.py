@@ -97,7 +97,7 @@ def make_split(rng: random.Random, layout: tuple[str | None, str | None], vocab:
 
 
 class Case(NamedTuple):
-    """A random test case: the complete inputs, the options of the call, and this rank's part."""
+    """A random test case: the complete inputs, this rank's part of the inputs, and the options of the call."""
 
     function: str
     tensors: dict[str, Tensor | None]  # logits, or hidden, weight and bias; their reference; labels

@@ -21,7 +21,7 @@ from mpo_ext.train.trackers import check_trackers
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns a function that runs two steps and an evaluation with a tracker, and returns the log's lines."""
+    """Returns a function that runs two steps and an evaluation with a tracker. It returns the lines of the log."""
     monkeypatch.setattr(model_card, "write_card", lambda *args, **values: None)
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state(True)

@@ -79,7 +79,7 @@ def _internvl(tokenizer: Any) -> Any:
 
 
 def internvl25() -> Any:
-    """Returns the processor of InternVL2.5-2B and 8B: InternLM2's tokenizer, which prepends no space."""
+    """Returns the processor of InternVL2.5-2B and 8B. Its tokenizer is InternLM2's, which prepends no space."""
     special = ("<|im_start|>", "<|im_end|>", *INTERNVL_TOKENS)
     return _internvl(tokenizers.sentencepiece(*special, scheme="never", pad_token="</s>"))
 
