@@ -274,11 +274,7 @@ class ChatEncoder:
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
-        """Checks the tokens of a test prompt, and adds a notice for each problem.
-
-        A first problem is that the tokenizer merges the end of the prompt with the response. A second problem is a
-        prompt with two BOS tokens.
-        """
+        """Adds a notice if a test prompt has two BOS, or the tokenizer merges the prompt's end with the response."""
         if self.form.opened:
             return
         conversation = Conversation(question="question")

@@ -58,8 +58,7 @@ def evaluate(
         root_map: Tuples (old, new) for meta files: paths in the folder ``old`` are looked up in the folder ``new``.
         system: System prompt for questions without a system prompt; None: no system prompt.
         exports: Formats in which predictions are also written: "vlmevalkit", "lmms-eval".
-        page_limit: Maximum number of questions on ``failures.html``. If more answers are wrong, the page shows a
-            random selection.
+        page_limit: Maximum number of wrong answers on ``failures.html``. If there are more, a random sample is shown.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Processes, progress display, and how often responses are saved; None: the default ``EvaluationRun``.
 
