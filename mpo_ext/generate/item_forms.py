@@ -272,8 +272,8 @@ def _place_numbered(
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
     """Replaces placeholders such as ``<image 2>`` by ``<image>``, and sorts the images accordingly.
 
-    Images without a placeholder come first. If only some images have a placeholder, the first user turn gets an
-    ``<image>`` for each other image.
+    If only some images have a placeholder, the first user turn begins with an ``<image>`` for each other image. If no
+    image has a placeholder, the order of the images stays.
 
     Returns:
         The turns, the options and the sorted images.
@@ -292,16 +292,20 @@ def _place_numbered(
 
         return NUMBERED_MARK.sub(mark, text)
 
-    turns = [{**turn, "content": place(turn["content"])} for turn in turns]
+    first = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), 0)
+    turns = [dict(turn) for turn in turns]
+    before = 0  # number of placeholders before the first user turn
+    for index, turn in enumerate(turns):
+        before = len(order) if index <= first else before
+        turn["content"] = place(turn["content"])
     if isinstance(options, dict):
         options = {label: place(text) for label, text in options.items()}
     elif options is not None:
         options = [place(text) for text in options]
     others = [images[number] for number in sorted(images) if number not in placed]
-    if placed and others:  # images that the text does not mention come first
-        first = next(turn for turn in turns if turn["role"] == "user")
-        first["content"] = f"{IMAGE_PLACEHOLDER}\n" * len(others) + first["content"]
-    return turns, options, others + order
+    if placed and others:
+        turns[first]["content"] = f"{IMAGE_PLACEHOLDER}\n" * len(others) + turns[first]["content"]
+    return turns, options, order[:before] + others + order[before:]
 
 
 def _image(key: str, value: Any, rest: Mapping[str, Any]) -> Any:

@@ -112,6 +112,10 @@ def test_images_of_a_conversation(tmp_path: Path) -> None:
     item = Item.from_dict(row)
     assert (item.problem, item.question) == (None, "<image>\n")
     assert item.images == ("a.png", f"data:image/png;base64,{base64.b64encode(content).decode()}")
+    early = [{"role": "system", "content": "Look at <image 1>."}, user("What?")]
+    item = Item.from_dict({"messages": early, "image_1": "a.png", "image_2": "b.png"})
+    assert [turn["content"] for turn in item.messages] == ["Look at <image>.", "<image>\nWhat?"]
+    assert item.images == ("a.png", "b.png")
     numbered = [user("<image 2> or <image 1>?"), assistant("Yes."), user("Why?")]
     item = Item.from_dict({"messages": numbered, "image_1": "a.png", "image_2": "b.png"})
     assert item.problem is None
