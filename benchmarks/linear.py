@@ -56,7 +56,7 @@ class HiddenBatch:
         self.ref_logp = torch.full((2,), -12.0 * tokens * loss.share, device=device)
 
     def inputs(self, frozen: bool = False) -> tuple[Tensor, Tensor]:
-        """Returns the hidden states and the head. Both require a gradient, except for a ``frozen`` head."""
+        """Returns the hidden states and the head. Both require a gradient, but a ``frozen`` head does not."""
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not frozen)
 
 
@@ -188,7 +188,7 @@ def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
 
 
 def _floor_seconds(name: str, medians: Mapping[str, float]) -> float:
-    """Returns the seconds of the matmuls that the implementation ``name`` needs: a lower bound of its time.
+    """Returns a lower bound of the time of the implementation ``name``: the seconds of its matmuls.
 
     ``medians`` are the median seconds of the runs of ``_floor_runs``. A frozen head needs one matmul less.
     """

@@ -81,11 +81,12 @@ class LogClock:
 
 
 def measure(sizes: Sizes, steps: int, trackers: list[str]) -> tuple[list[tuple[float, dict[str, float]]], float]:
-    """Runs ``steps`` + 1 training steps, and measures all but the first.
+    """Runs ``steps`` + 1 training steps. Measures all steps except the first.
 
     Returns:
-        A list and a number. The list has a tuple for each step: CPU seconds of the step, and a dict of CPU seconds by
-        logging part. The number is the CPU time, in seconds per step, for computing ``entropy`` and ``top1``.
+        A list with an entry for each measured step, and a number. An entry has the CPU seconds of the step, and a dict
+        with the CPU seconds of each part of logging. The number is the CPU seconds per step for ``entropy`` and
+        ``top1``.
     """
     clock = LogClock()
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

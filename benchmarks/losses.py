@@ -160,7 +160,7 @@ def runs_of(
 
 
 def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Returns the floor of each implementation, in seconds: a lower bound of its time.
+    """Returns a lower bound of the time of each implementation, in seconds.
 
     ``timings`` are the measured times of the runs that ``runs_of`` returns.
     """

@@ -130,10 +130,10 @@ def _touch_free_memory() -> None:
 
 
 def _gpu_clock(device: str) -> Callable[[Callable[[], Any]], Callable[[], float]]:
-    """Returns a function ``clock(run)`` that enqueues ``run`` on the GPU and returns a function ``read()``.
+    """Returns a function ``clock`` that measures GPU time.
 
-    ``read()`` waits for the end of the run, and returns its seconds on the GPU. The GPU spins until the host has
-    enqueued the run. So the time of the host is not included.
+    ``read = clock(run)`` enqueues ``run`` on the GPU. ``read()`` waits for the end of ``run``, and returns its GPU
+    time in seconds. The GPU spins until ``run`` is enqueued, so the time of the host is not included.
     """
     cache = torch.empty(_L2_BYTES, dtype=torch.uint8, device=device)
 

@@ -183,7 +183,7 @@ _PUBLISHED = (
 
 
 def published(documents: Documents) -> str:
-    """Returns a table that compares times published by other libraries with our predicted times for the same sizes."""
+    """Returns a table of times that other libraries published, and of our predicted times for the same sizes."""
     rows = []
     for name, gpu, count, hidden, vocab, milliseconds, source in _PUBLISHED:
         loss = cost.LossShape(tokens=count // 2, vocab=vocab, hidden=hidden)

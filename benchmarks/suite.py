@@ -185,8 +185,8 @@ def linear_groups(*, quick: bool) -> list[Group]:
 def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, seconds_in_all: float) -> None:
     """Measures a group of implementations in rounds, and adds the measurements to ``results``.
 
-    A round runs each implementation once. After ``seconds_in_all`` seconds and two counted rounds, no further round
-    begins.
+    A round runs each implementation once. At least two rounds are counted. Later rounds begin only within
+    ``seconds_in_all`` seconds.
     """
     loss = group.loss
     cases, missing = losses.usable(benchmark, group.providers, loss, most_seconds=_RUN_SECONDS)

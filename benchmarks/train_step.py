@@ -72,7 +72,10 @@ _DEEP_PROMPT = 4096
 
 
 def attention_sizes(prompt: int) -> Sizes:
-    """Returns sizes with which attention takes much of a step: a small vocabulary, and ``prompt`` tokens of text."""
+    """Returns sizes with which attention takes a large part of a step.
+
+    The vocabulary is small. A prompt consists of ``prompt`` tokens of text, without images.
+    """
     layers = 8 if prompt <= _DEEP_PROMPT else 2
     sizes = Sizes(vocab=1024, hidden=512, layers=layers, images=0, response=512, least_response=512)
     return dataclasses.replace(sizes, text=prompt - sizes.prompt)

@@ -56,16 +56,16 @@ def load_image(source: Any) -> Any:
     """Returns the pixels that a model sees: a PIL image of mode RGB, upright, in sRGB, on white.
 
     EXIF orientation is applied. Transparency is composited on white. An embedded colour profile is converted to sRGB.
-    16-bit grey is scaled to 8 bits. Of an animation, only the first frame is used. A PIL image that needs no
-    conversion is returned unchanged.
+    16-bit grey is scaled to 8 bits. An animation is replaced by its first frame. A PIL image that needs no conversion
+    is returned unchanged.
 
     Args:
         source: Path, ``file://`` URL, ``data:`` URL, bytes of an image file, or PIL image.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ImageError: If the image cannot be read, is not a regular file in a known format, has more pixels than the
-            limit, or has values of an unknown range. Also raised for other kinds of URL, such as ``https://``.
+        ImageError: If the source is another kind of URL, such as ``https://``, or not a regular file in a known
+            format. If the image cannot be read, has more pixels than the limit, or has values of an unknown range.
         TypeError: If the source has another type.
         ImportError: If Pillow is not installed.
     """
@@ -334,7 +334,7 @@ def _data_bytes(url: str) -> bytes:
 def _to_rgb(image: Any) -> Any:
     """Converts an opened image as ``load_image`` describes.
 
-    The messages of its ImageErrors lack the source and the first words "image must". ``_named_errors`` adds both.
+    The message of an ImageError lacks the words "image must" and the source. ``_named_errors`` adds both.
     """
     pillow = _pillow()
     raw_mode = _raw_mode(image)

@@ -84,7 +84,7 @@ class Journal:
             self.sync()
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Appends JSON objects and, if the last sync is at least ``fsync_s`` seconds old, syncs the file to disk."""
+        """Appends JSON objects. Syncs the file to disk if the last sync is at least ``fsync_s`` seconds old."""
         if not records:
             return
         self._write(records)
@@ -200,9 +200,9 @@ def _line_start(file: int, end: int) -> int:
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (name, old value, new value) for each difference between nested settings, such as ("lora.rank", 8, 16).
+    """Yields (name, old value, new value) for each setting that differs, such as ("lora.rank", 8, 16).
 
-    "(absent)" stands for a missing value. ``name`` is a prefix of the yielded names.
+    The settings are nested dicts. "(absent)" stands for a missing value. All yielded names begin with ``name``.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):

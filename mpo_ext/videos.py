@@ -459,7 +459,7 @@ class _PacketIndex:
         return images
 
     def _with_seeks(self, places: Sequence[int]) -> list[Any] | None:
-        """Decodes frames after seeking to the keyframes before them. Returns None if a seek misses a frame."""
+        """Decodes frames by seeking to the keyframe before each frame. Returns None if a frame is not found."""
         images: list[Any] = []
         position = -1  # timestamp of the last decoded frame
         frames: Iterator[Any] = iter(())

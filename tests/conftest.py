@@ -47,7 +47,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture(params=[name for name in ENGINES if name != "reference"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Like ``engine``, without the backend "reference" (plain torch), which has no kernels."""
+    """Returns the name of a backend that has kernels. Only the backend "reference" (plain torch) has none."""
     return _select(request.param, monkeypatch)
 
 

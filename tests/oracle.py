@@ -64,7 +64,7 @@ def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
 
 @dataclasses.dataclass
 class ExactRows:
-    """Exact results for each row of logits. Rows with an ignored target hold zeros; their logits are never read."""
+    """Exact results for each row of logits. If the target of a row is ignored, its results are 0."""
 
     logp: Array  # [n], NaN for a target outside the vocabulary
     share: Array  # [n, V], d logp / d logits = onehot(target) - softmax
@@ -226,7 +226,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def sequence_slices(labels: Tensor, cu_seqlens: Tensor | None) -> list[Any]:
-    """Returns an index into logits and labels for each sequence: a number, or a slice for packed sequences."""
+    """Returns an index into logits and labels for each sequence: a slice if ``cu_seqlens`` is given, else a number."""
     if cu_seqlens is None:
         return list(range(labels.shape[0]))
     bounds = cu_seqlens.tolist()

@@ -74,7 +74,7 @@ def test_a_file_has_the_same_pixels_in_every_form(file: ImageFile, folder: Path)
 
 @pytest.fixture(scope="module")
 def llava() -> tuple[Any, Any]:
-    """Returns a tiny LLaVA, and a processor that leaves pixels unchanged: its values are float32 from 0 to 255."""
+    """Returns a tiny LLaVA and a processor. The processor returns the pixels unchanged, as float32 from 0 to 255."""
     import torch
     import vision_families
 

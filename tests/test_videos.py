@@ -49,7 +49,7 @@ def test_frames_at_equal_distances(tmp_path: Path, suffix: str) -> None:
 
 
 def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path: Path) -> None:
-    """Loads 1, 2, ... or all 30 frames of a video with 30 frames.
+    """Checks that seeking finds the right frames. The video has 30 frames, and 1 to 30 of them are loaded.
 
     Some of the loaded frames lie right before or after a keyframe. A wrong seek would miss them.
     """

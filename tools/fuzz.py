@@ -93,8 +93,8 @@ def images(content: bytes) -> None:
 def journals(content: bytes) -> None:
     """Checks that a journal (an append-only file of results) keeps its records when a record is appended.
 
-    A damaged journal may be refused with ValueError. The refused file may be cut at its end, because an incomplete
-    last line is removed. Nothing else in it may change.
+    ``Journal`` may refuse a damaged file with ValueError. It may then have removed an incomplete last line, but must
+    not have changed anything else.
     """
     path = _FOLDER / "journal.jsonl"
     path.write_bytes(content)

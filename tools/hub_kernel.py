@@ -90,10 +90,16 @@ def sources() -> dict[str, str]:
 
 
 def convert(path: str, text: str, kernel_id: str, *, pure_python: bool) -> str:
-    """Converts the text of a module of mpo_ext for a build variant.
+    """Returns the text of a module of mpo_ext after its conversion for a build variant.
 
-    Imports become relative. Operators move from the namespace ``mpo_ext`` to ``kernel_id``, because one process may
-    load several versions of the kernel. ``pure_python`` tells whether the variant lacks a compiled module.
+    Absolute imports of mpo_ext become relative imports. Operators move to the namespace ``kernel_id``, so that one
+    process can load several versions of the kernel.
+
+    Args:
+        path: Path of the module in the package, such as "ops/native.py".
+        text: Text of the module.
+        kernel_id: Namespace of the operators.
+        pure_python: Whether the variant has no compiled module.
 
     Raises:
         ValueError: If an import cannot be converted.

@@ -26,7 +26,10 @@ def loss_and_grad(logits: Tensor, labels: Tensor, ref_logp: Tensor, backend: str
 
 
 def logits_problems(backend: str, device: str) -> list[str]:
-    """Compares ``mpo_loss`` with float64 for several dtypes and vocabularies. Returns a line for each difference."""
+    """Returns a line for each result of ``mpo_loss`` or ``token_logp`` that differs from the result in float64.
+
+    Tests several dtypes and sizes of the vocabulary.
+    """
     wrong = []
     generator = torch.Generator().manual_seed(1)
     ref_logp = torch.tensor([-30.0, -40.0])

@@ -1,8 +1,9 @@
 """Reads result files of the study and makes their tables.
 
-In a result file, ``results`` has the results of each training run and starting model, for each seed. For each seed,
-``starts`` has facts about the default starting model and about the pairs that were made for it. ``TASKS`` declares the
-runs and the tables.
+A result file has two lists. ``results`` has an entry for each seed and each model. A model is a starting model or the
+result of a training run. ``starts`` has an entry for each seed: facts about the default starting model and its pairs.
+
+``TASKS`` declares the training runs and the tables.
 """
 
 import functools

@@ -46,9 +46,9 @@ def exp_logits_kernel(
 ):
     """Writes exp(z - reference) for each logit z in CHUNK columns of a row, and 0 for the label.
 
-    Each row has a reference. If the row's largest logit so far exceeds the reference by more than ``slack``, the
-    reference rises to this logit. The sums of the row are then multiplied by exp(old reference - new reference). Each
-    program of the row multiplies a part of the sums.
+    Each row has a reference. If the row's largest logit so far exceeds the reference by more than ``slack``, this
+    logit becomes the new reference. The sums of the row are then multiplied by exp(old reference - new reference).
+    Each program of the row multiplies a part of the sums.
 
     Grid    (rows, chunks)
     Reads   each logit once
@@ -111,12 +111,12 @@ def exp_logits(
     sums: Tensor,
     out: Tensor,
 ) -> None:
-    """Runs ``exp_logits_kernel``, the GPU part of ``mpo_ext.ops.exp_logits.write_exp_logits``, in one launch.
+    """Runs ``exp_logits_kernel`` in one launch. ``mpo_ext.ops.exp_logits.write_exp_logits`` calls this function.
 
-    ``layout`` is a ``RowLayout`` of ``mpo_ext.ops.memory``. The reference of a row is the number that is subtracted
-    from its logits before exp. The new reference of each row is written to ``new_reference``, and the exponentials to
-    ``out``. If the reference of a row rises, its row of ``sums`` is rescaled in place. ``out`` and ``sums`` are
-    contiguous.
+    ``layout`` is the ``RowLayout`` of the logits (see ``mpo_ext.ops.memory``). Each row has a reference, which is
+    subtracted from the logits before exp. The exponentials are written to ``out``, and the new references to
+    ``new_reference``. If the reference of a row rises, the row of ``sums`` is rescaled in place. ``out`` and ``sums``
+    are contiguous.
     """
     vocab = out.shape[-1]
     rows, target = aligned_rows(layout), aligned_rows((out, labels.numel(), 0, vocab))

@@ -30,7 +30,10 @@ class AlignedRows(NamedTuple):
 
 
 def aligned_rows(layout: tuple[Tensor, int, int, int]) -> AlignedRows:
-    """Returns ``layout``, a ``RowLayout`` of ``mpo_ext.ops``, relative to a base address aligned to 16 bytes."""
+    """Returns the rows of ``layout`` with a base address that is a multiple of 16 bytes.
+
+    ``layout`` is a ``RowLayout`` of ``mpo_ext.ops.memory``.
+    """
     tensor, *strides = layout
     offset = tensor.data_ptr() % VECTOR_BYTES // tensor.element_size()
     if offset == 0:

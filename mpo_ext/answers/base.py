@@ -72,10 +72,10 @@ class Matcher(abc.ABC):
     def _early_verdict(self, prediction: str, truths: Sequence[str]) -> Verdict | None:
         """Returns the verdict if a text is blank or too long to compare, otherwise None.
 
-        A blank answer is unreadable. So is every answer if all truths are blank.
+        If the answer is blank, or all truths are blank, the answer is unreadable.
 
-        If the answer or a truth is longer than ``longest``, an answer that equals a truth apart from case and spaces
-        is right. Any other answer is unreadable.
+        A text is too long if it has more than ``longest`` characters. The answer is then right if it equals a truth
+        apart from case and spaces. Otherwise, the answer is unreadable.
         """
         if is_empty(prediction, truths):
             return self._verdict(None, "empty", prediction, truths[0])

@@ -17,9 +17,9 @@ from mpo_ext.checks import check_number, install_hint
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExactMatcher(Matcher):
-    """Compares texts exactly, ignoring spaces around them. With ``ignore_case``, case is ignored, too.
+    """Compares texts exactly, but ignores spaces around them. With ``ignore_case``, ignores case, too.
 
-    Every other text is wrong, even "7 apples" if the truth is "7".
+    Any other text is wrong, even "7 apples" if the truth is "7". Only a blank answer is neither right nor wrong.
     """
 
     kind: ClassVar[str] = "exact"
@@ -154,16 +154,18 @@ def normalize_vqa(text: str) -> str:
 class VqaMatcher(Matcher):
     """Scores answers by the VQA accuracy: ``min(n / 3, 1)`` if n of ten annotators gave the same normalized answer.
 
-    For another number of annotators, n is scaled to ten; with a single truth, the score is 0 or 1. If a text is empty
-    after normalization, the original texts are compared.
+    For another number of annotators, n is scaled to ten annotators. With a single truth, the score is 0 or 1. If a
+    text is empty after normalization, the original texts are compared.
 
-    An answer with a score below ``accept`` counts as unreadable (neither right nor wrong) in the following cases:
+    An answer with a score of at least ``accept`` is right. With a lower score, the answer is unreadable (neither right
+    nor wrong) in the following cases:
 
-    - Some annotators gave it.
-    - It contains a truth ("a brown dog" for "dog"), or a truth contains it.
-    - It has the same number as a truth.
+    - Some annotators gave the answer.
+    - The answer contains a truth ("a brown dog" for "dog"), or a truth contains the answer.
+    - The answer and a truth have the same number, or the same four or more digits.
+    - The answer or a truth is blank, too long to compare, or declines to answer ("n/a").
 
-    In all other cases, an answer with a score below ``accept`` is wrong.
+    In all other cases, an answer with a lower score is wrong.
 
     Attributes:
         accept: Minimum score counted as correct.

@@ -1,4 +1,4 @@
-"""Compares answers in words. The result is equal, different or unclear."""
+"""Compares answers that consist of words. The result is equal, different or unclear."""
 
 import functools
 import re

@@ -46,9 +46,9 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
             False: the content is text, and the conversation must have no images or videos.
 
     Raises:
-        ValueError: If a message is malformed, for example without a role, or if the last message is the assistant's.
-            Also raised for images or videos with ``as_parts=False``, and for placeholders whose number is not that of
-            the images or videos.
+        ValueError: If a message is malformed, for example without a role. If the last message is from the assistant.
+            If the conversation has images or videos, and ``as_parts`` is False. If the messages have placeholders,
+            but not one for each image or video.
     """
     counts = {"image": len(conversation.images), "video": len(conversation.videos)}
     for kind, count in counts.items():

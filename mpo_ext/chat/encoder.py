@@ -186,7 +186,7 @@ class ChatEncoder:
         return self.prompt(conversation).text
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Returns the token ids of ``prompt_text``, with a single placeholder for each image."""
+        """Returns the token ids of a prompt. A single placeholder stands for each image."""
         return self.prompt(conversation).ids
 
     def adds_special_tokens(self, text: str) -> bool:
@@ -377,7 +377,7 @@ def with_date(chat: ChatEncoder, date: datetime.date) -> ChatEncoder:
 
 
 def with_template(chat: ChatEncoder, chat_template: str | None, *, date: datetime.date | None = None) -> ChatEncoder:
-    """Returns a copy of the encoder with another chat template and, if given, another date."""
+    """Returns a copy of the encoder with another chat template. ``date`` replaces the encoder's date, if given."""
     date = date or chat.date
     return ChatEncoder(
         chat.processor,

@@ -122,7 +122,7 @@ class Renderer:
     def ids(
         self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = (), **options: Any
     ) -> list[int]:
-        """Returns the token ids that the processor makes from messages with images and videos.
+        """Returns the token ids of messages. The messages may contain images and videos.
 
         ``generation_prompt`` and ``tools`` are as in ``render``. ``options`` are passed to ``apply_chat_template``.
         """

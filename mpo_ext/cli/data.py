@@ -160,8 +160,7 @@ def _open_with_stored(
 ) -> tuple[Any, Any]:
     """Opens the pairs, and returns a ``PairSource`` and a ``StoredMedia``.
 
-    The ``StoredMedia`` detects whether the pairs use images or videos that were extracted from the data into files.
-    ``on_pair`` is called with each pair that is read.
+    For each pair that is read, the ``StoredMedia`` is updated, and ``on_pair`` is called.
     """
     import dataclasses
 
@@ -348,7 +347,11 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _check_view_options(args: argparse.Namespace) -> None:
-    """Raises ValueError if an option of ``data view`` requires ``--serve`` or is not allowed with it."""
+    """Raises ValueError if ``data view`` has an option that is not allowed.
+
+    With ``--serve``, the options ``--out``, ``--limit`` and ``--seed`` are not allowed. Without ``--serve``,
+    the options ``--port`` and ``--pick-into`` are not allowed.
+    """
     names, state = (("out", "limit", "seed"), "with") if args.serve else (("port", "pick_into"), "without")
     for name in names:
         if (value := getattr(args, name)) is not None:

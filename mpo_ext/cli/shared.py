@@ -48,11 +48,11 @@ def exit_status(error: Exception) -> int:
 
 
 def command(name: str, extra: str, *, failure: int = FAILED) -> Callable[[Command], Command]:
-    """Returns a decorator that turns the errors of a command's function into exit statuses.
+    """Returns a decorator for the function of a command. The decorated function returns an exit status.
 
-    The decorated function applies the options of ``add_image_limit``, and runs the command. For an expected error, it
-    prints the error on stderr, and returns the larger of ``exit_status(error)`` and ``failure``. With ``--debug``, it
-    raises the error instead. It returns 130 after SIGINT.
+    The decorated function applies the options of ``add_image_limit``, and runs the command. After an expected error,
+    it prints the error on stderr, and returns the larger of ``exit_status(error)`` and ``failure``. With ``--debug``,
+    it raises the error instead. After SIGINT, it returns 130.
 
     Args:
         name: Name of the command in messages.

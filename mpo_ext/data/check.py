@@ -225,9 +225,9 @@ class _Duplicates:
         self._files.append(self._places.setdefault((where.subset, where.file), len(self._places)))
 
     def find(self) -> Iterator[tuple[int, Location, Location]]:
-        """Yields (index, location, location of the first occurrence) for each repeated pair.
+        """Yields (index, location, location of the first occurrence) for each pair that repeats an earlier pair.
 
-        ``index`` is the number of pairs that were added before this pair. The indices ascend.
+        The index counts all added pairs from 0. The yielded indices ascend.
         """
         keys = np.array(self._keys, np.uint64)
         order = np.argsort(keys, kind="stable")

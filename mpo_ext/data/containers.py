@@ -126,9 +126,10 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
 
 
 def _encoding(head: bytes) -> str:
-    """Detects the encoding of a file from its first bytes: UTF-8, UTF-16 or UTF-32.
+    """Returns the encoding of a file from its first bytes: UTF-8, UTF-16 or UTF-32.
 
-    A byte order mark decides. Without a mark, zero bytes around the first "{" or "[" show that the file is UTF-16.
+    A byte order mark determines the encoding. Without a mark, the encoding is UTF-8 or UTF-16. UTF-16 is detected by
+    the zero bytes around the first "{" or "[".
     """
     for mark, encoding in _MARKS:
         if head.startswith(mark):

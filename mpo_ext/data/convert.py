@@ -35,19 +35,20 @@ def convert(
 ) -> tuple[int, Skipped]:
     """Writes the pairs of a source in another format. The output appears only when it is complete.
 
-    Image paths in "pairs" and "trl" are absolute, with one exception. If the folder of ``out`` is ``source.root`` or
-    contains the image, a relative path of the source becomes relative to this folder.
+    The formats "pairs" and "trl" have absolute image paths, with one exception. Let F be the folder of ``out``. If F
+    is ``source.root`` or contains the image, a relative path of the source becomes relative to F.
 
-    Pairs with several turns can be written as "pairs". With ``kind="conversational"``, they can also be written as
-    "trl", and, if they have no tools, as "hf".
+    A pair with several turns or with tools does not fit every format. "pairs" holds all such pairs, "mmpr" holds none.
+    "trl" and "hf" hold them only with ``kind="conversational"``. "hf" never holds a pair with tools.
 
     Args:
         source: Pairs to write.
-        out: Folder to write for "mmpr" and "hf", file to write for "pairs" and "trl". For "hf", also a .parquet file.
+        out: Path of the output. "mmpr" and "hf" write a folder, "pairs" and "trl" write a file. If the path ends with
+            .parquet, "hf" writes a file.
         format: Format to write, one of ``WRITABLE``.
         kind: For "trl" and "hf": "standard" or "conversational".
-        skip_bad: Whether to skip bad lines and pairs that the format cannot hold. For "hf", this includes pairs with
-            an unreadable image. False: the first such line or pair raises BadLine, and nothing is written.
+        skip_bad: Whether to skip bad lines and pairs that the format cannot hold. "hf" also skips pairs with an
+            unreadable image. False: the first such line or pair raises BadLine, and nothing is written.
         root: For "mmpr": image folder of all pairs that were not read from MMPR; see ``write_mmpr``.
         name: For "mmpr": name of the data set for all pairs that were not read from MMPR.
 
@@ -56,8 +57,8 @@ def convert(
 
     Raises:
         BadLine: If ``skip_bad`` is False and a line would be skipped.
-        ValueError: If the format is unknown, ``out`` would replace an input, or the suffix of ``out`` does not fit the
-            format. For "mmpr", also in the cases that ``write_mmpr`` names.
+        ValueError: If the format is unknown. If ``out`` would replace an input. If the suffix of ``out`` does not fit
+            the format. For "mmpr", also if ``write_mmpr`` raises it.
         OSError: If the output cannot be written.
         ImportError: If Hugging Face datasets is required but not installed.
     """

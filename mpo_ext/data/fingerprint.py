@@ -40,7 +40,10 @@ class HashedFile:
 
 
 def files_of(source: PairSource) -> list[list[HashedFile]]:
-    """Returns the data files of a source: one list for each data set of an MMPR meta file, otherwise a single list."""
+    """Returns the data files of a source as lists.
+
+    For an MMPR meta file, there is a list for each data set. For any other source, there is a single list.
+    """
     if isinstance(source.pairs, MMPRDataset):
         return [[HashedFile(file.path, len(file))] for file in source.pairs.files]
     if isinstance(source.pairs, LineFile):

@@ -108,7 +108,7 @@ def _mapped(message: Any, change: Callable[[str], str]) -> Any:
 
 
 def _texts(pair: Pair) -> list[str]:
-    """Returns the texts of the prompt, and an additional text ``<image>`` for each message with image parts."""
+    """Returns the texts of the prompt. Each message with image parts adds a text ``<image>``."""
     messages = pair.source.get(PROMPT_TURNS)
     if not isinstance(messages, list):
         return [pair.question]

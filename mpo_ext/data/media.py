@@ -57,7 +57,7 @@ def is_empty(value: object) -> bool:
 
 
 def is_unset(value: object) -> bool:
-    """Returns whether a value is None or "", or a list or dict that holds only such values.
+    """Returns whether a value is unset: None, "", or a list or dict that holds only unset values.
 
     Unlike ``is_empty``, this function treats False and 0 as values.
     """
@@ -69,7 +69,7 @@ def is_unset(value: object) -> bool:
 
 
 def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
-    """Checks that a pair has all images and videos of its row, and all that its texts mention.
+    """Checks that a pair has all images and videos of its row. Also checks the placeholders in the texts of the pair.
 
     Args:
         values: Fields of the row. The fields that the reader did not use are also in ``pair.extra``.
@@ -79,9 +79,9 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
         The pair, with numbered placeholders such as ``<image 1>`` replaced by ``<image>``; see ``marks.check_marks``.
 
     Raises:
-        FieldError: If ``marks.check_marks`` raises it, or an unused field may hold an image, video or audio. Also
-            raised if the prompt has ``<audio>``, ``<image>`` without images, or ``<video>`` without videos. Also
-            raised if a response has ``<image>``, or has ``<video>`` in a pair with videos.
+        FieldError: If an unused field may hold an image, video or audio. If the prompt has ``<audio>``. If the prompt
+            has ``<image>`` in a pair without images, or ``<video>`` in a pair without videos. If a response has
+            ``<image>``, or has ``<video>`` in a pair with videos. If ``marks.check_marks`` raises it.
     """
     has_media = bool(pair.media_paths)
     for name, value in values.items():
@@ -171,15 +171,15 @@ def _unread(name: str, value: object) -> FieldError:
 
 
 def _check_value(name: str, value: object, read: Collection[str]) -> None:
-    """Raises FieldError if the value of a field is or contains an image, video or audio, at any depth.
+    """Raises FieldError if a field holds an image, a video or audio. Searches lists and mappings at any depth.
 
-    The medium may be a path, a URL, a data URL, base64 text, or an object with ``bytes`` and ``path``. Paths whose
-    file name is in ``read`` are allowed.
+    An image, for example, may be a path, a URL, a data URL, base64 text, or an object with ``bytes`` and ``path``.
+    A path is allowed if its file name is in ``read``.
 
     Args:
         name: Name of the field, for the error message.
         value: Value of the field.
-        read: File names of the media that have been read for the pair.
+        read: File names of the images and videos that have been read for the pair.
     """
     if isinstance(value, Mapping):
         content = value.get("bytes")

@@ -411,24 +411,23 @@ def write_mmpr(
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",
 ) -> dict[str, int]:
-    """Writes pairs as an MMPR folder: a JSON lines file for each data set (subset), and the meta file.
+    """Writes pairs as an MMPR folder: a meta file, and a JSON lines file for each data set.
 
-    Each file is written atomically, and the meta file last.
+    A data set is called a subset. Each file is written atomically, and the meta file last.
 
     Args:
         folder: Folder to write. The meta file is ``meta.json`` in this folder.
-        pairs: Pairs to write. Pairs that were read from MMPR keep their subset and its settings. All other pairs form
-            one additional subset.
-        root: Image folder of the additional subset. None: the folder is "/", and all image paths of this subset must
-            be absolute.
-        name: Name of the additional subset.
+        pairs: Pairs to write. A pair that was read from MMPR stays in its subset, with the settings of the subset.
+            All other pairs form one new subset.
+        root: Image folder of the new subset. None: the folder is "/", and the new subset must have absolute paths.
+        name: Name of the new subset.
 
     Returns:
-        For each subset, the number of pairs.
+        A dict from the name of a subset to its number of pairs.
 
     Raises:
-        ValueError: If pairs of one subset have different settings, an image is outside the root of its subset, or
-            ``to_line`` raises it.
+        ValueError: If pairs of one subset have different settings. If ``root`` is None and the new subset has a
+            relative path. If ``to_line`` raises it, for example for an image outside the image folder.
     """
     target = Path(folder)
     default_root = "/" if root is None else os.path.abspath(root)

@@ -94,7 +94,7 @@ class Pair:
 
     @property
     def source(self) -> dict[str, Any]:
-        """The value of ``extra["$source"]``, from which the original format can be restored; empty if not set."""
+        """Data for restoring the original format of the pair: ``extra["$source"]``, or an empty dict."""
         return self.extra.get(SOURCE, {})
 
     @property

@@ -109,8 +109,7 @@ def read_video(name: str, value: object, save_image: SaveImage | None) -> Video:
 def row_rejected_images(row: Mapping[str, Any], save_image: SaveImage | None) -> tuple[str, ...]:
     """Returns the image paths in the field ``rejected_images`` of a row; an empty tuple if the field is empty.
 
-    In this field, ms-swift stores the images of the rejected response if they differ from those of the chosen
-    response.
+    ms-swift uses this field if the two responses have different images.
     """
     value = row.get("rejected_images")
     images = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
@@ -218,10 +217,13 @@ class Images:
         self._placed_videos.append(read_video(name, value, self._save_image))
 
     def videos(self, name: str) -> tuple[Video, ...]:
-        """Returns all videos in the order of the prompt's video parts and ``<video>`` placeholders.
+        """Returns all videos of the prompt in order.
 
-        If the prompt has neither, returns the videos of the row's fields. If only some of the videos have a part or
-        placeholder, raises FieldError. ``name`` is the name of the row's field, for error messages.
+        A place is a video part of a message, or a placeholder ``<video>``. The videos have the order of the places. If
+        the prompt has no places, the videos have the order of the row's fields.
+
+        Raises FieldError if only some of the videos have a place. ``name`` is the name of the row's field, for the
+        message.
         """
         count = len(self._placed_videos) + len(self._waiting_videos)
         if self._waiting_videos and self._n_video_places:

@@ -199,14 +199,19 @@ def open_pairs(
     """Opens preference pairs in any supported format. The returned source reads each pair on access.
 
     Args:
-        path: A file of rows (JSON lines, JSON array, CSV, TSV or parquet); an MMPR meta file (.json), which lists
-            data sets; a folder of parquet files; a folder that ``save_to_disk`` wrote; or a dataset of the Hugging
-            Face hub, ``hf://owner/name`` or ``owner/name`` (see ``hub.hub_id``). Text files may be compressed.
+        path: Path of the pairs, which may be:
+
+            - a file of rows: JSON lines, a JSON array, CSV, TSV or parquet. Text files may be compressed.
+            - an MMPR meta file (.json), which lists data sets.
+            - a folder of parquet files.
+            - a folder that ``save_to_disk`` wrote.
+            - a dataset of the Hugging Face hub: ``hf://owner/name`` or ``owner/name`` (see ``hub.hub_id``).
+
         format: Format of the rows; None: it is detected from the fields. A row in another format raises BadLine when
             it is read.
-        root: Folder to which relative image paths are joined. None: the folder that contains ``path``; for a folder of
-            parquet files, this folder; for the hub, the current folder. Not used for a meta file, which names the
-            image folders.
+        root: Folder to which relative image paths are joined. None: the folder that contains ``path``. Exceptions: if
+            ``path`` is a folder of parquet files, None means this folder. For a dataset of the hub, None means the
+            current folder. Not used for a meta file, which names the image folders.
         root_map: A tuple (old path, new path) for each folder of images or data that has moved. Not used for a file
             of rows in the format "mmpr".
         image_dir: Folder for storing images and videos that a row holds as bytes. None: ``images`` in

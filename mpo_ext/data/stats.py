@@ -107,10 +107,10 @@ def count_words(text: str) -> int:
 
 
 def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[str], int], str]:
-    """Returns a function that measures the length of a text, and the name of its unit.
+    """Returns a function that measures the length of a text, and the name of the unit of length.
 
-    ``tokenizer`` is the name or folder of a transformers tokenizer, and the unit is "tokens of NAME". If ``tokenizer``
-    is None, the function counts words.
+    ``tokenizer`` is the name or folder of a transformers tokenizer. The unit is then "tokens of NAME". None: the
+    function counts words.
 
     Raises:
         ImportError: If transformers is not installed.

@@ -101,7 +101,7 @@ def _role(message: Mapping[str, Any]) -> object:
 
 
 def _rejected(value: Any) -> Any:
-    """Returns the value of the field ``rejected_response``. For a list with one text, returns the text.
+    """Returns the value of the field ``rejected_response``. If the value is a list with one text, returns the text.
 
     Raises FieldError for a list of several texts.
     """

@@ -137,7 +137,10 @@ def page_entry(
 
 
 def _cut(pair: Pair) -> int | None:
-    """Returns how many characters of the chosen response DropoutNTP kept, or None without a valid record."""
+    """Returns the position in the chosen response, in characters, at which DropoutNTP cut the response.
+
+    Without a valid record of the position, returns None.
+    """
     cut = pair.provenance.get("cut")
     cut = cut.get("characters") if isinstance(cut, dict) else cut
     if isinstance(cut, bool) or not isinstance(cut, int) or not 0 < cut <= len(pair.chosen):
@@ -225,8 +228,8 @@ class Thumbnails:
 
     Attributes:
         uris: The data URIs.
-        omitted: Number of images, key frames and videos that did not fit into the budget. A video counts only if none
-            of its key frames was loaded.
+        omitted: Number of images and key frames that did not fit into the budget. If the budget was used up before a
+            video was read, the whole video counts as one key frame.
     """
 
     def __init__(self, size: int, budget: int) -> None:
@@ -246,15 +249,15 @@ class Thumbnails:
         return self._entries[path]
 
     def of_pair(self, pair: Pair) -> list[dict[str, Any]]:
-        """Adds the images, rejected images and video key frames of a pair, and returns their entries; see ``add``."""
+        """Adds the images, rejected images and video key frames of a pair. Returns a list of entries as in ``add``."""
         entries = [self.add(image) for image in (*pair.images, *pair.rejected_images)]
         named = [{**entry, "name": name} for entry, name in zip(entries, media_names(pair), strict=False)]
         return [*named, *(frame for video in pair.videos for frame in self.add_video(video))]
 
     def add_video(self, video: Video) -> list[dict[str, Any]]:
-        """Adds the key frames of a video, and returns an entry for each frame; see ``add``.
+        """Adds the key frames of a video. Returns a list with an entry for each key frame.
 
-        If the video cannot be shown, returns a single entry with a ``problem``.
+        An entry is as in ``add``. If the video cannot be shown, the list has a single entry with a ``problem``.
         """
         if video not in self._videos:
             name = video_name(video)

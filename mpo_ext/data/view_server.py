@@ -56,7 +56,7 @@ class PairServer(http.server.ThreadingHTTPServer):
 
     Raises:
         OSError: If the port is in use.
-        ValueError: If an argument is out of range, or ``picks_path`` holds picks of other pairs or is a file of the
+        ValueError: If an argument is out of range. If ``picks_path`` holds picks of other pairs, or is a file of the
             source.
         FileExistsError: If ``picks_path`` is not a file of picks.
     """

@@ -2,7 +2,7 @@
 
 - Correctness pair: the rejected response has a wrong answer.
 - Format pair: the rejected response has no readable answer.
-- DropoutNTP pair: the rejected response begins like the chosen response, but the model continued it without the image.
+- DropoutNTP pair: the model sampled the end of the rejected response without the image. The responses begin alike.
 """
 
 import collections
@@ -160,9 +160,9 @@ def sample(
 
 
 def write_items(folder: Path, name: str, tasks: Sequence[digits.GridTask], *, has_truth: bool = True) -> None:
-    """Writes questions to ``NAME.jsonl``, an input file of ``mpo_ext.generate``, and their images to PNG files.
+    """Writes questions to ``NAME.jsonl``, an input file of ``mpo_ext.generate``. Writes the images to PNG files.
 
-    If ``has_truth`` is True, the file also has the true answers.
+    ``has_truth``: whether to write the true answers.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"{name}.jsonl") as file:

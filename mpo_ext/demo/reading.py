@@ -1,9 +1,9 @@
-"""The demo's task: a model that has learned to guess digits from its own text must read the digits of a grid.
+"""The demo's task: to read the digits of a grid in an image.
 
-A step-by-step response names the digits of all cells in order and then gives the answer. The SFT corpus of the demo
-has a *language prior*: in these responses, the next digit is often the previous digit + 1. In the preference pairs and
-in the evaluation, the digits are drawn uniformly. So the SFT model hallucinates: it guesses the next digit from its
-own text instead of the image. A direct response is a single digit, so this error cannot occur.
+A step-by-step response names the digits of all cells in order, and then gives the answer. In the SFT corpus, these
+responses have a *language prior*: the next digit is often the previous digit + 1. So the SFT model hallucinates: it
+guesses the next digit from the previous digit, without the image. The preference pairs and the evaluation do not have
+this prior. Their digits are drawn uniformly. A direct response is a single digit, so this error cannot occur in it.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ class ReadingTask:
     Attributes:
         image: ``[H, W]`` uint8; None: the prompt has no image.
         values: The digits of the cells, in the order of ``CELLS``.
-        asked: Cell whose digit the question asks for, such as "top-left"; ``LARGEST`` asks for the largest digit.
+        asked: Cell whose digit is the answer, such as "top-left". ``LARGEST``: the answer is the largest digit.
         form: Form of the response that the question asks for, "direct" or "cot" (step by step).
-        is_named: Whether the text of the question states the digits. If so, it can be answered without the image,
-            and the response has only the final answer.
+        is_named: Whether the question states the digits as text. The model then needs no image, and the response has
+            only the final answer.
     """
 
     image: np.ndarray | None
@@ -142,10 +142,10 @@ def _draw_digits(split: Digits, values: np.ndarray, rng: np.random.Generator) ->
 
 
 def _render(cells: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws each grid of digits as an image, and returns the images ``[N, side * 16, side * 16]`` uint8.
+    """Returns an image of each grid of digits, ``[N, side * 16, side * 16]`` uint8.
 
-    ``cells`` holds the pixels of the digits, ``[N, side**2, 8, 8]``, with values from 0 to 1. Each digit is
-    enlarged, and rotated, scaled and shifted at random. Noise is added to each pixel.
+    ``cells`` holds the pixels of the digits, ``[N, side**2, 8, 8]``, with values from 0 to 1. Each digit is enlarged,
+    then rotated, scaled and shifted at random. Noise is added to each pixel.
     """
     digits = torch.from_numpy(cells.reshape(-1, 1, *cells.shape[-2:]))
     count = len(digits)

@@ -1,4 +1,4 @@
-"""Writes ``demo.html``: a self-contained page of digits that the SFT model hallucinates and that MPO corrects."""
+"""Writes ``demo.html``, a self-contained page with examples of digits that the SFT model hallucinates."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""Resolves a model name or folder (a whole model, the folder of a run, or LoRA adapters) and loads it as an engine."""
+"""Loads models as engines. The folder of a model may hold a whole model, a training run or LoRA adapters."""
 
 import dataclasses
 import json

@@ -48,10 +48,10 @@ def write_reports(
     A warning names a report that is not written because a package is missing.
 
     Args:
-        cells: Cells (combinations of model, file of questions and prompt), with scores.
+        cells: Cells with scores. A cell is a combination of model, file of questions and prompt.
         results: Content of ``results.json``.
         out: Folder of the evaluation.
-        model_files: For each model, by name: the text that stands for it in file names.
+        model_files: A dict from the name of a model to the text that stands for the model in file names.
         limit: Maximum number of questions in ``failures.html``. If more questions have a wrong answer, a random
             selection of them is shown.
         seed: Seed of the random selection.
@@ -148,7 +148,10 @@ def _skipped(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], int]:
 
 
 def accuracy_table(results: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of the accuracies, with a row for each file and prompt and a column for each model."""
+    """Returns a Markdown table of accuracies. It has a column for each model.
+
+    Each combination of a file of questions and a prompt template has a row.
+    """
     models = list(results["settings"]["models"])
     cells: dict[str, dict[str, str]] = {}
     for row in results["results"]:

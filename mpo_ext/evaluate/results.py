@@ -94,9 +94,10 @@ def compute_results(
 
 
 def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[str, str, str], list[_Answered]]:
-    """Compares the answers that each model gave with and without seeing the image.
+    """Compares each answer that a model gave with an image to the answer without the image.
 
-    Returns a dict from (model, file, prompt) to a list with an entry for each question that could be asked both ways.
+    Returns a dict from (model, file, prompt) to a list of results. The list has an entry for each question that could
+    be asked both ways.
     """
     by_key = {cell.key: cell for cell in cells}
     same: dict[tuple[str, str, str], list[_Answered]] = {}

@@ -20,8 +20,8 @@ _FIRST_WORD = re.compile(r"\W*(\w+)")
 def choice_tokens(chat: ChatEncoder, request: Request) -> list[list[int]] | None:
     """Returns the tokens with which each choice of a request can begin: the first token of each spelling.
 
-    For the choice ``("Yes", "yes")``, these are the first token of "Yes" and the first token of "yes". The following
-    tokens are removed: the unknown token, the end-of-turn token, and each token with which two choices can begin.
+    For the choice ``("Yes", "yes")``, these are the first token of "Yes" and the first token of "yes". The unknown
+    token and the end-of-turn token are removed. A token is also removed if two choices can begin with it.
 
     Returns:
         A list of token ids for each choice, in the order of ``request.choices``. None if the request has no choices,
@@ -76,8 +76,8 @@ class FirstTokenProbs:
 def yes_and_no(generation: Generation) -> tuple[float, float]:
     """Returns P(yes) and P(no) from the generation of a yes-or-no question.
 
-    The request must have the choices ``YES_OR_NO``. If the engine has measured no probabilities, the first word of the
-    generated text decides: (1, 0) for yes, (0, 1) for no, and (0, 0) for any other word or no word.
+    The request must have the choices ``YES_OR_NO``. If the engine has measured no probabilities, the result depends on
+    the first word of the text: (1, 0) for "yes", (0, 1) for "no", otherwise (0, 0).
     """
     if generation.choice_probs is not None:
         yes, no = generation.choice_probs

@@ -217,10 +217,10 @@ class Correctness:
             yield chosen, rejected
 
     def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
-        """Returns the difference in length of two responses on a logarithmic scale; 0 without ``length_balance``.
+        """Returns a measure of the difference in length of two responses; 0 without ``length_balance``.
 
-        It is 4 times the base-2 logarithm of the ratio of their numbers of characters, rounded to an integer: 4 if one
-        response is twice as long as the other, 8 if it is four times as long.
+        The measure is 4 if one response has twice as many characters as the other, and 8 if it has four times as many.
+        Between these ratios, it is logarithmic and rounded to an integer.
         """
         if not self.config.length_balance:
             return 0

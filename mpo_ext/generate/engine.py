@@ -120,7 +120,7 @@ class Engine(Protocol):
         """Returns the settings that determine the generations, as JSON values."""
 
     def encode_response(self, conversation: Conversation, response: str) -> list[int]:
-        """Returns the token ids of a response to a conversation, without the end-of-turn token."""
+        """Returns the token ids of a response. The end-of-turn token is not included."""
 
     def decode_response(self, conversation: Conversation, token_ids: Sequence[int]) -> str:
         """Returns the text of a response to a conversation from its token ids. The text includes special tokens."""

@@ -42,9 +42,9 @@ class StreamingEngine(Engine, Protocol):
 
 
 def run_steps(steps: Steps, engine: Engine) -> Records:
-    """Runs the requests that a pipeline's generator yields, and returns the generator's return value.
+    """Runs the generator of a pipeline to its end, and returns the generator's return value.
 
-    Each yielded list of requests goes to ``engine.generate``, and its generations go back to the generator. The return
+    Each yielded list of requests goes to ``engine.generate``. The generations go back to the generator. The return
     value holds one list of records (JSON objects) per item.
     """
     generations: Any = None
@@ -93,8 +93,8 @@ class _Block:
 
     Attributes:
         tag: Object that identifies the block.
-        steps: Generator that yields the block's requests.
-        generations: Generations of the requests that ``steps`` has yielded last; None for a request that is running.
+        steps: Generator that yields lists of requests.
+        generations: Generations of the latest list of requests. None stands for a request that is running.
         records: Return value of ``steps``; None until it returns.
         error: Error of ``steps`` or of a request; None if the block has not failed.
         n_requests: Number of requests that ``steps`` has yielded so far.
@@ -125,8 +125,8 @@ class Feeder:
     def is_full(self) -> bool:
         """True if no further block (group of items) should be added now.
 
-        This is the case if the engine has enough running requests. It is also the case if too many results are in
-        memory, because ``take`` could not yet return them.
+        There are two possible reasons: the engine has enough running requests, or too many results wait in memory for
+        a call of ``take``.
         """
         kept = sum(block.n_requests for block in self._blocks)
         return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
@@ -190,9 +190,10 @@ class Feeder:
         self._engine.cancel(names)
 
     def _advance(self, block: _Block, generations: list[Generation] | None) -> None:
-        """Sends generations to a block's generator, and submits the requests that it yields next.
+        """Sends ``generations`` to the generator of a block, and submits the requests of the generator's next list.
 
-        ``generations`` is None to start the generator. An error is stored in the block, so that other blocks continue.
+        In the first call for a block, ``generations`` is None. An error is stored in the block, so that other blocks
+        continue.
         """
         try:
             requests = block.steps.send(generations)  # type: ignore[arg-type]

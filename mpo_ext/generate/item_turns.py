@@ -43,14 +43,14 @@ class ItemTurns:
 
 
 def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
-    """Removes the conversation fields, such as ``messages``, from an item's fields ``rest``, and returns them.
+    """Removes the conversation fields, such as ``messages``, from the fields ``rest`` of an item, and returns them.
 
-    Empty fields are left out. The item may be a preference pair that this package wrote. The turns and tools of such a
-    pair are taken from ``extra``.
+    Empty fields are not returned. The item may be a preference pair that this package wrote. The turns and tools of
+    such a pair are taken from ``extra``.
 
     Raises:
-        FormError: If several fields hold messages, or if a pair's chosen response has a tool call or more than one
-            turn. Also raised if an unsupported field would change the prompt, such as ``functions``.
+        FormError: If several fields hold messages. If the chosen response of a pair has a tool call or several turns.
+            If the item has an unsupported field that would change the prompt, such as ``functions``.
     """
     if not is_unset(rest.get("chat_template_kwargs")):
         raise FormError("chat_template_kwargs must be given for the whole run (--chat-template-kwargs)")

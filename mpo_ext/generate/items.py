@@ -68,14 +68,14 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """The image paths that are stored in pairs: absolute if ``subset`` is set, otherwise as in the input."""
+        """Image paths for pairs: the paths of the input, or absolute paths if ``subset`` is set."""
         if self.subset is None:
             return self.images
         return self.image_sources
 
     @property
     def image_sources(self) -> tuple[str, ...]:
-        """Images in the form that ``load_image`` reads: paths joined to ``image_root``, and URLs."""
+        """Images as arguments of ``load_image``: URLs, and paths joined to ``image_root``."""
         return tuple(absolute_path(image, self.image_root) for image in self.images)
 
     @property
@@ -152,10 +152,12 @@ class Item:
         return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
     def pair(self, question: str, chosen: str, rejected: str, provenance: dict[str, Any]) -> Pair:
-        """Builds a preference pair from two responses, with the item's media, first true answer and extra fields.
+        """Returns a preference pair of two responses to this item.
+
+        The pair has the images, the videos, the first true answer and the extra fields of the item.
 
         Args:
-            question: Text of the last user turn. The pair also records the item's other turns and tools.
+            question: Text of the last user turn. The pair also records the earlier turns and the tools of the item.
             chosen: The preferred response.
             rejected: The dispreferred response.
             provenance: Fields that record how the pair was made, such as the pipeline and the seed.
@@ -411,7 +413,7 @@ def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
 
 
 def media_problem(error: Exception) -> str:
-    """Converts an error of ``load_media`` to the ``problem`` of an item."""
+    """Returns the ``problem`` of an item after an error of ``load_media``."""
     return f"{'video' if str(error).startswith('video') else 'image'} cannot be read"
 
 

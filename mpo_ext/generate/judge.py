@@ -182,10 +182,10 @@ class Judge:
     def _verdicts(
         self, item: Item, records: Sequence[dict[str, Any]], media: dict[str, Any]
     ) -> Generator[_Verdict, None, None]:
-        """Yields the requests for ratings or comparisons of the responses to an item.
+        """Yields a ``_Verdict`` for each request to the judge about an item.
 
-        ``records`` are the JSON objects of the responses, which must be distinct. ``media`` are the item's images and
-        videos.
+        In the mode "pointwise", a request asks for a rating of one response. Otherwise, it compares two responses.
+        ``records`` are the JSON objects of distinct responses. ``media`` are the images and videos of the item.
         """
         question = quoted(item.prompt_text)
         if self.config.mode == "pointwise":

@@ -320,7 +320,7 @@ class OpenAIEngine:
 
 
 def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> None:
-    """Checks that the prompt that the server used is the prompt of the model's processor.
+    """Checks that the server has used the same prompt as the model's processor.
 
     The prompts match if their token ids or their texts are equal. With images, only the parts before the first image
     and after the last image are compared.
@@ -366,7 +366,7 @@ def _with_json_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_images(fields: Mapping[str, Any], images: Sequence[Any]) -> dict[str, Any]:
-    """Returns the request fields with each image part in the messages replaced by a ``data:`` URL."""
+    """Returns the request fields with a ``data:`` URL in place of each image part of a message."""
     if not images:
         return dict(fields)
     urls = iter([_data_url(image) for image in images])

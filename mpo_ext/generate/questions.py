@@ -44,7 +44,7 @@ def without_placeholders(question: str) -> str:
 
 
 def prompt_fields(item: Item, question: str, *, with_image: bool) -> dict[str, Any]:
-    """Returns the fields ``question``, ``messages`` and ``tools`` of a ``Conversation`` about an item.
+    """Returns the prompt of an item as the fields ``question``, ``messages`` and ``tools`` of a ``Conversation``.
 
     Args:
         item: The item.
@@ -226,11 +226,11 @@ class AnswerScorer:
         return answer, verdict
 
     def score_fields(self, text: str, item: Item) -> dict[str, Any]:
-        """Returns a dict with the ``answer`` in a response and the result of its comparison with the true answers.
+        """Returns a dict with the ``answer`` in a response, and the result of comparing the answer with the truths.
 
         ``correct`` is True for a right answer and False for a wrong answer. It is None if there is no answer, or if
-        the matcher cannot tell. ``score`` and ``rule``, from the matcher's ``Verdict``, are missing without an answer.
-        ``verdicts`` is ``VERDICT_VERSION``.
+        the matcher cannot tell. If there is an answer, the dict also has ``score`` and ``rule`` from the matcher's
+        ``Verdict``. ``verdicts`` is ``VERDICT_VERSION``.
         """
         answer, verdict = self.score(text, item)
         fields: dict[str, Any] = {"answer": answer, "correct": None if verdict is None else verdict.correct}

@@ -195,7 +195,7 @@ class TransformersEngine:
     def _continue(
         self, questions: Sequence[Sequence[int]], requests: Sequence[Request], prompts: Sequence[EncodedPrompt]
     ) -> list[list[int]]:
-        """Samples a batch, and returns the new token ids of each request, padded after the end token.
+        """Samples a batch. Returns the new token ids of each request, with padding after the end token.
 
         Args:
             questions: The batch, as groups of indices into ``requests``. Requests in a group have the same prompt.
@@ -278,7 +278,7 @@ class TransformersEngine:
     def _without_defaults(self) -> Iterator[None]:
         """Clears the model's ``generation_config`` inside the ``with`` block, except settings of memory and speed.
 
-        Otherwise, ``generate`` of transformers would take settings from it, such as ``repetition_penalty``.
+        Otherwise, ``generate`` of transformers would use settings such as the model's ``repetition_penalty``.
         """
         from transformers import GenerationConfig
 

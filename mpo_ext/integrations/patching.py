@@ -180,7 +180,7 @@ def source_hash(path: str) -> str:
 
 
 def _holders(value: Any, package: str) -> Iterator[tuple[ModuleType, str]]:
-    """Yields ``(module, name)`` for each attribute that is ``value``, in all imported modules of the package."""
+    """Yields ``(module, name)`` for each name of the object ``value`` in the imported modules of a package."""
     for title, other in list(sys.modules.items()):
         if title.partition(".")[0] == package and isinstance(other, ModuleType):
             yield from ((other, name) for name, held in list(vars(other).items()) if held is value)

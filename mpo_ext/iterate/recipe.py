@@ -1,4 +1,4 @@
-"""The recipe of ``mpo-ext iterate``: frozen dataclasses, read from a YAML file like the recipe of a training run.
+"""The recipe of ``mpo-ext iterate``: frozen dataclasses that are read from a YAML file.
 
 Each class defines a section of the file and the defaults of the settings that the file omits.
 """

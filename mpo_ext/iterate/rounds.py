@@ -81,10 +81,10 @@ def folder_results(recipe: IterateRecipe) -> dict[str, Any]:
 
 
 def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
-    """Checks all files of questions, and the model without its weights.
+    """Checks the model and all files of questions. Does not read the weights of the model.
 
     Returns:
-        ``{path: {"items": number of questions, "blake2b": hash of the file}}``.
+        For each file: ``{path: {"items": number of questions, "blake2b": hash of the file}}``.
 
     Raises:
         OSError: If a file or the model is missing.

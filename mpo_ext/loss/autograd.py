@@ -241,7 +241,7 @@ class OnceDifferentiable(torch.autograd.Function):
 
 
 def _once_differentiable(grad: Tensor, *sources: Tensor) -> Tensor:
-    """Returns ``grad``; differentiating the result with respect to ``sources`` raises an error."""
+    """Returns ``grad``. A second derivative with respect to ``sources`` then raises an error."""
     if not torch.is_grad_enabled():  # backward enables gradients only under create_graph=True
         return grad
     return OnceDifferentiable.apply(grad, *sources)

@@ -52,10 +52,16 @@ def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tens
 def shard_state(logits: Tensor, labels: Tensor, first: int) -> Tensor:
     """Returns the softmax state of each token over a shard of the vocabulary, ``[..., ROW_STATE]`` float64.
 
-    With ``d = z - max(z)`` for the logits z of the shard, the six values are ``max(z)``, ``sum(exp(d))``,
-    ``sum(exp(d) * d)``, ``sum(z)``, ``sum(exp(d)^2)``, and the logit of the label (0 if the label is in another
-    shard). Only the second and the last value are differentiable. ``first`` is the vocabulary id of the shard's first
-    column.
+    Let z be the logits of the shard, and ``d = z - max(z)``. A state has six values:
+
+    0. ``max(z)``
+    1. ``sum(exp(d))``
+    2. ``sum(exp(d) * d)``
+    3. ``sum(z)``
+    4. ``sum(exp(d)^2)``
+    5. the logit of the label, or 0 if the label is in another shard
+
+    Only values 1 and 5 are differentiable. ``first`` is the vocabulary id of the first column of ``logits``.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     row_max = z.detach().amax(-1)

@@ -31,7 +31,7 @@ _KNOWN_IN_FORWARD: WeakKeyDictionary[nn.Module, dict[tuple[float, ...], tuple[fl
 
 
 class HiddenAndHead(NamedTuple):
-    """The result of ``hidden_and_head``: arguments of ``linear_mpo_loss`` under the same names.
+    """The result of ``hidden_and_head``. Except for ``outputs``, the attributes are arguments of ``linear_mpo_loss``.
 
     Attributes:
         hidden: ``[B, T, D]`` input of the output head, with its autograd graph.
@@ -40,8 +40,8 @@ class HiddenAndHead(NamedTuple):
         logit_scale: Factor by which the model multiplies the head's output.
         softcap: Bound that the model applies to its logits, or None.
         outputs: The model's output. Its ``logits`` are placeholders and must not be used.
-        vocab_parallel: None, or the process group over which the head is sharded along the vocabulary (``colwise``).
-            ``weight`` and ``bias`` are then this rank's rows.
+        vocab_parallel: None, or the process group of a head that is sharded along the vocabulary (``colwise``). With a
+            sharded head, ``weight`` and ``bias`` are the rows of this rank.
     """
 
     hidden: Tensor
@@ -107,9 +107,9 @@ def value_in_forward(
 ) -> tuple[Tensor, Any]:
     """Runs the model with ``compute`` in place of its output head, and returns the value that ``compute`` returns.
 
-    ``compute`` runs inside the head's forward, while wrappers hold the head's whole weight. This function therefore
-    also works under FSDP2 with a root that is resharded after forward, where ``hidden_and_head`` raises. The gradient
-    of the value goes through the model's output, so the backward hooks of wrappers run first.
+    ``compute`` runs inside the head's forward, while wrappers hold the head's whole weight. So this function also
+    works if FSDP2 reshards the root module after forward. In this case, ``hidden_and_head`` raises. The gradient of
+    the value goes through the model's output, so the backward hooks of wrappers run first.
 
     The first call with a model runs an additional forward without gradient, to find ``logit_scale`` and ``softcap``.
 

@@ -67,9 +67,10 @@ def mpo_loss(
     vocab_parallel: Any,
     sequence_parallel: Any,
 ) -> MPOOutput:
-    """Returns the MPO loss. ``vocab_parallel`` splits the columns of the logits, ``sequence_parallel`` the sequences.
+    """Returns the MPO loss of logits that several ranks hold together.
 
-    At least one of the two process groups is given.
+    A rank of ``vocab_parallel`` has some columns of the logits. A rank of ``sequence_parallel`` has a part of each
+    sequence. At least one of the two process groups is given.
     """
     groups = RankGroups(vocab_parallel, sequence_parallel)
     config, is_part = options.config, groups.sequence is not None
@@ -212,7 +213,10 @@ def linear_token_logp(
     backend: str | None,
     vocab_parallel: Any,
 ) -> Tensor:
-    """Returns the log-prob of each label; each rank of ``vocab_parallel`` holds some rows of the head."""
+    """Returns the log-prob of each label for an output head that is sharded over ranks.
+
+    Each rank of the process group ``vocab_parallel`` holds some rows of the head's weight.
+    """
     groups = RankGroups(vocab_parallel, None)
 
     def check() -> tuple[str, Tensor]:
@@ -368,11 +372,12 @@ def _pair_loss(
 ) -> tuple[eager.PairLoss, Tensor | None, Tensor]:
     """Computes the loss of the pairs and updates the reward shift.
 
-    If several ranks have the same pairs, only the first of them adds the rewards of these pairs to the reward shift.
+    Several ranks may have the same pairs. Only the first of these ranks adds the rewards to the reward shift.
 
     Returns:
-        The pair loss; d loss / d logp of each token, None for the backend "reference"; and the statistics of each
-        token. With ``sequence_parallel``, the statistics are summed over the tokens of all ranks.
+        A tuple of three results. The first is the pair loss. The second is the gradient of the loss with respect to
+        the log-prob of each token, or None for the backend "reference". The third has the statistics of each token.
+        With ``sequence_parallel``, the third result has the sums of the statistics over the tokens of all ranks.
     """
     row_stats = rows.row_stats
     if groups.sequence is None:
@@ -425,7 +430,7 @@ def _loss_of_rows(
 ) -> tuple[eager.PairLoss, Tensor | None]:
     """Computes the pair loss on ranks that hold whole sequences. ``logp`` are the log-probs of the tokens.
 
-    Returns the pair loss, and d loss / d logp of each token. For the backend "reference", the second result is None.
+    Returns the pair loss, and the gradient with respect to ``logp``. The gradient is None for the backend "reference".
     """
     if backend == "reference":
         pair = eager.pair_loss(logp, labels, ref_logp.detach(), shift, options.config, options.cu_seqlens)
@@ -468,7 +473,7 @@ def _in_dtype(pair: eager.PairLoss, dtype: torch.dtype) -> eager.PairLoss:
 
 
 def _sequence_values(values: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Repeats each sequence's value, ``[2B]``, for all of its tokens. The result has the shape of ``labels``."""
+    """Repeats the value of each sequence, ``[2B]``, for all its tokens. The result has the shape of ``labels``."""
     if cu_seqlens is None:
         return values.unsqueeze(1).expand(labels.shape)
     positions = torch.arange(labels.numel(), device=labels.device)

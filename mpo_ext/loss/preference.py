@@ -30,12 +30,12 @@ class Pairs:
     Attributes:
         chosen_logp: ``[B]`` summed log-probs of the chosen responses.
         rejected_logp: ``[B]`` summed log-probs of the rejected responses.
-        ref_chosen_logp: ``[B]`` summed log-probs of the chosen responses under the reference model, without gradient;
-            zeros if the loss needs no reference model.
-        ref_rejected_logp: ``[B]`` the same for the rejected responses.
-        chosen_tokens: ``[B]`` number of labels in each chosen response, or 1 if it has no label. The dtype is that of
-            the log-probs.
-        rejected_tokens: ``[B]`` the same for the rejected responses.
+        ref_chosen_logp: ``[B]`` summed log-probs of the chosen responses under the reference model, without gradient.
+            If the loss needs no reference model, they are 0.
+        ref_rejected_logp: ``[B]`` summed log-probs of the rejected responses, otherwise like ``ref_chosen_logp``.
+        chosen_tokens: ``[B]`` number of labels in each chosen response, or 1 for a response without labels. The dtype
+            is that of the log-probs.
+        rejected_tokens: ``[B]`` number of labels in each rejected response, otherwise like ``chosen_tokens``.
         has_both_sides: ``[B]`` bool, whether both responses of the pair have labels.
         beta: Temperature, as in ``preference_loss``.
         label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)``.
@@ -161,7 +161,7 @@ def preference_loss(
 
 
 def _logistic(pairs: Pairs, margin: Tensor) -> Tensor:
-    """Returns ``-(1 - e) * log sigmoid(margin) - e * log sigmoid(-margin)`` for a label smoothing e."""
+    """Returns ``-(1 - e) * log sigmoid(margin) - e * log sigmoid(-margin)``. e is the label smoothing."""
     smoothing = pairs.label_smoothing
     return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 

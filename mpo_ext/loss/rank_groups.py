@@ -148,15 +148,14 @@ class RankGroups:
         return _with_own(of_sums, sums, dist.get_rank(self.sequence)).sum(0) + poison, of_others.sum(0)
 
     def _gathered(self, name: str, values: Tensor, same: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Gathers the float64 ``values`` of all ranks of the group ``name``, and compares the tensors in ``same``.
+        """Gathers the float64 ``values`` of all ranks of the group ``name``. Compares the tensors in ``same``.
 
         Returns:
-            The values, ``[ranks, ...]``, and a 0-d tensor that the caller adds to its results: 0 if the tensors in
-            ``same`` are equal on all ranks. If they differ and no error is raised, the tensor is NaN.
+            The values, ``[ranks, ...]``, and a 0-d tensor that the caller adds to its results. The 0-d tensor is 0 if
+            the tensors in ``same`` are equal on all ranks. Otherwise, it is NaN.
 
         Raises:
-            ValueError: If tensors in ``same`` differ, the values are on a CPU, and only one of ``vocab_parallel`` and
-                ``sequence_parallel`` is used.
+            ValueError: If the tensors in ``same`` differ, the values are on a CPU, and the call has only one group.
         """
         group = dict(self._named())[name]
         parts = [values.detach(), *(tensor.detach().to(values.device, torch.float64) for tensor in same.values())]
@@ -185,7 +184,7 @@ class RankGroups:
 
 
 class SumGradients(torch.autograd.Function):
-    """Returns hidden states unchanged, and sums their gradient over the ranks of a group in backward."""
+    """Returns hidden states unchanged. In backward, sums the gradients of all ranks of a group."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -152,11 +152,13 @@ def check_linear_loss(
     *,
     is_part: bool = False,
 ) -> tuple[LossPlan, HiddenReference]:
-    """Checks the arguments of ``linear_mpo_loss``; raises if one is invalid. ``is_part``: as in ``check_logits_loss``.
+    """Checks the arguments of ``linear_mpo_loss``. Raises if an argument is invalid.
+
+    ``is_part``: whether this rank holds only a part of each sequence.
 
     Returns:
-        The ``LossPlan`` of the call, and ``reference``. If ``reference`` has hidden states but no head, the policy's
-        head is filled in.
+        The ``LossPlan`` of the call, and the reference. A reference with hidden states but without a head gets the
+        head of the policy.
     """
     _check_config(options.config)
     sequences = checks.check_pairs(hidden, labels, options.cu_seqlens, "hidden", is_part=is_part)

@@ -106,7 +106,8 @@ def triton_problem(device: str) -> str | None:
 def cpu_isa() -> str:
     """Returns the name of the instruction set that the CPU kernels use.
 
-    The environment variable MPO_CPU_ISA selects it; by default it is the best that this machine can run.
+    The environment variable MPO_CPU_ISA selects the instruction set. Without this variable, the CPU kernels use the
+    best instruction set of this machine.
 
     Raises:
         ValueError: If MPO_CPU_ISA does not name an instruction set that this machine can run.

@@ -32,10 +32,10 @@ def write_exp_logits(
 ) -> Tensor:
     """Writes ``exp(z - reference)`` for each logit z to ``exp_logits``, and 0 for the label's logit.
 
-    Each row (token position) has a reference. If the row's largest logit so far, ``row_max``, exceeds the reference by
-    more than the slack (see the module's docstring), ``row_max`` becomes the new reference. The row of ``sums`` is
-    then multiplied by ``exp(old reference - new reference)``. After the last tile, the reference is the largest logit
-    of the whole row. If a label is out of range, the values of its row are undefined.
+    Each row (token position) has a reference. If ``row_max`` exceeds the reference by more than the slack, ``row_max``
+    becomes the new reference. The module's docstring explains the slack. With a new reference, the row of ``sums`` is
+    multiplied by ``exp(old reference - new reference)``. After the last tile, the reference is the largest logit of
+    the whole row. If a label is out of range, the values of its row are undefined.
 
     Args:
         logits: ``[n, columns]``, a tile of labelled rows, float32.

@@ -23,7 +23,7 @@ KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS = 0, 1, 2
 
 
 class LinearOptions(NamedTuple):
-    """The last arguments of ``linear_token_logp`` and of ``linear_grad``, in the order in which both take them."""
+    """The last arguments of ``linear_token_logp`` and of ``linear_grad``. Both functions take them in this order."""
 
     ignore_index: int  # label of rows that are not projected and give 0
     head_scales: list[float]  # logit_scale, softcap (0 for none) and temperature of Head

@@ -86,11 +86,12 @@ def token_logp_outputs(logits: Tensor, labels: Tensor, stats: int) -> RowOutputs
 def token_logp_shard(
     logits: Tensor, labels: Tensor, ignore_index: int, stats: int, backend: str, shard: VocabShard
 ) -> Tensor:
-    """Returns each token's softmax state over a shard of the vocabulary, ``[..., ROW_STATE]``, for ``merge_shards``.
+    """Returns the softmax state of each token over a shard of the vocabulary, ``[..., ROW_STATE]``.
 
-    A state holds the largest logit, four sums and the logit of the label, see ``mpo_ext.loss.eager.shard_state``. The
-    arguments are those of ``token_logp``. ``logits`` are the columns of the shard; labels are ids of the whole
-    vocabulary.
+    ``mpo_ext.loss.eager.shard_state`` describes a state. ``merge_shards`` merges the states of all shards.
+
+    The arguments are as in ``token_logp``, but ``logits`` has only the columns of the shard. Labels are ids of the
+    whole vocabulary.
     """
     state = empty_row_state(labels)
     outputs = token_logp_outputs(logits, labels, stats)
@@ -186,14 +187,14 @@ def logits_grad(
     first: int = 0,  # the vocabulary id of column 0, if the logits are a shard
     total: int = 0,  # size of the whole vocabulary; 0: that of the logits
 ) -> Tensor:
-    """Returns the gradient of the logits, ``scale * weight * (onehot(label) - softmax(logits))``; 0 without a label.
+    """Returns the gradient of the logits, ``scale * weight * (onehot(label) - softmax(logits))``.
 
-    A row whose label is out of range gets NaN. The result is contiguous and has the shape and dtype of the logits.
-    Each logit of a labelled token is read once, and its gradient is written once. On a CPU, a large gradient may reuse
-    the memory of an earlier gradient.
+    The gradient of a row is 0 if the label is ignored, and NaN if the label is out of range. The result is contiguous
+    and has the shape and dtype of the logits. Each logit of a labelled token is read once, and its gradient is written
+    once. On a CPU, a large gradient may reuse the memory of an earlier gradient.
 
-    If ``total`` is not 0, the logits are a shard of a vocabulary of ``total`` ids, and ``first`` is the shard's first
-    id.
+    If ``total`` is not 0, the logits are a shard of a vocabulary of ``total`` ids. ``first`` is then the first id of
+    the shard.
     """
     _check_grad_inputs(logits, labels, row_max, row_sum, weight, scale, backend)
     grad, is_zeroed = _grad_memory(logits, labels, ignore_index, backend)

@@ -21,7 +21,7 @@ _free_blocks: list[np.ndarray] = []  # at most one; list operations are atomic, 
 
 
 class Tile(NamedTuple):
-    """The part of the vocabulary that a tile of logits, ``[..., columns]``, covers.
+    """The part of the vocabulary in a tile of logits, ``[..., columns]``.
 
     Labels are ids of the whole vocabulary.
     """

@@ -53,7 +53,11 @@ def pair_loss(
     ignore_index: int,  # label of rows that are not scored
     backend: str,  # a result of choose_backend other than "reference"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the fields of ``mpo_ext.loss.eager.PairLoss`` for B pairs, followed by d loss / d logp of each token."""
+    """Returns the loss of B pairs and eight other tensors.
+
+    The first eight of the nine tensors are the fields of ``mpo_ext.loss.eager.PairLoss``. The last tensor is the
+    gradient of the loss with respect to ``logp``.
+    """
     check_kernel(backend, logp, "logp")
     is_double = logp.dtype == torch.float64 and backend == "cpu"
     check_pair_rows(logp, labels, torch.float64 if is_double else torch.float32)

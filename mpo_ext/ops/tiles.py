@@ -81,9 +81,9 @@ class Head(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """Constant factor in the derivative of a logit with respect to ``hidden @ weight.T + bias``.
+        """Derivative of a logit with respect to ``hidden @ weight.T + bias``, without a softcap.
 
-        With a softcap, the derivative also contains the derivative of tanh, which depends on the logit.
+        With a softcap, the derivative is this number times the derivative of tanh.
         """
         return self.logit_scale / self.temperature
 
@@ -289,7 +289,10 @@ class TiledRows:
         return self._buffer("grad input", logits.shape, self.input_dtype)
 
     def restored_logits(self, memory: Tensor, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor | None]:
-        """Returns the kept logits of a tile, and the values of the softcap's tanh (None without a softcap)."""
+        """Returns the kept logits of a tile, and the tanh values of the softcap.
+
+        Without a softcap, the second result is None.
+        """
         if self.keeps_in_place:
             logits = self.kept_logits.tile(memory, rows, first, end)
         else:

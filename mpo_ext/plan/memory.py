@@ -314,9 +314,10 @@ def has_split_attention(model: nn.Module) -> bool:
 
 
 def longest_pair(recipe: Recipe, model: nn.Module) -> int:
-    """Returns the assumed number of tokens of a prompt plus a response.
+    """Returns the assumed length of a prompt plus a response, in tokens.
 
-    The number is ``data.max_length``, or 4096 without this limit. A model with fewer positions reduces the number.
+    The length is ``data.max_length``, or 4096 if the recipe does not set it. The number of positions of the model is
+    an upper limit.
     """
     tokens = recipe.data.max_length or ASSUMED_LENGTH
     return min(tokens, getattr(_text_config(model), "max_position_embeddings", None) or tokens)

@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def total_sharded(self) -> int:
-        """Estimated bytes of a rank's memory if parameters, gradients and optimizer state are sharded."""
+        """Estimated memory of a rank in bytes, if parameters, gradients and optimizer state are sharded."""
         return sum(part.sharded for part in self.memory)
 
     def predict(self, trainer: str, machine: Machine, **changes: Any) -> Cost:

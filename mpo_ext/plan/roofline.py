@@ -147,9 +147,9 @@ def loss_gradients(loss: LossShape, *, has_head: bool = True) -> float:
 
 
 def _kept_width(loss: LossShape, machine: Machine) -> int:
-    """Returns the number of bytes of a logit that forward keeps for backward.
+    """Returns the size in bytes of a logit that is kept between forward and backward.
 
-    For bfloat16 inputs, a kept logit takes 2 bytes. Otherwise, it takes as many bytes as a logit in a tile.
+    For bfloat16 inputs, the size is 2. Otherwise, it is the size of a logit in a tile.
     """
     product = loss.dtype if loss.matmul_dtype is None else loss.matmul_dtype
     width = 4 if machine.is_gpu or product == "float32" else loss.size

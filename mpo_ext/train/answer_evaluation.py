@@ -170,8 +170,8 @@ def answer_metrics(scores: Sequence[QuestionScore]) -> dict[str, float]:
     """Returns the metrics of generated answers as a dict from name, such as ``answer_accuracy``, to value.
 
     ``scores`` has a score for each question. A question that could not be asked counts only in ``questions_refused``.
-    ``answer_accuracy`` is NaN if no question could be asked. ``answer_standard_error`` needs at least two questions
-    that could be asked; otherwise it is left out.
+    If no question could be asked, ``answer_accuracy`` is NaN. If fewer than two questions could be asked, there is no
+    ``answer_standard_error``.
     """
     answered = [score for score in scores if score.problem is None]
     accuracy, error = mean_and_error([score.accuracy for score in answered])

@@ -418,8 +418,8 @@ def _check_same_prompt(first: Sample, second: Sample) -> None:
 def _positions(values: Sequence[Tensor], plan: _RowPlan, rows: int, length: int) -> Tensor:
     """Returns the position ids of all rows, ``[A, R, L]`` int64. A is 1, or larger for multimodal RoPE.
 
-    ``values[i]`` holds the position ids ``[A, P]`` of the prompt of ``plan.owners[i]``. A response starts at the
-    position after the largest position of its prompt.
+    ``values`` holds the position ids ``[A, P]`` of each prompt, in the order of ``plan.owners``. The positions of a
+    response continue after the largest position of its prompt.
     """
     positions = torch.zeros(values[0].shape[0], rows, length, dtype=torch.int64)
     firsts = []
@@ -435,7 +435,7 @@ def _positions(values: Sequence[Tensor], plan: _RowPlan, rows: int, length: int)
 
 
 def _token_inputs(prompts: Sequence[_PlacedPrompt], rows: int, length: int) -> dict[str, Tensor]:
-    """Returns a dict from the name of an additional per-token input, such as ``token_type_ids``, to ``[R, L]`` values.
+    """Returns the additional per-token inputs of the model by name, such as ``token_type_ids``: ``[R, L]`` each.
 
     The values are 0 for responses, for padding, and for prompts that lack the input.
     """

@@ -61,9 +61,10 @@ class BatchLoss:
             batch: Micro-batch of B pairs.
             config: Settings of the loss, with the weights of its terms for this micro-batch.
             reward_shift: Reward shift of the BCO term. In training mode, the loss updates it.
-            router_weight: Weight of the auxiliary router loss for this micro-batch. If it is positive, the returned
-                loss includes the router loss, and ``stats`` has two more entries. ``router_aux_loss`` is the router
-                loss without this weight. ``routed_tokens`` is the number of tokens over which it is averaged.
+            router_weight: Weight of the auxiliary router loss for this micro-batch. If the weight is positive, the
+                returned loss includes the router loss, and ``stats`` has two more entries. ``router_aux_loss`` is the
+                router loss without the weight. ``routed_tokens`` is the number of tokens in the average of the router
+                loss.
         """
         batch = batch.to(self.accelerator.device)
         if self.reference is not None:

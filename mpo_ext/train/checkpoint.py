@@ -126,8 +126,8 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """Restores a checkpoint in place, bit for bit, and returns its ``state``. All ranks must call this method.
 
-        Random states are restored only if the number of ranks is the same as at the save; otherwise a warning is
-        logged. A checkpoint of DeepSpeed can only be loaded with the same number of ranks.
+        If the number of ranks has changed since the save, random states are not restored, and a warning is logged.
+        DeepSpeed cannot load the checkpoint with another number of ranks.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
@@ -138,8 +138,8 @@ class Checkpoints:
 
         Raises:
             CheckpointError: If a file has changed since the save, or the checkpoint belongs to another model,
-                optimizer or precision. The run then stays unchanged. Also if the tensors cannot be read. The run may
-                then be partly restored.
+                optimizer or precision. In these cases, the run stays unchanged. If the tensors cannot be read, the
+                run may be partly restored.
         """
         path = Path(path)
         with together(accelerator):

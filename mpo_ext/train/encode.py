@@ -314,7 +314,7 @@ class Encoder:
     def _check_media_tokens(
         self, ids: Tensor, inputs: Mapping[str, Tensor], conversation: Conversation, name: str
     ) -> None:
-        """Raises ``BadPairError`` if the prompt has too few or too many image or video tokens.
+        """Raises ``BadPairError`` if the prompt has a wrong number of image tokens or video tokens.
 
         Args:
             ids: Token ids of the prompt.
@@ -426,7 +426,11 @@ def _media(conversation: Conversation) -> str:
 
 
 def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Splits the processor's output for a prompt into token ids, per-token inputs, and image and video inputs."""
+    """Splits the output of the processor for a prompt into three parts.
+
+    Returns:
+        The token ids, a dict of inputs with a value per token, and a dict of image and video inputs.
+    """
     for input_name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"the processor must return tensors, got {type(value).__name__} for {input_name!r}")

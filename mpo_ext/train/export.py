@@ -35,8 +35,8 @@ from mpo_ext.train.zero import full_state_dict, is_deepspeed, is_partitioned, wi
 def with_chat_settings(processor: Any, settings: ModelRecipe) -> Any:
     """Returns a copy of the processor with the chat template and the template variables of the recipe.
 
-    Programs that load the exported processor then make the same prompts as training. ``processor`` itself is returned
-    if the recipe sets neither a template nor variables, or if there is no template at all.
+    The exported processor then makes the same prompts as training. If the recipe sets no template and no variables,
+    or if there is no template at all, the processor is not copied.
     """
     template = find_chat_template(processor, settings.chat_template)
     if template is None or not (settings.chat_template or settings.chat_template_kwargs):

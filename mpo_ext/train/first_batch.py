@@ -44,7 +44,7 @@ class FirstBatchCheck:
 
         Args:
             batch: The micro-batch.
-            output: Logits ``[N, V]``, or hidden states and output head, for the N labels of the batch.
+            output: Logits ``[N, V]`` for the N labels of the batch, or hidden states and output head.
             ref_logp: ``[2B]`` summed log-probs of the responses under the reference, or None.
         """
         vocab, logits_at = _logits_of(output)
@@ -123,10 +123,10 @@ def batch_sequences(batch: Batch, vocab: int, logits_at: Callable[[Tensor], Tens
 
 
 def _logits_of(output: Tensor | HiddenRows) -> tuple[int, Callable[[Tensor], Tensor] | None]:
-    """Returns the number of logits V per position, and a function that returns the logits ``[n, V]`` of n labels.
+    """Returns the size of the vocabulary, V, and a function that computes logits.
 
-    The function takes n indices into ``Batch.labels``, int64 on the CPU. It is None if the output head is sharded over
-    ranks.
+    The function takes n indices into ``Batch.labels`` (int64 on the CPU), and returns their logits, ``[n, V]``. If the
+    output head is sharded over ranks, None is returned in place of the function.
     """
     if isinstance(output, Tensor):
         return output.shape[-1], lambda rows: output[rows.to(output.device)]

@@ -45,10 +45,10 @@ class HiddenRows(NamedTuple):
 
 
 def forward(model: nn.Module, batch: Batch) -> HiddenRows:
-    """Runs the model without its output head on a batch, and returns the hidden states that predict the labels.
+    """Returns the hidden states that predict the labels of a batch. The output head of the model is not used.
 
-    The loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ..., cu_seqlens=batch.cu_seqlens, shift=False,
-    **out.options)``.
+    With the result ``out``, the loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ...,
+    cu_seqlens=batch.cu_seqlens, shift=False, **out.options)``.
 
     The model may be wrapped by DDP, FSDP, accelerate or peft; see ``hidden_and_head``. The batch must be on the device
     of the model.

@@ -216,10 +216,10 @@ def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[
 
 
 def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
-    """Returns hashes of the first 8 pairs of the run, as a dict for each pair.
+    """Returns a dict of hashes for each of the first 8 pairs of the run.
 
-    If none of these pairs has images or videos, the first pair with images or videos among 1,000 pairs is added. A
-    dict has separate hashes for the texts, the image files, the token ids, and all encoded inputs.
+    A dict has separate hashes for the texts, the image files, the token ids, and all encoded inputs. If the 8 pairs
+    have no images and no videos, the next pair with an image or a video is added. Only 1,000 pairs are searched.
     """
     encoded: list[dict[str, Any]] = []
     has_images = False
@@ -309,10 +309,10 @@ def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: I
 def _same_texts(
     old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Returns tuples (pair of ``old``, pair of ``new``) with equal texts. New pairs without a match are left out.
+    """Returns tuples (old pair, new pair) with equal texts. New pairs without a match are left out.
 
-    If several old pairs have the texts of a new pair, the old pair with the same images is chosen. Without such a
-    pair, the old pair with the same name is chosen.
+    If several old pairs have the texts of a new pair, the old pair with the same images is chosen. If no old pair has
+    the same images, the old pair with the same name is chosen.
     """
     both = []
     for pair in new:

@@ -110,10 +110,11 @@ def means(
 
 
 def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
-    """Returns the mean of the reward accuracies on two kinds of pairs.
+    """Returns the mean of two reward accuracies, so that the lengths of responses have less effect.
 
-    In the first kind, the chosen response is longer; in the second kind, the rejected response is longer. If only one
-    kind occurs, the result is the accuracy on this kind. If neither occurs, the result is ``accuracy``.
+    The first is the accuracy on pairs with a longer chosen response. The second is the accuracy on pairs with a longer
+    rejected response. Without pairs of one kind, the result is the other accuracy. Without pairs of both kinds, the
+    result is ``accuracy``.
     """
     kinds = [name for name in ("longer_chosen", "longer_rejected") if sums[name]]
     parts = [sums[f"accurate_{name}"] / sums[name] for name in kinds]

@@ -312,8 +312,8 @@ def stored_lines(overviews: Iterable[SourceOverview]) -> list[str]:
 def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: SourceOverview) -> bool:
     """Returns whether all image and video files of a pair exist. Counts missing files in ``overview``.
 
-    ``file_exists`` caches whether a file exists, by the hash of its path. ``name`` is the file and line number of the
-    pair.
+    ``file_exists`` is a cache from the hash of a path to whether the file exists. ``name`` says where the pair is:
+    file and line number.
     """
     is_complete = True
     for image in pair.media_paths:
@@ -331,11 +331,10 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns a label for each subset of the data: its name, if no other subset has this name.
+    """Returns a label for each data set. ``paths`` and ``names`` hold a path and a name for each data set.
 
-    Otherwise the label begins with the last parts of the path, as many as are needed to tell the subsets apart. For
-    example, the files "x/a/train.jsonl" and "x/b/train.jsonl" get "a/train.jsonl" and "b/train.jsonl". ``paths`` and
-    ``names`` hold a path and a name for each subset.
+    The label is the name if it is unique. Otherwise, the label begins with the last parts of the path. For example,
+    "x/a/train.jsonl" and "x/b/train.jsonl" get the labels "a/train.jsonl" and "b/train.jsonl".
     """
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []

@@ -47,8 +47,8 @@ class OptimRecipe:
         groups: Settings for parts of the model, such as ``{vision_tower: {learning_rate: 2e-6}}``. The parts are
             "vision_tower", "projector" and "language_model".
         batch_size: Number of pairs per optimizer step, summed over all ranks and micro-batches.
-        micro_batch_size: Number of pairs per forward pass on each rank. If ``micro_batch_tokens`` is set, this setting
-            is not used and must be 1, the default.
+        micro_batch_size: Number of pairs per forward pass on each rank. With ``micro_batch_tokens``, this setting is
+            not used and must keep its default, 1.
         micro_batch_tokens: Maximum number of token positions per forward pass on each rank, padding included. A longer
             pair goes through the model alone. None: ``micro_batch_size`` pairs per forward pass.
         epochs: Number of passes over the data.
@@ -58,9 +58,9 @@ class OptimRecipe:
         weight_decay: Weight decay of matrices. Biases and norms have none.
         warmup_ratio: Fraction of the steps during which the learning rate rises linearly from 0.
         schedule: Learning-rate schedule after warmup: "cosine", "linear", "constant" or "wsd" (warmup, stable, decay;
-            arXiv 2404.06395). "wsd" is constant, then linear during the last ``decay_ratio`` of the steps.
-        min_lr_ratio: Learning rate that "cosine", "linear" and "wsd" would reach right after the last step, as a
-            fraction of the maximum.
+            arXiv 2404.06395). "wsd" is constant, and falls linearly in the last ``decay_ratio`` of the steps.
+        min_lr_ratio: Learning rate at the end of "cosine", "linear" and "wsd", as a fraction of the maximum. A step
+            after the last step would have this learning rate.
         decay_ratio: Fraction of the steps during which "wsd" decays.
         max_grad_norm: Norm to which larger gradients are clipped; 0 disables clipping.
         seed: Seed of the pair order and of all other random numbers.

@@ -297,7 +297,10 @@ class RunOutput:
             self.console.say(f"the model is on the hub: {self.hub.push(self.final)}")
 
     def _write_card(self) -> None:
-        """Writes the model card with the last training metrics and the evaluation after the last step."""
+        """Writes the model card with the last training metrics.
+
+        If the current step has an evaluation, the card also has the metrics of the evaluation.
+        """
         counts = self.state.pair_counts_of_all_ranks()
         if not self.is_main:
             return

@@ -13,8 +13,8 @@ from mpo_ext.train.checkpoint_state import random_state, restore_random_state
 def preserved(accelerator: Any, model: nn.Module) -> Iterator[None]:
     """Restores the modules of a model and the random states of this rank at the end of the ``with`` block.
 
-    Each module gets back its buffers and its attributes, such as the training mode and cached values. Only references
-    to tensors are saved, so the block must not change parameters, gradients or buffers in place.
+    A module gets back its buffers and attributes, such as the training mode. Tensors are not copied, so the block must
+    not change them in place.
     """
     saved = [(vars(module), dict(vars(module)), dict(vars(module)["_buffers"])) for module in model.modules()]
     random = random_state(accelerator)

@@ -86,7 +86,7 @@ class Proof:
         yield from self.problems
 
     def console_lines(self) -> Iterator[str]:
-        """Yields the result of ``lines`` for the console: only the first pair, with shortened texts."""
+        """Yields lines for the console: only the first pair, with shortened texts."""
         return dataclasses.replace(self, pairs=self.pairs[:1]).lines(_CONSOLE_CHARACTERS)
 
     def check(self) -> None:
@@ -189,9 +189,9 @@ def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
 def _with_media(
     chat: ChatEncoder, conversation: Conversation, images: Sequence[Any], videos: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """Returns the chat messages of a conversation, with the loaded images and videos in their content parts.
+    """Returns the chat messages of a conversation. Their image and video parts hold the loaded images and videos.
 
-    The messages for a text model contain no images and videos.
+    For a text model, the messages have no image and video parts.
     """
     messages = chat_messages(conversation, as_parts=chat.is_multimodal)
     if not chat.is_multimodal:

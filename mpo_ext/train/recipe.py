@@ -280,10 +280,11 @@ class ReferenceRecipe:
             with LoRA, otherwise "copy".
         path: Model to use for "copy" and "precomputed"; None: the starting state of the trained model.
         file: File of the log-probs of "precomputed"; None: ``reference.jsonl`` in the output folder.
-        sync_every: Number of steps between two updates of the reference model towards the policy, for the kind "copy"
-            (TR-DPO, arXiv 2404.09656; ``ref_model_sync_steps`` of TRL). 0 disables updates.
-        sync_mix: Weight w of the policy in an update (``ref_model_mixup_alpha`` of TRL). An update sets each parameter
-            of the reference to ``w * policy + (1 - w) * reference``. w = 1 is the hard update of the paper.
+        sync_every: Number of steps between two updates of the reference model towards the policy; 0: no updates. Only
+            for the kind "copy". See TR-DPO (arXiv 2404.09656), and ``ref_model_sync_steps`` of TRL.
+        sync_mix: Weight w of the policy in an update. Each parameter of the reference model becomes
+            ``w * policy + (1 - w) * reference``. w = 1 is the hard update of TR-DPO. TRL has the same setting,
+            ``ref_model_mixup_alpha``.
     """
 
     kind: Literal["copy", "adapter", "precomputed"] | None = None

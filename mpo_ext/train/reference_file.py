@@ -1,4 +1,4 @@
-"""Precomputed reference log-probs: all ranks compute them once and store them in a file that later steps read."""
+"""Precomputed reference log-probs. All ranks compute them once and store them in a file, which later steps read."""
 
 import datetime
 import hashlib
@@ -26,7 +26,7 @@ _PROVENANCE = ("processor", "versions", "date")  # need not be equal in file and
 
 
 class PrecomputedReference:
-    """Returns reference log-probs from a file. A pair is found by its ``Sample.digest``.
+    """Reads reference log-probs from a file. The key of a pair in the file is its ``Sample.digest``.
 
     Args:
         path: File of the log-probs.
@@ -67,7 +67,7 @@ def reference_path(recipe: Recipe) -> Path:
 
 
 def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[str, Any]:
-    """Returns a dict of all that the reference log-probs depend on, such as settings and a hash of all pairs.
+    """Returns a dict of everything that the reference log-probs depend on: settings, versions and hashes.
 
     Reads all lines of the data. ``fingerprint`` is a hash of the weights of the reference model.
     """

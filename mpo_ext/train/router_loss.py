@@ -1,8 +1,9 @@
-"""The load-balancing loss of mixture-of-experts models, which makes routers use all experts.
+"""The load-balancing loss of mixture-of-experts models. It makes the routers use all experts.
 
-It is the loss of Switch Transformers (arXiv 2101.03961, equations 4 to 6), as transformers computes it
-(``load_balancing_loss_func``). Hooks record the logits of the routers. The model argument ``output_router_logits`` is
-not used, because it needs a dense attention mask and some models do not return the logits.
+The loss is that of Switch Transformers (arXiv 2101.03961, equations 4 to 6), as computed by
+``load_balancing_loss_func`` of transformers. Hooks record the logits of the routers. The model argument
+``output_router_logits`` is not used, because it needs a dense attention mask. Also, some models do not return the
+logits.
 """
 
 import inspect

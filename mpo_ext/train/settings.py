@@ -107,11 +107,12 @@ SharedPrefix = Annotated[bool | Literal["padded", "masked"], PlainValidator(_to_
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(kind: type[T]) -> type[T]:
-    """Class decorator that makes a recipe section: a frozen dataclass that converts and checks its arguments.
+    """Class decorator. The class becomes a recipe section: a frozen dataclass that converts and checks its arguments.
 
-    Mappings are converted to sections, lists to tuples, and ints to floats if the setting is a float. A value of the
-    wrong type raises TypeError; any other invalid value raises ValueError. Error messages begin with the setting's
-    dotted name.
+    A mapping becomes a section, and a list becomes a tuple. If a setting is a float, an int becomes a float.
+
+    A value of the wrong type raises TypeError. Any other invalid value raises ValueError. An error message begins with
+    the full name of the setting, such as "optim.batch_size".
     """
     config = pydantic.ConfigDict(extra="forbid")
     built: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)

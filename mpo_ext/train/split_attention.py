@@ -250,10 +250,10 @@ def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _
 def _split_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Computes split attention with ``scaled_dot_product_attention``; a function for ``AttentionInterface``.
+    """Computes split attention with ``scaled_dot_product_attention``. ``AttentionInterface`` calls this function.
 
-    ``query`` is ``[R, H, L, D]``; ``key`` and ``value`` are ``[R, G, L, D]`` with H a multiple of G. Returns the
-    attention output ``[R, L, H, D]``, with zeros for padding, and None instead of attention weights.
+    Shapes: ``query`` is ``[R, H, L, D]``. ``key`` and ``value`` are ``[R, G, L, D]``, and H is a multiple of G.
+    Returns the output, ``[R, L, H, D]``, and None in place of attention weights. The output is 0 at padding.
     """
     call = _checked_call(module, attention_mask, kwargs)
     if call is None:

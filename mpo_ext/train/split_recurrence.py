@@ -88,7 +88,7 @@ class _Piece(NamedTuple):
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the piece from whose final states this piece starts; None: it starts without states.
+        prompt: Index of the piece whose final states are the initial states of this piece; None: no initial states.
         keeps_states: Whether other pieces start from the final states of this piece.
         is_padding: Whether the layer skips these tokens.
     """
@@ -220,11 +220,14 @@ class _SplitForward:
     def _check(self, hidden: Tensor, options: dict[str, Any]) -> None:
         """Raises ``RuntimeError`` if the layer does not continue correctly from the states of a prompt.
 
-        A kernel may ignore the initial state, or the gradient of the final state. The check calls the layer on a
-        random prompt, and then on its response. A single call on prompt and response together gives the expected
-        outputs of the response, and their expected gradients with respect to the prompt. A third run omits the states.
-        The two calls may differ from the expected values by at most a quarter of the difference of the third run. A
-        larger difference is allowed if it is within the rounding errors.
+        Some kernels ignore the initial state, or the gradient of the final state. The check therefore runs the layer
+        three times on random tokens, which are divided into a prompt and a response:
+
+        1. The prompt and the response are one sequence. The results of this run are the truth.
+        2. The response starts from the states of the prompt.
+        3. The response starts without states.
+
+        The error of run 2 must be at most a quarter of the error of run 3, or within the rounding errors.
         """
         if self._is_checked or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return

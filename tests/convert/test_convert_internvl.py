@@ -54,7 +54,7 @@ def language_config(kind: str, *, tied: bool) -> dict[str, Any]:
 
 
 def vision_config(*, is_large: bool) -> dict[str, Any]:
-    """Returns a vision config in the authors' format; ``is_large`` selects the variant of InternViT-6B."""
+    """Returns a vision config in the format of InternVL's authors; with ``is_large``, the variant InternViT-6B."""
     return {
         "hidden_size": WIDTH, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": LAYERS,
         "num_channels": 3, "image_size": 56, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6,

@@ -422,7 +422,7 @@ def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
 def exact_rows(rows: Rows) -> dict[str, np.ndarray]:
     """Computes log-probs, probabilities and statistics of each row in float64, from their definitions.
 
-    Rows with an ignored label hold zeros, and rows with an invalid label NaN.
+    If the label of a row is ignored, all results of the row are 0. If the label is invalid, they are NaN.
     """
     n = rows.rows
     found = {name: np.zeros(n) for name in ("logp", "entropy", "mean_logit", "top1", "sum_p_squared")}

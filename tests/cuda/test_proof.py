@@ -1,4 +1,4 @@
-"""Tests memory traffic and fences of the CUDA kernels, and that the tests detect deliberate mistakes in kernels."""
+"""Tests memory traffic and fences of the CUDA kernels. Also tests that deliberate mistakes in kernels are detected."""
 
 import re
 

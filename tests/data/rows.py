@@ -41,6 +41,6 @@ def open_rows(folder: Path, rows: Sequence[dict[str, Any]], **options: Any) -> P
 
 
 def read_row(folder: Path, row: dict[str, Any], **options: Any) -> Pair | BadLine:
-    """Reads a row. Returns the pair, or a BadLine with the reason. The pair's image paths are those of the row."""
+    """Reads a row. Returns the pair with the image paths of the row, or a BadLine with the reason."""
     source = open_rows(folder, [row], **options)
     return next(pair for _, pair in source.pairs.scan())

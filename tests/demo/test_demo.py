@@ -329,7 +329,7 @@ SCRIPTED = Settings(direct_questions=40, questions=40, samples=4, dropout_ntp_qu
 
 @pytest.fixture
 def made(processor: DigitsProcessor, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Makes pairs as the demo does, with the scripted engine. Returns what ``make_pairs`` returns."""
+    """Returns the result of ``make_pairs`` with a scripted engine instead of a model."""
     Scripted.truths, Scripted.blind = {}, []  # type: ignore[attr-defined]
     written = demo_pairs.write_items
 

@@ -55,7 +55,7 @@ class StubEngine:
         return Generation(tuple(self.encode(text)), text, finish)
 
     def _judge(self, request: Request) -> Generation:
-        """Imitates a judge: splits an answer into claims, turns claims into questions, or picks a choice at random."""
+        """Imitates a judge. Splits an answer into claims, turns claims into questions, or makes a random choice."""
         rng = random.Random(request.seed)
         if request.choices:
             probs = tuple(rng.random() / len(request.choices) for _ in request.choices)

@@ -1,4 +1,4 @@
-"""Tests runs on a Ray cluster: they equal runs without Ray, also after a worker or the driver was killed."""
+"""Tests runs on a Ray cluster. They must equal runs without Ray, also after a worker or the driver was killed."""
 
 import json
 import os

@@ -225,9 +225,9 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_a_meta_file_of_prompts_is_a_source(prompts: Path, tmp_path: Path) -> None:
-    """Checks that each pair made from an MMPR meta file has the name and the image folder of its data file.
+    """Checks that each pair records the name and the image folder of its data set from an MMPR meta file.
 
-    Pairs that DropoutNTP makes from ``unsolved.jsonl``, the questions without a right answer, must have them, too.
+    A second run reads ``unsolved.jsonl``, which the first run has written. The check includes the pairs of both runs.
     """
     correctness = Correctness(CorrectnessConfig(samples=4, pairs_per_question=1))
     summary = run(correctness, prompts, tmp_path / "out")

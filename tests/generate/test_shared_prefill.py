@@ -1,4 +1,4 @@
-"""Tests that the samples of a question share one prefill, and get the same tokens as without sharing."""
+"""Tests that the samples of a question share one prefill. Their tokens must be the same as without sharing."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import dataclasses

@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_those_of_the_dense_mask(family: str, dtype: torc
 
 @pytest.mark.parametrize("family", HYBRID)
 def test_hybrid_layers_give_the_loss_of_separate_rows(family: str) -> None:
-    """For models with recurrent layers, checks that shared rows and separate rows give the same loss and gradients.
+    """Checks that shared and separate rows give the same loss and gradients, for models with recurrent layers.
 
     A shared row has several responses to one prompt. Uses flash-linear-attention, mamba-ssm and causal-conv1d if they
     are installed, otherwise plain torch.

@@ -560,9 +560,9 @@ def fsdp2_head_by_itself(rank: int, is_kept: bool) -> None:
 
 
 def fsdp2_in_forward(rank: int, family: str) -> None:
-    """Tests FSDP2 with each linear layer sharded separately, including an untied head.
+    """Tests FSDP2 with a separate ``fully_shard`` call for each linear layer, also for an untied output head.
 
-    The full weight of a layer is freed after each forward.
+    FSDP2 frees the full weight of a layer after the forward pass of the layer.
     """
     from torch.distributed.fsdp import fully_shard
 

@@ -102,7 +102,7 @@ class Linear:
 
     @property
     def logit_noise(self) -> float:
-        """The unavoidable error of a logit ``h @ w``: the machine epsilon times the largest sum of ``|h_i w_i|``."""
+        """The scale of the rounding errors of logits: the machine epsilon times the largest ``sum(|h_i w_i|)``."""
         return self.eps * float(self.exact_head.magnitude.max(initial=1.0))
 
 
@@ -119,10 +119,7 @@ def make_linear(
     seed: int = 0,
     **head: Any,
 ) -> Linear:
-    """Returns a test case of two pairs.
-
-    Every third hidden state points in the direction of its label's weight row, which makes that label likely.
-    """
+    """Returns a test case of two pairs. At every third position, the hidden state makes the label likely."""
     generator = torch.Generator().manual_seed(1000 * seed + 10 * vocab + depth)
     lengths = [length - i % 3 for i in range(4)] if packed else [length] * 4
     rows = sum(lengths)
@@ -227,12 +224,14 @@ def eager_gradients(case: Linear, logits: Tensor, by_logits: Tensor, tensors: di
 class Judgement:
     """Reference gradients of hidden, weight and bias, and the scales of the allowed errors.
 
+    The gradient of the logits is ``upstream * (onehot(label) - softmax(logits))``.
+
     Attributes:
         exact: Exact gradients.
         eager: Gradients of eager torch.
         size: For each gradient entry, the sum of the absolute values of its terms.
-        share: Like ``size``, but with 1 in place of each nonzero upstream gradient.
-        certain: Like ``size``, if the gradient of the logits were the upstream gradient at the label and 0 elsewhere.
+        share: Like ``size``, with 1 in place of each nonzero ``upstream``.
+        certain: Like ``size``, with ``upstream * onehot(label)`` as the gradient of the logits.
     """
 
     exact: dict[str, Array]

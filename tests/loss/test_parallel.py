@@ -172,7 +172,7 @@ FUNCTIONS = {f.__name__: f for f in (mpo_loss, linear_mpo_loss, token_logp, line
 
 
 def compute(case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Calls the case's function. Returns its results and gradients by name; gradients are named "d <input>"."""
+    """Calls the function of a case. Returns results and gradients by name; the name of a gradient is "d <input>"."""
     leaves = {name: tensors[name].detach().clone().requires_grad_() for name in case.wanted}
     out = FUNCTIONS[case.function](**{**tensors, **leaves}, **options)
     if isinstance(out, MPOOutput):
@@ -521,10 +521,10 @@ def test_a_compiled_function_may_call_the_loss(pool: RankPool) -> None:
 
 
 def tp_plan(rank: int, style: str) -> dict[str, Any]:
-    """Compares a tensor-parallel model on two ranks with the whole model. Returns the errors of loss and gradients.
+    """Returns the errors of the loss and the gradients of a tensor-parallel model on two ranks.
 
-    With ``style`` "transformers", transformers shards all layers. With "torch" and "local", torch shards only the
-    head. With "local", the loss takes each rank's slice of the logits.
+    ``style`` says how the model is sharded. "transformers": transformers shards all layers. "torch": torch shards only
+    the output head. "local": like "torch", but the loss takes each rank's columns of the logits.
     """
     if rank >= 2:
         return {}

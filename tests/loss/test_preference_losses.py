@@ -25,7 +25,7 @@ Case = dict[str, Tensor]
 
 
 def make_pairs(seed: int = 0, pairs: int = 6, dtype: torch.dtype = torch.float64) -> Case:
-    """Returns token counts, and log-probs of a policy and its reference: -0.1 to -2 nats per token for the policy."""
+    """Returns token counts, and log-probs of a policy and its reference. The policy has -2 to -0.1 nats per token."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:

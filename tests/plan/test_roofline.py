@@ -1,4 +1,4 @@
-"""Tests the cost model: times computed by hand, operation counts of each method, and growth with every size."""
+"""Tests the cost model. Times are compared with times computed by hand, and must grow with each size."""
 
 from __future__ import annotations
 

@@ -38,7 +38,10 @@ def test_the_claims_of_a_response_are_its_digits_and_its_answer() -> None:
 
 @dataclasses.dataclass
 class ScriptedEngine:
-    """Gives right and wrong answers in turn to step-by-step questions. Answers direct questions with ``truth``."""
+    """An engine with scripted answers.
+
+    Every second step-by-step question gets a wrong answer. ``truth`` has the answers to direct questions.
+    """
 
     truth: dict[str, str]
     name: str = "scripted"

@@ -18,10 +18,10 @@ Accuracies = Mapping[str, Mapping[int, float] | float]  # by row: by seed, or th
 
 
 def make_document(cot: Accuracies, seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **more: Accuracies) -> dict[str, Any]:
-    """Returns the contents of a study result file. Only the runs named in ``cot`` were measured.
+    """Returns the contents of a study result file. Only the runs in ``cot`` were measured.
 
-    ``cot`` maps the name of a run to its accuracy in percent: a number for all seeds, or a dict from seed to number.
-    ``more`` has other percentages in the same form: "direct", "hallucinated" and "unparsable".
+    ``cot`` maps the name of a run to its accuracy in percent. An accuracy is a number for all seeds, or a dict from
+    seed to number. ``more`` has "direct", "hallucinated" and "unparsable" percentages in the same form as ``cot``.
     """
 
     def of(values: Accuracies, row: str, seed: int, default: float) -> float:

@@ -1,4 +1,4 @@
-"""Tests the study's runs, pairs, results and tables, and a complete run that is too short to learn anything."""
+"""Tests the runs, pairs, results and tables of the study. Also makes a short complete run."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import copy

@@ -52,9 +52,10 @@ def result(model: nn.Module, samples: list[Sample], layout: str) -> tuple[torch.
 
 
 def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], float]:
-    """Returns the relative error of one batch by (layout, reference layout), such as ("packed", "separate").
+    """Returns the relative errors of the layouts for one batch.
 
-    It is the larger of two errors: that of the loss, and that of all gradients as one vector.
+    The result is a dict from (layout, reference layout), such as ("packed", "separate"), to the larger of two errors.
+    These are the error of the loss, and the error of all gradients as one vector.
     """
     results = {layout: result(model, samples, layout) for layout in ("separate", "masked", "shared", "packed")}
     found = {}
@@ -70,7 +71,7 @@ def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], flo
 
 
 def check(name: str, dtype: torch.dtype) -> dict[tuple[str, str], float]:
-    """Returns the largest relative errors of a model family over several batches, with the keys of ``errors``.
+    """Returns the largest relative errors of a model family over several batches. The keys are those of ``errors``.
 
     Raises:
         ValueError: If split attention does not support the model.

@@ -196,7 +196,7 @@ class Family:
     Attributes:
         model: Function that builds the model.
         images: Function that makes images; None: the model takes no images.
-        types: Name of the model input that marks image tokens with 1; None: the model has no such input.
+        types: Name of the model input that is 1 at image tokens; None: the model has no such input.
         tower: Module name of the vision tower; "": the model has none.
     """
 
@@ -434,7 +434,10 @@ def samples_of(family: str) -> list[Sample]:
 
 
 def image_rows(samples: Sequence[Sample]) -> int:
-    """Returns how many images, tiles or patches the pixel values contain. The model family decides which of them."""
+    """Returns the number of images, tiles or patches in the pixel values.
+
+    The model family determines which of these are counted.
+    """
     return sum(
         value.shape[0] * (value.shape[1] if value.ndim == 5 else 1)
         for one in samples

@@ -230,10 +230,10 @@ def train(
     """Trains in place, and yields the metrics of each step.
 
     Args:
-        model: Model in float64; its parameters that require a gradient are trained.
-        reference: Reference model in float64, changed in place if ``sync_every`` is not 0; None if the loss has no
-            preference term.
-        steps: For each step its micro-batches, each a list of pairs.
+        model: Model in float64. Parameters with ``requires_grad`` are trained.
+        reference: Reference model in float64; None if the loss has no preference term. If ``sync_every`` is not 0, the
+            reference model is changed in place.
+        steps: The micro-batches of each step. A micro-batch is a list of pairs.
         settings: Settings of the run.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -213,9 +213,9 @@ def test_fsdp2_trains_the_same_with_and_without_it(tmp_path: Path, pairs: Path, 
 
 
 def refuse_inference_mode(rank: int) -> None:
-    """Makes ``generate`` fail in inference mode, which the trainer must not use.
+    """Makes ``generate`` fail in inference mode. The trainer must not use inference mode.
 
-    If FSDP2 gathered parameters for the first time in inference mode, they could not be trained later.
+    If FSDP2 first gathers parameters in inference mode, they cannot be trained later.
     """
     generate = GenerationMixin.generate
 

@@ -1,4 +1,4 @@
-"""Compares DeepSpeed runs of two ranks with runs of one process, and resumes them.
+"""Compares DeepSpeed runs of two ranks with runs of one process. Also resumes DeepSpeed runs.
 
 ``make deepspeed-check`` runs all combinations; CI runs a few of them.
 """

@@ -196,7 +196,7 @@ def test_the_prompt_is_the_one_that_is_sampled_from(family: Any, count: int, ima
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_stand_where_the_question_has_them(family: Any, images: tuple[str, ...]) -> None:
-    """Checks that each ``<image>`` of a question becomes image tokens at its place.
+    """Checks that image tokens replace each ``<image>`` of a question.
 
     The image inputs must equal the concatenated inputs of the single images.
     """

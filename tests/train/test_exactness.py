@@ -143,7 +143,7 @@ class Data:
     def steps(self, steps: int, micro_batch_size: int, *, grouped: bool) -> list[list[list[plain.Pair]]]:
         """Returns the micro-batches of each step, in the order of the trainer's sampler.
 
-        Leaves out pairs with equal responses, which the trainer skips.
+        Like the trainer, leaves out pairs with equal responses.
         """
         mixture = Mixture([SourceRecipe(path=str(self.path))])
         groups = mixture.prompt_groups() if grouped else None

@@ -145,7 +145,7 @@ def test_loss_and_gradients_are_those_of_transformers(
 
 
 def test_a_whole_loss_is_that_of_transformers() -> None:
-    """The loss of SFT on one response equals transformers' loss with labels and ``output_router_logits=True``."""
+    """Compares the loss of SFT with the loss that transformers computes with ``output_router_logits=True``."""
     model, one = build("moe", "split sdpa"), sample("moe", 5, text=6, chosen=9)
     tokens = torch.cat([one.prompt_ids, one.chosen_ids]).unsqueeze(0)
     labels = tokens.clone()

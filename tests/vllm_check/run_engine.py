@@ -79,7 +79,7 @@ def conversations_of(items: Path) -> list[Request]:
 def run_all(engine: Engine, items: Path, out: Path) -> None:
     """Runs the requests and the pipelines, and writes all results into the folder ``out``.
 
-    With TransformersEngine, leaves out the request that is too long, and the pipeline "drawn".
+    TransformersEngine skips the request that is too long, and the pipeline "drawn".
     """
     out.mkdir(parents=True, exist_ok=True)
     # TransformersEngine has no context limit, and its random samples differ from vLLM's.

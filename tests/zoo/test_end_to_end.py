@@ -59,7 +59,7 @@ def thinking() -> tuple[nn.Module, Any]:
 
 
 def smolvlm() -> tuple[nn.Module, Any]:
-    """Returns an Idefics3 with SmolVLM's chat template, whose generation prompt ends with "Assistant:".
+    """Returns an Idefics3, and a processor with SmolVLM's chat template. The generation prompt ends with "Assistant:".
 
     SmolVLM's own processor needs torchvision.
     """

@@ -1,4 +1,4 @@
-"""Tests that each model family samples with the prompts and stop tokens with which it is trained."""
+"""Tests that sampling uses the same prompts and stop tokens as training, for each model family."""
 
 import json
 import sys

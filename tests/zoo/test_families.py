@@ -1,4 +1,4 @@
-"""Tests the encoder on each model family: it returns the ids of the family's chat template, or raises an error."""
+"""Tests the encoder on each model family. It must return the ids of the chat template, or raise an error."""
 
 import datetime
 import itertools

@@ -94,8 +94,8 @@ def encode(case: Case) -> str:
 def written(case: Case, processor: Any, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the assistant's message of a case.
 
-    If the prompt ends with ``<think>``, the response may contain ``</think>`` without the opening tag. Some templates
-    write the opening tag before such a response. For other templates, this function adds the tag to the message.
+    If the prompt ends with ``<think>``, the response may have only the closing tag ``</think>``. This function then
+    adds ``<think>`` to the message, unless the template does so.
     """
     (plain,) = messages_of(processor, [("assistant", case.response)])
     block = re.search(r"<think>\s*$", case.template.generation or "")

@@ -69,18 +69,18 @@ class TokenizerForm:
 
 @dataclasses.dataclass(frozen=True)
 class TemplateForm:
-    """The parts of a random chat template. In texts, ``{role}`` is the role and ``{Role}`` the capitalized role.
+    """The parts of a random chat template.
 
     Attributes:
-        begin: Jinja at the beginning.
-        header: Text before the content of each message.
-        end: Jinja after the content of each message.
-        generation: Text of the generation prompt; None: the assistant's header.
-        ignores: How the template treats ``add_generation_prompt``. "no": it obeys. "yes": it never writes a generation
-            prompt. "header": it always writes the assistant's header after a user message.
-        trim: Whether the template trims contents.
-        thoughts: How thoughts are written. "text": unchanged. "always": as a block in the last response; without
-            thoughts, the block is empty. "dropped": not at all.
+        begin: Jinja code at the start of the template.
+        header: Text before each message. ``{role}`` stands for the role, such as "user", and ``{Role}`` for "User".
+        end: Jinja code after each message.
+        generation: Text of the generation prompt. None: the header of an assistant message.
+        ignores: Whether the template ignores ``add_generation_prompt``. "no": it does not. "yes": it never writes a
+            generation prompt. "header": it always writes the assistant's header after a user message.
+        trim: Whether the template strips white space from messages.
+        thoughts: What the template does with the thoughts in responses. "text": it keeps them as text. "dropped": it
+            removes them. "always": only the last response has a block of thoughts, which may be empty.
     """
 
     begin: str = ""
@@ -225,7 +225,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @dataclasses.dataclass(frozen=True)
 class ImageCase:
-    """A random test case with images: a family, and a conversation. A number in a turn is the index of an image."""
+    """A random test case: a model family, and a conversation with images. A number in a turn is an image's index."""
 
     family: str
     turns: tuple[tuple[str, tuple[str | int, ...]], ...]

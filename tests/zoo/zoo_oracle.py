@@ -16,7 +16,7 @@ def is_processor(processor: Any) -> bool:
 
 
 def messages_of(processor: Any, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Returns chat messages. Contents are lists of parts for a processor, and texts for a tokenizer."""
+    """Returns turns as chat messages. A content is a list of parts for a processor, and a text for a tokenizer."""
     messages = []
     for role, content in turns:
         if not is_processor(processor):
@@ -35,7 +35,7 @@ def messages_of(processor: Any, turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def template_ids(
     processor: Any, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = False, **kwargs: Any
 ) -> list[int]:
-    """Returns the ids of ``apply_chat_template(..., tokenize=True)``. An image has all of its image tokens."""
+    """Returns the ids of ``apply_chat_template(..., tokenize=True)``, including all image tokens of each image."""
     out = processor.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, add_generation_prompt=generation_prompt, **kwargs
     )

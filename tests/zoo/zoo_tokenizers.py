@@ -125,10 +125,10 @@ def sentencepiece(
     """Returns a SentencePiece-style tokenizer with byte fallback.
 
     Args:
-        *special: Special tokens.
-        scheme: Where the tokenizer prepends a space. "legacy": to each piece of text between special tokens, by a
-            normalizer, as in the tokenizer.json of Llama 2 and Mistral v0.1. "always": to each piece, by the
-            pre-tokenizer Metaspace. "first": to the beginning of the text, by Metaspace. "never": nowhere.
+        *special: Special tokens. They split a text into pieces.
+        scheme: Where the tokenizer adds a space. "never": nowhere. "first": at the beginning of the text. "always": at
+            the beginning of each piece. "legacy": as "always", but by a normalizer, as in the tokenizer.json of
+            Llama 2 and Mistral v0.1.
         add_bos: Whether encoding with special tokens adds BOS.
         add_eos: Whether encoding with special tokens adds EOS.
         rstrip: Whether special tokens absorb the white space after them, as in Phi-3.

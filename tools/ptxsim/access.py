@@ -31,8 +31,8 @@ class MemoryAccess:
     def _split(self, space, addr):
         """Splits an array of addresses by state space. Returns (space, positions, addresses) tuples.
 
-        positions: indices into addr; None if all addresses are in this space.
-        addresses: offsets into the space, for shared and local memory.
+        positions: indices into addr. None if the space has all addresses.
+        addresses: the addresses in the space. For shared and local memory, they count from the start of the space.
         """
         if space != "generic":
             return ((space, None, addr),)

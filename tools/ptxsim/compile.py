@@ -125,8 +125,8 @@ def compile_triton(jit_fn, signature, constexprs=None, arch=80, num_warps=4, num
 
     signature: Triton types by argument, such as {"x": "*bf16", "n": "i32"}. Arguments in constexprs may be left out.
     constexprs: values of the tl.constexpr arguments, by name.
-    aligned: names of arguments that are multiples of 16, so that Triton can vectorise. The JIT detects them itself.
-    arch: 80, 90, 100 ... Kernels with tl.dot can only be simulated for 80 (mma.sync).
+    aligned: names of arguments that are multiples of 16. Triton can then vectorise. (Its JIT detects such arguments.)
+    arch: 80, 90, 100 ... The simulator runs a kernel with tl.dot only for 80 (mma.sync).
     """
     import triton
     from triton.backends.compiler import GPUTarget

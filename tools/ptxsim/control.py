@@ -1,7 +1,7 @@
 """Control flow: branches, calls, barriers, exit, printf and assert.
 
-Each instruction becomes a function of (s, pc): the selected lanes and their program counter. It returns the next pc
-of these lanes. It returns None if it has set the state of each lane itself.
+Each instruction becomes a function of (s, pc). s selects lanes, and pc is the program counter of these lanes. The
+function returns their next pc. It returns None if it has set the state of each lane itself.
 """
 
 import re

@@ -138,7 +138,7 @@ class Kernel:
         return self.labels[fn.name, name]
 
     def unsupported(self):
-        """Returns a text for each instruction that cannot be simulated. A launch fails only if it reaches one."""
+        """Returns a text for each instruction that cannot be simulated. A launch works if it runs none of them."""
         from .machine import Machine
 
         args = [b"\0" * v.nbytes if v.dims else 0 for v in self.fn.params]
