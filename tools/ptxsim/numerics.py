@@ -190,6 +190,11 @@ def flush(x):
     return np.where(d, np.copysign(f32(0), x), x) if d.any() else x
 
 
+def flush16(x):
+    """Replaces float16 denormals by zeros of the same sign."""
+    return np.where(np.abs(x) < np.finfo(f16).smallest_normal, np.copysign(f16(0), x), x)
+
+
 def saturate(x):
     return np.where(x > 0, np.minimum(x, x.dtype.type(1)), x.dtype.type(0))  # NaN -> 0
 

@@ -93,7 +93,7 @@ def simple(b, ins, typ, fn, dst_type=None, src_types=None, first=0):
 def float_fn(typ, fn, ins, exact64=None):
     """Returns a function like ``fn`` on values of the PTX type ``typ``.
 
-    The new function applies the modifiers .sat and .relu of the instruction ``ins``. For f32, it also applies .ftz.
+    The new function applies the modifiers .ftz, .sat and .relu of the instruction ``ins``; .ftz has no effect on bf16.
     For f16 and bf16, ``fn`` takes the values as float32. If ``exact64`` is given, it replaces ``fn`` for these two
     types. ``exact64`` takes float32 and returns float64.
     """
@@ -109,6 +109,8 @@ def float_fn(typ, fn, ins, exact64=None):
         inner16 = exact64 or fn
 
         def fn(*xs):
+            if ftz:
+                return nm.flush16(post(inner16(*(nm.flush16(x).astype(f32) for x in xs))).astype(f16))
             return post(inner16(*(x.astype(f32) for x in xs))).astype(f16)
     elif sat or (ftz and base == "f32") or relu:
         inner32 = fn

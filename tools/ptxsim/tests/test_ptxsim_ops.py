@@ -440,6 +440,13 @@ def test_ftz_sat_relu():
     assert run("add.ftz.f32 %d, %a, 0f00000000;", ["f32"], "f32", d).tolist()[:3] == [0, 0, 2]
     assert run("mul.f32 %d, %a, 0f3F800000;", ["f32"], "f32", d)[0] == np.float32(1e-40)
     assert run("add.sat.f32 %d, %a, 0f3E800000;", ["f32"], "f32", d).tolist() == [0.25, 0.25, 1, 0, 0]
+    tiny, half = np.array([1e-5, -1e-5, 1e-4], np.float16), np.array([2, 2, 0.25], np.float16)
+    bits = [
+        run(f"mul{ftz}.f16 %d, %a, %b;", ["f16", "f16"], "f16", tiny.view("u2"), half.view("u2"))
+        for ftz in (".ftz", "")
+    ]
+    assert bits[0].tolist() == [0, 0x8000, 0]
+    assert decode(bits[1], "f16").tolist() == (tiny * half).tolist()
     h = run("cvt.rn.relu.bf16.f32 %d, %a;", ["f32"], "bf16", d)
     assert decode(h, "bf16")[2:4] == [2, 0]
     x = run("cvt.rn.bf16x2.f32 %d, %a, %b;", ["f32", "f32"], "bf16x2", [1.5], [-2.0])
