@@ -22,7 +22,7 @@ _HEADER = [
 def table(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns a Markdown table with a line for each starting model.
 
-    The line needs at least one seed with results of both runs, SFT and MPO. Otherwise the starting model is left out.
+    A starting model is left out if no seed has results of both runs, SFT and MPO.
     The significance tests are corrected for the number of lines.
 
     ``documents`` maps the name of a result file to its content.

@@ -140,7 +140,7 @@ def make_recipe(
         batch: Number of pairs per step.
         rate: Peak learning rate.
         schedule: Schedule of the learning rate, as in ``OptimRecipe``.
-        settings: Settings of the demo or the study, for the seed and the backend of the loss.
+        settings: Settings of the demo or the study. Only the seed and the backend of the loss are used.
         warmup: Length of the warmup (the learning rate rises from zero), as a fraction of the steps.
         reference: File of the reference model's log-probabilities. None: the recipe has the default
             ``ReferenceRecipe``.

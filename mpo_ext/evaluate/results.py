@@ -125,8 +125,8 @@ def _without_image(
     file, prompt). Two entries of the returned dict are:
 
     - ``unchanged``: Fraction of questions with the same answer both ways, and its standard error.
-    - ``most_frequent_truth``: Accuracy of always giving the most frequent true answer. None without questions, or if a
-      question has several true answers.
+    - ``most_frequent_truth``: Accuracy of always giving the most frequent true answer. None if
+      there are no questions, or a question has several true answers.
     """
     model, name, prompt = key
     both = zip(scores[key], scores[model, name, f"{prompt}{WITHOUT_IMAGE}"], strict=True)

@@ -82,7 +82,7 @@ class Comparison:
 
     Attributes:
         questions: Number of questions that both models answered.
-        difference: Accuracy of the second model minus accuracy of the first model; None without questions.
+        difference: Accuracy of the second model minus accuracy of the first model; None if there are no questions.
         standard_error: Standard error of ``difference`` over the questions; None for fewer than 2 questions.
         gained: Number of questions for which the second model has a higher number of correct responses.
         lost: Number of questions for which the first model has a higher number of correct responses.

@@ -111,7 +111,7 @@ class Machine:
             raise ValueError(f"overhead must be finite and not negative, got {self.overhead}")
 
     def seconds(self, stage: Stage) -> float:
-        """Returns the seconds of a stage of work; raises ``ValueError`` if the machine has no rate for its dtype."""
+        """Returns the seconds of a stage of work. Raises ``ValueError`` if the dtype of the stage has no rate."""
         if (stage.flop or stage.attention) and stage.dtype not in self.matmul_rates:
             raise ValueError(
                 f"dtype must be one of {', '.join(self.matmul_rates)} on {self.name}, got {stage.dtype!r}"

@@ -282,7 +282,7 @@ class Encoder:
         """Returns ``(ids, token_inputs, image_inputs)`` of a prompt.
 
         ``ids`` are the token ids, ``[P]``. ``token_inputs`` are other inputs for each token. ``image_inputs`` are the
-        inputs for images and videos. Error messages name the pair ``name`` and ``field``, the pair's field of images.
+        inputs for images and videos. Error messages contain ``name``, the pair, and ``field``, its field of images.
         """
         prompt, conversation = self.chat.prompt(conversation), expanded(conversation, self.processor)
         if not conversation.images and not conversation.videos:

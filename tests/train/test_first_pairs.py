@@ -1,4 +1,4 @@
-"""Tests the check of the first pairs at the start of a run, and pairs whose responses have several turns."""
+"""Tests the check of the first pairs at the start of a run. Also tests pairs whose responses have several turns."""
 
 # ruff: noqa: E402 - these packages come with an extra
 import json

@@ -728,9 +728,9 @@ class Machine(MemoryAccess):
                     break
 
     def _gather_warp(self, s, p):
-        """Makes the lanes s wait at a warp-synchronous instruction until all lanes of the member mask have arrived.
+        """Makes lanes wait at a warp-synchronous instruction until all lanes of the member mask have arrived.
 
-        p: pc of the instruction. Returns the lanes that may now execute it (a slice or index array), or None.
+        s: the lanes. p: pc of the instruction. Returns the lanes that may now execute it (a slice or index array), or None.
         """
         ln = self.lanes[s]
         w = ln >> 5
