@@ -35,11 +35,15 @@ def renamed_weights_loaded(trainer: Any, model: nn.Module, checkpoint: str) -> I
         if not unknown:
             warn(result)
 
+    outer = vars(trainer).get("_issue_warnings_after_load")  # set if another patch calls this function, too
     trainer._issue_warnings_after_load = note
     try:
         yield
     finally:
-        del trainer._issue_warnings_after_load
+        if outer is None:
+            del trainer._issue_warnings_after_load
+        else:
+            trainer._issue_warnings_after_load = outer
     if unknown:
         _load_renamed(model, checkpoint, unknown)
 

@@ -14,7 +14,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 from mpo_ext.integrations.metrics import loss_metrics
-from mpo_ext.integrations.reward_shift_state import RewardShiftCheckpoints, RewardShiftStep
+from mpo_ext.integrations.reward_shift_state import RewardShiftCheckpoints, RewardShiftStep, check_reward_shift
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.eager import sequence_sums
 from mpo_ext.loss.functions import linear_mpo_loss, linear_token_logp
@@ -69,8 +69,10 @@ class PairCollator:
                 otherwise "separate".
 
         Raises:
-            ValueError: If ``layout`` is unknown, or the model does not support it.
+            ValueError: If ``layout`` is unknown, the model does not support it, or there are no samples.
         """
+        if not samples:
+            raise ValueError("samples must be one or two samples, got none")
         if layout not in _SETTINGS:
             known = ", ".join(name for name in _SETTINGS if name is not None)
             raise ValueError(f"layout must be one of {known}, got {layout!r}")
@@ -127,7 +129,10 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.mpo_config, self.reward_shift = mpo_config, reward_shift or RewardShift()
+        self.mpo_config, self.reward_shift = mpo_config, check_reward_shift(reward_shift) or RewardShift()
+        if ref_model is not None and ref_model is self.model:
+            raise ValueError("ref_model must be another model than the policy, which training changes: leave it None")
+        self._prefix = "eval"  # of the metrics of the current evaluation
         self._terms: dict[str, dict[str, list[float]]] = {
             mode: collections.defaultdict(list) for mode in ("train", "eval")
         }
@@ -165,10 +170,27 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs the means of ``loss_metrics`` since the last call, in addition to the trainer's own values."""
         mode = "train" if self.model.training else "eval"
-        prefix = "eval_" if mode == "eval" else ""
+        prefix = f"{self._prefix}_" if mode == "eval" else ""
         means = {f"{prefix}{name}": sum(values) / len(values) for name, values in self._terms[mode].items()}
         self._terms[mode].clear()
-        super().log(logs | means, *args, **kwargs)
+        logs.update(means)  # in place, so that ``evaluate`` returns the means, too
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Works as in Trainer. The result also has the means of ``loss_metrics``."""
+        before = self._prefix
+        self._prefix = args[2] if len(args) > 2 else kwargs.get("metric_key_prefix", "eval")
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._prefix = before
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Works as in Trainer. The terms of the loss do not count for the next evaluation."""
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self._terms["eval"].clear()
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Any, None, None]:
         """Returns (loss, None, None) for an evaluation batch."""
@@ -181,9 +203,12 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
         without_adapters = contextlib.nullcontext()
         if self.ref_model is None:
             without_adapters = self.accelerator.unwrap_model(self.model).disable_adapter()
+        model, is_training = self.model if self.ref_model is None else self.ref_model, self.model.training
+        model.eval()  # the reference has no dropout
         with without_adapters, self.accelerator.autocast():
-            rows = forward(self.model if self.ref_model is None else self.ref_model, batch)
+            rows = forward(model, batch)
             logp = linear_token_logp(rows.hidden, rows.weight, batch.labels, shift=False, **rows.options)
+        self.model.train(is_training)
         return sequence_sums(logp.double(), batch.cu_seqlens)
 
     def _add_terms(self, mode: str, out: Any) -> None:

@@ -69,6 +69,16 @@ def make_reward_shift(settings: Mapping[str, Any]) -> RewardShift:
     return RewardShift(**settings)
 
 
+def check_reward_shift(reward_shift: object) -> RewardShift | None:
+    """Returns the argument. Raises TypeError if it is neither a ``RewardShift`` nor None."""
+    if reward_shift is None or isinstance(reward_shift, RewardShift):
+        return reward_shift
+    raise TypeError(
+        f"reward_shift must be a RewardShift or None, got {reward_shift!r}: a fixed number is "
+        "RewardShift('fixed', value=...)"
+    )
+
+
 def save_reward_shift(trainer: Any, reward_shift: RewardShift, trial: Any) -> None:
     """Writes the state of the reward shift to the folder of the checkpoint that ``trainer`` is about to save.
 
@@ -95,4 +105,7 @@ def load_reward_shift(reward_shift: RewardShift, checkpoint: str) -> None:
             f"resume_from_checkpoint must be a checkpoint with a reward shift, got {checkpoint} without {STATE_FILE}: "
             "it comes from a run without mpo_ext. Start a new run from its weights, or fix the reward shift"
         )
-    reward_shift.load_state_dict(json.loads(path.read_text()))
+    try:
+        reward_shift.load_state_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold the state of this run's reward shift: {error}") from error

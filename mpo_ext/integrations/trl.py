@@ -19,7 +19,12 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, hash_module, use_adapter
 
 from mpo_ext.integrations.patching import Replacement, check_sources
-from mpo_ext.integrations.reward_shift_state import RewardShiftCheckpoints, RewardShiftStep, make_reward_shift
+from mpo_ext.integrations.reward_shift_state import (
+    RewardShiftCheckpoints,
+    RewardShiftStep,
+    check_reward_shift,
+    make_reward_shift,
+)
 from mpo_ext.integrations.separate_rows import (
     LossSettings,
     checkpoint_replacements,
@@ -150,7 +155,7 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
                 f"{type(args).__name__}: MPOTrainingConfig has the three terms of MPO as default",
                 stacklevel=2,
             )
-        self.reward_shift = reward_shift or _reward_shift_of(args)
+        self.reward_shift = check_reward_shift(reward_shift) or _reward_shift_of(args)
         self.mpo = LossSettings(config, self.reward_shift, options)
         precompute = _has_images(kwargs.get("train_dataset", rest[1] if len(rest) > 1 else None))
         precompute = precompute and args.precompute_ref_log_probs

@@ -189,8 +189,8 @@ def find_mistakes(
         findings += _check_alignment(sequences, ahead, ignore_index)
         findings += _check_prompts(sequences, ahead, ignore_index, tokenizer)
         findings += _check_padding(sequences, ahead, ignore_index, tokenizer)
-    if ref_logp is not None and not findings:
-        findings += _check_reference(sequences, ref_logp.tolist(), ahead, ignore_index)
+    if not findings:
+        findings += _check_values(sequences, None if ref_logp is None else ref_logp.tolist(), ahead, ignore_index)
     return findings
 
 
@@ -370,11 +370,26 @@ def _check_padding(
             return
 
 
-def _check_reference(
-    sequences: Sequence[BatchSequence], reference: list[float], ahead: int, ignore_index: int
+def _check_values(
+    sequences: Sequence[BatchSequence], reference: list[float] | None, ahead: int, ignore_index: int
 ) -> Iterator[BatchFinding]:
+    """Yields findings about log-probs that are not finite, or a reference that is far from the policy."""
     scored = [sequence.sum_and_count(ahead, ignore_index) for sequence in sequences]
     sums, sizes = [part for part, _ in scored], [size for _, size in scored]
+    sources = {"the policy": sums} if reference is None else {"the policy": sums, "ref_logp": reference}
+    is_finite = True
+    for source, values in sources.items():
+        bad = [number for number, value in enumerate(values) if not math.isfinite(value)]
+        if bad:
+            sequence, value = sequences[bad[0]].name, values[bad[0]]
+            text = f"{source} has the summed log-prob {value} for {sequence}: the loss may be NaN"
+            yield BatchFinding("not finite", text)
+            is_finite = False
+    if reference is not None and is_finite:
+        yield from _check_reference(sums, sizes, reference)
+
+
+def _check_reference(sums: list[float], sizes: list[int], reference: list[float]) -> Iterator[BatchFinding]:
     pairs = len(sums) // 2
     gaps = [abs(ref - own) / size for ref, own, size in zip(reference, sums, sizes, strict=True)]
     evidence = f"ref_logp is {reference[0]:.2f} and the policy's {sums[0]:.2f} for the {sizes[0]} tokens of chosen 0"

@@ -8,6 +8,7 @@ reaches the gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -89,8 +90,9 @@ def linear_logits(
     With ``z = logit_scale * (hidden @ weight.T + bias)`` the logits are ``softcap * tanh(z / softcap) / temperature``,
     as in Gemma 2, or ``z / temperature`` if softcap is None.
     """
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(hidden.device.type):
+        dtype = functools.reduce(torch.promote_types, dtypes)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     logits = F.linear(hidden, weight, bias)
@@ -193,8 +195,7 @@ def pair_loss_of_sums(
     delta = (new_state if shift.update_first else shift.state)[0].to(sums.dtype, copy=True)
 
     margin = chosen_reward - rejected_reward
-    smooth = config.label_smoothing
-    dpo = (-(1 - smooth) * F.logsigmoid(margin) - smooth * F.logsigmoid(-margin)).mean()
+    dpo = logistic_loss(margin, config.label_smoothing).mean()
     bco = (-F.logsigmoid(chosen_reward - delta) - F.logsigmoid(delta - rejected_reward)).mean()
     chosen_sums = sums.chunk(2)[0]
     if config.ntp_average == "token":
@@ -210,6 +211,13 @@ def pair_loss_of_sums(
     loss = loss * nan_factor(sums)
     terms = torch.stack([dpo, bco, ntp]).detach()
     return PairLoss(loss, terms, delta, sums.detach(), reward.detach(), tokens, new_state, batch)
+
+
+def logistic_loss(margin: Tensor, smoothing: float) -> Tensor:
+    """Returns ``-(1 - e) * log sigmoid(margin) - e * log sigmoid(-margin)``. e is the label smoothing."""
+    loss = -(1 - smoothing) * F.logsigmoid(margin)
+    # Without smoothing, 0 * log sigmoid(-inf) would be NaN.
+    return loss - smoothing * F.logsigmoid(-margin) if smoothing > 0 else loss
 
 
 def _moved(shift: BatchShift, batch: Tensor) -> Tensor:

@@ -23,11 +23,9 @@ _PROBE = (-40.0, -3.0, -0.5, 0.0, 0.25, 1.0, 7.0, 60.0)
 _INSTEAD = "use mpo_loss(model(...).logits, ...) instead"
 
 # Factor and softcap by model, dtypes and config numbers. Cached, because reading the probe waits for the device.
-_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[float, float | None]]] = WeakKeyDictionary()
-# The same without the dtypes, for ``value_in_forward``, which needs factor and softcap before the logits exist.
-_KNOWN_IN_FORWARD: WeakKeyDictionary[nn.Module, dict[tuple[float, ...], tuple[float, float | None]]] = (
-    WeakKeyDictionary()
-)
+_Known = WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[float, float | None]]]
+_KNOWN: _Known = WeakKeyDictionary()
+_KNOWN_IN_FORWARD: _Known = WeakKeyDictionary()  # without the dtypes, for ``value_in_forward``
 
 
 class HiddenAndHead(NamedTuple):
@@ -116,17 +114,19 @@ def value_in_forward(
     Args:
         model: As in ``hidden_and_head``.
         compute: Takes a ``HiddenAndHead`` with ``outputs=None``, and returns a value, such as a loss. Called once.
-        inputs: As in ``hidden_and_head``.
+        inputs: As in ``hidden_and_head``, without past_key_values: the additional forward would extend them.
 
     Returns:
         The value and the model's output. The ``logits`` of the output are placeholders and must not be used.
 
     Raises:
         TypeError: As in ``hidden_and_head``.
-        ValueError: As in ``hidden_and_head``.
+        ValueError: If labels or past_key_values are among the inputs.
         RuntimeError: If the model's forward does not call the head exactly once, returns no ``logits``, or changes the
             logits in an unknown way. If a wrapper, such as FSDP2, does not hold the whole weight in its forward.
     """
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("inputs must not hold past_key_values with value_in_forward: use hidden_and_head")
     inner = unwrap_model(model)
     known = _KNOWN_IN_FORWARD.setdefault(inner, {})
     numbers = _config_numbers(inner)
@@ -436,11 +436,11 @@ def _scale_and_softcap(model: nn.Module, logits: Tensor, dtypes: list[torch.dtyp
 
 
 def _config_numbers(model: nn.Module) -> tuple[float, ...]:
-    """Returns the numbers in the model's config that may be a logit scale or a softcap."""
+    """Returns the numbers of the model and its config that may be a logit scale or a softcap."""
     config: Any = getattr(model, "config", None)
     numbers: dict[float, None] = {}
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
-    for source in (config, text_config):
+    for source in (config, text_config, model):
         for name, value in vars(source).items() if source is not None else ():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             is_named_so = any(part in name for part in ("logit", "softcap", "soft_cap", "multiplier"))

@@ -84,7 +84,7 @@ def mpo_loss(
             columns=logits.shape[-1],
             ref_columns=0 if ref_logits is None else ref_logits.shape[-1],
             sequences=checked[0].sequences,
-            settings=_checksum(options, checked[0].names, logits.dtype, ref_logits is None),
+            settings=_checksum(options, *checked[0][1:], logits.dtype, ref_logits is None),
             rows=labels.numel(),
         )
 
@@ -132,12 +132,12 @@ def linear_mpo_loss(
 
     def facts(checked: tuple[LossPlan, HiddenReference, Tensor, BatchShift]) -> RankFacts:
         plan, whole, aligned, _ = checked
-        dtypes = hidden.dtype, weight.dtype
+        shown = hidden.dtype, weight.dtype, whole.ref_hidden is None, head.scales, bias is None
         return RankFacts(
             columns=weight.shape[0],
             ref_columns=0 if whole.ref_weight is None else whole.ref_weight.shape[0],
             sequences=plan.sequences,
-            settings=_checksum(options, plan.names, dtypes, whole.ref_hidden is None, head.scales, bias is None),
+            settings=_checksum(options, *plan[1:], *shown),  # names of the statistics, backend
             rows=labels.numel(),
             labelled=int((aligned != config.ignore_index).sum()),
             requires_grad=int(hidden.requires_grad and torch.is_grad_enabled()),
@@ -189,7 +189,7 @@ def token_logp(
         return backends.choose_backend(backend, logits), aligned
 
     def facts(checked: tuple[str, Tensor]) -> RankFacts:
-        settings = _checksum(logits.dtype, shift, ignore_index)
+        settings = _checksum(logits.dtype, shift, ignore_index, checked[0])
         return RankFacts(columns=logits.shape[-1], settings=settings, rows=labels.numel())
 
     (chosen_backend, aligned), shard, _ = groups.agree(check, facts)
@@ -224,9 +224,10 @@ def linear_token_logp(
         return chosen_backend, shifted_rows(labels, ignore_index) if shift else labels
 
     def facts(checked: tuple[str, Tensor]) -> RankFacts:
+        shown = hidden.dtype, weight.dtype, shift, ignore_index, head.scales, bias is None, checked[0]
         return RankFacts(
             columns=weight.shape[0],
-            settings=_checksum(hidden.dtype, weight.dtype, shift, ignore_index, head.scales, bias is None),
+            settings=_checksum(*shown),
             rows=labels.numel(),
             labelled=int((checked[1] != ignore_index).sum()),
             requires_grad=int(hidden.requires_grad and torch.is_grad_enabled()),
@@ -457,8 +458,8 @@ def _loss_of_sums(
     config = options.config
     if backend == "reference":
         return _in_dtype(eager.pair_loss_of_sums(sums, tokens, ref_logp, shift, config), dtype), None
-    with torch.enable_grad():
-        leaf = sums.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = sums.detach().clone().requires_grad_()
         pair = eager.pair_loss_of_sums(leaf, tokens, ref_logp, shift, config)
         (coefficients,) = torch.autograd.grad(pair.loss, leaf)
     of_rows = _sequence_values(coefficients, labels, options.cu_seqlens)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_ext.checks import check_number, did_you_mean
+from mpo_ext.loss.eager import logistic_loss
 
 #: Temperature of the mixing weight in "discopop", the default of its paper and of TRL.
 DISCOPOP_TAU = 0.05
@@ -162,8 +163,7 @@ def preference_loss(
 
 def _logistic(pairs: Pairs, margin: Tensor) -> Tensor:
     """Returns ``-(1 - e) * log sigmoid(margin) - e * log sigmoid(-margin)``. e is the label smoothing."""
-    smoothing = pairs.label_smoothing
-    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+    return logistic_loss(margin, pairs.label_smoothing)
 
 
 def _sigmoid(pairs: Pairs) -> Tensor:

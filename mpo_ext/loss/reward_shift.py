@@ -84,8 +84,9 @@ class RewardShift:
         self.training = True
         # float64, because after 1e5 steps a cumulative mean moves by less than float32 resolves. Both tensors are
         # updated in place, because a replayed CUDA graph reads and writes the memory that it captured.
-        self._state = torch.tensor([float(value), 0.0], dtype=torch.float64)  # delta, number of updates
-        self._pending = torch.zeros(2, dtype=torch.float64)  # sum and count of the rewards since the last step()
+        with torch.inference_mode(False):  # tensors of inference mode could not be updated in training
+            self._state = torch.tensor([float(value), 0.0], dtype=torch.float64)  # delta, number of updates
+            self._pending = torch.zeros(2, dtype=torch.float64)  # sum and count of the rewards since the last step()
 
     def __repr__(self) -> str:
         return (
@@ -137,6 +138,8 @@ class RewardShift:
         for name, ours in settings.items():
             if state[name] != ours:
                 raise ValueError(f"state must come from a RewardShift with {name}={ours!r}, got {state[name]!r}")
+        if self.mode == "fixed" and state["value"] != self.value:
+            raise ValueError(f"state must come from a RewardShift with value={self.value}, got {state['value']}")
         self._state.copy_(torch.tensor([state["value"], state["count"]], dtype=torch.float64))
         self._pending.copy_(torch.tensor([state["pending_sum"], state["pending_count"]], dtype=torch.float64))
 
@@ -173,10 +176,16 @@ class RewardShift:
     def begin_batch(self, device: torch.device) -> BatchShift:
         """Returns the reward shift for the pair loss of a batch. ``mpo_loss`` calls this before the pair loss."""
         if self._state.device != device:
-            self._state = self._state.to(device)
-            self._pending = self._pending.to(device)
+            with torch.inference_mode(False):
+                self._state = self._state.to(device)
+                self._pending = self._pending.to(device)
         if not self.training or self.mode == "fixed" or not torch.is_grad_enabled():
             return BatchShift(self._state)
+        if _is_in_backward():
+            raise RuntimeError(
+                "reward_shift must not be updated twice for a batch, but backward computes the loss again: leave the "
+                "loss out of activation checkpointing (torch.utils.checkpoint)"
+            )
         if self.per == "optimizer_step" or _is_distributed():
             return BatchShift(self._state, is_pooled=True)
         rule = CUMULATIVE if self.mode == "cumulative" else EMA
@@ -271,3 +280,8 @@ def end_batch(
 ) -> Tensor | None:
     """Returns the result of ``RewardShift.end_batch``, or None if ``reward_shift`` is a number, a tensor or None."""
     return reward_shift.end_batch(shift, new_state, batch) if isinstance(reward_shift, RewardShift) else None
+
+
+def _is_in_backward() -> bool:
+    # torch has no public function for this.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # noqa: SLF001

@@ -77,6 +77,7 @@ class MemoryEstimate:
         limit, pairs = recipe.optim.micro_batch_tokens, float(recipe.optim.micro_batch_size)
         if limit is not None:  # shorter pairs fill a micro-batch up to the limit
             pairs = max(1.0, limit / positions)
+        pairs = min(pairs, math.ceil(recipe.optim.batch_size / world_size))  # a rank's part of a step
         self.micro_batch = int(pairs)
         self.prompt_positions, self.labelled = round(pairs * prompt), round(pairs * labelled)
         self.separate_positions, self.positions = round(pairs * separate), round(pairs * positions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import transformers
 from mpo_ext import RewardShift
 from mpo_ext.data.records import Pair
 from mpo_ext.integrations import MPOLossMixin, PairCollator
+from mpo_ext.integrations.checkpoint_weights import renamed_weights_loaded
+from mpo_ext.integrations.reward_shift_state import load_reward_shift
 from mpo_ext.train.encode import Encoder, Sample
 
 
@@ -173,3 +176,69 @@ def test_a_layout_that_the_model_does_not_support_is_refused(encoder: Encoder, s
     assert PairCollator.for_model(model, encoder, samples[:2]).collator.layout == "separate"
     with pytest.raises(ValueError, match="layout must be one of"):
         PairCollator.for_model(model, encoder, samples[:2], layout="one")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0.0, torch.tensor(0.5), {"mode": "fixed"}])
+def test_only_a_reward_shift_is_a_reward_shift(
+    value: Any, folder: Path, encoder: Encoder, samples: list[Sample], tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match="reward_shift must be a RewardShift or None, got"):
+        make(load(folder), encoder, samples, tmp_path, reward_shift=value)
+
+
+def test_the_policy_is_not_its_own_reference(
+    folder: Path, encoder: Encoder, samples: list[Sample], tmp_path: Path
+) -> None:
+    model = load(folder)
+    with pytest.raises(ValueError, match="ref_model must be another model than the policy"):
+        make(model, encoder, samples, tmp_path, ref_model=model)
+    with pytest.raises(ValueError, match="samples must be one or two samples, got none"):
+        PairCollator.for_model(model, encoder, [])
+
+
+def test_an_evaluation_returns_the_terms_of_its_pairs(
+    folder: Path, encoder: Encoder, samples: list[Sample], tmp_path: Path
+) -> None:
+    trainer = make(load(folder), encoder, samples, tmp_path)
+    whole = trainer.evaluate(samples[:8])
+    assert whole["eval_loss/ntp"] > 0
+    assert trainer.evaluate(samples[:8], metric_key_prefix="test")["test_loss/ntp"] == whole["eval_loss/ntp"]
+    trainer.predict(samples[8:])
+    assert trainer.evaluate(samples[:8])["eval_loss/ntp"] == whole["eval_loss/ntp"]
+    both = trainer.evaluate({"a": samples[:8], "b": samples[8:16]})
+    assert both["eval_a_loss/ntp"] == whole["eval_loss/ntp"] != both["eval_b_loss/ntp"]
+
+
+@pytest.mark.parametrize("text", ["", '{"mode": "cumul'])
+def test_a_damaged_reward_shift_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "reward_shift.json").write_text(text)
+    with pytest.raises(ValueError, match=r"reward_shift\.json must hold the state of this run's reward shift"):
+        load_reward_shift(RewardShift(), str(tmp_path))
+
+
+def test_two_patches_of_a_loading_trainer_are_undone_in_order() -> None:
+    trainer = types.SimpleNamespace(**{"_issue_warnings_after_load": lambda result: None})
+    bound = trainer._issue_warnings_after_load
+    model = torch.nn.Linear(1, 1)
+    with renamed_weights_loaded(trainer, model, "folder"):  # type: ignore[arg-type]
+        outer = trainer._issue_warnings_after_load
+        with renamed_weights_loaded(trainer, model, "folder"):  # type: ignore[arg-type]
+            assert trainer._issue_warnings_after_load is not outer
+        assert trainer._issue_warnings_after_load is outer
+    assert trainer.__dict__.get("_issue_warnings_after_load", bound) is bound
+
+
+def test_the_reference_without_adapters_has_no_dropout(
+    folder: Path, encoder: Encoder, samples: list[Sample], tmp_path: Path
+) -> None:
+    model = load(folder)
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = make(peft.get_peft_model(model, config), encoder, samples, tmp_path)
+    batch = trainer.data_collator(samples[:2])["batch"]
+    trainer.model.train()
+    first, second = trainer._reference_logp(batch), trainer._reference_logp(batch)
+    assert trainer.model.training
+    assert torch.equal(first, second)

@@ -113,6 +113,9 @@ MISTAKES: dict[str, tuple[str, Any]] = {
         "reference of other tokens",
         lambda v: {"ref_logp": sums(v, torch.where(v["labels"] == -100, -100, (v["labels"] + 1) % VOCAB))},
     ),
+    "NaN logits": ("not finite", lambda v: {"logits": torch.full_like(v["logits"], torch.nan)}),
+    "NaN reference": ("not finite", lambda v: {"ref_logp": v["ref_logp"] * torch.nan}),
+    "infinite reference": ("not finite", lambda v: {"ref_logp": v["ref_logp"].where(v["ref_logp"] > 0, -torch.inf)}),
     "no reward shift": ("no reward shift", lambda v: {"reward_shift": None}),
 }
 

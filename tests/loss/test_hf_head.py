@@ -246,6 +246,16 @@ def test_a_value_in_the_forward_needs_no_gradient() -> None:
     assert outputs.logits.shape == (2, TOKENS, 8)
 
 
+def test_a_cache_is_not_extended_twice() -> None:
+    model = build("llama")
+    inputs, labels = batch_of(model)
+    cache = transformers.DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="inputs must not hold past_key_values"):
+        loss_in_forward(model, {**inputs, "past_key_values": cache}, labels)
+    hidden_and_head(model, **inputs, past_key_values=cache)
+    assert cache.get_seq_length() == TOKENS
+
+
 def test_a_loss_in_the_forward_leaves_the_random_stream_as_it_was() -> None:
     model = build("llama")
     inputs, labels = batch_of(model)
@@ -334,6 +344,16 @@ def test_a_change_of_the_config_is_seen() -> None:
     assert hidden_and_head(model, **inputs).logit_scale == 1 / 3.0
     model.config.logits_scaling = 5.0
     assert hidden_and_head(model, **inputs).logit_scale == 1 / 5.0
+
+
+def test_a_changed_attribute_of_the_model_is_read_again() -> None:
+    model = build("cohere")
+    inputs, _ = batch_of(model)
+    for scale in (0.3, 0.7):
+        model.logit_scale = scale
+        assert hidden_and_head(model, **inputs).logit_scale == scale
+        values, _ = value_in_forward(model, logits_of, **inputs)
+        torch.testing.assert_close(values, model(**inputs).logits)
 
 
 def test_no_grad_and_inference_work_as_for_a_reference_model() -> None:

@@ -5,6 +5,7 @@ The expected results are those of one process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Iterator
@@ -395,6 +396,8 @@ def raised(rank: int, fault: str, function: str) -> str:
             tensors[0] = logits[..., :0]
         elif fault == "backend":
             options["backend"] = "cuda"
+        elif fault == "other backend":
+            options["backend"] = "reference"
     try:
         FUNCTIONS[function](*tensors, **options)
     except (TypeError, ValueError, RuntimeError) as problem:
@@ -411,6 +414,7 @@ def raised(rank: int, fault: str, function: str) -> str:
         ("label", "ValueError: labels must be the same on all ranks of vocab_parallel, got others on 2 than on 0"),
         ("out of range", "ValueError: labels must be the same on all ranks of vocab_parallel"),
         ("options", "ValueError: config, stats, dtypes and the other options must be the same on all ranks"),
+        ("other backend", "ValueError: config, stats, dtypes and the other options must be the same on all ranks"),
         ("empty", "ValueError: logits must have a vocabulary axis of at least 1"),
         ("backend", "RuntimeError: backend 'cuda' cannot run"),
     ],
@@ -495,6 +499,24 @@ def test_what_is_refused_is_named(pool: RankPool) -> None:
         assert "cu_seqlens must not decrease, got 4 followed by 3" in texts["offsets"]
         assert "can be differentiated once" in texts["twice cpu"]
         assert "can be differentiated once" in texts["twice reference"]
+
+
+def without_gradients(rank: int) -> list[float]:
+    """Returns the loss of a split sequence with gradients, under no_grad, and under inference_mode."""
+    logits, labels, ref_logp = pairs(7)
+    half = slice(0, 2) if rank % 2 == 0 else slice(2, 5)
+    aligned, part = shift_labels(labels)[:, half], logits[:, half].clone()
+    losses = []
+    for context in (contextlib.nullcontext(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            out = mpo_loss(part, aligned, ref_logp, shift=False, sequence_parallel=GROUPS["pair"])
+        losses.append(out.loss.item())
+    return losses
+
+
+def test_split_sequences_need_no_gradients(pool: RankPool) -> None:
+    for losses in pool.run(without_gradients):
+        assert losses[0] == losses[1] == losses[2]
 
 
 def compiled(rank: int) -> tuple[float, float] | None:

@@ -12,7 +12,7 @@ import torch
 from oracle import make_case
 from torch import Tensor
 
-from mpo_ext import MPOConfig, mpo_loss
+from mpo_ext import MPOConfig, linear_mpo_loss, mpo_loss
 from mpo_ext.loss.preference import LOSSES, preference_loss
 
 BETA = 0.1
@@ -692,3 +692,28 @@ def test_the_former_name_of_the_module_still_works() -> None:
 
     assert losses.preference_loss is mpo_ext.losses.preference_loss is preference_loss
     assert mpo_loss is mpo_ext.mpo_loss
+
+
+def test_an_impossible_rejected_response_gives_no_nan() -> None:
+    """A rejected response of probability 0 has the margin infinity, and no loss without label smoothing."""
+    chosen, rejected = torch.tensor([-1.0, -2.0]), torch.tensor([-torch.inf, -3.0])
+    references = torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -3.0])
+    tokens = torch.tensor([3, 3])
+    loss = preference_loss("sigmoid", chosen, rejected, *references, tokens, tokens, beta=0.1)
+    assert loss.tolist() == pytest.approx([0.0, math.log(2)])
+
+
+def test_the_reference_backend_takes_an_impossible_label_and_a_wider_bias() -> None:
+    torch.manual_seed(0)
+    labels, reference = torch.randint(5, (2, 3)), torch.full((2,), -3.0)
+    logits = torch.randn(2, 3, 5)
+    logits[1, 1, labels[1, 1]] = -torch.inf
+    losses = [mpo_loss(logits, labels, reference, shift=False, backend=name).loss for name in ("reference", "cpu")]
+    assert losses[0].isfinite()
+    torch.testing.assert_close(*losses)
+    hidden, weight, bias = torch.randn(2, 3, 4).bfloat16(), torch.randn(5, 4).bfloat16(), torch.randn(5)
+    losses = [
+        linear_mpo_loss(hidden, weight, labels, reference, bias=bias, shift=False, backend=name).loss
+        for name in ("reference", "cpu")
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from oracle import ExactShift, make_case
 
 from mpo_ext import RewardShift, mpo_loss
@@ -374,3 +375,30 @@ def test_train_and_eval_can_be_chained_and_undone(backend: str, device: str) -> 
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RewardShift(**settings)
+
+
+def test_a_fixed_value_does_not_change_on_resume() -> None:
+    state = RewardShift("fixed", value=0.5).state_dict()
+    RewardShift("fixed", value=0.5).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state must come from a RewardShift with value=5\.0, got 0\.5"):
+        RewardShift("fixed", value=5.0).load_state_dict(state)
+
+
+def test_an_instance_of_inference_mode_can_train() -> None:
+    with torch.inference_mode():
+        reward_shift = RewardShift()
+    reward_shift.update(1.0, 2)
+    assert reward_shift.value == 0.5
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputed_batch_does_not_count_twice(use_reentrant: bool) -> None:
+    reward_shift, logits = RewardShift(), torch.randn(2, 4, 8, requires_grad=True)
+    labels, ref_logp = torch.randint(8, (2, 4)), torch.zeros(2)
+
+    def loss_of(logits: torch.Tensor) -> torch.Tensor:
+        return mpo_loss(logits, labels, ref_logp, reward_shift=reward_shift).loss
+
+    loss = torch.utils.checkpoint.checkpoint(loss_of, logits, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="reward_shift must not be updated twice for a batch"):
+        loss.backward()

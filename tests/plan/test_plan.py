@@ -397,6 +397,13 @@ def test_the_norms_of_queries_and_keys_read_all_heads(tmp_path: Path) -> None:
     assert moved == estimate.compute_bytes * 7 * features > 0
 
 
+def test_a_micro_batch_has_at_most_the_pairs_of_a_rank(tmp_path: Path) -> None:
+    sizes = "optim.batch_size=8", "optim.micro_batch_size=8"
+    assert plan(make(tmp_path, *sizes), world=8).positions * 8 == plan(make(tmp_path, *sizes)).positions
+    tokens = plan(make(tmp_path, "optim.batch_size=2", "optim.micro_batch_tokens=100000"))
+    assert tokens.positions == plan(make(tmp_path, "optim.batch_size=2", "optim.micro_batch_size=2")).positions
+
+
 def test_frozen_layers_keep_no_inputs(tmp_path: Path) -> None:
     full = plan(make(tmp_path, **WIDE))
     recipe = make(tmp_path, "model.lora={rank: 1, target: [q_proj]}", **WIDE)
