@@ -6,7 +6,7 @@ text.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER
@@ -37,7 +37,8 @@ def check_marks(pair: Pair) -> Pair:
     """Checks the image placeholders in a prompt, and replaces numbered placeholders by ``<image>``.
 
     ``<image 2>`` stands for the second image. ``<image_2>``, ``<image2>`` and ``<|image_2|>`` mean the same. The
-    images of the returned pair are in the order of these placeholders. Responses are not changed.
+    images of the returned pair are in the order of these placeholders, and so are its rejected images. Responses are
+    not changed.
 
     Raises:
         FieldError: In each of these cases:
@@ -75,10 +76,15 @@ def check_marks(pair: Pair) -> Pair:
             f"and no {IMAGE_PLACEHOLDER}, got the numbers {shorten(numbers)}{beside}",
             kind=IMAGE_MARK,
         )
-    return _replaced(pair, tuple(pair.images[number - 1] for number in numbers))
+    return _replaced(pair, numbers)
 
 
-def _replaced(pair: Pair, images: tuple[str, ...]) -> Pair:
+def _replaced(pair: Pair, numbers: Sequence[int]) -> Pair:
+    """Returns a copy of a pair with ``<image>`` in place of the numbered placeholders.
+
+    ``numbers`` are the numbers in these placeholders, in the order of the prompt.
+    """
+
     def place(text: str) -> str:
         return NUMBERED_MARK.sub(IMAGE_PLACEHOLDER, text)
 
@@ -86,7 +92,12 @@ def _replaced(pair: Pair, images: tuple[str, ...]) -> Pair:
     if isinstance(messages := pair.source.get(PROMPT_TURNS), list):
         turns = [_mapped(message, place) for message in messages]
         extra = {**extra, SOURCE: {**pair.source, PROMPT_TURNS: turns}}
-    return dataclasses.replace(pair, question=place(pair.question), images=images, extra=extra)
+    images, rejected_images = (
+        tuple(paths[number - 1] for number in numbers) if paths else () for paths in (pair.images, pair.rejected_images)
+    )
+    return dataclasses.replace(
+        pair, question=place(pair.question), images=images, rejected_images=rejected_images, extra=extra
+    )
 
 
 def _mapped(message: Any, change: Callable[[str], str]) -> Any:

@@ -47,6 +47,26 @@ def test_numbered_marks_of_mmpr_are_written_as_places(tmp_path: Path, images: Pa
     assert (pair.question, [Path(image).name for image in pair.images]) == ("<image> or <image>?", ["b.jpg", "a.png"])
 
 
+REJECTED: dict[str, dict[str, Any]] = {
+    "rlaif-v": {"question": "<image 2> or <image 1>?", "chosen": "c", "rejected": "r", "id": 1},
+    "pairs": {"question": "<image 2> or <image 1>?", "chosen": "c", "rejected": "r"},
+    "trl": {"prompt": "<image 2> or <image 1>?", "chosen": "c", "rejected": "r"},
+    "swift": {"messages": [user("<image 2> or <image 1>?"), assistant("c")], "rejected_response": "r"},
+    "mmpr": {"question": "<image 2> or <image 1>?", "chosen": "c", "rejected": "r"},
+}
+
+
+@pytest.mark.parametrize("format", REJECTED)
+def test_rejected_images_have_the_order_of_the_numbers_too(format: str, tmp_path: Path) -> None:
+    names = ("image", "rejected_image") if format == "mmpr" else ("images", "rejected_images")
+    paths = dict(zip(names, (["a.png", "b.png"], ["c.png", "d.png"]), strict=True))
+    pair = read_row(tmp_path, {**REJECTED[format], **paths}, format=format)
+    assert isinstance(pair, Pair), pair
+    assert pair.question == "<image> or <image>?"
+    found = [[Path(path).name for path in images] for images in (pair.images, pair.rejected_images)]
+    assert found == [["b.png", "a.png"], ["d.png", "c.png"]]
+
+
 @pytest.mark.parametrize(
     ("question", "count"),
     [
