@@ -93,7 +93,8 @@ def _replaced(pair: Pair, numbers: Sequence[int]) -> Pair:
         turns = [_mapped(message, place) for message in messages]
         extra = {**extra, SOURCE: {**pair.source, PROMPT_TURNS: turns}}
     images, rejected_images = (
-        tuple(paths[number - 1] for number in numbers) if paths else () for paths in (pair.images, pair.rejected_images)
+        tuple(paths[number - 1] for number in numbers) if paths else ()
+        for paths in (pair.images, pair.rejected_images)
     )
     return dataclasses.replace(
         pair, question=place(pair.question), images=images, rejected_images=rejected_images, extra=extra

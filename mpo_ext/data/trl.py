@@ -3,7 +3,8 @@
 TRL has the columns ``prompt``, ``chosen``, ``rejected``, ``tools``, and ``images`` or ``image``. This module adds:
 
 - ``answer_gt`` (text or null),
-- ``image_paths`` (list of texts), in datasets but not in files, because a dataset's ``images`` may hold bytes,
+- ``image_paths`` (list of texts), in datasets but not in files, because a dataset's ``images`` may hold bytes. The
+  reader takes it from files, too, and refuses ``images`` with other paths,
 - ``question`` (text or null), the original question if it cannot be recovered from ``prompt``,
 - ``provenance`` and ``extra``, as JSON texts, because all values in a dataset column have the same type.
 """
@@ -17,6 +18,7 @@ from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_choice, shorten, type_and_value
 from mpo_ext.data.jsonl import LineFile, parse_object, write_lines
 from mpo_ext.data.marks import has_mark
+from mpo_ext.data.media import is_empty
 from mpo_ext.data.messages import (
     Turn,
     is_conversation,
@@ -33,6 +35,7 @@ from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, REJEC
 from mpo_ext.data.row_media import (
     Images,
     SaveImage,
+    image_path,
     row_images,
     row_rejected_images,
     row_videos,
@@ -130,8 +133,7 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
         if row.get(name) is None:
             raise FieldError(f"{name} must be given, got columns {', '.join(map(repr, row))}")
     prompt, chosen, rejected = _split(row)
-    paths = row.get("image_paths")
-    columns = row_images(row, save_image) if paths is None else _list("image_paths", paths)
+    columns = _image_columns(row, save_image)
     columns_of_videos = row_videos(row, save_image)
     images = Images(columns, save_image, columns_of_videos)
     turns = _prompt_turns(prompt, images, row.get("question"))
@@ -155,6 +157,38 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
         videos=columns_of_videos if isinstance(prompt, str) else images.videos("prompt"),
         rejected_images=row_rejected_images(row, save_image),
     )
+
+
+def _image_columns(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Any]:
+    """Returns the paths of the images in ``image_paths``, or in ``images`` and ``image`` if ``image_paths`` is empty.
+
+    Raises FieldError if ``images`` or ``image`` names other paths than ``image_paths``. An image with bytes has no
+    path of its own.
+    """
+    given = row.get("image_paths")
+    if is_empty(given):
+        return row_images(row, save_image)
+    if not isinstance(given, (list, tuple)):
+        raise FieldError(f"image_paths must be a list, got {type_and_value(given)}")
+    paths = list(given)
+    for name in ("image", "images"):
+        images = row.get(name)
+        if is_empty(images):
+            continue
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        named = [
+            paths[index] if index < len(paths) and _has_bytes(image) else image_path(name, image, save_image)
+            for index, image in enumerate(images)
+        ]
+        if named != paths:
+            raise FieldError(
+                f"image_paths must agree with {name}, got {shorten(paths)} and {shorten(named)}: remove one of the two"
+            )
+    return paths
+
+
+def _has_bytes(image: object) -> bool:
+    return isinstance(image, bytes) or (isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes))
 
 
 def _split(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -272,17 +306,18 @@ def _join_blocks(content: Iterable[Mapping[str, Any]]) -> str:
     return "".join(IMAGE_PLACEHOLDER + "\n" if block["type"] == "image" else block["text"] for block in content)
 
 
-def _list(name: str, value: object) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, (list, tuple)):
-        raise FieldError(f"{name} must be a list, got {type_and_value(value)}")
-    return list(value)
-
-
 def _json(name: str, value: object) -> dict[str, Any]:
+    """Returns the object in the column ``name``, which holds it as JSON text; {} for an empty column."""
+    if isinstance(value, str) and not value.strip():  # an empty cell of a CSV file
+        return {}
     if isinstance(value, str):
-        value = parse_object(value)
+        try:
+            value = parse_object(value)
+        except (ValueError, TypeError) as error:
+            raise FieldError(
+                f"{name} must be an object in JSON, got {type_and_value(value)} ({error}): rename the column, or name "
+                "it in ignore (--ignore) if it does not matter"
+            ) from None
     if value is not None and not isinstance(value, dict):
         raise FieldError(f"{name} must be an object in JSON, got {type_and_value(value)}")
     return value or {}

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,48 @@ def test_images_of_either_column_are_taken(image: dict[str, Any], tmp_path: Path
     assert read_row(tmp_path, {"prompt": "q", "chosen": "c", "rejected": "r", **image}) == Pair(
         "q", "c", "r", ("a.png",)
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "images"),
+    [
+        ({"images": ["a.png"], "image_paths": []}, ("a.png",)),
+        ({"images": ["a.png"], "image_paths": None}, ("a.png",)),
+        ({"image": "a.png", "image_paths": [None]}, ("a.png",)),
+        ({"images": ["a.png"], "image_paths": ["a.png"]}, ("a.png",)),
+        ({"images": [], "image_paths": ["a.png"]}, ("a.png",)),
+        ({"images": [{"bytes": None, "path": "a.png"}], "image_paths": ["a.png"]}, ("a.png",)),
+        ({"images": ["a.png"], "image_paths": ["b.png"]}, r"image_paths must agree with images, got \['b.png'\]"),
+        ({"image": "a.png", "image_paths": ["b.png"]}, "image_paths must agree with image, got"),
+        ({"images": ["a.png", "b.png"], "image_paths": ["a.png"]}, "image_paths must agree"),
+        ({"images": ["a.png"], "image_paths": ["a.png", "b.png"]}, "image_paths must agree"),
+        ({"images": ["a.png"], "image_paths": "b.png"}, "image_paths must be a list"),
+    ],
+)
+def test_image_paths_never_replace_other_images(row: dict[str, Any], images: Any, tmp_path: Path) -> None:
+    pair = read_row(tmp_path, {"prompt": "q", "chosen": "c", "rejected": "r", **row})
+    if isinstance(pair, Pair):
+        assert pair.images == images
+    else:
+        assert re.search(images, pair.reason), pair.reason
+
+
+def test_image_paths_are_those_of_bytes() -> None:
+    row = {"prompt": "q", "chosen": "c", "rejected": "r", "images": [{"bytes": b"x", "path": "x"}, {"path": "b.png"}]}
+    row["prompt"] = "<image> <image>"
+    assert from_trl({**row, "image_paths": ["/a.png", "b.png"]}).images == ("/a.png", "b.png")
+    with pytest.raises(FieldError, match="image_paths must agree with images"):
+        from_trl({**row, "image_paths": ["/a.png", "c.png"]})
+
+
+@pytest.mark.parametrize("name", ["extra", "provenance"])
+def test_a_column_of_another_program_is_named(name: str) -> None:
+    row = {"prompt": "q", "chosen": "c", "rejected": "r"}
+    for empty in ("", " ", None, {}):
+        assert from_trl({**row, name: empty}) == Pair("q", "c", "r")
+    for other in ("a note", "{", "[]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', 3):
+        with pytest.raises(FieldError, match=f"^{name} must be an object in JSON, got"):
+            from_trl({**row, name: other})
 
 
 @pytest.mark.parametrize(
