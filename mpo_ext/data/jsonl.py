@@ -18,6 +18,7 @@ from mpo_ext.data.media import check_media, drop_fields
 from mpo_ext.data.paths import RootMap, map_roots
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, FieldError, Location, PairSequence, raise_bad_line
 from mpo_ext.data.records import Pair
+from mpo_ext.data.stored_turns import read_stored_turns
 from mpo_ext.files import atomic_write
 
 _CHUNK = 1 << 20
@@ -232,13 +233,19 @@ def read_pairs(
 
 
 def parse_pair(values: dict[str, Any], line: str) -> Pair:
-    """Converts ``values``, the JSON object of a line in the format "pairs", to a pair. ``line`` is not used."""
+    """Converts ``values``, the JSON object of a line in the format "pairs", to a pair. ``line`` is not used.
+
+    Raises:
+        FieldError: If the images are in a field ``image``, or if ``read_stored_turns`` raises it.
+        TypeError: If a field has the wrong type.
+        ValueError: If a field is missing, unknown or invalid.
+    """
     if "image" in values:
         raise FieldError(
             f"images of a line of pairs must be a list named 'images', got 'image' {shorten(values['image'])}: "
             "a file of such lines is read with the format 'mmpr' (--from mmpr, in a recipe format: mmpr)"
         )
-    return Pair.from_dict(values)
+    return read_stored_turns(Pair.from_dict(values))
 
 
 def write_pairs(path: str | os.PathLike[str], pairs: Iterable[Pair]) -> int:

@@ -40,6 +40,7 @@ from mpo_ext.data.row_media import (
     row_rejected_images,
     row_videos,
 )
+from mpo_ext.data.stored_turns import text_turns
 from mpo_ext.data.tools import read_tools, refuse_tools
 
 Kind = Literal["standard", "conversational"]
@@ -81,8 +82,12 @@ def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True
     else:
         row = {
             "prompt": _prompt_messages(pair, has_images=has_images),
-            "chosen": pair.source.get(CHOSEN_TURNS) or [{"role": "assistant", "content": pair.chosen}],
-            "rejected": pair.source.get(REJECTED_TURNS) or [{"role": "assistant", "content": pair.rejected}],
+            **{
+                field: text_turns(
+                    name, pair.source.get(name) or [{"role": "assistant", "content": getattr(pair, field)}]
+                )
+                for field, name in (("chosen", CHOSEN_TURNS), ("rejected", REJECTED_TURNS))
+            },
         }
     if tools := pair.source.get(PROMPT_TOOLS):
         row["tools"] = json.dumps(tools, ensure_ascii=False)  # a dataset would merge the keys of all tools
@@ -99,11 +104,13 @@ def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True
 
 
 def _prompt_messages(pair: Pair, *, has_images: bool) -> list[dict[str, Any]]:
-    turns = pair.source.get(PROMPT_TURNS) or [{"role": "user", "content": pair.question}]
+    turns = [{"role": "user", "content": pair.question}]
+    if stored := pair.source.get(PROMPT_TURNS):
+        turns = text_turns(PROMPT_TURNS, stored)
     if not has_images:
-        return [dict(turn) for turn in turns]
+        return turns
     if len(turns) == 1:
-        return [{**turns[0], "content": _blocks(pair.question, len(pair.images))}]
+        return [{**turns[0], "content": _blocks(turns[0]["content"], len(pair.images))}]
     has_places = any(IMAGE_PLACEHOLDER in turn["content"] for turn in turns)
     first = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), 0)
     counts = [
@@ -162,8 +169,8 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
 def _image_columns(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Any]:
     """Returns the paths of the images in ``image_paths``, or in ``images`` and ``image`` if ``image_paths`` is empty.
 
-    Raises FieldError if ``images`` or ``image`` names other paths than ``image_paths``. An image with bytes has no
-    path of its own.
+    Raises FieldError if ``images`` or ``image`` names other paths than ``image_paths``. Images with bytes
+    agree with any path.
     """
     given = row.get("image_paths")
     if is_empty(given):
@@ -273,7 +280,10 @@ def _is_same_prompt(original: object, prompt: object) -> bool:
     ]
     count = sum(block["type"] == "image" for turn in plain for block in turn["content"] if isinstance(block, dict))
     pair = Pair("", "", "", ("image",) * count, extra={SOURCE: {PROMPT_TURNS: original}})
-    return plain in (original, _prompt_messages(pair, has_images=True))
+    try:
+        return plain in (original, _prompt_messages(pair, has_images=True))
+    except FieldError:  # turns that no reader stored, such as turns with malformed calls
+        return False
 
 
 def _blocks(question: str, images: int) -> list[dict[str, Any]]:
