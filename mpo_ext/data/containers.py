@@ -11,6 +11,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -27,8 +28,9 @@ from mpo_ext.files import atomic_write
 
 #: Advice in messages about a .json file that holds neither rows nor the subsets of a meta file.
 ROWS_ADVICE = "rows are expected as one JSON array, or as one object per line"
-_VERSION = 1  # part of the hash in the names of cached files; a new version converts all files again
+_VERSION = 2  # part of the hash in the names of cached files; a new version converts all files again
 _HEAD = 1 << 16
+_HEAD_LINES = 100
 #: Suffixes of compressed files, with their first bytes and the function that opens them.
 COMPRESSIONS: dict[str, tuple[bytes, Callable[[Any], IO[bytes]]]] = {
     ".gz": (b"\x1f\x8b", gzip.open),  # type: ignore[dict-item]
@@ -56,7 +58,10 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 #: Columns of CSV files in which every list or object is parsed. In other columns, only messages are parsed.
-_LISTS = ("image", "images", "messages", "conversations", "conversation", "rejected_messages", "history")
+_LISTS = (
+    *("image", "images", "image_paths", "rejected_image", "rejected_images", "video", "videos"),
+    *("messages", "conversations", "conversation", "rejected_messages", "history"),
+)
 
 
 def cache_folder() -> Path:
@@ -163,28 +168,35 @@ def _kind(name: str, text: str) -> str:
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
     """Returns whether a .json file may be an MMPR meta file, which lists data sets.
 
-    Two kinds of files give False:
+    Three kinds of files give False. Empty lines do not count:
 
     - The first line is a whole JSON object, and further lines follow.
     - The file has a single line, and this line is a pair.
+    - The first line is broken, but more than half of the first lines are whole JSON objects.
     """
-    with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
-        try:
-            first = parse_object(next(iter(lines), ""))
-        except (ValueError, TypeError, RecursionError):
-            return True  # an object of several lines, or a broken file
-        if any(line.strip() for line in lines):
+    with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as text:
+        lines = (line for line in text if line.strip())
+        first = _object_in(next(lines, ""))
+        if first is None:  # an object of several lines, or a broken file
+            found = [_object_in(line) is not None for line in itertools.islice(lines, _HEAD_LINES)]
+            return 2 * sum(found) <= 1 + len(found)
+        if any(True for _ in lines):
             return False
     return not any(name in first for name in _RESPONSES)
+
+
+def _object_in(text: str) -> dict[str, Any] | None:
+    """Returns the JSON object in a text, or None if the text does not hold exactly one object."""
+    try:
+        return parse_object(text)
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, Any] | None:
     """Returns the JSON object of a file, or None if the file does not hold exactly one object."""
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as text:
-        try:
-            return parse_object(text.read())
-        except (ValueError, TypeError, RecursionError):
-            return None
+        return _object_in(text.read())
 
 
 def refuse_rows(path: str, values: dict[str, Any]) -> None:
@@ -325,7 +337,9 @@ def _cell(name: str, text: str) -> Any:
     """Parses a cell in the CSV column ``name``.
 
     In the columns ``_LISTS``, lists and objects are parsed, and an empty cell becomes None. In other columns, only
-    chat messages are parsed. A parsed cell holds JSON or a Python literal. All other cells stay text.
+    chat messages are parsed, and in the column ``input`` also OpenAI's object with messages. A parsed cell holds JSON
+    or a Python literal. An empty cell of ``answer_gt`` becomes None, because it is no answer. All other cells stay
+    text.
     """
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):
@@ -335,9 +349,10 @@ def _cell(name: str, text: str) -> Any:
                 json.dumps(value, allow_nan=False)
             except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 continue
-            if is_list or _are_messages(value):
+            is_input = name == "input" and isinstance(value, dict) and _are_messages(value.get("messages"))
+            if is_list or is_input or _are_messages(value):
                 return value
-    return None if is_list and not text else text
+    return None if (is_list or name == "answer_gt") and not text else text
 
 
 def _are_messages(value: object) -> bool:

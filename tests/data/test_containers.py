@@ -130,6 +130,81 @@ def test_csv_cells_are_texts_lists_and_messages(tmp_path: Path) -> None:
     assert csv.field_size_limit() == 131072
 
 
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_csv_cells_with_images_videos_and_input_are_parsed(write: Callable[[Any], str], tmp_path: Path) -> None:
+    header = ["messages", "rejected_response", "images", "rejected_images", "videos"]
+    dialogue = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c"}]
+    row = [write(dialogue), "r"]
+    path = write_csv(
+        tmp_path / "swift.csv",
+        header,
+        [*row, write(["a.png"]), write(["b.png"]), ""],
+        [*row, "a.png", "b.png", write(["a.mp4"])],
+        [*row, "", "", write([["0.png", "1.png"]])],
+    )
+    pairs = pairs_of(open_pairs(path))
+    assert [(pair.images, pair.rejected_images) for pair in pairs] == [(("a.png",), ("b.png",))] * 2 + [((), ())]
+    assert [[video.paths for video in pair.videos] for pair in pairs] == [[], [("a.mp4",)], [("0.png", "1.png")]]
+    path = write_csv(
+        tmp_path / "mmpr.csv",
+        ["question", "chosen", "rejected", "image", "rejected_image", "video"],
+        ["q", "c", "r", write(["a.png"]), write(["b.png"]), write(["a.mp4"])],
+        ["q", "c", "r", "", "", ""],
+    )
+    names = [[Path(name).name for name in pair.media_paths] for pair in pairs_of(open_pairs(path))]
+    assert names == [["a.png", "b.png", "a.mp4"], []]
+    prompt = {"messages": dialogue[:1], "tools": []}
+    responses = [[{"role": "assistant", "content": text}] for text in "cr"]
+    path = write_csv(
+        tmp_path / "openai.csv",
+        ["input", "preferred_output", "non_preferred_output"],
+        [write(prompt), *map(write, responses)],
+    )
+    assert pairs_of(open_pairs(path)) == [Pair("q", "c", "r")]
+    path = write_csv(
+        tmp_path / "trl.csv",
+        ["prompt", "chosen", "rejected", "images", "image_paths"],
+        ["q", "c", "r", "", write(["a.png"])],
+        ["q", "c", "r", write(["a.png"]), ""],
+    )
+    assert pairs_of(open_pairs(path)) == [Pair("q", "c", "r", ("a.png",))] * 2
+    path = write_csv(
+        tmp_path / "alpaca.csv", ["instruction", "input", "chosen", "rejected"], ["Sort.", write([3, 1]), "c", "r"]
+    )
+    assert pairs_of(open_pairs(path)) == [Pair("Sort.\n[3, 1]", "c", "r")]
+
+
+@pytest.mark.parametrize(
+    "header", [["question", "chosen", "rejected", "answer_gt"], ["prompt", "chosen", "rejected", "answer_gt"]]
+)
+def test_an_empty_cell_is_no_answer_and_no_object(header: list[str], tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", header, ["q", "c", "r", ""], ["q", "c", "r", "7"], ["q", "c", "r", "[7]"])
+    assert [pair.answer_gt for pair in pairs_of(open_pairs(path))] == [None, "7", "[7]"]
+    row = ["q", "c", "r", "", "", ""]
+    path = write_csv(tmp_path / "b.csv", ["prompt", "chosen", "rejected", "answer_gt", "provenance", "extra"], row)
+    assert pairs_of(open_pairs(path)) == [Pair("q", "c", "r")]
+
+
+@pytest.mark.parametrize(
+    "content", ["\n{}\n{}\n", "\n\n{}", '{{"prompt": \n{}\n{}\n', "x\n{}\n{}\n{}\n", "{}\n\n{}\n"]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_json_lines_with_an_empty_or_broken_first_line_are_rows(content: str, encoding: str, tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "q", "chosen": "c", "rejected": "r"})
+    text = content.format(*[row] * 3)
+    (tmp_path / "a.json").write_bytes(text.encode(encoding))
+    good = [pair for pair in pairs_of(open_pairs(tmp_path / "a.json")) if isinstance(pair, Pair)]
+    assert good == [Pair("q", "c", "r")] * content.count("{}")
+
+
+@pytest.mark.parametrize("content", ['{{"data": [\n{}', '{{"data": [\n{},\n{},\n{}', "x\n{}\ny\n", "", "\n", "x\n"])
+def test_a_broken_object_is_not_read_as_rows(content: str, tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "q", "chosen": "c", "rejected": "r"})
+    (tmp_path / "a.json").write_text(content.format(*[row] * 3))
+    with pytest.raises(ValueError, match="must be a meta file in JSON"):
+        open_pairs(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("a.csv", {"encoding": "utf-16"}), ("a.csv", {"encoding": "utf-8-sig"}), ("a.tsv", {"delimiter": "\t"})],
