@@ -146,8 +146,8 @@ class MMPRDataset(PairSequence):
         ignore: Collection[str] = (),
     ) -> None:
         self.subsets = read_meta(meta, root_map=root_map)
-        options = {"max_line_bytes": max_line_bytes, "ignore": ignore}
-        self.files = [read_annotation(subset, **options) for subset in self.subsets]
+        options: dict[str, Any] = {"max_line_bytes": max_line_bytes, "ignore": ignore}
+        self.files = [read_annotation(subset, root_map=root_map, **options) for subset in self.subsets]
         self._repeat, self._seed = repeat, seed
         self._drawn: list[np.ndarray | None] = []
         self._ends: list[int] | None = None
@@ -196,26 +196,39 @@ class MMPRDataset(PairSequence):
         return self._ends
 
 
-def read_annotation(subset: MMPRSubset, **options: Any) -> LineFile:
-    """Opens the JSON lines file of an MMPR data set. ``options`` are passed to ``LineFile``.
+def read_annotation(subset: MMPRSubset, *, root_map: RootMap = (), **options: Any) -> LineFile:
+    """Opens the JSON lines file of an MMPR data set.
 
     The result has each line once; the ``repeat_time`` of the data set is ignored.
+
+    Args:
+        subset: The data set.
+        root_map: A tuple (old path, new path) for each folder that has moved. Old paths are replaced in absolute paths
+            of images and videos, before they are checked to be inside the root.
+        options: Further arguments of ``LineFile``.
     """
-    return LineFile(subset.annotation, line_parser(subset), **{"subset": subset.name, **options})
+    return LineFile(subset.annotation, line_parser(subset, root_map), **{"subset": subset.name, **options})
 
 
-def line_parser(subset: MMPRSubset) -> Callable[[dict[str, Any], str], Pair]:
-    """Returns a function that converts a line of an MMPR data set to a pair, for ``parse`` of ``LineFile``."""
+def line_parser(subset: MMPRSubset, root_map: RootMap = ()) -> Callable[[dict[str, Any], str], Pair]:
+    """Returns a function that converts a line of an MMPR data set to a pair, for ``parse`` of ``LineFile``.
+
+    ``root_map`` is the argument of ``read_annotation``.
+    """
     settings = {name: value for name, value in subset.settings.items() if name not in (*_FILE_SETTINGS, "root")}
     # The root lies beside the settings, because ``map_roots`` changes ``source["root"]``.
     source = {"format": "mmpr", "subset": subset.name, "root": subset.root}
-    return _LineParser(subset.root, {**source, "settings": settings} if settings else source)
+    return _LineParser(subset.root, {**source, "settings": settings} if settings else source, tuple(root_map))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _LineParser:
     root: str
     source: dict[str, Any]
+    root_map: RootMap = ()
+
+    def _resolved(self, path: str) -> str:
+        return resolve_image(map_root(local_path(path), self.root_map), self.root)
 
     def __call__(self, values: dict[str, Any], line: str) -> Pair:
         source = dict(self.source)
@@ -233,13 +246,14 @@ class _LineParser:
         refuse_meaning(values, "system", "history", "messages", "chat_template_kwargs", "videos", "rejected_images")
         refuse_tools(values)
         relative, source["image"] = _images(values)
-        images = tuple(resolve_image(image, self.root) for image in relative)
+        images = tuple(map(self._resolved, relative))
         if [below(image, self.root) for image in images] != relative:
             source["paths"] = relative
-        videos, rejected = _videos(values), _paths("rejected_image", values.get("rejected_image") or [])
-        inside = tuple(video.map_paths(lambda path: resolve_image(path, self.root)) for video in videos)
-        for name, form in (("video", [video.to_value() for video in videos]), ("rejected_image", rejected)):
-            if name in values and values[name] != _compact(form):
+        videos = tuple(video.map_paths(self._resolved) for video in _videos(values))
+        rejected = tuple(map(self._resolved, _paths("rejected_image", values.get("rejected_image") or [])))
+        for name, form in (("video", _video_values(videos, self.root)),
+                           ("rejected_image", [_relative(image, self.root) for image in rejected])):  # fmt: skip
+            if name in values and (not form or values[name] != _compact(form)):
                 source[name] = values[name]
         answer = values.get("answer_gt")
         if "answer_gt" in values and not isinstance(answer, str):
@@ -251,10 +265,8 @@ class _LineParser:
         if line.isascii() and "\\u" in line:
             source["ascii"] = True
         extra[SOURCE] = source
-        pair = Pair(
-            values["question"], values["chosen"], values["rejected"], images, answer, provenance, extra, inside,
-            tuple(resolve_image(image, self.root) for image in rejected),
-        )  # fmt: skip
+        texts = values["question"], values["chosen"], values["rejected"]
+        pair = Pair(*texts, images, answer, provenance, extra, videos, rejected)
         if list(values) != list(_line(pair, relative, source, self.root)):
             source["fields"] = list(values)
         return pair
@@ -295,6 +307,10 @@ def _videos(values: Mapping[str, Any]) -> list[Video]:
     return [read_video("video", entry, None) for entry in entries]
 
 
+def _video_values(videos: Iterable[Video], root: str) -> list[Any]:
+    return [video.map_paths(lambda path: _relative(path, root)).to_value() for video in videos]
+
+
 def resolve_image(image: str, root: str) -> str:
     """Returns the absolute path of an image or video from a path relative to ``root``. A URL is returned unchanged.
 
@@ -333,16 +349,17 @@ def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any], root: 
     values: dict[str, Any] = {}
     if form != "absent":
         values["image"] = {"string": relative[0] if relative else "", "empty": "", "null": None}.get(form, relative)
-    videos = [video.map_paths(lambda path: _relative(path, root)) for video in pair.videos]
-    for name, media, read in (
-        ("video", [video.to_value() for video in videos], lambda given: _videos({"video": given}) == videos),
-        (
-            "rejected_image",
-            [_relative(image, root) for image in pair.rejected_images],
-            lambda given: tuple(absolute_path(path, root) for path in _paths("", given or [])) == pair.rejected_images,
-        ),
-    ):
-        if name in source and read(source[name]):
+
+    def resolved(path: str) -> str:
+        return absolute_path(path, root)
+
+    for name, media, old, read in (
+        ("video", _video_values(pair.videos, root), pair.videos,
+         lambda given: [video.map_paths(resolved) for video in _videos({"video": given})]),
+        ("rejected_image", [_relative(image, root) for image in pair.rejected_images], pair.rejected_images,
+         lambda given: map(resolved, _paths("", given or []))),
+    ):  # fmt: skip
+        if name in source and tuple(read(source[name])) == old:
             values[name] = source[name]
         elif media:
             values[name] = _compact(media)

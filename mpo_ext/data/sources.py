@@ -212,8 +212,7 @@ def open_pairs(
         root: Folder to which relative image paths are joined. None: the folder that contains ``path``. Exceptions: if
             ``path`` is a folder of parquet files, None means this folder. For a dataset of the hub, None means the
             current folder. Not used for a meta file, which names the image folders.
-        root_map: A tuple (old path, new path) for each folder of images or data that has moved. Not used for a file
-            of rows in the format "mmpr".
+        root_map: A tuple (old path, new path) for each folder of images or data that has moved.
         image_dir: Folder for storing images and videos that a row holds as bytes. None: ``images`` in
             ``cache_folder()``.
         max_line_bytes: Maximum length of a line in bytes. Reading a longer line raises BadLine.
@@ -301,7 +300,7 @@ def _open_file(name: str, format: Format | None, folder: str, options: _ReadOpti
     if format is None:
         format = detect_lines(LineFile(lines, _no_pair, **line_options))
     if format == "mmpr":
-        pairs = read_annotation(_subset_of(name, folder, lines), **line_options)
+        pairs = read_annotation(_subset_of(name, folder, lines), root_map=options.root_map, **line_options)
         return PairSource(name, format, pairs, folder, {})
     parse = parse_pair if format == "pairs" else _RowParser(format, options.image_dir)
     pairs = LineFile(lines, parse, root_map=options.root_map, **line_options)
@@ -348,7 +347,7 @@ def _open_table(
         raise ValueError(f"{name} must be a folder that save_to_disk wrote for the format 'hf', got another source")
     rows = format if format not in (None, "hf") else detect_columns(pairs.sample_row(), name)
     if rows == "mmpr":
-        pairs.parse = functools.partial(_parse_mmpr_row, line_parser(_subset_of(name, folder)))
+        pairs.parse = functools.partial(_parse_mmpr_row, line_parser(_subset_of(name, folder), options.root_map))
     else:
         pairs.parse = _parse_pairs_row if rows == "pairs" else ROW_READERS[rows]
     image_dir = str(options.image_dir)

@@ -61,6 +61,24 @@ def test_dots_and_absolute_paths_inside_the_root_are_kept_as_written(images: Pat
     assert (meta.parent / "out/annotations/odd.jsonl").read_bytes() == (meta.parent / "odd.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("image", ["a.png", "{}/a.png", ["{}/a.png"], ["a.png"]])
+@pytest.mark.parametrize("rejected", ["sub/b.jpg", "{}/sub/b.jpg", ["{}/sub/b.jpg"], "./sub/b.jpg"])
+@pytest.mark.parametrize(
+    "video",
+    ["v.mp4", "{}/v.mp4", ["{}/v.mp4", "w.mp4"], [["{}/a.png"]], {"video": "{}/v.mp4", "fps": 1.0}, [], "", None],
+)
+def test_rejected_images_and_videos_return_as_written(
+    image: Any, rejected: Any, video: Any, images: Path, write_lines: Any
+) -> None:
+    row = {"image": image, "video": video, "rejected_image": rejected, "question": "q", "chosen": "c", "rejected": "r"}
+    line = json.loads(json.dumps(row).replace("{}/", f"{images}/"))
+    meta = write_lines("odd", [line, {**line, "rejected_image": []}, {**line, "rejected_image": None}])
+    (pair, *_) = dataset = MMPRDataset(meta)
+    assert all(os.path.isabs(path) for path in pair.media_paths)
+    write_mmpr(meta.parent / "out", dataset)
+    assert (meta.parent / "out/annotations/odd.jsonl").read_bytes() == (meta.parent / "odd.jsonl").read_bytes()
+
+
 def test_a_link_out_of_the_root_is_a_bad_line(images: Path, tmp_path: Path, write_lines: Any) -> None:
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "b.png").write_bytes((images / "a.png").read_bytes())

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mmpr_files import LINES
 
 from mpo_ext.data import (
+    Pair,
     open_pairs,
     read_pairs,
     write_pairs,
@@ -29,6 +31,24 @@ def test_root_map_moves_roots_annotations_and_images(mmpr: Path, images: Path, t
     assert moved[4].images == ("/new/a.png", "/new/sub/b.jpg")
     assert json.loads(to_line(moved[4], "/new")) == LINES["multi"][0]
     assert moved[4].source["root"] == "/new"
+
+
+def test_root_map_moves_the_absolute_paths_of_lines_of_mmpr(images: Path, write_lines: Any) -> None:
+    line = {"question": "q", "chosen": "c", "rejected": "r", "image": ["/old/a.png", "sub/b.jpg"]}
+    line |= {"rejected_image": ["/old/sub/b.jpg", "a.png"], "video": [["/old/a.png"]]}
+    meta = write_lines("moved", [line])
+    (images / "moved.jsonl").write_text(json.dumps(line))
+    moved = (f"{images}/a.png", f"{images}/sub/b.jpg")
+    for path in (meta, images / "moved.jsonl"):
+        for source in (open_pairs(path, root_map=[("/old", str(images))]), open_pairs(path)):
+            _, pair = source.read(0)
+            if isinstance(pair, Pair):
+                assert (pair.images, pair.rejected_images, pair.videos[0].paths) == (moved, moved[::-1], moved[:1])
+                written = json.loads(to_line(pair, str(images)))
+                assert written["image"] == ["a.png", "sub/b.jpg"]
+            else:
+                assert "image must stay inside" in pair.reason
+    assert isinstance(open_pairs(meta, root_map=[("/old", str(images))]).read(0)[1], Pair)
 
 
 def test_root_map_ends_at_a_folder() -> None:
