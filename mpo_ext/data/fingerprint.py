@@ -123,7 +123,10 @@ def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | Non
         return f"its lines are in another order from line {line:,} on ({counts})"
     last = min(line + block - 1, max(n_kept, line))
     where = f"is line {line:,}" if line == last else f"is among lines {line:,} to {last:,}"
-    return f"the first change {where}, empty lines not counted ({counts})"
+    # A block that has become shorter differs even if its other lines are unchanged.
+    is_cut = new["lines"] < old["lines"] and first == new["lines"] // block
+    cut = ", or lines were removed from its end" if is_cut else ""
+    return f"the first change {where}, empty lines not counted{cut} ({counts})"
 
 
 def _hash_bytes(path: str) -> str:

@@ -16,10 +16,10 @@ from mpo_ext.data.hf import DatasetPairs, is_saved_dataset, is_stored_name, save
 from mpo_ext.data.hub import describe_folder, has_parquet, hub_id, load_hub, load_parquet, missing_path
 from mpo_ext.data.jsonl import LineFile, parse_pair
 from mpo_ext.data.mmpr import MMPRDataset, MMPRSubset, line_parser, read_annotation
-from mpo_ext.data.paths import RootMap, absolute_path, path_from, real_path
+from mpo_ext.data.paths import RootMap, absolute_path, below, path_from, real_path
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, Location, PairSequence
 from mpo_ext.data.records import Pair
-from mpo_ext.images import describe_source, image_exists, missing_image_advice
+from mpo_ext.images import describe_source, image_exists, local_path, missing_image_advice
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,11 +74,16 @@ class PairSource:
         If ``folder`` is the folder ``root``, all paths stay as in the source. Otherwise, a relative path of the source
         is joined to ``root``. If the joined path lies in ``folder``, it becomes relative to ``folder``. If not, it
         stays absolute. Absolute paths and URLs stay unchanged.
+
+        In MMPR, each subset has its own root. Relative paths stay as in the source if ``folder`` is this root.
+        Otherwise, they become absolute.
         """
         folder = os.path.realpath(folder)
         for index in map(int, self.indices):
             where, paths, pair = self._read(index)
-            if not isinstance(pair, BadLine) and paths != pair.media_paths:
+            if not isinstance(pair, BadLine) and self.format == "mmpr" and folder == real_path(pair.source["root"]):
+                pair = _with_line_paths(pair)
+            elif not isinstance(pair, BadLine) and paths != pair.media_paths:
                 is_root = folder == real_path(self.root)
                 relative = [
                     original if is_root or os.path.isabs(original) else path_from(folder, path)
@@ -108,6 +113,21 @@ class PairSource:
         if self.format != "mmpr" and isinstance(subset, str):  # the pair was converted from a subset of this name
             where = dataclasses.replace(where, subset=subset)
         return where, paths, pair
+
+
+def _with_line_paths(pair: Pair) -> Pair:
+    """Returns a copy of a pair from MMPR with paths relative to its root. Paths that are absolute in the line stay."""
+    source = pair.source
+    given = set(_texts([source.get(name) for name in ("paths", "rejected_image", "video")]))
+    return pair.map_paths(lambda path: path if path in given else below(path, source["root"]) or path)
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield local_path(value)
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 class MissingImages:

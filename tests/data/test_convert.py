@@ -73,6 +73,26 @@ def test_relative_images_stay_relative_where_possible(images: Path, tmp_path: Pa
     assert there_and_back(tmp_path / "beside")[0] == absolute
 
 
+@pytest.mark.parametrize("format", ["pairs", "trl"])
+def test_relative_images_of_mmpr_stay_relative_in_the_root(format: Any, images: Path, tmp_path: Path) -> None:
+    row = {"question": "<image>\n<image>", "chosen": "c", "rejected": "r", "image": ["a.png", f"{images}/c.png"]}
+    media = {"rejected_image": ["sub/b.jpg", "a.png"], "video": "v.mp4"} if format == "pairs" else {}
+    (images / "m.jsonl").write_text(json.dumps(row | media))
+    meta = {"s": {"root": "images", "annotation": "images/m.jsonl"}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    for source in (open_pairs(images / "m.jsonl", format="mmpr"), open_pairs(tmp_path / "meta.json")):
+        (absolute,) = (pair for _, pair in source.scan())
+        convert(source, images / "out.jsonl", format)
+        (pair,) = open_pairs(images / "out.jsonl").pairs
+        assert pair.images == ("a.png", f"{images}/c.png")
+        assert (pair.rejected_images, [video.path for video in pair.videos]) == (
+            (("sub/b.jpg", "a.png"), ["v.mp4"]) if media else ((), [])
+        )
+        assert open_pairs(images / "out.jsonl").read(0)[1] == absolute
+        convert(source, tmp_path / "out.jsonl", format)
+        assert open_pairs(tmp_path / "out.jsonl").pairs[0] == absolute
+
+
 def test_a_writer_that_fails_keeps_the_existing_files(tmp_path: Path, mmpr: Path) -> None:
     def failing() -> Any:
         yield PAIR

@@ -69,6 +69,7 @@ def test_a_change_of_a_larger_file_is_named_with_its_block(
         assert "lines were added at its end" in text
     elif first is None:
         assert "the first change is line 17, empty" in text
+        assert "or lines were removed from its end (20 lines before, 17 now)" in text
     else:
         assert f"the first change is among lines {first // 4 * 4 + 1} to " in text
 
@@ -135,3 +136,25 @@ def test_the_files_of_a_meta_file_and_of_a_dataset(tmp_path: Path) -> None:
     text = describe_change(hashes[0], hashes[2])
     assert text is not None
     assert text.startswith("its content has changed (")
+
+
+@pytest.mark.parametrize(
+    ("edit", "is_cut"),
+    [
+        (lambda lines: lines[:-2], True),
+        (lambda lines: change(lines[:-2], 16, b"x"), True),
+        (lambda lines: change(lines[:-2], 3, b"x"), False),
+        (lambda lines: change(lines[:-4], 15, b"x"), False),
+        (lambda lines: change(lines, 19, b"x"), False),
+    ],
+)
+def test_a_block_that_is_cut_may_have_lost_its_last_lines_only(
+    edit: Callable[[list[bytes]], list[bytes]], is_cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "_MAX_BLOCKS", 5)
+    old, new = (
+        write(tmp_path / f"{name}.jsonl", lines) for name, lines in (("a", lines_of(20)), ("b", edit(lines_of(20))))
+    )
+    text = describe_change(old, new)
+    assert text is not None
+    assert ("or lines were removed from its end" in text) == is_cut, text
