@@ -28,7 +28,7 @@ from mpo_ext.files import atomic_write
 
 #: Advice in messages about a .json file that holds neither rows nor the subsets of a meta file.
 ROWS_ADVICE = "rows are expected as one JSON array, or as one object per line"
-_VERSION = 2  # part of the hash in the names of cached files; a new version converts all files again
+_VERSION = 3  # part of the hash in the names of cached files; a new version converts all files again
 _HEAD = 1 << 16
 _HEAD_LINES = 100
 #: Suffixes of compressed files, with their first bytes and the function that opens them.
@@ -48,6 +48,7 @@ _REFUSED = {
     b"<!DOCTYPE html": "an HTML page, probably of a download that failed",
     b"<html": "an HTML page, probably of a download that failed",
 }
+_TAR, _TAR_START = b"ustar", 257  # the mark of a tar archive, and its place
 _PARQUET = b"PAR1"
 _RESPONSES = ("chosen", "rejected_response", "rejected_messages", "preferred_output")  # fields that only rows have
 # Byte order marks. The mark of UTF-32 comes first, because it begins with the mark of UTF-16.
@@ -60,7 +61,7 @@ _MARKS = (
 #: Columns of CSV files in which every list or object is parsed. In other columns, only messages are parsed.
 _LISTS = (
     *("image", "images", "image_paths", "rejected_image", "rejected_images", "video", "videos"),
-    *("messages", "conversations", "conversation", "rejected_messages", "history"),
+    *("messages", "conversations", "conversation", "rejected_messages", "history", "provenance", "extra"),
 )
 
 
@@ -108,9 +109,11 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
         name = name.removesuffix(compression)
         with _opened(path, compression) as file:
             head = file.read(_HEAD)
-    for magic, description in _REFUSED.items():
-        if head.startswith(magic):
-            raise ValueError(f"path must be a file of rows, got {path}, which is {description}")
+    descriptions = [description for magic, description in _REFUSED.items() if head.startswith(magic)]
+    if head.startswith(_TAR, _TAR_START):
+        descriptions.append("a tar archive: unpack it")
+    if descriptions:
+        raise ValueError(f"path must be a file of rows, got {path}, which is {descriptions[0]}")
     if name.endswith(".parquet"):
         raise ValueError(f"path must be a parquet file by its content too, got {path}")
     encoding = _encoding(head)
@@ -338,8 +341,7 @@ def _cell(name: str, text: str) -> Any:
 
     In the columns ``_LISTS``, lists and objects are parsed, and an empty cell becomes None. In other columns, only
     chat messages are parsed, and in the column ``input`` also OpenAI's object with messages. A parsed cell holds JSON
-    or a Python literal. An empty cell of ``answer_gt`` becomes None, because it is no answer. All other cells stay
-    text.
+    or a Python literal. An empty cell of ``answer_gt`` becomes None: the answer is unknown. All other cells stay text.
     """
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):

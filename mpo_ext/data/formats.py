@@ -24,7 +24,7 @@ from mpo_ext.data.jsonl import LineFile
 from mpo_ext.data.messages import is_conversation
 from mpo_ext.data.openai import from_openai
 from mpo_ext.data.reader import BadLine
-from mpo_ext.data.records import Pair
+from mpo_ext.data.records import SOURCE, Pair
 from mpo_ext.data.rlaif_v import from_rlaif_v
 from mpo_ext.data.sharegpt import TURNS_FIELDS, from_sharegpt
 from mpo_ext.data.swift import from_swift
@@ -68,6 +68,8 @@ def row_format(row: Mapping[str, Any]) -> Format | None:
 
 def _question_format(row: Mapping[str, Any]) -> Format | None:
     """Returns "mmpr", "pairs" or "rlaif-v" from the fields and images of a row, or None if they are not conclusive."""
+    if isinstance(extra := row.get("extra"), Mapping) and SOURCE in extra and row.keys() <= _PAIR_FIELDS:
+        return "pairs"
     images = [row[name] for name in ("image", "images", "rejected_image", "rejected_images") if name in row]
     are_paths = all(isinstance(path, str) or path is None for value in images for path in _listed(value))
     responses = [row.get(name, "") for name in ("chosen", "rejected")]

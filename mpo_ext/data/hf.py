@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mpo_ext.checks import check_choice, check_index, install_hint, shorten
-from mpo_ext.data.media import check_media, drop_fields, refuse_bytes
+from mpo_ext.data.media import check_media, drop_fields, is_empty, refuse_bytes
 from mpo_ext.data.paths import RootMap, map_roots
 from mpo_ext.data.reader import Location, PairSequence, raise_bad_line
 from mpo_ext.data.records import Pair
@@ -196,10 +196,7 @@ class DatasetPairs(PairSequence):
         parse: Callable[..., Pair] = from_trl,
         ignore: Collection[str] = (),
     ) -> None:
-        unread = [column for column in dataset.column_names if column in ignore]
-        if "image_paths" in dataset.features and "images" in dataset.features:  # the bytes are not needed
-            unread.append("images")
-        dataset = dataset.remove_columns(unread)
+        dataset = dataset.remove_columns([column for column in dataset.column_names if column in ignore])
         self._features = _undecoded(dataset.features)
         self._dataset = dataset.with_format("arrow")  # the stored values, without opening the images
         self._name, self._root_map = name, tuple(root_map)
@@ -217,8 +214,12 @@ class DatasetPairs(PairSequence):
     def read(self, index: int) -> Pair:
         where = self.locate(index)
         with raise_bad_line(where):
-            stored = self._dataset[where.line - 1].to_pylist()[0]
-            row = {name: _plain(value) for name, value in self._features.decode_example(stored).items()}
+            stored = self._dataset[where.line - 1]
+            columns = {"images", "image_paths"} & self._features.keys() if self.parse is from_trl else ()
+            if len(columns) == 2 and not is_empty(stored["image_paths"].to_pylist()):  # the bytes are not needed
+                stored = stored.drop_columns(["images"])
+            example = self._features.decode_example(stored.to_pylist()[0])
+            row = {name: _plain(value) for name, value in example.items()}
             if self._ignore:
                 row = drop_fields(row, self._ignore)
             save_image = None if self._image_dir is None else functools.partial(save_bytes, self._image_dir)

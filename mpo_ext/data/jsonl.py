@@ -235,17 +235,21 @@ def read_pairs(
 def parse_pair(values: dict[str, Any], line: str) -> Pair:
     """Converts ``values``, the JSON object of a line in the format "pairs", to a pair. ``line`` is not used.
 
+    A field that is None counts as not given. A table has such fields, because all its rows have the same columns.
+
     Raises:
         FieldError: If the images are in a field ``image``, or if ``read_stored_turns`` raises it.
         TypeError: If a field has the wrong type.
         ValueError: If a field is missing, unknown or invalid.
     """
-    if "image" in values:
+    if values.get("image") is not None:
         raise FieldError(
             f"images of a line of pairs must be a list named 'images', got 'image' {shorten(values['image'])}: "
             "a file of such lines is read with the format 'mmpr' (--from mmpr, in a recipe format: mmpr)"
         )
-    return read_stored_turns(Pair.from_dict(values))
+    texts = ("question", "chosen", "rejected")
+    given = {name: value for name, value in values.items() if value is not None or name in texts}
+    return read_stored_turns(Pair.from_dict(given))
 
 
 def write_pairs(path: str | os.PathLike[str], pairs: Iterable[Pair]) -> int:

@@ -18,7 +18,12 @@ VIDEO, TOOLS = "video or audio", "tools"
 _MEDIA_NAME = re.compile(
     r"image|img|picture|photo|pixel|screenshot|thumbnail|video|audio|waveform|(?:^|_)pics?(?:_|$)", re.IGNORECASE
 )
-_AUDIO_PLACEHOLDER = "<audio>"
+# <audio>, <|audio_1|>, <|AUDIO|>
+_AUDIO_MARK = re.compile(r"<(\|?)audio(?:[ _-]?[0-9]{1,3})?\1>", re.IGNORECASE)
+# Placeholders of other programs: <video 1>, <|video_1|>, <Video>, <|video_pad|>
+_VIDEO_MARK = re.compile(
+    r"<(?!video>)(\|?)(?i:video)(?:[ _-]?[0-9]{1,3})?\1>|<\|video_pad\|>|<video_(?:pad|placeholder)>"
+)
 #: Paths whose extension is that of an image, video or audio file.
 MEDIA_FILE = re.compile(
     r"[^\n]*[^\s/\\.]\.(?:png|jpe?g|jfif|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|ppm|dcm"
@@ -101,8 +106,14 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
             raise FieldError(
                 f"question must not hold {VIDEO_PLACEHOLDER} without videos, got {shorten(text)}", kind=VIDEO
             )
-        if _AUDIO_PLACEHOLDER in text:
-            raise FieldError(f"question must not hold {_AUDIO_PLACEHOLDER}, got {shorten(text)}", kind=VIDEO)
+        if "<" in text and (match := _AUDIO_MARK.search(text)):
+            raise FieldError(f"question must not hold {match[0]}, got {shorten(text)}", kind=VIDEO)
+        if "<" in text and (match := _VIDEO_MARK.search(text)):
+            raise FieldError(
+                f"question must mark videos by {VIDEO_PLACEHOLDER} in the order of the videos, got {match[0]} in "
+                f"{shorten(text)}: replace it by {VIDEO_PLACEHOLDER}",
+                kind=VIDEO,
+            )
     marks = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) if pair.videos else (IMAGE_PLACEHOLDER,)
     for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         for mark in marks:

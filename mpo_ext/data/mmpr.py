@@ -235,6 +235,11 @@ class _LineParser:
         extra = {name: value for name, value in values.items() if name not in _FIELDS}
         if SOURCE in extra:
             raise FieldError(f"the field {SOURCE!r} must be left to the reader, got {shorten(extra[SOURCE])}")
+        if isinstance(inner := extra.get("extra"), Mapping) and SOURCE in inner:  # turns may be stored in it
+            raise FieldError(
+                f"extra.{SOURCE} must be left out in an MMPR line, got {shorten(inner[SOURCE])}: a file of such lines "
+                "is read with the format 'pairs' (--from pairs, in a recipe format: pairs)"
+            )
         for name in ("question", "chosen", "rejected"):
             if name not in values:
                 raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, values))}")

@@ -379,4 +379,4 @@ def _parse_mmpr_row(parse: Callable[[dict[str, Any], str], Pair], row: dict[str,
 
 
 def _parse_pairs_row(row: dict[str, Any], *, save_image: object) -> Pair:
-    return parse_pair({name: value for name, value in row.items() if value is not None}, "")
+    return parse_pair(row, "")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpo_ext.checks import shorten, type_and_value
+from mpo_ext.data.media import is_empty
 from mpo_ext.data.messages import (
     is_conversation,
     pair_of_turns,
@@ -51,6 +52,8 @@ def from_swift(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -
     refuse_tools(row, known={"tools"})
     refuse_meaning(row, "objects", "chat_template_kwargs", "rejected_tools", "rejected_objects")
     rejected = [name for name in ("rejected_response", "rejected_messages") if row.get(name) is not None]
+    if len(rejected) == 2:  # a table has both columns, and an empty text where there is no value
+        rejected = [name for name in rejected if not is_empty(row[name])]
     if len(rejected) != 1:
         raise FieldError(
             f"rejected_response or rejected_messages must be given, got fields {', '.join(map(repr, row))}"

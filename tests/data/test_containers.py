@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,14 @@ def test_an_empty_cell_is_no_answer_and_no_object(header: list[str], tmp_path: P
     assert pairs_of(open_pairs(path)) == [Pair("q", "c", "r")]
 
 
+def test_a_csv_file_of_pairs_may_have_empty_cells(tmp_path: Path) -> None:
+    header = ["question", "chosen", "rejected", "images", "answer_gt", "provenance", "extra", "videos"]
+    pair = Pair("q", "c", "r", ("a.png",), "7", {"seed": 1}, {"id": 2})
+    values = [json.dumps(["a.png"]), "7", "{'seed': 1}", json.dumps({"id": 2}), "[]"]
+    path = write_csv(tmp_path / "a.csv", header, ["q", "c", "r", "", "", "", "", ""], ["q", "c", "r", *values])
+    assert pairs_of(open_pairs(path)) == [Pair("q", "c", "r"), pair]
+
+
 @pytest.mark.parametrize(
     "content", ["\n{}\n{}\n", "\n\n{}", '{{"prompt": \n{}\n{}\n', "x\n{}\n{}\n{}\n", "{}\n\n{}\n"]
 )
@@ -239,10 +248,22 @@ def zip_file() -> bytes:
     return buffer.getvalue()
 
 
+def tar_file() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        member = tarfile.TarInfo("a.jsonl")
+        member.size = len(LINES_TEXT.encode())
+        file.addfile(member, io.BytesIO(LINES_TEXT.encode()))
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("a.jsonl", zip_file(), "which is a zip file"),
+        ("a.tar", tar_file(), "which is a tar archive"),
+        ("a.tar.gz", gzip.compress(tar_file()), "which is a tar archive"),
+        ("a.tgz", gzip.compress(tar_file()), "which is a tar archive"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd....", "compressed by zstd"),
         ("a.arrow", b"ARROW1\0\0", "an Arrow file: name the folder"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),

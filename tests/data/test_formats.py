@@ -85,6 +85,15 @@ ROWS: list[tuple[str, dict[str, Any], Pair]] = [
     ),
     (
         "swift",
+        {
+            "messages": [user("q"), assistant("c")],
+            "rejected_response": "",
+            "rejected_messages": [user("q"), assistant("r")],
+        },
+        Pair("q", "c", "r"),
+    ),
+    (
+        "swift",
         {"query": "q", "response": "c", "rejected_response": "r", "history": [["a", "b"]], "images": ["a.png"]},
         Pair("q", "c", "r", ("a.png",), extra=turns(*SEVERAL)),
     ),
@@ -154,6 +163,12 @@ ROWS: list[tuple[str, dict[str, Any], Pair]] = [
         "rlaif-v",
         {"question": "q", **FIRST, "images": ["a.png", "b.png"], "id": 3},
         Pair("q", "c", "r", ("a.png", "b.png"), extra={"id": 3}),
+    ),
+    ("pairs", {"question": "q", **FIRST, "extra": turns(*SEVERAL)}, Pair("q", "c", "r", extra=turns(*SEVERAL))),
+    (
+        "pairs",
+        {"question": "q", **FIRST, **dict.fromkeys(("images", "videos", "rejected_images", "provenance", "extra"))},
+        Pair("q", "c", "r"),
     ),
 ]
 

@@ -64,6 +64,18 @@ def test_images_of_a_foreign_dataset_are_written_out(images: Path, tmp_path: Pat
     assert Path(one.images[0]).read_bytes() == content
 
 
+def test_an_empty_image_paths_does_not_hide_the_images_of_a_table(images: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    image = {"bytes": (images / "a.png").read_bytes(), "path": None}
+    row = {"prompt": "q", "chosen": "c", "rejected": "r", "images": [image]}
+    paths: list[Any] = [["/b.png"], [], None, [None], [""]]
+    dataset = datasets.Dataset.from_list([{**row, "image_paths": value} for value in paths])
+    given, *stored = DatasetPairs(dataset, image_dir=tmp_path / "out")
+    assert given.images == ("/b.png",)
+    for pair in stored:
+        assert Path(pair.images[0]).read_bytes() == image["bytes"]
+
+
 def test_datasets_is_only_needed_for_datasets() -> None:
     code = (
         "import sys; sys.modules['datasets'] = None\n"

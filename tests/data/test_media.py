@@ -253,6 +253,10 @@ QUESTIONS = {
         ("see <image> here", "no image"),
         ("<video>q", "video or audio"),
         ("q <audio>", "video or audio"),
+        ("q <|audio_1|>", "video or audio"),
+        ("<AUDIO>q", "video or audio"),
+        ("<|video_pad|>q", "video or audio"),
+        ("<Video>q", "video or audio"),
     ],
 )
 def test_a_mark_without_its_file_is_refused(format: str, question: str, kind: str, tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def test_rows_with_videos(
     ("format", "row", "words"),
     [
         ("pairs", {"question": "<video>q", **REST, "images": [], "videos": []}, "must not hold <video> without"),
+        ("pairs", {"question": "<video 1>q", **REST, "videos": ["a.mp4"]}, "question must mark videos by <video>"),
+        ("trl", {"prompt": "<|video_2|><|video_1|>q", **REST, "videos": ["a.mp4", "b.mp4"]}, "got <|video_2|> in"),
         ("pairs", {"question": "q", **REST, "videos": "a.mp4"}, "videos must be a list of videos"),
         ("pairs", {"question": "q", **REST, "videos": [{"path": "a.mp4", "start": 1}]}, "got 'start'"),
         ("mmpr", {"question": "q", **REST, "videos": ["a.mp4"]}, "videos"),
