@@ -42,6 +42,7 @@ _REFUSED = {
     b"\x28\xb5\x2f\xfd": "a file compressed by zstd: decompress it (zstd -d)",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
     b"ARROW1": "an Arrow file: name the folder that save_to_disk wrote",
+    b"\xff\xff\xff\xff": "an Arrow file: name the folder that save_to_disk wrote",
     b"version https://git-lfs": "a Git LFS pointer instead of the file: fetch the file with git lfs pull",
     b"SQLite format 3": "an SQLite database: export it as CSV",
     b"\x80\x04\x95": "a pickle: write it as JSON lines",

@@ -14,7 +14,7 @@ from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from mpo_ext.checks import shorten, type_and_value
 from mpo_ext.data.media import TOOLS, VIDEO, is_empty, is_unset
 from mpo_ext.data.reader import FieldError
-from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, Pair
+from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, TURNS, Pair
 from mpo_ext.data.row_media import PART_FIELDS, VIDEO_FIELDS, VIDEO_SETTINGS, Images, refuse_fields
 from mpo_ext.data.tools import call_in_content, refuse_tools, tool_calls
 from mpo_ext.videos import Video
@@ -115,6 +115,23 @@ def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
     if not calls:
         return {**turn, "content": _content(name, content, images)}
     return {**turn, "content": _content(name, content or "", images), "tool_calls": calls}
+
+
+def refuse_stored_turns(extra: Mapping[str, Any]) -> None:
+    """Raises FieldError if a row that is not in the format "pairs" stores turns or tools like a row of this format.
+
+    ``extra`` are the fields of the row that its reader does not use. The reader would leave the turns out.
+    """
+    pair_extra = extra.get("extra")
+    source = pair_extra.get(SOURCE) if isinstance(pair_extra, Mapping) else None
+    if not isinstance(source, Mapping):
+        return
+    if names := [name for name in (*TURNS, PROMPT_TOOLS) if not is_empty(source.get(name))]:
+        raise FieldError(
+            f"extra.{SOURCE} must be without turns and tools, which only the format 'pairs' reads, got "
+            f"{', '.join(names)}: remove the fields that a pair does not have, or name the format (--from pairs, in a "
+            "recipe format: pairs)"
+        )
 
 
 def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
@@ -318,9 +335,11 @@ def pair_of_turns(
         rejected_images: As in ``Pair``.
 
     Raises:
-        FieldError: If ``prompt`` is not a valid prompt; see ``check_prompt_turns``.
+        FieldError: If ``prompt`` is not a valid prompt; see ``check_prompt_turns``. If ``refuse_stored_turns`` raises
+            it for ``extra``.
     """
     check_prompt_turns(prompt, len(images), len(videos))
+    refuse_stored_turns(extra or {})
     turns = {PROMPT_TURNS: prompt, CHOSEN_TURNS: chosen, REJECTED_TURNS: rejected}
     several: dict[str, Any] = {
         name: [dict(turn) for turn in value]

@@ -29,7 +29,7 @@ import numpy as np
 from mpo_ext.checks import check_index, shorten
 from mpo_ext.data.containers import ROWS_ADVICE, refuse_rows
 from mpo_ext.data.jsonl import LineFile, dump_line, parse_object
-from mpo_ext.data.messages import refuse_meaning
+from mpo_ext.data.messages import refuse_meaning, refuse_stored_turns
 from mpo_ext.data.paths import RootMap, absolute_path, below, map_root, real_path
 from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError, Location, PairSequence
 from mpo_ext.data.records import SOURCE, Pair
@@ -235,11 +235,7 @@ class _LineParser:
         extra = {name: value for name, value in values.items() if name not in _FIELDS}
         if SOURCE in extra:
             raise FieldError(f"the field {SOURCE!r} must be left to the reader, got {shorten(extra[SOURCE])}")
-        if isinstance(inner := extra.get("extra"), Mapping) and SOURCE in inner:  # turns may be stored in it
-            raise FieldError(
-                f"extra.{SOURCE} must be left out in an MMPR line, got {shorten(inner[SOURCE])}: a file of such lines "
-                "is read with the format 'pairs' (--from pairs, in a recipe format: pairs)"
-            )
+        refuse_stored_turns(extra)
         for name in ("question", "chosen", "rejected"):
             if name not in values:
                 raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, values))}")

@@ -266,6 +266,7 @@ def tar_file() -> bytes:
         ("a.tgz", gzip.compress(tar_file()), "which is a tar archive"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd....", "compressed by zstd"),
         ("a.arrow", b"ARROW1\0\0", "an Arrow file: name the folder"),
+        ("a.arrow", b"\xff\xff\xff\xff\x88\x02\0\0", "an Arrow file: name the folder"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("a.jsonl", b"<!DOCTYPE html><html>", "an HTML page"),
         ("a.parquet", LINES_TEXT.encode(), "must be a parquet file by its content too"),

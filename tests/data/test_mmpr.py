@@ -61,12 +61,6 @@ def test_dots_and_absolute_paths_inside_the_root_are_kept_as_written(images: Pat
     assert (meta.parent / "out/annotations/odd.jsonl").read_bytes() == (meta.parent / "odd.jsonl").read_bytes()
 
 
-def test_a_line_of_pairs_with_stored_turns_is_not_read_as_mmpr(write_lines: Any) -> None:
-    line = {"question": "q", "chosen": "c", "rejected": "r", "extra": {"$source": {"messages": []}}}
-    with pytest.raises(BadLine, match=r"read with the format 'pairs' \(--from pairs"):
-        MMPRDataset(write_lines("bad", [line]))[0]
-
-
 @pytest.mark.parametrize("image", ["a.png", "{}/a.png", ["{}/a.png"], ["a.png"]])
 @pytest.mark.parametrize("rejected", ["sub/b.jpg", "{}/sub/b.jpg", ["{}/sub/b.jpg"], "./sub/b.jpg"])
 @pytest.mark.parametrize(

@@ -90,6 +90,17 @@ def test_turns_that_disagree_with_the_texts_refuse_the_line(row: dict[str, Any],
     assert not check_pairs(open_pairs(tmp_path / "rows.jsonl", format="pairs")).is_clean
 
 
+@pytest.mark.parametrize("source", [{"messages": EARLIER}, {"rejected_messages": SEVERAL}, {"tools": [TOOL]}])
+@pytest.mark.parametrize("fields", [{"id": 7}, {"id": 7, "images": []}, {"image": ""}])
+def test_turns_in_another_format_refuse_the_line(
+    fields: dict[str, Any], source: dict[str, Any], tmp_path: Path
+) -> None:
+    bad = read_row(tmp_path, line(source, **fields))
+    assert isinstance(bad, BadLine), bad
+    assert "without turns and tools, which only the format 'pairs' reads" in bad.reason
+    assert isinstance(read_row(tmp_path, line({"subset": "s"}, **fields)), Pair)
+
+
 def test_entries_of_a_table_without_turns_are_left_out(tmp_path: Path) -> None:
     empty = dict.fromkeys(("messages", "chosen_messages", "rejected_messages", "tools"))
     pair = read_row(tmp_path, line({**empty, "subset": "s"}), format="pairs")
