@@ -58,7 +58,7 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
     Raises:
         FieldError: If a message is invalid, or has a part or a field that this package does not use.
     """
-    messages = _unbundled(value)
+    messages = unbundled(value)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise FieldError(f"{name} must be text or a list of messages, got {shorten(value)}")
     turns: list[Turn] = []
@@ -72,7 +72,7 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
     return turns
 
 
-def _unbundled(value: object) -> object:
+def unbundled(value: Any) -> Any:
     """Converts a message to a list with this message, and a dict of lists to a list of messages.
 
     Older datasets store messages as a dict of two lists, such as ``{"role": [...], "content": [...]}``. Any value that
@@ -135,12 +135,12 @@ def refuse_stored_turns(extra: Mapping[str, Any]) -> None:
 
 
 def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
-    """Raises FieldError if a row has a non-empty field in ``names``.
+    """Raises FieldError if a row has a non-empty field in ``names``, or a non-empty field ``system_prompt``.
 
     The format of the row does not have these fields, so the reader of the row would ignore them. In other formats,
     such fields change the prompt, for example ``system``.
     """
-    for name in names:
+    for name in (*names, "system_prompt"):
         # In chat_template_kwargs, false counts as a value: {"enable_thinking": false} changes the prompt.
         if not (is_unset if name == "chat_template_kwargs" else is_empty)(row.get(name)):
             raise FieldError(

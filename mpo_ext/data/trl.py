@@ -28,6 +28,7 @@ from mpo_ext.data.messages import (
     read_turns,
     refuse_meaning,
     split_common,
+    unbundled,
 )
 from mpo_ext.data.paths import RootMap
 from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError
@@ -203,7 +204,7 @@ def _split(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
     If ``chosen`` and ``rejected`` are whole conversations, their common first turns are the prompt.
     """
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    prompt, chosen, rejected = map(unbundled, (row.get("prompt"), row["chosen"], row["rejected"]))
     are_conversations = isinstance(chosen, list) and isinstance(rejected, list)
     if isinstance(prompt, list) and are_conversations and prompt:
         size = len(prompt)

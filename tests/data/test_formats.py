@@ -329,6 +329,8 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str, str]] = [
         "must not both be given",
     ),
     ("rlaif-v", {"question": "q", **FIRST, "image": {"bytes": "AAAA"}}, "bad field", "bytes must be binary"),
+    ("trl", {"prompt": "q", **FIRST, "system_prompt": "s"}, "bad field", "system_prompt must be empty"),
+    ("mmpr", {"question": "q", **FIRST, "system_prompt": "s"}, "bad field", "system_prompt must be empty"),
 ]
 
 

@@ -246,6 +246,13 @@ def test_images_of_parts_and_columns_keep_their_order(tmp_path: Path) -> None:
         ),
         ({"chosen": [human("q"), gpt("c")], "rejected": [human("q"), gpt("r")]}, Pair("q", "c", "r")),
         (
+            {
+                "chosen": {"role": ["user", "assistant"], "content": ["q", "c"]},
+                "rejected": {"role": ["user", "assistant"], "content": ["q", "r"]},
+            },
+            Pair("q", "c", "r"),
+        ),
+        (
             {"chosen": [user([PNG, text("q")]), assistant("c")], "rejected": [user([PNG, text("q")]), assistant("r")]},
             Pair("<image>\nq", "c", "r", ("a.png",)),
         ),
