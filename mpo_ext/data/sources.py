@@ -360,13 +360,13 @@ def _open_table(
         options: Further options.
         is_saved: Whether ``save_to_disk`` wrote the dataset.
     """
-    pairs = DatasetPairs(
-        dataset, name=name, image_dir=options.image_dir, root_map=options.root_map, ignore=options.ignore
-    )
+    table_options: dict[str, Any] = {"name": name, "image_dir": options.image_dir, "ignore": options.ignore}
+    pairs = DatasetPairs(dataset, root_map=options.root_map, **table_options)
     if format == "hf" and not is_saved:
         raise ValueError(f"{name} must be a folder that save_to_disk wrote for the format 'hf', got another source")
     rows = format if format not in (None, "hf") else detect_columns(pairs.sample_row(), name)
     if rows == "mmpr":
+        pairs = DatasetPairs(dataset, **table_options)  # its parser already applies root_map
         pairs.parse = functools.partial(_parse_mmpr_row, line_parser(_subset_of(name, folder), options.root_map))
     else:
         pairs.parse = _parse_pairs_row if rows == "pairs" else ROW_READERS[rows]

@@ -51,6 +51,19 @@ def test_root_map_moves_the_absolute_paths_of_lines_of_mmpr(images: Path, write_
     assert isinstance(open_pairs(meta, root_map=[("/old", str(images))]).read(0)[1], Pair)
 
 
+@pytest.mark.parametrize("is_table", [False, True])
+def test_root_map_moves_a_path_of_mmpr_once(is_table: bool, images: Path) -> None:
+    line = {"question": "q", "chosen": "c", "rejected": "r", "image": f"{images.parent}/a.png"}
+    path = images / "pairs.jsonl"
+    path.write_text(json.dumps(line))
+    if is_table:
+        datasets = pytest.importorskip("datasets")
+        path = images / "pairs.parquet"
+        datasets.Dataset.from_list([line]).to_parquet(path)
+    source = open_pairs(path, format="mmpr", root_map=[(str(images.parent), str(images))])
+    assert source.pairs[0].images == (f"{images}/a.png",)
+
+
 def test_root_map_ends_at_a_folder() -> None:
     assert map_root("/data2/x", [("/data", "/new")]) == "/data2/x"
     assert [map_root(path, [("/data/", "/new/")]) for path in ("/data", "/data/", "/data/x")] == [
