@@ -228,7 +228,8 @@ class _LineParser:
     root_map: RootMap = ()
 
     def _resolved(self, path: str) -> str:
-        return resolve_image(map_root(local_path(path), self.root_map), self.root)
+        path = local_path(path)
+        return resolve_image(map_root(path, self.root_map) if os.path.isabs(path) else path, self.root)
 
     def __call__(self, values: dict[str, Any], line: str) -> Pair:
         source = dict(self.source)

@@ -49,6 +49,8 @@ def test_root_map_moves_the_absolute_paths_of_lines_of_mmpr(images: Path, write_
             else:
                 assert "image must stay inside" in pair.reason
     assert isinstance(open_pairs(meta, root_map=[("/old", str(images))]).read(0)[1], Pair)
+    relative = write_lines("relative", [{**line, "image": ["a.png", "sub/b.jpg"], "rejected_image": [], "video": ""}])
+    assert open_pairs(relative, root_map=[("sub", "/new")]).pairs[0].images == moved
 
 
 @pytest.mark.parametrize("is_table", [False, True])
