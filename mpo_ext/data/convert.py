@@ -9,9 +9,10 @@ from mpo_ext.checks import check_choice
 from mpo_ext.data.formats import WRITABLE, Format
 from mpo_ext.data.hf import PARQUET, save_dataset
 from mpo_ext.data.jsonl import write_pairs
-from mpo_ext.data.mmpr import write_mmpr
-from mpo_ext.data.reader import BadLine, Location, Skipped
-from mpo_ext.data.records import PROMPT_TOOLS, TURNS, Pair
+from mpo_ext.data.media import check_media
+from mpo_ext.data.mmpr import refuse_line_fields, write_mmpr
+from mpo_ext.data.reader import BadLine, FieldError, Location, Skipped
+from mpo_ext.data.records import PROMPT_TOOLS, SOURCE, TURNS, Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.trl import Kind, write_trl
 from mpo_ext.files import check_outputs
@@ -132,7 +133,23 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
     if format == "mmpr" and (names := sorted(pair.extra.keys() & _MMPR_FIELDS)):
         reason = f"extra must not hold a field that the line itself has, got {', '.join(map(repr, names))}"
         return BadLine(where, "bad field", reason)
+    try:
+        _check_extra(pair, format)
+    except FieldError as error:
+        return BadLine(where, error.kind, f"{format} must have fields that its reader takes: {error}")
     return _with_readable_images(where, pair) if format == "hf" else pair
+
+
+def _check_extra(pair: Pair, format: Format) -> None:
+    """Raises FieldError if a reader of ``format`` would refuse the fields of ``pair.extra``.
+
+    For example, a field may have the name that an image had in the source.
+    """
+    fields = {}
+    if format == "mmpr":  # the fields are those of the line
+        fields = {name: value for name, value in pair.extra.items() if name != SOURCE}
+        refuse_line_fields(fields)
+    check_media(fields, pair)
 
 
 def _turns(pair: Pair) -> list[dict[str, Any]]:

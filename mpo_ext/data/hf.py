@@ -8,7 +8,6 @@ import hashlib
 import io
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     import datasets
 
 PARQUET = ".parquet"
-_STORED_NAME = re.compile(r"[0-9a-f]{24}(?:\.[a-z]{3,4})?")
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "gif": ".gif", "bmp": ".bmp"}
 
 
@@ -69,11 +67,13 @@ def to_dataset(
         ImportError: If Hugging Face datasets is not installed.
         OSError: If an image to store as bytes cannot be read.
         ImageError: If an image to store as bytes is not a valid image.
-        ValueError: If a pair has tools, or if ``to_trl`` raises ValueError for a pair.
+        ValueError: If there are no pairs, if a pair has tools, or if ``to_trl`` raises ValueError for a pair.
     """
     datasets = require_datasets()
     check_choice("kind", kind, get_args(Kind))
     read_all = pairs if callable(pairs) else lambda: iter(pairs)
+    if next(iter(read_all()), None) is None:
+        raise ValueError("pairs must hold at least one pair for a dataset, got none")
     has_images = any(pair.images for pair in read_all())
     text = datasets.Value("string")
     content = datasets.List({"type": text, "text": text}) if has_images else text
@@ -280,11 +280,6 @@ def save_bytes(folder: Path, content: bytes) -> str:
         with atomic_write(path) as file:
             file.write(content)
     return str(path)
-
-
-def is_stored_name(name: str) -> bool:
-    """Returns whether a file name looks like a name from ``save_bytes``."""
-    return _STORED_NAME.fullmatch(name) is not None
 
 
 def _mime(content: bytes) -> str:

@@ -23,6 +23,8 @@ _MARKS = re.compile(
     r"<(?!image>)(?i:image)>"  # <Image>, <IMAGE>
     r"|<\|(?:image|image_pad|vision_start|image_start|begin_of_image|media_placeholder)\|>"
     r"|<(?:start_of_image|image_soft_token|image_placeholder|image_pad|ImageHere|IMG_CONTEXT)>"
+    r"|<\|media_(?:begin|start|pad)\|>"  # Kimi-VL
+    r"|<image>(?:\./)?</image>"  # MiniCPM-V
     r"|\[IMG\]"
     r"|<img>[^<>\n]*(?:\.\w{3,4}|://[^<>\s]+)\s*</img>"  # Qwen-VL, with the path or URL of the image
 )

@@ -44,6 +44,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _SHORTEST_BASE64 = 65  # no file of these types is shorter; words and ids are shorter
 #: Column in which imagefolder datasets name the file of a row's image.
 FILE_NAME = "file_name"
+_STORED_NAME = re.compile(r"[0-9a-f]{24}(?:\.[a-z]{3,4})?")
 # Fields in which readers look for the bytes of images and videos.
 _READ_FIELDS = {
     *("image", "images", "video", "videos", "rejected_image", "rejected_images"),
@@ -93,7 +94,7 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
         if name in pair.extra and pair.extra[name] is value:  # the reader did not use this field of the row
             _check_field(name, value, has_media=has_media)
     unread = {name: value for name, value in pair.extra.items() if name not in (SOURCE, "provenance")}
-    read = set(map(file_name, (*pair.media_paths, *_held_names(values)))) - {""} if unread else set()
+    read = set(map(file_name, (*pair.media_paths, *_held_names(values, pair)))) - {""} if unread else set()
     for name, value in unread.items():
         _check_value(name, value, read)
     for text in _prompt_texts(pair):
@@ -126,15 +127,21 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
     return check_marks(pair)
 
 
-def _held_names(values: Mapping[str, Any]) -> list[str]:
+def _held_names(values: Mapping[str, Any], pair: Pair) -> list[str]:
     """Returns the file names of the images and videos whose content is in the row, as bytes or as a data URL.
 
-    A file name is in the field ``path`` beside ``bytes``, or in the row's field ``file_name``.
+    A file name is in the field ``path`` beside ``bytes``, or in the unknown field ``file_name``. This field also names
+    an image that was in a row as bytes before the row was converted.
     """
     names = [path for name, value in values.items() if name in _READ_FIELDS for path in _paths_of_contents(value)]
-    if names:
-        names.append(values.get(FILE_NAME))
+    if names or any(is_stored_name(file_name(path)) or _DATA_URL.match(path) for path in pair.media_paths):
+        names.append(pair.extra.get(FILE_NAME))
     return [name for name in names if isinstance(name, str) and not is_media_content(name)]
+
+
+def is_stored_name(name: str) -> bool:
+    """Returns whether a file name looks like a name that ``hf.save_bytes`` gives to the bytes of an image or video."""
+    return _STORED_NAME.fullmatch(name) is not None
 
 
 def _paths_of_contents(value: object) -> Iterator[object]:

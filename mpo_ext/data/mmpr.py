@@ -236,17 +236,10 @@ class _LineParser:
         extra = {name: value for name, value in values.items() if name not in _FIELDS}
         if SOURCE in extra:
             raise FieldError(f"the field {SOURCE!r} must be left to the reader, got {shorten(extra[SOURCE])}")
-        refuse_stored_turns(extra)
         for name in ("question", "chosen", "rejected"):
             if name not in values:
                 raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, values))}")
-        if values.get("images"):  # an unknown field of this format: its images would be ignored
-            raise FieldError(
-                f"images of an MMPR line must be named by 'image', got 'images' {shorten(values['images'])}: "
-                "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)"
-            )
-        refuse_meaning(values, "system", "history", "messages", "chat_template_kwargs", "videos", "rejected_images")
-        refuse_tools(values)
+        refuse_line_fields(values)
         relative, source["image"] = _images(values)
         images = tuple(map(self._resolved, relative))
         if [below(image, self.root) for image in images] != relative:
@@ -272,6 +265,18 @@ class _LineParser:
         if list(values) != list(_line(pair, relative, source, self.root)):
             source["fields"] = list(values)
         return pair
+
+
+def refuse_line_fields(values: Mapping[str, Any]) -> None:
+    """Raises FieldError if ``values`` has a field that an MMPR line must not have, such as ``system`` or ``tools``."""
+    if values.get("images"):
+        raise FieldError(
+            f"images of an MMPR line must be named by 'image', got 'images' {shorten(values['images'])}: "
+            "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)"
+        )
+    refuse_meaning(values, "system", "history", "messages", "chat_template_kwargs", "videos", "rejected_images")
+    refuse_tools(values)
+    refuse_stored_turns(values)
 
 
 def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:

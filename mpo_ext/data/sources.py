@@ -12,9 +12,10 @@ import numpy as np
 from mpo_ext.checks import check_choice
 from mpo_ext.data.containers import as_lines, cache_folder, is_parquet
 from mpo_ext.data.formats import FORMATS, ROW_READERS, Format, detect_columns, detect_lines
-from mpo_ext.data.hf import DatasetPairs, is_saved_dataset, is_stored_name, save_bytes, saved_dataset
+from mpo_ext.data.hf import DatasetPairs, is_saved_dataset, save_bytes, saved_dataset
 from mpo_ext.data.hub import describe_folder, has_parquet, hub_id, load_hub, load_parquet, missing_path
 from mpo_ext.data.jsonl import LineFile, parse_pair
+from mpo_ext.data.media import is_stored_name
 from mpo_ext.data.mmpr import MMPRDataset, MMPRSubset, line_parser, read_annotation
 from mpo_ext.data.paths import RootMap, absolute_path, below, path_from, real_path
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, Location, PairSequence

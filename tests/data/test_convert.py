@@ -141,3 +141,55 @@ def test_without_a_kind_the_prompt_is_a_message(mmpr: Path, tmp_path: Path, form
     is_file = format == "trl"
     row = json.loads(out.read_text().splitlines()[0]) if is_file else datasets.load_from_disk(str(out))[0]
     assert [turn["role"] for turn in row["prompt"]] == ["user"]
+
+
+FORMATS = ("mmpr", "pairs", "trl", "hf")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["file_name", "original"])
+def test_the_name_of_an_image_in_a_row_never_makes_the_written_line_bad(
+    format: Any, name: str, tmp_path: Path, images: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    row = {"prompt": "q", "chosen": "c", "rejected": "r", name: "0001.png"}
+    row["image"] = {"bytes": (images / "a.png").read_bytes(), "path": "0001.png"}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    source = open_pairs(tmp_path / "rows.parquet", image_dir=tmp_path / "stored")
+    _, pair = source.read(0)
+    if name == "original":
+        with pytest.raises(
+            BadLine, match=f"{format} must have fields that its reader takes: .* 'original' '0001.png'"
+        ):
+            convert(source, tmp_path / "out", format)
+        return
+    convert(source, tmp_path / "out", format)
+    _, written = open_pairs(tmp_path / "out/meta.json" if format == "mmpr" else tmp_path / "out").read(0)
+    assert isinstance(pair, Pair)
+    assert isinstance(written, Pair), written
+    assert (written.images, written.extra["file_name"]) == (pair.images, "0001.png")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "field", [{"messages": [{"role": "user", "content": "q"}]}, {"system": "s"}, {"functions": [1]}, {"images": ["b"]}]
+)
+def test_fields_that_mmpr_cannot_hold_are_named(format: Any, field: dict[str, Any], tmp_path: Path) -> None:
+    if format == "hf":
+        pytest.importorskip("datasets")
+    write_pairs(tmp_path / "in.jsonl", [Pair("q", "c", "r", extra=field)])
+    source = open_pairs(tmp_path / "in.jsonl")
+    if format == "mmpr":
+        with pytest.raises(BadLine, match="mmpr must have fields that its reader takes: "):
+            convert(source, tmp_path / "out", format)
+        return
+    convert(source, tmp_path / "out", format)
+    assert open_pairs(tmp_path / "out").read(0)[1] == source.read(0)[1]
+
+
+def test_a_dataset_without_pairs_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "q", "chosen": "c"}')
+    with pytest.raises(ValueError, match="pairs must hold at least one pair for a dataset, got none"):
+        convert(open_pairs(tmp_path / "in.jsonl"), tmp_path / "out", "hf", skip_bad=True)
+    assert not (tmp_path / "out").exists()

@@ -91,7 +91,7 @@ def test_numbers_that_do_not_fit_the_images_refuse_the_line(question: Any, count
 OTHERS = [
     *("<img>a.png</img>", "<img>https://host/1234</img>", "<start_of_image>", "[IMG]", "<Image>", "<IMAGE>"),
     *("<|image|>", "<|image_pad|>", "<|vision_start|>", "<image_soft_token>", "<image_placeholder>", "<ImageHere>"),
-    "<IMG_CONTEXT>",
+    *("<IMG_CONTEXT>", "<|media_begin|>", "<|media_pad|>"),
 ]
 
 
@@ -104,7 +104,7 @@ def test_a_mark_of_another_program_without_an_image_refuses_the_line(mark: str, 
         assert f"{mark!r} names an image, but the pair has none" in bad.reason
 
 
-@pytest.mark.parametrize("mark", OTHERS)
+@pytest.mark.parametrize("mark", [*OTHERS, "(<image>./</image>)", "<image></image>"])
 def test_a_mark_of_another_program_beside_an_image_refuses_the_line(mark: str, tmp_path: Path) -> None:
     bad = read_row(tmp_path, row(f"{mark}\nq", "a.png"))
     assert isinstance(bad, BadLine), bad
