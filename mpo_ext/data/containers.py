@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from mpo_ext.checks import shorten
 from mpo_ext.data.jsonl import UNREADABLE, dump_line, parse_object
-from mpo_ext.data.literals import read_literal
+from mpo_ext.data.literals import are_messages, read_literal
 from mpo_ext.files import atomic_write
 
 #: Advice in messages about a .json file that holds neither rows nor the subsets of a meta file.
@@ -352,14 +352,7 @@ def _cell(name: str, text: str) -> Any:
                 json.dumps(value, allow_nan=False)
             except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 continue
-            is_input = name == "input" and isinstance(value, dict) and _are_messages(value.get("messages"))
-            if is_list or is_input or _are_messages(value):
+            is_input = name == "input" and isinstance(value, dict) and are_messages(value.get("messages"))
+            if is_list or is_input or are_messages(value):
                 return value
     return None if (is_list or name == "answer_gt") and not text else text
-
-
-def _are_messages(value: object) -> bool:
-    messages = value if isinstance(value, list) else [value]
-    return bool(messages) and all(
-        isinstance(message, dict) and ("role" in message or "from" in message) for message in messages
-    )

@@ -6,6 +6,7 @@ from typing import Any
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from mpo_ext.checks import shorten
+from mpo_ext.data.literals import is_text_of_messages
 from mpo_ext.data.marks import NO_IMAGE, check_marks
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import PROMPT_TURNS, SOURCE, Pair
@@ -87,7 +88,8 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
     Raises:
         FieldError: If an unused field may hold an image, video or audio. If the prompt has ``<audio>``. If the prompt
             has ``<image>`` in a pair without images, or ``<video>`` in a pair without videos. If a response has
-            ``<image>``, or has ``<video>`` in a pair with videos. If ``marks.check_marks`` raises it.
+            ``<image>``, or has ``<video>`` in a pair with videos. If both responses are texts of messages. If
+            ``marks.check_marks`` raises it.
     """
     has_media = bool(pair.media_paths)
     for name, value in values.items():
@@ -115,6 +117,11 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
                 f"{shorten(text)}: replace it by {VIDEO_PLACEHOLDER}",
                 kind=VIDEO,
             )
+    if is_text_of_messages(pair.chosen) and is_text_of_messages(pair.rejected):
+        raise FieldError(
+            f"chosen and rejected must not be messages that were written as text, got {shorten(pair.chosen)}: write "
+            "the messages as a list (in CSV files, cells with messages are parsed)"
+        )
     marks = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) if pair.videos else (IMAGE_PLACEHOLDER,)
     for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         for mark in marks:

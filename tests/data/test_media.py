@@ -228,6 +228,25 @@ def test_the_path_in_an_unread_field_is_shown_whole(tmp_path: Path) -> None:
     assert f"got the field 'figure' '{path}'" in bad.reason
 
 
+@pytest.mark.parametrize("write", [json.dumps, repr])
+@pytest.mark.parametrize("message", [{"role": "assistant", "content": "c"}, {"from": "gpt", "value": "c"}])
+@pytest.mark.parametrize("is_list", [False, True])
+def test_responses_that_are_messages_written_as_text_are_refused(
+    write: Any, message: dict[str, str], is_list: bool, tmp_path: Path
+) -> None:
+    text = write([message] if is_list else message)
+    for format in ("trl", "mmpr", "rlaif-v", "alpaca"):
+        bad = read_row(tmp_path, {**TEXT[format], "chosen": text, "rejected": text}, format=format)
+        assert isinstance(bad, BadLine), bad
+        assert "chosen and rejected must not be messages that were written as text" in bad.reason
+        admin = {**TEXT[format], **dict.fromkeys(("chosen", "rejected"), write({"role": "admin", "content": "x"}))}
+        assert isinstance(read_row(tmp_path, admin, format=format), Pair)
+        for other in ("r", text + ".", '{"name": "f", "role": 3', '{"role": 1, "role2": }'):
+            assert isinstance(
+                read_row(tmp_path, {**TEXT[format], "chosen": text, "rejected": other}, format=format), Pair
+            )
+
+
 def test_empty_values() -> None:
     assert all(map(is_empty, (None, "", [], {}, 0, False, [None, ""], {"bytes": None, "path": None}, [[], {}])))
     assert not any(map(is_empty, ("a", ["", "a"], {"bytes": b"x"}, 1, [0, 1])))
