@@ -75,6 +75,8 @@ def _question_format(row: Mapping[str, Any]) -> Format | None:
     responses = [row.get(name, "") for name in ("chosen", "rejected")]
     is_foreign = not are_paths or any(row.get(name) for name in ("system", "history"))
     is_foreign = is_foreign or {"image", "images"} <= row.keys()
+    videos = [video for name in ("video", "videos") for video in _listed(row.get(name))]
+    is_foreign = is_foreign or any(isinstance(video, Mapping) and "bytes" in video for video in videos)
     if is_foreign or {"ds_name", "origin_dataset"} <= row.keys() or any(map(is_conversation, responses)):
         return "rlaif-v" if "question" in row else None
     if "images" in row or "videos" in row or "rejected_images" in row:

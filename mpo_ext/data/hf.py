@@ -250,8 +250,10 @@ def _undecoded(features: Any) -> Any:
 
 
 def _empty_value(feature: Any) -> Any:
-    if isinstance(feature, dict) or type(feature).__name__ == "Image":
+    if type(feature).__name__ in ("Image", "Video"):
         return {"bytes": None}
+    if isinstance(feature, dict):
+        return dict.fromkeys(feature)
     if isinstance(feature, list) or hasattr(feature, "feature"):
         inner = feature[0] if isinstance(feature, list) else feature.feature
         return [_empty_value(inner)]

@@ -137,3 +137,11 @@ def test_parts_of_responses_are_converted_to_text() -> None:
         row = to_trl(pair, has_images=has_images)
         assert row["chosen"] == [assistant("c")]
         assert from_trl(row) == Pair("q", "c", "r")
+
+
+def test_stored_turns_of_a_table_are_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [line({"messages": EARLIER}), {**line({}), "extra": None}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    pairs = [pair for _, pair in open_pairs(tmp_path / "rows.parquet").scan()]
+    assert pairs == [Pair("q", "c", "r", extra={"$source": {"messages": EARLIER}}), Pair("q", "c", "r")]

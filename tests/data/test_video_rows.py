@@ -167,3 +167,16 @@ def test_formats_that_hold_none_refuse_them(pair: Pair, format: Any, tmp_path: P
         convert(source, tmp_path / "out", format)
     count, skipped = convert(source, tmp_path / "out", format, skip_bad=True)
     assert (count, dict(skipped.counts)) == (1, {name: 1})
+
+
+@pytest.mark.parametrize("name", ["video", "videos"])
+def test_videos_of_a_table_are_stored(name: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    video = {"bytes": b"a video", "path": "a.mp4"}
+    row = {"question": "q", **REST, name: video if name == "video" else [video]}
+    datasets.Dataset.from_list([row, {**row, name: None}]).to_parquet(tmp_path / "rows.parquet")
+    source = open_pairs(tmp_path / "rows.parquet", image_dir=tmp_path / "stored")
+    (_, pair), (_, text) = source.scan()
+    assert isinstance(pair, Pair), pair
+    assert [Path(video.path).read_bytes() for video in pair.videos] == [b"a video"]
+    assert text == Pair("q", "c", "r")
