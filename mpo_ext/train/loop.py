@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.ops.memory import empty_cache
 from mpo_ext.train.batch_loss import (
     BatchLoss,
@@ -25,12 +24,11 @@ from mpo_ext.train.batch_loss import (
 from mpo_ext.train.dataset import StepSize, StepSlice, check_lines, size_over_ranks
 from mpo_ext.train.evaluation import evaluate, evaluate_if_due, open_answers
 from mpo_ext.train.first_batch import FirstBatchCheck
-from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib, speed
+from mpo_ext.train.metrics import Totals, log_line, nonfinite_cause, peak_memory_mib, speed
 from mpo_ext.train.optimizer import clip_gradients, set_learning_rates
 from mpo_ext.train.output import RunOutput
 from mpo_ext.train.pair_counts import PairCounts
-from mpo_ext.train.progress import busy_cpu_line, first_step_lines
-from mpo_ext.train.ranks import gather
+from mpo_ext.train.progress import busy_cpu_line, first_step_lines, resume_advice
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import (
     PrecomputedReference,
@@ -135,7 +133,8 @@ class Trainer:
             try:
                 self.reference = self.make_reference()
             except InterruptedRunError:
-                return self._interrupted("while the log-probs of the reference were computed")
+                advice = resume_advice("auto")  # there is no checkpoint of this process yet
+                return self._interrupted(f"while the log-probs of the reference were computed{advice}")
             self.batch_loss = BatchLoss(self.recipe.loss, self.accelerator, self.reference, routers)
             if checkpoint is None:
                 self.output.start_log()
@@ -161,7 +160,8 @@ class Trainer:
             for step_slice in () if state.has_stalled() else self.data.load_steps(state.step):
                 if self._run_step(step_slice):
                     self._save_if_due(is_end=True)
-                    return self._interrupted(f"after step {state.step} of {self.data.total_steps}")
+                    advice = resume_advice(self.recipe.output.resume) if self.output.save else ""
+                    return self._interrupted(f"after step {state.step} of {self.data.total_steps}{advice}")
                 if self.stop.is_over:
                     break
             state.check_trained_on_pairs()
@@ -224,7 +224,7 @@ class Trainer:
         if size.micro_steps == 0:
             return self._skip_empty_step(rates)
         shift_before = copy.deepcopy(state.reward_shift)
-        check = FirstBatchCheck(recipe, self.processor) if state.step == 0 else None
+        check = FirstBatchCheck(recipe, self.processor) if state.is_first_step() else None
         self.batch_loss.first_batch = check
         totals, losses = self._accumulate_gradients(step_slice, size)
         if check is not None:
@@ -239,15 +239,16 @@ class Trainer:
         if is_finite:
             self.optimizer.step()
             state.reward_shift.step()
+            state.n_skipped_steps += self.accelerator.optimizer_step_was_skipped  # by the loss scaler or by DeepSpeed
         else:
-            self._handle_nonfinite(losses, grad_norm, shift_before)
+            state.reward_shift = shift_before
+            _handle_nonfinite(self.accelerator, state, self.output, losses, grad_norm)
+            state.n_idle_steps += check is not None  # the next step is checked instead
         if "reward_shift" in line:
             line["reward_shift"] = state.reward_shift.value  # the value after the update
         self.optimizer.zero_grad()
-        if self.accelerator.optimizer_step_was_skipped:
-            state.n_skipped_steps += 1
-        if state.step == 0 and is_finite:
-            for text in first_step_lines(recipe, line, step_slice.batches):
+        if check is not None and is_finite:
+            for text in first_step_lines(self.accelerator, recipe, state.step + 1, line, step_slice.batches):
                 self.output.console.say(text)
         self._count_step()
         line |= {
@@ -291,6 +292,7 @@ class Trainer:
     def _skip_empty_step(self, rates: Mapping[str, float]) -> bool:
         """Counts and logs a step whose pairs were all skipped. Returns whether a signal ends the run now."""
         self._count_step()
+        self.state.n_idle_steps += 1
         self.output.console.say(f"step {self.state.step}: all of its pairs were skipped, so the model is unchanged")
         self._report({"pairs": 0.0, **rates})
         return self._end_step()
@@ -301,28 +303,6 @@ class Trainer:
         every = self.recipe.reference.sync_every
         if every and self.reference is not None and self.state.step % every == 0:
             self.reference.sync(self.model, self.recipe.reference.sync_mix)
-
-    def _handle_nonfinite(
-        self, losses: list[tuple[tuple[str, ...], Tensor]], grad_norm: float, shift_before: RewardShift
-    ) -> None:
-        """Skips a step with a non-finite loss or gradient, or raises ``FloatingPointError``.
-
-        The step is skipped if ``output.on_nonfinite`` is "skip". In both cases, the reward shift is reset to its value
-        before the step, ``shift_before``. ``losses`` has (names of the pairs, loss) for each micro-batch.
-        """
-        state = self.state
-        state.reward_shift = shift_before
-        names = [name for names, loss in losses if not math.isfinite(loss.item()) for name in names]
-        names = [name for rank in gather(self.accelerator, names) for name in rank]
-        cause = f"loss of {', '.join(names)}" if names else f"gradient (norm {grad_norm}) of all its pairs"
-        text = f"step {state.step + 1}: not finite: the {cause}"
-        if self.recipe.output.on_nonfinite != "skip":
-            raise FloatingPointError(
-                f"{text}. The last good checkpoint is {self.output.checkpoints.latest() or 'none'}; "
-                "output.on_nonfinite=skip leaves such steps out"
-            )
-        state.n_skipped_steps += 1
-        self.output.console.say(f"{text}; the step is skipped, {state.n_skipped_steps} so far")
 
     def _report(self, line: Mapping[str, float]) -> None:
         """Shows the step on the console, calls ``on_step``, and writes ``line`` to the log if a log line is due."""
@@ -342,7 +322,8 @@ class Trainer:
             return True
         if self.stop.is_over or self.state.step == self.data.total_steps:
             return False
-        if self.state.step == self.data.sampler.steps_per_epoch:  # later epochs would skip the same pairs
+        has_read_all = all(subset.pairs >= subset.lines for subset in self.data.mixture.subsets)
+        if self.state.step == self.data.sampler.steps_per_epoch and has_read_all:  # later epochs skip the same pairs
             self.state.check_trained_on_pairs()
         has_evaluated = self._evaluate_if_due() is not None
         self.stop.is_over = self.state.has_stalled()
@@ -368,8 +349,7 @@ class Trainer:
 
         ``position`` is the end of the printed sentence, such as "after step 3 of 9".
         """
-        advice = "" if self.recipe.output.resume == "never" else "; the same command resumes from here"
-        self.output.console.say(f"{self.stop.name()}: ended {position}{advice}")
+        self.output.console.say(f"{self.stop.name()}: ended {position}")
         return self._close() or self.stop.status()
 
     def _close(self) -> int:
@@ -379,3 +359,27 @@ class Trainer:
         self.model = self.accelerator.unwrap_model(self.model)
         self.accelerator.end_training()
         return 0
+
+
+def _handle_nonfinite(
+    accelerator: Any,
+    state: RunState,
+    output: RunOutput,
+    losses: list[tuple[tuple[str, ...], Tensor]],
+    grad_norm: float,
+) -> None:
+    """Skips a step with a non-finite loss or gradient, or raises ``FloatingPointError``.
+
+    The step is skipped if ``output.on_nonfinite`` is "skip". ``losses`` has (names of the pairs, loss) for each
+    micro-batch.
+    """
+    text = f"step {state.step + 1}: not finite: the {nonfinite_cause(accelerator, losses, grad_norm)}"
+    if output.recipe.output.on_nonfinite != "skip":
+        raise FloatingPointError(
+            f"{text}. The last good checkpoint is {output.checkpoints.latest() or 'none'}; "
+            "output.on_nonfinite=skip leaves such steps out"
+        )
+    if accelerator.scaler is not None:  # it has unscaled the gradients, and refuses to do that again
+        accelerator.scaler.update()
+    state.n_skipped_steps += 1
+    output.console.say(f"{text}; the step is skipped, {state.n_skipped_steps} so far")

@@ -5,7 +5,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.loss.steps import MPOOutput
 from mpo_ext.train.batch_loss import STATS
+from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import LossRecipe
 
 _SUMS = (
@@ -137,6 +138,16 @@ def log_line(
     return {**line, "reward_shift": reward_shift.value}
 
 
+def nonfinite_cause(accelerator: Any, losses: Sequence[tuple[Sequence[str], Tensor]], grad_norm: float) -> str:
+    """Returns the cause of a step that is not finite: the loss of some pairs, or the gradient of all its pairs.
+
+    All ranks must call this function. ``losses`` has (names of the pairs, loss) for each micro-batch.
+    """
+    names = [name for names, loss in losses if not math.isfinite(loss.item()) for name in names]
+    names = [name for rank in gather(accelerator, names) for name in rank]
+    return f"loss of {', '.join(names)}" if names else f"gradient (norm {grad_norm}) of all its pairs"
+
+
 def speed(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
     """Returns the seconds of a step, the tokens per second and the pairs per second of all ranks together.
 
@@ -161,7 +172,7 @@ class Log:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Appends a line. Non-finite numbers are written as strings because JSON cannot represent them."""
-        encoded = json.dumps({key: _json_value(value) for key, value in line.items()})
+        encoded = json.dumps({key: json_value(value) for key, value in line.items()})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(encoded + "\n")
 
@@ -182,5 +193,6 @@ class Log:
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """Converts a number that is not finite to a string, such as "nan". Returns other values unchanged."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
 """The console output of a run: the progress of the steps and the check of the first step's loss."""
 
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -10,12 +11,22 @@ from typing import Any, TextIO
 import torch
 
 from mpo_ext.train.batch import Batch
-from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.ranks import gather
+from mpo_ext.train.recipe import Recipe, RewardShiftRecipe
 
 _PRINT_EVERY_S = 30.0
 _RATE = "learning_rate"
 _SHOWN = {"loss": ("loss", ".4f"), "accuracy": ("reward_accuracy", ".2f"), "margin": ("reward_margin", ".3f")}
 _FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
+
+
+def resume_advice(resume: str) -> str:
+    """Returns the end of the message of an interrupted run: how to resume from its last checkpoint.
+
+    ``resume`` is ``output.resume`` of the run.
+    """
+    # With another value, the same command would start again from an older checkpoint, or refuse to resume.
+    return f"; {'the same command' if resume == 'auto' else 'output.resume=auto'} resumes from here"
 
 
 def busy_cpu_line(device: torch.device) -> str | None:
@@ -101,11 +112,17 @@ def _rates(line: Mapping[str, float]) -> list[str]:
     return [f"{name.removeprefix(_RATE).lstrip('_')} rate {line[name]:.2e}".lstrip() for name in names]
 
 
-def first_step_lines(recipe: Recipe, line: Mapping[str, float], batches: Sequence[Batch]) -> Iterator[str]:
-    """Yields the console lines that follow the first step, such as a comparison of its loss with the expected loss.
+def first_step_lines(
+    accelerator: Any, recipe: Recipe, step: int, line: Mapping[str, float], batches: Sequence[Batch]
+) -> Iterator[str]:
+    """Yields the console lines that follow the first step with pairs and a finite loss.
+
+    All ranks must call this function and read all lines.
 
     Args:
+        accelerator: accelerate's ``Accelerator``.
         recipe: Recipe of the run.
+        step: Number of the step, counted from 1.
         line: Log line of the step.
         batches: Micro-batches of this rank.
     """
@@ -114,11 +131,13 @@ def first_step_lines(recipe: Recipe, line: Mapping[str, float], batches: Sequenc
     if recipe.reference_kind is None or recipe.reference.path is not None:
         return
     if recipe.loss.preference is None:
-        yield compare_first_loss(recipe, line)
+        ranks = gather(accelerator, [batch.pairs for batch in batches])
+        pairs = [sum(counts) for counts in itertools.zip_longest(*ranks, fillvalue=0)]
+        yield compare_first_loss(recipe, step, line, pairs)
     if abs(line["reward_margin"]) <= _FIRST_LOSS_TOLERANCE[recipe.precision]:
         yield (
-            f"step 1: the policy still equals the reference, so the reward accuracy, {line['reward_accuracy']:.2f}, "
-            "is rounding noise until the first update"
+            f"step {step}: the policy still equals the reference, so the reward accuracy, "
+            f"{line['reward_accuracy']:.2f}, is rounding noise until the first update"
         )
 
 
@@ -137,21 +156,34 @@ def lone_pairs(limit: int | None, batches: Sequence[Batch]) -> str | None:
     )
 
 
-def compare_first_loss(recipe: Recipe, line: Mapping[str, float]) -> str:
+def first_deltas(shift: RewardShiftRecipe, count: int) -> list[float]:
+    """Returns the reward shift that each of the first ``count`` micro-batches uses if all rewards are 0."""
+    if shift.mode == "fixed" or shift.per == "optimizer_step":
+        return [shift.value] * count
+    keep = shift.decay if shift.mode == "ema" else 0.0  # the first update of "cumulative" discards the value
+    n_updates = range(count) if shift.update == "after" else range(1, count + 1)
+    return [shift.value * keep**number for number in n_updates]
+
+
+def compare_first_loss(recipe: Recipe, step: int, line: Mapping[str, float], pairs: Sequence[int]) -> str:
     """Returns a console line that compares the loss of the first step with its expected value.
 
     Before the first update, the policy equals the reference. All rewards are then 0, so the expected DPO and BCO terms
-    are known. ``line`` is the log line of the first step.
+    are known. ``pairs`` has the number of pairs of each micro-batch, summed over the ranks. For the other arguments,
+    see ``first_step_lines``.
     """
-    config, shift = recipe.loss.config, recipe.reward_shift
-    delta = shift.value if shift.mode != "cumulative" or shift.update == "after" else 0.0
-    expected = config.dpo_weight * math.log(2)
-    expected += config.bco_weight * (math.log1p(math.exp(delta)) + math.log1p(math.exp(-delta)))
+    config = recipe.loss.config
+    # softplus(delta) + softplus(-delta), in a form that does not overflow
+    terms = [
+        abs(delta) + 2 * math.log1p(math.exp(-abs(delta))) for delta in first_deltas(recipe.reward_shift, len(pairs))
+    ]
+    bco = sum(count * term for count, term in zip(pairs, terms, strict=True)) / max(sum(pairs), 1)
+    expected = config.dpo_weight * math.log(2) + config.bco_weight * bco
     measured = config.dpo_weight * line["dpo_loss"] + config.bco_weight * line["bco_loss"]
     ntp = line["loss"] - measured
     others = "next token and routers" if "router_aux_loss" in line else "next token"
-    text = f"step 1: loss {line['loss']:.4f}, expected {expected:.4f} + {ntp:.4f} ({others})"
-    if abs(measured - expected) <= _FIRST_LOSS_TOLERANCE[recipe.precision]:
+    text = f"step {step}: loss {line['loss']:.4f}, expected {expected:.4f} + {ntp:.4f} ({others})"
+    if abs(measured - expected) <= _FIRST_LOSS_TOLERANCE[recipe.precision] * max(1.0, expected):
         return f"{text}: policy and reference agree"
     cause = "the reference is not the model that is trained"
     if recipe.model.lora is not None and recipe.model.lora.dropout > 0:

@@ -11,6 +11,7 @@ from typing import Any
 from mpo_ext.checks import LinesError
 from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.train.dataset import StepSlice
+from mpo_ext.train.metrics import json_value
 from mpo_ext.train.pair_counts import PairCounts
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
@@ -31,6 +32,8 @@ class RunState:
     Attributes:
         step: Number of steps done.
         n_skipped_steps: Number of steps that did not update the model because the loss or gradient was not finite.
+        n_idle_steps: Number of steps without pairs, plus the number of steps before the first update whose loss or
+            gradient was not finite.
         pair_counts: Counts of the trained and skipped pairs of this rank. When a run resumes, the counts of the main
             rank start at the totals of all ranks in the checkpoint.
         evaluation: Log line of the latest evaluation; None before the first evaluation.
@@ -44,6 +47,7 @@ class RunState:
         self._recipe, self._accelerator = recipe, accelerator
         self.step = 0
         self.n_skipped_steps = 0
+        self.n_idle_steps = 0
         self.pair_counts = PairCounts()
         self.evaluation: dict[str, float] | None = None
         self.best_score: float | None = None
@@ -53,11 +57,7 @@ class RunState:
 
     def count_pairs(self, step_slice: StepSlice) -> None:
         """Adds the trained and the skipped pairs of ``step_slice`` to ``pair_counts``."""
-        for skipped in step_slice.skipped:
-            self.pair_counts.add(skipped)
-        self.pair_counts.kept += sum(counts.pairs for counts in step_slice.counts)
-        self.pair_counts.cut += step_slice.n_cut
-        self.pair_counts.split += step_slice.n_split
+        count_pairs(self.pair_counts, step_slice)
 
     def check_trained_on_pairs(self) -> None:
         """Raises ``LinesError`` if every pair so far was skipped. All ranks must call this method."""
@@ -70,10 +70,11 @@ class RunState:
 
     def pair_counts_of_all_ranks(self) -> PairCounts:
         """Returns the pair counts summed over all ranks. All ranks must call this method."""
-        merged = PairCounts()
-        for counts in gather(self._accelerator, self.pair_counts):
-            merged.merge(counts)
-        return merged
+        return counts_of_all_ranks(self._accelerator, self.pair_counts)
+
+    def is_first_step(self) -> bool:
+        """Returns whether all steps before the current step are counted in ``n_idle_steps``."""
+        return self.step == self.n_idle_steps
 
     def current_evaluation(self) -> dict[str, float] | None:
         """Returns the log line of the evaluation after the current step, or None if there was no such evaluation."""
@@ -128,8 +129,9 @@ class RunState:
             "inputs": inputs,
             "log_position": log_position,
             "skipped_steps": self.n_skipped_steps,
-            "evaluation": self.current_evaluation(),
-            "best_score": self.best_score,
+            "idle_steps": self.n_idle_steps,
+            "evaluation": _to_json(self.current_evaluation()),
+            "best_score": json_value(self.best_score),
             "stalled_evaluations": self.n_stalled,
             "questions": self.questions,
             "tally": self.pair_counts_of_all_ranks().state_dict(),
@@ -143,13 +145,44 @@ class RunState:
         """
         self.step = state["step"]
         if keep_evaluation:
-            self.evaluation = state["evaluation"]
-            self.best_score = state.get("best_score")  # None in older checkpoints
+            self.evaluation = _from_json(state["evaluation"])
+            best_score = state.get("best_score")  # None in older checkpoints
+            self.best_score = None if best_score is None else float(best_score)
             self.n_stalled = state.get("stalled_evaluations", 0)
         if self._accelerator.is_main_process:
             self.pair_counts.load_state_dict(state["tally"])
         self.n_skipped_steps = state["skipped_steps"]
+        self.n_idle_steps = state.get("idle_steps", 0)
         self.reward_shift.load_state_dict(state["reward_shift"])
+
+
+def count_pairs(counts: PairCounts, step_slice: StepSlice) -> None:
+    """Adds the encoded and the skipped pairs of ``step_slice`` to ``counts``."""
+    for skipped in step_slice.skipped:
+        counts.add(skipped)
+    counts.kept += sum(sizes.pairs for sizes in step_slice.counts)
+    counts.cut += step_slice.n_cut
+    counts.split += step_slice.n_split
+
+
+def counts_of_all_ranks(accelerator: Any, counts: PairCounts) -> PairCounts:
+    """Returns the pair counts summed over all ranks. All ranks must call this function."""
+    merged = PairCounts()
+    for ranks_counts in gather(accelerator, counts):
+        merged.merge(ranks_counts)
+    return merged
+
+
+def _to_json(line: Mapping[str, float] | None) -> dict[str, Any] | None:
+    """Converts a log line to JSON values: numbers that are not finite become strings, such as "nan"."""
+    return None if line is None else {name: json_value(value) for name, value in line.items()}
+
+
+def _from_json(line: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Restores a log line that ``_to_json`` returned."""
+    if line is None:
+        return None
+    return {name: float(value) if isinstance(value, str) else value for name, value in line.items()}
 
 
 def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, str]:

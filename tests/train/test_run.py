@@ -20,6 +20,7 @@ import families
 import pytest
 import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from digits_run import recipe, tiny, weights, write_pairs
 from test_trainer import TEXT, log, run, text_pairs, text_tokenizer
@@ -435,6 +436,28 @@ def test_the_first_loss_counts_the_reward_shift(tmp_path: Path, pairs: Path, cap
     assert "policy and reference agree" in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "deltas"),
+    [
+        ({"mode": "ema", "value": 2.0, "decay": 0.5}, [1.0, 0.5]),
+        ({"mode": "ema", "value": 2.0, "decay": 0.5, "update": "after"}, [2.0, 1.0]),
+        ({"mode": "ema", "value": 2.0, "decay": 0.5, "update": "after", "per": "optimizer_step"}, [2.0, 2.0]),
+        ({"mode": "cumulative", "value": 2.0}, [0.0, 0.0]),
+        ({"mode": "cumulative", "value": 2.0, "update": "after"}, [2.0, 0.0]),
+        ({"mode": "fixed", "value": 1000.0}, [1000.0, 1000.0]),
+    ],
+)
+def test_the_first_loss_counts_the_reward_shift_of_each_micro_batch(
+    tmp_path: Path, pairs: Path, capsys: Any, settings: dict[str, Any], deltas: list[float]
+) -> None:
+    shift = {f"reward_shift__{name}": value for name, value in settings.items()}
+    run(recipe(tmp_path / "out", pairs, **shift, optim__max_steps=1))  # two micro-batches of four pairs
+    terms = [abs(delta) + 2 * math.log1p(math.exp(-abs(delta))) for delta in deltas]
+    text = capsys.readouterr().err
+    assert f"expected {0.8 * math.log(2) + 0.2 * sum(terms) / 2:.4f} + " in text
+    assert "policy and reference agree" in text
+
+
 def test_dropout_of_adapters_is_named_where_the_first_rewards_are_not_0(
     tmp_path: Path, pairs: Path, capsys: Any
 ) -> None:
@@ -656,6 +679,81 @@ def test_a_skipped_step_leaves_the_reward_shift_as_it_was(tmp_path: Path, pairs:
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1]
     assert lines[2]["reward_shift"] == lines[1]["reward_shift"] != 0
     assert lines[3]["reward_shift"] != lines[2]["reward_shift"]
+
+
+def test_the_loss_scaler_is_updated_when_a_step_is_skipped(tmp_path: Path, pairs: Path, any_precision: None) -> None:
+    model, _ = tiny()
+    poison(model, {3})
+    settings = {"output__on_nonfinite": "skip", "optim__warmup_ratio": 0, "optim__max_steps": 3}
+    trainer = trainer_of(tmp_path / "out", pairs, model, **settings)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    trainer.accelerator._optimizers, trainer.accelerator.scaler = [trainer.optimizer], scaler
+    trainer.accelerator.native_amp = True
+    AcceleratorState._shared_state["_mixed_precision"] = "fp16"
+    scales: list[float] = []
+    trainer.on_step = lambda step, line: scales.append(scaler.get_scale())
+    assert trainer.run() == 0  # step 3 raised: unscale_() has already been called
+    assert scales == [8.0, 4.0, 4.0]
+    assert [line["skipped_steps"] for line in log(trainer.recipe)] == [0, 1, 1]
+
+
+def test_a_skipped_step_counts_once(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed, which steps in the backward pass, says itself that it has skipped a step."""
+    model, _ = tiny()
+    poison(model, {3})
+    trainer = trainer_of(tmp_path / "out", pairs, model, output__on_nonfinite="skip", optim__warmup_ratio=0)
+    is_skipped = property(lambda self: trainer.state.step == 1)
+    monkeypatch.setattr(accelerate.Accelerator, "optimizer_step_was_skipped", is_skipped)
+    assert trainer.run() == 0
+    assert [line["skipped_steps"] for line in log(trainer.recipe)] == [0, 1, 1]
+
+
+def long_but(lines: list[dict[str, Any]], kept: Any) -> None:
+    for index, line in enumerate(lines):
+        if index not in kept:
+            line["chosen"] = "1 , " * 200
+
+
+def test_the_first_step_with_pairs_is_checked(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    order = trainer_of(tmp_path / "order", pairs).data.sampler.step(0).tolist()
+    late = with_lines(pairs, "late.jsonl", lambda lines: long_but(lines, set(range(20)) - set(order)))
+    settings = {"data__max_length": 100, "optim__max_steps": 2, "output__save_every": 1}
+    trainer = trainer_of(tmp_path / "out", late, **settings)
+    trainer.on_step = lambda step, line: signal.raise_signal(signal.SIGTERM) if step == 1 else None
+    assert trainer.run() == INTERRUPTED
+    assert "step 1: all of its pairs were skipped" in capsys.readouterr().err
+    trainer = trainer_of(tmp_path / "out", late, **settings)
+    assert trainer.run() == 0
+    text = capsys.readouterr().err
+    assert text.count("policy and reference agree") == 1
+    assert "step 2: loss " in text
+    assert "step 2: the policy still equals the reference" in text
+    assert trainer_of(tmp_path / "out", late, **{**settings, "optim__max_steps": 3}).run() == 0
+    text = capsys.readouterr().err
+    assert "resumes from" in text
+    assert "policy and reference" not in text
+
+
+def test_the_step_after_a_first_step_that_is_not_finite_is_checked(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    model, _ = tiny()
+    poison(model, {1, 3})  # both steps have two micro-batches
+    assert trainer_of(tmp_path / "out", pairs, model, output__on_nonfinite="skip", optim__max_steps=4).run() == 0
+    text = capsys.readouterr().err
+    assert "step 2: not finite" in text
+    assert text.count("policy and reference agree") == 1
+    assert "step 3: loss " in text
+
+
+def test_a_run_goes_on_if_the_next_epoch_draws_other_pairs(tmp_path: Path, pairs: Path) -> None:
+    train = {"path": str(pairs), "repeat_time": 0.1}
+    settings = {"data__max_length": 100, "optim__epochs": 4, "optim__batch_size": 2, "optim__micro_batch_size": 2}
+    epochs = trainer_of(tmp_path / "order", pairs, data__train=[train], **settings).data.mixture.epoch
+    drawn = set(epochs(0).tolist())
+    kept = set(range(20)) - drawn
+    assert kept & {int(line) for epoch in (1, 2, 3) for line in epochs(epoch)}
+    train["path"] = str(with_lines(pairs, "drawn.jsonl", lambda lines: long_but(lines, kept)))
+    assert trainer_of(tmp_path / "out", pairs, data__train=[train], **settings).run() == 0
 
 
 # Console and log.
