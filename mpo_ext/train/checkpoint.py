@@ -68,6 +68,7 @@ class Checkpoints:
         state: dict[str, Any],
         *,
         score: float | None = None,
+        evaluation: int = 0,
         reference: nn.Module | None = None,
     ) -> Path:
         """Writes a checkpoint, deletes old checkpoints and returns the new folder. All ranks must call this method.
@@ -86,6 +87,8 @@ class Checkpoints:
                 state must be a scalar or have the shape of the parameter, as with AdamW.
             state: Further state of the run as JSON values. Only the main rank's ``state`` is written.
             score: Finite evaluation score at this step; None: no score.
+            evaluation: Number of the evaluation that gives the score, such as a result of ``next_number``. Only scores
+                of the same evaluation are compared.
             reference: Reference model if training updates it, so that the checkpoint must store it; otherwise None.
 
         Raises:
@@ -112,7 +115,7 @@ class Checkpoints:
             parts = gather(accelerator, digests)
             with together(accelerator):
                 if accelerator.is_main_process:
-                    self._publish(accelerator, partial, path, step, score, parts)
+                    self._publish(accelerator, partial, path, (step, score, evaluation), parts)
         except CheckpointError as error:
             raise CheckpointError(self._after_failure(accelerator, partial, path, error)) from error
         self._checked.discard(path)
@@ -171,24 +174,29 @@ class Checkpoints:
         complete = self._complete()
         return complete[-1][1] if complete else None
 
+    def next_number(self) -> int:
+        """Returns the number of the next checkpoint. It is higher than the numbers of all complete checkpoints."""
+        return max((manifest.number for manifest, _ in self._complete()), default=0) + 1
+
     def best(self) -> Path | None:
         """Returns the complete checkpoint with the best score, or None if no checkpoint has a score.
 
-        Of several checkpoints with the best score, the earliest is returned.
+        Only checkpoints of the same evaluation as the newest checkpoint are compared. Of several checkpoints with the
+        best score, the earliest is returned.
         """
         sign = 1 if self.higher_is_better else -1
+        complete = self._complete()
         scored = [
             (sign * manifest.score, -manifest.number, path)
-            for manifest, path in self._complete()
-            if manifest.score is not None
+            for manifest, path in complete
+            if manifest.score is not None and manifest.evaluation == complete[-1][0].evaluation
         ]
         return max(scored)[2] if scored else None
 
     def resolve(self, accelerator: Any, resume: str) -> Path | None:
         """Returns the checkpoint that ``OutputRecipe.resume`` selects, or None for a new run.
 
-        All ranks must call this method. The files of the checkpoint are compared with the SHA-256 values in its
-        manifest.
+        All ranks must call this method. Compares the files of the checkpoint with the SHA-256 values in its manifest.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
@@ -199,7 +207,8 @@ class Checkpoints:
         Raises:
             FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
             CheckpointError: If ``resume`` is "auto" and all checkpoints in the folder are incomplete or damaged.
-            ValueError: If ``resume`` is a path without a checkpoint, or its checkpoint is incomplete or damaged.
+            ValueError: If ``resume`` is a path without a checkpoint, or its checkpoint is incomplete or damaged. Also
+                raised if the path lies outside the folder, but the folder has a checkpoint.
         """
         if resume == "auto":
             complete, incomplete = self._scan()
@@ -211,7 +220,7 @@ class Checkpoints:
                 else:
                     return path
             if complete or incomplete:
-                raise self._no_intact(len(complete) + len(incomplete))
+                raise _no_intact(self.folder, len(complete) + len(incomplete))
             return None
         found = self.find(resume)
         if found is not None:
@@ -224,12 +233,8 @@ class Checkpoints:
     def find(self, resume: str) -> Path | None:
         """Returns the checkpoint that ``resume`` selects, or None for a new run; see ``resolve``.
 
-        Unlike ``resolve``, this method does not read the files, so it may return a damaged checkpoint.
-
-        Raises:
-            FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
-            CheckpointError: If ``resume`` is "auto" and all checkpoints in the folder are incomplete.
-            ValueError: If ``resume`` is a path without a complete checkpoint.
+        Unlike ``resolve``, this method does not read the files, so it may return a damaged checkpoint. Otherwise, it
+        raises the same errors.
         """
         if resume in ("auto", "never"):
             complete, incomplete = self._scan()
@@ -240,13 +245,19 @@ class Checkpoints:
                     f"{paths[-1]}; or choose another output.dir"
                 )
             if incomplete and not complete:
-                raise self._no_intact(len(incomplete))
+                raise _no_intact(self.folder, len(incomplete))
             return paths[-1] if paths else None
         try:
             Manifest.read(Path(resume))
         except CheckpointError as error:
             raise _bad_resume(resume, error) from error
+        if not self.contains(Path(resume)) and any(self._scan()):
+            raise _foreign_resume(self.folder, resume)
         return Path(resume)
+
+    def contains(self, path: Path) -> bool:
+        """Returns whether ``path`` lies directly in the folder of the checkpoints."""
+        return self.folder.resolve() in (path.resolve().parent, path.parent.resolve())
 
     def _check_contents(self, accelerator: Any, manifest: Manifest, path: Path) -> None:
         """Raises ``CheckpointError`` if a file of a checkpoint differs from its recorded digest.
@@ -256,12 +267,6 @@ class Checkpoints:
         if path not in self._checked:
             manifest.check_contents(accelerator, path)
             self._checked.add(path)
-
-    def _no_intact(self, count: int) -> CheckpointError:
-        return CheckpointError(
-            f"one checkpoint in {self.folder} must be intact, got {count} damaged checkpoints: choose another "
-            "output.dir to start a new run"
-        )
 
     def _complete(self) -> list[tuple[Manifest, Path]]:
         """Returns the manifests and paths of the complete checkpoints, oldest first."""
@@ -295,18 +300,18 @@ class Checkpoints:
         accelerator: Any,
         partial: Path,
         path: Path,
-        step: int,
-        score: float | None,
+        evaluated: tuple[int, float | None, int],
         digests: Iterable[dict[str, str]],
     ) -> None:
         """Writes the manifest into the folder ``partial`` and renames the folder to ``path``.
 
-        ``digests`` holds the result of ``file_digests`` on each rank.
+        ``evaluated`` is (step, score, evaluation) of ``save``. ``digests`` has the ``file_digests`` of each rank.
         """
-        number = max((manifest.number for manifest, _ in self._complete()), default=0) + 1
+        step, score, evaluation = evaluated
         world_size, files = accelerator.num_processes, file_sizes(partial)
         merged = {name: digest for part in digests for name, digest in part.items()}
-        Manifest(number, step, world_size, score, files, is_deepspeed(accelerator), merged).write(partial)
+        number, uses_deepspeed = self.next_number(), is_deepspeed(accelerator)
+        Manifest(number, step, world_size, score, files, uses_deepspeed, merged, evaluation).write(partial)
         sync_tree(partial)
         move_into_place(partial, path)
 
@@ -339,6 +344,20 @@ def read_state(path: Path) -> dict[str, Any]:
     """Returns the ``state`` of the checkpoint in a folder. Does not check whether the checkpoint is damaged."""
     state: dict[str, Any] = json.loads((path / _STATE).read_bytes())
     return state
+
+
+def _no_intact(folder: Path, count: int) -> CheckpointError:
+    return CheckpointError(
+        f"one checkpoint in {folder} must be intact, got {count} damaged checkpoints: choose another output.dir to "
+        "start a new run"
+    )
+
+
+def _foreign_resume(folder: Path, resume: str) -> ValueError:
+    return ValueError(
+        f"resume must be a checkpoint in {folder}, which has the checkpoints of a run, got {resume!r}: choose another "
+        'output.dir, or "auto" to resume the run of this folder'
+    )
 
 
 def _bad_resume(resume: str, error: CheckpointError) -> ValueError:

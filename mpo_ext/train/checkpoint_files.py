@@ -45,6 +45,8 @@ class Manifest:
         files: Maps the path of each file within the folder to the size in bytes.
         deepspeed: Whether DeepSpeed wrote the tensors.
         digests: Maps the path of each file within the folder to the SHA-256. None in checkpoints of earlier versions.
+        evaluation: Number of the evaluation that gave the score. Scores of different evaluations cannot be compared.
+            0 in checkpoints of earlier versions.
     """
 
     number: int
@@ -54,6 +56,7 @@ class Manifest:
     files: dict[str, int]
     deepspeed: bool
     digests: dict[str, str] | None = None
+    evaluation: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

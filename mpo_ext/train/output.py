@@ -212,8 +212,11 @@ class RunOutput:
             self.console.say("the questions of output.eval_generate have changed: the best score counts from here")
         has_new_evaluation = has_new_questions or changes.evaluation or any(map(_changes_evaluation, self.changed))
         self.state.load_state_dict(state, keep_evaluation=not has_new_evaluation)
+        is_ours = self.checkpoints.contains(path)
         if self.is_main:
-            self.log.rewind(state["log_position"])
+            if has_new_evaluation or not is_ours:
+                self.state.evaluation_number = self.checkpoints.next_number()
+            self.log.rewind(state["log_position"] if is_ours else 0)  # the position is that in the log of its run
         self.accelerator.wait_for_everyone()
         return bool(self.changed or changes.refused or has_new_evaluation)
 
@@ -227,8 +230,9 @@ class RunOutput:
             return
         state = self.state.state_dict(self.log.position() if self.is_main else 0, self.inputs)
         self.checkpoints.save(
-            self.accelerator, self.state.step, model, optimizer, state, score=self.state.score(), reference=reference
-        )
+            self.accelerator, self.state.step, model, optimizer, state, score=self.state.score(),
+            evaluation=self.state.evaluation_number, reference=reference,
+        )  # fmt: skip
 
     def log_step(self, line: Mapping[str, float]) -> None:
         """Writes the metrics of a step to the log and the trackers."""

@@ -121,7 +121,8 @@ class OutputRecipe:
         push_to_hub: Upload of the final model to the Hugging Face hub: the name of the repository, or a section with
             ``repo_id`` and ``private``. None: no upload.
         resume: "auto" resumes from the newest intact checkpoint in ``dir``; without checkpoints, it starts a new run.
-            "never" rejects a folder that contains a checkpoint. Any other value is the path of a checkpoint.
+            "never" rejects a folder that contains a checkpoint. Any other value is the path of a checkpoint. If this
+            checkpoint is from another folder, ``dir`` must not contain a checkpoint.
         resume_changed_data: Whether a run may resume although its training data, its processor or its starting model
             has changed since the checkpoint.
         on_nonfinite: Reaction to a loss or gradient that is not finite: "stop" ends the run, "skip" skips the step and

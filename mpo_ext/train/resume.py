@@ -39,6 +39,8 @@ class RunState:
         evaluation: Log line of the latest evaluation; None before the first evaluation.
         best_score: The best value of ``output.best_metric`` so far; None before the first evaluation.
         n_stalled: Number of evaluations since the best evaluation.
+        evaluation_number: Number that is the same for checkpoints with comparable scores: 0, or the number of the
+            first checkpoint after the metric or the data of the evaluation have changed.
         questions: Hash of the questions of ``output.eval_generate``; None without this setting.
         reward_shift: Reward shift of the BCO term.
     """
@@ -52,6 +54,7 @@ class RunState:
         self.evaluation: dict[str, float] | None = None
         self.best_score: float | None = None
         self.n_stalled = 0
+        self.evaluation_number = 0
         self.questions: str | None = None
         self.reward_shift = RewardShift(**dataclasses.asdict(recipe.reward_shift))
 
@@ -133,6 +136,7 @@ class RunState:
             "evaluation": _to_json(self.current_evaluation()),
             "best_score": json_value(self.best_score),
             "stalled_evaluations": self.n_stalled,
+            "evaluation_number": self.evaluation_number,
             "questions": self.questions,
             "tally": self.pair_counts_of_all_ranks().state_dict(),
         }
@@ -149,6 +153,7 @@ class RunState:
             best_score = state.get("best_score")  # None in older checkpoints
             self.best_score = None if best_score is None else float(best_score)
             self.n_stalled = state.get("stalled_evaluations", 0)
+            self.evaluation_number = state.get("evaluation_number", 0)
         if self._accelerator.is_main_process:
             self.pair_counts.load_state_dict(state["tally"])
         self.n_skipped_steps = state["skipped_steps"]

@@ -299,6 +299,20 @@ def test_the_best_one_is_kept_by_every_process(
     assert names_of(store) == ["step-00000007"]
 
 
+def test_scores_of_another_evaluation_are_not_compared(save: Callable[..., Path], tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, keep_last=1, keep_best=True)
+    assert store.next_number() == 1
+    save(store, 1, score=0.9)
+    number = store.next_number()
+    save(store, 2, score=0.3, evaluation=number)  # was deleted in favour of step 1, whose score is of another metric
+    save(store, 3, score=0.2, evaluation=number)
+    assert names_of(store) == ["step-00000002", "step-00000003"]
+    assert store.best() == tmp_path / "step-00000002"
+    save(store, 4, evaluation=store.next_number())
+    assert store.best() is None
+    assert names_of(store) == ["step-00000004"]
+
+
 def test_after_going_back_the_newest_is_the_last_that_was_written(save: Callable[..., Path], tmp_path: Path) -> None:
     store = Checkpoints(tmp_path, keep_last=2)
     for step in (1, 2, 3):
@@ -324,6 +338,25 @@ def test_resume_finds_what_it_says(accelerator: Any, save: Callable[..., Path], 
             resolve("never")
         with pytest.raises(ValueError, match=r'"auto", "never" or the path of a checkpoint, got .*manifest\.json'):
             resolve(str(store.folder))
+
+
+def test_a_checkpoint_of_another_folder_starts_only_a_new_run(
+    accelerator: Any, save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, ours = Checkpoints(tmp_path / "a"), Checkpoints(tmp_path / "b")
+    other = str(save(theirs, 1))
+    assert ours.find(other) == ours.resolve(accelerator, other) == Path(other)
+    own = save(ours, 2)
+    for resolve in (lambda resume: ours.resolve(accelerator, resume), ours.find):
+        with pytest.raises(
+            ValueError, match=r"must be a checkpoint in .*b, which has the checkpoints of a run, got .*a"
+        ):
+            resolve(other)
+    (tmp_path / "link").symlink_to(own)
+    for path in (own, f"{own}/", tmp_path / "link", tmp_path / "a" / ".." / "b" / own.name):
+        assert ours.find(str(path)) == Path(path)
+    monkeypatch.chdir(own)
+    assert ours.find(".") == Path()
 
 
 def damaged(path: Path) -> None:

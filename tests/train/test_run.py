@@ -1174,6 +1174,25 @@ def test_settings_that_may_change_when_a_run_resumes(
             trainer.output.check_inputs(trainer.data, path, trainer.fixed_weights)
 
 
+def test_a_checkpoint_of_another_folder_starts_a_new_log(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    first = trainer_of(tmp_path / "first", pairs, optim__max_steps=2)
+    assert first.run() == 0
+    path = first.output.checkpoints.latest()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.lock").touch()
+    (tmp_path / "out" / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 9.0, "text": "x" * 4000}) + "\n")
+    trainer = trainer_of(tmp_path / "out", pairs, output__resume=str(path), optim__epochs=2)
+    trainer.on_step = lambda step, line: signal.raise_signal(signal.SIGTERM) if step == 4 else None
+    assert trainer.run() == INTERRUPTED
+    assert [line["step"] for line in log(trainer.recipe)] == [3, 4]  # was cut in the middle of the other run's line
+    text = capsys.readouterr().err
+    assert "SIGTERM: ended after step 4 of 6; output.resume=auto resumes from here" in text
+    with pytest.raises(ValueError, match="which has the checkpoints of a run"):
+        trainer_of(tmp_path / "out", pairs, output__resume=str(path), optim__epochs=2)
+    assert trainer_of(tmp_path / "out", pairs, optim__epochs=2).run() == 0
+    assert [line["step"] for line in log(trainer.recipe)] == [3, 4, 5, 6]
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path, pairs: Path) -> None:
     trainer = trainer_of(tmp_path / "out", pairs)
     with (
