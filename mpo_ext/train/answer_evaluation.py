@@ -25,7 +25,7 @@ from mpo_ext.images import describe_source, image_exists, missing_image_advice
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.output_recipe import GenerationRecipe
 from mpo_ext.train.preserve import preserved
-from mpo_ext.train.ranks import gather
+from mpo_ext.train.ranks import EvaluationAnswerError, gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.zero import zero_stage
 
@@ -75,7 +75,7 @@ class AnswerEvaluation:
         The call does not change the state of training. All ranks must call this method.
 
         Raises:
-            RuntimeError: If the generation fails on a rank.
+            EvaluationAnswerError: If the generation fails on a rank.
         """
         results: list[tuple[QuestionScore, dict[str, Any]]] = []
         error: str | None = None
@@ -89,7 +89,7 @@ class AnswerEvaluation:
         if self._in_step:
             ranks = [(scored if rank == 0 else [], text) for rank, (scored, text) in enumerate(ranks)]
         if errors := [text for _, text in ranks if text is not None]:
-            raise RuntimeError(f"output.eval_generate failed after step {step}: {errors[0]}")
+            raise EvaluationAnswerError(f"output.eval_generate failed after step {step}: {errors[0]}")
         # Rank r asked the questions r, r + number of ranks, ...
         rows = itertools.zip_longest(*(results for results, _ in ranks))
         whole = [result for row in rows for result in row if result is not None]

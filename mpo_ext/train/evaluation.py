@@ -13,8 +13,9 @@ from mpo_ext.train.dataset import RunData, size_over_ranks
 from mpo_ext.train.metrics import Totals, log_line
 from mpo_ext.train.output import RunOutput
 from mpo_ext.train.pair_counts import PairCounts
+from mpo_ext.train.ranks import EvaluationAnswerError, EvaluationPairError
 from mpo_ext.train.recipe import Recipe
-from mpo_ext.train.resume import RunState
+from mpo_ext.train.resume import RunState, count_pairs, counts_of_all_ranks
 
 if TYPE_CHECKING:
     from mpo_ext.train.answer_evaluation import AnswerEvaluation
@@ -28,23 +29,34 @@ def evaluate(
 ) -> tuple[dict[str, float], PairCounts]:
     """Computes the metrics on the evaluation pairs of all ranks.
 
-    All ranks must call this function. Returns the metrics, and the counts of this rank's skipped pairs.
+    All ranks must call this function. Returns the metrics, and the pair counts of all ranks. Without pairs, the
+    metrics are NaN. Raises ``EvaluationPairError`` if a pair is bad and ``data.skip_bad`` is False.
     """
     config, coef, accelerator = batch_loss.recipe.config, batch_loss.router_coef, data.accelerator
     totals, pair_counts = Totals(accelerator.device), PairCounts()
     model.eval()
     reward_shift.eval()
-    for step_slice in data.load_evaluation():
-        size = size_over_ranks(accelerator, step_slice)
-        for skipped in step_slice.skipped:
-            pair_counts.add(skipped)
-        for batch, counts in data.equal_batches(step_slice, size):
-            out = batch_loss(model, batch, config, reward_shift, coef)
-            if counts is not None:
-                totals.add(out, ntp_parts=counts.ntp_parts(config.ntp_average), tokens=batch.tokens)
-    model.train()
-    reward_shift.train()
-    return log_line(totals.reduce(accelerator), batch_loss.recipe, reward_shift, coef), pair_counts
+    try:
+        for step_slice in data.load_evaluation():
+            try:
+                size = size_over_ranks(accelerator, step_slice)
+            except ValueError as error:
+                raise EvaluationPairError(str(error)) from error
+            count_pairs(pair_counts, step_slice)
+            for batch, counts in data.equal_batches(step_slice, size):
+                out = batch_loss(model, batch, config, reward_shift, coef)
+                if counts is not None:
+                    totals.add(out, ntp_parts=counts.ntp_parts(config.ntp_average), tokens=batch.tokens)
+    finally:
+        model.train()
+        reward_shift.train()
+    line = log_line(totals.reduce(accelerator), batch_loss.recipe, reward_shift, coef)
+    return line, counts_of_all_ranks(accelerator, pair_counts)
+
+
+def fails_on_all_ranks(accelerator: Any, error: Exception) -> bool:
+    """Returns whether all ranks raise this error of an evaluation, so that together they can save a checkpoint."""
+    return accelerator.num_processes == 1 or isinstance(error, (EvaluationPairError, EvaluationAnswerError))
 
 
 def open_answers(
@@ -83,6 +95,10 @@ def evaluate_if_due(
 
     Returns:
         The log line with the results of all evaluations after this step, or None if no evaluation is due.
+
+    Raises:
+        EvaluationPairError: If a pair is bad.
+        EvaluationAnswerError: If the generation of answers fails.
     """
     settings, step = data.recipe.output, state.step
     known = state.current_evaluation() or {}

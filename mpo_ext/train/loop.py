@@ -22,7 +22,7 @@ from mpo_ext.train.batch_loss import (
     with_logged_average,
 )
 from mpo_ext.train.dataset import StepSize, StepSlice, check_lines, size_over_ranks
-from mpo_ext.train.evaluation import evaluate, evaluate_if_due, open_answers
+from mpo_ext.train.evaluation import evaluate, evaluate_if_due, fails_on_all_ranks, open_answers
 from mpo_ext.train.first_batch import FirstBatchCheck
 from mpo_ext.train.metrics import Totals, log_line, nonfinite_cause, peak_memory_mib, speed
 from mpo_ext.train.optimizer import clip_gradients, set_learning_rates
@@ -156,7 +156,7 @@ class Trainer:
             # The interrupted run may have ended before an evaluation that was due after its last step.
             is_due = checkpoint is not None and state.step < self.data.total_steps
             if is_due and state.current_evaluation() is None and self._evaluate_if_due() is not None:
-                self._save_if_due()
+                self._save_if_due(is_end=state.is_best())
             for step_slice in () if state.has_stalled() else self.data.load_steps(state.step):
                 if self._run_step(step_slice):
                     self._save_if_due(is_end=True)
@@ -332,11 +332,19 @@ class Trainer:
 
     def _evaluate_if_due(self, *, is_end: bool = False) -> dict[str, float] | None:
         """Runs the evaluations that are due. Returns their log line, or None if no evaluation is due."""
-        return evaluate_if_due(self.state, self.output, self.data, self.evaluate, self.answers, is_end=is_end)
+        try:
+            return evaluate_if_due(self.state, self.output, self.data, self.evaluate, self.answers, is_end=is_end)
+        except Exception as error:
+            if fails_on_all_ranks(self.accelerator, error):
+                self._save_if_due(is_end=True)
+            raise
 
     def evaluate(self) -> dict[str, float]:
         """Returns the metrics (loss, rewards, ...) over all evaluation pairs. All ranks must call this method."""
-        metrics, self.eval_pair_counts = evaluate(self.model, self.data, self.batch_loss, self.state.reward_shift)
+        metrics, counts = evaluate(self.model, self.data, self.batch_loss, self.state.reward_shift)
+        if counts != self.eval_pair_counts:
+            self.output.report_evaluation_pairs(counts)
+        self.eval_pair_counts = counts
         return metrics
 
     def _save_if_due(self, *, is_end: bool = False) -> None:

@@ -88,6 +88,8 @@ def means(
     meaning. ``length_accuracy`` is the fraction of pairs whose chosen response is longer. A pair with equal lengths
     counts one half.
 
+    Without pairs, all metrics except for the sums are NaN.
+
     ``loss`` is the weighted sum of the loss terms. ``weights`` holds the weights of the DPO, BCO and next-token terms.
     ``router_coef`` is the weight of the router loss.
     """
@@ -106,6 +108,8 @@ def means(
     line["length_accuracy"] = (0.5 * (sums["longer_chosen"] - sums["longer_rejected"]) + 0.5 * sums["pairs"]) / pairs
     line["reward_margin"] = line["chosen_reward"] - line["rejected_reward"]
     line |= {name: sums[name] / labelled for name in ("entropy", "top1")}
+    if not sums["pairs"]:
+        line = dict.fromkeys(line, math.nan)
     line |= {name: sums[name] for name in ("pairs", "chosen_tokens", "rejected_tokens")}
     return line
 

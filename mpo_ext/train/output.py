@@ -18,7 +18,7 @@ from mpo_ext.train.export import export_model, is_exported, mark_exported, with_
 from mpo_ext.train.hub import HubUpload
 from mpo_ext.train.inputs import InputChanges, collect_inputs, compare_inputs, stored_date
 from mpo_ext.train.metrics import Log
-from mpo_ext.train.pair_counts import in_epochs
+from mpo_ext.train.pair_counts import PairCounts, in_epochs
 from mpo_ext.train.progress import Console
 from mpo_ext.train.proof import Proof, prove
 from mpo_ext.train.ranks import gather
@@ -249,12 +249,26 @@ class RunOutput:
                 + ", ".join(f"{name[5:]} {line[name]:.4f}" for name in line if name.endswith(_SHOWN_EVALUATION))
             )
             if self.state.has_stalled():
-                recipe = self.recipe.output
+                recipe, best = self.recipe.output, self.state.best_score
+                known = (
+                    f"no {recipe.best_metric}" if best is None else f"no better {recipe.best_metric} than {best:.4f}"
+                )
                 self.console.say(
-                    f"early stopping: no better {recipe.best_metric} than {self.state.best_score:.4f} in "
-                    f"{recipe.early_stopping} evaluations, so the run ends after step {self.state.step}"
+                    f"early stopping: {known} in {recipe.early_stopping} evaluations, so the run ends after step "
+                    f"{self.state.step}"
                 )
         self._track("eval", {name.removeprefix("eval_"): value for name, value in line.items()})
+
+    def report_evaluation_pairs(self, counts: PairCounts) -> None:
+        """Prints the counts of the evaluation pairs. ``counts`` covers all ranks."""
+        for text in counts.lines():
+            self.console.say(f"data.eval: {text}")
+        if counts.n_skipped > counts.kept:
+            few = "there is no score" if counts.kept == 0 else "the scores are those of the few others"
+            self.console.say(
+                f"WARNING: MOST EVALUATION PAIRS WERE SKIPPED, {counts.n_skipped:,} of "
+                f"{counts.n_skipped + counts.kept:,}: {few}"
+            )
 
     def _track(self, prefix: str, line: Mapping[str, float]) -> None:
         if self.recipe.output.trackers:

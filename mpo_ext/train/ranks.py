@@ -4,6 +4,14 @@ import os
 from typing import Any
 
 
+class EvaluationPairError(ValueError):
+    """Raised on all ranks if a pair of ``data.eval`` is bad."""
+
+
+class EvaluationAnswerError(RuntimeError):
+    """Raised on all ranks if the generation of answers fails."""
+
+
 def gather(accelerator: Any, value: Any) -> list[Any]:
     """Returns the values that all ranks pass, in rank order. All ranks must call this function."""
     if accelerator.num_processes == 1:

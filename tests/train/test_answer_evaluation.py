@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -282,6 +283,34 @@ def test_a_pair_evaluation_does_not_count_for_the_answer_accuracy(
     )  # fmt: skip
     assert trainer.state.step == 6
     assert trainer.state.best_score == 0.6
+
+
+def test_an_accuracy_that_is_not_a_number_is_saved_and_restored(
+    tmp_path: Path, pairs: Path, items: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(AnswerEvaluation, "evaluate", lambda self, step: answer_metrics([]))
+    settings = {"output__best_metric": "answer_accuracy", "output__early_stopping": 2, "output__save_every": 1}
+    settings |= {**settings_of(items, every=1)}
+    assert run(tmp_path / "out", pairs, optim__epochs=2, **settings).state.step == 2
+    assert "early stopping: no answer_accuracy in 2 evaluations, so the run ends" in capsys.readouterr().err
+    again = run(tmp_path / "out", pairs, optim__epochs=2, **settings)  # failed before: NaN is not JSON
+    assert math.isnan(again.state.evaluation["eval_answer_accuracy"])  # type: ignore[index]
+    assert (again.state.n_stalled, again.state.best_score) == (2, None)
+
+
+def test_a_generation_that_fails_costs_no_step(
+    tmp_path: Path, pairs: Path, items: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: AnswerEvaluation) -> Iterator[Any]:
+        raise ValueError("no answers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerEvaluation, "_ask", fail)
+        with pytest.raises(RuntimeError, match=r"failed after step 3: .*no answers"):
+            run(tmp_path / "out", pairs, **settings_of(items, every=0))
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert run(tmp_path / "out", pairs, **settings_of(items, every=0)).state.evaluation is not None
+    assert (tmp_path / "out" / "final").exists()
 
 
 def test_other_questions_start_the_best_score_anew(

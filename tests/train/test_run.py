@@ -29,13 +29,24 @@ from torch import nn
 from mpo_ext.checks import LinesError
 from mpo_ext.files import FileLock, LockedError
 from mpo_ext.loss.weights import fingerprint
-from mpo_ext.train import batch_loss, loop, model_card, progress, reference_file, reference_model, resume, setup
+from mpo_ext.train import (
+    batch_loss,
+    evaluation,
+    loop,
+    model_card,
+    progress,
+    reference_file,
+    reference_model,
+    resume,
+    setup,
+)
 from mpo_ext.train import forward as forward_module
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.metrics import Log, Totals, means
 from mpo_ext.train.model import freeze_parts, load_model, prepare_model, switch_off_dropout
 from mpo_ext.train.pair_counts import PairCounts
 from mpo_ext.train.progress import Console, busy_cpu_line
+from mpo_ext.train.ranks import EvaluationAnswerError, EvaluationPairError
 from mpo_ext.train.recipe import ModelRecipe
 from mpo_ext.train.reference_file import reference_settings
 from mpo_ext.train.split_attention import base_implementation
@@ -960,6 +971,84 @@ def test_a_bad_pair_to_evaluate_on_ends_the_run_by_name(tmp_path: Path, pairs: P
     broken = with_lines(pairs, "bad-eval.jsonl", lambda lines: lines[1].update(images=["gone.png"]))
     with pytest.raises(ValueError, match=r"bad-eval\.jsonl:2.*gone\.png"):
         trainer_of(tmp_path / "out", pairs, data__eval=[str(broken)], optim__max_steps=1).run()
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_an_evaluation_that_fails_costs_no_step(tmp_path: Path, pairs: Path, every: int) -> None:
+    bad = with_lines(pairs, "bad-eval.jsonl", lambda lines: lines[1].update(images=["bad-eval.png"]))
+    bad.with_name("bad-eval.png").write_bytes(b"no image")
+    settings = {"data__eval": [str(bad)], "output__eval_every": every, "optim__max_steps": 2}
+    step = 1 if every else 2
+    for _ in range(2):  # the second run fails in the same evaluation
+        with pytest.raises(ValueError, match=r"bad-eval\.jsonl:2: .*bad-eval\.png.*data\.skip_bad=true"):
+            trainer_of(tmp_path / "out", pairs, **settings).run()
+        assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+    resumed = trainer_of(tmp_path / "out", pairs, data__skip_bad=True, **settings)
+    assert resumed.run() == 0
+    assert [line["step"] for line in log(resumed.recipe) if "eval_loss" in line] == ([1, 2] if every else [2])
+
+
+def test_an_error_of_one_rank_in_an_evaluation_saves_nothing() -> None:
+    for n_ranks, error, saves in [
+        (1, ValueError("x"), True), (2, ValueError("x"), False), (2, RuntimeError("x"), False),
+        (2, EvaluationPairError("x"), True), (2, EvaluationAnswerError("x"), True),
+    ]:  # fmt: skip
+        assert evaluation.fails_on_all_ranks(SimpleNamespace(num_processes=n_ranks), error) == saves
+
+
+def test_skipped_evaluation_pairs_are_said_and_no_pair_is_no_score(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    def same(lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            line["rejected"] = line["chosen"]
+
+    double = with_lines(pairs, "same.jsonl", same)
+    settings = {"output__eval_every": 1, "output__early_stopping": 2, "output__best_metric": "loss"}
+    settings |= {"output__keep_best": True, "output__save_every": 1}
+    trainer = trainer_of(tmp_path / "out", pairs, data__eval=[str(double)], **settings)
+    assert trainer.run() == 0
+    text = capsys.readouterr().err
+    assert text.count("data.eval: skipped 20: chosen and rejected are equal, for example ") == 1  # not each time
+    assert text.count("WARNING: MOST EVALUATION PAIRS WERE SKIPPED, 20 of 20: there is no score") == 1
+    assert "evaluation after step 1: loss nan" in text
+    assert "early stopping: no loss in 2 evaluations, so the run ends after step 2" in text
+    line = log(trainer.recipe)[1]
+    assert (line["eval_loss"], line["eval_reward_accuracy"], line["eval_pairs"]) == ("nan", "nan", 0)
+    assert trainer.state.best_score is None
+    some = with_lines(pairs, "some.jsonl", lambda lines: same(lines[:12]))
+    assert trainer_of(tmp_path / "some", pairs, data__eval=[str(some)]).run() == 0
+    assert "12 of 20: the scores are those of the few others" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_is_of_the_current_metric_and_data(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = with_lines(pairs, "other-eval.jsonl", lambda lines: lines.pop())
+    settings = {"output__eval_every": 1, "output__keep_best": True, "output__keep_last": 1}
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"reward_accuracy": 0.5, "loss": 3 - self.state.step / 10})
+    for steps, data, metric, best in [
+        (1, pairs, "reward_accuracy", 1), (2, pairs, "reward_accuracy", 1), (3, pairs, "loss", 3),
+        (5, other, "reward_accuracy", 3),  # the first with these data: the run evaluates before it trains
+    ]:  # fmt: skip
+        changed = {"output__best_metric": metric, "data__eval": [str(data)], "optim__max_steps": steps}
+        trainer = trainer_of(tmp_path / "out", pairs, **settings, **changed, optim__epochs=9)
+        assert trainer.run() == 0
+        assert trainer.output.checkpoints.best() == tmp_path / "out" / "checkpoints" / f"step-{best:08d}"
+        kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+        assert kept == sorted({f"step-{best:08d}", f"step-{steps:08d}"})
+
+
+def test_a_best_evaluation_after_resuming_has_a_checkpoint(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"data__eval": [str(pairs)], "output__eval_every": 1, "output__keep_best": True, "output__keep_last": 1}
+    for step in (1, 2):
+        values_of_evaluations(monkeypatch, [0.9])
+        trainer = trainer_of(tmp_path / "out", pairs, **settings)
+        trainer.on_step = lambda number, line, last=step: signal.raise_signal(signal.SIGTERM) if number == last else 0
+        assert trainer.run() == INTERRUPTED
+    kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert kept == ["step-00000001", "step-00000002"]
+    assert trainer.output.checkpoints.best() == tmp_path / "out" / "checkpoints" / "step-00000001"
 
 
 @pytest.mark.parametrize(("metric", "best"), [("reward_accuracy", 2), ("loss", 1)])
