@@ -42,6 +42,7 @@ from mpo_ext.train.router_loss import make_router_loss
 from mpo_ext.train.setup import choose_layout, make_accelerator, set_up
 from mpo_ext.train.signals import InterruptedRunError, StopRequests
 from mpo_ext.train.trackers import start_trackers
+from mpo_ext.train.zero import is_deepspeed
 
 _COUNTED_LINES = 10_000  # number of lines per source in which pairs with images are counted
 
@@ -378,15 +379,15 @@ def _handle_nonfinite(
 ) -> None:
     """Skips a step with a non-finite loss or gradient, or raises ``FloatingPointError``.
 
-    The step is skipped if ``output.on_nonfinite`` is "skip". ``losses`` has (names of the pairs, loss) for each
-    micro-batch.
+    The step is skipped if ``output.on_nonfinite`` is "skip" and DeepSpeed has not yet updated the weights. ``losses``
+    has (names of the pairs, loss) for each micro-batch.
     """
     text = f"step {state.step + 1}: not finite: the {nonfinite_cause(accelerator, losses, grad_norm)}"
-    if output.recipe.output.on_nonfinite != "skip":
-        raise FloatingPointError(
-            f"{text}. The last good checkpoint is {output.checkpoints.latest() or 'none'}; "
-            "output.on_nonfinite=skip leaves such steps out"
-        )
+    is_done = is_deepspeed(accelerator) and not accelerator.optimizer_step_was_skipped
+    if is_done or output.recipe.output.on_nonfinite != "skip":
+        advice = "DeepSpeed cannot leave it out" if is_done else "output.on_nonfinite=skip leaves such steps out"
+        good = output.checkpoints.latest() or "none"
+        raise FloatingPointError(f"{text}. The last good checkpoint is {good}; {advice}")
     if accelerator.scaler is not None:  # it has unscaled the gradients, and refuses to do that again
         accelerator.scaler.update()
     state.n_skipped_steps += 1

@@ -144,6 +144,21 @@ def test_a_bad_pair_of_one_rank_ends_all(job_of: Callable[..., Job], folder: Pat
     assert text_of(job).count("bad.jsonl:1") >= 2
 
 
+def test_a_bad_evaluation_pair_of_one_rank_ends_all_after_a_checkpoint(
+    job_of: Callable[..., Job], folder: Path
+) -> None:
+    source = folder / "eval" / "pairs.jsonl"
+    lines = source.read_text().splitlines()
+    lines[0] = json.dumps({**json.loads(lines[0]), "images": ["bad.png"]})
+    (source.parent / "bad.png").write_bytes(b"no image")
+    bad = source.with_name("bad.jsonl")
+    bad.write_text("\n".join(lines) + "\n")
+    job = job_of("bad-evaluation", 2, data__eval=[str(bad)], output__eval_every=1, output__save_every=0)
+    assert run(job) == [1, 1], text_of(job)
+    assert text_of(job).count("bad.jsonl:1") >= 2
+    assert [path.name for path in (job.out / "checkpoints").iterdir()] == ["step-00000001"]
+
+
 def test_micro_batches_of_two_ranks_are_averaged_as_the_authors_do(job_of: Callable[..., Job]) -> None:
     settings = {"loss__average_over": "micro_batch", "optim__micro_batch_size": 1, "data__eval": []}
     one, two = job_of("mean-one", **settings), job_of("mean-two", 2, **settings)

@@ -720,6 +720,18 @@ def test_a_skipped_step_counts_once(tmp_path: Path, pairs: Path, monkeypatch: py
     assert [line["skipped_steps"] for line in log(trainer.recipe)] == [0, 1, 1]
 
 
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_step_that_deepspeed_has_done_is_not_skipped(
+    tmp_path: Path, pairs: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = tiny()
+    poison(model, {3})
+    trainer = trainer_of(tmp_path / "out", pairs, model, output__on_nonfinite=mode, output__save_every=1)
+    monkeypatch.setattr(loop, "is_deepspeed", lambda accelerator: True)
+    with pytest.raises(FloatingPointError, match=r"step 2: .* is \S+step-00000001; DeepSpeed cannot leave it out"):
+        trainer.run()
+
+
 def long_but(lines: list[dict[str, Any]], kept: Any) -> None:
     for index, line in enumerate(lines):
         if index not in kept:
