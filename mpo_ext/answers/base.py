@@ -9,7 +9,7 @@ from mpo_ext.answers.normalize import fold
 from mpo_ext.checks import shorten
 
 #: Version of the verdicts. It changes whenever a matcher may decide differently. Journals store it with each verdict.
-VERDICT_VERSION = 4
+VERDICT_VERSION = 5
 #: Longest answer, in characters, that matchers compare: their time grows with the square of the length.
 LONGEST_ANSWER = 2000
 

@@ -1,6 +1,7 @@
 """Normalizes answers for comparisons."""
 
 import re
+import unicodedata
 
 _WRAPPERS = (("**", "**"), ("*", "*"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 # Maximum number of wrappings to remove, which is smaller for an answer of more than _LONG characters, to save time.
@@ -15,8 +16,15 @@ TO_ASCII |= {0x3000: " ", **dict.fromkeys((0x2212, 0xFE63, 0x2010, 0x2011, 0x201
 
 
 def fold(text: str) -> str:
-    """Returns a text in lower case with single spaces. Full-width characters and minus signs become ASCII."""
-    return " ".join((text if text.isascii() else text.translate(TO_ASCII)).casefold().split())
+    """Returns a text in lower case with single spaces.
+
+    Full-width characters and minus signs become ASCII. Other characters get their composed form (NFC): an "e" with a
+    separate accent equals "é".
+    """
+    if text.isascii():
+        return " ".join(text.casefold().split())
+    text = unicodedata.normalize("NFC", text).translate(TO_ASCII).casefold()
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def clean_answer(answer: str) -> str:

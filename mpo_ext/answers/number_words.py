@@ -16,6 +16,12 @@ _SIGNS = {"minus": -1, "negative": -1, "plus": 1, "positive": 1}
 #: Finds texts that may hold a number in words.
 ANY_WORD = re.compile("|".join(["half", "hundred", "dozen", *_SMALL, *_TENS, *LARGE, *_PARTS]), re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+")
+# "twenty-fifths" may be 25ths, and "twenty fifth" is an ordinal number; "twenty fifths" is 4.
+_LARGE_ORDINAL = re.compile(
+    rf"\b(?:{'|'.join([*_TENS, 'hundred', *LARGE])})"
+    rf"(?:-(?:{'|'.join(_PARTS)})|\s+(?:and\s+)?(?:{'|'.join(_PARTS_NAMES.split())}))\b",
+    re.IGNORECASE,
+)
 
 
 def read_number_words(text: str) -> tuple[Fraction, int] | None:
@@ -29,7 +35,7 @@ def read_number_words(text: str) -> tuple[Fraction, int] | None:
     gaps = [text[end:start] for (_, end), start in zip(words, starts[1:], strict=False)]
     count = next((index + 1 for index, gap in enumerate(gaps) if gap.strip(" -")), len(words))
     names = [word for word, _ in words[:count]]
-    if not names or starts[0] != 0:
+    if not names or starts[0] != 0 or _LARGE_ORDINAL.search(text):
         return None
     sign = _SIGNS.get(names[0], 0)
     found = _read(names, 1 if sign else 0)

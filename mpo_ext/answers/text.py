@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -19,6 +20,8 @@ from mpo_ext.checks import check_number, install_hint
 class ExactMatcher(Matcher):
     """Compares texts exactly, but ignores spaces around them. With ``ignore_case``, ignores case, too.
 
+    A letter with a separate accent equals the single character for it (both texts get the form NFC).
+
     Any other text is wrong, even "7 apples" if the truth is "7". Only a blank answer is neither right nor wrong.
     """
 
@@ -30,9 +33,9 @@ class ExactMatcher(Matcher):
         check_flag("ignore_case", self.ignore_case)
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
-        prediction, truth = prediction.strip(), truth.strip()
+        prediction, truth = (unicodedata.normalize("NFC", text.strip()) for text in (prediction, truth))
         if self.ignore_case:
-            prediction, truth = prediction.casefold(), truth.casefold()
+            prediction, truth = (unicodedata.normalize("NFC", text.casefold()) for text in (prediction, truth))
         return self._verdict(prediction == truth, "text", prediction, truth)
 
 

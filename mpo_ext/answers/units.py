@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal
 
@@ -47,7 +48,8 @@ _PLAIN = (
     ("mph", "0.44704", {"m": 1, "s": -1}),
     ("kmh kph", "5/18", {"m": 1, "s": -1}),
     ("mps", "1", {"m": 1, "s": -1}),
-    ("psi", "6894.757293168", {"kg": 1, "m": -1, "s": -2}),
+    ("lbf", "4.4482216152605", {"kg": 1, "m": 1, "s": -2}),
+    ("psi", "44482216152605/6451600000", {"kg": 1, "m": -1, "s": -2}),
     ("px pixel pixels", "1", {"pixel": 1}),
     ("dB decibel decibels", "1", {"decibel": 1}),
     ("t tonne tonnes", "1000", {"kg": 1}),
@@ -75,14 +77,21 @@ _VAGUE_WORDS = (
     " eighths ninth ninths tenth tenths thousandth thousandths times to under until versus vs where while with am pm"
     " bc ad bce ce o'clock x y z i j e pi sqrt couple couples gross remainder each unless which that was were are"
     " be k kilo mn mln mio bn mrd tsd b lots because since so maybe perhaps about approximately however wait"
+    " squared cubed factorial root choose repeating recurring thou grand mil mill lac lacs cr"
+    " quadrillion quadrillions quintillion quintillions sextillion sextillions"
 )
-_VAGUE = frozenset([*_VAGUE_WORDS.split(), "\u03c0"])
+_ORDINALS = (
+    "eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth thirtieth"
+    " fortieth fiftieth sixtieth seventieth eightieth ninetieth millionth billionth trillionth"
+)
+_VAGUE = frozenset([*_VAGUE_WORDS.split(), *_ORDINALS.split(), *(f"{name}s" for name in _ORDINALS.split()), "\u03c0"])
+_LETTER = r"[^\W\d_\u00b2\u00b3\u00b9\u2070-\u2079]"  # superscripts count as letters in regular expressions
 _TOKEN = re.compile(
     r"\s*(\*|\u00b7|\u22c5|\u2219|/|per\b)?\s*"
-    r"((?:\u00b0\s?)?[^\W\d_]+\.?|\u00b0)"
-    r"(?:(?:\s*\^\s*\{?\s*(-?[1-9])\s*\}?|([23]))(?![0-9])|(\u207b?[\u00b9\u00b2\u00b3\u2074]))?"
+    rf"((?:\u00b0\s?)?{_LETTER}+\.?|\u00b0)"
+    r"(?:(?:\s*\^\s*\{?\s*(-?[1-9])\s*\}?|([23]))(?![0-9])|(\u207b?[\u00b9\u00b2\u00b3\u2074-\u2079]))?"
 )
-_SUPERSCRIPT = str.maketrans("\u207b\u00b9\u00b2\u00b3\u2074", "-1234")
+_SUPERSCRIPT = str.maketrans("\u207b\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "-123456789")
 _MAX_WORDS = 4
 
 
@@ -95,11 +104,13 @@ class Unit:
             counts as a base unit.
         factor: Value of the unit in its base units: 1/100 for "cm".
         is_known: Whether every word of the unit is a known unit.
+        other: The other reading of a product after a quotient, or None: J/(g K) for "J/g K", read as (J/g) K.
     """
 
     dimension: Dimension
     factor: Fraction = Fraction(1)
     is_known: bool = True
+    other: "Unit | None" = None
 
 
 @functools.cache
@@ -150,41 +161,61 @@ def parse_unit(text: str) -> Unit | None:
     Unknown words count as an unknown unit ("apples"). Words that may change the value ("tenths", "or more") give None.
     More than four words also give None.
     """
-    powers: dict[str, int] = {}
-    factor, is_known = Fraction(1), True
-    position, words, next_power, latest = 0, 0, 1, ""
     text = text.strip()
-    if not text:
+    terms = _terms(text)
+    if not terms:
         return None
+    unit = _product([(word, power) for word, power, _ in terms], text)
+    if not any(is_unclear for _, _, is_unclear in terms):
+        return unit
+    other = _product([(word, -power if is_unclear else power) for word, power, is_unclear in terms], text)
+    return dataclasses.replace(unit, other=other)
+
+
+def _terms(text: str) -> list[tuple[str, int, bool]] | None:
+    """Splits a unit into words.
+
+    Returns (word, power, is_unclear) for each word, or None if the text does not name a unit. ``is_unclear`` tells
+    whether the word follows a quotient without another "/", as "K" in "J/g K", so that its sign is unclear.
+    """
+    terms: list[tuple[str, int, bool]] = []
+    position, words, next_power, next_sign, is_quotient = 0, 0, 1, "", False
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None or words == _MAX_WORDS:
             return None
         word, position, words = match[2], match.end(), words + 1
         lower = word.casefold().rstrip(".")
+        sign = match[1] or next_sign
         if lower in ("square", "sq", "cubic", "cu"):
-            next_power = 3 if lower.startswith("cu") else 2
+            next_power, next_sign = (3 if lower.startswith("cu") else 2), sign
             continue
-        if lower in ("squared", "cubed") and latest:
-            power = 1 if lower == "squared" else 2
-            dimension = {latest: 1}
-        else:
-            power = int(match[3] or match[4] or (match[5] or "1").translate(_SUPERSCRIPT)) * next_power
-            power *= -1 if match[1] in ("/", "per") else 1
-            dimension, latest, next_power = {word: 1}, word, 1
-            if (word if len(word) == 1 else lower) in _VAGUE and not (
-                lower == "in" and match.span() == (0, len(text))
-            ):
-                return None
-        for name, base_power in dimension.items():
-            unit = _find(name, text)
-            is_known = is_known and unit is not None
-            size, bases = unit or (Fraction(1), {_singular(name): 1})
-            factor *= size ** (power * base_power)
-            for base, exponent in bases.items():
-                powers[base] = powers.get(base, 0) + exponent * power
-    dimension_items = tuple(sorted((base, power) for base, power in powers.items() if power))
-    return Unit(dimension_items, factor, is_known)
+        if lower in ("squared", "cubed") and terms:
+            latest, power, is_unclear = terms[-1]
+            terms[-1] = latest, power * (2 if lower == "squared" else 3), is_unclear
+            continue
+        is_inch = lower == "in" and (sign or next_power != 1 or any(match.groups()[2:]) or text == word)
+        if (word if len(word) == 1 else lower) in _VAGUE and not is_inch:
+            return None
+        power = int(match[3] or match[4] or (match[5] or "1").translate(_SUPERSCRIPT)) * next_power
+        is_divided = sign in ("/", "per")
+        terms.append((word, -power if is_divided else power, is_quotient and not is_divided and power > 0))
+        is_quotient, next_power, next_sign = is_quotient or is_divided, 1, ""
+    return None if next_power != 1 else terms  # "5 square": the unit is missing
+
+
+def _product(terms: list[tuple[str, int]], text: str) -> Unit:
+    powers: dict[str, int] = {}
+    factor, is_known = Fraction(1), True
+    for word, power in terms:
+        unit = _find(word, text)
+        is_known = is_known and unit is not None
+        size, bases = unit or (Fraction(1), {_singular(word): 1})
+        factor *= size**power
+        for base, exponent in bases.items():
+            powers[base] = powers.get(base, 0) + exponent * power
+    dimension = tuple(sorted((base, power) for base, power in powers.items() if power))
+    return Unit(dimension, factor, is_known)
 
 
 def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
@@ -222,7 +253,7 @@ def is_case_off(first: str, second: str) -> bool:
     )
 
 
-_AFTER_NUMBER = re.compile(r"[0-9)}]\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?([^\W\d_]+)")
+_AFTER_NUMBER = re.compile(rf"[0-9)}}]\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{{\s*)?({_LETTER}+)")
 
 
 def _singular(word: str) -> str:
@@ -244,6 +275,20 @@ def compare_units(first: str, second: str) -> Fraction | Literal["different", "u
     left, right = parse_unit(first), parse_unit(second)
     if left is None or right is None:
         return "unclear"
+    result = _compare_parsed(left, right)
+    if (left.other or right.other) and result != _compare_parsed(left.other or left, right.other or right):
+        return "unclear"
+    if result != "different":
+        return result
+    for pattern, name in _OTHER_MEANINGS:
+        left, right = (parse_unit(pattern.sub(name, text)) for text in (first, second))
+        if left and right and left.dimension == right.dimension:
+            is_pressure = left.dimension == _PRESSURE  # "pounds per square inch"
+            return left.factor / right.factor if name == "lbf" and is_pressure else "unclear"
+    return "different"
+
+
+def _compare_parsed(left: Unit, right: Unit) -> Fraction | Literal["different", "unclear"]:
     if left.dimension == right.dimension:
         return left.factor / right.factor
     if not (left.is_known and right.is_known):
@@ -253,14 +298,33 @@ def compare_units(first: str, second: str) -> Fraction | Literal["different", "u
         return "unclear"
     if {base for base, _ in left.dimension} & _DATA_BASES and {base for base, _ in right.dimension} & _DATA_BASES:
         return "unclear"
-    times = (("month", 1),), (("s", 1),)
-    if {left.dimension, right.dimension} == set(times):
-        return "unclear"  # months have no fixed number of days
-    if "m" in (first, second) and right.dimension + left.dimension in ((("m", 1), *times[1]), (*times[1], ("m", 1))):
-        return "unclear"  # "m" may be minutes
+    if any(_with_bases(left.dimension, names) == _with_bases(right.dimension, names) for names in _SIMILAR_BASES):
+        return "unclear"
     return "different"
 
 
+def _with_bases(dimension: Dimension, names: Mapping[str, str]) -> dict[str, int]:
+    """Returns a dimension as a dict with base units renamed by ``names``. Leaves out base units with the name ""."""
+    powers: dict[str, int] = {}
+    for base, power in dimension:
+        name = names.get(base, base)
+        powers[name] = powers.get(name, 0) + power
+    return {base: power for base, power in powers.items() if base and power}
+
+
+_TEMPERATURE_BASES = dict.fromkeys(("celsius", "fahrenheit", "kelvin"), "temperature")
+# Base units between which no constant factor converts, or which are often left out: radians, and degrees, which may be
+# angles or temperatures. Months have no fixed number of days.
+_SIMILAR_BASES: tuple[Mapping[str, str], ...] = (
+    {**_TEMPERATURE_BASES, "degree": "", "radian": "", "month": "s"},
+    {**_TEMPERATURE_BASES, "degree": "temperature", "radian": "", "month": "s"},
+)
+_PRESSURE: Dimension = (("kg", 1), ("m", -1), ("s", -2))
+# Words with a second meaning: "m" may be minutes, and a pound may be a force.
+_OTHER_MEANINGS = (
+    (re.compile(rf"(?<!{_LETTER})m(?!{_LETTER})"), "min"),
+    (re.compile(rf"(?<!{_LETTER})(?:lbs?|pounds?)(?!{_LETTER})", re.IGNORECASE), "lbf"),
+)
 _DATA_BASES = frozenset(f"{pre}{word}" for pre in _DATA_PREFIXES.values() for word in _DATA.values())
 _SCALES = frozenset({"celsius", "fahrenheit", "kelvin"})
 _DATA_FACTORS = frozenset(bits * size for bits in (1, 8) for size in (1, 1000, 1024, 10**6, 1 << 20, 10**9, 1 << 30))
