@@ -83,6 +83,9 @@ class NumberRule:
         first, second = self._without_percent(prediction), self._without_percent(truth)
         if first.unit == second.unit:
             return self._values(first, second, prediction, truth)
+        if "%" in (prediction.unit, truth.unit) and prediction.unit and truth.unit:  # "50%" and "50 m"
+            is_equal = _within(first.value, second.value, self.relative, self.absolute)
+            return (None if is_equal else False), "unit"
         if not first.unit or not second.unit:
             return self._one_unit(first, second, prediction, truth)
         if first.is_currency and second.is_currency:
@@ -98,9 +101,8 @@ class NumberRule:
     def _values(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
         if _within(first.value, second.value, self.relative, self.absolute):
             return True, "value"
-        is_percent = prediction.unit != truth.unit and "%" in (prediction.unit, truth.unit)
-        factors = (100, Fraction(1, 100)) if is_percent and self.percent == "either" else ()
-        if any(_within(first.value * factor, second.value, self.relative, 0) for factor in factors):
+        ratios = _as_ratios(prediction, truth) if self.percent == "either" else None
+        if ratios and _within(ratios[0].value, ratios[1].value, self.relative, 0):
             return True, "percent"
         if first.is_approximate or second.is_approximate:
             return None, "approximate"
@@ -118,9 +120,12 @@ class NumberRule:
         if _within(first.value, second.value, self.relative, self.absolute):
             return (True, "value") if is_currency or self._accepts(unit) else (None, "unit")
         correct, rule = self._values(first, second, prediction, truth)
-        if correct is False and not is_currency and may_be_converted(first.value, second.value, unit):
-            return None, "unit"
-        return correct, rule
+        money, plain = (first, second) if first.unit else (second, first)
+        if is_currency:
+            may_be_equal = money.value * 100 == plain.value  # "$0.50" is 50 cents
+        else:
+            may_be_equal = may_be_converted(first.value, second.value, unit)
+        return (None, "unit") if correct is False and may_be_equal else (correct, rule)
 
     def _is_unclear(self, first: Number, second: Number, prediction: Number, truth: Number) -> bool:
         """Returns whether two different numbers may mean the same number, for example because a number is rounded.
@@ -131,10 +136,13 @@ class NumberRule:
             return True
         if any(_within(first.value, other, self.relative, self.absolute) for other in second.others):
             return True
-        is_percent = prediction.unit != truth.unit and "%" in (prediction.unit, truth.unit)
-        if is_percent and self.percent == "ignore" and second.value in (first.value * 100, first.value / 100):
-            return True
-        return not self.is_rounding_wrong and (_is_rounded(first, second) or _is_rounded(second, first))
+        pairs = [(first, second)]
+        ratios = _as_ratios(prediction, truth) if self.percent != "keep" else None
+        if ratios:
+            if _within(ratios[0].value, ratios[1].value, self.relative, 0):
+                return True
+            pairs.append(ratios)
+        return not self.is_rounding_wrong and any(_is_rounded(*pair) or _is_rounded(*pair[::-1]) for pair in pairs)
 
     def _accepts(self, unit: str) -> bool:
         if self.units == "any" or (self.degrees and fold(unit) in _DEGREES):
@@ -145,8 +153,24 @@ class NumberRule:
         if number.unit != "%" or self.percent == "keep":
             return number
         value = number.value / 100 if self.percent == "ratio" else number.value
-        decimals = 0 if self.percent == "ratio" else number.decimals
+        decimals = number.decimals + 2 if self.percent == "ratio" and number.decimals else number.decimals
         return Number(value, is_approximate=number.is_approximate, decimals=decimals)
+
+
+def _as_ratios(prediction: Number, truth: Number) -> tuple[Number, Number] | None:
+    """Returns the two numbers, with the percentage as a ratio: 0.5 for "50%".
+
+    Returns None if neither or each of the numbers is a percentage.
+    """
+    if (prediction.unit == "%") == (truth.unit == "%"):
+        return None
+    first, second = (
+        dataclasses.replace(number, value=number.value / 100, decimals=number.decimals + 2)
+        if number.unit == "%"
+        else number
+        for number in (prediction, truth)
+    )
+    return first, second
 
 
 def _is_rounded(rounded: Number, exact: Number) -> bool:
