@@ -6,9 +6,10 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from mpo_ext.answers.equations import computes_with_unknown
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, closing_brace
 from mpo_ext.answers.number_words import ANY_WORD, LARGE, read_number_words
-from mpo_ext.answers.units import parse_unit
+from mpo_ext.answers.units import compare_units, parse_unit
 
 _LONGEST = 400
 _PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.([0-9]{1,100}))?")
@@ -49,6 +50,7 @@ _TEX_SIGNS = {"\\%": "%", "\\times": "\u00d7", "\\cdot": "\u00b7", "\\approx": "
 _TEX_SIGNS |= {"{,}": ",", "\\sim": "\u2248", "\u223c": "\u2248", "\u2243": "\u2248", "\u2245": "\u2248"}
 _TEX_OHM = re.compile(r"(?:(?<![^\W\d_])([kMGm])\s*)?\\Omega(?![A-Za-z])")
 _TEX_MICRO = re.compile(r"\\mu(?:\s+(?=[A-Za-z])|\s*(?=\u03a9))")
+_QUOTES = "\"'\u201c\u201d"
 _SPACES = str.maketrans(dict.fromkeys("\u00a0\u2007\u2009\u200a\u202f\u205f", " ") | {"\u2044": "/", "\u200b": None})
 
 _LEAD = re.compile(
@@ -59,6 +61,11 @@ _LEAD = re.compile(
 )
 _EQUATION = re.compile(r"[^=<>!\u2248\u2260,;]*?(?:=|\u2248)\s*(?!=)")
 _SEVERAL_CLAUSES = re.compile(r"\b(?:or|and|but|then|if|when|for|not|where|while)\b|[.?:]\s", re.IGNORECASE)
+_CONCLUSION = re.compile(
+    r"(?:\s*(?:\u2192|\u21d2|\u27f9|\\(?:implies|Rightarrow|Longrightarrow|rightarrow|to)(?![A-Za-z]))\s*"
+    r"|\s(?:so|thus|hence|therefore)\s+)(?=[^\W\d_](?:_\{?\w{1,3}\}?)?\s*[=\u2248])",
+    re.IGNORECASE,
+)
 _HEDGE = re.compile(r"(?:about|approximately|approx\.?|around|roughly|circa|ca\.|~|\u2248)\s*", re.IGNORECASE)
 _SCALE = re.compile(rf"\s*({'|'.join(LARGE)}|hundred|dozen)s?\b", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?:st|[nr]d|th)\b")
@@ -122,7 +129,7 @@ def _normalize(text: str) -> str | None:
     """
     text = text.translate(TO_ASCII).translate(_SPACES)
     if not text.isascii():
-        text = "".join(map(_ascii_digit, text))
+        text = "".join(map(_ascii_digit, unicodedata.normalize("NFC", text)))
     text = clean_answer(text)
     if "\\boxed" in text:
         unboxed = _unbox(text)
@@ -141,7 +148,14 @@ def _normalize(text: str) -> str | None:
     text = re.sub(r"\$([^$]+)\$", r" \1 ", text).replace("\ue000", "$")
     text = text.replace("\\(", " ").replace("\\)", " ").replace("`", "")
     text = re.sub(r"\*\*(?=[^\s*])([^*]+)(?<=\S)\*\*", r"\1", text)
-    return clean_answer(" ".join(text.split()).strip("\"'\u201c\u201d").rstrip(",;:"))
+    return clean_answer(_unquote(" ".join(text.split())).rstrip(",;:"))
+
+
+def _unquote(text: str) -> str:
+    """Removes quotation marks around a text, but not the mark of feet, inches or minutes after a number ("6'")."""
+    while len(text) > 2 and text[0] in _QUOTES and text[-1] in _QUOTES:
+        text = text[1:-1].strip()
+    return text.lstrip(_QUOTES).rstrip("\u201c\u201d" if re.search("[0-9]['\"]+$", text) else _QUOTES)
 
 
 def _ascii_digit(character: str) -> str:
@@ -172,28 +186,73 @@ def _unbox(text: str) -> str | None:
     return f"{contents.pop()} {rest}".strip().removesuffix(".").strip()
 
 
-def _read_answer(text: str) -> Number | None:
+def _read_answer(text: str, is_named: bool = False) -> Number | None:
+    """Reads an answer. ``is_named`` tells whether it is the right side of an equation whose left side is a name."""
     number = _read_amount(text)
     if number is not None:
         return number
     lead = _LEAD.match(text)
     if lead and lead.end():
-        return _read_answer(text[lead.end() :]) if lead.end() < len(text) else None
+        return _read_answer(text[lead.end() :], is_named) if lead.end() < len(text) else None
     hedge = _HEDGE.match(text)
     if hedge:
         number = _read_amount(text[hedge.end() :])
         return number and dataclasses.replace(number, is_approximate=True)
     equation = _EQUATION.match(text)
     if equation and not _SEVERAL_CLAUSES.search(equation.group()):
-        rest = text[equation.end() :]
-        is_about = equation.group().rstrip().endswith("\u2248")
-        if re.fullmatch(r"[^\W\d_]", rest):  # "7 = x"
-            number, name = _read_amount(equation.group().rstrip(" =\u2248")), rest
-        else:
-            number, name = _read_answer(rest), equation.group().rstrip(" =\u2248")
-        name = name if re.fullmatch(r"[^\W\d_](?:_\{?\w{1,3}\}?)?", name) else ""
-        return number and dataclasses.replace(number, is_approximate=is_about or number.is_approximate, name=name)
+        return _read_equation(text, equation, is_named)
     return None
+
+
+def _read_equation(text: str, equation: re.Match[str], is_named: bool) -> Number | None:
+    """Reads the value of an equation: 7 for "x = 7", "3 + 4 = 7" and "7 = x". Returns None for "2x = 6"."""
+    *steps, conclusion = _CONCLUSION.split(text)
+    if steps:  # "2x = 6 \u2192 x = 3"
+        number = _read_answer(conclusion)
+        return number if number and all(_is_step(step, number.name) for step in steps) else None
+    left, rest = equation.group().rstrip(" =\u2248"), text[equation.end() :]
+    is_about = equation.group().rstrip().endswith("\u2248")
+    if re.fullmatch(r"[^\W\d_]", rest):  # "7 = x"
+        number, name = _read_amount(left), rest
+    else:
+        amount = _read_amount(left)
+        number, name = _read_answer(rest, is_named or (amount is None and _has_name(left))), left
+        if number is None or (amount and not _may_be_equation(amount, number)):
+            return None
+        if amount is None and not is_named and computes_with_unknown(left, number.unit):
+            return None
+    name = name if re.fullmatch(r"[^\W\d_](?:_\{?\w{1,3}\}?)?", name) else ""
+    return number and dataclasses.replace(number, is_approximate=is_about or number.is_approximate, name=name)
+
+
+def _is_step(text: str, name: str) -> bool:
+    """Returns whether a text is a step on the way to the value of ``name``, and not the value of something else."""
+    left = text.partition("=")[0].strip()
+    return left == name or not re.search(r"[^\W\d_]", left) or computes_with_unknown(left, "")
+
+
+def _has_name(left: str) -> bool:
+    return bool(re.search(r"[^\W\d_]", left)) and not computes_with_unknown(left, "")
+
+
+def _may_be_equation(left: Number, right: Number) -> bool:
+    """Returns whether the sides of an equation may be the same quantity, such as 5 m and 500 cm.
+
+    Otherwise the letters after a number are unknowns, as in "2m = 6" and "6 = 2b".
+    """
+    if left.unit == "%" or not (left.unit or right.unit) or (left.is_currency and right.is_currency):
+        return True
+    if not left.unit:
+        return right.unit == "%" or len(right.unit) > 1 or left.value == right.value
+    if not right.unit or left.is_currency or right.is_currency or right.unit == "%":
+        return False
+    units = parse_unit(left.unit), parse_unit(right.unit)
+    if left.unit != right.unit and not all(unit and unit.is_known for unit in units):
+        return False
+    factor = compare_units(left.unit, right.unit)
+    if isinstance(factor, str):
+        return factor == "unclear"
+    return abs(left.value * factor - right.value) * 20 <= abs(right.value)  # 1 mile = 1.6 km is rounded
 
 
 def _read_amount(text: str) -> Number | None:

@@ -8,6 +8,7 @@ import re
 from fractions import Fraction
 from typing import Literal
 
+from mpo_ext.answers.equations import is_value_of_equation_unclear
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
 from mpo_ext.answers.number_text import Number, parse_number
 from mpo_ext.answers.numbers import NumberRule
@@ -49,6 +50,7 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
     - a mixed number ("1-1/4")
     - a quantity in several units ("5 ft 6 in")
     - a word for 0 ("none")
+    - an equation of an unknown ("2x = 4")
 
     Returns:
         (is_equal, rule). ``is_equal`` is True for equal quantities in several units. The other readings are guesses:
@@ -57,6 +59,8 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
         comparison that decided, such as "value" or "unit".
     """
     prediction, truth = (clean_answer(text.translate(TO_ASCII)) for text in (prediction, truth))
+    if is_value_of_equation_unclear(prediction, truth):
+        return None, "reading"
     first, second = parse_number(prediction), parse_number(truth)
     is_quantity = first and second and (_may_have_unit(first, prediction) or _may_have_unit(second, truth))
     if first and second and is_quantity and (first.name == second.name or not (first.name and second.name)):
