@@ -11,6 +11,7 @@ from typing import ClassVar
 from mpo_ext.answers.base import Matcher, Verdict, check_flag, rank
 from mpo_ext.answers.normalize import fold
 from mpo_ext.answers.number_text import parse_number
+from mpo_ext.answers.number_words import LARGE
 from mpo_ext.answers.numbers import NumberRule
 from mpo_ext.answers.word_answers import compare_folded
 from mpo_ext.checks import check_number, install_hint
@@ -44,11 +45,13 @@ class AnlsMatcher(Matcher):
     """Scores answers by DocVQA's normalized Levenshtein similarity: ``1 - distance / length of the longer text``.
 
     An answer is correct if its score is at least ``accept``. With ``exact_digits``, its digits must also equal the
-    digits of the truth. Any other answer is wrong, except in two cases. In these cases, it is unreadable (neither
+    digits of the truth. Any other answer is wrong, except in three cases. In these cases, it is unreadable (neither
     right nor wrong):
 
     - It may be another form of the truth ("Total: $5" for "$5").
     - Its score is positive. With ``exact_digits``, its digits must also equal the digits of the truth.
+    - It is similar to the truth and has the same digits, but another sign or magnitude ("loss of -5 million" for
+      "loss of 5 million"). If both texts are numbers, such as "-5 million" and "5 million", it is wrong.
 
     Attributes:
         threshold: Similarity below which the score is 0.
@@ -72,15 +75,24 @@ class AnlsMatcher(Matcher):
     def _compare(self, prediction: str, truth: str) -> Verdict:
         prediction, truth = fold(prediction), fold(truth)
         score = anls(prediction, truth, self.threshold)
-        same_digits = not self.exact_digits or re.findall("[0-9]+", prediction) == re.findall("[0-9]+", truth)
+        has_equal_digits = re.findall("[0-9]+", prediction) == re.findall("[0-9]+", truth)
+        same_digits = not self.exact_digits or has_equal_digits
         rule = "similarity" if same_digits else "digits"
         correct: bool | None = score >= self.accept and same_digits
+        if has_equal_digits and prediction != truth:
+            left, right = parse_number(prediction), parse_number(truth)
+            if left and right and _ANY_NUMBERS.compare(left, right)[0] is False:
+                return Verdict(False, score, f"{self.kind}:value", prediction, truth)
+            if correct and _has_other_size(prediction, truth):
+                return Verdict(None, score, f"{self.kind}:value", prediction, truth)
         if not correct and ((same_digits and score > 0) or _may_be_same(prediction, truth)):
             correct = None
         return Verdict(correct, score, f"{self.kind}:{rule}", prediction, truth)
 
 
 _DIGIT = re.compile("[0-9]")
+_SIGNED = re.compile(r"(?<![^\s(:=])[-(]\s?[$\u20ac\u00a3\u00a5]?\.?(?=[0-9])|[$\u20ac\u00a3\u00a5]-(?=\.?[0-9])")
+_MAGNITUDE = re.compile(rf"\b({'|'.join(LARGE)}|hundred|dozen)s?\b")
 _ANY_NUMBERS = NumberRule(relative=0, absolute=0, units="any", is_rounding_wrong=True)
 
 
@@ -98,6 +110,19 @@ def _may_be_same(first: str, second: str) -> bool:
     if digits and other_digits:  # a date, list or range in another form has the same digits
         return digits == other_digits and len(digits) >= 4
     return False
+
+
+def _has_other_size(first: str, second: str) -> bool:
+    """Returns whether the numbers in two similar texts differ in signs or in words such as "million".
+
+    A number in parentheses counts as negative, as in tables of accounts. Misspelled words do not count.
+    Both texts are results of ``fold``.
+    """
+    if len(_SIGNED.findall(first)) != len(_SIGNED.findall(second)):
+        return True
+    words, other_words = _MAGNITUDE.findall(first), _MAGNITUDE.findall(second)
+    is_misspelled = len(words) != len(other_words) and len(first.split()) == len(second.split())
+    return words != other_words and not is_misspelled
 
 
 def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
