@@ -38,6 +38,7 @@ _TEX_FRACTION = re.compile(
     r"([0-9]{1,30})?\s*\\[dtc]?frac\s*"
     r"(?:\{\s*([+-]?[0-9]{1,30})\s*\}|([0-9]))\s*(?:\{\s*([+-]?[0-9]{1,30})\s*\}|([0-9]))"
 )
+_SEASON = re.compile(r"(1[89][0-9]{2}|20[0-9]{2})\s*/\s*([0-9]{2}|[0-9]{4})(?![0-9])")
 _FROM_RAISED = str.maketrans(
     "\u207a\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "+-0123456789"
 )
@@ -52,6 +53,7 @@ _TEX_OHM = re.compile(r"(?:(?<![^\W\d_])([kMGm])\s*)?\\Omega(?![A-Za-z])")
 _TEX_MICRO = re.compile(r"\\mu(?:\s+(?=[A-Za-z])|\s*(?=\u03a9))")
 _QUOTES = "\"'\u201c\u201d"
 _SPACES = str.maketrans(dict.fromkeys("\u00a0\u2007\u2009\u200a\u202f\u205f", " ") | {"\u2044": "/", "\u200b": None})
+_SPACES |= {0x2103: "\u00b0C", 0x2109: "\u00b0F"}
 
 _LEAD = re.compile(
     r"(?:(?:so|thus|therefore|hence|then)\b,?\s+)?(?:the\s+|my\s+|our\s+)?(?:(?:final|correct|right|exact)\s+)*"
@@ -264,6 +266,9 @@ def _read_amount(text: str) -> Number | None:
         return None
     sign = -1 if "-" in head[1] + head[3] else 1
     currency, start = _CURRENCIES.get(head[2].casefold(), ""), head.end()
+    season = _SEASON.match(text, start)
+    if season and int(season[2]) % 100 == (int(season[1]) + 1) % 100:
+        return None  # "2018/19" is a season
     decimals = 0
     others: tuple[Fraction, ...] = ()
     read = _read_fraction(text, start) or _read_power(text, start)
@@ -308,6 +313,8 @@ def _with_unit(number: Number, rest: str, is_apart: bool) -> Number | None:
     if number.unit or (rest in _MAGNITUDES if is_apart else rest in (*_MAGNITUDES, "K")):
         return None  # "7K" is 7000, "300 K" a temperature
     unit = None if _ORDINAL.match(rest) else parse_unit(rest)
+    if unit and not unit.is_known and not is_apart and re.fullmatch("[A-Z]{2,3}", rest):
+        return None  # "2AB" is twice a length
     return None if unit is None else dataclasses.replace(number, unit=rest)
 
 

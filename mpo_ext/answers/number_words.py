@@ -4,7 +4,8 @@ import re
 from fractions import Fraction
 
 _UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-_SMALL = {word: value for value, word in enumerate(f"{_UNITS} seventeen eighteen nineteen".split())}
+#: Values of the words from "zero" to "nineteen".
+SMALL = {word: value for value, word in enumerate(f"{_UNITS} seventeen eighteen nineteen".split())}
 _TENS_NAMES = "twenty thirty forty fifty sixty seventy eighty ninety"
 _TENS = dict(zip(_TENS_NAMES.split(), range(20, 100, 10), strict=True))
 LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "lakh": 10**5, "crore": 10**7}
@@ -14,7 +15,7 @@ _PARTS |= {"half": 2, "quarter": 4}
 _PARTS |= {("halves" if name == "half" else f"{name}s"): value for name, value in list(_PARTS.items())}
 _SIGNS = {"minus": -1, "negative": -1, "plus": 1, "positive": 1}
 #: Finds texts that may hold a number in words.
-ANY_WORD = re.compile("|".join(["half", "hundred", "dozen", *_SMALL, *_TENS, *LARGE, *_PARTS]), re.IGNORECASE)
+ANY_WORD = re.compile("|".join(["half", "hundred", "dozen", *SMALL, *_TENS, *LARGE, *_PARTS]), re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+")
 # "twenty-fifths" may be 25ths, and "twenty fifth" is an ordinal number; "twenty fifths" is 4.
 _LARGE_ORDINAL = re.compile(
@@ -67,8 +68,8 @@ def _read(names: list[str], start: int) -> tuple[Fraction, int] | None:
         return number / _PARTS[name(end)], end + 1
     if name(end) == "point":
         digits = ""
-        while name(end + 1) in _SMALL and _SMALL[name(end + 1)] < 10:
-            end, digits = end + 1, digits + str(_SMALL[name(end + 1)])
+        while name(end + 1) in SMALL and SMALL[name(end + 1)] < 10:
+            end, digits = end + 1, digits + str(SMALL[name(end + 1)])
         return (number + Fraction(f"0.{digits}"), end + 1) if digits else None
     if name(end) == "and":
         part = _read(names, end + 1)
@@ -91,10 +92,10 @@ def _read_whole(names: list[str], start: int) -> tuple[int, int] | None:
     while index < len(names):
         name = names[index]
         following = names[index + 1 : index + 2]
-        if name in _SMALL and last in ("", "hundred", "large", "and", "tens"):
-            if last == "tens" and not 0 < _SMALL[name] < 10:
+        if name in SMALL and last in ("", "hundred", "large", "and", "tens"):
+            if last == "tens" and not 0 < SMALL[name] < 10:
                 return None
-            group, last = group + _SMALL[name], "small"
+            group, last = group + SMALL[name], "small"
         elif name in _TENS and last in ("", "hundred", "large", "and"):
             group, last = group + _TENS[name], "tens"
         elif name == "hundred" and last in ("", "small", "article") and 0 < (group or 1) < 100:
@@ -107,10 +108,10 @@ def _read_whole(names: list[str], start: int) -> tuple[int, int] | None:
             name == "and"
             and last in ("hundred", "large")
             and following
-            and (following[0] in _SMALL or following[0] in _TENS)
+            and (following[0] in SMALL or following[0] in _TENS)
         ):
             last = "and"
-        elif name in _SMALL or name in _TENS or name == "hundred":
+        elif name in SMALL or name in _TENS or name == "hundred":
             return None  # "seven eight": several numbers
         else:
             break

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from mpo_ext.answers.base import Matcher, Verdict, check_flag
 from mpo_ext.answers.normalize import clean_answer, fold
 from mpo_ext.answers.number_text import Number, parse_number
+from mpo_ext.answers.number_words import ANY_WORD
 from mpo_ext.answers.units import compare_units, fold_unit, is_case_off, may_be_converted
 from mpo_ext.answers.word_answers import compare_texts
 from mpo_ext.checks import check_choice, check_number, shorten
@@ -202,7 +203,8 @@ def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> boo
         return None  # an expression, a range, a list or a date, of which the answer may be another form
     if number is None:
         return None if re.search(r"\d", prediction) else False
-    return None if number.value == 0 and fold(truth) in _NOTHING else False
+    is_number_word = ANY_WORD.search(truth) or (number.value == 0 and fold(truth) in _NOTHING)
+    return None if is_number_word else False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,5 +308,7 @@ class ChartMatcher(Matcher):
         correct, name = rule.compare(predicted, true)
         if self.years == "exact" and correct:
             correct = None  # "exact" requires the same text, but the answer has the value in another form
+        if correct and predicted.value != true.value and "/" in plain_prediction and "/" in plain_truth:
+            correct = None  # "10/11" and "11/12" may be dates
         name = "year" if is_exact and name == "value" else name
         return self._verdict(correct, name, number_text(predicted), number_text(true))

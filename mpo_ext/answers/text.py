@@ -13,7 +13,9 @@ from mpo_ext.answers.normalize import fold
 from mpo_ext.answers.number_text import parse_number
 from mpo_ext.answers.number_words import LARGE
 from mpo_ext.answers.numbers import NumberRule
+from mpo_ext.answers.units import compare_units, parse_unit
 from mpo_ext.answers.word_answers import compare_folded
+from mpo_ext.answers.word_forms import MONTHS, WEEKDAYS
 from mpo_ext.checks import check_number, install_hint
 
 
@@ -50,8 +52,9 @@ class AnlsMatcher(Matcher):
 
     - It may be another form of the truth ("Total: $5" for "$5").
     - Its score is positive. With ``exact_digits``, its digits must also equal the digits of the truth.
-    - It is similar to the truth and has the same digits, but another sign or magnitude ("loss of -5 million" for
-      "loss of 5 million"). If both texts are numbers, such as "-5 million" and "5 million", it is wrong.
+    - It is similar to the truth and has the same digits, but differs in a part that changes the meaning, such as a
+      sign, a magnitude, a unit, a month or "not" ("loss of -5 million" for "loss of 5 million"). If both texts are
+      numbers, such as "-5 million" and "5 million", it is wrong.
 
     Attributes:
         threshold: Similarity below which the score is 0.
@@ -83,7 +86,7 @@ class AnlsMatcher(Matcher):
             left, right = parse_number(prediction), parse_number(truth)
             if left and right and _ANY_NUMBERS.compare(left, right)[0] is False:
                 return Verdict(False, score, f"{self.kind}:value", prediction, truth)
-            if correct and _has_other_size(prediction, truth):
+            if correct and _has_other_meaning(prediction, truth):
                 return Verdict(None, score, f"{self.kind}:value", prediction, truth)
         if not correct and ((same_digits and score > 0) or _may_be_same(prediction, truth)):
             correct = None
@@ -92,7 +95,15 @@ class AnlsMatcher(Matcher):
 
 _DIGIT = re.compile("[0-9]")
 _SIGNED = re.compile(r"(?<![^\s(:=])[-(]\s?[$\u20ac\u00a3\u00a5]?\.?(?=[0-9])|[$\u20ac\u00a3\u00a5]-(?=\.?[0-9])")
-_MAGNITUDE = re.compile(rf"\b({'|'.join(LARGE)}|hundred|dozen)s?\b")
+_CURRENCY = re.compile("[$\u20ac\u00a3\u00a5\u20b9]")
+# Words that change the meaning of a text, although the rest of the text is equal
+_DECISIVE_WORDS = "left right north south east west male female increase decrease increased decreased more less fewer"
+_DECISIVE_WORDS += " before after above below minimum maximum mr mrs ms am pm a.m p.m first second third"
+_DECISIVE_WORDS += " hundred dozen hundreds dozens"
+_DECISIVE = frozenset([*_DECISIVE_WORDS.split(), *LARGE, *(f"{name}s" for name in LARGE), *MONTHS, *WEEKDAYS])
+_NEGATIONS = frozenset(("no", "not", "never", "without", "non", "cannot"))
+_ENUMERATOR = re.compile(r"\b(?:[a-z]|[ivx]{2,})\b|[a-z]+(?=[0-9])|(?<=[0-9])[a-z]+")
+_UNIT = re.compile(r"(?<=[0-9])\s*([^\W\d_]+)")
 _ANY_NUMBERS = NumberRule(relative=0, absolute=0, units="any", is_rounding_wrong=True)
 
 
@@ -104,25 +115,46 @@ def _may_be_same(first: str, second: str) -> bool:
     left, right = parse_number(first), parse_number(second)
     if left and right:
         return _ANY_NUMBERS.compare(left, right)[0] is not False
+    for text, number in ((first, right), (second, left)):
+        inner = parse_number(text[1:-1]) if number and text[:1] + text[-1:] == "()" else None
+        if number and inner and abs(number.value) == abs(inner.value):  # "(5)" is -5 in tables of accounts
+            return True
     if left is None and right is None and first.isascii() and second.isascii() and not _DIGIT.search(first + second):
         return False
     digits, other_digits = re.sub("[^0-9]", "", first), re.sub("[^0-9]", "", second)
     if digits and other_digits:  # a date, list or range in another form has the same digits
-        return digits == other_digits and len(digits) >= 4
+        is_comma = first.replace(",", ".") == second.replace(",", ".")
+        return is_comma or (digits == other_digits and len(digits) >= 4)
     return False
 
 
-def _has_other_size(first: str, second: str) -> bool:
-    """Returns whether the numbers in two similar texts differ in signs or in words such as "million".
+def _has_other_meaning(first: str, second: str) -> bool:
+    """Returns whether two similar texts differ in a part that changes the meaning.
 
-    A number in parentheses counts as negative, as in tables of accounts. Misspelled words do not count.
-    Both texts are results of ``fold``.
+    Such parts are signs, currencies, units, single letters ("appendix b"), letters beside digits, negations, and words
+    such as "million", "june" and "decrease". A number in parentheses counts as negative, as in tables of accounts.
+    Misspelled words do not count. Both texts are results of ``fold``.
     """
     if len(_SIGNED.findall(first)) != len(_SIGNED.findall(second)):
         return True
-    words, other_words = _MAGNITUDE.findall(first), _MAGNITUDE.findall(second)
-    is_misspelled = len(words) != len(other_words) and len(first.split()) == len(second.split())
-    return words != other_words and not is_misspelled
+    words, other_words = (re.findall(r"[^\W\d_]+(?:\.m\b)?", text) for text in (first, second))
+    if [word for word in words if word in _NEGATIONS] != [word for word in other_words if word in _NEGATIONS]:
+        return True
+    for pattern in (_CURRENCY, _ENUMERATOR):
+        parts, other_parts = pattern.findall(first), pattern.findall(second)
+        if len(parts) == len(other_parts) and parts != other_parts:
+            return True
+    units = zip(_UNIT.findall(first), _UNIT.findall(second), strict=False)
+    if any(unit != other and _are_different_units(unit, other) for unit, other in units):
+        return True
+    decisive, other_decisive = ([word for word in each if word in _DECISIVE] for each in (words, other_words))
+    is_misspelled = len(decisive) != len(other_decisive) and len(words) == len(other_words)
+    return decisive != other_decisive and not is_misspelled
+
+
+def _are_different_units(first: str, second: str) -> bool:
+    units = parse_unit(first), parse_unit(second)
+    return all(unit is not None and unit.is_known for unit in units) and compare_units(first, second) != 1
 
 
 def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
@@ -165,13 +197,14 @@ def normalize_vqa(text: str) -> str:
     """Normalizes a text as VQA's evaluation code does: case, punctuation, number words, articles, contractions.
 
     Unlike VQA's code, this function keeps characters that change the meaning: a minus sign before a number, a decimal
-    point, a slash between digits, "<" and ">", and an article at the end of the text ("vitamin A").
+    point, a slash between digits, "<" and ">", "+" and "-" after a letter ("A+"), and an article at the end of the
+    text ("vitamin A").
     """
     text = fold(text).replace("\u2019", "'")
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
     text = re.sub(r"(?<![0-9])/|/(?![0-9])", " ", text)
-    text = re.sub(r"-(?!\.?[0-9])|(?<=[^\W_])-|(?<=\))-", " ", text)
-    text = re.sub(r"[;\[\]\"{}()=+\\_@`,?!*]", " ", text)
+    text = re.sub(r"-(?!\.?[0-9])(?!(?<=\b[a-z]-)$)|(?<=[^\W_])-(?!$)|(?<=\))-", " ", text)
+    text = re.sub(r"[;\[\]\"{}()=\\_@`,?!*]|(?<![^\W_])(?<!\+)\+|\+(?=[^\s+])", " ", text)
     text = re.sub(r"\.(?![0-9])", "", text)
     words = [_WORD_DIGITS.get(word, word) for word in text.split()]
     words = [word for index, word in enumerate(words) if word not in _ARTICLES or index == len(words) - 1]

@@ -46,7 +46,7 @@ _PLAIN = (
     ("yd yard yards", "0.9144", {"m": 1}),
     ("mi mile miles", "1609.344", {"m": 1}),
     ("mph", "0.44704", {"m": 1, "s": -1}),
-    ("kmh kph", "5/18", {"m": 1, "s": -1}),
+    ("kmh kph kmph", "5/18", {"m": 1, "s": -1}),
     ("mps", "1", {"m": 1, "s": -1}),
     ("lbf", "4.4482216152605", {"kg": 1, "m": 1, "s": -2}),
     ("psi", "44482216152605/6451600000", {"kg": 1, "m": -1, "s": -2}),
@@ -77,6 +77,7 @@ _VAGUE_WORDS = (
     " eighths ninth ninths tenth tenths thousandth thousandths times to under until versus vs where while with am pm"
     " bc ad bce ce o'clock x y z i j e pi sqrt couple couples gross remainder each unless which that was were are"
     " be k kilo mn mln mio bn mrd tsd b lots because since so maybe perhaps about approximately however wait"
+    " fewer short behind deficit debt wrong incorrect doubled tripled halved inverse reciprocal mod"
     " squared cubed factorial root choose repeating recurring thou grand mil mill lac lacs cr"
     " quadrillion quadrillions quintillion quintillions sextillion sextillions"
 )
@@ -85,6 +86,11 @@ _ORDINALS = (
     " fortieth fiftieth sixtieth seventieth eightieth ninetieth millionth billionth trillionth"
 )
 _VAGUE = frozenset([*_VAGUE_WORDS.split(), *_ORDINALS.split(), *(f"{name}s" for name in _ORDINALS.split()), "\u03c0"])
+# Letters that are variables or functions and not units ("2r", "2\u03b8", "2xy", "2 cos x")
+_SYMBOLS = re.compile(
+    r"[^\W\d_BCFGHMSTu]|(?!cc)[abcxyz]{2,3}|\w*[\u0370-\u03a8\u03aa-\u03bb\u03bd-\u03ff]\w*"
+    r"|(?:arc)?(?:sin|cos|tan|cot|csc)h?[A-Zaxy\u03b8]?|(?:log|ln|exp)[xy]?"
+)
 _LETTER = r"[^\W\d_\u00b2\u00b3\u00b9\u2070-\u2079]"  # superscripts count as letters in regular expressions
 _TOKEN = re.compile(
     r"\s*(\*|\u00b7|\u22c5|\u2219|/|per\b)?\s*"
@@ -92,6 +98,7 @@ _TOKEN = re.compile(
     r"(?:(?:\s*\^\s*\{?\s*(-?[1-9])\s*\}?|([23]))(?![0-9])|(\u207b?[\u00b9\u00b2\u00b3\u2074-\u2079]))?"
 )
 _SUPERSCRIPT = str.maketrans("\u207b\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "-123456789")
+_DEGREES_OF = re.compile(r"\b(?:degrees?|deg\.?)\s+(?=[CFK]\b)")
 _MAX_WORDS = 4
 
 
@@ -161,7 +168,7 @@ def parse_unit(text: str) -> Unit | None:
     Unknown words count as an unknown unit ("apples"). Words that may change the value ("tenths", "or more") give None.
     More than four words also give None.
     """
-    text = text.strip()
+    text = _DEGREES_OF.sub("\u00b0", text.strip())
     terms = _terms(text)
     if not terms:
         return None
@@ -196,6 +203,8 @@ def _terms(text: str) -> list[tuple[str, int, bool]] | None:
             continue
         is_inch = lower == "in" and (sign or next_power != 1 or any(match.groups()[2:]) or text == word)
         if (word if len(word) == 1 else lower) in _VAGUE and not is_inch:
+            return None
+        if _SYMBOLS.fullmatch(word.rstrip(".")) and _find(word, text) is None:
             return None
         power = int(match[3] or match[4] or (match[5] or "1").translate(_SUPERSCRIPT)) * next_power
         is_divided = sign in ("/", "per")
@@ -320,10 +329,12 @@ _SIMILAR_BASES: tuple[Mapping[str, str], ...] = (
     {**_TEMPERATURE_BASES, "degree": "temperature", "radian": "", "month": "s"},
 )
 _PRESSURE: Dimension = (("kg", 1), ("m", -1), ("s", -2))
-# Words with a second meaning: "m" may be minutes, and a pound may be a force.
+# Words with a second meaning: "m" may be minutes, a pound may be a force, "ms^{-1}" may be m/s, and "Nm^2" N m^2.
 _OTHER_MEANINGS = (
     (re.compile(rf"(?<!{_LETTER})m(?!{_LETTER})"), "min"),
     (re.compile(rf"(?<!{_LETTER})(?:lbs?|pounds?)(?!{_LETTER})", re.IGNORECASE), "lbf"),
+    (re.compile(rf"(?<!{_LETTER})ms(?=\s*\^?\s*\{{?\s*[-\u207b])"), "m s"),
+    (re.compile(rf"(?<!{_LETTER})([kMm]?N)m(?=\s*\^|[23\u00b2\u00b3\u207b])"), r"\1 m"),
 )
 _DATA_BASES = frozenset(f"{pre}{word}" for pre in _DATA_PREFIXES.values() for word in _DATA.values())
 _SCALES = frozenset({"celsius", "fahrenheit", "kelvin"})

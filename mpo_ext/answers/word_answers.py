@@ -4,6 +4,7 @@ import functools
 import re
 
 from mpo_ext.answers.normalize import clean_answer, fold
+from mpo_ext.answers.word_forms import may_be_same_forms
 
 _LEAD = re.compile(r"(?:(?:the|my)\s+)?(?:(?:final|correct|right)\s+)*(?:answer|it)(?:\s+is|\s*:|\s*=)\s*:?\s*", re.I)
 _WORD = re.compile(r"[+-]?(?:[0-9]+(?:[.,/][0-9]+)*|\.[0-9]+)|[<>\u2264\u2265]=?|[^\W_]+")
@@ -33,8 +34,8 @@ def without_lead(text: str) -> str:
 def compare_texts(first: str, second: str) -> bool | None:
     """Returns whether two answers in words are equal, ignoring case and phrases such as "The answer is".
 
-    The result is None (unclear) if one answer contains the other ("a brown dog" and "dog"). It is also None if one of
-    the texts is empty or declines to answer.
+    The result is None (unclear) if one answer contains the other ("a brown dog" and "dog"), or if only the forms of
+    the words differ ("grey" and "gray"). It is also None if one of the texts is empty or declines to answer.
     """
     return compare_folded(fold(clean_answer(first)), fold(clean_answer(second)))
 
@@ -48,7 +49,7 @@ def compare_folded(first: str, second: str) -> bool | None:
     first, second = without_lead(first), without_lead(second)
     if first == second or clean_answer(first) == clean_answer(second):
         return True
-    return None if may_be_same_words(first, second) else False
+    return None if may_be_same_words(first, second) or may_be_same_forms(first, second) else False
 
 
 @functools.lru_cache(maxsize=1 << 14)
