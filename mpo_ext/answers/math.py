@@ -8,9 +8,18 @@ from typing import ClassVar
 from mpo_ext.answers.base import Matcher, Verdict
 from mpo_ext.answers.math_process import math_process
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
-from mpo_ext.answers.number_text import Number, parse_number
+from mpo_ext.answers.number_text import FROM_RAISED, Number, parse_number
+from mpo_ext.answers.number_words import LARGE
 from mpo_ext.answers.numbers import NumberRule, number_text
-from mpo_ext.answers.readings import compare_readings, is_symbol, without_unknown_unit
+from mpo_ext.answers.readings import (
+    compare_readings,
+    have_same_letters,
+    in_radians,
+    is_interval_unclear,
+    is_symbol,
+    with_fractions,
+    without_unknown_unit,
+)
 from mpo_ext.answers.units import compare_units, is_case_off, parse_unit
 from mpo_ext.answers.word_answers import compare_texts, is_no_answer, without_lead
 from mpo_ext.checks import check_number, install_hint
@@ -27,8 +36,16 @@ _NOT_WORDS = frozenset(_FUNCTIONS.split())
 _WORDS = "a an the is are was not no if so to of at by we it or and cm mm km kg for with than"
 _SENTENCE_WORDS = frozenset(_WORDS.split())
 _TRAILING_UNIT = re.compile(
-    r"(?:\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}|\s([^\W\d_]{1,4}))\s*(?:\^\s*\{?([23])\}?)?$"
+    r"(?:\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}|(?:\s|(?<=[)}0-9]))([^\W\d_]{1,4}))\s*(?:\^\s*\{?([23])\}?)?$"
 )
+_ROOT = re.compile(
+    r"(?:(\u221b)|\u221a|\\sqrt(?=\s*[(0-9])|(?<![\\A-Za-z])sqrt(?![A-Za-z]))\s*"
+    r"(?:\{([^{}]*)\}|\(([^()]*)\)|([0-9]+(?:\.[0-9]+)?|[A-Za-z]|\u03c0))"
+)
+_SPACE = re.compile(r"(?<!\\)\\[ ,;:!]|~")
+_RAISED = re.compile("\u207b?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_TRIGONOMETRIC = re.compile(r"(?<!arc)(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_SCALE = re.compile(rf"\b(?:{'|'.join(LARGE)}|hundred|dozen)s?\b")
 _ASCII_NAMES = re.compile(r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sin|cos|tan|log|ln|exp|pi|infty)(?![A-Za-z])")
 _SYMBOLS = {"\u221e": "\\infty ", "\u03c0": "\\pi ", "\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u00f7": "\\div "}
 _SYMBOLS |= {
@@ -75,19 +92,20 @@ class MathMatcher(Matcher):
         correct, rule = compare_readings(prediction, truth)
         if correct is not False:
             return self._verdict(correct, rule, verdict.prediction, verdict.truth)
-        bare, bare_truth = without_unknown_unit(prediction), without_unknown_unit(truth)
-        if not bare or not bare_truth or (bare, bare_truth) == (prediction, truth):
-            return verdict
-        if self._compare_forms(bare, bare_truth).correct is False:
-            return verdict
-        return self._verdict(None, "unit", verdict.prediction, verdict.truth)
+        if have_same_letters(prediction, truth) or is_interval_unclear(prediction, truth):
+            return self._verdict(None, "reading", verdict.prediction, verdict.truth)
+        for rule, change in (("unit", without_unknown_unit), ("reading", in_radians), ("reading", with_fractions)):
+            texts = change(prediction), change(truth)
+            if texts != (prediction, truth) and all(texts) and self._compare_forms(*texts).correct is not False:
+                return self._verdict(None, rule, verdict.prediction, verdict.truth)
+        return verdict
 
     def _compare_forms(self, prediction: str, truth: str) -> Verdict:
         first, second = parse_number(prediction), parse_number(truth)
         if first and second and _are_numbers(first, second):
             correct, rule = _NUMBERS.compare(first, second)
             return self._verdict(correct, rule, number_text(first), number_text(second))
-        prediction, truth = clean_answer(prediction.translate(TO_ASCII)), clean_answer(truth.translate(TO_ASCII))
+        prediction, truth = (clean_answer(_lower(text.translate(TO_ASCII))) for text in (prediction, truth))
         if is_case_off(prediction, truth) or (first and second and _is_other_unit(first, second)):
             return self._verdict(None, "case", prediction, truth)
         if fold(prediction) == fold(truth) != "":
@@ -149,22 +167,31 @@ def _is_sentence(text: str) -> bool:
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""Splits a known unit off the end of an expression. Returns (expression, unit). Without a unit, the unit is "".
+    r"""Splits a unit off the end of an expression. Returns (expression, unit). Without a unit, the unit is "".
 
-    "\sqrt{2} \text{ m}" gives "\sqrt{2}" and "m".
+    "\sqrt{2} \text{ m}" gives "\sqrt{2}" and "m". An unknown unit must be in "\text{}".
     """
     match = _TRAILING_UNIT.search(text)
     if match is None or not text[: match.start()].strip(" ({[$"):
         return text, ""
     unit = (match[1] or match[2] or "").strip() + (f"^{match[3]}" if match[3] else "")
     parsed = parse_unit(unit) if unit else None
-    if parsed is None or not parsed.is_known or (match[2] and len(match[2]) == 1):  # a single letter is a variable
-        return text, ""
+    is_scale = bool(_SCALE.search(unit))
+    if parsed is None or is_scale or (match[2] and (not parsed.is_known or len(match[2]) == 1)):
+        return text, ""  # letters outside \\text{} may be variables
     return text[: match.start()].strip(), unit
+
+
+def _lower(text: str) -> str:
+    r"""Returns a text with exponents such as "²" written as "^{2}", and spaces such as "\," as " "."""
+    return _RAISED.sub(lambda raised: f"^{{{raised[0].translate(FROM_RAISED)}}}", _SPACE.sub(" ", text))
 
 
 def _latex(text: str) -> str:
     r"""Returns an expression with names and symbols replaced by LaTeX commands: "pi" becomes "\pi"."""
+    text = _ROOT.sub(lambda root: f"\\sqrt{'[3]' if root[1] else ''}{{{root[2] or root[3] or root[4]}}}", text)
+    if _TRIGONOMETRIC.search(text):
+        text = in_radians(text)
     for symbol, name in _SYMBOLS.items():
         text = text.replace(symbol, name)
     return _ASCII_NAMES.sub(r"\\\1 ", text)

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -12,16 +13,24 @@ import sys
 import threading
 from typing import Any
 
+_BOUND = re.compile(r"\\(?:(?:i{1,3}|oi)nt|sum|prod|lim|max|min|det|begin)|\bd/d")
+# Commands, texts and names of functions
+_NO_VARIABLES = re.compile(
+    r"\\(?:text|mathrm|textrm|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\b[A-Za-z]\s*'*\(|[\u03c0\u00b0\u2205\u221e]"
+)
+
 
 def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, prediction_text: str) -> str:
     """Corrects the result of math-verify, and returns "equal", "different", "rounded" or "unread".
 
-    ``MathProcess.compare`` explains these results. Two errors of math-verify are corrected:
+    ``MathProcess.compare`` explains these results. Three errors of math-verify are corrected:
 
     - math-verify rounds to six decimals, so it treats all tiny numbers as equal. The values of equal expressions must
       therefore also agree within a relative tolerance of 1e-6.
     - math-verify cannot compare an inequality with a set (such as an interval), and reports a difference. For such a
       pair, this function returns "unread".
+    - math-verify leaves out what it cannot read: it reads "3√x" as 3. If the expression lacks a letter of the text,
+      this function returns "unread".
 
     Args:
         is_equal: Result of math-verify: whether the prediction equals the truth.
@@ -32,6 +41,8 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
     """
     import sympy
 
+    if not (_has_all_letters(truth, truth_text) and _has_all_letters(prediction, prediction_text)):
+        return "unread"
     if isinstance(truth, sympy.Eq) and isinstance(prediction, sympy.Eq) and truth.lhs == prediction.lhs:
         truth, prediction = truth.rhs, prediction.rhs
     if not is_equal:
@@ -56,6 +67,17 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
     return "different"
 
 
+def _has_all_letters(expression: Any, text: str) -> bool:
+    """Returns whether an expression has all variables of its text. Texts with bound variables are not checked."""
+    import sympy
+
+    if not isinstance(expression, sympy.Expr) or _BOUND.search(text):
+        return True
+    bare = _NO_VARIABLES.sub(" ", text)
+    names = "".join(str(symbol) for symbol in expression.free_symbols).casefold()
+    return bare.isascii() and set(re.findall("[a-df-hk-z]", bare.casefold())) <= set(names)
+
+
 def serve() -> None:
     """Runs in the helper process. Reads two expressions from each line of stdin, and prints whether they are equal.
 
@@ -74,7 +96,10 @@ def serve() -> None:
         pass
     logging.disable(logging.CRITICAL)
     try:
-        from math_verify import parse, verify
+        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+        rules = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)  # it drops b from "2ab"
+        configs = [LatexExtractionConfig(normalization_config=rules), ExprExtractionConfig()]
     except Exception as error:
         print(json.dumps({"error": repr(error)}), flush=True)
         return
@@ -82,7 +107,7 @@ def serve() -> None:
 
     def read(text: str) -> list:
         has_delimiters = any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed"))
-        options = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+        options = {"fallback_mode": "no_fallback", "parsing_timeout": None, "extraction_config": configs}
         return parse(text if has_delimiters else f"${text}$", **options) or parse(text, **options)
 
     for line in sys.stdin:

@@ -39,9 +39,8 @@ _TEX_FRACTION = re.compile(
     r"(?:\{\s*([+-]?[0-9]{1,30})\s*\}|([0-9]))\s*(?:\{\s*([+-]?[0-9]{1,30})\s*\}|([0-9]))"
 )
 _SEASON = re.compile(r"(1[89][0-9]{2}|20[0-9]{2})\s*/\s*([0-9]{2}|[0-9]{4})(?![0-9])")
-_FROM_RAISED = str.maketrans(
-    "\u207a\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "+-0123456789"
-)
+#: Translates raised digits and signs to ASCII.
+FROM_RAISED = str.maketrans("\u207a\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "+-0123456789")
 _TWO_WAYS = re.compile(r"[0-9]{1,3}[.,][0-9]{3}")
 
 _TEX_SPACES = re.compile(r"\\[,;:! ]|\\quad|~|\\left(?![a-z])|\\right(?![a-z])")
@@ -350,7 +349,7 @@ def _exponent(match: re.Match[str], first: int) -> int:
     The exponent is the first non-empty group whose number is at least ``first``. It has digits or superscripts.
     """
     text = next((group for group in match.groups()[first - 1 :] if group), "0")
-    return int(text.translate(_FROM_RAISED))
+    return int(text.translate(FROM_RAISED))
 
 
 def _other_values(digits: str, sign: int) -> tuple[Fraction, ...]:

@@ -31,6 +31,17 @@ _UNIT = re.compile(
 )
 
 
+_LETTER_UNIT = re.compile(r"(?<=[\s0-9)}])[mgshLNJWVA]$")
+_DEGREES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\u00b0|\\degree)(?!\s*[CF])")
+_FACTOR = re.compile(r"(?<![0-9.^{])([0-9]+)\s*/\s*([0-9]+)\s*(?=\\pi|\\sqrt|[\u03c0\u221aa-zA-Z(])")
+_MARKS = re.compile(
+    r"\\(?:vec|overrightarrow|overline|bar|hat|triangle|angle|text|mathrm|mathbf|rm|left|right)(?![A-Za-z])|[\s{}_$]"
+)
+_SUBSCRIPTS = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789")
+_INTERVAL = re.compile(r"(?:\\left)?[(\[][^,]+,[^,]+[)\]]")
+_INEQUALITY = re.compile(r"[<>\u2264\u2265]|\\(?:le|ge|lt|gt|leq|geq)(?![A-Za-z])")
+
+
 def is_symbol(number: Number) -> bool:
     """Returns whether the unit of a number may consist of variables, as in "2b" and "5 xy"."""
     if not number.unit or number.is_currency or number.unit == "%":
@@ -89,14 +100,41 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
 
 
 def without_unknown_unit(text: str) -> str:
-    r"""Removes an unknown unit from the end of an expression: "\sqrt{2} pcs" becomes "\sqrt{2}"."""
+    r"""Removes an unknown unit, or a letter such as "m", from the end of an expression.
+
+    "\sqrt{2} pcs" and "\sqrt{2}m" become "\sqrt{2}".
+    """
     text = clean_answer(text)
+    if _LETTER_UNIT.search(text) and re.search("[\\\\\u221a]", text):
+        return text[:-1].strip()
     match = _UNIT.search(text)
     unit = match and (match[1] or match[2])
     if not match or not unit or not re.search(r"[0-9}]", text[: match.start()]):
         return text
     parsed = parse_unit(unit)
     return text if parsed is None or parsed.is_known else text[: match.start()].strip()
+
+
+def in_radians(text: str) -> str:
+    r"""Returns an expression with degrees converted to radians: "30^\circ" becomes "(\frac{30\pi}{180})"."""
+    return _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
+
+
+def with_fractions(text: str) -> str:
+    r"""Returns an expression with fractions as factors: "2/3 \pi" becomes "\frac{2}{3}\pi"."""
+    return _FACTOR.sub(r"\\frac{\1}{\2}", text)
+
+
+def have_same_letters(first: str, second: str) -> bool:
+    r"""Returns whether two names differ only in marks and subscripts: "\vec{a}" and "a", "H_2O" and "H2O"."""
+    names = [_MARKS.sub("", text).translate(_SUBSCRIPTS) for text in (first, second)]
+    return names[0] == names[1] and bool(re.search(r"[^\W\d_]", names[0]))
+
+
+def is_interval_unclear(first: str, second: str) -> bool:
+    """Returns whether one text is an interval and the other an inequality, as "[0,1]" and "0 ≤ x ≤ 1"."""
+    pairs = ((first, second), (second, first))
+    return any(_INTERVAL.fullmatch(text.strip("$ ")) and _INEQUALITY.search(other) for text, other in pairs)
 
 
 def _may_have_unit(number: Number, text: str) -> bool:
