@@ -18,10 +18,14 @@ from mpo_ext.answers.readings import (
     is_interval_unclear,
     is_symbol,
     with_fractions,
+    with_repeating_fractions,
+    without_dots,
+    without_point,
     without_unknown_unit,
 )
 from mpo_ext.answers.units import compare_units, is_case_off, parse_unit
 from mpo_ext.answers.word_answers import compare_texts, is_no_answer, without_lead
+from mpo_ext.answers.word_forms import is_same_time
 from mpo_ext.checks import check_number, install_hint
 
 _NUMBERS = NumberRule(relative=1e-6, absolute=1e-9, percent="either", units="any")
@@ -92,11 +96,13 @@ class MathMatcher(Matcher):
         correct, rule = compare_readings(prediction, truth)
         if correct is not False:
             return self._verdict(correct, rule, verdict.prediction, verdict.truth)
-        if have_same_letters(prediction, truth) or is_interval_unclear(prediction, truth):
+        are_times = is_same_time(fold(prediction), fold(truth))
+        if are_times or have_same_letters(prediction, truth) or is_interval_unclear(prediction, truth):
             return self._verdict(None, "reading", verdict.prediction, verdict.truth)
-        for rule, change in (("unit", without_unknown_unit), ("reading", in_radians), ("reading", with_fractions)):
+        for change in (without_unknown_unit, in_radians, with_fractions, without_point, without_dots):
             texts = change(prediction), change(truth)
             if texts != (prediction, truth) and all(texts) and self._compare_forms(*texts).correct is not False:
+                rule = "unit" if change is without_unknown_unit else "reading"
                 return self._verdict(None, rule, verdict.prediction, verdict.truth)
         return verdict
 
@@ -190,6 +196,7 @@ def _lower(text: str) -> str:
 def _latex(text: str) -> str:
     r"""Returns an expression with names and symbols replaced by LaTeX commands: "pi" becomes "\pi"."""
     text = _ROOT.sub(lambda root: f"\\sqrt{'[3]' if root[1] else ''}{{{root[2] or root[3] or root[4]}}}", text)
+    text = with_repeating_fractions(text)
     if _TRIGONOMETRIC.search(text):
         text = in_radians(text)
     for symbol, name in _SYMBOLS.items():

@@ -67,6 +67,7 @@ _CONCLUSION = re.compile(
     r"|\s(?:so|thus|hence|therefore)\s+)(?=[^\W\d_](?:_\{?\w{1,3}\}?)?\s*[=\u2248])",
     re.IGNORECASE,
 )
+_NAME = re.compile(r"[^\W\d_](?:_\{?\w{1,3}\}?)?|(?:m?\s*(?:\\angle|\u2220)\s*)?[A-Z]{1,3}")
 _HEDGE = re.compile(r"(?:about|approximately|approx\.?|around|roughly|circa|ca\.|~|\u2248)\s*", re.IGNORECASE)
 _SCALE = re.compile(rf"\s*({'|'.join(LARGE)}|hundred|dozen)s?\b", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?:st|[nr]d|th)\b")
@@ -222,7 +223,7 @@ def _read_equation(text: str, equation: re.Match[str], is_named: bool) -> Number
             return None
         if amount is None and not is_named and computes_with_unknown(left, number.unit):
             return None
-    name = name if re.fullmatch(r"[^\W\d_](?:_\{?\w{1,3}\}?)?", name) else ""
+    name = re.sub(r"^m?\s*(?:\\angle|\u2220)\s*", "\u2220", name) if _NAME.fullmatch(name) else ""
     return number and dataclasses.replace(number, is_approximate=is_about or number.is_approximate, name=name)
 
 

@@ -24,6 +24,7 @@ _CONSTANTS |= {"\u03c0": "pi", "\\pi": "pi", "pi": "pi", "-\u221e": "-inf", "-\\
 _CONSTANTS |= {"-inf": "-inf", "minus infinity": "-inf", "e": "e"}
 _SYMBOL = re.compile(r"\\[A-Za-z]|[\u221a\u221e\u0391-\u03c9]")
 
+_ROMAN = re.compile("[IVXLCDM]{1,9}")
 _YEAR = re.compile(r"[0-9]{4}")
 _YEARS = range(1800, 2101)
 
@@ -97,7 +98,12 @@ class NumberRule:
         if isinstance(factor, str):
             return None, "unit"
         converted = dataclasses.replace(first, value=first.value * factor, others=(), decimals=0)
-        return self._values(converted, second, prediction, truth)
+        correct, rule = self._values(converted, second, prediction, truth)
+        if correct is False and not self.is_rounding_wrong and factor != 1:  # "1.6 km" for "1 mile"
+            exact = dataclasses.replace(second, value=second.value / factor, decimals=0)
+            if _is_rounded(first, exact) or _is_rounded(second, converted):
+                return None, "unclear value"
+        return correct, rule
 
     def _values(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
         if _within(first.value, second.value, self.relative, self.absolute):
@@ -203,8 +209,8 @@ def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> boo
         return None  # an expression, a range, a list or a date, of which the answer may be another form
     if number is None:
         return None if re.search(r"\d", prediction) else False
-    is_number_word = ANY_WORD.search(truth) or (number.value == 0 and fold(truth) in _NOTHING)
-    return None if is_number_word else False
+    is_number = _ROMAN.fullmatch(truth) or ANY_WORD.search(truth) or (number.value == 0 and fold(truth) in _NOTHING)
+    return None if is_number else False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

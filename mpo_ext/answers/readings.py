@@ -37,6 +37,23 @@ _FACTOR = re.compile(r"(?<![0-9.^{])([0-9]+)\s*/\s*([0-9]+)\s*(?=\\pi|\\sqrt|[\u
 _MARKS = re.compile(
     r"\\(?:vec|overrightarrow|overline|bar|hat|triangle|angle|text|mathrm|mathbf|rm|left|right)(?![A-Za-z])|[\s{}_$]"
 )
+_POINT = re.compile(r"^[A-Z]['\u2032]?\s*=?\s*(?=(?:\\left\s*)?\([^()]*,)|\\(?:[lr]angle|left|right)(?![A-Za-z])")
+_PARENTHESES = {"\\langle": "(", "\\rangle": ")"}
+_DOTS = re.compile(r"(?<=[0-9])\s*(?:\.{3}|\u2026|\\(?:l|c)?dots)\s*$")
+_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))")
+_NO_SOLUTION = frozenset(
+    (
+        "no solution",
+        "no solutions",
+        "\\emptyset",
+        "\\varnothing",
+        "\u2205",
+        "empty set",
+        "the empty set",
+        "{}",
+        "\\{\\}",
+    )
+)
 _SUBSCRIPTS = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789")
 _INTERVAL = re.compile(r"(?:\\left)?[(\[][^,]+,[^,]+[)\]]")
 _INEQUALITY = re.compile(r"[<>\u2264\u2265]|\\(?:le|ge|lt|gt|leq|geq)(?![A-Za-z])")
@@ -125,8 +142,37 @@ def with_fractions(text: str) -> str:
     return _FACTOR.sub(r"\\frac{\1}{\2}", text)
 
 
+def without_point(text: str) -> str:
+    r"""Removes the name of a point, and writes a vector as a tuple.
+
+    "A(2,3)" and "\langle 2,3 \rangle" become "(2,3)".
+    """
+    return _POINT.sub(lambda match: _PARENTHESES.get(match[0], ""), text)
+
+
+def without_dots(text: str) -> str:
+    """Removes dots after a number: "0.333..." becomes "0.333"."""
+    return _DOTS.sub("", text)
+
+
+def with_repeating_fractions(text: str) -> str:
+    r"""Returns an expression with repeating decimals as fractions: "0.\overline{3}" becomes "\frac{3}{9}"."""
+    return _REPEATING.sub(_fraction, text)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    whole, digits, repeated = match[1], match[2], match[3] or match[4]
+    denominator = 10 ** len(digits) * (10 ** len(repeated) - 1)
+    value = int(f"{whole}{digits}{repeated}") - int(f"0{whole}{digits}")
+    return f"\\frac{{{value}}}{{{denominator}}}"
+
+
 def have_same_letters(first: str, second: str) -> bool:
-    r"""Returns whether two names differ only in marks and subscripts: "\vec{a}" and "a", "H_2O" and "H2O"."""
+    r"""Returns whether two names may be the same: "\vec{a}" and "a", "H_2O" and "H2O", "AB" and "BA"."""
+    if {fold(first), fold(second)} <= _NO_SOLUTION:
+        return True
+    if all(re.fullmatch("[^\\W\\d_]{2,3}", text) for text in (first, second)):
+        return sorted(first) == sorted(second) and fold(first) not in ("no", "on")
     names = [_MARKS.sub("", text).translate(_SUBSCRIPTS) for text in (first, second)]
     return names[0] == names[1] and bool(re.search(r"[^\W\d_]", names[0]))
 

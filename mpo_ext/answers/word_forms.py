@@ -25,8 +25,8 @@ _SAME |= {"sept": "september", "tues": "tuesday", "thurs": "thursday"}
 _SAME |= {name[:3]: name for name in (*MONTHS, *WEEKDAYS)}
 # Whole answers with the same meaning
 _ANSWERS = (
-    frozenset(("yes", "yeah", "yep", "true", "correct")),
-    frozenset(("no", "nope", "false", "incorrect")),
+    frozenset(("yes", "y", "yeah", "yep", "true", "correct")),
+    frozenset(("no", "n", "nope", "false", "incorrect")),
     frozenset(("none", "nothing", "nobody", "nil", "zero", "0")),
 )
 _DATE = re.compile(r"[0-9]{1,4}([/.-])[0-9]{1,2}\1[0-9]{1,4}|[0-9]{1,2}/[0-9]{1,2}")
@@ -54,7 +54,7 @@ def may_be_same_forms(first: str, second: str) -> bool:
         return True
     if _are_initials(words, other_words) or _are_initials(other_words, words):
         return True
-    return _is_same_date(first, second) or _is_same_time(first, second)
+    return _is_same_date(first, second) or is_same_time(first, second)
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -113,7 +113,7 @@ def _date(text: str) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
-def _is_same_time(first: str, second: str) -> bool:
+def is_same_time(first: str, second: str) -> bool:
     """Returns whether two texts may be the same time of day, such as "1 pm", "1:00" and "13:00"."""
     times = _time(first), _time(second)
     if times[0] is None or times[1] is None or times[0][:2] != times[1][:2]:
