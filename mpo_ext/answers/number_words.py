@@ -7,7 +7,8 @@ _UNITS = "zero one two three four five six seven eight nine ten eleven twelve th
 #: Values of the words from "zero" to "nineteen".
 SMALL = {word: value for value, word in enumerate(f"{_UNITS} seventeen eighteen nineteen".split())}
 _TENS_NAMES = "twenty thirty forty fifty sixty seventy eighty ninety"
-_TENS = dict(zip(_TENS_NAMES.split(), range(20, 100, 10), strict=True))
+#: Values of the words from "twenty" to "ninety".
+TENS = dict(zip(_TENS_NAMES.split(), range(20, 100, 10), strict=True))
 LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "lakh": 10**5, "crore": 10**7}
 _PARTS_NAMES = "third fourth fifth sixth seventh eighth ninth tenth"
 _PARTS = {name: value for value, name in enumerate(_PARTS_NAMES.split(), 3)}
@@ -15,11 +16,11 @@ _PARTS |= {"half": 2, "quarter": 4}
 _PARTS |= {("halves" if name == "half" else f"{name}s"): value for name, value in list(_PARTS.items())}
 _SIGNS = {"minus": -1, "negative": -1, "plus": 1, "positive": 1}
 #: Finds texts that may hold a number in words.
-ANY_WORD = re.compile("|".join(["half", "hundred", "dozen", *SMALL, *_TENS, *LARGE, *_PARTS]), re.IGNORECASE)
+ANY_WORD = re.compile("|".join(["half", "hundred", "dozen", *SMALL, *TENS, *LARGE, *_PARTS]), re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+")
 # "twenty-fifths" may be 25ths, and "twenty fifth" is an ordinal number; "twenty fifths" is 4.
 _LARGE_ORDINAL = re.compile(
-    rf"\b(?:{'|'.join([*_TENS, 'hundred', *LARGE])})"
+    rf"\b(?:{'|'.join([*TENS, 'hundred', *LARGE])})"
     rf"(?:-(?:{'|'.join(_PARTS)})|\s+(?:and\s+)?(?:{'|'.join(_PARTS_NAMES.split())}))\b",
     re.IGNORECASE,
 )
@@ -96,8 +97,8 @@ def _read_whole(names: list[str], start: int) -> tuple[int, int] | None:
             if last == "tens" and not 0 < SMALL[name] < 10:
                 return None
             group, last = group + SMALL[name], "small"
-        elif name in _TENS and last in ("", "hundred", "large", "and"):
-            group, last = group + _TENS[name], "tens"
+        elif name in TENS and last in ("", "hundred", "large", "and"):
+            group, last = group + TENS[name], "tens"
         elif name == "hundred" and last in ("", "small", "article") and 0 < (group or 1) < 100:
             group, last = 100 * (group or 1), "hundred"
         elif name == "dozen" and last in ("", "small", "tens", "article") and not total:
@@ -108,10 +109,10 @@ def _read_whole(names: list[str], start: int) -> tuple[int, int] | None:
             name == "and"
             and last in ("hundred", "large")
             and following
-            and (following[0] in SMALL or following[0] in _TENS)
+            and (following[0] in SMALL or following[0] in TENS)
         ):
             last = "and"
-        elif name in SMALL or name in _TENS or name == "hundred":
+        elif name in SMALL or name in TENS or name == "hundred":
             return None  # "seven eight": several numbers
         else:
             break

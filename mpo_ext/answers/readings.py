@@ -183,6 +183,15 @@ def is_interval_unclear(first: str, second: str) -> bool:
     return any(_INTERVAL.fullmatch(text.strip("$ ")) and _INEQUALITY.search(other) for text, other in pairs)
 
 
+def with_magnitude(text: str) -> str:
+    """Returns a text with a letter such as "M" after a number as a word: "1.5 million" for "1.5M"."""
+    magnitude = _MAGNITUDE.search(text)
+    if magnitude is None:
+        return text
+    word = _WORDS[magnitude[1][0].casefold()]
+    return f"{text[: magnitude.start()]} {word} {text[magnitude.end() :]}".strip()
+
+
 def _may_have_unit(number: Number, text: str) -> bool:
     """Returns whether the letters after a number may be an unknown unit: True for "7 pcs", False for "2b"."""
     if not is_symbol(number):
@@ -199,8 +208,7 @@ def _readings(text: str, number: Number | None) -> list[Number | None]:
     for each in () if number else (text, texts[0]):
         magnitude = _MAGNITUDE.search(each)
         if magnitude:
-            word = _WORDS[magnitude[1][0].casefold()]
-            reading = parse_number(f"{each[: magnitude.start()]} {word} {each[magnitude.end() :]}".strip())
+            reading = parse_number(with_magnitude(each))
             if reading and magnitude[1] in ("b", "t", "m"):  # "2b" is 2 billion or has the variable b; it is never 2
                 reading = dataclasses.replace(reading, others=())
             readings.append(reading)

@@ -11,8 +11,9 @@ from typing import ClassVar
 from mpo_ext.answers.base import Matcher, Verdict, check_flag, rank
 from mpo_ext.answers.normalize import fold
 from mpo_ext.answers.number_text import parse_number
-from mpo_ext.answers.number_words import LARGE
+from mpo_ext.answers.number_words import LARGE, SMALL, TENS
 from mpo_ext.answers.numbers import NumberRule
+from mpo_ext.answers.readings import with_magnitude
 from mpo_ext.answers.units import compare_units, parse_unit
 from mpo_ext.answers.word_answers import compare_folded
 from mpo_ext.answers.word_forms import MONTHS, WEEKDAYS
@@ -99,10 +100,16 @@ _CURRENCY = re.compile("[$\u20ac\u00a3\u00a5\u20b9]")
 # Words that change the meaning of a text, although the rest of the text is equal
 _DECISIVE_WORDS = "left right north south east west male female increase decrease increased decreased more less fewer"
 _DECISIVE_WORDS += " before after above below minimum maximum mr mrs ms am pm a.m p.m first second third"
-_DECISIVE_WORDS += " hundred dozen hundreds dozens"
-_DECISIVE = frozenset([*_DECISIVE_WORDS.split(), *LARGE, *(f"{name}s" for name in LARGE), *MONTHS, *WEEKDAYS])
+_DECISIVE_WORDS += " hundred dozen hundreds dozens mn bn mln tn"
+_DECISIVE = frozenset(
+    [*_DECISIVE_WORDS.split(), *SMALL, *TENS, *LARGE, *(f"{name}s" for name in LARGE), *MONTHS, *WEEKDAYS]
+)
 _NEGATIONS = frozenset(("no", "not", "never", "without", "non", "cannot"))
 _ENUMERATOR = re.compile(r"\b(?:[a-z]|[ivx]{2,})\b|[a-z]+(?=[0-9])|(?<=[0-9])[a-z]+")
+_COMPARISON = re.compile("[<>\u2264\u2265]")
+_OPPOSITES = ("un", "in", "il", "im", "ir", "dis", "non")
+_YEARS = re.compile(r"(?<![0-9])([0-9]{2})([0-9]{2})\s?[-/]\s?([0-9]{2})(?![0-9])")
+_RANGE = re.compile(r"(?<=[0-9])\s*(?:-|\bto\b)\s*(?=[0-9])")
 _UNIT = re.compile(r"(?<=[0-9])\s*([^\W\d_]+)")
 _ANY_NUMBERS = NumberRule(relative=0, absolute=0, units="any", is_rounding_wrong=True)
 
@@ -112,7 +119,9 @@ def _may_be_same(first: str, second: str) -> bool:
     """Returns whether two different texts may be forms of the same answer. Both texts are results of ``fold``."""
     if compare_folded(first, second) is not False:
         return True
-    left, right = parse_number(first), parse_number(second)
+    if _plain_form(first) == _plain_form(second):
+        return True
+    left, right = (parse_number(text) or parse_number(with_magnitude(text)) for text in (first, second))
     if left and right:
         return _ANY_NUMBERS.compare(left, right)[0] is not False
     for text, number in ((first, right), (second, left)):
@@ -128,6 +137,12 @@ def _may_be_same(first: str, second: str) -> bool:
     return False
 
 
+def _plain_form(text: str) -> str:
+    """Returns a text with other forms of ranges and raised digits: "1980-1985" for "1980 to 85", "co2" for "co₂"."""
+    text = unicodedata.normalize("NFKC", _RANGE.sub("-", text))
+    return _YEARS.sub(r"\1\2-\1\3", text)
+
+
 def _has_other_meaning(first: str, second: str) -> bool:
     """Returns whether two similar texts differ in a part that changes the meaning.
 
@@ -140,7 +155,10 @@ def _has_other_meaning(first: str, second: str) -> bool:
     words, other_words = (re.findall(r"[^\W\d_]+(?:\.m\b)?", text) for text in (first, second))
     if [word for word in words if word in _NEGATIONS] != [word for word in other_words if word in _NEGATIONS]:
         return True
-    for pattern in (_CURRENCY, _ENUMERATOR):
+    pairs = [sorted(pair, key=len) for pair in zip(words, other_words, strict=False) if pair[0] != pair[1]]
+    if any(long.endswith(short) and long.removesuffix(short) in _OPPOSITES for short, long in pairs):
+        return True
+    for pattern in (_CURRENCY, _COMPARISON, _ENUMERATOR):
         parts, other_parts = pattern.findall(first), pattern.findall(second)
         if len(parts) == len(other_parts) and parts != other_parts:
             return True

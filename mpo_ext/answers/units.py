@@ -53,6 +53,7 @@ _PLAIN = (
     ("px pixel pixels", "1", {"pixel": 1}),
     ("dB decibel decibels", "1", {"decibel": 1}),
     ("t tonne tonnes", "1000", {"kg": 1}),
+    ("mcg", "1/1000000000", {"kg": 1}),
     ("lb lbs pound pounds", "0.45359237", {"kg": 1}),
     ("oz ounce ounces", "0.028349523125", {"kg": 1}),
     ("ha hectare hectares", "10000", {"m": 2}),
