@@ -14,6 +14,13 @@ from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 _MAX_NAMES = 8  # maximum number of file names in an error message
+_UNREAD_FILES = (
+    "original/*",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+)  # files that are not downloaded with a revision
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,10 +30,13 @@ class ModelSource:
     Attributes:
         path: Folder or hub name of a whole model.
         adapter: Folder of LoRA adapters to merge into this model, or None.
+        revision: Revision of ``path`` on the hub that the adapters were trained with; None: the default revision, or
+            ``path`` is a folder.
     """
 
     path: str
     adapter: str | None = None
+    revision: str | None = None
 
 
 def find_model(name: str) -> ModelSource:
@@ -55,7 +65,8 @@ def find_model(name: str) -> ModelSource:
     if (folder / "adapter_config.json").exists():
         if (folder / "merged" / "config.json").exists():
             return ModelSource(str(folder / "merged"))
-        return ModelSource(_base_of(folder), str(folder))
+        base, revision = _base_of(folder)
+        return ModelSource(base, str(folder), revision)
     if (folder / "checkpoints").is_dir():
         raise ValueError(
             f"model must be a folder with a model, got the run {name!r} without final/: "
@@ -77,7 +88,8 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
     """Creates and returns the engine of a model, with the adapters of ``source`` merged into the model.
 
     If ``make`` has set a chat template, this template stays. Otherwise, a chat template in the folder of the adapters
-    replaces the template of the base model.
+    replaces the template of the base model. A revision of the base model is read from the cache of the hub, where
+    missing files are downloaded first.
 
     Args:
         source: Location of the model.
@@ -87,7 +99,7 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
         ImportError: If the model has adapters and peft is missing.
         ValueError: If the model has adapters and ``make`` does not return a ``TransformersEngine``.
     """
-    engine = make(source.path)
+    engine = make(source.path if source.revision is None else _snapshot(source.path, source.revision))
     if source.adapter is not None:
         if not isinstance(engine, TransformersEngine):
             raise ValueError(
@@ -135,10 +147,25 @@ def _is_hub_name(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
 
 
-def _base_of(folder: Path) -> str:
+def _snapshot(name: str, revision: str) -> str:
+    """Returns the folder of a revision of a hub model. Downloads the files that the cache of the hub lacks."""
+    import huggingface_hub
+
+    try:
+        return str(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=list(_UNREAD_FILES)))
+    except Exception as error:  # huggingface_hub and its HTTP library raise many types
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise FileNotFoundError(
+            f"the adapters need the base model {name} at the revision {revision!r}, got {reason}"
+        ) from error
+
+
+def _base_of(folder: Path) -> tuple[str, str | None]:
+    """Returns the name of the adapters' base model and its revision. A base model in a folder has no revision."""
     path = folder / "adapter_config.json"
     try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base, revision = config["base_model_name_or_path"], config.get("revision")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} must name the base model of the adapters, got {error!r}") from error
     if not isinstance(base, str) or not (Path(base).is_dir() or _is_hub_name(base)):
@@ -146,4 +173,6 @@ def _base_of(folder: Path) -> str:
             f"{path} must name a base model that exists here, got {base!r}: write its folder into "
             "base_model_name_or_path, or train with output.save_merged=true"
         )
-    return base
+    if revision is not None and not isinstance(revision, str):
+        raise ValueError(f"revision in {path} must be a text or null, got {revision!r}")
+    return base, None if Path(base).is_dir() else revision or None

@@ -7,6 +7,14 @@ from typing import Any
 from mpo_ext.train.output_recipe import HubRecipe
 from mpo_ext.train.ranks import gather
 
+# Files of an earlier model that would change how the new model loads. Other files of the repository stay.
+_MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_*", "merged/*",
+    "config.json", "generation_config.json", "*processor_config.json",
+    "chat_template*", "additional_chat_templates/*", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt",
+)  # fmt: skip
+
 
 class HubUpload:
     """Uploads the folder of the final model to a repository of the Hugging Face hub, from the main process.
@@ -31,6 +39,8 @@ class HubUpload:
     def push(self, folder: Path) -> str:
         """Uploads a folder and returns the URL of the commit. Files that the repository already has are not sent.
 
+        The commit deletes the files of an earlier model that the folder lacks, such as its adapters.
+
         Raises:
             RuntimeError: If the upload fails.
         """
@@ -41,7 +51,10 @@ class HubUpload:
 
             try:
                 commit = HfApi().upload_folder(
-                    repo_id=self._name, folder_path=folder, commit_message="Model trained with mpo_ext"
+                    repo_id=self._name,
+                    folder_path=folder,
+                    commit_message="Model trained with mpo_ext",
+                    delete_patterns=list(_MODEL_FILES),
                 )
             except Exception as error:  # the clients of the hub raise errors of several libraries
                 return (

@@ -76,7 +76,7 @@ def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
     config: Any = model.config
     config.use_cache = False
     if recipe.lora is not None:
-        model = add_lora(model, recipe.lora)
+        model = add_lora(model, recipe.lora, revision=recipe.revision)
     else:
         freeze_parts(model, recipe.freeze)
     if recipe.gradient_checkpointing:
@@ -134,8 +134,11 @@ def has_vision(model: nn.Module) -> bool:
     return bool(list(modules_of(unwrap_model(model), "vision_tower")))
 
 
-def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
+def add_lora(model: nn.Module, recipe: LoraRecipe, *, revision: str | None = None) -> nn.Module:
     """Adds LoRA adapters to a model, freezes all other parameters and returns peft's model.
+
+    ``revision`` is the revision of the model on the hub. The config of the adapters names it, so that they are merged
+    into the weights that they were trained with.
 
     Raises:
         ImportError: If peft is not installed.
@@ -154,6 +157,7 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
         lora_dropout=recipe.dropout,
         target_modules=target,
         task_type="CAUSAL_LM",
+        revision=revision,
     )
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 

@@ -169,8 +169,9 @@ def _loading(folder: Path, recipe: Recipe) -> str:
     lines = [f"from transformers import {kind}, {processor}", ""]
     if is_adapter:
         lines.insert(0, "from peft import PeftModel")
+        revision = f"revision={json.dumps(recipe.model.revision)}, " if recipe.model.revision is not None else ""
         lines += [
-            f'base = {kind}.from_pretrained({json.dumps(recipe.model.path)}, dtype="auto")',
+            f'base = {kind}.from_pretrained({json.dumps(recipe.model.path)}, {revision}dtype="auto")',
             'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         ]
     else:

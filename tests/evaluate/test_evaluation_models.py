@@ -181,6 +181,10 @@ def test_adapters_are_merged_into_their_base_model(digits_folder: Path, tmp_path
             {"adapter_config.json": '{"base_model_name_or_path": "/no/base"}'},
             "must name a base model that exists here",
         ),
+        (
+            {"adapter_config.json": '{"base_model_name_or_path": "a/b", "revision": 1}'},
+            "must be a text or null, got 1",
+        ),
     ],
 )
 def test_an_error_says_how_to_get_a_model(files: dict[str, str], message: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class Hub:
     def __init__(self) -> None:
         self.private: dict[str, bool] = {}
         self.uploads: list[tuple[str, list[str]]] = []
+        self.files: dict[str, set[str]] = {}
         self.error: Exception | None = None
 
     def __call__(self) -> "Hub":
@@ -39,10 +40,16 @@ class Hub:
     def repo_info(self, repo_id: str) -> Any:
         return SimpleNamespace(private=self.private[repo_id])
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
+    ) -> Any:
         if self.error is not None:
             raise self.error
         files = sorted(path.name for path in folder_path.iterdir())
+        earlier = self.files.get(repo_id, set())
+        deleted = set(huggingface_hub.utils.filter_repo_objects(earlier, allow_patterns=delete_patterns))
+        paths = {str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()}
+        self.files[repo_id] = (earlier - deleted) | paths
         self.uploads.append((repo_id, files))
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/{len(self.uploads)}")
 
@@ -75,6 +82,21 @@ def test_the_final_model_is_uploaded(tmp_path: Path, pairs: Path, hub: Hub, caps
     assert name == "me/model"
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert "the model is on the hub: https://hub/me/model/commit/1" in capsys.readouterr().err
+
+
+def test_an_upload_replaces_the_files_of_an_earlier_model(tmp_path: Path, pairs: Path, hub: Hub) -> None:
+    pytest.importorskip("peft")
+    adapters: dict[str, Any] = {"model__lora": {"rank": 2}, "output__save_merged": True}
+    assert trainer_of(tmp_path / "adapters", pairs, **adapters).run() == 0
+    assert {"adapter_config.json", "adapter_model.safetensors", "merged/config.json"} <= hub.files["me/model"]
+    others = {".gitattributes", "results.json", "plots/loss.png"}
+    hub.files["me/model"] |= others | {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    assert trainer_of(tmp_path / "whole", pairs).run() == 0
+    final = tmp_path / "whole" / "final"
+    assert hub.files["me/model"] == others | {str(path.relative_to(final)) for path in final.rglob("*")}
+    assert "adapter_config.json" not in hub.files["me/model"]
+    assert trainer_of(tmp_path / "again", pairs, **adapters).run() == 0
+    assert not {"config.json", "model.safetensors"} & hub.files["me/model"]
 
 
 def test_a_failed_upload_is_repeated_by_the_same_command(tmp_path: Path, pairs: Path, hub: Hub) -> None:

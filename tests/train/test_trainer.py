@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 import transformers
 from digits_run import recipe, tiny, weights, write_pairs
+from model_folders import write_qwen2
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from vision_families import BUILDERS
 
 from mpo_ext import train as package
+from mpo_ext.evaluate.models import ModelSource, find_model, load_engine
+from mpo_ext.generate.transformers_engine import TransformersEngine
 from mpo_ext.loss.weights import fingerprint
 from mpo_ext.ops import linear as linear_ops
 from mpo_ext.train import batch_loss, loop
@@ -151,6 +155,40 @@ def test_saved_adapters_load_and_merged_ones_give_the_same(tmp_path: Path, text_
             untrained = adapted(ids).logits
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
     assert (ours - untrained).abs().max() > 1e-3
+
+
+def test_adapters_are_merged_into_the_revision_that_they_were_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    bases, repository = {}, tmp_path / "hub" / "models--owner--base"
+    (repository / "refs").mkdir(parents=True)
+    for seed, name in enumerate(("main", "v1")):
+        (repository / "refs" / name).write_text(str(seed) * 40)
+        bases[name] = write_qwen2(repository / "snapshots" / (str(seed) * 40), seed=seed)
+    data = text_pairs(tmp_path / "pairs.jsonl", 4)
+    model = {"model__path": "owner/base", "model__revision": "v1", "model__lora": {"rank": 2}}
+    assert (
+        loop.train(recipe(tmp_path / "out", data, **model, output__save_merged=True, optim__learning_rate=1e-9)) == 0
+    )
+    final = tmp_path / "out" / "final"
+    assert json.loads((final / "adapter_config.json").read_text())["revision"] == "v1"
+    shutil.move(final / "merged", tmp_path / "merged")  # the adapters remain
+    assert find_model(str(final)) == ModelSource("owner/base", str(final), "v1")
+    engine: Any = load_engine(
+        find_model(str(final)), lambda path: TransformersEngine.from_pretrained(path, device="cpu")
+    )
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    truth = transformers.AutoModelForCausalLM.from_pretrained(bases["v1"]).state_dict()
+    for loaded in (merged, engine.model):
+        for name, value in loaded.state_dict().items():
+            torch.testing.assert_close(value, truth[name], atol=1e-4, rtol=0)
+    assert 'from_pretrained("owner/base", revision="v1", dtype' in (final / "README.md").read_text()
+    (repository / "refs" / "v1").unlink()
+    with pytest.raises(FileNotFoundError, match="the adapters need the base model owner/base at the revision 'v1'"):
+        load_engine(find_model(str(final)), lambda path: pytest.fail(path))
 
 
 @pytest.mark.parametrize("parts", [["vision_tower"], ["projector"], ["language_model"], ["vision_tower", "projector"]])
