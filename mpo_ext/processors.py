@@ -59,12 +59,14 @@ def load_config(path: str, **options: Any) -> Any:
     return AutoConfig.from_pretrained(path, **options)
 
 
-def check_on_hub(name: str, path: str) -> None:
+def check_on_hub(name: str, path: str, **options: Any) -> None:
     """Checks that a model exists locally, in the cache, or on the hub.
 
     Args:
         name: Name of the argument in messages.
         path: Folder or hub name of the model.
+        **options: Arguments of ``from_pretrained``. Only ``revision``, ``token``, ``cache_dir`` and
+            ``local_files_only`` are used.
 
     Raises:
         FileNotFoundError: If the model is not found, or the hub cannot be reached.
@@ -79,14 +81,21 @@ def check_on_hub(name: str, path: str) -> None:
         f"{name} must be a folder here or a model of the Hugging Face hub, got {path}: no folder {path} exists in "
         f"{os.getcwd()}"
     )
+    revision = options.get("revision")
+    is_offline = hub.constants.HF_HUB_OFFLINE
     try:
         for file in _CACHED_FILES:
-            if isinstance(hub.try_to_load_from_cache(path, file), str):
+            found = hub.try_to_load_from_cache(path, file, cache_dir=options.get("cache_dir"), revision=revision)
+            if isinstance(found, str):
                 return
-        reason = "HF_HUB_OFFLINE is set, and the cache does not hold the model"
-        if not hub.constants.HF_HUB_OFFLINE:
-            hub.get_hf_file_metadata(hub.hf_hub_url(path, "config.json"), timeout=_HUB_SECONDS)
+        if not (is_offline or options.get("local_files_only")):
+            url = hub.hf_hub_url(path, "config.json", revision=revision)
+            hub.get_hf_file_metadata(url, token=options.get("token"), timeout=_HUB_SECONDS)
             return
+        reason = (
+            f"{'HF_HUB_OFFLINE' if is_offline else 'local_files_only'} is set, and the cache does not hold the model"
+            + (f" at the revision {revision!r}" if revision is not None else "")
+        )
     except (EntryNotFoundError, RevisionNotFoundError):
         return  # the model exists, but without config.json or this revision
     except Exception as error:  # huggingface_hub and its HTTP library raise many types
@@ -148,8 +157,8 @@ def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
     """
     from transformers import GenerationConfig
 
-    check_on_hub("model", path)
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    check_on_hub("model", path, **hub)
     with _torchvision_errors(path):
         config = load_config(path, **hub)
     processor = load_processor(path, config, **hub)
@@ -173,7 +182,7 @@ def check_model(path: str, **options: Any) -> None:
     Raises the errors of ``check_on_hub``, ``load_config`` and ``load_processor``. ``options`` are passed to
     ``from_pretrained``.
     """
-    check_on_hub("model", path)
+    check_on_hub("model", path, **options)
     with _torchvision_errors(path):
         config = load_config(path, **options)
         has_images = takes_images(config)

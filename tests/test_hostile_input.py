@@ -1,5 +1,6 @@
 """Tests inputs that once made a command crash, hang, or use up all file handles."""
 
+import contextlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from mpo_ext.data.check import check_pairs
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.runner import run
 from mpo_ext.processors import check_on_hub
+from mpo_ext.train.preflight import check_needs
 from mpo_ext.train.setup import make_accelerator
 
 
@@ -137,5 +139,40 @@ def test_a_wrong_model_path_is_refused_after_one_request(tmp_path: Path, monkeyp
         check_on_hub("--model", "a b")
     (tmp_path / "my-model").mkdir()
     check_on_hub("--model", "my-model")
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: "/cache/config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names, **options: "/cache/config.json")
     check_on_hub("--model", "owner/cached")
+
+
+def test_a_model_is_looked_for_with_the_options_that_load_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def answer(url: str, *, token: Any = None, **options: Any) -> SimpleNamespace:
+        asked.append((url, token))
+        return SimpleNamespace()
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answer)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    cached = tmp_path / "models--owner--name"
+    (cached / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    (cached / "snapshots" / ("a" * 40) / "config.json").write_text("{}", encoding="utf-8")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v1").write_text("a" * 40, encoding="utf-8")
+    cache = {"cache_dir": str(tmp_path)}
+    check_on_hub("model", "owner/name", revision="v1", local_files_only=True, attn_implementation="sdpa", **cache)
+    check_on_hub("model", "owner/name", revision="a" * 40, **cache)
+    assert not asked
+    for options, problem in (
+        ({"revision": "v2"}, "local_files_only is set, and the cache does not hold the model at the revision 'v2'"),
+        ({}, "local_files_only is set, and the cache does not hold the model$"),
+    ):
+        with pytest.raises(FileNotFoundError, match=problem):
+            check_on_hub("model", "owner/name", local_files_only=True, **cache, **options)
+    check_on_hub("model", "owner/name", revision="v2", token="hf_mine", **cache)
+    assert asked == [("https://huggingface.co/owner/name/resolve/v2/config.json", "hf_mine")]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "pairs.jsonl").touch()
+    for revision in ("v1", "v2"):
+        settings = {"model__path": "owner/name", "model__revision": revision}
+        with contextlib.nullcontext() if revision == "v1" else pytest.raises(FileNotFoundError, match="'v2'"):
+            check_needs(recipe(tmp_path / "out", tmp_path / "pairs.jsonl", **settings))

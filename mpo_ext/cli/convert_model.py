@@ -36,7 +36,7 @@ def run_convert_model(args: argparse.Namespace) -> int:
         import huggingface_hub as hub
 
         check_model_path("IN", args.source)
-        check_on_hub("IN", args.source)
+        check_on_hub("IN", args.source, revision=args.revision)
         source = Path(hub.snapshot_download(args.source, revision=args.revision, allow_patterns=_FILES))
     convert_internvl(source, args.out, say=lambda line: print(line, file=sys.stderr))
     print(f"written to {args.out}: model.path={args.out}")

@@ -122,7 +122,7 @@ class TransformersEngine:
         import torch
         import transformers
 
-        check_on_hub("model", name)
+        check_on_hub("model", name, **options)
         if device is None:
             local = environment_integer("LOCAL_RANK", environment_integer("SLURM_LOCALID", 0))
             device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"

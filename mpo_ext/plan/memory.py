@@ -335,7 +335,7 @@ def meta_model(recipe: ModelRecipe) -> nn.Module:
         raise ImportError(f"training needs transformers: {install_hint('train')}") from error
 
     check_model_path("model.path", recipe.path)
-    check_on_hub("model.path", recipe.path)
+    check_on_hub("model.path", recipe.path, **recipe.hub_options)
     config = load_config(recipe.path, **recipe.hub_options)
     loader = models.loader_of(config)
     if recipe.dtype == "auto":

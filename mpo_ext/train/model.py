@@ -32,7 +32,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
     The model is on the CPU, with one exception: if there is a GPU, a quantized model is on the GPU.
     """
     check_model_path("model.path", recipe.path)
-    check_on_hub("model.path", recipe.path)
+    check_on_hub("model.path", recipe.path, **recipe.hub_options)
     config = load_config(recipe.path, **recipe.hub_options)
     processor = load_processor(recipe.path, config, **recipe.hub_options)  # first, because it fails within seconds
     options: dict[str, Any] = {}

@@ -41,9 +41,9 @@ def check_needs(recipe: Recipe) -> None:
 
 def _checks(recipe: Recipe) -> Iterator[Callable[[], None]]:
     model, output = recipe.model, recipe.output
-    for name, path in (("model.path", model.path), ("reference.path", recipe.reference.path)):
-        if path is not None:
-            yield lambda name=name, path=path: _check_model(name, path)  # type: ignore[misc]
+    yield lambda: _check_model("model.path", model.path, model.revision)
+    if (reference := recipe.reference.path) is not None:
+        yield lambda: _check_model("reference.path", reference, None)
     for name, sources in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         for source in sources:
             yield lambda name=name, path=source.path: _check_source(name, path)  # type: ignore[misc]
@@ -64,13 +64,13 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], None]]:
         yield lambda: check_access(hub)
 
 
-def _check_model(name: str, path: str) -> None:
+def _check_model(name: str, path: str, revision: str | None) -> None:
     check_model_path(name, path)
     check_is_no_run(name, path)
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:  # otherwise loading the model contacts the hub
-        check_on_hub(name, path)
+        check_on_hub(name, path, revision=revision)
 
 
 def _check_source(name: str, path: str) -> None:
