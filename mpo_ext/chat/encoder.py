@@ -32,6 +32,7 @@ from mpo_ext.chat.turn_checks import (
     renderings,
     response_turns,
 )
+from mpo_ext.chat.variables import check_variables, unused_notice
 
 _CONTEXT = 16  # number of prompt tokens that are decoded with a response, so that the response keeps its spaces
 _ANCHORS = ("", "\n", "a", ":")
@@ -107,6 +108,7 @@ class ChatEncoder:
     Raises:
         ChatError: If the chat template cannot be used. For example, the template does not write responses, a
             conversation does not begin with its prompt, or the token that ends a turn is unknown.
+        TypeError, ValueError: If ``check_variables`` rejects ``chat_template_kwargs``.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class ChatEncoder:
         self.is_multimodal = processor is not self.tokenizer
         self.chat_template = find_chat_template(processor, chat_template)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        check_variables(self.chat_template_kwargs)
         self.date = date or datetime.date.today()
         self.embedding_rows = embedding_rows
         self.notices: tuple[str, ...] = ()
@@ -137,10 +140,10 @@ class ChatEncoder:
                 self._say(f"the chat template writes the date: frozen at {self.date}")
             self._renderer = Renderer(processor, template, self.chat_template_kwargs)
             self.form, notice = find_form(self._renderer)
-            if notice:
-                self._say(notice)
+            self._say(notice)
         else:
             self._say("the processor has none: a prompt is the question and a line break, without roles")
+        self._say(unused_notice(self.chat_template, self.chat_template_kwargs))
         self.end_id, self.ends_in_tail = find_end(self.form, self.tokenizer)
         if self.chat_template is not None and not self.ends_in_tail:
             self._say(f"the chat template writes no end of turn: {self.tokenizer.eos_token!r} ends each response")
@@ -263,8 +266,8 @@ class ChatEncoder:
                 f"({self.tokenizer.convert_ids_to_tokens(largest)!r}): the tokenizer does not belong to this model"
             )
 
-    def _say(self, notice: str) -> None:
-        self.notices = (*self.notices, notice)
+    def _say(self, notice: str | None) -> None:
+        self.notices = (*self.notices, notice) if notice else self.notices
 
     def _prompt_text(self, messages: list[dict[str, Any]], tools: Tools) -> str:
         if not self.form.ignores_generation_prompt:
@@ -330,16 +333,15 @@ class ChatEncoder:
         if self.chat_template is None or self.ends_in_tail == 0:
             raise ChatError(f"a response of {len(turns)} turns must have a chat template that ends turns, got none")
         parts = response_turns(turns, self.tokenizer, self.end_id)
-        roles = [turn["role"] for turn in parts]
         if not self.is_multimodal:
             parts = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in parts]
         messages = [*prompt.messages, *parts]
         whole = self._renderer.render(messages, generation_prompt=False, tools=prompt.tools)
         ids = self._encode(whole)
         is_target, end = [False] * len(ids), len(ids)
-        for number, role in enumerate(roles):
-            if role != "assistant":
-                check_response_turn(parts[number], prompt.text, whole)
+        for number, part in enumerate(parts):
+            if part["role"] != "assistant":
+                check_response_turn(part, prompt.text, whole)
                 continue
             text = self._prompt_text(messages[: len(prompt.messages) + number], prompt.tools)
             start = self._encode(text)
@@ -348,13 +350,12 @@ class ChatEncoder:
                     f"the chat template must keep earlier turns as they are, got {text[-80:]!r} before turn "
                     f"{number + 1} of the response and other text in the whole conversation"
                 )
-            check_response_turn(parts[number], text, whole)
-            if self.end_id not in ids[len(start) :]:
-                raise ChatError(f"the chat template must end turn {number + 1} of the response, got no end of turn")
+            check_response_turn(part, text, whole)
+            until = self._renderer.before(messages, len(prompt.messages) + number + 1, prompt.tools)
+            _check_turn_end(self, self._encode(until)[len(start) :], number + 1)
             end = ids.index(self.end_id, len(start)) + 1
             is_target[len(start) : end] = [True] * (end - len(start))
-        size = len(prompt.ids)
-        return EncodedResponse(ids[size:end], is_target[size:end], False)
+        return EncodedResponse(ids[len(prompt.ids) : end], is_target[len(prompt.ids) : end], False)
 
     def _continue(self, prompt: EncodedPrompt, rest: str) -> tuple[list[int], bool]:
         """Returns (ids, is_apart): the ids of ``rest``, and whether ``rest`` was tokenized apart from the prompt."""
@@ -421,6 +422,15 @@ def _check_single_end(chat: ChatEncoder, ids: Sequence[int], response: str) -> N
     if list(ids).count(chat.end_id) != max(1, chat.ends_in_tail):
         token = chat.tokenizer.convert_ids_to_tokens(chat.end_id)
         raise ChatError(f"a response must not hold an end of the turn, got {token!r} in {response[:80]!r}")
+
+
+def _check_turn_end(chat: ChatEncoder, ids: Sequence[int], number: int) -> None:
+    """Raises ``ChatError`` if turn ``number`` of a response does not end. ``ids`` reach to the next turn's content."""
+    if chat.end_id not in ids:
+        raise ChatError(
+            f"the chat template must end turn {number} of the response with {chat.decode([chat.end_id])!r}, got "
+            f"{chat.decode(ids)[-80:]!r}"
+        )
 
 
 def _tokenize_apart(

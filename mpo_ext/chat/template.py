@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,31 +24,20 @@ def find_chat_template(processor: Any, chat_template: str | None = None) -> str 
     """Returns ``chat_template`` if given, otherwise the chat template of the processor or of its tokenizer.
 
     If there are several named templates, the template "default" is returned. Without any template, the result is None.
+
+    Raises:
+        ChatError: If ``chat_template`` is empty, or there are named templates without "default".
     """
+    if chat_template is not None and not chat_template.strip():
+        raise ChatError(f"chat_template must be the text of a chat template, got {chat_template[:80]!r}")
     tokenizer = getattr(processor, "tokenizer", processor)
     template = chat_template or getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if isinstance(template, Mapping) and template and "default" not in template:
+        raise ChatError(
+            f"the processor must have a chat template named 'default', got {', '.join(map(repr, template))}: pass one "
+            "of them as chat_template"
+        )
     return template.get("default") if isinstance(template, Mapping) else template
-
-
-def bake_variables(template: str, variables: Mapping[str, Any]) -> str:
-    """Returns the template with default values for ``variables``, such as ``{"enable_thinking": False}``.
-
-    A default is used only if the caller of the template does not set the variable. Defaults must be JSON values.
-    """
-    heads = (
-        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
-        for name, value in variables.items()
-    )
-    return "".join(heads) + template
-
-
-def _literal(value: Any) -> str:
-    """Returns a JSON value as a Jinja expression."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(str(name))}: {_literal(part)}" for name, part in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def freeze_date(template: str, date: datetime.date) -> str:
@@ -118,6 +106,26 @@ class Renderer:
             return self._apply(messages, tools, add_generation_prompt=generation_prompt, tokenize=False)
         except Exception as error:  # a template may raise any exception
             raise ChatError(f"the conversation must fit the chat template, got {str(error)[:300]}") from error
+
+    def before(self, messages: Sequence[Mapping[str, Any]], index: int, tools: Tools = ()) -> str:
+        """Returns the text of messages up to the content of ``messages[index]``, with a part of this content.
+
+        If ``messages`` end before ``index``, returns the whole text.
+
+        The result ends where the text changes if the content has other text in its middle. The beginning and the end
+        of the content stay, because a template may look at them.
+        """
+        if index == len(messages):
+            return self.render(messages, generation_prompt=False, tools=tools)
+        content = messages[index]["content"]
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        text = f"{text[: len(text) // 2]}{PROBE}{text[len(text) // 2 :]}"
+        other = {**messages[index], "content": [{"type": "text", "text": text}] if self._as_parts else text}
+        whole, changed = (
+            self.render(turns, generation_prompt=False, tools=tools)
+            for turns in (messages, [*messages[:index], other, *messages[index + 1 :]])
+        )
+        return whole[: common_length(whole, changed)]
 
     def ids(
         self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = (), **options: Any

@@ -7,12 +7,13 @@ from typing import Any
 from mpo_ext.chat.conversation import message_turns
 from mpo_ext.chat.decoding import squash
 from mpo_ext.chat.template import OPEN_TAG, ChatError, Tools
+from mpo_ext.checks import shorten
 
 
 def response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: int) -> list[dict[str, Any]]:
     """Checks the turns of a response, and converts the content of each turn to a list of text parts."""
     try:
-        parts = message_turns(list(turns), split=False)
+        parts = message_turns(list(turns) if isinstance(turns, Sequence) else turns, split=False)
     except ValueError as error:
         raise ChatError(str(error)) from error
     roles = [turn["role"] for turn in parts]
@@ -105,9 +106,12 @@ def _json_text(text: str) -> str:
 
 
 def check_tools(tools: Tools, text: str) -> None:
-    """Raises ``ChatError`` if the rendered prompt ``text`` lacks the name of a tool."""
+    """Raises ``ChatError`` if a tool has no name, or the rendered prompt ``text`` lacks the name."""
     for tool in tools:
-        name = str(tool.get("function", tool).get("name"))
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise ChatError(f"tools must be functions with a name, got {shorten(tool)}")
         if name not in text:
             raise ChatError(
                 f"the chat template must write the tools, got no {name[:80]!r}: pass a chat_template that writes them"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, EncodedResponse
 from mpo_ext.chat.media import expanded, media_arguments
-from mpo_ext.checks import DefectError, check_integer
+from mpo_ext.checks import DefectError, check_integer, type_and_value
 from mpo_ext.data.records import CHOSEN_TURNS, Pair
 from mpo_ext.images import describe_source, load_image
 from mpo_ext.videos import Video, describe_video, load_video
@@ -262,7 +262,10 @@ class Encoder:
         return Sample(pair.key(), name, key, ids, empty, empty, token_inputs, image_inputs, digest)
 
     def _response(self, side: str, pair: Pair, conversation: Conversation, name: str) -> EncodedResponse:
-        response = pair.source.get(f"{side}_messages", getattr(pair, side))
+        field = f"{side}_messages"
+        response = pair.source.get(field, getattr(pair, side))
+        if field in pair.source and not isinstance(response, (list, tuple)):
+            raise BadPairError(f"{name}: {field} must be a list of messages, got {type_and_value(response)}")
         try:
             encoded = self.chat.response(conversation, response)
         except ChatError as error:

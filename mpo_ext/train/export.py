@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from mpo_ext.chat.template import bake_variables, find_chat_template
+from mpo_ext.chat.template import find_chat_template
+from mpo_ext.chat.variables import bake_variables
 from mpo_ext.files import sync_tree, write_json
 from mpo_ext.train.checkpoint_files import (
     CheckpointError,
@@ -42,7 +43,9 @@ def with_chat_settings(processor: Any, settings: ModelRecipe) -> Any:
     if template is None or not (settings.chat_template or settings.chat_template_kwargs):
         return processor
     processor = copy.copy(processor)
-    processor.chat_template = bake_variables(template, settings.chat_template_kwargs)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = getattr(tokenizer, "special_tokens_map", {})  # transformers passes these to every template
+    processor.chat_template = bake_variables(template, settings.chat_template_kwargs, tokens)
     return processor
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import StrictBool, StrictStr
 
+from mpo_ext.chat.variables import check_variables
 from mpo_ext.checks import did_you_mean
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.train.optim_recipe import OptimRecipe as OptimRecipe
@@ -92,6 +93,9 @@ class ModelRecipe:
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        check_variables(self.chat_template_kwargs)
+        if self.chat_template is not None and not self.chat_template.strip():
+            raise ValueError(f"chat_template must be the text of a chat template, got {self.chat_template!r}")
         for part in self.freeze:
             if part not in MODEL_PARTS:
                 raise ValueError(

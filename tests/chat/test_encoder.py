@@ -54,6 +54,86 @@ def test_a_template_that_ignores_the_generation_prompt(body: str, prompt: str, r
     assert notice.startswith("the chat template ignores add_generation_prompt: prompts end with its header")
 
 
+def test_variables_that_the_template_does_not_read_are_named() -> None:
+    template = "{% for m in messages %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% break %}"
+    template = QWEN + "{% if false %}" + template + "{% endfor %}{{ date | default('') }}{% endif %}"
+    template += "{% if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}"
+    rule = "the chat template does not read these names of chat_template_kwargs: "
+    for names, expected in (
+        ({"enable_thinking": True, "date": "x", "eos_token": ""}, rule + "'eos_token'"),
+        ({"enable_thinkng": True, "other": 1}, rule + "'enable_thinkng', 'other'; did you mean 'enable_thinking'?"),
+        ({"enable_thinking": True}, None),
+    ):
+        notices = encoder_of(template, chat_template_kwargs=names).notices
+        assert notices == (() if expected is None else (expected,))
+    assert rule + "'x'" in encoder_of(None, chat_template_kwargs={"x": 1}).notices
+
+
+def test_settings_of_the_template_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ChatError, match="chat_template must be the text of a chat template, got ''"):
+        encoder_of(QWEN, chat_template="")
+    with pytest.raises(ValueError, match="must have names of Jinja variables, got 'enable-thinking'"):
+        encoder_of(QWEN, chat_template_kwargs={"enable-thinking": False})
+    with pytest.raises(TypeError, match=r"chat_template_kwargs\.x must have keys of type str, got int 1"):
+        encoder_of(QWEN, chat_template_kwargs={"x": {1: 2}})
+    tokenizer = build_tokenizer(SPECIAL[QWEN])
+    tokenizer.chat_template = {"tool_use": QWEN, "rag": QWEN}
+    with pytest.raises(ChatError, match="must have a chat template named 'default', got 'tool_use', 'rag'"):
+        ChatEncoder(tokenizer)
+    assert ChatEncoder(tokenizer, chat_template=QWEN).chat_template == QWEN
+
+
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+IS_LAST = "loop.last and m.role == 'assistant'"
+CALLS = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "Bern"}}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (TURN + CALLS + "<|im_end|>\n{% endfor %}" + ASK, None),
+        # Other templates end the turn of a call, or each turn but the last, with another token or with no token.
+        (TURN + CALLS + "{{ '<|eom|>' if m.tool_calls else '<|im_end|>' }}\n{% endfor %}" + ASK, "call"),
+        (
+            TURN + CALLS + "{{ '</s>' if " + IS_LAST + " else '<|im_end|>' }}\n{% endfor %}" + ASK,
+            "call answer",
+        ),
+        (
+            TURN + CALLS + "{{ '</s>' if " + IS_LAST + " else '' }}\n{% endfor %}" + ASK,
+            "call answer",
+        ),
+        # The template removes earlier thoughts, and looks at both ends of a user's turn.
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
+            "</think>\n{% endif %}{% if m.content.startswith('<r>') and m.content.endswith('</r>') %}!{% endif %}"
+            "{{ m.content }}" + CALLS + "<|im_end|>\n{% endfor %}" + ASK,
+            None,
+        ),
+    ],
+)
+def test_only_the_turns_of_the_assistant_are_targets(template: str, problem: str | None) -> None:
+    chat = encoder_of(template, tokens=("<|eom|>",))
+    last = {"role": "assistant", "content": "Two."}
+    for name, turns in (
+        ("call", [CALL, {"role": "tool", "content": "18 degrees"}, last]),
+        ("call", [CALL, {"role": "tool", "content": ""}, last]),
+        ("answer", [{"role": "assistant", "content": "One."}, {"role": "user", "content": "<r>More?</r>"}, last]),
+        ("answer", [{"role": "assistant", "content": "One."}, {"role": "user", "content": "More?"}, last]),
+    ):
+        if problem is not None and name in problem:
+            with pytest.raises(ChatError, match=r"must end turn 1 of the response with '(<\|im_end\|>|</s>)', got '"):
+                chat.response(QUESTION, turns)
+            continue
+        encoded = chat.response(QUESTION, turns)
+        targets = chat.decode([token for token, target in zip(encoded.ids, encoded.is_target, strict=True) if target])
+        assert targets.count("<|im_end|>") == targets.count(chat.decode([chat.end_id])) == 2
+        assert targets.startswith("One.<|im_end|>" if name == "answer" else '{"')
+        assert targets.endswith("Two.<|im_end|>")
+        assert not any(text in targets for text in ("18", "More", "user", "tool\n"))
+
+
 @pytest.mark.parametrize("template", [QWEN, "\n{{ bos_token }}" + QWEN, "{{ bos_token }}" + QWEN, None])
 def test_special_tokens_of_the_tokenizer(template: str | None) -> None:
     """With a template, only the template writes special tokens. Without one, the tokenizer adds <s> and </s>."""

@@ -390,6 +390,25 @@ def test_faulty_conversations_are_named(messages: list[Any], match: str, images:
         Encoder(build_tokenizer([])).encode(turns(("user", "?")), "f:1")
 
 
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ({"chosen_messages": None}, "chosen_messages must be a list of messages, got NoneType None"),
+        ({"rejected_messages": "no"}, "rejected_messages must be a list of messages, got str 'no'"),
+        ({"chosen_messages": {}}, "chosen_messages must be a list of messages, got dict {}"),
+        ({"chosen_messages": []}, "chosen must fit the chat template, got messages must be a list of messages"),
+        ({"tools": [{"type": "function", "function": None}]}, "tools must be functions with a name, got {'type'"),
+        ({"tools": [{"function": {"name": None}}]}, "tools must be functions with a name, got {'function'"),
+        ({"tools": [{"function": {"name": ""}}]}, "tools must be functions with a name, got {'function'"),
+        ({"tools": [{}]}, "tools must be functions with a name, got {}"),
+    ],
+)
+def test_faulty_turns_and_tools_are_named(source: dict[str, Any], problem: str) -> None:
+    rule = f"^f:1: (the prompt must fit the chat template, got )?{re.escape(problem)}"
+    with pytest.raises(BadPairError, match=rule):
+        text_encoder().encode(Pair("?", "yes", "no", extra={"$source": source}), "f:1")
+
+
 def test_a_model_of_text_only_takes_no_images(images: tuple[str, ...]) -> None:
     with pytest.raises(BadPairError, match="f:1: images must be none for a text model, got 2"):
         text_encoder().encode(Pair("?", "yes", "no", images[:2]), "f:1")

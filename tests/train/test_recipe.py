@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import re
 import sys
 import time
@@ -301,6 +302,26 @@ def test_a_file_that_does_not_exist_or_is_not_a_mapping(load: Callable[..., Reci
         (
             lambda: OptimRecipe(micro_batch_size=2, micro_batch_tokens=4096),
             "micro_batch_tokens must be None with micro_batch_size 2, got 4096: one of them sets the size",
+        ),
+        (
+            lambda: ModelRecipe(path="m", chat_template=" "),
+            "chat_template must be the text of a chat template, got ' '",
+        ),
+        *(
+            (lambda name=name: ModelRecipe(path="m", chat_template_kwargs={name: 1}), f"{rule}, got '{name}'")
+            for rule, names in (
+                ("chat_template_kwargs must have names of Jinja variables", ("enable-thinking", "", "a b", "not")),
+                (
+                    "chat_template_kwargs must hold variables of the chat template alone",
+                    ("tools", "documents", "messages", "tokenize"),
+                ),
+                ("chat_template_kwargs must have names of Jinja variables", ("loop", "raise_exception", "True")),
+            )
+            for name in names
+        ),
+        (
+            lambda: ModelRecipe(path="m", chat_template_kwargs={"x": [math.nan]}),
+            r"chat_template_kwargs.x\[0\] must be finite, got nan",
         ),
         (lambda: OptimRecipe(epochs=0), "epochs must be at least 1, got 0"),
         (lambda: OptimRecipe(max_steps=0), "max_steps must be at least 1, got 0"),

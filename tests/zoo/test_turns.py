@@ -278,11 +278,19 @@ def test_an_exported_processor_makes_the_prompts_of_training(name: str, tmp_path
     template = f"{{{{ note }}}}{{% for e in extra %}}{{{{ e.x }}}}{{% endfor %}}{processor.chat_template}"
     variables = {"enable_thinking": False, "note": 'a"b\n', "extra": [{"x": None}, {"x": 2.5}]}
     settings = ModelRecipe(path="m", chat_template=template, chat_template_kwargs=variables)
+    load_class = transformers.AutoTokenizer if name == "Qwen3" else type(processor)
+    question = Conversation(question="Q")
+    for start in ("\n", "  ", "\n  {% if true %}\n{% endif %}", "\r\n", "{{ eos_token }}\n"):
+        given = {"enable_thinking": False, "eos_token": ""}
+        other = ModelRecipe(path="m", chat_template=start + processor.chat_template, chat_template_kwargs=given)
+        with_chat_settings(processor, other).save_pretrained(tmp_path / "start")
+        chat = ChatEncoder(processor, chat_template=other.chat_template, chat_template_kwargs=given)
+        loaded = ChatEncoder(load_class.from_pretrained(tmp_path / "start"))
+        assert loaded.prompt_text(question) == chat.prompt_text(question)
     original = processor.chat_template
     with_chat_settings(processor, settings).save_pretrained(tmp_path)
     assert processor.chat_template == original
     assert with_chat_settings(processor, ModelRecipe(path="m")) is processor
-    load_class = transformers.AutoTokenizer if name == "Qwen3" else type(processor)
     exported = load_class.from_pretrained(tmp_path)
     trained = ChatEncoder(processor, chat_template=template, chat_template_kwargs=variables)
     conversation = Conversation(messages=tuple(TURNS))
