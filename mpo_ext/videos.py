@@ -331,7 +331,7 @@ def _load_file(video: Video) -> LoadedVideo:
     fps, most = _limits(video)
     name = describe_source(video.path)
     with _opened(video.path) as (container, stream):
-        index = _PacketIndex(container, stream, name)
+        index = _PacketIndex(container, stream, video.path)
         count = min(most, max(1, round(index.duration * fps)))
         _check_pixels((stream.width, stream.height), count, name)
         places = index.at([number * index.duration / count for number in range(count)])
@@ -398,19 +398,20 @@ class _PacketIndex:
         duration: Length of the stream in seconds.
     """
 
-    def __init__(self, container: Any, stream: Any, name: str) -> None:
-        self._container, self._stream, self._name = container, stream, name
+    def __init__(self, container: Any, stream: Any, path: str) -> None:
+        self._container, self._stream, self._path = container, stream, path
+        name = self._name = describe_source(path)
         stamps: list[tuple[int, int, bool]] = []
         self._has_stamps = True
         for packet in container.demux(stream):
             if not packet.size or packet.is_discard:
                 continue
-            if packet.pts is None:
-                self._has_stamps = False
+            self._has_stamps &= packet.pts is not None
             stamps.append((packet.pts or 0, packet.duration or 0, packet.is_keyframe))
         if not stamps:
             raise VideoError(f"video must have frames, got none in {name}")
-        rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
+        average = stream.average_rate if self._has_stamps else None  # FFmpeg's default for a raw stream, not its rate
+        rate = float(average or stream.guessed_rate or 0) or 25.0
         if self._has_stamps and len({stamp[0] for stamp in stamps}) == len(stamps):
             base = float(stream.time_base)
             stamps.sort()
@@ -479,14 +480,14 @@ class _PacketIndex:
         return images
 
     def _in_order(self, places: Sequence[int]) -> list[Any]:
-        self._container.seek(0)
         wanted = {self._stamps[place] for place in places} if self._has_stamps else set(places)
         images = []
-        for number, frame in enumerate(self._container.decode(self._stream)):
-            if (frame.pts if self._has_stamps else number) in wanted:
-                images.append(_to_rgb(frame))
-            if len(images) == len(places):
-                break
+        with _opened(self._path) as (container, stream):  # a raw stream cannot seek
+            for number, frame in enumerate(container.decode(stream)):
+                if (frame.pts if self._has_stamps else number) in wanted:
+                    images.append(_to_rgb(frame))
+                if len(images) == len(places):
+                    break
         return images
 
 

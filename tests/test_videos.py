@@ -24,7 +24,10 @@ from mpo_ext.videos import (
 av = pytest.importorskip("av", reason="needs the extra video")
 from video_files import number_of, write_frames, write_video  # noqa: E402
 
-FORMATS = {"mp4": "libx264", "mkv": "ffv1", "avi": "mpeg4", "webm": "libvpx-vp9", "ts": "mpeg2video", "mov": "mpeg4"}
+FORMATS = {
+    "mp4": "libx264", "mkv": "ffv1", "avi": "mpeg4", "webm": "libvpx-vp9", "ts": "mpeg2video", "mov": "mpeg4",
+    "h264": "libx264", "hevc": "libx265",  # raw streams, which have no times and cannot seek
+}  # fmt: skip
 
 
 def numbers(video: LoadedVideo) -> list[int]:
