@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mpo_ext.chat import find_chat_template
 from mpo_ext.chat.encoder import with_template
+from mpo_ext.chat.variables import unused_notice
 from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.transformers_engine import TransformersEngine
@@ -89,7 +91,7 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
     If ``make`` has set a chat template, this template stays. Otherwise, a chat template in the folder of the adapters
     replaces the template of the base model. A revision of the base model is read from the cache of the hub, where
-    missing files are downloaded first.
+    missing files are downloaded first. A warning names the ``chat_template_kwargs`` that the template does not read.
 
     Args:
         source: Location of the model.
@@ -118,6 +120,9 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
         own = find_chat_template(engine.processor)
         if path.is_file() and engine.chat.chat_template == own and (template := path.read_text("utf-8")) != own:
             engine.chat = with_template(engine.chat, template)  # the template of the training run
+    chat = getattr(engine, "chat", None)
+    if chat is not None and (notice := unused_notice(chat.chat_template, chat.chat_template_kwargs)):
+        warnings.warn(notice, stacklevel=2)
     return engine
 
 

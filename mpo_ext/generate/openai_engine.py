@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, chat_messages
+from mpo_ext.checks import shorten
 from mpo_ext.generate.engine import Generation, Request, refused, refused_videos
 from mpo_ext.generate.openai_client import OpenAIClient, Reply, RequestRefusedError, ServerError, ServerOptions
 from mpo_ext.generate.openai_probe import CHAT, COMPLETIONS, EXTENSIONS, OPEN_TURN, probe
@@ -96,6 +97,11 @@ class OpenAIEngine:
             self.chat = ChatEncoder(processor, **(chat_options or {}))
         elif tokenizer != NO_TOKENIZER:
             self.chat = self._load(tokenizer or model, chat_options or {}, options)
+        elif given := [entry for entry in (chat_options or {}).items() if entry[1]]:
+            raise ValueError(
+                f"{given[0][0]} must be left out with tokenizer={NO_TOKENIZER}, got {shorten(given[0][1])}: the "
+                "server writes the prompts, and takes such fields in extra_body"
+            )
         self._chat_options = dict(chat_options or {})
         self._client = OpenAIClient(server)
         try:

@@ -7,10 +7,12 @@ from typing import Any
 from mpo_ext.train.output_recipe import HubRecipe
 from mpo_ext.train.ranks import gather
 
-# Files of an earlier model that would change how the new model loads. Other files of the repository stay.
+# Files of an earlier model that would change how the new model loads. Other files of the repository stay. In these
+# patterns, * also stands for /, so none may begin with it: the repository may have other models in folders.
 _MODEL_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_*", "merged/*",
-    "config.json", "generation_config.json", "*processor_config.json",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*", "adapter_*",
+    "merged/*", "config.json", "generation_config.json",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
     "chat_template*", "additional_chat_templates/*", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.*", "merges.txt",
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,17 @@ def test_adapters_are_merged_into_their_base_model(digits_folder: Path, tmp_path
         loaded = load_engine(find_model(str(tmp_path / "adapter")), own)
         text = loaded.chat.prompt_text(Conversation(question="Q"))
         assert text.startswith("Note. ") == begins
+    template = "{{ note }}" + engine.chat.chat_template
+    (tmp_path / "adapter" / "chat_template.jinja").write_text(template)
+    for name in ("note", "notes"):
+        options = {"trust_remote_code": True, "chat_options": {"chat_template_kwargs": {name: "N"}}}
+        own = functools.partial(TransformersEngine.from_pretrained, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_engine(find_model(str(tmp_path / "adapter")), own)
+        texts = [str(warning.message) for warning in caught if "chat_template_kwargs" in str(warning.message)]
+        rule = "the chat template does not read these names of chat_template_kwargs: 'notes'; did you mean 'note'?"
+        assert texts == ([rule] if name == "notes" else [])
     with pytest.raises(
         ValueError, match=r"must be a whole model for the engine StubEngine, got the adapters '.*adapter'"
     ):

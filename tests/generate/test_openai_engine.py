@@ -257,6 +257,9 @@ def test_a_model_without_a_tokenizer_answers_questions_only(server: Server, tmp_
     assert summary.pairs > 0
     assert summary.generated_tokens > 100
     assert all("messages" in body for body in server.bodies)
+    for options in ({"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template": "{{ messages }}"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be left out with tokenizer=none, got "):
+            engine_of(server, processor=None, tokenizer="none", chat_options=options)
     with pytest.raises(ValueError, match="tokenizer must be the tokenizer of stub to cut responses"):
         sample(engine, source, tmp_path / "cut", DropoutNTP(DropoutNTPConfig(sampling=SAMPLING)))
 

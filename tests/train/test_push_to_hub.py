@@ -89,7 +89,7 @@ def test_an_upload_replaces_the_files_of_an_earlier_model(tmp_path: Path, pairs:
     adapters: dict[str, Any] = {"model__lora": {"rank": 2}, "output__save_merged": True}
     assert trainer_of(tmp_path / "adapters", pairs, **adapters).run() == 0
     assert {"adapter_config.json", "adapter_model.safetensors", "merged/config.json"} <= hub.files["me/model"]
-    others = {".gitattributes", "results.json", "plots/loss.png"}
+    others = {".gitattributes", "results.json", "plots/loss.png", "a/model.safetensors", "a/processor_config.json"}
     hub.files["me/model"] |= others | {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
     assert trainer_of(tmp_path / "whole", pairs).run() == 0
     final = tmp_path / "whole" / "final"
