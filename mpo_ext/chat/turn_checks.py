@@ -92,13 +92,21 @@ def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 def check_response_turn(turn: Mapping[str, Any], before: str, whole: str) -> None:
     """Raises ``ChatError`` if the rendered conversation ``whole`` lacks the content or a tool call of ``turn``.
 
-    ``turn`` belongs to the response. ``before`` is the part of ``whole`` before this turn.
+    ``turn`` belongs to the response. ``before`` is the part of ``whole`` before this turn. The texts in all other
+    fields of an assistant's turn, such as ``reasoning_content``, must also be in ``whole``.
     """
     content = turn["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)
     if turn["role"] != "tool":
         check_written(text, before, whole)
     check_turns([{**turn, "content": text if turn["role"] == "tool" else ""}], whole[len(before) :])
+    for name in turn.keys() - {"role", "content", "tool_calls"} if turn["role"] == "assistant" else ():
+        for part in _leaves(turn[name]):
+            if squash(part) not in squash(whole[len(before) :]):
+                raise ChatError(
+                    f"the chat template must write the field {name!r} of the assistant's turn, got no {part[:80]!r}: "
+                    "leave the field out, or pass another chat_template"
+                )
 
 
 def _json_text(text: str) -> str:

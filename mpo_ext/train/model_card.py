@@ -115,8 +115,10 @@ def _description(recipe: Recipe) -> str:
     if recipe.model.freeze:
         trained = f"all weights but those of {', '.join(recipe.model.freeze)}"
     sources = "\n".join(f"- {_code(source.path)} (x {source.repeat_time:g})" for source in recipe.data.train)
+    revision = "" if recipe.model.revision is None else f" at the revision {_code(recipe.model.revision)}"
     return (
-        f"Base model: {_code(recipe.model.path)}. Trained: {trained}. Loss: {how}.\n\nPairs come from\n\n{sources}\n"
+        f"Base model: {_code(recipe.model.path)}{revision}. Trained: {trained}. Loss: {how}.\n\n"
+        f"Pairs come from\n\n{sources}\n"
     )
 
 
@@ -167,16 +169,17 @@ def _loading(folder: Path, recipe: Recipe) -> str:
     is_adapter = (folder / "adapter_config.json").exists() or (recipe.model.lora is not None)
     kind, processor = _classes(folder, recipe)
     lines = [f"from transformers import {kind}, {processor}", ""]
+    trust = ", trust_remote_code=True" if recipe.model.trust_remote_code else ""
     if is_adapter:
         lines.insert(0, "from peft import PeftModel")
-        revision = f"revision={json.dumps(recipe.model.revision)}, " if recipe.model.revision is not None else ""
+        revision = "" if recipe.model.revision is None else f", revision={_string(recipe.model.revision)}"
         lines += [
-            f'base = {kind}.from_pretrained({json.dumps(recipe.model.path)}, {revision}dtype="auto")',
+            f'base = {kind}.from_pretrained({_string(recipe.model.path)}{revision}, dtype="auto"{trust})',
             'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         ]
     else:
-        lines.append(f'model = {kind}.from_pretrained("path/to/this/folder", dtype="auto")')
-    lines.append(f'processor = {processor}.from_pretrained("path/to/this/folder")')
+        lines.append(f'model = {kind}.from_pretrained("path/to/this/folder", dtype="auto"{trust})')
+    lines.append(f'processor = {processor}.from_pretrained("path/to/this/folder"{trust})')
     text = _fenced("\n".join(lines), "python")
     if is_adapter and recipe.output.save_merged:
         text += "\nThe folder `merged` holds the whole model, which loads without peft.\n"
@@ -197,6 +200,11 @@ def _classes(folder: Path, recipe: Recipe) -> tuple[str, str]:
         if not any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
             return "AutoModelForCausalLM", "AutoTokenizer"
     return "AutoModelForImageTextToText", "AutoProcessor"
+
+
+def _string(text: str) -> str:
+    """Returns the text as a string literal of Python, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _is_on_hub(path: str) -> bool:

@@ -134,6 +134,18 @@ def test_only_the_turns_of_the_assistant_are_targets(template: str, problem: str
         assert not any(text in targets for text in ("18", "More", "user", "tool\n"))
 
 
+def test_each_field_of_a_response_turn_must_be_written() -> None:
+    thoughts = {"role": "assistant", "reasoning_content": "One and one.", "content": "Two.", "refusal": None}
+    turns = [thoughts, {"role": "user", "name": "Ann", "content": "More?"}, {"role": "assistant", "content": "3"}]
+    with pytest.raises(ChatError, match=r"write the field 'reasoning_content' .* got no 'One and one\.'"):
+        encoder_of(QWEN).response(QUESTION, [thoughts])
+    with pytest.raises(ChatError, match="write the field 'function_call' of the assistant's turn, got no 'name'"):
+        encoder_of(QWEN).response(QUESTION, [{**turns[2], "function_call": {"name": "weather"}}])
+    chat = encoder_of(TURN.replace("{{ m.content", "{{ m.reasoning_content }}{{ m.content") + "<|im_end|>{% endfor %}")
+    for response in ([thoughts], turns):
+        assert chat.decode(chat.response(QUESTION, response).ids).startswith("One and one.Two.<|im_end|>")
+
+
 @pytest.mark.parametrize("template", [QWEN, "\n{{ bos_token }}" + QWEN, "{{ bos_token }}" + QWEN, None])
 def test_special_tokens_of_the_tokenizer(template: str | None) -> None:
     """With a template, only the template writes special tokens. Without one, the tokenizer adds <s> and </s>."""

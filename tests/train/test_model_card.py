@@ -258,3 +258,17 @@ def test_names_are_neither_markdown_nor_html(tmp_path: Path, text: str) -> None:
     assert kinds == rendered("plain")[0]
     for tag in ("<img src=x", "<script", 'javascript:alert(1)"', "<b>", "<i>", "<u>", 'evil/z.png"'):
         assert tag not in html
+
+
+def test_the_model_is_loaded_as_in_training(tmp_path: Path) -> None:
+    path, options = '/models/"😀"\\base', {"revision": "v1", "trust_remote_code": True}
+    for lora in (None, LoraRecipe()):
+        text = write(tmp_path, make(model=ModelRecipe(path=path, lora=lora, **options)))
+        calls = [node for node in ast.walk(ast.parse(code(text, "python"))) if isinstance(node, ast.Call)]
+        given = [{word.arg: ast.literal_eval(word.value) for word in call.keywords} for call in calls]
+        assert {"dtype": "auto", "trust_remote_code": True, **({"revision": "v1"} if lora else {})} in given
+        assert given[-1] == {"trust_remote_code": True}
+        assert (
+            path in [ast.literal_eval(call.args[0]) for call in calls if not isinstance(call.args[0], ast.Name)]
+        ) == (lora is not None)
+        assert "at the revision `v1`. Trained" in text
