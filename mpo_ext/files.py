@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -83,6 +84,30 @@ def check_outputs(
         raise FileExistsError(
             f"{name} must be a new place or an earlier output of the same command, got {first}, which mpo_ext has not "
             "written: choose another place"
+        )
+
+
+def check_no_pipe(name: str, path: str | os.PathLike[str], advice: str = "") -> None:
+    """Raises ValueError if a path is a pipe or a device, which cannot be read twice.
+
+    ``name`` is the name of the argument with the path, for the error message. ``advice`` ends the message. The path
+    need not exist.
+    """
+    if os.path.exists(path) and not os.path.isdir(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{name} must be a file or a folder, got {os.fspath(path)}, a pipe or device{advice}")
+
+
+def check_replaceable(name: str, folder: str | os.PathLike[str]) -> None:
+    """Raises ValueError if a folder is the current folder or a mount point, which a new folder cannot replace.
+
+    ``name`` is the name of the argument with the path, for the error message. The folder need not exist.
+    """
+    if os.path.ismount(folder):
+        raise ValueError(f"{name} must not be a mount point, got {os.fspath(folder)}: name a folder inside it")
+    if os.path.isdir(folder) and os.path.samefile(folder, os.getcwd()):
+        raise ValueError(
+            f"{name} must not be the current folder, got {os.fspath(folder)}: name another folder, or run the command "
+            "in the folder above"
         )
 
 

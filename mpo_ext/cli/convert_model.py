@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mpo_ext.cli.shared import add_debug, command
+from mpo_ext.cli.shared import add_debug, command, file_path
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -18,7 +18,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "code of the checkpoint is run.",
     )
     parser.add_argument("source", metavar="IN", help="folder of the checkpoint, or its name on the hub")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
+    parser.add_argument("out", metavar="OUT", type=file_path, help="folder to write, new or empty")
     parser.add_argument("--revision", help="revision of the checkpoint on the hub")
     add_debug(parser)
     parser.set_defaults(run=run_convert_model)
@@ -32,6 +32,8 @@ def run_convert_model(args: argparse.Namespace) -> int:
     from mpo_ext.processors import check_on_hub
 
     source = Path(args.source)
+    if source.exists() and args.revision is not None:
+        raise ValueError(f"--revision must be left out for a folder, got {args.revision} for {source}")
     if not source.exists():
         import huggingface_hub as hub
 

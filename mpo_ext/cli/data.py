@@ -12,7 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.cli.shared import Command, add_chat, add_debug, add_image_limit, add_root_map, at_least, command, root_map
+from mpo_ext.cli.shared import (
+    Command,
+    add_chat,
+    add_debug,
+    add_image_limit,
+    add_root_map,
+    at_least,
+    command,
+    file_path,
+    root_map,
+)
 
 # The names in ``mpo_ext.data.formats``, which is imported when a command runs.
 _FORMATS = ("mmpr", "pairs", "trl", "sharegpt", "alpaca", "swift", "openai", "rlaif-v", "hf")
@@ -43,17 +53,17 @@ def _add_command(commands: Any, name: str, text: str, run: Command) -> argparse.
     text = "meta file, file of rows (.jsonl, .json, .csv, .parquet, also .gz), folder of a dataset, or hf://owner/name"
     parser.add_argument("path", help=text)
     parser.add_argument("--from", dest="format", choices=_FORMATS, help="format of the rows (default: detected)")
-    parser.add_argument("--root", type=Path, help="folder that relative images start at (default: that of PATH)")
+    parser.add_argument("--root", type=file_path, help="folder that relative images start at (default: that of PATH)")
     add_root_map(parser)
     text = "folder for images that rows hold as bytes (default: mpo_ext/images beside the cache of datasets)"
-    parser.add_argument("--image-dir", type=Path, help=text)
+    parser.add_argument("--image-dir", type=file_path, help=text)
     parser.add_argument("--split", help="split of a dataset that has several")
     parser.add_argument("--revision", help="branch, tag or commit of a dataset of the Hugging Face hub")
     parser.add_argument("--config", help="configuration of a dataset of the Hugging Face hub that has several")
     text = "use only the pairs that were picked on a page of 'data view'; FILE is its file of picks"
     picks = parser.add_mutually_exclusive_group()
-    picks.add_argument("--picked", type=Path, metavar="FILE", help=text)
-    picks.add_argument("--not-picked", type=Path, metavar="FILE", help="use all lines except the picked pairs")
+    picks.add_argument("--picked", type=file_path, metavar="FILE", help=text)
+    picks.add_argument("--not-picked", type=file_path, metavar="FILE", help="use all lines except the picked pairs")
     text = "field that is removed from each row before it is read; may be repeated"
     parser.add_argument("--ignore", action="append", default=[], metavar="FIELD", help=text)
     parser.add_argument(
@@ -74,7 +84,7 @@ def _add_check(commands: Any) -> None:
     parser.add_argument(
         "--examples", type=at_least(0), default=5, help="number of findings shown of each kind (default: 5)"
     )
-    parser.add_argument("--json", type=Path, help="also write the report to this file")
+    parser.add_argument("--json", type=file_path, help="also write the report to this file")
     text = "also encode the first pairs with the processor of this model (folder or name), as training does"
     parser.add_argument("--model", help=text)
     add_chat(parser)
@@ -83,7 +93,7 @@ def _add_check(commands: Any) -> None:
 def _add_stats(commands: Any) -> None:
     parser = _add_command(commands, "stats", "count pairs and measure their lengths, subset by subset", _stats)
     _add_tokenizer(parser)
-    parser.add_argument("--json", type=Path, help="also write the statistics to this file")
+    parser.add_argument("--json", type=file_path, help="also write the statistics to this file")
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
@@ -93,13 +103,15 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 def _add_convert(commands: Any) -> None:
     parser = _add_command(commands, "convert", "write pairs in another format", _convert)
     parser.add_argument(
-        "out", type=Path, help="folder for mmpr and hf, file for pairs and trl; for hf also a file .parquet"
+        "out", type=file_path, help="folder for mmpr and hf, file for pairs and trl; for hf also a file .parquet"
     )
     parser.add_argument("--to", choices=_WRITABLE, required=True, help="format to write")
     text = "for trl and hf: messages, to which TRL applies the chat template, or texts (default: conversational)"
-    parser.add_argument("--kind", choices=_KINDS, default="conversational", help=text)
-    parser.add_argument("--out-root", type=Path, help="for mmpr: image folder of pairs that were not read from MMPR")
-    parser.add_argument("--name", default="pairs", help="for mmpr: name of the subset of these pairs (default: pairs)")
+    parser.add_argument("--kind", choices=_KINDS, help=text)
+    parser.add_argument(
+        "--out-root", type=file_path, help="for mmpr: image folder of pairs that were not read from MMPR"
+    )
+    parser.add_argument("--name", help="for mmpr: name of the subset of these pairs (default: pairs)")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines instead of stopping")
     text = "leave out and count all lines with a finding of 'data check', such as missing images and duplicates"
     parser.add_argument("--skip-findings", action="store_true", help=text)
@@ -108,7 +120,7 @@ def _add_convert(commands: Any) -> None:
 
 def _add_view(commands: Any) -> None:
     parser = _add_command(commands, "view", "write an HTML page of the pairs, or serve it", _view)
-    parser.add_argument("--out", type=Path, help="path of the page (default: pairs.html)")
+    parser.add_argument("--out", type=file_path, help="path of the page (default: pairs.html)")
     parser.add_argument("--title", help="title of the page (default: PATH)")
     text = "maximum number of pairs; if there are more, they are drawn at random (default: 2000)"
     parser.add_argument("--limit", type=at_least(1), help=text)
@@ -120,7 +132,7 @@ def _add_view(commands: Any) -> None:
     parser.add_argument("--serve", action="store_true", help=text)
     parser.add_argument("--port", type=at_least(0), help="with --serve: number of the port (default: a free port)")
     text = "with --serve: file for the pairs that are picked on the page (default: picked.json)"
-    parser.add_argument("--pick-into", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--pick-into", type=file_path, metavar="FILE", help=text)
 
 
 def _open(args: argparse.Namespace) -> Any:
@@ -129,6 +141,10 @@ def _open(args: argparse.Namespace) -> Any:
     names = ("format", "root", "image_dir", "max_line_bytes", "split", "revision", "config", "ignore")
     settings = {name: getattr(args, name) for name in names}
     source = open_pairs(args.path, root_map=root_map(args), **settings)
+    if args.root is not None and source.subsets:
+        raise ValueError(
+            f"--root must be left out for a meta file, which names the image folders, got {args.root}: use --root-map"
+        )
     if args.picked is None and args.not_picked is None:
         return source
     from mpo_ext.data.picks import read_picks, restrict
@@ -271,10 +287,21 @@ def _stats(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from mpo_ext.data.convert import convert, written_paths
     from mpo_ext.data.reader import BadLine
+    from mpo_ext.files import check_outputs
 
+    for name, formats in (("kind", ("trl", "hf")), ("out_root", ("mmpr",)), ("name", ("mmpr",))):
+        if args.to not in formats and (value := getattr(args, name)) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} must be left out with --to {args.to}, got {value}")
     if (written := written_paths(args.out, args.to)) and not args.force:
         raise FileExistsError(f"out must not exist without --force, got {written[0]}")
+    check_outputs("out", written, inputs=[path for path in (args.picked, args.not_picked) if path is not None])
     source, stored, warn = _open_with_warning(args)
+    for name in ("out_root", "name") if source.format == "mmpr" else ():
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be left out for pairs in the format mmpr, which keep their subset, "
+                f"got {value}"
+            )
     if args.skip_findings:
         source = _without_findings(source)
     try:
@@ -282,10 +309,10 @@ def _convert(args: argparse.Namespace) -> int:
             source,
             args.out,
             args.to,
-            kind=args.kind,
+            kind=args.kind or "conversational",
             skip_bad=args.skip_bad,
             root=args.out_root,
-            name=args.name,
+            name="pairs" if args.name is None else args.name,
         )
     except BadLine as bad:
         print(f"{bad}\n--skip-bad skips such lines and counts them", file=sys.stderr)
@@ -336,7 +363,7 @@ def _view(args: argparse.Namespace) -> int:
 
     source, stored, warn = _open_with_warning(args)
     out = args.out or Path("pairs.html")
-    check_outputs("--out", [out], inputs=source.files, is_ours=is_page(out))
+    check_outputs("--out", [out], inputs=source.files, is_ours=out.is_file() and is_page(out))
     count, skipped = write_view(
         out, source, title=args.title, limit=args.limit or 2000, seed=args.seed or 0, thumbnail=args.thumbnail
     )
@@ -379,8 +406,8 @@ def _check_json_report(args: argparse.Namespace, source: Any) -> None:
     from mpo_ext.files import check_outputs
 
     if args.json is not None:
-        try:
-            report = json.loads(args.json.read_bytes())
+        try:  # a pipe or a terminal would wait for input
+            report = json.loads(args.json.read_bytes()) if args.json.is_file() else None
         except (OSError, ValueError, RecursionError):
             report = None
         is_ours = isinstance(report, dict) and isinstance(report.get("subsets"), dict)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from mpo_ext.checks import DefectError, LinesError, check_choice, install_hint
@@ -121,6 +122,13 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def file_path(text: str) -> Path:
+    """Parses a path, for ``type`` of ``add_argument``. An empty text, as of an unset variable, is refused."""
+    if not text:  # Path("") would be the current folder
+        raise argparse.ArgumentTypeError("must be a path, got an empty text")
+    return Path(text)
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

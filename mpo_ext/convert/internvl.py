@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpo_ext.checks import shorten
 from mpo_ext.convert.internvl_names import EMBEDDING, HEAD, INTERNLM2, converted
 from mpo_ext.convert.spm_tokenizer import load_spm_tokenizer
-from mpo_ext.files import sync_tree, write_json
+from mpo_ext.files import check_replaceable, sync_tree, write_json
 
 MODEL_TYPE = "internvl_chat"
 
@@ -62,10 +63,13 @@ def convert_internvl(source: Path, out: Path, *, say: Callable[[str], object] = 
     Raises:
         FileExistsError: If ``out`` is a file, or a folder that is not empty.
         FileNotFoundError: If a file of the checkpoint is missing.
-        ValueError: If the format or the language model is not supported, or the weights do not fit the config.
+        ValueError: If the format or the language model is not supported, or the weights do not fit the config. Also
+            raised if ``out`` is the current folder or a mount point.
     """
+    out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"OUT must be a new or empty folder, got {out}")
+    check_replaceable("OUT", out)
     values = _read_config(source)
     language = values["llm_config"]
     _check_config(values)
@@ -223,7 +227,7 @@ def _read_config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"IN must be a folder with config.json, got {source}")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = _read_object(path)
     if values.get("model_type") != MODEL_TYPE:
         raise ValueError(f"model_type of {path} must be {MODEL_TYPE!r}, got {values.get('model_type')!r}")
     for name in ("llm_config", "vision_config"):
@@ -232,11 +236,29 @@ def _read_config(source: Path) -> dict[str, Any]:
     return values
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object. Raises ValueError if the file holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON in UTF-8, got {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {shorten(values)}")
+    return values
+
+
 def _weight_files(source: Path) -> list[Path]:
     index = source / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files_by_weight = _read_object(index).get("weight_map")
+        if not isinstance(files_by_weight, dict) or not all(
+            isinstance(name, str) for name in files_by_weight.values()
+        ):
+            raise ValueError(
+                f"weight_map of {index} must name the file of each weight, got {shorten(files_by_weight)}"
+            )
+        names = sorted(set(files_by_weight.values()))
     files = [source / name for name in names]
     for file in files:
         if not file.is_file():

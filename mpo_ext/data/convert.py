@@ -5,17 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.checks import check_choice
+from mpo_ext.checks import check_choice, shorten
 from mpo_ext.data.formats import WRITABLE, Format
 from mpo_ext.data.hf import PARQUET, save_dataset
-from mpo_ext.data.jsonl import write_pairs
+from mpo_ext.data.jsonl import parse_object, parse_pair, write_pairs
 from mpo_ext.data.media import check_media
-from mpo_ext.data.mmpr import refuse_line_fields, write_mmpr
-from mpo_ext.data.reader import BadLine, FieldError, Location, Skipped
+from mpo_ext.data.mmpr import MMPRSubset, line_parser, to_line, write_mmpr
+from mpo_ext.data.reader import BadLine, Location, Skipped, raise_bad_line
 from mpo_ext.data.records import PROMPT_TOOLS, SOURCE, TURNS, Pair
 from mpo_ext.data.sources import PairSource
-from mpo_ext.data.trl import Kind, write_trl
-from mpo_ext.files import check_outputs
+from mpo_ext.data.trl import Kind, from_trl, to_trl, write_trl
+from mpo_ext.files import check_no_pipe, check_outputs
 from mpo_ext.images import ImageError, describe_source, is_remote, missing_image_advice, read_image
 
 _MMPR_FIELDS = {"image", "video", "rejected_image", "question", "chosen", "rejected", "answer_gt"}
@@ -49,7 +49,8 @@ def convert(
         format: Format to write, one of ``WRITABLE``.
         kind: For "trl" and "hf": "standard" or "conversational".
         skip_bad: Whether to skip bad lines and pairs that the format cannot hold. "hf" also skips pairs with an
-            unreadable image. False: the first such line or pair raises BadLine, and nothing is written.
+            unreadable image, and "mmpr" pairs with an image outside the image folder. False: the first such line or
+            pair raises BadLine, and nothing is written.
         root: For "mmpr": image folder of all pairs that were not read from MMPR; see ``write_mmpr``.
         name: For "mmpr": name of the data set for all pairs that were not read from MMPR.
 
@@ -58,22 +59,19 @@ def convert(
 
     Raises:
         BadLine: If ``skip_bad`` is False and a line would be skipped.
-        ValueError: If the format is unknown. If ``out`` would replace an input. If the suffix of ``out`` does not fit
-            the format. For "mmpr", also if ``write_mmpr`` raises it.
+        ValueError: If the format is unknown. If ``out`` would replace an input or an image of a pair, or is a pipe or
+            a device. If the suffix of ``out`` does not fit the format. For "mmpr", also if ``write_mmpr`` raises it.
+            For "hf", also if there is no pair to write.
+        FileExistsError: If ``out`` is a folder instead of a file, or a file instead of a folder. For "hf", also if
+            ``save_dataset`` raises it.
         OSError: If the output cannot be written.
         ImportError: If Hugging Face datasets is required but not installed.
     """
     check_choice("format", format, WRITABLE)
-    suffix = Path(out).suffix.lower()
-    if format == "hf" and suffix in (_OTHER_SUFFIXES | {".json", ".jsonl"}) - {PARQUET}:
-        raise ValueError(f"out must be a folder or a file .parquet for the format hf, got {os.fspath(out)}")
-    if format in ("pairs", "trl") and suffix in _OTHER_SUFFIXES:
-        raise ValueError(
-            f"out must be the name of a JSON lines file, such as pairs.jsonl, for the format {format}, got "
-            f"{os.fspath(out)}"
-        )
+    _check_place(Path(out), format)
     check_outputs("out", written_paths(out, format), inputs=source.files)
     skipped = Skipped()
+    replaced = Path(out).absolute() if os.path.isfile(out) else None
 
     def pairs() -> Iterator[Pair]:
         nonlocal skipped
@@ -81,7 +79,8 @@ def convert(
         is_file = format in ("pairs", "trl")
         for where, pair in source.scan_for(Path(out).absolute().parent) if is_file else source.scan():
             if not isinstance(pair, BadLine):
-                pair = _holdable(where, pair, format, kind)
+                _check_not_replaced(replaced, where, pair)
+                pair = _holdable(where, pair, format, kind, root)
             if not isinstance(pair, BadLine):
                 yield pair
             elif skip_bad:
@@ -97,8 +96,45 @@ def convert(
         has_images = any(pair.images for pair in pairs())
         count = write_trl(out, pairs(), kind, has_images=has_images)
     else:
+        if next(pairs(), None) is None:
+            first = next((bad for examples in skipped.examples.values() for bad in examples), "no lines")
+            raise ValueError(
+                f"the format hf must have at least one pair, got none of {skipped.total:,} lines; the first: {first}"
+            )
         count = save_dataset(Path(out), pairs, kind)
     return count, skipped
+
+
+def _check_not_replaced(out: Path | None, where: Location, pair: Pair) -> None:
+    """Raises ValueError if the existing file ``out`` is an image or video of a pair. None: no file exists.
+
+    ``where`` is the location of the pair, whose relative paths start at the folder of ``out``.
+    """
+    if out is not None and os.path.realpath(out) in (os.path.realpath(out.parent / path) for path in pair.media_paths):
+        raise ValueError(f"out must not replace an input, got {out}, an image or video of the pair at {where}")
+
+
+def _check_place(out: Path, format: Format) -> None:
+    """Raises an error if the suffix of ``out`` does not fit the format.
+
+    Also raises an error if ``out`` exists, but is not of the kind, file or folder, that the format replaces.
+    """
+    suffix = out.suffix.lower()
+    if format == "hf" and suffix in (_OTHER_SUFFIXES | {".json", ".jsonl"}) - {PARQUET}:
+        raise ValueError(f"out must be a folder or a file .parquet for the format hf, got {out}")
+    if format in ("pairs", "trl") and suffix in _OTHER_SUFFIXES:
+        raise ValueError(
+            f"out must be the name of a JSON lines file, such as pairs.jsonl, for the format {format}, got {out}"
+        )
+    if format == "mmpr" and not out.is_dir() and suffix in _OTHER_SUFFIXES | {".json", ".jsonl"}:
+        raise ValueError(f"out must be a folder for the format mmpr, got {out}")
+    if not out.exists():
+        return
+    check_no_pipe("out", out)
+    if format in ("pairs", "trl") and out.is_dir():
+        raise FileExistsError(f"out must be a file for the format {format}, got the folder {out}")
+    if format == "mmpr" and not out.is_dir():
+        raise FileExistsError(f"out must be a folder for the format mmpr, got the file {out}")
 
 
 def written_paths(out: str | os.PathLike[str], format: Format) -> list[Path]:
@@ -108,10 +144,13 @@ def written_paths(out: str | os.PathLike[str], format: Format) -> list[Path]:
     return [place for place in places if os.path.lexists(place)]
 
 
-def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair | BadLine:
+def _holdable(
+    where: Location, pair: Pair, format: Format, kind: Kind, root: str | os.PathLike[str] | None
+) -> Pair | BadLine:
     """Returns the pair, or a BadLine if ``format`` cannot hold the pair.
 
-    For example, a pair in the format "hf" must have no tools and no videos.
+    For example, a pair in the format "hf" must have no tools and no videos. ``root`` is the image folder of the format
+    "mmpr".
     """
     for name in ("videos", "rejected_images"):
         if getattr(pair, name) and format in ("trl", "hf"):
@@ -120,6 +159,9 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
             )
             return BadLine(where, name, reason)
     turns = [name for name in (*TURNS, PROMPT_TOOLS) if name in pair.source]
+    if format == "hf" and (PROMPT_TOOLS in turns or any("tool_calls" in turn for turn in _turns(pair))):
+        reason = "hf must have pairs without tools, whose arguments would share columns, got tools: pairs holds them"
+        return BadLine(where, "tools", reason)
     if turns and format != "pairs" and (format == "mmpr" or kind == "standard"):
         advice = "pairs holds them" if format == "mmpr" else "the kind conversational holds them"
         reason = (
@@ -127,34 +169,62 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
             f"{advice}"
         )
         return BadLine(where, "several turns", reason)
-    if format == "hf" and (PROMPT_TOOLS in turns or any("tool_calls" in turn for turn in _turns(pair))):
-        reason = "hf must have pairs without tools, whose arguments would share columns, got tools: pairs holds them"
-        return BadLine(where, "tools", reason)
-    if format == "mmpr" and (names := sorted(pair.extra.keys() & _MMPR_FIELDS)):
-        reason = f"extra must not hold a field that the line itself has, got {', '.join(map(repr, names))}"
-        return BadLine(where, "bad field", reason)
-    try:
-        _check_extra(pair, format)
-    except FieldError as error:
-        return BadLine(where, error.kind, f"{format} must have fields that its reader takes: {error}")
+    if (problem := _reread_problem(where, pair, format, kind, root)) is not None:
+        return problem
     return _with_readable_images(where, pair) if format == "hf" else pair
 
 
-def _check_extra(pair: Pair, format: Format) -> None:
-    """Raises FieldError if a reader of ``format`` would refuse the fields of ``pair.extra``.
+def _reread_problem(
+    where: Location, pair: Pair, format: Format, kind: Kind, root: str | os.PathLike[str] | None
+) -> BadLine | None:
+    """Returns a BadLine if the row of a pair in ``format`` could not be read again as the same pair, otherwise None.
 
-    For example, a field may have the name that an image had in the source.
+    The question is not compared: TRL puts images without placeholders before the text.
     """
-    fields = {}
-    if format == "mmpr":  # the fields are those of the line
-        fields = {name: value for name, value in pair.extra.items() if name != SOURCE}
-        refuse_line_fields(fields)
-    check_media(fields, pair)
+    try:
+        with raise_bad_line(where):
+            if format == "mmpr":
+                again = _through_mmpr(pair, root)
+            elif format == "pairs":
+                values = pair.to_dict()
+                again = check_media(values, parse_pair(values, ""))
+            else:
+                row = to_trl(pair, kind, has_images=bool(pair.images))
+                again = check_media(row, from_trl(row))
+    except BadLine as bad:
+        return BadLine(where, bad.kind, f"{format} cannot hold the pair: {bad.reason}")
+    for name in ("chosen", "rejected", "answer_gt", "provenance"):
+        before, after = getattr(pair, name), getattr(again, name)
+        if before != after:
+            reason = f"{format} cannot hold the pair: {name} would be read as {shorten(after)}, got {shorten(before)}"
+            return BadLine(where, "bad field", reason)
+    extra = [{name: value for name, value in one.extra.items() if name != SOURCE} for one in (pair, again)]
+    if extra[0] != extra[1]:
+        reason = f"{format} cannot hold the pair: extra would be read as {shorten(extra[1])}, got {shorten(extra[0])}"
+        return BadLine(where, "bad field", reason)
+    return None
+
+
+def _through_mmpr(pair: Pair, root: str | os.PathLike[str] | None) -> Pair:
+    """Writes a pair as a line of MMPR, and returns the pair that this line holds.
+
+    ``root`` is the image folder of pairs that were not read from MMPR; None: "/".
+    """
+    if names := sorted(pair.extra.keys() & _MMPR_FIELDS):
+        raise ValueError(f"extra must not hold a field that the line itself has, got {', '.join(map(repr, names))}")
+    source, folder = pair.source, "/" if root is None else os.path.abspath(root)
+    is_from_mmpr = isinstance(source.get("subset"), str) and isinstance(source.get("root"), str)
+    if is_from_mmpr and isinstance(source.get("settings", {}), dict):
+        folder = source["root"]
+    text = to_line(pair, folder).decode()
+    values = parse_object(text)
+    return check_media(values, line_parser(MMPRSubset("", folder, "", 1, None, {}))(values, text))
 
 
 def _turns(pair: Pair) -> list[dict[str, Any]]:
     """Returns the turns in ``Pair.source`` as one list: the turns of the prompt and of both responses."""
-    return [turn for name in TURNS for turn in pair.source.get(name, ()) if isinstance(turn, dict)]
+    lists = [turns for name in TURNS if isinstance(turns := pair.source.get(name), list)]
+    return [turn for turns in lists for turn in turns if isinstance(turn, dict)]
 
 
 def _with_readable_images(where: Location, pair: Pair) -> Pair | BadLine:

@@ -8,25 +8,25 @@ import hashlib
 import io
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mpo_ext.checks import check_choice, check_index, install_hint, shorten
-from mpo_ext.data.media import check_media, drop_fields, is_empty, refuse_bytes
-from mpo_ext.data.paths import RootMap, map_roots
-from mpo_ext.data.reader import Location, PairSequence, raise_bad_line
+from mpo_ext.data.media import check_media, drop_fields, refuse_bytes
+from mpo_ext.data.paths import RootMap, map_root, map_roots
+from mpo_ext.data.reader import FieldError, Location, PairSequence, raise_bad_line
 from mpo_ext.data.records import Pair
 from mpo_ext.data.trl import Kind, from_trl, to_trl
-from mpo_ext.files import atomic_write, sync_folder, sync_tree
-from mpo_ext.images import is_url, read_image
+from mpo_ext.files import atomic_write, check_replaceable, sync_folder, sync_tree
+from mpo_ext.images import image_exists, is_url, local_path, read_image
 
 if TYPE_CHECKING:
     import datasets
 
 PARQUET = ".parquet"
+_SAMPLED_ROWS = 1000
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "gif": ".gif", "bmp": ".bmp"}
 
 
@@ -53,7 +53,7 @@ def to_dataset(
     """Builds a dataset for TRL's trainers. The dataset is stored on disk and memory-mapped.
 
     Args:
-        pairs: The pairs, or a function that returns a new iterator over the pairs. The pairs are read twice.
+        pairs: The pairs, or a function that returns a new iterator over the pairs. The pairs are read several times.
         kind: "standard" or "conversational".
         embed: Whether image files are stored as bytes. False: they are stored as paths. Images that are given as URLs
             are always stored as bytes.
@@ -72,8 +72,8 @@ def to_dataset(
     datasets = require_datasets()
     check_choice("kind", kind, get_args(Kind))
     read_all = pairs if callable(pairs) else lambda: iter(pairs)
-    if next(iter(read_all()), None) is None:
-        raise ValueError("pairs must hold at least one pair for a dataset, got none")
+    if next(iter(read_all()), None) is None:  # the package could not read the dataset
+        raise ValueError("pairs of a dataset must hold at least one pair, got none")
     has_images = any(pair.images for pair in read_all())
     text = datasets.Value("string")
     content = datasets.List({"type": text, "text": text}) if has_images else text
@@ -128,11 +128,12 @@ def save_dataset(
 ) -> int:
     """Writes a dataset with its images for ``datasets.load_from_disk``, or a parquet file.
 
-    The output appears only when it is complete.
+    The output appears only when it is complete. If the writing fails, an existing output stays unchanged.
 
     Args:
         folder: Folder of the dataset. An existing folder is replaced if it holds only a dataset. If the name ends with
             ".parquet", a parquet file is written instead, for ``datasets.load_dataset``. It replaces an existing file.
+            If ``folder`` is a link, the folder or file that it names is written.
         pairs: The pairs, or a function that returns a new iterator over the pairs.
         kind: "standard" or "conversational".
 
@@ -142,15 +143,17 @@ def save_dataset(
     Raises:
         FileExistsError: If ``folder`` is a file, or a folder that holds anything besides a dataset. Also raised if a
             parquet file would replace a folder.
+        ValueError: If ``folder`` is the current folder or a mount point. Also raised if ``to_dataset`` raises it.
     """
-    target = Path(folder)
-    is_parquet = target.suffix.lower() == PARQUET
+    target = Path(os.path.realpath(folder))
+    is_parquet = Path(folder).suffix.lower() == PARQUET
     if is_parquet and target.is_dir():
         raise FileExistsError(f"out must not be a folder if its name ends with {PARQUET}, got {target}")
     if not is_parquet and target.exists() and not (target.is_dir() and all(map(_is_dataset_file, target.iterdir()))):
         raise FileExistsError(f"folder must be empty or hold only a dataset, got {target}")
+    check_replaceable("out", target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as work:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name[:200]}.", suffix=".tmp", dir=target.parent) as work:
         dataset = to_dataset(pairs, kind, embed=True, cache_dir=Path(work, "cache"))
         written = Path(work, "dataset")
         if is_parquet:
@@ -158,11 +161,24 @@ def save_dataset(
         else:
             dataset.save_to_disk(str(written))
         sync_tree(written)
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(written, target)
+        _swap(written, target, Path(work, "old"))
     sync_folder(target.parent)
     return len(dataset)
+
+
+def _swap(written: Path, target: Path, old: Path) -> None:
+    """Renames ``written`` to ``target``. An existing folder ``target`` is first renamed to ``old``.
+
+    A folder cannot be replaced in one step. If the process is killed between the two steps, both folders still exist.
+    """
+    try:
+        if target.is_dir():
+            os.rename(target, old)
+        os.replace(written, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
 
 
 def _is_dataset_file(path: Path) -> bool:
@@ -198,7 +214,12 @@ class DatasetPairs(PairSequence):
     ) -> None:
         dataset = dataset.remove_columns([column for column in dataset.column_names if column in ignore])
         self._features = _undecoded(dataset.features)
-        self._dataset = dataset.with_format("arrow")  # the stored values, without opening the images
+        dataset = dataset.with_format("arrow")  # the stored values, without opening the images
+        self._images: datasets.Dataset | None = None
+        if "image_paths" in dataset.features and "images" in dataset.features:  # the bytes are seldom needed
+            self._images = dataset.select_columns(["images"])
+            dataset = dataset.remove_columns(["images"])
+        self._dataset = dataset
         self._name, self._root_map = name, tuple(root_map)
         self._image_dir = None if image_dir is None else Path(image_dir)
         self.parse, self._ignore = parse, frozenset(ignore)
@@ -214,12 +235,9 @@ class DatasetPairs(PairSequence):
     def read(self, index: int) -> Pair:
         where = self.locate(index)
         with raise_bad_line(where):
-            stored = self._dataset[where.line - 1]
-            columns = {"images", "image_paths"} & self._features.keys() if self.parse is from_trl else ()
-            if len(columns) == 2 and not is_empty(stored["image_paths"].to_pylist()):  # the bytes are not needed
-                stored = stored.drop_columns(["images"])
-            example = self._features.decode_example(stored.to_pylist()[0])
-            row = {name: _plain(value) for name, value in example.items()}
+            row = self._row(self._dataset, where.line - 1)
+            if self._images is not None:
+                row = self._with_images(row, self._images, where.line - 1)
             if self._ignore:
                 row = drop_fields(row, self._ignore)
             save_image = None if self._image_dir is None else functools.partial(save_bytes, self._image_dir)
@@ -227,12 +245,59 @@ class DatasetPairs(PairSequence):
             pair = check_media(row, self.parse(row, save_image=save_image))
             return map_roots(pair, self._root_map)
 
+    def _row(self, dataset: "datasets.Dataset", index: int) -> dict[str, Any]:
+        stored = dataset[index].to_pylist()[0]
+        return {name: _plain(value) for name, value in self._features.decode_example(stored).items()}
+
+    def _with_images(self, row: dict[str, Any], dataset: "datasets.Dataset", index: int) -> dict[str, Any]:
+        """Returns a row of a dataset with the columns ``images`` and ``image_paths``, with the images to read.
+
+        ``to_dataset`` writes both columns. For an image whose file exists, the path is used, otherwise the bytes.
+
+        Args:
+            row: The row without ``images``.
+            dataset: The column ``images``.
+            index: Index of the row.
+        """
+        paths = row.get("image_paths") or []
+        if self.parse is not from_trl:  # the other formats have no column ``image_paths``
+            return {**row, **self._row(dataset, index)}
+        if paths and (not isinstance(paths, list) or all(map(self._exists, paths))):  # from_trl refuses a text
+            return row
+        images = self._row(dataset, index)["images"] or []
+        if not images:
+            return row
+        if paths and len(paths) != len(images):
+            raise FieldError(f"image_paths must name each of {len(images)} images, got {len(paths)} paths")
+        if paths and self._image_dir is None:  # the bytes cannot be stored
+            return row
+        chosen = [
+            path if path and (self._exists(path) or not _has_bytes(image)) else image
+            for path, image in zip(paths or [None] * len(images), images, strict=True)
+        ]
+        return {**row, "images": chosen, "image_paths": None}
+
+    def _exists(self, path: object) -> bool:
+        """Returns whether a path of the column ``image_paths`` is absolute and exists."""
+        if not isinstance(path, str):
+            return False
+        path = map_root(local_path(path), self._root_map)
+        return (os.path.isabs(path) or is_url(path)) and image_exists(path)
+
     def locate(self, index: int) -> Location:
         return Location(Path(self._name).name, self._name, check_index(index, len(self)) + 1)
 
     def sample_row(self) -> dict[str, Any]:
-        """Returns an example row for detecting the format. Each column has an empty value, such as "" for a text."""
-        return {name: _empty_value(feature) for name, feature in self._features.items() if name not in self._ignore}
+        """Returns an example row for detecting the format.
+
+        Each column has an empty value, such as "" for a text. Only ``system`` and ``history`` have their first value
+        that is not empty, because the format depends on whether they are used.
+        """
+        row = {name: _empty_value(feature) for name, feature in self._features.items()}
+        for name in {"system", "history"} & row.keys():
+            values = self._dataset.select_columns([name])[:_SAMPLED_ROWS][name].to_pylist()
+            row[name] = next(filter(None, values), None)
+        return row
 
 
 def _undecoded(features: Any) -> Any:
@@ -250,7 +315,8 @@ def _undecoded(features: Any) -> Any:
 
 
 def _empty_value(feature: Any) -> Any:
-    if type(feature).__name__ in ("Image", "Video"):
+    is_binary = "binary" in str(getattr(feature, "dtype", ""))
+    if type(feature).__name__ in ("Image", "Video") or is_binary:
         return {"bytes": None}
     if isinstance(feature, dict):
         return dict.fromkeys(feature)
@@ -258,6 +324,10 @@ def _empty_value(feature: Any) -> Any:
         inner = feature[0] if isinstance(feature, list) else feature.feature
         return [_empty_value(inner)]
     return ""
+
+
+def _has_bytes(image: object) -> bool:
+    return isinstance(image, bytes) or (isinstance(image, dict) and image.get("bytes") is not None)
 
 
 def _plain(value: Any) -> Any:

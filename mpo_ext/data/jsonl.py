@@ -19,7 +19,7 @@ from mpo_ext.data.paths import RootMap, map_roots
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, FieldError, Location, PairSequence, raise_bad_line
 from mpo_ext.data.records import Pair
 from mpo_ext.data.stored_turns import read_stored_turns
-from mpo_ext.files import atomic_write
+from mpo_ext.files import atomic_write, check_no_pipe
 
 _CHUNK = 1 << 20
 #: The only field of a line that replaces an unreadable record; its value is the reason.
@@ -49,6 +49,7 @@ class LineFile(PairSequence):
 
     Raises:
         OSError: If the file cannot be read.
+        ValueError: If the file is a pipe or a device, because its lines are read more than once.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class LineFile(PairSequence):
         ignore: Collection[str] = (),
     ) -> None:
         check_integer("max_line_bytes", max_line_bytes, least=1)
+        check_no_pipe("path", path, ": write its rows to a file")
         self.path = os.fspath(path)
         self.name = self.path if name is None else name
         self.subset = Path(self.name).stem if subset is None else subset
@@ -96,8 +98,6 @@ class LineFile(PairSequence):
         where = self.locate(index)
         with raise_bad_line(where):
             values, text = self._read_object(where)
-            if UNREADABLE in values:
-                raise FieldError(str(values[UNREADABLE]))
             pair = check_media(values, self._parse(values, text))
             return map_roots(pair, self._root_map)
 
@@ -118,6 +118,8 @@ class LineFile(PairSequence):
     def _read_object(self, where: Location) -> tuple[dict[str, Any], str]:
         text = self._read_bytes(where).decode("utf-8-sig" if where.line == 1 else "utf-8")
         values = parse_object(text)
+        if UNREADABLE in values:
+            raise FieldError(str(values[UNREADABLE]))
         return drop_fields(values, self._ignore) if self._ignore else values, text
 
     def _read_bytes(self, where: Location) -> bytes:

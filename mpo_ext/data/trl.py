@@ -95,19 +95,24 @@ def to_trl(pair: Pair, kind: Kind = "conversational", *, has_images: bool = True
     if has_images:
         row["images"] = list(pair.images)
     row |= {"answer_gt": pair.answer_gt, "question": None}
-    if kind == "conversational" and PROMPT_TURNS not in pair.source:
-        content = row["prompt"][0]["content"]
-        if isinstance(content, list) and _join_blocks(content) != pair.question:
-            row["question"] = pair.question
+    if kind == "conversational" and len(row["prompt"]) == 1:
+        (content,), (exact,) = ([turn["content"] for turn in turns] for turns in (row["prompt"], _prompt(pair)))
+        if isinstance(content, list) and _join_blocks(content) != exact:
+            row["question"] = exact
     row["provenance"] = json.dumps(pair.provenance, ensure_ascii=False) if pair.provenance else None
     row["extra"] = json.dumps(pair.extra, ensure_ascii=False) if pair.extra else None
     return row
 
 
-def _prompt_messages(pair: Pair, *, has_images: bool) -> list[dict[str, Any]]:
-    turns = [{"role": "user", "content": pair.question}]
+def _prompt(pair: Pair) -> list[Turn]:
+    """Returns the turns of the prompt, with text as content."""
     if stored := pair.source.get(PROMPT_TURNS):
-        turns = text_turns(PROMPT_TURNS, stored)
+        return text_turns(PROMPT_TURNS, stored)
+    return [{"role": "user", "content": pair.question}]
+
+
+def _prompt_messages(pair: Pair, *, has_images: bool) -> list[dict[str, Any]]:
+    turns = _prompt(pair)
     if not has_images:
         return turns
     if len(turns) == 1:
@@ -184,8 +189,10 @@ def _image_columns(row: Mapping[str, Any], save_image: SaveImage | None) -> list
         if is_empty(images):
             continue
         images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if len(images) != len(paths):
+            raise FieldError(f"image_paths must name each of {len(images)} images, got {len(paths)} paths")
         named = [
-            paths[index] if index < len(paths) and _has_bytes(image) else image_path(name, image, save_image)
+            paths[index] if _has_bytes(image) else image_path(name, image, save_image)
             for index, image in enumerate(images)
         ]
         if named != paths:

@@ -3,6 +3,7 @@
 Only programs on this machine (127.0.0.1) can connect. The address contains a secret, which is new at each start.
 """
 
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -29,7 +30,7 @@ from mpo_ext.data.view import (
     page_entry,
     script_json,
 )
-from mpo_ext.files import check_outputs
+from mpo_ext.files import check_no_pipe, check_outputs
 from mpo_ext.images import ImageError, is_remote
 from mpo_ext.report import render_page
 from mpo_ext.videos import Video
@@ -57,7 +58,7 @@ class PairServer(http.server.ThreadingHTTPServer):
     Raises:
         OSError: If the port is in use.
         ValueError: If an argument is out of range. If ``picks_path`` holds picks of other pairs, or is a file of the
-            source.
+            source, a pipe or a device.
         FileExistsError: If ``picks_path`` is not a file of picks.
     """
 
@@ -88,6 +89,7 @@ class PairServer(http.server.ThreadingHTTPServer):
         picks = Picks(os.fspath(self.source.path), len(self.source.pairs), {})
         if not os.path.lexists(self.picks_path):
             return picks
+        check_no_pipe("picks", self.picks_path)
         try:
             known = read_picks(self.picks_path)
         except ValueError:
@@ -110,12 +112,13 @@ class PairServer(http.server.ThreadingHTTPServer):
         if isinstance(pair, BadLine):
             raise ValueError(f"index must be that of a pair, got {pair}")
         with self.lock:
+            digests = {known: digest for known, digest in self.picks.digests.items() if known != index}
             if is_picked:
-                self.picks.digests[index] = pair_digest(pair)
-            else:
-                self.picks.digests.pop(index, None)
-            self.picks.write(self.picks_path)
-            return len(self.picks.digests)
+                digests[index] = pair_digest(pair)
+            picks = dataclasses.replace(self.picks, digests=digests)
+            picks.write(self.picks_path)
+            self.picks = picks  # not if the writing failed
+            return len(digests)
 
     def page(self) -> str:
         """Returns the HTML page. Its script loads the pairs later."""

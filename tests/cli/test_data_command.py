@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -360,3 +361,49 @@ def test_a_dry_run_names_the_folder_of_the_images_in_rows(rows_with_bytes: Path,
     source = SourceRecipe(path=str(rows_with_bytes), image_dir=str(folder))
     overviews = [*Mixture([source]).inspect(), *Mixture([source]).inspect()]
     assert stored_lines(overviews) == [f"images that the rows hold as bytes are stored in {folder}"]
+
+
+@pytest.mark.parametrize(
+    ("to", "option"),
+    [("pairs", "--kind"), ("mmpr", "--kind"), ("trl", "--out-root"), ("hf", "--name"), ("pairs", "--name")],
+)
+def test_options_without_effect_are_refused(
+    to: str, option: str, mmpr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_data("convert", mmpr, tmp_path / "out", "--to", to, option, "standard") == 2
+    assert f"{option} must be left out with --to {to}, got standard\n" in capsys.readouterr().err
+    assert run_data("stats", mmpr, "--root", tmp_path) == 2
+    assert "--root must be left out for a meta file, which names the image folders" in capsys.readouterr().err
+    for option in ("--name", "--out-root"):
+        assert run_data("convert", mmpr, tmp_path / "out", "--to", "mmpr", option, "x") == 2
+        reason = f"{option} must be left out for pairs in the format mmpr, which keep their subset, got x"
+        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--root", "--image-dir", "--out-root", "--picked"])
+def test_an_empty_path_is_not_the_current_folder(option: str, mmpr: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_data("convert", mmpr, "out", "--to", "mmpr", option, "")
+    assert f"argument {option}: must be a path, got an empty text" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_data("convert", mmpr, "", "--to", "mmpr")
+    assert "argument out: must be a path, got an empty text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "stats"])
+def test_pipes_are_refused(command: str, mmpr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert run_data(command, tmp_path / "pipe") == 2
+    assert f"path must be a file or a folder, got {tmp_path}/pipe, a pipe or device" in capsys.readouterr().err
+    assert run_data(command, mmpr, "--json", tmp_path / "pipe") == 2
+    assert "--json must be a new place or an earlier output of the same command" in capsys.readouterr().err
+    if command == "check":
+        assert run_data("view", mmpr, "--out", tmp_path / "pipe") == 2
+        assert "--out must be a new place or an earlier output of the same command" in capsys.readouterr().err
+    assert run_data("view", mmpr, "--serve", "--pick-into", tmp_path / "pipe") == 2
+    assert f"picks must be a file or a folder, got {tmp_path}/pipe, a pipe or device" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    meta = tmp_path / "piped.json"
+    meta.write_text(json.dumps({"one": {"root": "", "annotation": "pipe.jsonl"}}))
+    assert run_data(command, meta) == 2
+    assert "/pipe.jsonl, a pipe or device: write its rows to a file" in capsys.readouterr().err

@@ -13,6 +13,8 @@ from mmpr_files import run_data
 from stub_engine import StubEngine
 
 from mpo_ext.cli import demo, sample
+from mpo_ext.data import open_pairs
+from mpo_ext.data.picks import Picks, pair_digest
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.files import FileLock, check_outputs
 from mpo_ext.generate.runner import run as run_pipeline
@@ -112,6 +114,18 @@ def test_convert(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_data("convert", own.parent / "other.jsonl", own, "--to", "hf", "--force") == 2
     assert "only a dataset" in capsys.readouterr().err
     (own / "state.json").unlink()
+
+
+def test_picks_are_an_input(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picks = own / "picked.json"
+    source = open_pairs(own / "pairs.jsonl")
+    Picks(source.path, 1, {0: pair_digest(source.pairs[0])}).write(picks)
+    before = picks.read_bytes()
+    for option in ("--picked", "--not-picked"):
+        assert run_data("convert", own / "pairs.jsonl", picks, "--to", "pairs", "--force", option, picks) == 2
+        assert f"out must not replace an input, got the input {picks}" in capsys.readouterr().err
+    assert picks.read_bytes() == before
+    picks.unlink()
 
 
 def test_evaluate(own: Path) -> None:

@@ -320,6 +320,46 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.Ca
     assert "OUT must be a new or empty folder" in capsys.readouterr().err
 
 
+def test_the_current_folder_is_refused_before_the_conversion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    for out in (".", "../out"):
+        assert main(["convert-model", str(tmp_path), out]) == 2
+        assert f"OUT must not be the current folder, got {tmp_path}/out: name another" in capsys.readouterr().err
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert-model", str(tmp_path), str(tmp_path / "out"), "--revision", "v1"]) == 2
+    assert f"--revision must be left out for a folder, got v1 for {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[]", "must hold a JSON object, got \\[\\]"),
+        ("config.json", "{", "config.json must be JSON in UTF-8"),
+        (
+            "model.safetensors.index.json",
+            "{}",
+            "weight_map of .*index.json must name the file of each weight, got None",
+        ),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": 1}}',
+            "must name the file of each weight, got {'a': 1}",
+        ),
+    ],
+)
+def test_broken_files_are_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+    source = write_original(tmp_path / "in", build("Qwen3"), "Qwen3")
+    (source / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        convert_internvl(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_commands_name_the_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_original(tmp_path / "in", build("Qwen3"), "Qwen3")
     (tmp_path / "r.yaml").write_text(

@@ -241,6 +241,14 @@ def test_a_csv_record_of_another_width_is_a_bad_line(tmp_path: Path) -> None:
         assert words in bad.reason
 
 
+def test_a_csv_record_of_another_width_does_not_decide_the_format(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", ["question", "chosen", "rejected"], ["q", "c"], ["q", "c", "r"])
+    assert open_pairs(path).format == "mmpr"
+    path = write_csv(tmp_path / "b.csv", ["question", "chosen", "rejected"], ["q", "c"])
+    with pytest.raises(ValueError, match=r"b.csv:1: bad field: a record must have 3 columns, got 2 up to line 2"):
+        open_pairs(path)
+
+
 def zip_file() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,7 @@ def test_the_name_of_an_image_in_a_row_never_makes_the_written_line_bad(
     source = open_pairs(tmp_path / "rows.parquet", image_dir=tmp_path / "stored")
     _, pair = source.read(0)
     if name == "original":
-        with pytest.raises(
-            BadLine, match=f"{format} must have fields that its reader takes: .* 'original' '0001.png'"
-        ):
+        with pytest.raises(BadLine, match=f"{format} cannot hold the pair: .* 'original' '0001.png'"):
             convert(source, tmp_path / "out", format)
         return
     convert(source, tmp_path / "out", format)
@@ -180,16 +179,119 @@ def test_fields_that_mmpr_cannot_hold_are_named(format: Any, field: dict[str, An
     write_pairs(tmp_path / "in.jsonl", [Pair("q", "c", "r", extra=field)])
     source = open_pairs(tmp_path / "in.jsonl")
     if format == "mmpr":
-        with pytest.raises(BadLine, match="mmpr must have fields that its reader takes: "):
+        with pytest.raises(BadLine, match="mmpr cannot hold the pair: "):
             convert(source, tmp_path / "out", format)
         return
     convert(source, tmp_path / "out", format)
     assert open_pairs(tmp_path / "out").read(0)[1] == source.read(0)[1]
 
 
-def test_a_dataset_without_pairs_is_refused(tmp_path: Path) -> None:
+def test_mmpr_holds_only_pairs_that_can_be_read_again(images: Path, tmp_path: Path) -> None:
+    good = Pair("q", "c", "r", (str(images / "a.png"),))
+    bad = [
+        (Pair("q", "c", "r", (str(tmp_path / "a.png"),)), "images must be below the root"),
+        (Pair("q", "c", "r", extra={"messages": [{"role": "user", "content": "q"}]}), "messages must be empty"),
+        (Pair("q", "c", "r", extra={"image": "a.png"}), "extra must not hold a field that the line itself has"),
+        (Pair("q", "c", "r", extra={"provenance": {"by": 1}}), "provenance would be read as {'by': 1}, got {}"),
+    ]
+    for pair, reason in bad:
+        write_pairs(tmp_path / "p.jsonl", [good, pair, good])
+        if "image" not in pair.extra:
+            with pytest.raises(BadLine, match=f"p.jsonl:2: bad field: mmpr cannot hold the pair: .*{reason}"):
+                convert(open_pairs(tmp_path / "p.jsonl"), tmp_path / "out", "mmpr", root=images)
+        count, skipped = convert(
+            open_pairs(tmp_path / "p.jsonl"), tmp_path / "out", "mmpr", root=images, skip_bad=True
+        )
+        assert (count, skipped.total) == (2, 1)
+        assert [pair.images for pair in open_pairs(tmp_path / "out/meta.json").pairs] == [good.images] * 2
+
+
+@pytest.mark.parametrize("format", ["trl", "hf"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"images": ["a.png"] * 3},
+            "{format} cannot hold the pair: prompt must have no or 3 places for its images, got 2",
+        ),
+        ({"chosen": "other"}, "chosen must be the text of all turns .*, got 'other' beside 'c'"),
+        ({"question": "other"}, "question must be the last user turn .*, got 'other' beside '<image>q'"),
+    ],
+)
+def test_turns_that_contradict_a_pair_are_refused(
+    format: Any, change: dict[str, Any], reason: str, images: Path, tmp_path: Path
+) -> None:
+    turns = [
+        {"role": "user", "content": "<image>p"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "<image>q"},
+    ]
+    source = {"messages": turns, "chosen_messages": [{"role": "assistant", "content": "c"}]}
+    good = {"question": "<image>q", "chosen": "c", "rejected": "r", "images": ["a.png", "sub/b.jpg"]}
+    good["extra"] = {"$source": source}
+    path = images / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, {**good, **change})))
+    out = tmp_path / ("out.jsonl" if format == "trl" else "out")
+    with pytest.raises(BadLine, match=f"p.jsonl:2: bad field: {reason.format(format=format)}"):
+        convert(open_pairs(path), out, format)
+    count, skipped = convert(open_pairs(path), out, format, skip_bad=True)
+    assert (count, skipped.total) == (1, 1)
+    assert [pair.source["messages"] for pair in open_pairs(out).pairs] == [turns]
+
+
+@pytest.mark.parametrize(
+    "messages", ["x", [1], [{"role": "user"}], [{"role": "user", "content": [{"type": "image"}]}]]
+)
+@pytest.mark.parametrize("format", ["trl", "hf"])
+def test_turns_without_a_text_are_bad_lines(format: Any, messages: Any, tmp_path: Path) -> None:
+    row = {"question": "q", "chosen": "c", "rejected": "r", "extra": {"$source": {"messages": messages}}}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    with pytest.raises(BadLine, match=r"bad field: (messages: |question must be the last user turn)"):
+        convert(open_pairs(tmp_path / "p.jsonl", format="pairs"), tmp_path / "out", format)
+
+
+def test_a_single_turn_keeps_its_exact_question(tmp_path: Path) -> None:
+    question = "see <image> here"
+    extra = {"$source": {"messages": [{"role": "user", "content": question}]}}
+    write_pairs(tmp_path / "p.jsonl", [Pair(question, "c", "r", ("/a.png",), extra=extra)])
+    convert(open_pairs(tmp_path / "p.jsonl"), tmp_path / "trl.jsonl", "trl")
+    assert [pair.question for pair in open_pairs(tmp_path / "trl.jsonl").pairs] == [question]
+
+
+def test_an_image_of_a_pair_is_not_replaced(images: Path, tmp_path: Path) -> None:
+    content = (images / "a.png").read_bytes()
+    (tmp_path / "link").symlink_to(images)
+    for path in ("a.png", str(tmp_path / "link/a.png")):
+        write_pairs(images / "p.jsonl", [Pair("q", "c", "r"), Pair("q", "c", "r", (path,))])
+        for format in ("pairs", "trl"):
+            with pytest.raises(ValueError, match=r"out must not replace an input, got .*a.png, an image .*p.jsonl:2"):
+                convert(open_pairs(images / "p.jsonl"), images / "a.png", format)  # type: ignore[arg-type]
+    assert (images / "a.png").read_bytes() == content
+
+
+def test_an_output_of_another_kind_is_refused(mmpr: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    source = open_pairs(mmpr)
+    for format in ("pairs", "trl"):
+        with pytest.raises(FileExistsError, match=f"out must be a file for the format {format}, got the folder"):
+            convert(source, tmp_path / "folder", format)  # type: ignore[arg-type]
+    with pytest.raises(FileExistsError, match="out must be a folder for the format mmpr, got the file"):
+        convert(source, tmp_path / "file", "mmpr")
+    for name in ("meta.json", "pairs.jsonl", "pairs.parquet"):
+        with pytest.raises(ValueError, match=f"out must be a folder for the format mmpr, got .*{name}"):
+            convert(source, tmp_path / "new" / name, "mmpr")
+    for place in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(ValueError, match=r"out must be a file or a folder, got .*, a pipe or device"):
+            convert(source, place, "pairs")
+
+
+def test_a_dataset_without_a_good_pair_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    (tmp_path / "in.jsonl").write_text('{"prompt": "q", "chosen": "c"}')
-    with pytest.raises(ValueError, match="pairs must hold at least one pair for a dataset, got none"):
-        convert(open_pairs(tmp_path / "in.jsonl"), tmp_path / "out", "hf", skip_bad=True)
+    write_pairs(tmp_path / "p.jsonl", [Pair("q", "c", "r", ("none.png",))] * 2)
+    with pytest.raises(
+        ValueError, match=r"at least one pair, got none of 2 lines; the first: .*p.jsonl:1: unreadable"
+    ):
+        convert(open_pairs(tmp_path / "p.jsonl"), tmp_path / "out", "hf", skip_bad=True)
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Tests Parquet files, saved datasets, and datasets of the Hugging Face hub."""
 
 import datetime
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_a_folder_of_shards_is_one_table(images: Path, tmp_path: Path, cache: Pa
     (tmp_path / "shards").mkdir()
     for shard in range(2):
         rlaif_v(images, 2, 2 * shard).to_parquet(str(tmp_path / f"shards/RLAIF-V-Dataset_00{shard}.parquet"))
+    rlaif_v(images).select([]).to_parquet(str(tmp_path / "shards/RLAIF-V-Dataset_002.parquet"))
     check_rlaif_v(open_pairs(tmp_path / "shards"), images, cache, 4)
 
 
@@ -186,6 +188,32 @@ def test_images_of_parquet_files_without_features(with_path: bool, images: Path,
     (image_path,) = open_pairs(tmp_path / "t.parquet").pairs[0].images
     assert Path(image_path).parent == cache / "images"
     assert Path(image_path).read_bytes() == content
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_binary_columns_are_images(column: str, images: Path, tmp_path: Path, cache: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    content = (images / "a.png").read_bytes()
+    value = content if column == "image" else [content]
+    for kind in (pyarrow.binary(), pyarrow.large_binary()):
+        array = pyarrow.array([value], kind if column == "image" else pyarrow.list_(kind))
+        table = {"question": ["q"], "chosen": ["c"], "rejected": ["r"], column: array}
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+        source = open_pairs(tmp_path / "t.parquet")
+        assert source.format == "rlaif-v"
+        assert Path(source.pairs[0].images[0]).read_bytes() == content
+
+
+@pytest.mark.parametrize(("field", "value"), [("system", "s"), ("history", [["p", "a"]])])
+def test_a_used_system_prompt_decides_the_format(field: str, value: Any, tmp_path: Path) -> None:
+    row = {"question": "q", "chosen": "c", "rejected": "r", "image": "a.png"}
+    empty = type(value)()
+    for rows, format in (([empty, value], "rlaif-v"), ([empty, empty], "mmpr"), ([None, value], "rlaif-v")):
+        dataset = datasets.Dataset.from_list([{**row, field: part} for part in rows])
+        dataset.to_parquet(str(tmp_path / "t.parquet"))
+        source = open_pairs(tmp_path / "t.parquet")
+        assert (source.format, len(source.pairs[0].images)) == (format, 1)
+        assert ("messages" in source.pairs[1].source) == (format == "rlaif-v")
 
 
 def test_images_inside_messages_of_a_dataset_are_not_decoded(images: Path, tmp_path: Path) -> None:
@@ -362,3 +390,104 @@ def test_a_missing_package_names_the_extra(tmp_path: Path, images: Path) -> None
         env={"PYTHONPATH": ":".join(filter(None, sys.path))},
     )
     assert done.stdout.count("Hugging Face datasets is missing: install the extra 'data' of mpo-ext") == 2, done.stderr
+
+
+def write_answer(path: Path, answer: str) -> None:
+    """Writes a parquet file with a pair whose chosen response is ``answer``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {"question": "q", "chosen": answer, "rejected": "r", "image": ""}
+    with open(path, "wb") as file:  # the package datasets would split a name with "::"
+        datasets.Dataset.from_list([row]).to_parquet(file)
+
+
+def answers(path: Path, split: str | None = None) -> list[str]:
+    return [pair.chosen for pair in open_pairs(path, split=split).pairs]
+
+
+README = "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n# Pairs\n"
+
+
+@pytest.mark.parametrize("readme", [None, "# Pairs\n", "---\nlicense: mit\n---\n# Pairs\n", README])
+def test_only_a_list_in_the_readme_leaves_out_files(readme: str | None, tmp_path: Path) -> None:
+    for name in ("train", "more"):
+        write_answer(tmp_path / f"{name}.parquet", name)
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme.replace("{files}", "more.parquet"))
+    if readme is README:
+        assert answers(tmp_path) == ["more"]
+        return
+    with pytest.raises(ValueError, match=r"of which more.parquet would be left out: rename the files, or list the"):
+        open_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("readme", [None, "# Pairs\n"])
+def test_images_in_a_folder_of_parquet_files_are_no_rows(readme: str | None, images: Path, tmp_path: Path) -> None:
+    write_answer(images / "data.parquet", "c")
+    for name in ("train/1.png", "train/2.png", "3.png"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes((images / "a.png").read_bytes())
+    if readme is not None:
+        (images / "README.md").write_text(readme)
+    assert answers(images) == ["c"]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "sub/x.csv", "x.jsonl.gz"])
+def test_rows_beside_parquet_files_are_refused(name: str, tmp_path: Path) -> None:
+    write_answer(tmp_path / "data.parquet", "c")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"only parquet files have rows, got .*, of which {name} would be left out"):
+        open_pairs(tmp_path)
+    (tmp_path / "README.md").write_text(README.replace("{files}", "data.parquet"))
+    assert answers(tmp_path) == ["c"]
+    (tmp_path / "README.md").write_text(README.replace("{files}", "../*/*.parquet"))
+    with pytest.raises(ValueError, match=r"path must (be a folder whose README.md lists|hold) parquet files"):
+        open_pairs(tmp_path)
+
+
+def test_a_file_in_two_splits_is_refused_and_no_row_is_read_twice(tmp_path: Path) -> None:
+    write_answer(tmp_path / "one/train/train_1/train.parquet", "a")
+    assert answers(tmp_path / "one") == ["a"]
+    write_answer(tmp_path / "two/train/a.parquet", "a")
+    write_answer(tmp_path / "two/test/train/b.parquet", "b")
+    with pytest.raises(ValueError, match=r"test/train/b.parquet belongs to several of train, test"):
+        open_pairs(tmp_path / "two", split="train")
+
+
+def test_linked_folders_and_names_in_upper_case_are_read(tmp_path: Path) -> None:
+    write_answer(tmp_path / "big/b.parquet", "b")
+    write_answer(tmp_path / "here/A.PARQUET", "a")
+    (tmp_path / "here/linked").symlink_to(tmp_path / "big")
+    (tmp_path / "big/loop").symlink_to(tmp_path / "here")
+    assert answers(tmp_path / "here") == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["run[1].parquet", "y*.parquet", "a?.parquet", "x[2]/b.parquet", "é #"])
+def test_a_path_is_no_pattern(name: str, tmp_path: Path) -> None:
+    for other in ("run1.parquet", "y2.parquet", "ab.parquet", "x2/b.parquet"):
+        write_answer(tmp_path / other, "other")
+    write_answer(tmp_path / name, "c")
+    assert answers(tmp_path / name) == ["c"]
+    if "/" in name:
+        assert answers((tmp_path / name).parent) == ["c"]
+    write_answer(tmp_path / name, "changed")
+    write_answer(tmp_path / "y", "other")
+    write_answer(tmp_path / "y::b", "c")
+    with pytest.raises(ValueError, match="the path of a parquet file must not hold '::', got"):
+        open_pairs(tmp_path / "y::b")
+    assert answers(tmp_path / name) == ["changed"]
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_and_that_lists_files(tmp_path: Path) -> None:
+    write_answer(tmp_path / "x2/b.parquet", "other")
+    write_answer(tmp_path / "x[2]/b.parquet", "c")
+    (tmp_path / "x[2]/README.md").write_text(README.replace("{files}", "b.parquet"))
+    with pytest.raises(ValueError, match=r"a folder whose README\.md lists parquet files of this folder, got"):
+        open_pairs(tmp_path / "x[2]")
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "pipe.jsonl", "/dev/null"):
+        with pytest.raises(ValueError, match=r"path must be a file or a folder, got .*, a pipe or device: write its"):
+            open_pairs(path)

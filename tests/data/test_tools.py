@@ -101,7 +101,11 @@ def test_commands_show_and_keep_tools(tmp_path: Path) -> None:
         again = open_pairs(tmp_path / f"{format}.jsonl").pairs[0]
         assert (again.source["messages"], again.source["tools"]) == (TURNS, TOOLS)
         assert (again.key(), prompt_key(again)) == (pair.key(), prompt_key(pair))
-    for format, kind, words in (("mmpr", "standard", "several turns"), ("hf", "conversational", "tools")):
+    for format, kind, words in (
+        ("mmpr", "standard", "several turns"),
+        ("hf", "conversational", "tools: pairs holds them"),
+        ("hf", "standard", "tools: pairs holds them"),
+    ):
         with pytest.raises(BadLine, match=words):
             convert(source, tmp_path / format, format, kind=kind)
 

@@ -129,8 +129,8 @@ def test_images_of_either_column_are_taken(image: dict[str, Any], tmp_path: Path
         ({"images": [{"bytes": None, "path": "a.png"}], "image_paths": ["a.png"]}, ("a.png",)),
         ({"images": ["a.png"], "image_paths": ["b.png"]}, r"image_paths must agree with images, got \['b.png'\]"),
         ({"image": "a.png", "image_paths": ["b.png"]}, "image_paths must agree with image, got"),
-        ({"images": ["a.png", "b.png"], "image_paths": ["a.png"]}, "image_paths must agree"),
-        ({"images": ["a.png"], "image_paths": ["a.png", "b.png"]}, "image_paths must agree"),
+        ({"images": ["a.png", "b.png"], "image_paths": ["a.png"]}, "image_paths must name each of 2 images"),
+        ({"images": ["a.png"], "image_paths": ["a.png", "b.png"]}, "image_paths must name each of 1 image"),
         ({"images": ["a.png"], "image_paths": "b.png"}, "image_paths must be a list"),
     ],
 )

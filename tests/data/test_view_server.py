@@ -126,6 +126,16 @@ def test_picks_are_written_at_once_and_continued(pairs: Path) -> None:
         PairServer(open_pairs(pairs), picks_path=path)
 
 
+def test_a_pick_that_cannot_be_written_is_no_pick(pairs: Path) -> None:
+    path = pairs.with_name("picked.json")
+    with served(pairs) as server:
+        path.mkdir()
+        assert get(f"{server.url}pick?index=3&picked=1", method="POST")[0] == 404
+        path.rmdir()
+        assert get(f"{server.url}pick?index=5&picked=1", method="POST")[1] == b"1"
+    assert sorted(read_picks(path).digests) == [5]
+
+
 def test_picked_pairs_are_a_source_for_every_command(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
