@@ -97,11 +97,15 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, names, n=1)), None)
 
 
-def check_model_path(name: str, path: str) -> None:
+def check_model_path(name: str, path: str, revision: str | None = None) -> None:
     """Raises FileNotFoundError if a model's path, such as "./model", does not exist.
 
-    A path that may be a model id on the hub, such as "OpenGVLab/InternVL3-1B-hf", is accepted.
+    A path that may be a model id on the hub, such as "OpenGVLab/InternVL3-1B-hf", is accepted. Raises ValueError for a
+    folder with a ``revision``, which only a model of the hub has.
     """
+    if revision is not None and os.path.exists(path):
+        setting = f"{name.removesuffix('path')}revision"
+        raise ValueError(f"{setting} must be None for a folder, which has no revisions, got {revision!r} with {path}")
     if os.path.exists(path) or "://" in path:
         return
     parent = os.path.dirname(path)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mpo_ext.chat.encoder import as_ids
+from mpo_ext.chat.template import special_ids
 from mpo_ext.checks import install_hint
 
 _CACHED_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
@@ -113,15 +114,25 @@ def load_processor(path: str, config: Any, **options: Any) -> Any:
 
     Raises:
         ImportError: If transformers needs torchvision for this processor, and torchvision cannot be imported.
-        ValueError: If ``check_supported`` rejects the model.
+        ValueError: If ``check_supported`` rejects the model, or the files of the tokenizer are missing.
     """
+    files = f"model must have the files of its tokenizer, such as tokenizer.json, got {path} without them"
     with _torchvision_errors(path):
         from transformers import AutoProcessor, AutoTokenizer
 
         check_supported(config)
         loader = AutoProcessor if takes_images(config) else AutoTokenizer
-        processor = loader.from_pretrained(path, **options)
+        try:
+            processor = loader.from_pretrained(path, **options)
+        except ValueError as error:
+            if "backend tokenizer" not in str(error):
+                raise
+            raise ValueError(f"{files}, or in an unknown format: {' '.join(str(error).split())}") from error
     check_supported(config, processor)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    # Some tokenizers of transformers load without any file. AutoProcessor may return an image processor.
+    if not hasattr(tokenizer, "all_special_ids") or len(tokenizer) <= len(special_ids(tokenizer)):
+        raise ValueError(f"{files}: {type(tokenizer).__name__} has no tokens, except perhaps special ones")
     return processor
 
 

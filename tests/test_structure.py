@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"chat", "checks", "files", "images", "videos", "journal", "processors", "provenance", "report"}
+GROUND = {
+    "chat", "checks", "files", "images", "journal", "media_limits", "processors", "provenance", "report", "videos",
+}  # fmt: skip
 #: For each room (a folder of mpo_ext) the rooms that it may import, besides the ground stones.
 ALLOWED = {
     "answers": set(),

@@ -66,8 +66,9 @@ def check_processor(
     from mpo_ext.train.proof import prove
     from mpo_ext.train.unknown_tokens import find_unknown
 
-    path = find_model(model).path
-    loaded = load_without_weights(path, **engine_options(args))
+    source = find_model(model)
+    path = source.path
+    loaded = load_without_weights(path, **{"revision": source.revision, **engine_options(args)})
     encoder = Encoder(
         loaded.processor,
         max_length=None,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.checks import DefectError, LinesError, check_choice, install_hint
+from mpo_ext.media_limits import restored_limits
 
 # The names in ``mpo_ext.answers`` and ``mpo_ext.generate.prompts``, which are imported when a command runs.
 MATCHERS = ("exact", "choice", "number", "chart", "anls", "vqa", "math", "custom", "any")
@@ -51,9 +52,9 @@ def exit_status(error: Exception) -> int:
 def command(name: str, extra: str, *, failure: int = FAILED) -> Callable[[Command], Command]:
     """Returns a decorator for the function of a command. The decorated function returns an exit status.
 
-    The decorated function applies the options of ``add_image_limit``, and runs the command. After an expected error,
-    it prints the error on stderr, and returns the larger of ``exit_status(error)`` and ``failure``. With ``--debug``,
-    it raises the error instead. After SIGINT, it returns 130.
+    The decorated function runs the command with the limits of ``add_image_limit``, which it restores afterwards. After
+    an expected error, it prints the error on stderr, and returns the larger of ``exit_status(error)`` and ``failure``.
+    With ``--debug``, it raises the error instead. After SIGINT, it returns 130.
 
     Args:
         name: Name of the command in messages.
@@ -66,8 +67,9 @@ def command(name: str, extra: str, *, failure: int = FAILED) -> Callable[[Comman
         @functools.wraps(run)
         def guarded(args: argparse.Namespace) -> int:
             try:
-                apply_media_options(args)
-                status = run(args)
+                with restored_limits():
+                    apply_media_options(args)
+                    status = run(args)
                 sys.stdout.flush()
                 return status
             except BrokenPipeError:

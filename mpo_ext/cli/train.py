@@ -64,7 +64,7 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     check_model(recipe.model.path, **recipe.model.hub_options)
     if recipe.reference.path is not None:
-        check_model(recipe.reference.path, trust_remote_code=recipe.model.trust_remote_code)
+        check_model(recipe.reference.path, **recipe.reference_hub_options)
     questions = _open_questions(recipe)
     print_plan(planned)
     mixtures = open_mixtures(recipe)

@@ -262,8 +262,8 @@ class MemoryEstimate:
             return "reference", 0, why
         if path is None:
             return "reference", weights, "a copy: as parameters"
-        check_model_path("reference.path", path)
-        other = meta_model(models.without_adapters(dataclasses.replace(self.recipe.model, path=path, revision=None)))
+        check_model_path("reference.path", path, self.recipe.reference.revision)
+        other = meta_model(models.reference_recipe(self.recipe))
         if self.recipe.reference.sync_every:
             check_can_follow(other, self.model, self.recipe.reference.sync_every)
         return "reference", sum(map(_bytes, other.parameters())), "reference.path: number x size of model.dtype"
@@ -334,7 +334,7 @@ def meta_model(recipe: ModelRecipe) -> nn.Module:
     except ImportError as error:
         raise ImportError(f"training needs transformers: {install_hint('train')}") from error
 
-    check_model_path("model.path", recipe.path)
+    check_model_path("model.path", recipe.path, recipe.revision)
     check_on_hub("model.path", recipe.path, **recipe.hub_options)
     config = load_config(recipe.path, **recipe.hub_options)
     loader = models.loader_of(config)

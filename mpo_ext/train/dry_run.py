@@ -20,7 +20,7 @@ from mpo_ext.train.pair_counts import PairCounts
 from mpo_ext.train.proof import prove
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.resume import changed_settings
-from mpo_ext.train.setup import make_encoder
+from mpo_ext.train.setup import check_reference_tokens, make_encoder
 from mpo_ext.train.unknown_tokens import find_unknown
 
 _ENCODED_PAIRS = 100
@@ -50,15 +50,15 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
 
 
 def load_encoder(recipe: Recipe, checkpoint: Path | None) -> Encoder:
-    """Returns the encoder of a run. Loads the processor of the model, but no weights.
+    """Returns the encoder of a run. Loads the processors of the model and of ``reference.path``, but no weights.
 
     ``checkpoint`` is the result of ``find_checkpoint``. It determines the date that a chat template may print.
 
-    Raises the errors of ``load_without_weights`` and ``ChatEncoder``.
+    Raises the errors of ``load_without_weights``, ``ChatEncoder`` and ``check_reference_tokens``.
     """
     loaded = load_without_weights(recipe.model.path, **recipe.model.hub_options)
     inputs = None if checkpoint is None else read_state(checkpoint).get("inputs")
-    return make_encoder(
+    encoder = make_encoder(
         recipe,
         loaded.processor,
         loaded.config,
@@ -66,6 +66,11 @@ def load_encoder(recipe: Recipe, checkpoint: Path | None) -> Encoder:
         stop_ids=loaded.stop_ids,
         embedding_rows=loaded.embedding_rows,
     )
+    path = recipe.reference.path
+    if path is not None and recipe.reference_kind is not None:
+        reference = load_without_weights(path, **recipe.reference_hub_options)
+        check_reference_tokens(path, encoder.chat, reference.processor, reference.embedding_rows)
+    return encoder
 
 
 def check_encoding(recipe: Recipe, mixture: Mixture, encoder: Encoder) -> EncodingReport:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mpo_ext.media_limits import restored_limits
 from mpo_ext.ops.memory import empty_cache
 from mpo_ext.train.batch_loss import (
     BatchLoss,
@@ -74,7 +75,8 @@ def train(
         RuntimeError: If memory runs out, a checkpoint cannot be written or restored, or another rank fails.
     """
     try:
-        return Trainer(recipe, model=model, processor=processor, on_step=on_step).run()
+        with restored_limits():
+            return Trainer(recipe, model=model, processor=processor, on_step=on_step).run()
     finally:
         empty_cache()
 

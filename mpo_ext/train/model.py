@@ -1,5 +1,6 @@
 """Loads the model to train, freezes parts or adds LoRA adapters, and disables dropout."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,22 +9,30 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from mpo_ext.checks import check_model_path, install_hint
+from mpo_ext.checks import check_model_path, did_you_mean, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.processors import check_on_hub, load_config, load_processor, takes_images
 from mpo_ext.train.masks import use_split_attention
 from mpo_ext.train.quantization import disable_weight_packing, quantization_config
-from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
+from mpo_ext.train.recipe import LoraRecipe, ModelRecipe, Recipe
 from mpo_ext.train.zero import is_partitioned, without_partitioning
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
-# For each part that a recipe names, its possible submodule names in transformers' models.
+# For each part that a recipe names, its possible submodule names in transformers' models. A model may have several.
 PARTS = {
-    "vision_tower": ("vision_tower", "visual", "vision_model", "vision_embed_tokens"),
-    "projector": ("multi_modal_projector", "connector", "visual.merger", "aligner", "embed_vision"),
+    "vision_tower": (
+        "vision_tower", "visual", "vision_model", "vision_embed_tokens", "vision_encoder", "image_tower",
+        "video_tower", "high_res_vision_model", "high_res_vision_neck", "high_res_vision_proj",
+    ),
+    "projector": (
+        "multi_modal_projector", "connector", "visual.merger", "visual.deepstack_merger_list", "visual.merger_list",
+        "aligner", "embed_vision", "projector", "mm_projector", "merger", "resampler_model", "vision_adapter",
+        "vision_projection", "vision_tower.merger", "vision_tower.patch_merger", "vision_model.merger",
+        "vision_model.connector",
+    ),
     "language_model": ("language_model", "text_model"),
-}
+}  # fmt: skip
 
 
 def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
@@ -31,7 +40,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
 
     The model is on the CPU, with one exception: if there is a GPU, a quantized model is on the GPU.
     """
-    check_model_path("model.path", recipe.path)
+    check_model_path("model.path", recipe.path, recipe.revision)
     check_on_hub("model.path", recipe.path, **recipe.hub_options)
     config = load_config(recipe.path, **recipe.hub_options)
     processor = load_processor(recipe.path, config, **recipe.hub_options)  # first, because it fails within seconds
@@ -142,6 +151,7 @@ def add_lora(model: nn.Module, recipe: LoraRecipe, *, revision: str | None = Non
 
     Raises:
         ImportError: If peft is not installed.
+        ValueError: If a name in the list ``lora.target`` is that of no layer.
     """
     try:
         import peft
@@ -149,6 +159,11 @@ def add_lora(model: nn.Module, recipe: LoraRecipe, *, revision: str | None = Non
         raise ImportError(f"model.lora needs peft: {install_hint('lora')}") from error
     inner: Any = unwrap_model(model)
     target: str | list[str] = recipe.target if isinstance(recipe.target, str) else list(recipe.target)
+    names = [f".{name}" for name, _ in inner.named_modules()]
+    for part in () if isinstance(target, str) else target:  # peft only reports a list without any match
+        if not any(name.endswith(f".{part}") for name in names):
+            hint = did_you_mean(part, {name.rpartition(".")[2] for name in names})
+            raise ValueError(f"lora.target must name layers of the model, got {part!r}{hint}")
     if target == "all-linear":
         target = language_linears(inner)
     config = peft.LoraConfig(
@@ -185,16 +200,19 @@ def reshard(model: nn.Module) -> None:
 
 
 def modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields a part of the model, such as "vision_tower", as a tuple (name, module).
+    """Yields the modules of a part of the model, such as "vision_tower", as tuples (name, module).
 
-    Yields nothing if the model lacks the part.
+    Qwen3-VL, for example, has a projector after the vision tower, and others after some of its layers. Yields nothing
+    if the model lacks the part.
     """
     for prefix in ("model.", "", "model.model."):
+        found: dict[int, tuple[str, nn.Module]] = {}
         for name in PARTS[part]:
-            try:
-                yield f"{prefix}{name}", inner.get_submodule(f"{prefix}{name}")
-            except AttributeError:
-                continue
+            with contextlib.suppress(AttributeError):
+                module = inner.get_submodule(f"{prefix}{name}")
+                found.setdefault(id(module), (f"{prefix}{name}", module))  # a property may be a second name
+        if found:
+            yield from found.values()
             return
 
 
@@ -206,6 +224,10 @@ def _quantization(recipe: ModelRecipe, config: Any) -> Any:
     return quantization_config(recipe.dtype, [name for name in linears if name not in quantized])
 
 
-def without_adapters(recipe: ModelRecipe) -> ModelRecipe:
-    """Returns the recipe for a reference model: without ``lora``, ``freeze`` and ``gradient_checkpointing``."""
-    return dataclasses.replace(recipe, lora=None, freeze=(), gradient_checkpointing=False)
+def reference_recipe(recipe: Recipe) -> ModelRecipe:
+    """Returns the recipe of the model at ``reference.path``: without ``lora``, ``freeze`` and checkpointing."""
+    path, revision = recipe.reference.path, recipe.reference.revision
+    assert path is not None
+    return dataclasses.replace(
+        recipe.model, path=path, revision=revision, lora=None, freeze=(), gradient_checkpointing=False
+    )

@@ -1,6 +1,7 @@
 """The section ``optim`` of a recipe: optimizer, batch size and learning-rate schedule."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from mpo_ext.checks import did_you_mean
@@ -56,7 +57,8 @@ class OptimRecipe:
         betas: ``betas`` of AdamW; used by "adamw", the 8-bit variants and "muon".
         eps: ``eps`` of AdamW; used by the same optimizers as ``betas``.
         weight_decay: Weight decay of matrices. Biases and norms have none.
-        warmup_ratio: Fraction of the steps during which the learning rate rises linearly from 0.
+        warmup_ratio: Fraction of the steps during which the learning rate rises linearly from 0. The last step is
+            never a part of the warmup.
         schedule: Learning-rate schedule after warmup: "cosine", "linear", "constant" or "wsd" (warmup, stable, decay;
             arXiv 2404.06395). "wsd" is constant, and falls linearly in the last ``decay_ratio`` of the steps.
         min_lr_ratio: Learning rate at the end of "cosine", "linear" and "wsd", as a fraction of the maximum. A step
@@ -123,6 +125,13 @@ class OptimRecipe:
                 "warmup_ratio and decay_ratio must be at most 1 together with schedule 'wsd', got "
                 f"{self.warmup_ratio} and {self.decay_ratio}"
             )
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Returns the number of steps during which the learning rate rises.
+
+        At least one step follows the warmup, so that the run reaches the maximum learning rate.
+        """
+        return min(math.ceil(total_steps * self.warmup_ratio), total_steps - 1)
 
     @property
     def takes_betas(self) -> bool:

@@ -112,8 +112,8 @@ def make_optimizer(
     Raises:
         ImportError: If the package of the optimizer is not installed.
         TypeError: If the optimizer rejects ``optim.args``, or ``optim.name`` is not an optimizer.
-        ValueError: If the name is unknown, or the optimizer does not support the device, the sharding of the run or
-            the installed torch.
+        ValueError: If the name is unknown, or the optimizer does not support the device, the sharding of the run, the
+            installed torch or a weight decay.
     """
     _check_ranks(recipe, accelerator)
     options: dict[str, Any] = {"lr": recipe.learning_rate}
@@ -136,6 +136,9 @@ def make_optimizer(
         raise TypeError(text) from error
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optim.name must be a torch.optim.Optimizer, got {recipe.name} ({type(made).__name__})")
+    decays = {group.weight_decay for group in groups} - {0.0}
+    if decays and recipe.name not in _MAKERS and "weight_decay" not in made.defaults:
+        raise ValueError(f"optim.weight_decay must be 0 with {recipe.name}, which has none, got {max(decays)}")
     return made
 
 
@@ -254,7 +257,7 @@ def scheduled_learning_rate(recipe: OptimRecipe, maximum: float, step: int, tota
 
     ``maximum`` is the learning rate at the end of warmup. ``recipe`` defines warmup and schedule.
     """
-    warmup_steps = math.ceil(total_steps * recipe.warmup_ratio)
+    warmup_steps = recipe.warmup_steps(total_steps)
     if step < warmup_steps:
         return maximum * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

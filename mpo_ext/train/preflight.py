@@ -41,9 +41,9 @@ def check_needs(recipe: Recipe) -> None:
 
 def _checks(recipe: Recipe) -> Iterator[Callable[[], None]]:
     model, output = recipe.model, recipe.output
-    yield lambda: _check_model("model.path", model.path, model.revision)
-    if (reference := recipe.reference.path) is not None:
-        yield lambda: _check_model("reference.path", reference, None)
+    for name, part in (("model.path", model), ("reference.path", recipe.reference)):
+        if part.path is not None:
+            yield lambda name=name, part=part: _check_model(name, part.path, part.revision)  # type: ignore[misc]
     for name, sources in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         for source in sources:
             yield lambda name=name, path=source.path: _check_source(name, path)  # type: ignore[misc]
@@ -65,7 +65,7 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], None]]:
 
 
 def _check_model(name: str, path: str, revision: str | None) -> None:
-    check_model_path(name, path)
+    check_model_path(name, path, revision)
     check_is_no_run(name, path)
     from huggingface_hub import constants
 

@@ -70,7 +70,7 @@ class ModelRecipe:
         path: Folder or hub id of a Hugging Face causal or image-text-to-text model.
         revision: Revision of the model on the hub; None: the default revision.
         trust_remote_code: Whether to run Python code that comes with the model or with ``reference.path``. This code
-            has all rights of the user: read it first, and set ``revision`` to a commit.
+            has all rights of the user: read it first, and set ``revision`` (and ``reference.revision``) to a commit.
         dtype: Dtype of the parameters: "float32", "bfloat16", "float16", or "auto" (the dtype of the saved model).
         attention: Name of the attention implementation in transformers. "sdpa", "eager", "flash_attention_2" and
             "flash_attention_3" support ``loss.shared_prefix``.
@@ -282,7 +282,9 @@ class ReferenceRecipe:
         kind: "copy": a second model in memory. "adapter": the trained model with its LoRA adapters disabled.
             "precomputed": log-probs that are computed once before training and stored in ``file``. None: "adapter"
             with LoRA, otherwise "copy".
-        path: Model to use for "copy" and "precomputed"; None: the starting state of the trained model.
+        path: Model to use for "copy" and "precomputed"; None: the starting state of the trained model. Its tokenizer
+            must give the tokens of the trained model the same ids.
+        revision: Revision of ``path`` on the hub; None: the default revision.
         file: File of the log-probs of "precomputed"; None: ``reference.jsonl`` in the output folder.
         sync_every: Number of steps between two updates of the reference model towards the policy; 0: no updates. Only
             for the kind "copy". See TR-DPO (arXiv 2404.09656), and ``ref_model_sync_steps`` of TRL.
@@ -293,6 +295,7 @@ class ReferenceRecipe:
 
     kind: Literal["copy", "adapter", "precomputed"] | None = None
     path: Text | None = None
+    revision: StrictStr | None = None
     file: Text | None = None
     sync_every: Count = 0
     sync_mix: PositiveFraction = 0.6
@@ -300,6 +303,8 @@ class ReferenceRecipe:
     def __post_init__(self) -> None:
         if self.path is not None and self.kind == "adapter":
             raise ValueError(f"path must be None for kind 'adapter', which is the model itself, got {self.path!r}")
+        if self.revision is not None and self.path is None:
+            raise ValueError(f"revision must be None without path, got {self.revision!r}")
         if self.file is not None and self.kind != "precomputed":
             raise ValueError(f"file must be None unless kind is 'precomputed', got {self.file!r} with {self.kind!r}")
 
@@ -349,6 +354,11 @@ class Recipe:
 
     def _check_reference(self) -> None:
         kind, reference = self.reference_kind, self.reference
+        if reference.path == self.model.path and self.model.revision is not None and reference.revision is None:
+            raise ValueError(
+                "reference.revision must be given if reference.path is model.path and model.revision is set, got None "
+                f"with {self.model.revision!r}"
+            )
         if reference.kind == "adapter" and self.model.lora is None:
             raise ValueError("reference.kind must be 'copy' or 'precomputed' without model.lora, got 'adapter'")
         if kind == "adapter" and reference.path is not None:
@@ -373,6 +383,11 @@ class Recipe:
         if not self.loss.needs_reference:
             return None
         return self.reference.kind or ("adapter" if self.model.lora is not None else "copy")
+
+    @property
+    def reference_hub_options(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` for the model at ``reference.path``."""
+        return {"revision": self.reference.revision, "trust_remote_code": self.model.trust_remote_code}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the recipe as nested dicts of JSON values, in the form of a recipe file."""

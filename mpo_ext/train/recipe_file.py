@@ -51,6 +51,7 @@ def read_recipe_file(
     try:
         if not isinstance(values, Mapping):
             raise TypeError(f"a recipe must be a mapping of sections, got {shorten(values)}")
+        values = _without_aliases(values)  # an override of one place must not change the others
         for override in overrides:
             apply_override(values, override)
         return build({str(name): value for name, value in values.items()})
@@ -99,6 +100,13 @@ def _count_values(value: Any, known: dict[int, int], depth: int) -> int:
     return count
 
 
+def _without_aliases(value: Any) -> Any:
+    """Returns a copy of a parsed YAML value in which no dict or list occurs twice."""
+    if isinstance(value, dict):
+        return {key: _without_aliases(part) for key, part in value.items()}
+    return [_without_aliases(part) for part in value] if isinstance(value, list) else value
+
+
 def dump_yaml(values: Any) -> str:
     """Returns values as YAML text. Strings that YAML may read as another type, such as "no" and "1e-6", are quoted."""
     stream = io.StringIO()
@@ -116,7 +124,7 @@ def apply_override(values: Any, override: str) -> None:
     if not equals or not all((*sections, name)):
         raise ValueError(f"an override must read KEY=VALUE, got {override!r}")
     try:
-        value = parse_yaml(text)
+        value = _without_aliases(parse_yaml(text))
     except ValueError as error:
         raise ValueError(f"{key} must have a value in YAML, got {text!r}: {error}") from error
     for level, section in enumerate(sections, start=1):

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from mpo_ext.chat.encoder import embedding_rows_of, stop_ids_of
+from mpo_ext.chat.encoder import ChatEncoder, embedding_rows_of, stop_ids_of
+from mpo_ext.chat.template import special_ids
 from mpo_ext.checks import check_model_path, environment_integer
 from mpo_ext.images import set_max_pixels
 from mpo_ext.loss.hf_head import unwrap_model
@@ -19,7 +20,7 @@ from mpo_ext.train.dataset import Collator, RunData, without_responses
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.export import check_mergeable
 from mpo_ext.train.masks import prompt_positions
-from mpo_ext.train.model import has_vision, load_model, prepare_model, without_adapters
+from mpo_ext.train.model import has_vision, load_model, prepare_model, reference_recipe
 from mpo_ext.train.optimizer import ParameterGroup, make_optimizer, parameter_groups
 from mpo_ext.train.ranks import gather, join_cpu_ranks
 from mpo_ext.train.recipe import Recipe
@@ -78,7 +79,7 @@ def make_accelerator(recipe: Recipe) -> Any:
         ImportError: If accelerate is too old for FSDP2 or DeepSpeed, or the package of a tracker is not installed.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import set_seed
+    from accelerate.utils import GradientAccumulationPlugin, set_seed
 
     launched = environment_integer("WORLD_SIZE", 1)
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -87,6 +88,8 @@ def make_accelerator(recipe: Recipe) -> Any:
     join_cpu_ranks()
     accelerator = Accelerator(
         mixed_precision=_PRECISIONS[recipe.precision],
+        # The losses of the micro-batches already add up to that of the step. The default may come from a config file.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # A forward without images leaves the parameters of the vision tower unused.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=list(recipe.output.trackers) or None,
@@ -130,8 +133,8 @@ def set_up(
         set_max_pixels(recipe.data.max_image_pixels)
     set_video_defaults(recipe.data.video_fps, recipe.data.video_max_frames)
     if recipe.reference.path is not None:
-        check_model_path("reference.path", recipe.reference.path)
-        check_model(recipe.reference.path, trust_remote_code=recipe.model.trust_remote_code)
+        check_model_path("reference.path", recipe.reference.path, recipe.reference.revision)
+        check_model(recipe.reference.path, **recipe.reference_hub_options)
     if model is None:
         model, processor = load_model(recipe.model)
     else:
@@ -139,7 +142,7 @@ def set_up(
         model = prepare_model(model, recipe.model)
     data = _make_data(recipe, accelerator, model, processor, date)
     # The reference may copy the policy, so it is made before the policy is wrapped or moved.
-    reference_model, reference_fingerprint = _make_reference_model(recipe, model)
+    reference_model, reference_fingerprint = _make_reference_model(recipe, model, data.encoder.chat)
     if recipe.reference.sync_every and reference_model is not None:
         _check_can_move(recipe, accelerator, model, reference_model)
     # ZeRO-3 gathers the weights on all ranks.
@@ -206,17 +209,58 @@ def _add_stop_id(model: Any, end_id: int) -> None:
         model.generation_config.eos_token_id = [*stop_ids, end_id] if stop_ids else end_id
 
 
-def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:
+def check_reference_tokens(path: str, chat: ChatEncoder, processor: Any, embedding_rows: int | None) -> None:
+    """Checks that the reference model at ``path`` reads the token ids of the policy as the policy does.
+
+    A special token of the policy may have another name in the reference, such as that of a reserved token.
+
+    Args:
+        path: ``reference.path``, for the message.
+        chat: Encoder of the policy.
+        processor: Processor or tokenizer of the reference model.
+        embedding_rows: Number of rows of the reference's input embedding; None: unknown.
+
+    Raises:
+        ValueError: If a token of the policy has another id in the reference, or its id has no embedding row there.
+    """
+    policy_ids, ids = (getattr(one, "tokenizer", one).get_vocab() for one in (chat.tokenizer, processor))
+    special, known = special_ids(chat.tokenizer), set(ids.values())
+    different = [
+        token
+        for token, index in policy_ids.items()
+        if ids.get(token, index) != index or (token not in ids and index in known and index not in special)
+    ]
+    if different:
+        token = min(different, key=policy_ids.__getitem__)
+        raise ValueError(
+            f"reference.path must be a model with the token ids of model.path, got {path}, in which "
+            f"{len(different):,} of {len(policy_ids):,} tokens have another id, such as {token!r}: "
+            f"{ids.get(token, 'none')} instead of {policy_ids[token]}"
+        )
+    largest = max(policy_ids.values(), default=0)
+    if chat.embedding_rows is not None:
+        largest = min(largest, chat.embedding_rows - 1)
+    if embedding_rows is not None and embedding_rows <= largest:
+        raise ValueError(
+            f"reference.path must be a model with an embedding row for each token id of model.path, got {path} with "
+            f"{embedding_rows:,} rows for ids up to {largest:,}"
+        )
+
+
+def _make_reference_model(recipe: Recipe, policy: nn.Module, chat: ChatEncoder) -> tuple[nn.Module | None, str]:
     """Returns ``(model, fingerprint)``: the separate reference model, and a hash of the reference weights.
 
     ``model`` is None if the run needs no separate model. ``fingerprint`` may be "" if the reference log-probs are not
-    precomputed.
+    precomputed. ``chat`` is the encoder of the policy.
+
+    Raises the errors of ``check_reference_tokens``.
     """
     kind, path = recipe.reference_kind, recipe.reference.path
     digest = fingerprint(policy) if kind == "precomputed" else ""
     model: nn.Module | None = None
     if path is not None and kind in ("copy", "precomputed"):
-        model, _ = load_model(without_adapters(dataclasses.replace(recipe.model, path=path, revision=None)))
+        model, processor = load_model(reference_recipe(recipe))
+        check_reference_tokens(path, chat, processor, embedding_rows_of(unwrap_model(model)))
         digest = fingerprint(model)
     elif kind == "copy":
         model = copy_model(policy)

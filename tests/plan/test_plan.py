@@ -161,6 +161,7 @@ def test_steps_and_micro_batches_are_those_of_the_sampler(
         (("optim.epochs=10", "optim.warmup_ratio=0.1"), 70, 7),
         (("optim.epochs=10", "optim.warmup_ratio=0.11"), 70, 8),
         (("optim.warmup_ratio=0",), 7, 0),
+        (("optim.max_steps=1",), 1, 0),
     ],
 )
 def test_the_schedule(tmp_path: Path, overrides: tuple[str, ...], steps: int, warmup: int) -> None:

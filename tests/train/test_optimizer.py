@@ -254,6 +254,49 @@ def test_a_schedule_without_stable_steps_reaches_the_maximum() -> None:
     assert rates == pytest.approx([0, 1 / 3, 2 / 3, *((10 - step) / 7 for step in range(3, 10))])
 
 
+@pytest.mark.parametrize("min_lr_ratio", [0.0, 0.5])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_each_run_has_a_step_that_trains(schedule: Any, warmup_ratio: float, min_lr_ratio: float) -> None:
+    minimum = 0.0 if schedule == "constant" else min_lr_ratio
+    decay = 0.01 if schedule == "wsd" else 0.1
+    recipe = OptimRecipe(schedule=schedule, warmup_ratio=warmup_ratio, min_lr_ratio=minimum, decay_ratio=decay)
+    for total in range(1, 40):
+        rates = [scheduled_learning_rate(recipe, 1.0, step, total) for step in range(total)]
+        assert max(rates) == 1.0, (total, rates)
+    assert scheduled_learning_rate(recipe, 1.0, 0, 1) == 1.0
+
+
+def test_a_run_of_a_single_step_trains(tmp_path: Path) -> None:
+    model, processor = digits_run.tiny()
+    before, pairs = digits_run.weights(model), digits_run.write_pairs(tmp_path / "data", 8)
+    assert train(digits_run.recipe(tmp_path / "out", pairs, optim__max_steps=1), model=model, processor=processor) == 0
+    after = digits_run.weights(model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_weight_decay_that_the_optimizer_does_not_have_is_refused() -> None:
+    model = digits_run.tiny()[0]
+    with pytest.raises(
+        ValueError, match=r"optim.weight_decay must be 0 with torch.optim.Rprop, which has none, got 0.05"
+    ):
+        optimizer(model, name="torch.optim.Rprop")
+    optimizer(model, name="torch.optim.Rprop", weight_decay=0.0)
+
+
+def test_settings_of_accelerate_do_not_scale_the_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = digits_run.write_pairs(tmp_path / "data", 8)
+    settings: dict[str, Any] = {"optim__name": "torch.optim.SGD", "optim__max_steps": 1, "optim__max_grad_norm": 0}
+    results = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        model, processor = digits_run.tiny()
+        recipe = digits_run.recipe(tmp_path / steps, pairs, **settings)
+        assert train(recipe, model=model, processor=processor) == 0
+        results.append(digits_run.weights(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 @pytest.mark.parametrize("name", ["torch.optim.AdamW", "torch.optim.adamw.AdamW"])
 def test_betas_of_an_imported_optimizer_are_in_args(name: str) -> None:
     made = optimizer(digits_run.tiny()[0], name=name, args={"betas": (0.8, 0.9), "eps": 1e-5})

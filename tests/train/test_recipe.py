@@ -597,3 +597,15 @@ def test_aliases_are_allowed(tmp_path: Path) -> None:
         "model: {path: &m m}\noutput: {dir: o}\ndata: &d {train: a.jsonl}\nreference: {path: *m}\n"
     )
     assert load_recipe(tmp_path / "r.yaml").reference.path == "m"
+
+
+def test_an_override_changes_only_the_named_place_of_an_alias(load: Callable[..., Recipe]) -> None:
+    text = "model: {path: m}\noutput: {dir: o}\ndata: {train: &data {path: a.jsonl, root: r}, eval: *data}\n"
+    data = load(text, "data.eval.path=test.jsonl").data
+    assert [data.train[0].path, data.eval[0].path, data.eval[0].root] == ["a.jsonl", "test.jsonl", "r"]
+    groups = "optim: {groups: {vision_tower: &rate {learning_rate: 1e-6}, projector: *rate}}\n"
+    override = "optim.groups.projector.learning_rate=5e-6"
+    as_override = groups.strip().replace("optim: ", "optim=")
+    for changed in (load(SMALL + groups, override), load(SMALL, as_override, override)):
+        rates = {part: group.learning_rate for part, group in changed.optim.groups.items()}
+        assert rates == {"vision_tower": 1e-6, "projector": 5e-6}

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 import transformers
@@ -23,8 +24,10 @@ from mpo_ext.loss.weights import fingerprint
 from mpo_ext.ops import linear as linear_ops
 from mpo_ext.train import batch_loss, loop
 from mpo_ext.train.batch import Batch
-from mpo_ext.train.model import PARTS, freeze_parts, switch_off_dropout
-from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.model import PARTS, add_lora, freeze_parts, modules_of, switch_off_dropout
+from mpo_ext.train.optim_recipe import OptimRecipe
+from mpo_ext.train.optimizer import parameter_groups
+from mpo_ext.train.recipe import LoraRecipe, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +203,69 @@ def test_frozen_parts_stay_as_they_were(tmp_path: Path, pairs: Path, parts: list
     for name, value in model.named_parameters():
         is_frozen = any(part in name for part in names)
         assert torch.equal(value, before[name]) == is_frozen, name
+
+
+@pytest.mark.parametrize("parts", [["vision_tower"], ["projector"], ["vision_tower", "projector"]])
+def test_the_projectors_after_layers_of_the_tower_are_no_part_of_it(parts: list[str]) -> None:
+    def part_of(name: str) -> str:
+        merger = "visual.merger" in name or "visual.deepstack_merger_list" in name
+        return "projector" if merger else "vision_tower" if "visual" in name else "language_model"
+
+    model = families.qwen3_vl()
+    freeze_parts(model, parts)
+    for name, value in model.named_parameters():
+        assert value.requires_grad == (part_of(name) not in parts), name
+    model.requires_grad_(True)
+    names = {id(value): name for name, value in model.named_parameters()}
+    for group in parameter_groups(model, OptimRecipe(groups={part: {"learning_rate": 1e-3} for part in parts})):
+        for value in group.parameters:
+            part = part_of(names[id(value)])
+            assert group.part == (part if part in parts else ""), names[id(value)]
+
+
+@pytest.mark.parametrize(
+    ("names", "tower", "projector"),
+    [
+        (["visual.blocks", "visual.merger", "visual.merger_list"], 1, 2),  # Qwen3-Omni
+        (["vision_tower.blocks", "vision_tower.merger"], 1, 1),
+        (["vision_tower.blocks", "vision_tower.patch_merger"], 1, 1),
+        (["vision_model.blocks", "vision_model.connector"], 1, 1),
+        (["vision_model", "high_res_vision_model", "high_res_vision_neck", "high_res_vision_proj", "aligner"], 4, 1),
+        (["vision_encoder", "vision_projection"], 1, 1),
+        (["image_tower", "video_tower", "multi_modal_projector"], 2, 1),
+        (["visual", "projector"], 1, 1),
+        (["vision_tower", "vision_adapter", "vision_projection"], 1, 2),
+    ],
+)
+def test_all_modules_of_a_part_are_found(names: list[str], tower: int, projector: int) -> None:
+    model = nn.Module()
+    for name in ["language_model", *names]:
+        owner = model
+        for part in f"model.{name}".split("."):
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+    assert len(list(modules_of(model, "vision_tower"))) == tower
+    assert len(list(modules_of(model, "projector"))) == projector
+    assert [name for name, _ in modules_of(model, "language_model")] == ["model.language_model"]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (["q_proj", "v_prj"], "'v_prj'; did you mean 'v_proj'"),
+        (["proj"], "'proj'"),
+        (["layers.7.self_attn.q_proj"], "'layers.7"),
+    ],
+)
+def test_each_name_of_lora_targets_must_match(target: list[str], words: str) -> None:
+    pytest.importorskip("peft")
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT))
+    with pytest.raises(ValueError, match=rf"lora\.target must name layers of the model, got {words}"):
+        add_lora(model, LoraRecipe(target=target))
+    adapted = add_lora(model, LoraRecipe(target=["q_proj", "layers.1.self_attn.v_proj"], rank=2))
+    trained = [name for name, value in adapted.named_parameters() if value.requires_grad and "lora_A" in name]
+    assert len(trained) == 3
 
 
 def test_freezing_a_missing_part_is_an_error() -> None:
