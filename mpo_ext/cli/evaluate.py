@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpo_ext.checks import check_integer
 from mpo_ext.cli import shared
 from mpo_ext.cli.shared import command, load_engine
 
@@ -84,6 +85,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from mpo_ext.generate.engine import rank_and_world_size
 
     rank, world_size = rank_and_world_size()
+    if args.batch_size is not None:
+        check_integer("batch_size", args.batch_size, least=1)
     names = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "style", "without_image")
     settings = {name: getattr(args, name) for name in names}
     config = EvaluationConfig(prompts=_prompts(args.prompt), matcher=shared.matcher_settings(args), **settings)

@@ -1,6 +1,7 @@
 """Defines the command ``mpo-ext plan``. Its dependencies are imported only when it runs."""
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 from mpo_ext.cli.shared import add_debug, add_recipe, command
@@ -68,7 +69,7 @@ def _machine(args: argparse.Namespace, dtype: str) -> "Machine":
         if value is None:
             given = ", ".join(option for option, peak in peaks.items() if peak)
             raise ValueError(f"{name} must be given too, got only {given}")
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive{'' if value < math.inf else ' and finite'}, got {value}")
     name = f"GPU of {args.bandwidth:g} TB/s and {args.tflops:g} TFLOP/s"
     return machines.peaks(args.bandwidth * 1e12, {dtype: args.tflops * 1e12}, name)

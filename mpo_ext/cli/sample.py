@@ -113,12 +113,12 @@ def _add_judge(pipelines: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--mode", choices=("pairwise", "pointwise"), default="pairwise",
         help="compare two responses, or rate each response (default: pairwise)",
     )  # fmt: skip
-    parser.add_argument("--best-rating", type=int, default=5, help="best rating of pointwise, 2 to 9 (default: 5)")
+    parser.add_argument("--best-rating", type=int, help="best rating of pointwise, 2 to 9 (default: 5)")
     parser.add_argument(
-        "--min-gap", type=float, default=0.5, help="minimum difference of two ratings of a pair (default: 0.5)"
+        "--min-gap", type=float, help="minimum difference of two ratings of a pair, with pointwise (default: 0.5)"
     )
     _add_judged(parser)
-    parser.set_defaults(run=run_sample, build=_judge)
+    parser.set_defaults(run=run_sample, build=_judge, max_shorter=None)
 
 
 def _add_template(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +136,7 @@ def _add_judged(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shorter", type=float, default=1.0, metavar="FRACTION",
         help="leave out a pair whose chosen response has fewer words than the rejected one by more than this "
-        "fraction; 1 leaves out none (default: 1)",
+        "fraction; 1 leaves out none (default: 1); judge: with pointwise",
     )  # fmt: skip
     parser.add_argument(
         "--judge-model", metavar="MODEL", help="model that judges, run like --model (default: the model itself)"
@@ -205,6 +205,7 @@ def run_sample(args: argparse.Namespace) -> int:
 
     rank, world_size = rank_and_world_size()
     _check_ray(args, world_size)
+    _check_judge(args)
     for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
         if value is not None:
             check_integer(name, value, least=1)
@@ -247,6 +248,19 @@ def _check_ray(args: argparse.Namespace, world_size: int) -> None:
         raise ValueError(f"--ray must run in one process, which is the driver, got {world_size} processes")
     elif args.engines is not None:
         check_integer("engines", args.engines, least=1)
+
+
+def _check_judge(args: argparse.Namespace) -> None:
+    """Raises ValueError if the prompts of a judge at a server would be written with the tokenizer of another model."""
+    judge = getattr(args, "judge_model", None)
+    if args.engine != "openai" or judge in (None, args.model):
+        return
+    tokenizer = shared.engine_options(args).get("tokenizer", "")
+    if tokenizer not in ("", "none"):
+        raise ValueError(
+            f"tokenizer must be none with another --judge-model, got {tokenizer!r} for {args.model} and {judge}: "
+            "leave it out to use the tokenizer of each name, or give --engine-option tokenizer=none"
+        )
 
 
 def _load_in_actor(args: argparse.Namespace) -> Any:
@@ -313,6 +327,7 @@ def _rlaif_v(args: argparse.Namespace) -> Any:
 
     names = ("template", "claims", "questions", "min_gap", "pairs_per_question", "max_shorter")
     settings = {name: getattr(args, name) for name in names}
+    check_integer("max_list_tokens", args.max_list_tokens, least=1)
     rewriting = dataclasses.replace(RlaifVConfig().rewriting, max_new_tokens=args.max_list_tokens)
     return RlaifV(RlaifVConfig(**settings, rewriting=rewriting, judge=args.judge_model, **_shared(args)))
 
@@ -320,6 +335,11 @@ def _rlaif_v(args: argparse.Namespace) -> Any:
 def _judge(args: argparse.Namespace) -> Any:
     from mpo_ext.generate.judge import Judge, JudgeConfig
 
-    names = ("template", "mode", "best_rating", "min_gap", "pairs_per_question", "max_shorter")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in ("template", "mode", "pairs_per_question")}
+    for name in ("best_rating", "min_gap", "max_shorter"):  # JudgeConfig has the defaults
+        if (value := getattr(args, name)) is None:
+            continue
+        if args.mode != "pointwise":
+            raise ValueError(f"--{name.replace('_', '-')} must be left out without --mode pointwise, got {value}")
+        settings[name] = value
     return Judge(JudgeConfig(**settings, judge=args.judge_model, **_shared(args)))

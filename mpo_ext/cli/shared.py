@@ -16,6 +16,7 @@ from mpo_ext.media_limits import restored_limits
 # The names in ``mpo_ext.answers`` and ``mpo_ext.generate.prompts``, which are imported when a command runs.
 MATCHERS = ("exact", "choice", "number", "chart", "anls", "vqa", "math", "custom", "any")
 ENGINES = ("transformers", "vllm", "openai")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Options that an engine does not have, with advice.
 _MISPLACED = (
     ("vllm", "device", "set CUDA_VISIBLE_DEVICES"),
@@ -214,7 +215,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="environment variable with the key for the server of openai (default: OPENAI_API_KEY)",
     )  # fmt: skip
     add_chat(parser)
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the model (default: auto, as saved)")
     parser.add_argument("--device", help="device of transformers (default: the GPU of this process, or the CPU)")
     parser.add_argument("--batch-size", type=int, help="samples per batch of transformers (default: 16)")
     parser.add_argument(
@@ -271,7 +272,7 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
         model,
         dtype=args.dtype,
         device=args.device,
-        batch_size=args.batch_size or 16,
+        batch_size=16 if args.batch_size is None else args.batch_size,
         chat_options=chat_options(args),
         **options,
     )
@@ -301,8 +302,9 @@ def chat_options(args: argparse.Namespace) -> dict[str, Any]:
 def add_matcher(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the matcher that compares answers."""
     parser.add_argument(
-        "--matcher", default="vqa", help=f"how answers are compared: {', '.join(MATCHERS)} (default: vqa)"
-    )
+        "--matcher", default="vqa",
+        help=f"how answers are compared: {', '.join(MATCHERS)} (default: vqa); items with options: choice",
+    )  # fmt: skip
     parser.add_argument(
         "--matcher-option", action="append", default=[], metavar="NAME=JSON", help="option of the matcher"
     )
@@ -320,13 +322,15 @@ def parse_json_options(flag: str, texts: Sequence[str]) -> dict[str, Any]:
     ``flag`` is the name of the option in error messages.
 
     Raises:
-        ValueError: If a string does not have this form.
+        ValueError: If a string does not have this form, or two strings have the same name.
     """
-    options = {}
+    options: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not name.isidentifier() or not equals:
             raise ValueError(f"{flag} must read NAME=JSON, got {text!r}")
+        if name in options:
+            raise ValueError(f"{flag} must give each name once, got {name} twice")
         try:
             options[name] = json.loads(value)
         except ValueError:

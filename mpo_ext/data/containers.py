@@ -327,7 +327,7 @@ def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
                 raise ValueError(f"path must name each column once, got {path} with {shorten(header)}")
             for record in reader:
                 if len(record) == len(header):
-                    yield dump_line({name: _cell(name, value) for name, value in zip(header, record, strict=True)})
+                    yield dump_line({name: read_cell(name, value) for name, value in zip(header, record, strict=True)})
                 elif record:
                     reason = (
                         f"a record must have {len(header)} columns, got {len(record)} up to line {reader.line_num}"
@@ -337,7 +337,7 @@ def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
             raise ValueError(f"path must be CSV, got {path}: line {reader.line_num}: {error}") from None
 
 
-def _cell(name: str, text: str) -> Any:
+def read_cell(name: str, text: str) -> Any:
     """Parses a cell in the CSV column ``name``.
 
     In the columns ``_LISTS``, lists and objects are parsed, and an empty cell becomes None. In other columns, only

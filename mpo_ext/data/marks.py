@@ -19,7 +19,8 @@ NO_IMAGE, IMAGE_MARK = "no image", "image mark"
 
 #: <image 1> (MMMU), <img1>, <image_1>, <image1> (MathVision), <image-1>, <|image_1|> (Phi-3-vision)
 NUMBERED_MARK = re.compile(r"<(\|?)(?:image|img)[ _-]?([0-9]{1,3})\1>", re.IGNORECASE)
-_MARKS = re.compile(
+#: Image placeholders of other programs, which are not replaced.
+FOREIGN_MARK = re.compile(
     r"<(?!image>)(?i:image)>"  # <Image>, <IMAGE>
     r"|<\|(?:image|image_pad|vision_start|image_start|begin_of_image|media_placeholder)\|>"
     r"|<(?:start_of_image|image_soft_token|image_placeholder|image_pad|ImageHere|IMG_CONTEXT)>"
@@ -54,7 +55,7 @@ def check_marks(pair: Pair) -> Pair:
         return pair
     numbers = [int(match[2]) for text in texts for match in NUMBERED_MARK.finditer(text)]
     for text in texts:
-        mark = _MARKS.search(text) or (None if pair.images else NUMBERED_MARK.search(text))
+        mark = FOREIGN_MARK.search(text) or (None if pair.images else NUMBERED_MARK.search(text))
         if mark is None:
             continue
         if not pair.images:

@@ -123,25 +123,19 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
     chat = getattr(engine, "chat", None)
     if chat is not None and (notice := unused_notice(chat.chat_template, chat.chat_template_kwargs)):
         warnings.warn(notice, stacklevel=2)
+    set_weights(engine)
     return engine
 
 
-class FingerprintedEngine:
-    """An engine with a hash of the model's weights in its settings.
+def set_weights(engine: Engine) -> None:
+    """Adds a hash of the model's weights to the settings of a ``TransformersEngine``.
 
     A resumed run compares the settings. It thus detects changed weights in the same folder.
     """
+    from mpo_ext.loss.weights import fingerprint
 
-    def __init__(self, engine: TransformersEngine) -> None:
-        from mpo_ext.loss.weights import fingerprint
-
-        self.name = engine.name
-        self.generate = engine.generate
-        self.encode_response, self.decode_response = engine.encode_response, engine.decode_response
-        self._settings = {**engine.settings(), "weights": fingerprint(engine.model)}
-
-    def settings(self) -> dict[str, Any]:
-        return dict(self._settings)
+    if isinstance(engine, TransformersEngine):
+        engine.weights = fingerprint(engine.model)
 
 
 def _is_model(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from mpo_ext.checks import check_integer
 from mpo_ext.evaluate.cells import Cell, EvaluationRun, open_questions
 from mpo_ext.evaluate.exports import EXPORTS
-from mpo_ext.evaluate.models import FingerprintedEngine, find_model, load_engine
+from mpo_ext.evaluate.models import find_model, load_engine, set_weights
 from mpo_ext.evaluate.predictions import predictions_path, write_predictions
 from mpo_ext.evaluate.report import write_reports
 from mpo_ext.evaluate.results import ALL, compute_results
@@ -93,7 +93,7 @@ def evaluate(
     for name, model in models.items():
         engine: Any = load_engine(sources[name], make_engine) if name in sources else model
         keep_date(engine, [cell.folder for cell in cells if cell.model == name])
-        engine = FingerprintedEngine(engine) if isinstance(engine, TransformersEngine) else engine
+        set_weights(engine)
         engines[name] = engine.settings()
         for cell in cells:
             if cell.model == name:

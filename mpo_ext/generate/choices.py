@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpo_ext.chat import IMAGE_PLACEHOLDER, ChatEncoder, ChatError
+from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, ChatEncoder, ChatError
 from mpo_ext.generate.engine import Generation, Request, SamplingConfig
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ def yes_and_no(generation: Generation) -> tuple[float, float]:
 
 
 def quoted(text: str) -> str:
-    """Returns a text with a space in place of each ``<image>``. Another prompt can quote the result."""
-    return text.replace(IMAGE_PLACEHOLDER, " ")
+    """Returns a text that another prompt can quote: with a space in place of each ``<image>`` and ``<video>``."""
+    return text.replace(IMAGE_PLACEHOLDER, " ").replace(VIDEO_PLACEHOLDER, " ")
 
 
 def check_prompt(name: str, prompt: Any, fields: Sequence[str]) -> None:

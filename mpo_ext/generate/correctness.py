@@ -251,7 +251,8 @@ class Correctness:
         If the item has no chosen response, a wrong sample (if any) becomes the chosen response. ``chosen_source``
         marks such a chosen response as wrong. DropoutNTP uses such a response only with ``allow_wrong_chosen``.
         """
-        source = "input"
+        # An earlier run may have marked the chosen response of the input as wrong.
+        source = WRONG_SAMPLE if item.extra.get("chosen_source") == WRONG_SAMPLE else "input"
         if item.chosen is None and wrong:
             sample = min(wrong, key=lambda sample: self._hash(item, sample))
             item, source = dataclasses.replace(item, chosen=sample.text), WRONG_SAMPLE

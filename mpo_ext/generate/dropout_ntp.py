@@ -290,6 +290,8 @@ class DropoutNTP:
             if generation.refusal is not None:
                 row.details = refusal_fields(generation.refusal)
                 row.problem = row.details["problem"]
+            elif not generation.text.strip():
+                row.problem = "sampled chosen response is empty"
             elif generation.finish_reason == "length":
                 row.problem = "sampled chosen response cut off at max_new_tokens"
             elif is_degenerate(generation.text):
@@ -329,6 +331,8 @@ class DropoutNTP:
 
         ``record`` is the stored continuation. ``scored`` is the result of ``_stored_score``.
         """
+        if not chosen.strip():  # older journals hold continuations of such responses
+            return "sampled chosen response is empty"
         if record["finish"] == "length" and not self.config.allow_truncated:
             return "continuation cut off at max_new_tokens"
         if record["tokens"] == 0 or not record["text"].strip():

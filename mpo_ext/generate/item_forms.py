@@ -19,35 +19,28 @@ import base64
 import dataclasses
 import datetime
 import decimal
+import functools
 import io
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from mpo_ext.answers import label_options
 from mpo_ext.chat import IMAGE_PLACEHOLDER
-from mpo_ext.data.literals import read_literal
-from mpo_ext.data.marks import NUMBERED_MARK
+from mpo_ext.checks import shorten
+from mpo_ext.data.marks import FOREIGN_MARK, NUMBERED_MARK
 from mpo_ext.data.media import FILE_NAME, MEDIA_FILE, file_name, is_media_content
 from mpo_ext.data.messages import Turn, last_question, with_question
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.row_media import row_videos
-from mpo_ext.generate.item_options import (
-    FormError,
-    indexed_answer,
-    is_missing,
-    numbered_answer,
-    take_options,
-)
+from mpo_ext.generate.item_answers import take_truths
+from mpo_ext.generate.item_options import FormError, is_missing, is_null, shows_options, take_options
 from mpo_ext.generate.item_turns import ItemTurns, read_chosen, read_conversation, take_conversation
 from mpo_ext.images import is_data_url
 from mpo_ext.videos import Video
 
 _QUESTIONS = ("question", "query", "text")
-_ANSWERS = ("answer_gt", "answer", "label", "answers")
 _IMAGES = ("images", "image", "decoded_image", "imgname", "image_path")
 _NUMBERED_IMAGE = re.compile(r"image_([1-9][0-9]?)")
-_LETTERS = re.compile(r"[(\[]?[A-Za-z][)\].:]*(?:\s*[,;&]\s*[(\[]?[A-Za-z][)\].:]*)*")
 # Parts of field names that look like images. Such a field is an error, because its image would be ignored.
 _IMAGE_NAME = re.compile(r"(?:^|_)(?:images?|imgs?|pictures?|photos?|videos?|audios?|frames|pixels)(?:_|$)")
 _METADATA = re.compile(
@@ -69,8 +62,8 @@ class ItemFields:
 
     Attributes:
         question: The question. It has ``<image>`` instead of placeholders such as ``<image 1>``. If the input has
-            options and a field ``context`` or ``hint``, the question begins with this field. A question that is not a
-            string is kept unchanged.
+            a field ``context`` or ``hint``, the question begins with these fields. A question that is not a string is
+            kept unchanged.
         chosen: The preferred response; None if the input has none. A message becomes its text.
         images: Paths and data URLs of the images.
         videos: The videos.
@@ -96,30 +89,31 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
 
     Raises:
         FormError: If the row has options, an answer, images, videos, a conversation or a chosen response that cannot
-            be read. Also raised if an unknown field looks like options or an image.
+            be read, or an image placeholder of another program. Also raised if an unknown field looks like options, an
+            answer or an image.
     """
     rest = {key: _plain(value) for key, value in values.items()}
     conversation = take_conversation(rest)
-    question_key = next((key for key in _QUESTIONS if rest.get(key) is not None), "question")
+    question_key = next((key for key in _QUESTIONS if not is_null(rest.get(key))), "question")
     question, chosen = rest.pop(question_key, None), read_chosen(rest.pop("chosen", None))
-    rest.pop("rejected", None)
+    question = None if is_null(question) else question
+    if "rejected" in rest:
+        _take_pair_fields(rest)
     options, is_index = take_options(rest)
     if not isinstance(question, str) and not conversation:
         return ItemFields(question, chosen, [], [], rest)
-    truths = _take_truths(rest, options, is_index=is_index)
+    truths = take_truths(rest, options, is_index=is_index)
     numbered, images = _take_images(rest)
     read = ItemTurns([{"role": "user", "content": question}], [], images)
     if conversation:
-        read = read_conversation(conversation, question, _listed(options), images, _data_url)
-    turns = read.turns
-    if options is not None:
-        context = next((rest[key] for key in ("context", "hint") if isinstance(rest.get(key), str)), "")
-        context = "" if is_missing(context) else context.strip()
-        turns = with_question(turns, f"{context}\n{last_question(turns)}" if context else last_question(turns))
+        read = read_conversation(conversation, question, options, images, _data_url)
+    turns = with_question(read.turns, _with_context(last_question(read.turns), rest))
     images, videos = read.images, _take_videos(rest)
     texts = [*(turn["content"] for turn in turns), *_listed(options)]
     if numbered or any(map(NUMBERED_MARK.search, texts)):
         turns, options, images = _place_numbered(turns, options, numbered or dict(enumerate(images, 1)))
+    if mark := FOREIGN_MARK.search("\n".join([*(turn["content"] for turn in turns), *_listed(options)])):
+        raise FormError(f"the question must mark images by {IMAGE_PLACEHOLDER} or <image 1>, got {shorten(mark[0])}")
     if options is not None:
         rest["options"] = options
     names = {file_name(image) for image in images if isinstance(image, str) and not is_data_url(image)}
@@ -132,6 +126,30 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
             raise FormError(f"the field {key!r} looks like an image, and is not read: name it image or images")
     several = turns if len(turns) > 1 else []
     return ItemFields(last_question(turns), chosen, images, truths, rest, several, read.tools, videos)
+
+
+def _take_pair_fields(rest: dict[str, Any]) -> None:
+    """Removes ``rejected`` from a preference pair, and copies the fields that an item needs from its ``extra``."""
+    del rest["rejected"]
+    extra = rest.get("extra")
+    for name in ("options", "chosen_source"):
+        if isinstance(extra, Mapping) and name in extra and rest.get(name) is None:
+            rest[name] = extra[name]
+
+
+def _with_context(question: str, rest: Mapping[str, Any]) -> str:
+    """Returns a question after the texts of the fields ``context`` and ``hint``.
+
+    A text that already stands before the question, as in ``unsolved.jsonl``, is not repeated.
+    """
+    texts = [rest[key].strip() for key in ("context", "hint") if isinstance(rest.get(key), str)]
+    texts = [text for text in dict.fromkeys(texts) if text and not is_missing(text)]
+    return "\n".join([*(text for text in texts if not _has_lines(question, text)), question])
+
+
+def _has_lines(question: str, text: str) -> bool:
+    """Returns whether a question contains a text on separate lines, before at least one further line."""
+    return re.search(rf"^{re.escape(text)}\n", question, re.MULTILINE) is not None
 
 
 def _take_videos(rest: dict[str, Any]) -> list[Video]:
@@ -155,77 +173,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     return str(value) if isinstance(value, decimal.Decimal) else value
-
-
-# ---- Answers
-
-
-def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | None, *, is_index: bool) -> list[str]:
-    """Removes the answer field from ``rest``, and returns the true answers as texts. Returns [] without an answer.
-
-    ``is_index`` says whether an integer answer is the index of an option, as in ScienceQA.
-    """
-    given = [key for key in _ANSWERS if rest.get(key) is not None and (key != "answers" or _is_texts(rest[key]))]
-    key = given[0] if given else "answer_gt"
-    answer = rest.pop(key, None)
-    for name in ("answer_gt", "answer"):
-        if rest.get(name, "") is None:
-            del rest[name]
-    if answer is None:
-        return []
-    if rest.get("question_type") == "open" and isinstance(answer, str) and answer.strip().startswith("["):
-        answer = _open_answers(answer)
-    if isinstance(answer, (list, tuple)):
-        if not all(isinstance(each, (str, int, float)) for each in answer):
-            raise FormError(f"{key} must hold texts")
-        return [_checked(str(each), options, is_index=is_index) for each in answer]
-    if isinstance(answer, Mapping):
-        raise FormError(f"{key} must be a text or a list of texts")
-    if isinstance(answer, int) and not isinstance(answer, bool) and options is not None:
-        return [indexed_answer(answer, options, is_index=is_index)]
-    text = str(answer)
-    is_hidden = text.strip() in ("", "?") and (options is not None or "question_type" in rest)
-    if is_hidden or is_missing(answer):
-        return []  # test splits have no answers
-    return [_checked(text, options, is_index=is_index)]
-
-
-def _checked(text: str, options: list[str] | dict[str, str] | None, *, is_index: bool) -> str:
-    """Checks a true answer, and converts an option index to the option's letter.
-
-    ``is_index`` says whether an integer answer is the index of an option, as in ScienceQA.
-
-    Raises:
-        FormError: If no option has this letter or index, or if a number is ambiguous.
-    """
-    if options is not None and re.fullmatch(r"-?[0-9]{1,3}(?:\.0)?", text.strip()):
-        return numbered_answer(text, options, is_index=is_index)
-    if options is None or not _LETTERS.fullmatch(text.strip()):
-        return text
-    labels = label_options(options)
-    if any(option.strip() == text.strip() for option in labels.values()):
-        return text
-    if not set(re.findall("[A-Z]", text.upper())) <= set(labels):
-        raise FormError(
-            f"answer must be a letter or the text of an option, got {text.strip()} for {len(labels)} options"
-        )
-    return text
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
-
-
-def _open_answers(answer: str) -> Any:
-    """Parses MMMU's answer to an open question: ``"['5', 'five']"`` becomes ``["5", "five"]``.
-
-    Returns ``answer`` unchanged if it is not the text of a list, or if the list is empty.
-    """
-    try:
-        answers = read_literal(answer)
-    except ValueError:
-        return answer
-    return answers if isinstance(answers, list) and answers else answer
 
 
 # ---- Images
@@ -280,6 +227,7 @@ def _place_numbered(
     """
     order: list[Any] = []
     placed: set[int] = set()
+    is_shown = options is not None and shows_options(last_question(turns), options)
 
     def place(text: str) -> str:
         def mark(match: re.Match[str]) -> str:
@@ -298,6 +246,8 @@ def _place_numbered(
     for index, turn in enumerate(turns):
         before = len(order) if index <= first else before
         turn["content"] = place(turn["content"])
+    if is_shown:
+        place = functools.partial(NUMBERED_MARK.sub, IMAGE_PLACEHOLDER)  # the question has these images
     if isinstance(options, dict):
         options = {label: place(text) for label, text in options.items()}
     elif options is not None:

@@ -1,5 +1,6 @@
 """Reads the options of items, and converts answers that are option indices to letters."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ _SERIES = (
 _OPTIONS_NAME = re.compile(
     r"(?:^|_)(?:choices?|options?|opts?|candidates?|distractors?|endings?)_?(?:[0-9]+|[a-z])?(?:_|$)"
 )
+_LETTERED = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s+(?=\S)")  # "A. cat", "(A) cat", "A) cat", "A: cat"
 _METADATA = re.compile(r"(?:^|_)(?:ids?|types?|count|num|number|n|source|format|style|language|split)(?:_|$)")
 
 
@@ -32,6 +34,32 @@ class FormError(ValueError):
 def is_missing(value: Any) -> bool:
     """Returns whether a value is the text "nan" or "NaN", which pandas writes for a missing value."""
     return isinstance(value, str) and value.strip() in ("nan", "NaN")
+
+
+def is_nan(value: Any) -> bool:
+    """Returns whether a value is the number NaN, with which tables write a missing value."""
+    return isinstance(value, float) and math.isnan(value)
+
+
+def is_null(value: Any) -> bool:
+    """Returns whether a value is missing: None, NaN, or the text "nan"."""
+    return value is None or is_nan(value) or is_missing(value)
+
+
+def shows_options(question: str, options: Sequence[str] | Mapping[str, str]) -> bool:
+    """Returns whether a question shows all its options in a form such as "A. text"."""
+    return all(_shows_option(question, *option) for option in label_options(options).items())
+
+
+def _shows_option(question: str, letter: str, text: str) -> bool:
+    """Returns whether a question shows an option in a form such as "A. text".
+
+    "A. 12" does not show the option "1", and "AA. 1" does not show the option A.
+    """
+    forms = (f"{letter}. {text}", f"({letter}) {text}", f"{letter}) {text}", f"{letter}: {text}")
+    # Only ASCII words are separated by spaces.
+    end = r"(?![A-Za-z0-9]|[.,][0-9])" if re.search(r"[A-Za-z0-9]\Z", text) else ""
+    return any(re.search(rf"(?<![A-Za-z0-9]){re.escape(form)}{end}", question) for form in forms)
 
 
 def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | None, bool]:
@@ -61,6 +89,10 @@ def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | Non
         is_content = isinstance(value, (str, list, tuple, Mapping)) and bool(value) and not is_missing(value)
         if is_content and _OPTIONS_NAME.search(name) and not _METADATA.search(name):
             raise FormError(f"the field {key!r} looks like options, and is not read: name it options")
+    letters = {letter for letter in _COLUMNS.lower() if _is_text(rest.get(letter))}
+    answers = {str(rest.get(name)).strip().casefold() for name in ("answer_gt", "answer", "label")}
+    if {"a", "b"} <= letters and answers & letters:
+        raise FormError("the fields 'a' and 'b' look like options, and are not read: name them A and B")
     return None, False
 
 
@@ -82,7 +114,8 @@ def _take_series(rest: dict[str, Any], name: str) -> list[str] | None:
     for letter in _COLUMNS[len(texts) :]:
         if _is_text(values.get(letter)):
             raise FormError(f"option {letter} stands after an empty option")
-        if letter in values and not (values[letter] is None or isinstance(values[letter], str)):
+        value = values.get(letter)
+        if not (value is None or isinstance(value, str) or is_nan(value)):
             raise FormError(f"option {letter} must be a text")
     for letter in values:
         del rest[keys[letter]]  # the remaining fields are empty: the question has fewer options than others
@@ -90,12 +123,14 @@ def _take_series(rest: dict[str, Any], name: str) -> list[str] | None:
 
 
 def _is_text(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not is_nan(value)
     return is_number or (isinstance(value, str) and bool(value.strip()) and not is_missing(value))
 
 
 def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
     """Converts options to a list of texts, or to a dict from letter to text. Returns None for an empty value.
+
+    If each text begins with the letter of its option, as in "A. cat", the letters are removed.
 
     Args:
         key: Name of the field in error messages.
@@ -104,7 +139,7 @@ def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
 
     Raises:
         FormError: If the value has another form, or more than 26 options. Also raised if the labels are not different
-            letters from A to Z.
+            letters from A to Z, or the texts begin with these letters in another order.
     """
     if isinstance(value, str):
         if not value.strip() or is_missing(value):
@@ -115,7 +150,7 @@ def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
             raise FormError(f"{key} must be a list of texts") from None
         if isinstance(value, str):
             raise FormError(f"{key} must be a list of texts")
-    if value is None or (isinstance(value, (Sequence, Mapping)) and not value):
+    if value is None or is_nan(value) or (isinstance(value, (Sequence, Mapping)) and not value):
         return None
     if isinstance(value, Mapping) and set(value) == {"text", "label"}:
         texts, labels = value["text"], value["label"]
@@ -133,14 +168,21 @@ def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
     else:
         raise FormError(f"{key} must be a list of texts")
     try:
-        label_options(options)
+        labels = label_options(options)
     except (TypeError, ValueError):
         raise FormError(f"{key} must be 1 to 26 texts, labelled A to Z if they have labels") from None
-    return options
+    matches = [_LETTERED.match(text) for text in labels.values()]
+    letters = [match[1] or match[2] for match in matches if match]
+    if len(labels) < 2 or sorted(letters) != sorted(labels):
+        return options
+    if letters != list(labels):
+        raise FormError(f"{key} must have texts whose letters are in order, such as 'A. cat' before 'B. dog'")
+    texts = [text[match.end() :] for text, match in zip(labels.values(), matches, strict=True) if match]
+    return dict(zip(labels, texts, strict=True)) if isinstance(options, dict) else texts
 
 
 def _option(key: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or is_nan(value):
         raise FormError(f"{key} must hold texts")
     return str(value)
 

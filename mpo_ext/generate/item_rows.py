@@ -1,15 +1,16 @@
 """Reads the rows of an item file: JSON lines, a JSON array, TSV, CSV or Parquet, also compressed or in UTF-16."""
 
 import codecs
+import collections
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpo_ext.checks import install_hint
-from mpo_ext.data.containers import as_lines, is_parquet, long_cells
+from mpo_ext.data.containers import as_lines, is_parquet, long_cells, read_cell
 from mpo_ext.data.jsonl import UNREADABLE
 
 TABLES = (".tsv", ".csv", ".parquet")
@@ -18,7 +19,7 @@ _PARQUET_ROWS = 32  # rows that are read at a time; each may hold several images
 
 
 def read_rows(path: str) -> Iterator[Any]:
-    """Yields each row of a file, usually as a dict. All values of TSV and CSV are strings.
+    """Yields each row of a file, usually as a dict. Cells of TSV and CSV are read by ``read_cell``, most as strings.
 
     An unreadable row is None, or a dict with the reason under the key ``UNREADABLE``.
 
@@ -101,18 +102,41 @@ def _is_utf8(head: bytes) -> bool:
 def _table_rows(path: str, dialect: str) -> Iterator[Any]:
     try:
         with long_cells(), open(path, encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file, dialect=dialect, strict=True):
+            reader = csv.DictReader(file, dialect=dialect, strict=True)
+            _check_names(path, [name for name in reader.fieldnames or () if name])
+            for row in reader:
                 # DictReader has the key None for too many values, and the value None for too few.
-                yield None if None in row or None in row.values() else row
+                is_whole = None not in row and None not in row.values()
+                yield {name: read_cell(name, text) for name, text in row.items()} if is_whole else None
     except (UnicodeError, csv.Error) as error:
         raise ValueError(f"path must be a table of text in UTF-8, got {path}: {error}") from None
 
 
+def _check_names(path: str, names: Sequence[str]) -> None:
+    """Raises ValueError if several columns of a table have the same name."""
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"path must name each column once, got {path} with {repeated[0]!r} twice")
+
+
+class _RepeatedNameError(ValueError):
+    """Raised if a JSON object has the same field twice."""
+
+
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(fields)
+    if len(values) < len(fields):
+        raise _RepeatedNameError
+    return values
+
+
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError:
         return {UNREADABLE: "a line must be text in UTF-8"}
+    except _RepeatedNameError:
+        return {UNREADABLE: "a line must have each field once"}
     except (ValueError, RecursionError):
         return None
 
@@ -124,6 +148,8 @@ def _parquet(path: str) -> Any:
     except ImportError:
         raise ImportError(f"{path} needs pyarrow: {install_hint('data')}") from None
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} must be a Parquet file, got {error}") from None
+    _check_names(path, file.schema_arrow.names)
+    return file

@@ -20,7 +20,7 @@ from mpo_ext.data.messages import (
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, SOURCE
 from mpo_ext.data.tools import read_tools, refuse_tools
-from mpo_ext.generate.item_options import FormError
+from mpo_ext.generate.item_options import FormError, is_null, shows_options
 
 NO_QUESTION = "no question"  # the problem of an item; journals hold this text
 _MESSAGES = ("messages", "conversations", "conversation")
@@ -54,7 +54,7 @@ def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
     """
     if not is_unset(rest.get("chat_template_kwargs")):
         raise FormError("chat_template_kwargs must be given for the whole run (--chat-template-kwargs)")
-    found = {name: value for name in _FIELDS if not is_empty(value := rest.pop(name, None))}
+    found = {name: value for name in _FIELDS if not is_empty(value := rest.pop(name, None)) and not is_null(value)}
     extra = rest.get("extra")
     source = extra.get(SOURCE) if isinstance(extra, Mapping) else None
     if isinstance(extra, Mapping) and isinstance(source, Mapping):
@@ -76,7 +76,7 @@ def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
 def read_conversation(
     fields: Mapping[str, Any],
     question: Any,
-    options: Sequence[str],
+    options: list[str] | dict[str, str] | None,
     columns: Sequence[Any],
     data_url: Callable[[str], str],
 ) -> ItemTurns:
@@ -86,7 +86,7 @@ def read_conversation(
         fields: Fields from ``take_conversation``.
         question: Without messages in ``fields``: the question, which becomes the last user turn. With messages: None,
             or the text of the last user turn. White space and ``<image>`` may differ from the turn.
-        options: Texts of the answer options. They may contain ``<image>``.
+        options: The answer options. They may contain ``<image>``.
         columns: Images from the item's image fields.
         data_url: Function that converts a base64 text to a data URL.
 
@@ -107,8 +107,11 @@ def read_conversation(
             turns.append({"role": "user", "content": question})
         else:
             raise FormError(NO_QUESTION)
-        n_places = images.count - sum(text.count(IMAGE_PLACEHOLDER) for text in options)
-        for text in options:
+        has_question = any(turn["role"] == "user" for turn in turns)
+        is_shown = options is not None and has_question and shows_options(last_question(turns), options)
+        texts = [] if is_shown else list(options.values() if isinstance(options, dict) else options or ())
+        n_places = images.count - sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+        for text in texts:
             images.add_marks("options", text)
         turns = read_system(fields, turns)
         check_prompt_turns(turns, n_places)
@@ -119,23 +122,28 @@ def read_conversation(
         raise FormError(str(error).partition(", got ")[0]) from None
 
 
-def read_chosen(chosen: Any) -> Any:
-    """Returns the text of a chosen response. The response is a message, or a list with one message.
+def read_chosen(chosen: Any) -> str | None:
+    """Returns the text of a chosen response: a text, a message, or a list with one message.
 
-    Any other value, such as a text, is returned unchanged. An empty value is also returned unchanged.
+    Returns None if the response is missing or empty.
 
     Raises:
-        FormError: If a message cannot be read, if there are several messages, or if the message has tool calls.
+        FormError: If the value has another type, a message cannot be read, there are several messages, or the message
+            has tool calls.
     """
-    if not isinstance(chosen, (Mapping, list, tuple)) or not chosen:
+    if is_null(chosen) or (isinstance(chosen, (Mapping, list, tuple)) and not chosen):
+        return None
+    if isinstance(chosen, str):
         return chosen
+    if not isinstance(chosen, (Mapping, list, tuple)):
+        raise FormError("chosen must be text or a list of messages")
     try:
         turns = read_response("chosen", chosen)
     except FieldError as error:
         raise FormError(str(error).partition(", got ")[0]) from None
     if len(turns) != 1 or "tool_calls" in turns[0]:
         raise FormError("chosen must be a response of one turn, without tools")
-    return turns[0]["content"]
+    return str(turns[0]["content"])
 
 
 def _words(text: str) -> list[str]:

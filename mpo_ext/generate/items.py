@@ -21,12 +21,15 @@ from mpo_ext.data.paths import absolute_path
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import PROMPT_TOOLS, PROMPT_TURNS, SOURCE, Pair
 from mpo_ext.generate.item_forms import FormError, read_fields
+from mpo_ext.generate.item_options import shows_options
 from mpo_ext.generate.item_rows import count_rows, read_rows
 from mpo_ext.generate.item_turns import NO_QUESTION
 from mpo_ext.images import is_data_url, is_remote, is_url, load_image
 from mpo_ext.videos import Video, load_video
 
 _MAX_NAMES = 500  # maximum length of the names of fields in a message
+_IMAGE_PROBLEM, _VIDEO_PROBLEM = "image cannot be read", "video cannot be read"
+MEDIA_PROBLEMS = {_IMAGE_PROBLEM, _VIDEO_PROBLEM}  # the results of ``media_problem``
 WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that is known to be wrong
 
 
@@ -98,10 +101,7 @@ class Item:
         A question that already shows the options is unchanged.
         """
         options = self.options
-        if options is None:
-            return self.question
-        forms = ("{0}. {1}", "({0}) {1}", "{0}) {1}", "{0}: {1}")
-        if all(any(form.format(*option) in self.question for form in forms) for option in options):
+        if options is None or shows_options(self.question, self.extra["options"]):
             return self.question
         return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in options)])
 
@@ -163,6 +163,8 @@ class Item:
             provenance: Fields that record how the pair was made, such as the pipeline and the seed.
         """
         extra = self.pair_extra
+        if chosen != self.chosen:
+            extra.pop("chosen_source", None)  # it describes the chosen response of the input
         prompt: dict[str, Any] = {PROMPT_TURNS: list(map(dict, turns))} if (turns := self.turns(question)) else {}
         if self.tools:
             prompt[PROMPT_TOOLS] = list(map(dict, self.tools))
@@ -224,7 +226,9 @@ class Item:
             subset, image_root = _remembered_subset(source, paths, image_root)
         options = fields.extra.get("options") or ()
         texts = [turn["content"] for turn in fields.turns] or [question]
-        text = "".join([*texts, *(options.values() if isinstance(options, dict) else options)])
+        if options and not shows_options(question, options):
+            texts += options.values() if isinstance(options, dict) else options
+        text = "".join(texts)
         problem = None
         if not all(map(_is_path, images)):
             problem = "images are no paths"  # words: ignore (journals hold this text)
@@ -414,7 +418,7 @@ def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
 
 def media_problem(error: Exception) -> str:
     """Returns the ``problem`` of an item after an error of ``load_media``."""
-    return f"{'video' if str(error).startswith('video') else 'image'} cannot be read"
+    return _VIDEO_PROBLEM if str(error).startswith("video") else _IMAGE_PROBLEM
 
 
 def _no_question(values: Mapping[str, Any]) -> str:

@@ -295,8 +295,8 @@ class Judge:
     ) -> list[tuple[RatedResponse, RatedResponse]]:
         """Returns (chosen, rejected) tuples of responses. The judge has preferred ``chosen`` in both orders.
 
-        A comparison gives no tuple if its verdict is unreadable or changes with the order. ``result.notes`` counts
-        these comparisons.
+        A comparison gives no tuple if its verdict is unreadable, is a tie in one of the orders, or changes with the
+        order. ``result.notes`` counts these comparisons.
         """
         by_key = {response.record["key"]: response for response in responses}
         shares = {
@@ -312,6 +312,8 @@ class Judge:
                 continue  # the two orders are one comparison
             if share is None or swapped is None:
                 notes["comparisons whose verdict cannot be read"] += 1
+            elif 0.5 in (share, swapped):
+                notes["comparisons that end in a tie"] += 1
             elif (share > 0.5) == (swapped > 0.5):
                 notes["comparisons whose verdict changes with the order of the responses"] += 1
             else:

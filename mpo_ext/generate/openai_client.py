@@ -74,6 +74,10 @@ class ServerOptions:
         url = urllib.parse.urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError(f"base_url must begin with http:// or https://, got {self.base_url!r}")
+        try:
+            url.port  # noqa: B018 - raises for an invalid port
+        except ValueError as error:
+            raise ValueError(f"base_url must have a valid port, got {self.base_url!r}: {error}") from None
         if url.username or url.password or url.query or url.fragment:
             # The address appears in errors and logs, so it is not shown here.
             raise ValueError("base_url must not hold a user, a password, or a part after '?' or '#': keys go into "
@@ -290,7 +294,27 @@ def _problem(reply: Any) -> str | None:
     choices = reply.get("choices") if isinstance(reply, Mapping) else None
     if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], Mapping):
         (choice,) = choices
-        has_content = isinstance(choice.get("text"), str) or isinstance(choice.get("message"), Mapping)
+        message = choice.get("message")
+        has_content = isinstance(choice.get("text"), str) or (
+            isinstance(message, Mapping) and content_text(message.get("content")) is not None
+        )
         if has_content and isinstance(choice.get("finish_reason"), str):
             return None
     return repr(reply)
+
+
+def content_text(content: Any) -> str | None:
+    """Returns the text of a message's content, or None if the content is not a text.
+
+    The content is a text, a list of text parts, or None, which stands for "".
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        return None
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "".join(texts)

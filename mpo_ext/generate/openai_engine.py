@@ -11,7 +11,14 @@ from typing import Any
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, chat_messages
 from mpo_ext.checks import shorten
 from mpo_ext.generate.engine import Generation, Request, refused, refused_videos
-from mpo_ext.generate.openai_client import OpenAIClient, Reply, RequestRefusedError, ServerError, ServerOptions
+from mpo_ext.generate.openai_client import (
+    OpenAIClient,
+    Reply,
+    RequestRefusedError,
+    ServerError,
+    ServerOptions,
+    content_text,
+)
 from mpo_ext.generate.openai_probe import CHAT, COMPLETIONS, EXTENSIONS, OPEN_TURN, probe
 from mpo_ext.generate.transformers_engine import make_generation
 from mpo_ext.images import ImageError, load_image
@@ -19,6 +26,12 @@ from mpo_ext.processors import HUB_OPTIONS, load_without_weights
 from mpo_ext.provenance import processor_parts
 
 NO_TOKENIZER = "none"
+#: Fields of the requests that the engine sets, or that change the form of the answers.
+_RESERVED = {
+    "model", "prompt", "messages", "tools", "tool_choice", "temperature", "top_p", "max_tokens",
+    "max_completion_tokens", "seed", "stop_token_ids", "logit_bias", "n", "stream", *EXTENSIONS,
+}  # fmt: skip
+_TEMPLATE_FIELDS = {"chat_template", "chat_template_kwargs", "add_special_tokens", *OPEN_TURN}
 _NEVER = -100.0  # the lowest value of ``logit_bias``
 _TAIL = 16  # number of tokens at a prompt's end that an error message shows
 
@@ -47,7 +60,7 @@ class OpenAIEngine:
         concurrency: Maximum number of requests at the same time.
         timeout_s: Seconds to wait for the answer to a request.
         max_retries: Maximum number of retries after a temporary failure (``ServerOptions``).
-        extra_body: Further fields of all requests.
+        extra_body: Further fields of all requests. Fields that the engine sets, such as ``temperature``, are refused.
         **options: Options with which the tokenizer is loaded, such as ``revision``.
 
     Attributes:
@@ -90,7 +103,7 @@ class OpenAIEngine:
             max_retries=max_retries,
         )
         self.name, self.concurrency = model, concurrency
-        self.extra_body = dict(extra_body or {})
+        self.extra_body = _further_fields(extra_body, has_tokenizer=processor is not None or tokenizer != NO_TOKENIZER)
         self.suppressed: list[int] = []
         self.chat: ChatEncoder | None = None
         if processor is not None:
@@ -288,7 +301,7 @@ class OpenAIEngine:
         if reason not in ("stop", "length"):
             return refused(f"the server ended with the reason {reason!r}")
         message = choice.get("message") or {}
-        text = choice["text"] if isinstance(choice.get("text"), str) else message.get("content") or ""
+        text = choice["text"] if isinstance(choice.get("text"), str) else content_text(message.get("content")) or ""
         ids = choice.get("token_ids")
         if self.chat is None or not isinstance(ids, list):
             if message.get("reasoning_content") or message.get("reasoning"):
@@ -323,6 +336,25 @@ class OpenAIEngine:
         if not ids or tuple(ids[:size]) != request.prefix_ids:
             ids = [*request.prefix_ids, *self.chat.tokenizer.encode(text, add_special_tokens=False)]
         return Generation(tuple(ids[size:]), text, reason)
+
+
+def _further_fields(extra_body: Any, *, has_tokenizer: bool) -> dict[str, Any]:
+    """Returns ``extra_body`` as a dict.
+
+    ``has_tokenizer`` says whether the engine has the model's chat template, and therefore sets its variables.
+
+    Raises:
+        TypeError: If ``extra_body`` is not a mapping.
+        ValueError: If it has a field that the engine sets, or that changes the form of the answers.
+    """
+    if extra_body is None:
+        return {}
+    if not isinstance(extra_body, Mapping):
+        raise TypeError(f"extra_body must map names of fields to values, got {extra_body!r}")
+    reserved = _RESERVED | (_TEMPLATE_FIELDS if has_tokenizer else set())
+    if known := sorted(set(extra_body) & reserved):
+        raise ValueError(f"extra_body must have only fields that the engine does not set, got {', '.join(known)}")
+    return dict(extra_body)
 
 
 def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_ext.answers import VERDICT_VERSION, Matcher, Verdict, extract_answer, matcher
+from mpo_ext.answers.choices import ChoiceMatcher
+from mpo_ext.answers.matchers import CustomMatcher
 from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.feeding import Steps, run_steps
@@ -92,6 +94,8 @@ class QuestionSampler:
     def prompt(self, item: Item) -> str:
         """Returns the text of the last user turn: the question in the template, or the question with its options.
 
+        A question that already shows its options is not followed by them.
+
         If ``with_image`` is False, the placeholders ``<image>`` and ``<video>`` are removed.
 
         Raises:
@@ -99,7 +103,8 @@ class QuestionSampler:
         """
         prompt = item.question_with_options
         if self.template is not None:
-            prompt = render(self.template, item.question, item.extra.get("options"))
+            is_shown = prompt == item.question  # a question that shows its options, or has none
+            prompt = render(self.template, item.question, None if is_shown else item.extra.get("options"))
         return prompt if self.with_image else without_placeholders(prompt)
 
     def _prompt_problem(self, item: Item) -> str | None:
@@ -204,9 +209,16 @@ class AnswerScorer:
     def matcher_for(self, item: Item) -> Matcher:
         """Returns the matcher for answers to an item's question.
 
-        If the item has options, the matcher gets the options.
+        If the item has options, the matcher gets the options. A matcher that does not use options is replaced by
+        ``ChoiceMatcher``, because it would call "Paris" wrong if the true answer is "B" and option B is Paris.
+        ``CustomMatcher`` is kept.
         """
-        return self.matcher if item.options is None else self.matcher.with_options(dict(item.options))
+        if item.options is None:
+            return self.matcher
+        options = dict(item.options)
+        with_options = self.matcher.with_options(options)
+        uses_options = with_options is not self.matcher or isinstance(self.matcher, (ChoiceMatcher, CustomMatcher))
+        return with_options if uses_options else ChoiceMatcher(options=options)
 
     def score(self, text: str, item: Item) -> tuple[str | None, Verdict | None]:
         """Returns the answer in a response, and the matcher's verdict on the answer.

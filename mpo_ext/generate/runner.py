@@ -17,7 +17,7 @@ from typing import Any, Protocol, TextIO
 from mpo_ext.checks import check_integer
 from mpo_ext.files import check_outputs
 from mpo_ext.generate.engine import Engine
-from mpo_ext.generate.items import Item, ItemFile, ItemSource, item_files, open_items, read_items
+from mpo_ext.generate.items import Item, ItemFile, ItemSource, is_meta, item_files, open_items, read_items
 from mpo_ext.generate.outputs import ItemResult, PairOutputs, Summary
 from mpo_ext.generate.progress import SamplingProgress
 from mpo_ext.generate.sampler import (
@@ -176,7 +176,8 @@ def check_run(
     check_output_files(pipeline, source, files, Path(out))
     first = list(itertools.islice(read_items(files), _CHECKED_ITEMS))
     if not first:
-        raise ValueError(f"source must hold items, got an empty file: {source}")
+        content = "a meta file that lists no items" if is_meta(source) else "an empty file"
+        raise ValueError(f"source must hold items, got {content}: {source}")
     if all(item.problem for item in first):
         detail = f" ({first[0].detail})" if first[0].detail else ""
         raise ValueError(

@@ -13,6 +13,8 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
+import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +23,11 @@ from mpo_ext.chat.encoder import with_date
 from mpo_ext.checks import check_integer
 from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.feeding import Steps, run_blocks
-from mpo_ext.generate.items import Item, ItemSource
-from mpo_ext.journal import Journal, read_header, read_records
+from mpo_ext.generate.items import MEDIA_PROBLEMS, Item, ItemSource
+from mpo_ext.images import ImageError, describe_source
+from mpo_ext.journal import Journal, SettingsMismatchError, differences, read_header, read_records
+
+_LATER_FIELDS = ("processor", "weights")  # journals of earlier versions lack these settings of the engine
 
 
 class Pipeline(Protocol):
@@ -121,7 +126,7 @@ def open_journal(
     Args:
         pipeline: The pipeline that samples.
         engine_settings: Result of the engine's ``settings()``. An existing journal must have been created with equal
-            settings. If an earlier version wrote a journal without the field "processor", this field is not compared.
+            settings. If an earlier version wrote a journal without "processor" or "weights", these are not compared.
         source: The items.
         out: Folder of the run.
         rank: Rank of the process.
@@ -129,6 +134,7 @@ def open_journal(
         fsync_s: Seconds between two syncs of the journal to disk.
 
     Raises:
+        SettingsMismatchError: If another process of the run has other settings.
         ValueError: If the rank is out of range, or the run was started with another number of processes.
     """
     check_integer("world_size", world_size, least=1)
@@ -138,15 +144,41 @@ def open_journal(
     check_world_size(out, world_size)
     path = journal_path(out, rank, world_size)
     stored = read_header(path) if path.exists() else None
-    if stored is not None and "processor" not in stored.get("engine", {}):
-        engine_settings = {name: value for name, value in engine_settings.items() if name != "processor"}
+    if stored is not None:
+        engine_settings = _without_later_fields(engine_settings, stored.get("engine", {}))
     settings = {
         "pipeline": {"name": pipeline.name, **pipeline.settings()},
         "engine": dict(engine_settings),
         "input": source.settings(),
         "processes": world_size,
     }
+    others = (journal_path(out, other, world_size) for other in range(world_size) if other != rank)
+    for other in filter(Path.exists, others):
+        _check_same_settings(other, read_header(other), settings)
     return Journal(path, settings, fsync_s=fsync_s)
+
+
+def _without_later_fields(settings: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of an engine without the fields of ``_LATER_FIELDS`` that the settings ``other`` lack."""
+    fields = {name: value for name, value in settings.items() if name in other or name not in _LATER_FIELDS}
+    if isinstance(fields.get("judge"), Mapping) and isinstance(other.get("judge"), Mapping):
+        fields["judge"] = _without_later_fields(fields["judge"], other["judge"])
+    return fields
+
+
+def _check_same_settings(path: Path, stored: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
+    """Raises SettingsMismatchError if the settings in the journal ``path`` differ from those of another process.
+
+    If one of the two lacks "processor" or "weights", as in journals of an earlier version, these are not compared.
+    ``stored`` is None if the header is not complete yet.
+    """
+    if stored is None:
+        return
+    first, second = (json.loads(json.dumps(side)) for side in (stored, settings))
+    engines = first.get("engine", {}), second.get("engine", {})
+    first["engine"], second["engine"] = _without_later_fields(*engines), _without_later_fields(*reversed(engines))
+    if changes := list(differences(first, second)):
+        raise SettingsMismatchError(path, changes)
 
 
 def sample_items(
@@ -189,11 +221,16 @@ def read_samples(
 
     Raises:
         IncompleteRunError: If a journal is missing (raised at once) or lacks a sample (raised during iteration).
+        SettingsMismatchError: If the journals have different settings (raised at once).
         ValueError: If a journal holds samples of other items (raised during iteration).
     """
     paths = [journal_path(out, rank, world_size) for rank in range(world_size)]
-    if not all(path.exists() and read_header(path) is not None for path in paths):
+    headers = [read_header(path) if path.exists() else None for path in paths]
+    first = headers[0]
+    if first is None or None in headers:
         raise IncompleteRunError
+    for path, header in zip(paths, headers, strict=True):
+        _check_same_settings(path, header, first)
 
     def samples() -> Iterator[tuple[Item, list[dict[str, Any]]]]:
         journals = [read_records(path) for path in paths]
@@ -270,12 +307,39 @@ def _no_steps() -> Steps:
 
 
 def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[StoredBlock]:
-    """Yields a ``StoredBlock`` for each list of items, with the samples that the journal already holds."""
-    stored = journal.records()
+    """Yields a ``StoredBlock`` for each list of items, with the samples that the journal already holds.
+
+    Issues a warning if the journal says that an image or video cannot be read, but it can be read now.
+    """
+    stored, is_warned = journal.records(), False
     for items in item_blocks:
         keys = [pipeline.keys(item) for item in items]
         records = list(_stored_records(stored, itertools.chain.from_iterable(keys), journal.path))
+        rows = iter(records)
+        for item, item_keys in zip(items, keys, strict=True):
+            of_item = list(itertools.islice(rows, len(item_keys)))
+            if not is_warned and _has_become_readable(item, of_item):
+                is_warned = True
+                sources = [*item.image_sources, *(path for video in item.video_sources for path in video.paths)]
+                warnings.warn(
+                    f"{', '.join(map(describe_source, sources))} could not be read when {journal.path} was written, "
+                    "and can be read now: this item and others like it stay skipped. A run in another folder samples "
+                    "them",
+                    stacklevel=2,
+                )
         yield StoredBlock(items, keys, records)
+
+
+def _has_become_readable(item: Item, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether the stored samples of an item report unreadable media that can be read now."""
+    problems = {record.get("problem", record.get("failure")) for record in records}
+    if not problems & MEDIA_PROBLEMS:
+        return False
+    try:
+        item.load_media()
+    except (OSError, ImageError):
+        return False
+    return True
 
 
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:

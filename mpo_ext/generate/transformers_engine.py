@@ -60,6 +60,7 @@ class TransformersEngine:
         shares_prefill: Whether requests with the same prompt and images share one prefill.
         inference_mode: Whether the model runs in ``torch.inference_mode``. Must be False if the parameters are trained
             later and gathered in each forward pass (FSDP2, ZeRO-3).
+        weights: Hash of the model's weights for ``settings``; None: the settings do not name the weights.
 
     Raises:
         ChatError: If the chat template cannot be used.
@@ -83,7 +84,8 @@ class TransformersEngine:
             processor, stop_ids=stop_ids_of(model), embedding_rows=embedding_rows_of(model), **chat_options
         )
         self.shares_prefill = self.inference_mode = True
-        for name, value in self._ignored_settings().items():
+        self.weights: str | None = None
+        for name, value in _ignored_settings(self.model).items():
             warnings.warn(
                 f"generation_config.json asks for {name}={value}, which sampling ignores: it would change the "
                 "distribution that the samples are drawn from",
@@ -117,7 +119,7 @@ class TransformersEngine:
         Raises:
             ImportError: If the processor needs torchvision, which is missing.
             ValueError: If the kind of model is not supported, such as an encoder-decoder
-                (``mpo_ext.processors.check_supported``).
+                (``mpo_ext.processors.check_supported``). Also raised if this machine does not have the device.
         """
         import torch
         import transformers
@@ -126,6 +128,7 @@ class TransformersEngine:
         if device is None:
             local = environment_integer("LOCAL_RANK", environment_integer("SLURM_LOCALID", 0))
             device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+        _check_device(device)
         config = load_config(name, **options)
         processor = load_processor(name, config, **options)  # fails in seconds, unlike the weights
         has_images = takes_images(config)
@@ -140,19 +143,9 @@ class TransformersEngine:
         """
         dtype = str(self.model.dtype).removeprefix("torch.")
         parts = processor_parts(self.chat, self.chat.stop_ids)
-        ignored = self._ignored_settings()
         settings = {"engine": "transformers", "model": self.name, "dtype": dtype, "processor": parts}
-        if videos := video_settings():
-            settings["videos"] = videos
-        return {**settings, "ignored": ignored} if ignored else settings
-
-    def _ignored_settings(self) -> dict[str, Any]:
-        """Returns the settings in the model's ``generation_config`` that the engine ignores.
-
-        These settings, such as ``repetition_penalty``, would change the distribution of the tokens.
-        """
-        values = {name: getattr(self.model.generation_config, name, None) for name in _IGNORED}
-        return {name: value for name, value in values.items() if value not in (None, _IGNORED[name])}
+        optional = {"videos": video_settings(), "ignored": _ignored_settings(self.model), "weights": self.weights}
+        return {**settings, **{name: value for name, value in optional.items() if value}}
 
     def encode_response(self, conversation: Conversation, response: str) -> list[int]:
         return self.chat.response_ids(conversation, response)[:-1]
@@ -161,15 +154,23 @@ class TransformersEngine:
         return self.chat.response_text(conversation, token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Returns the generation of each request. Requests that do not fit the chat template are refused."""
+        """Returns the generation of each request.
+
+        Requests that do not fit the chat template or the model's context are refused. A response ends at the end of
+        the context.
+        """
         results: dict[int, Generation] = {}
         prompts: dict[int, EncodedPrompt] = {}
+        fitting: list[Request] = []
         for row, request in enumerate(requests):
             try:
-                prompts[row] = self.chat.prompt(request)
+                prompt = self.chat.prompt(request)
+                fitting.append(_within_context(self.model, request, len(prompt.ids) + len(request.prefix_ids)))
             except ChatError as error:
                 results[row] = refused(error)
-        rest = self._generate([requests[row] for row in prompts], list(prompts.values()))
+            else:
+                prompts[row] = prompt
+        rest = self._generate(fitting, list(prompts.values()))
         results.update(zip(prompts, rest, strict=True))
         return [results[row] for row in range(len(requests))]
 
@@ -337,6 +338,55 @@ class TransformersEngine:
             for name, value in inputs.items()
             if isinstance(value, torch.Tensor)
         }
+
+
+def _check_device(device: str) -> None:
+    """Raises ValueError if this machine does not have a device, such as "cuda:7"."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device must be a device of this machine, got {device!r}: {error}") from None
+
+
+def _ignored_settings(model: Any) -> dict[str, Any]:
+    """Returns the settings in the model's ``generation_config`` that the engine ignores.
+
+    These settings, such as ``repetition_penalty``, would change the distribution of the tokens.
+    """
+    values = {name: getattr(model.generation_config, name, None) for name in _IGNORED}
+    return {name: value for name, value in values.items() if value not in (None, _IGNORED[name])}
+
+
+def _context_limit(config: Any) -> int | None:
+    """Returns the maximum number of tokens of a model's context; None if the config does not name it."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if isinstance(rope, Mapping) and isinstance(original := rope.get("original_max_position_embeddings"), int):
+        limit = max(limit, int(original * (rope.get("factor") or 1)))  # YaRN extends the context
+    return limit
+
+
+def _within_context(model: Any, request: Request, length: int) -> Request:
+    """Returns a request whose ``max_new_tokens`` ends the response at the end of the model's context.
+
+    ``length`` is the number of tokens of the prompt and the prefix, with one token for each image.
+
+    Raises:
+        ChatError: If the context has no place for a response.
+    """
+    limit = _context_limit(model.config.get_text_config())
+    if limit is None:
+        return request
+    if length >= limit:
+        raise ChatError(f"the prompt must be shorter than the model's context of {limit} tokens, got {length}")
+    if request.sampling.max_new_tokens <= limit - length:
+        return request
+    sampling = dataclasses.replace(request.sampling, max_new_tokens=limit - length)
+    return dataclasses.replace(request, sampling=sampling)
 
 
 def _batches(

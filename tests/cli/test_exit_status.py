@@ -41,6 +41,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "no-answers.jsonl").write_text('{"question": "Q"}\n')
     (folder / "broken.yaml").write_text("a: [\n")
     (folder / "file").write_text("")
+    (folder / "nothing.json").write_text("{}")
     (folder / "empty").mkdir()
     (folder / "mine").mkdir()
     (folder / "mine" / "notes.txt").write_text("mine")
@@ -66,6 +67,7 @@ def place(written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 TRAIN = ["train", "recipe.yaml"]
 SAMPLE = ["sample", "dropout-ntp", "items.jsonl", "sampled", "--model", "model"]
 EVALUATE = ["evaluate", "model", "--data", "items.jsonl", "--out", "evaluated"]
+RLAIF_V = ["sample", "rlaif-v", "items.jsonl", "sampled", "--model", "model"]
 LORA = "model.lora={rank: 2}"
 
 # Arguments, exit status, words of the message.
@@ -103,6 +105,16 @@ TABLE: list[tuple[list[str], int, str]] = [
     (["sample", "judge", "items.jsonl", "file", "--model", "model"], 2, "out must be a folder"),
     (["sample", "rlaif-v", "items.jsonl", "mine", "--model", "model"], 2, "out must be a new place"),
     ([*SAMPLE, "--engine", "openai"], 2, "--base-url must be given"),
+    (["sample", "judge", "nothing.json", "sampled", "--model", "model"], 2, "got a meta file that lists no items"),
+    ([*RLAIF_V, "--max-list-tokens", "0"], 2, "max_list_tokens must be at least 1, got 0"),
+    ([*EVALUATE, "--batch-size", "0"], 2, "batch_size must be at least 1, got 0"),
+    (["plan", "recipe.yaml", "--bandwidth", "inf", "--tflops", "1"], 2, "--bandwidth must be positive and finite"),
+    (["plan", "recipe.yaml", "--bandwidth", "1", "--tflops", "nan"], 2, "--tflops must be positive"),
+    ([*SAMPLE, "--matcher-option", "accept=1", "--matcher-option", "accept=0"], 2, "got accept twice"),
+    ([*SAMPLE, "--dtype", "bf16"], 2, "invalid choice: 'bf16'"),
+    ([*EVALUATE, "--dtype", "float99"], 2, "invalid choice: 'float99'"),
+    ([*SAMPLE, "--device", "cuda:77"], 2, "device must be a device of this machine, got 'cuda:77'"),
+    ([*EVALUATE, "--device", "nothing"], 2, "device must be a device of this machine, got 'nothing'"),
     ([*SAMPLE, "--chat-template", "gone.jinja"], 2, "gone.jinja"),
     ([*EVALUATE, "--prompt", "shout"], 2, "must be one of direct"),
     (["evaluate", "gone", "--data", "items.jsonl", "--out", "evaluated"], 2, "model must be a folder"),

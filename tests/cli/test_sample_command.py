@@ -12,6 +12,8 @@ from mpo_ext.cli import sample as cli
 from mpo_ext.cli.shared import MATCHERS
 from mpo_ext.images import describe_source
 
+OPENAI = ("--engine", "openai", "--base-url", "http://localhost:1/v1", "--engine-option")
+
 
 @pytest.fixture
 def items(tmp_path: Path) -> Path:
@@ -77,6 +79,17 @@ def test_judge_takes_its_options(items: Path, tmp_path: Path, monkeypatch: pytes
     pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
     assert pairs
     assert all(pair["provenance"]["scores"][0] >= pair["provenance"]["scores"][1] + 0.1 for pair in pairs)
+
+
+@pytest.mark.parametrize("option", [("--best-rating", 5), ("--min-gap", 0.5), ("--max-shorter", 1.0)])
+def test_options_of_ratings_need_pointwise(
+    option: tuple[str, object], items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert sample(monkeypatch, "judge", items, tmp_path / "out", *option) == 2
+    assert f"{option[0]} must be left out without --mode pointwise, got {option[1]}" in capsys.readouterr().err
+    assert sample(monkeypatch, "judge", items, tmp_path / "out", *option, "--mode", "pointwise") == 0
+    assert sample(monkeypatch, "judge", items, tmp_path / "out", "--mode", "pointwise") == 0  # these are the defaults
 
 
 @pytest.mark.parametrize(
@@ -219,6 +232,15 @@ def test_options_of_transformers_are_refused_with_vllm(
         (("--engine", "openai"), "--base-url must be given with --engine openai"),
         (("--engine", "openai", "--dtype", "float16"), "--dtype must be left out with --engine openai, got float16"),
         (("--api-key-env", "NAME"), "--api-key-env must be left out with --engine transformers, got NAME"),
+        (
+            ("--engine", "openai", "--base-url", "http://localhost:abc/v1", "--engine-option", "tokenizer=none"),
+            "base_url must have a valid port",
+        ),
+        (
+            (*OPENAI, 'extra_body={"temperature": 0}'),
+            "extra_body must have only fields that the engine does not set, got temperature",
+        ),
+        ((*OPENAI, "extra_body=abc"), "extra_body must map names of fields to values, got 'abc'"),
     ],
 )
 def test_options_of_a_server_belong_to_its_engine(
@@ -230,6 +252,23 @@ def test_options_of_a_server_belong_to_its_engine(
     args = parser.parse_args(command)
     assert args.run(args) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("judge", "tokenizer", "is_refused"),
+    [
+        ("other", "tokenizer=folder", True), ("other", "tokenizer=none", False), ("other", None, False),
+        ("stub", "tokenizer=folder", False),
+    ],
+)  # fmt: skip
+def test_another_judge_at_a_server_has_another_tokenizer(
+    judge: str, tokenizer: str | None, is_refused: bool, items: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    options = ["--engine", "openai", "--judge-model", judge, *(["--engine-option", tokenizer] if tokenizer else [])]
+    assert sample(monkeypatch, "judge", items, tmp_path / "out", *options) == (2 if is_refused else 0)
+    message = f"tokenizer must be none with another --judge-model, got 'folder' for stub and {judge}"
+    assert (message in capsys.readouterr().err) is is_refused
 
 
 def test_the_help_lists_all_matchers() -> None:

@@ -136,7 +136,8 @@ def test_the_page_shows_the_failures_and_escapes_all_text(data: Path, tmp_path: 
     assert shown["images"][0].startswith("data:image/jpeg;base64,")
     assert [answers["right"] for answers in hard["answers"]] == [1, 0]
     (sample,) = hard["answers"][1]["samples"]
-    assert sample == {"text": "Final answer: 3", "answer": "3", "right": False, "unreadable": False, "cutOff": False}
+    # 3 is not an option of this question.
+    assert sample == {"text": "Final answer: 3", "answer": "3", "right": False, "unreadable": True, "cutOff": False}
     assert late["question"] == f"late {HOSTILE}"
     assert (late["answers"][0]["unreadable"], late["answers"][0]["cutOff"]) == (1, 1)
     assert late["answers"][1]["samples"][0]["text"].startswith(HOSTILE)

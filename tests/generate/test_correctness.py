@@ -270,8 +270,35 @@ def test_samples_of_older_journals_are_scored_again() -> None:
     assert pairs(pipeline.make_pairs(ITEM, records, "stub")) == [(answered(7), answered(8))]
 
 
+def test_a_wrong_chosen_response_stays_marked() -> None:
+    first = judged([answered(8), answered(9)], Item(question="How many?", truths=("7",)))
+    ((name, line),) = first.lines
+    assert (name, line["chosen_source"]) == ("unsolved", "wrong sample")
+    again = Item.from_dict(line)
+    assert judged([answered(8), answered(9)], again).lines[0][1] == line
+    given = judged([answered(8)] * 2, Item(question="Q", truths=("7",), chosen="7"))
+    assert given.lines[0][1]["chosen_source"] == "input"
+    ((name, pair),) = judged([answered(7), answered(9)], again).lines
+    assert (name, pair["chosen"], "chosen_source" in pair) == ("pairs", answered(7), False)
+
+
 def test_the_options_of_an_item_decide_about_its_answers() -> None:
     item = Item.from_dict({"question": "Where?", "options": ["Rome", "Paris"], "answer": "B"})
     outcome = judged([answered("Paris"), answered("Rome"), answered("London")], item, matcher={"kind": "choice"})
     assert pairs(outcome) == [(answered("Paris"), answered("Rome"))]
     assert outcome.skipped["answer of the sample is unreadable"] == 1
+
+
+@pytest.mark.parametrize(
+    "matcher",
+    [
+        {"kind": "vqa"}, {"kind": "number"}, {"kind": "math"}, {"kind": "anls"}, {"kind": "chart"}, {"kind": "exact"},
+        {"kind": "any", "matchers": ["vqa", "number"]},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("truth", ["B", "Paris"])
+def test_a_matcher_without_options_does_not_decide_about_options(matcher: dict[str, Any], truth: str) -> None:
+    item = Item.from_dict({"question": "Where?", "options": ["Rome", "Paris"], "answer": truth})
+    for right in ("Paris", "B", "(B)", "B. Paris"):
+        outcome = judged([answered(right), answered("A")], item, matcher=matcher)
+        assert pairs(outcome) == [(answered(right), answered("A"))]

@@ -156,6 +156,8 @@ def test_a_missing_chosen_response_is_sampled_with_the_image(tmp_path: Path) -> 
         ("It is red.\nFinal answer: 8", "stop", "sampled chosen response is wrong"),
         ("It is red.", "length", "sampled chosen response cut off at max_new_tokens"),
         ("red red red " * 30, "stop", "sampled chosen response repeats itself"),
+        ("  \n ", "stop", "sampled chosen response is empty"),
+        ("", "stop", "sampled chosen response is empty"),
     ):
         known = Item(question="Why?", truths=("7",))
         engine.script = {known.digest: Generation((), text, finish)}
@@ -257,3 +259,19 @@ def test_a_sampled_chosen_response_has_a_right_answer_if_the_answer_is_known() -
         engine = StubEngine(script={item.digest: Generation((), text, "stop"), key: Generation((33,), "!", "stop")})
         (records,) = pipeline.sample([item], engine)
         assert pipeline.make_pairs(item, records, "stub").skipped == skipped
+
+
+def test_an_empty_sampled_response_of_an_older_journal_makes_no_pair() -> None:
+    item = Item(question="Why?")
+    pipeline = DropoutNTP(DropoutNTPConfig(sample_chosen=True))
+    (key,) = pipeline.keys(item)
+    record = {
+        "key": key,
+        "chosen": " \n",
+        "chosen_tokens": 2,
+        "text": " red",
+        "finish": "stop",
+        "tokens": 1,
+        "cut": {},
+    }
+    assert pipeline.make_pairs(item, [record], "stub").skipped == {"sampled chosen response is empty": 1}

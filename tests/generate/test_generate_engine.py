@@ -502,3 +502,46 @@ def test_settings_of_the_checkpoint_that_change_the_distribution_are_ignored(eng
     assert other.generate(requests) == expected
     assert other.settings()["ignored"] == penalties
     assert model.generation_config.repetition_penalty == 9.0
+
+
+def test_a_response_stays_within_the_context(engine: TransformersEngine) -> None:
+    """Tests that a prompt beyond the context is refused, also by a model whose positions are a table (GPT-2)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = build_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    gpt2 = TransformersEngine(GPT2LMHeadModel(config), tokenizer)
+    sampling = SamplingConfig(max_new_tokens=200, temperature=0.0)
+    requests = [Request(key=str(n), question=" ".join(["Read"] * n), sampling=sampling) for n in (1, 30, 200)]
+    requests.append(dataclasses.replace(requests[0], key="prefix", prefix_ids=(9,) * 60))
+    sizes = [len(gpt2.chat.prompt(request).ids) + len(request.prefix_ids) for request in requests]
+    results = gpt2.generate(requests)
+    for size, result in zip(sizes, results, strict=True):
+        if size >= 64:
+            assert "the prompt must be shorter than the model's context of 64 tokens" in str(result.refusal)
+        else:
+            assert result.refusal is None
+            assert len(result.token_ids) <= 64 - size
+    assert [result.refusal is None for result in results][:3] == [True, True, False]
+    alone = [gpt2.generate([request])[0] for request in requests]
+    assert results == alone
+    limit = engine.model.config.get_text_config().max_position_embeddings
+    long = Request(question="Read " * limit, sampling=sampling)
+    assert "context" in str(engine.generate([long])[0].refusal)
+
+
+def test_yarn_extends_the_context() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer()
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, rope_scaling=yarn,
+    )  # fmt: skip
+    engine = TransformersEngine(LlamaForCausalLM(config), tokenizer)
+    sampling = SamplingConfig(max_new_tokens=1, temperature=0.0)
+    requests = [Request(question=" ".join(["Read"] * n), sampling=sampling) for n in (90, 200)]
+    results = engine.generate(requests)
+    assert results[0].refusal is None
+    assert "context of 128 tokens" in str(results[1].refusal)

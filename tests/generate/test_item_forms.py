@@ -6,6 +6,7 @@ Images, options and answers are read, or the question is refused.
 import base64
 import bz2
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -18,8 +19,8 @@ from stub_engine import StubEngine
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
-from mpo_ext.generate.dropout_ntp import DropoutNTP
-from mpo_ext.generate.items import Item, item_files, open_items, read_items
+from mpo_ext.generate.dropout_ntp import WRONG_CHOSEN, DropoutNTP
+from mpo_ext.generate.items import WRONG_SAMPLE, Item, item_files, open_items, read_items
 from mpo_ext.generate.runner import check_run, run
 
 
@@ -35,6 +36,7 @@ def in_base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
+NAN = float("nan")
 RED, BLUE = picture("red"), picture("blue")
 RED_URL, BLUE_URL = (f"data:image/png;base64,{in_base64(content)}" for content in (RED, BLUE))
 
@@ -120,12 +122,36 @@ def test_scienceqa() -> None:
     assert (item.truths, item.images, item.question) == (("B",), (RED_URL,), "Which ocean is it?")
     assert read({**SCIENCEQA, "image": None}).images == ()
     assert read({**SCIENCEQA, "hint": "It is warm."}).question == "It is warm.\nWhich ocean is it?"
+    assert read({"question": "Why?", "context": "It is warm.", "answer": "7"}).question == "It is warm.\nWhy?"
     same = {"question": "Q?", "answer": 5, "options": ["5", "5"]}
     assert (
         Item.from_dict(same).problem
         == Item.from_dict({**SCIENCEQA, "answer": 2}).problem
         == ("answer must be a letter or the text of an option: a number may be an index from 0 or from 1")
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "before"),
+    [
+        ({"context": "", "hint": "It rains."}, "It rains.\n"),
+        ({"context": " ", "hint": "It rains."}, "It rains.\n"),
+        ({"context": "nan", "hint": "It rains."}, "It rains.\n"),
+        ({"context": "A map.", "hint": ""}, "A map.\n"),
+        ({"context": "A map.", "hint": "It rains."}, "A map.\nIt rains.\n"),
+        ({"context": "It rains.", "hint": "It rains."}, "It rains.\n"),
+        ({"context": "Which", "hint": ""}, "Which\n"),
+    ],
+)
+def test_context_and_hint_stand_before_the_question(fields: dict[str, str], before: str) -> None:
+    item = read({**SCIENCEQA, **fields})
+    assert item.question == f"{before}Which ocean is it?"
+    for template in (None, "cot"):  # an unsolved item is read again
+        pipeline = Correctness(CorrectnessConfig(samples=2, template=template))
+        line = {**item.to_dict(), "question": pipeline.questions.prompt(item)}
+        again = read(line)
+        assert again.question == pipeline.questions.prompt(item)
+        assert again.question_with_options == again.question
 
 
 def test_chartqa() -> None:
@@ -198,6 +224,22 @@ def test_options_that_are_refused(options: Any) -> None:
     assert len(problem) < 100
 
 
+@pytest.mark.parametrize("form", ["{}. {}", "({}) {}", "{}) {}", "{}: {}"])
+def test_letters_in_options_are_removed(form: str) -> None:
+    def lettered(*letters: str) -> list[str]:
+        return [form.format(letter, text) for letter, text in zip(letters, ("cat", "dog", "cow"), strict=True)]
+
+    item = read({"question": "Q?", "answer": "B", "options": lettered("A", "B", "C")})
+    assert item.question_with_options == "Q?\nA. cat\nB. dog\nC. cow"
+    labelled = dict(zip("ABC", lettered("A", "B", "C"), strict=True))
+    assert read({"question": "Q?", "answer": "B", "options": labelled}).options == item.options
+    assert read({"question": "Q?", "answer": form.format("B", "dog"), "options": labelled}).options == item.options
+    problem = Item.from_dict({"question": "Q?", "answer": "B", "options": lettered("B", "A", "C")}).problem
+    assert problem == "options must have texts whose letters are in order, such as 'A. cat' before 'B. dog'"
+    names = lettered("A", "B", "N")
+    assert read({"question": "Q?", "answer": "B", "options": names}).extra["options"] == names
+
+
 @pytest.mark.parametrize(
     ("options", "answer", "truth"),
     [(["3", "5"], 5, "B"), (["0", "1"], 0, "A"), (["x", "y"], "B", "B"), (["x", "y"], "y", "y")],
@@ -259,6 +301,7 @@ def test_file_name_beside_an_image_names_the_image(image: Any) -> None:
         {"rationale": "See a.png."}, {"source": "figures of a book"}, {"imagination": "x"},
         {"figure": "Figure 2"}, {"media": "print"}, {"visual": True}, {"option_count": 4}, {"choice_type": "single"},
         {"options_format": "text"}, {"choices_a": None}, {"A": "only one"},
+        {"a": "1", "b": "2"}, {"a": "only one"},
     ],
 )  # fmt: skip
 def test_other_fields_are_kept(fields: dict[str, Any]) -> None:
@@ -277,7 +320,27 @@ def test_other_fields_are_kept(fields: dict[str, Any]) -> None:
         ({"options": ["a", "b"], "choices": ["a", "c"]}, "options and choices differ"),
         ({"answer": {"text": "7"}}, "answer must be a text or a list of texts"),
         ({"answer": [["7"]]}, "answer must hold texts"),
+        ({"answer": True}, "answer must be a text: true and false may also mean yes and no"),
+        ({"answer": ["7", False]}, "answer must be a text: true and false may also mean yes and no"),
+        ({"answer": "['7', 'seven']"}, "answer must be a text or a list of texts, got a list written as text"),
+        ({"answer_gt": "8"}, "the true answer must be given once, got answer_gt and answer with other texts"),
+        ({"answer": None, "answers": [{"answer": "7"}]}, "answers must hold texts"),
+        ({"answer": None, "answers": {"text": ["7"]}}, "answers must be a text or a list of texts"),
+        ({"answer": None, "label": 1}, "label must be a text: 0 and 1 may also mean no and yes"),
+        ({"answer": None, "label": False}, "label must be a text: 0 and 1 may also mean no and yes"),
+        (
+            {"a": "x", "b": "y", "answer": "B"},
+            "the fields 'a' and 'b' look like options, and are not read: name them A and B",
+        ),
+        ({"chosen": 7}, "chosen must be text or a list of messages"),
+        ({"chosen": True}, "chosen must be text or a list of messages"),
+        ({"question": "nan"}, "no question"),
+        ({"question": NAN}, "no question"),
         ({"options": ["<image>", "b"], "answer": "A"}, "number of <image> is not that of the images"),
+        (
+            {"options": ["B", "A"], "answer": "B"},
+            "answer must be a letter or the text of an option: this letter is also another option's text",
+        ),
     ],
 )
 def test_items_that_would_be_asked_in_another_way_are_refused(values: dict[str, Any], problem: str) -> None:
@@ -337,7 +400,38 @@ def test_unknown_options_refuse_the_item_by_name(fields: dict[str, Any], field: 
     assert problem == f"the field {field!r} looks like options, and is not read: name it options"
 
 
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"Answer": "7"}, "Answer"), ({"ground_truth": 7}, "ground_truth"), ({"answer ": "7"}, "answer "),
+        ({"final_answer": ["7", "seven"]}, "final_answer"), ({"correctAnswer": "7"}, "correctAnswer"),
+        ({"answer": "", "gt": "7"}, "gt"), ({"reference_answer": "7"}, "reference_answer"),
+        ({"answer_index": 1}, "answer_index"),
+    ],
+)  # fmt: skip
+def test_an_unknown_true_answer_refuses_the_item_by_name(fields: dict[str, Any], field: str) -> None:
+    problem = Item.from_dict({"question": "Q?", **fields}).problem
+    assert problem == f"the field {field!r} looks like a true answer, and is not read: name it answer_gt"
+    assert read({"question": "Q?", **fields, "answer": "8"}).truths == ("8",)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"answer_type": "float"}, {"num_answers": 3}, {"answer_format": "text"}, {"is_answerable": True},
+        {"solution": "See above."}, {"chosen_answer": "7"}, {"ground_truth": ""}, {"target": None}, {"gt": [[1, 2]]},
+        {"answered": "yes"}, {"final_answer": []}, {"answer_length": 4},
+    ],
+)  # fmt: skip
+def test_other_fields_are_no_true_answer(fields: dict[str, Any]) -> None:
+    item = read({"question": "Q?", **fields})
+    assert (item.truths, item.extra) == ((), fields)
+
+
 def test_missing_values_of_pandas_are_missing() -> None:
+    assert read({"question": "Q?", "chosen": "nan"}).chosen is None
+    assert read({"question": NAN, "query": "Q?", "chosen": NAN}).question == "Q?"
+    assert read({"question": "Q?", "system": "nan", "history": "nan", "tools": NAN}).messages == ()
     item = read({**MMBENCH, "hint": "nan", "C": "nan", "D": "nan", "answer": "A"})
     assert (item.question, item.extra["options"]) == ("What is shown?", ["a cat", "None"])
     assert Item.from_dict({**MMBENCH, "C": "nan", "D": "a cow"}).problem == "option D stands after an empty option"
@@ -392,6 +486,20 @@ def test_marks_with_numbers(mark: str) -> None:
     for fields in ({}, {"images": ["a.png"]}):
         problem = Item.from_dict({"question": question, "answer": "7", **fields}).problem
         assert problem == f"{mark.format(2)} must have an image with this number"
+
+
+@pytest.mark.parametrize(
+    "mark", ["<Image>", "<|image_pad|>", "[IMG]", "<image_placeholder>", "<IMG_CONTEXT>", "<img>a.png</img>"]
+)
+def test_marks_of_other_programs_are_refused(mark: str) -> None:
+    problem = f"the question must mark images by <image> or <image 1>, got {mark!r}"
+    values = {"question": f"What is {mark}?", "image": "a.png", "answer": "7"}
+    turns = [{"role": "user", "content": f"{mark}"}, {"role": "assistant", "content": "Yes."}]
+    for changes in (
+        {}, {"image": None}, {"question": "Q?", "options": [mark, "none"], "answer": "A"},
+        {"question": "Q?", "messages": [*turns, {"role": "user", "content": "Q?"}]},
+    ):  # fmt: skip
+        assert Item.from_dict({**values, **changes}).problem == problem
 
 
 # ---- Tables
@@ -525,6 +633,8 @@ def test_files_in_other_forms(tmp_path: Path, name: str, content: bytes) -> None
         ("a.jsonl", gzip.compress(LINES.encode(), mtime=0)[:-9], "complete"),
         ("a.json", b"[{}, ", "item 2 is not JSON"),
         ("a.csv", b'question,answer\n"a"b,7\n', "a table of text in UTF-8"),
+        ("a.csv", b"question,answer,answer\nHow many?,7,8\n", "with 'answer' twice"),
+        ("a.tsv", b"A\tquestion\tA\na\tHow many?\tb\n", "with 'A' twice"),
     ],
 )  # fmt: skip
 def test_files_that_are_not_read_name_the_cause(tmp_path: Path, name: str, content: bytes, cause: str) -> None:
@@ -537,6 +647,31 @@ def test_a_line_in_another_encoding_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(LINES.encode("latin-1"))
     assert {item.problem for item in open_items(path).items()} == {"a line must be text in UTF-8"}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.tsv"])
+def test_lists_and_messages_in_cells_are_read(tmp_path: Path, name: str) -> None:
+    row = {"images": '["a.png", "b.png"]', "chosen": '{"role": "assistant", "content": "Two."}', "id": "[1]",
+           "messages": '[{"role": "user", "content": "<image> or <image>?"}]', "answer": "7"}  # fmt: skip
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(row), dialect="excel-tab" if name == "a.tsv" else "excel")
+    writer.writeheader()
+    writer.writerow(row)
+    content = text.getvalue().encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (item,) = open_items(tmp_path / name).items()
+    assert (item.problem, item.question, item.images) == (None, "<image> or <image>?", ("a.png", "b.png"))
+    assert (item.chosen, item.truths, item.extra) == ("Two.", ("7",), {"id": "[1]"})
+
+
+def test_a_repeated_field_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = ['{"question": "Q", "answer": "7", "answer": "8"}', '{"question": "Q", "meta": {"a": 1, "a": 2}}']
+    path.write_text("\n".join([*lines, '{"question": "Q", "answer": "7"}']))
+    problem = "a line must have each field once"
+    assert [item.problem for item in open_items(path).items()] == [problem, problem, None]
+    (tmp_path / "a.csv").write_text("question,,answer,\nQ,,7,\n")  # columns without a name
+    assert [item.truths for item in open_items(tmp_path / "a.csv").items()] == [("7",)]
 
 
 # ---- Runs
@@ -575,6 +710,86 @@ def test_images_in_options_are_shown(tmp_path: Path) -> None:
             assert request.question.count(IMAGE_PLACEHOLDER) == len(request.images) == 3
 
 
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image> Which?"}]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        MMMU,
+        {"question": "Which?", "images": ["a.png"], "options": ["<image>", "none"], "answer": "A"},
+        {"messages": TURNS, "images": ["a.png", "b.png"], "options": ["<image>", "none"], "answer": "A"},
+    ],
+)
+def test_a_question_that_shows_images_in_its_options_needs_no_more_images(values: dict[str, Any]) -> None:
+    """Tests lines such as those of unsolved.jsonl, whose question shows the options."""
+    item = read(values)
+    prompt = item.question_with_options
+    again = read(dataclasses.replace(item, question=prompt).to_dict())
+    assert (again.images, again.question_with_options, again.options) == (item.images, prompt, item.options)
+    assert again.prompt_text == item.prompt_text
+    shown = 'Which of <image 1> and <image 2> is older?\nA. the "first"\nB. it\'s <image 2>\nC. 3, 4'
+    assert read({**MMMU, "question": shown}).images == ("a.png", "b.png", "b.png")
+
+
+def test_a_pair_keeps_its_options_and_the_mark_of_its_chosen_response() -> None:
+    item = read({"question": "Where?", "options": ["Rome", "Paris"], "answer": "B", "chosen_source": WRONG_SAMPLE,
+                 "chosen": "Rome"})  # fmt: skip
+    pair = item.pair(item.question_with_options, "Rome", "Roma", {})
+    again = read(pair.to_dict())
+    assert (again.options, again.truths, again.question) == (item.options, ("B",), item.question_with_options)
+    assert again.extra["chosen_source"] == WRONG_SAMPLE
+    assert DropoutNTP().sample([again], StubEngine())[0][0]["problem"] == WRONG_CHOSEN
+
+
+@pytest.mark.parametrize(
+    ("answer", "truths"),
+    [
+        ({"answer": ""}, ()), ({"answer": "  "}, ()), ({"answer": float("nan")}, ()), ({"answer": "nan"}, ()),
+        ({"answer_gt": "", "answer": "5"}, ("5",)), ({"answer_gt": float("nan"), "answer": "5"}, ("5",)),
+        ({"answer": "", "label": "5"}, ("5",)), ({"label": ""}, ()), ({"label": float("nan")}, ()),
+        ({"answer": ["5", "", float("nan"), " "]}, ("5",)), ({"answer": [""]}, ()), ({"answers": ["", "5"]}, ("5",)),
+        ({"answer": "0"}, ("0",)), ({"answer": 0.0}, ("0",)), ({"answers": [0, 5.0]}, ("0", "5")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"options": ["0", "5", "False"]}])
+def test_an_empty_answer_is_no_true_answer(answer: dict[str, Any], truths: tuple[str, ...], options: Any) -> None:
+    assert read({"question": "How many?", **answer, **options}).truths == truths
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "is_read"),
+    [
+        ("dog", ["dog", "cow"], True), ("Dog", ["dog", "cow"], True), ("A", ["dog", "cow"], True),
+        ("(a)", ["dog", "cow"], True), ("A. dog", ["dog", "cow"], True), ("A, B", ["dog", "cow"], True),
+        ("AB", ["dog", "cow"], True), (["dog", "B"], ["dog", "cow"], True), ("cat", ["dog", "cow"], False),
+        ("A. cow", ["dog", "cow"], False), ("A or B", ["dog", "cow"], False), ("dog and cat", ["dog", "cow"], False),
+        (True, ["yes", "no"], False), (True, ["True", "no"], True), (1.5, ["1", "2"], False),
+        (["dog", "cat"], ["dog", "cow"], False),
+    ],
+)  # fmt: skip
+def test_an_answer_names_an_option(answer: Any, options: list[str], is_read: bool) -> None:
+    item = Item.from_dict({"question": "Which?", "answer": answer, "options": options})
+    assert (item.problem is None) is is_read
+    assert is_read or str(item.problem).startswith("answer must be a letter or the text of an option")
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({"A": "cat", "B": "dog", "C": NAN, "D": NAN}, ["cat", "dog"]),
+        ({"choice_a": "cat", "choice_b": "dog", "choice_c": NAN}, ["cat", "dog"]),
+        ({"options": NAN}, None), ({"options": NAN, "A": "cat", "B": "dog"}, ["cat", "dog"]),
+        ({"A": "cat", "B": NAN, "C": "dog"}, "problem"), ({"options": ["cat", NAN]}, "problem"),
+        ({"options": {"A": "cat", "B": NAN}}, "problem"),
+    ],
+)  # fmt: skip
+def test_nan_is_no_option(fields: dict[str, Any], options: Any) -> None:
+    item = Item.from_dict({"question": "Which?", **fields})
+    assert (item.problem is not None) is (options == "problem")
+    assert options == "problem" or item.extra.get("options") == options
+
+
 def test_a_template_that_cannot_show_the_options_refuses_the_item() -> None:
     from mpo_ext.generate.engine import SamplingConfig
     from mpo_ext.generate.prompts import PromptTemplate
@@ -596,6 +811,9 @@ def test_a_template_that_cannot_show_the_options_refuses_the_item() -> None:
         ("Which?\nA. a cat\nB. a dog", ["a cat", "a dog"], None),
         ("Which?\n(A) a cat (B) a dog", ["a cat", "a dog"], None),
         ("Is it a cat or a dog?", ["a cat", "a dog"], "Is it a cat or a dog?\nA. a cat\nB. a dog"),
+        ("A: 12, B: 25. Which?", ["1", "2"], "A: 12, B: 25. Which?\nA. 1\nB. 2"),
+        ("A: 1.5, B: 2.5. Which?", ["1", "2"], "A: 1.5, B: 2.5. Which?\nA. 1\nB. 2"),
+        ("A: \u732b B: \u72d7\u3002", ["\u732b", "\u72d7"], None),
         ("Which?", None, None),
     ],
 )
@@ -607,3 +825,7 @@ def test_questions_without_a_template_show_their_options(question: str, options:
     Correctness(CorrectnessConfig(samples=2, template=None)).sample([item], engine)
     DropoutNTP().sample([item], engine)
     assert [request.question for request in engine.requests] == [prompt or question] * 3
+    for name in ("direct", "cot"):
+        engine = StubEngine()
+        Correctness(CorrectnessConfig(samples=2, template=name)).sample([item], engine)
+        assert {request.question.partition("\n\n")[0] for request in engine.requests} == {prompt or question}

@@ -11,6 +11,7 @@ from stub_engine import StubEngine
 from test_feeding import StreamingStub
 from test_runner import outputs, run, run_until_killed, write_items
 
+from mpo_ext.generate.choices import quoted
 from mpo_ext.generate.claims import read_list, split_sentences
 from mpo_ext.generate.engine import Generation, Request
 from mpo_ext.generate.items import Item
@@ -183,6 +184,32 @@ def test_a_comparison_counts_if_both_orders_agree() -> None:
     assert result.stage_tokens == {"responses": 6, "verdicts": 12}
     limited = Judge(JudgeConfig(samples=4, pairs_per_question=1))
     assert sum(len(record.get("comparisons", ())) for record in made(limited, ScriptedEngine("bcad", judge))[2]) == 2
+
+
+@pytest.mark.parametrize(
+    ("in_order", "swapped", "note"),
+    [
+        ((0.5, 0.5), (0.5, 0.5), "comparisons that end in a tie"),
+        ((0.6, 0.4), (0.5, 0.5), "comparisons that end in a tie"),
+        ((0.5, 0.5), (0.6, 0.4), "comparisons that end in a tie"),
+        ((0.4, 0.6), (0.5, 0.5), "comparisons that end in a tie"),
+        ((0.6, 0.4), (0.6, 0.4), "comparisons whose verdict changes with the order of the responses"),
+        ((0.4, 0.6), (0.4, 0.6), "comparisons whose verdict changes with the order of the responses"),
+    ],
+)
+def test_a_tie_in_one_order_is_no_preference(
+    in_order: tuple[float, ...], swapped: tuple[float, ...], note: str
+) -> None:
+    def judge(request: Request) -> tuple[float, ...]:
+        return in_order if "Response A: good" in request.question else swapped
+
+    pairs, result, _ = made(Judge(JudgeConfig(samples=2)), ScriptedEngine(["bad", "good"], judge))
+    assert pairs == []
+    assert result.notes == {note: 1}
+
+
+def test_prompts_of_a_judge_quote_no_placeholder() -> None:
+    assert quoted("<video>\nSee <image> and <video>.") == " \nSee   and  ."
 
 
 @pytest.mark.parametrize(

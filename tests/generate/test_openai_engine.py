@@ -472,3 +472,42 @@ def test_a_server_that_does_not_answer_is_named(server: Server) -> None:
     with pytest.raises(ValueError, match=r"the server must answer /chat/completions or /completions, got .*no /v2"):
         OpenAIEngine("stub", base_url=server.url.replace("v1", "v2"), processor=TOKENIZER)
     assert threading.active_count() <= threads + 2
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("It is 7.", "It is 7."), (None, ""), ([], ""), ([{"type": "text", "text": "It is 7."}], "It is 7."),
+        ([{"type": "text", "text": "It "}, {"type": "text", "text": "is 7."}], "It is 7."),
+        ([{"type": "image_url", "image_url": {}}], None), ({"text": "It is 7."}, None), (7, None),
+        (["It is 7."], None), ([{"type": "text", "text": 7}], None),
+    ],
+)  # fmt: skip
+def test_the_content_of_a_message_is_a_text(server: Server, content: Any, text: str | None) -> None:
+    vars(server).update(takes_ids=False, returns_ids=False)
+    engine = engine_of(server, max_retries=0)
+    server.message = {"content": content}
+    request = Request(question="Why?", seed=1, sampling=SAMPLING)
+    if text is not None:
+        assert engine.generate([request])[0].text == text
+    else:
+        with pytest.raises(ServerError, match="the answer must have one choice with a text"):
+            engine.generate([request])
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_refused"),
+    [
+        ({"seed": 1}, True), ({"max_tokens": 5}, True), ({"top_k": 5}, True), ({"messages": []}, True),
+        ({"chat_template_kwargs": {}}, True), ({"user": "me"}, False), ({}, False), (None, False),
+    ],
+)  # fmt: skip
+def test_further_fields_replace_no_field_of_the_engine(server: Server, fields: Any, is_refused: bool) -> None:
+    if is_refused:
+        with pytest.raises(ValueError, match=f"extra_body must have only .* not set, got {next(iter(fields))}"):
+            engine_of(server, extra_body=fields)
+        return
+    engine_of(server, extra_body=fields).generate([Request(question="Why?", seed=1, sampling=SAMPLING)])
+    assert server.bodies[-1].get("user") == (fields or {}).get("user")
+    # Without a tokenizer, the engine does not know the template.
+    engine_of(server, processor=None, tokenizer="none", extra_body={"chat_template_kwargs": {}})

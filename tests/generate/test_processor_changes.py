@@ -18,9 +18,11 @@ for package in ("transformers", "sklearn", "PIL"):
 import torch
 
 from mpo_ext.demo.model import build_model, build_processor
+from mpo_ext.evaluate.models import set_weights
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.engine import SamplingConfig
+from mpo_ext.generate.routing import RoutedEngine
 from mpo_ext.generate.runner import run
 from mpo_ext.generate.sampler import journal_path
 from mpo_ext.generate.transformers_engine import TransformersEngine
@@ -50,6 +52,12 @@ def items(tmp_path: Path) -> Path:
 def sample(items: Path, out: Path, engine: TransformersEngine) -> Any:
     sampling = SamplingConfig(max_new_tokens=3)
     return run(Correctness(CorrectnessConfig(samples=2, sampling=sampling)), engine, items, out)
+
+
+def weighed() -> TransformersEngine:
+    engine = make_engine()
+    set_weights(engine)
+    return engine
 
 
 def header(out: Path) -> dict[str, Any]:
@@ -105,17 +113,36 @@ def test_other_stop_tokens_are_refused(tmp_path: Path, items: Path) -> None:
         sample(items, tmp_path / "out", TransformersEngine(engine.model, engine.processor, name="tiny"))
 
 
-def test_journals_of_earlier_versions_still_resume(tmp_path: Path, items: Path) -> None:
+@pytest.mark.parametrize("as_judge", [False, True])
+def test_other_weights_in_the_same_folder_are_refused(tmp_path: Path, items: Path, as_judge: bool) -> None:
+    def engine(other: bool) -> Any:
+        changed, unchanged = make_engine(), make_engine()
+        with torch.no_grad():
+            next(changed.model.parameters()).add_(other)
+        for part in (changed, unchanged):
+            set_weights(part)
+        return RoutedEngine(unchanged, changed) if as_judge else changed
+
     out = tmp_path / "out"
-    sample(items, out, make_engine())
+    sample(items, out, engine(False))
+    sample(items, out, engine(False))
+    with pytest.raises(SettingsMismatchError, match=r"engine\.judge\.weights" if as_judge else r"engine\.weights"):
+        sample(items, out, engine(True))
+
+
+@pytest.mark.parametrize("fields", [["processor"], ["weights"], ["processor", "weights"]])
+def test_journals_of_earlier_versions_still_resume(tmp_path: Path, items: Path, fields: list[str]) -> None:
+    out = tmp_path / "out"
+    sample(items, out, weighed())
     outputs = (out / "summary.json").read_bytes()
     path = journal_path(out, 0, 1)
     first, *records = path.read_text().splitlines()
     values = json.loads(first)
-    del values["settings"]["engine"]["processor"]
+    for field in fields:
+        del values["settings"]["engine"][field]
     path.write_text("\n".join([json.dumps(values), *records[:2]]) + "\n")
-    sample(items, out, make_engine())
-    assert "processor" not in header(out)
+    sample(items, out, weighed())
+    assert not set(fields) & set(header(out))
     assert (out / "summary.json").read_bytes() == outputs
     assert path.read_text().splitlines()[1:] == records
 

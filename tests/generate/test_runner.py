@@ -20,7 +20,7 @@ from mpo_ext.files import LockedError
 from mpo_ext.generate import runner
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
-from mpo_ext.generate.items import Item, item_files, read_items
+from mpo_ext.generate.items import Item, item_files, open_items, read_items
 from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.repetition import is_degenerate
 from mpo_ext.generate.responses import RatedResponse, distinct
@@ -141,6 +141,48 @@ def test_several_processes_give_the_outputs_of_one(name: str, tmp_path: Path) ->
     assert outputs(tmp_path / "three") == outputs(tmp_path / "one")
     with pytest.raises(ValueError, match=r"processes must be the 3 that .* was begun with, got 2"):
         run(PIPELINES[name](), items, tmp_path / "three", rank=0, world_size=2)
+
+
+def test_processes_with_other_settings_are_refused(tmp_path: Path) -> None:
+    class Other(StubEngine):
+        def settings(self) -> dict[str, Any]:
+            return {"engine": "other", "processor": {"date": "2026-01-01"}}
+
+    items = write_items(tmp_path / "items.jsonl", 4)
+    out, first = tmp_path / "out", PIPELINES["correctness"]()
+    run(first, items, out, rank=0, world_size=2)
+    seeded = Correctness(CorrectnessConfig(samples=8, pairs_per_question=3, seed=5))
+    for pipeline, engine, name in ((seeded, None, "pipeline.seed: 0"), (first, Other(), "engine.engine: 'stub'")):
+        with pytest.raises(SettingsMismatchError, match=name):
+            run(pipeline, items, out, engine, rank=1, world_size=2)
+    assert not journal_path(out, 1, 2).exists()
+    assert run(first, items, out, rank=1, world_size=2) is not None
+    path = journal_path(out, 1, 2)  # as if an earlier version had written it
+    path.write_text(path.read_text().replace('"seed":0', '"seed":5'))
+    with pytest.raises(SettingsMismatchError, match=r"pipeline\.seed"):
+        run(first, items, out, rank=0, world_size=2)
+    with pytest.raises(SettingsMismatchError, match=r"pipeline\.seed"):
+        runner.write_outputs(first, open_items(items), out, world_size=2)
+
+
+def test_media_that_can_be_read_again_are_named(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    items = tmp_path / "items.jsonl"
+    lines = [{"question": f"<image>Q{n}?", "image": f"{n}.png", "answer": "7"} for n in range(2)]
+    items.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "1.png")
+    pipeline = PIPELINES["correctness"]()
+    for root in ("wrong", "images"):
+        options = {"image_root": str(tmp_path / root)}
+        before = run(pipeline, items, tmp_path / root / "out", **options)
+        assert run(pipeline, items, tmp_path / root / "out", **options) == before
+    with pytest.warns(UserWarning, match=r"1.png could not be read when .* can be read now: .* stay skipped"):
+        run(pipeline, items, tmp_path / "wrong" / "out", image_root=str(tmp_path / "images"))
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "0.png")
+    with pytest.warns(UserWarning, match=r"0.png could not be read when .* can be read now: .* stay skipped"):
+        run(pipeline, items, tmp_path / "images" / "out", image_root=str(tmp_path / "images"))
 
 
 def test_more_items_may_follow(tmp_path: Path) -> None:
