@@ -145,7 +145,7 @@ def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, 
     """Renders a page with ``render_page``, and writes it to ``path``."""
     page = render_page(template, values)
     with atomic_write(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="replace"))  # a lone surrogate cannot be encoded
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:

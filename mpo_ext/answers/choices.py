@@ -27,7 +27,7 @@ _BRACKETED = r"(?:[(\[]\s*[A-Za-z]\s*[)\]]|[A-Za-z]\b[).]?)"
 _SEVERAL = re.compile(rf"{_BRACKETED}(?:{_SEPARATOR}{_BRACKETED})+\s*", re.IGNORECASE)
 _ROW = re.compile(r"(?:[(\[]\s*[A-Za-z]\s*[)\]]\s*){2,}|[A-Z](?:\s+[A-Z])+|[A-Z]{2,}")
 _LETTER_AND_TEXT = re.compile(
-    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]\s*[.:,-]?|([A-Za-z])\s*[).:](?=\s)|([A-Z])\s+[-,=](?=\s)|([A-Z])(?=\s*[(\n]))\s*(.+)",
+    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]\s*[.:,-]?|([A-Za-z])\s*[).:](?=\s)|([A-Z])\s+[-,=](?=\s)|([A-Z])(?=\s*[(\[\n]))\s*(.+)",
     re.S,
 )
 _DOUBT = re.compile(
@@ -37,7 +37,18 @@ _NAMED_LETTERS = re.compile(
     rf"(?:either\s+|not\s+|neither\s+|both\s+)?{_BRACKETED}(?:\s*(?:/|\b(?:or|nor|and)\b)\s*{_BRACKETED})*\s*\??", re.I
 )
 _LAST_UNKNOWN = "J"  # if the options are unknown, letters after "J" are read as a word ("NO"), not as a selection
-_OTHER_LETTER = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]|(?<!\w)([B-HJ-Z])(?!\w)")
+_OTHER_LETTER = re.compile(
+    r"[(\[]\s*([A-Za-z])\s*[)\]]|(?<!\w)([B-HJ-Z])(?!\w)|(?<!\w)([AI])\s*[:=](?!\w)|(?<=[,;\n])\s*([AI])[.)](?=\s)"
+)
+_DENIED = re.compile(
+    r"\W*(?:is|are|was|were|seems|looks|has\s+been)\b.*\b(?:false|untrue|invalid|impossible|eliminated|excluded|ruled)\b"
+)
+_DOUBTED_BOX = re.compile(
+    r"(?:\b(?:not|or|nor|and|either|neither|maybe)|/)[\W_]*\\boxed|\\boxed\s*\{[^{}]*(?:\{[^{}]*\})?[^{}]*\}[\s$*).,(]*"
+    r"(?:[/?&]|[,;][\s$(]*[A-Z](?!\w)|\b(?:or|nor|and|but|not|is|are|maybe|perhaps)\b(?!\s+(?:the\s+)?(?:correct|right|true|best|answer)))",
+    re.IGNORECASE,
+)
+_FALSE = frozenset(("false", "untrue", "invalid", "no"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -193,7 +204,7 @@ def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
         return _read_boxes(answer, boxes, labels)
     boxed = last_box(answer) if boxes else None
     if boxed and boxed.strip() != answer:
-        return read_choice(boxed, labels)
+        return Choice("", whole, True) if _DOUBTED_BOX.search(answer) else read_choice(boxed, labels)
     bare = _without_phrases(answer)
     if bare != answer:
         choice = read_choice(bare, labels)
@@ -258,7 +269,8 @@ def _letter_and_text(letter: str, rest: str, whole: str, texts: Mapping[str, str
         whole: Normalized text of the whole answer, such as "b. paris".
         texts: Option texts by letter; empty if the options are unknown.
     """
-    text = _option_text(rest)
+    bracketed = re.fullmatch(r"\(([^()]*)\)|\[([^\[\]]*)\]", rest.strip())  # "B (Paris)"
+    text = _option_text((bracketed[1] or bracketed[2] or "") if bracketed else rest)
     owners = [owner for owner, option in texts.items() if option == text and text]
     if texts and letter not in texts:
         return Choice("", whole, True)
@@ -266,9 +278,13 @@ def _letter_and_text(letter: str, rest: str, whole: str, texts: Mapping[str, str
         return Choice(letter, text)
     if owners:
         return Choice("", whole, True)
-    others = {(match[1] or match[2]).upper() for match in _OTHER_LETTER.finditer(rest)} - {letter}
+    others = {match[match.lastindex or 0].upper() for match in _OTHER_LETTER.finditer(rest)} - {letter}
     if texts:
         others &= set(texts)
-    if others or (_DOUBT.search(text) and not (texts and compare_texts(text, texts[letter]))):
+        if texts[letter] and compare_texts(text, texts[letter]) is False:
+            others |= {owner for owner, option in texts.items() if option and compare_texts(text, option) is not False}
+    is_other_option = bool(texts) and not compare_texts(text, texts[letter])
+    is_denied = bool(_DOUBT.search(text) or _DENIED.match(text)) and (is_other_option or not texts)
+    if others or is_denied or (is_other_option and text in _FALSE):
         return Choice("", whole, True)
     return Choice(letter, text)

@@ -38,7 +38,8 @@ _OPERATOR = re.compile(
     re.IGNORECASE,
 )
 _COEFFICIENT = re.compile(rf"[0-9.)]\s*\(?\s*{_VARIABLE}|{_VARIABLE}\s*\(|{_VARIABLE}\s+{_VARIABLE}")
-_PRODUCT = re.compile(r"(?!pi|it|id)[a-z]{2}|[0-9.]+\s*[A-Z]{2,3}")  # "xy" and "2AB"
+# "xy", "2AB" and "AB^2"
+_PRODUCT = re.compile(r"(?!pi|it|id)[a-z]{2}|[0-9.]+\s*[A-Z]{2,3}|[A-Z]{2,3}\s*[\^\u00b2\u00b3].*")
 _JOINT = re.compile(r"\s[-+/]\s|[*\u00d7\u00b7\u22c5\u00f7]")
 _PART_OF = re.compile(
     r"\b(?:half|twice|double|triple|thrice|quarter|third)\s+(?:of|the|an?|his|her|its|their|my|our)\b|%\s*of\b",

@@ -42,13 +42,19 @@ class CustomMatcher(Matcher):
     def _compare(self, prediction: str, truth: str) -> Verdict:
         function = load_function(self.function) if isinstance(self.function, str) else self.function
         name = self.function if isinstance(self.function, str) else getattr(function, "__name__", "function")
-        result = function(prediction, truth)
+        result = _plain(function(prediction, truth))
         if isinstance(result, Verdict):
-            return result
+            correct = _plain(result.correct)
+            return result if correct is result.correct else dataclasses.replace(result, correct=correct)
         if result is None or isinstance(result, bool):
             return self._verdict(result, name, prediction, truth)
         check_number(f"the score of {name}", result, "[0, 1]")
-        return Verdict(result >= self.accept, float(result), f"{self.kind}:{name}", prediction, truth)
+        return Verdict(bool(result >= self.accept), float(result), f"{self.kind}:{name}", prediction, truth)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a scalar of numpy or torch as a bool or a number of Python, and any other value unchanged."""
+    return value.item() if hasattr(value, "item") and callable(value.item) else value
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -13,24 +12,19 @@ import sys
 import threading
 from typing import Any
 
-_BOUND = re.compile(r"\\(?:(?:i{1,3}|oi)nt|sum|prod|lim|max|min|det|begin)|\bd/d")
-# Commands, texts and names of functions
-_NO_VARIABLES = re.compile(
-    r"\\(?:text|mathrm|textrm|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\b[A-Za-z]\s*'*\(|[\u03c0\u00b0\u2205\u221e]"
-)
-
 
 def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, prediction_text: str) -> str:
     """Corrects the result of math-verify, and returns "equal", "different", "rounded" or "unread".
 
-    ``MathProcess.compare`` explains these results. Three errors of math-verify are corrected:
+    ``MathProcess.compare`` explains these results. Two errors of math-verify are corrected:
 
     - math-verify rounds to six decimals, so it treats all tiny numbers as equal. The values of equal expressions must
       therefore also agree within a relative tolerance of 1e-6.
-    - math-verify cannot compare an inequality with a set (such as an interval), and reports a difference. For such a
-      pair, this function returns "unread".
-    - math-verify leaves out what it cannot read: it reads "3√x" as 3. If the expression lacks a letter of the text,
-      this function returns "unread".
+    - math-verify cannot compare an inequality with a set (such as an interval), and reports a difference. It also
+      reports a difference for inequalities that are written differently. Such pairs are "unread", unless both sides
+      are inequalities of the same variable. These are compared by their solutions.
+    - math-verify reads "i" and "e" as variables. Two expressions that are equal if "i" is the imaginary unit and "e"
+      is Euler's number are "unread".
 
     Args:
         is_equal: Result of math-verify: whether the prediction equals the truth.
@@ -41,15 +35,14 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
     """
     import sympy
 
-    if not (_has_all_letters(truth, truth_text) and _has_all_letters(prediction, prediction_text)):
-        return "unread"
     if isinstance(truth, sympy.Eq) and isinstance(prediction, sympy.Eq) and truth.lhs == prediction.lhs:
         truth, prediction = truth.rhs, prediction.rhs
-    if not is_equal:
-        kinds = [isinstance(each, (sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge)) for each in (truth, prediction)]
-        sets = [isinstance(each, sympy.Set) for each in (truth, prediction)]
-        if any(kinds) and any(sets):
-            return "unread"
+    if not is_equal and (_has_inequality(truth) or _has_inequality(prediction)):
+        return _compare_solutions(truth, prediction)
+    if _is_other_kind(truth, prediction, truth_text, prediction_text):
+        return "unread"
+    if not is_equal and all(isinstance(each, sympy.Eq) for each in (truth, prediction)):
+        return "unread" if _compare_solutions(truth, prediction) == "equal" else "different"  # "2x = 8" and "x = 4"
     if not all(isinstance(each, sympy.Expr) for each in (truth, prediction)):
         return "equal" if is_equal else "different"
     symbols = sorted(truth.free_symbols | prediction.free_symbols, key=str)
@@ -60,6 +53,16 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
         return "equal"
     if is_equal:
         return "equal" if distance <= 1e-6 * max(map(abs, values)) else "different" if not symbols else "unread"
+    meanings = {"i": sympy.I, "e": sympy.E}
+    constants = {symbol: meanings[str(symbol)] for symbol in symbols if str(symbol) in meanings}
+    numbers = [complex(each.subs(constants).subs(primes).evalf(20)) for each in (truth, prediction)]
+    if symbols and abs(numbers[0] - numbers[1]) <= 1e-6 * max(map(abs, numbers)):
+        return "unread"
+    if (
+        any(each.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit) for each in (truth, prediction))
+        and symbols
+    ):
+        return "unread"
     for text in (truth_text, prediction_text):
         decimal = re.fullmatch(r"[+-]?[0-9]*\.([0-9]{1,15})", text.strip("$ "))
         if decimal and not symbols and 2 * distance <= 10.0 ** -len(decimal[1]):
@@ -67,15 +70,54 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
     return "different"
 
 
-def _has_all_letters(expression: Any, text: str) -> bool:
-    """Returns whether an expression has all variables of its text. Texts with bound variables are not checked."""
+def _is_other_kind(truth: Any, prediction: Any, truth_text: str, prediction_text: str) -> bool:
+    r"""Returns whether one expression is a tuple or an interval, and the other a matrix or a set in braces.
+
+    math-verify compares the elements only.
+    """
     import sympy
 
-    if not isinstance(expression, sympy.Expr) or _BOUND.search(text):
-        return True
-    bare = _NO_VARIABLES.sub(" ", text)
-    names = "".join(str(symbol) for symbol in expression.free_symbols).casefold()
-    return bare.isascii() and set(re.findall("[a-df-hk-z]", bare.casefold())) <= set(names)
+    sides = (truth, truth_text.strip("$ ")), (prediction, prediction_text.strip("$ "))
+    for (first, first_text), (second, second_text) in (sides, sides[::-1]):
+        if isinstance(first, sympy.MatrixBase) and isinstance(second, sympy.Set | sympy.Tuple):
+            return True
+        is_tuple = second_text.removeprefix(r"\left").startswith(("(", "["))
+        if isinstance(first, sympy.Set) and first_text.removeprefix(r"\left").startswith((r"\{", "{")) and is_tuple:
+            return isinstance(second, sympy.Set | sympy.Tuple)
+    return False
+
+
+def _has_inequality(expression: Any) -> bool:
+    """Returns whether an expression is an inequality, or has inequalities as parts ("1 < x < 2")."""
+    import sympy
+
+    kinds = (sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge)
+    return any(isinstance(part, kinds) for part in sympy.preorder_traversal(expression))
+
+
+def _compare_solutions(truth: Any, prediction: Any) -> str:
+    """Compares two inequalities of the same variable by their solutions; returns "equal", "different" or "unread"."""
+    from sympy.logic.boolalg import Boolean
+
+    if not all(isinstance(each, Boolean) for each in (truth, prediction)):
+        return "unread"
+    if len(truth.free_symbols) != 1 or truth.free_symbols != prediction.free_symbols:
+        return "unread"
+    try:
+        solutions = [_solutions(each) for each in (truth, prediction)]
+    except Exception:  # sympy raises errors of many types for relations that it cannot solve
+        return "unread"
+    return "equal" if solutions[0] == solutions[1] else "different"
+
+
+def _solutions(relation: Any) -> Any:
+    """Returns the set of solutions of a relation in one real variable, such as "x < 2" or "x in [1, 2]"."""
+    import sympy
+
+    if isinstance(relation, sympy.Eq) and isinstance(relation.rhs, sympy.Set):
+        return relation.rhs
+    (variable,) = relation.free_symbols
+    return relation.subs(variable, sympy.Symbol("real", real=True)).as_set()
 
 
 def serve() -> None:
@@ -96,19 +138,21 @@ def serve() -> None:
         pass
     logging.disable(logging.CRITICAL)
     try:
-        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-        rules = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)  # it drops b from "2ab"
-        configs = [LatexExtractionConfig(normalization_config=rules), ExprExtractionConfig()]
+        from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+        from math_verify import LatexExtractionConfig, parse, verify
     except Exception as error:
         print(json.dumps({"error": repr(error)}), flush=True)
         return
     print(json.dumps({"ready": True}), flush=True)
 
+    # Further configurations of math-verify search the text for a number, and drop letters at its end as a unit.
+    normalization = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True)
+    target = LatexExtractionConfig(normalization_config=normalization)
+
     def read(text: str) -> list:
         has_delimiters = any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed"))
-        options = {"fallback_mode": "no_fallback", "parsing_timeout": None, "extraction_config": configs}
-        return parse(text if has_delimiters else f"${text}$", **options) or parse(text, **options)
+        text = text if has_delimiters else f"${text}$"
+        return parse(text, extraction_config=[target], fallback_mode="no_fallback", parsing_timeout=None)
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -39,11 +39,21 @@ _TEX_FRACTION = re.compile(
     r"(?:\{\s*([+-]?[0-9]{1,30})\s*\}|([0-9]))\s*(?:\{\s*([+-]?[0-9]{1,30})\s*\}|([0-9]))"
 )
 _SEASON = re.compile(r"(1[89][0-9]{2}|20[0-9]{2})\s*/\s*([0-9]{2}|[0-9]{4})(?![0-9])")
-#: Translates raised digits and signs to ASCII.
-FROM_RAISED = str.maketrans("\u207a\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "+-0123456789")
+_FROM_RAISED = str.maketrans(
+    "\u207a\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "+-0123456789"
+)
 _TWO_WAYS = re.compile(r"[0-9]{1,3}[.,][0-9]{3}")
 
 _TEX_SPACES = re.compile(r"\\[,;:! ]|\\quad|~|\\left(?![a-z])|\\right(?![a-z])")
+_TEX_OPENING = re.compile(r"\$|\\[(\[]|\\q?quad(?![A-Za-z])|\\[,;:! ]")
+_NEGATED = re.compile(r"(?:^|[=:]|\bis)\s*-$")  # before a box, as in "x = -\boxed{7}"
+# The end of a text before a box that changes the value in the box
+_CONTINUED = re.compile(
+    r"[-+*/^_(\[{}|<>0-9\u00b1\u00d7\u00b7\u22c5\u00f7\u221a\u2260\u2264\u2265]$"
+    r"|\\(?:times|cdot|div|pm|mp|sqrt|frac|ne|neq|le|leq|ge|geq|lt|gt)$"
+    r"|\b(?:not|or|nor|and|to|than|least|most|over|under|below|above|between|half|twice|plus|minus|times|by)$",
+    re.IGNORECASE,
+)
 _TEX_TEXT = re.compile(r"\\(?:text|mathrm|textrm|mathbf|textbf|mbox|operatorname|rm|bf)\s*\{([^{}]*)\}")
 _TEX_DEGREE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00ba|\\deg\b")
 _TEX_SIGNS = {"\\%": "%", "\\times": "\u00d7", "\\cdot": "\u00b7", "\\approx": "\u2248", "\\pm": "\u00b1"}
@@ -173,14 +183,18 @@ def _ascii_digit(character: str) -> str:
 def _unbox(text: str) -> str | None:
     r"""Returns the content of the ``\boxed{}`` in a text, followed by the text after the box.
 
-    "so \boxed{7} cm" gives "7 cm". Boxes with different contents, or without a closing brace, give None.
+    "so \boxed{7} cm" gives "7 cm", and "-\boxed{7}" gives "-7". Boxes with different contents, or without a closing
+    brace, give None. So do parts of expressions and of phrases, such as "2\boxed{7}" and "not \boxed{7}".
     """
     contents, rest = set(), ""
     for box in re.finditer(r"\\boxed\s*(?=\{)", text):
         end = closing_brace(text, box.end())
-        if end is None:
+        before = _TEX_TEXT.sub(r" \1 ", _TEX_OPENING.sub(" ", text[: box.start()])).rstrip()
+        is_negated = _NEGATED.search(before) is not None
+        if end is None or (_CONTINUED.search(before) and not is_negated):
             return None
-        contents.add(text[box.end() + 1 : end].strip())
+        content = text[box.end() + 1 : end].strip()
+        contents.add(f"-{content}" if is_negated else content)
         rest = text[end + 1 :]
     if len(contents) != 1:
         return None
@@ -350,7 +364,7 @@ def _exponent(match: re.Match[str], first: int) -> int:
     The exponent is the first non-empty group whose number is at least ``first``. It has digits or superscripts.
     """
     text = next((group for group in match.groups()[first - 1 :] if group), "0")
-    return int(text.translate(FROM_RAISED))
+    return int(text.translate(_FROM_RAISED))
 
 
 def _other_values(digits: str, sign: int) -> tuple[Fraction, ...]:

@@ -8,7 +8,6 @@ import re
 from fractions import Fraction
 from typing import Literal
 
-from mpo_ext.answers.equations import is_value_of_equation_unclear
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
 from mpo_ext.answers.number_text import Number, parse_number
 from mpo_ext.answers.numbers import NumberRule
@@ -26,37 +25,11 @@ _PART = re.compile(
 _FEET = {"'": "ft", "\u2032": "ft", '"': "inch", "\u2033": "inch"}
 _ANGLES = {"'": Fraction(1, 60), "\u2032": Fraction(1, 60), '"': Fraction(1, 3600), "\u2033": Fraction(1, 3600)}
 _UNIT = re.compile(
-    r"(?:\\[,;:! ]|~|\s)*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*([^{}]*?)\s*\}|(?<=[\s0-9)}])([^\W\d_]{2,}))"
+    r"(?:\\[,;:! ]|~|\s)*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*([^{}]*?)\s*\}"
+    r"|(?<=[\s0-9)}])([^\W\d_]+(?:\s*/\s*[^\W\d_]+)?))"
     r"\s*(?:\^\s*\{?[23]\}?)?\s*$"
 )
-
-
-_LETTER_UNIT = re.compile(r"(?<=[\s0-9)}])[mgshLNJWVA]$")
-_DEGREES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\u00b0|\\degree)(?!\s*[CF])")
-_FACTOR = re.compile(r"(?<![0-9.^{])([0-9]+)\s*/\s*([0-9]+)\s*(?=\\pi|\\sqrt|[\u03c0\u221aa-zA-Z(])")
-_MARKS = re.compile(
-    r"\\(?:vec|overrightarrow|overline|bar|hat|triangle|angle|text|mathrm|mathbf|rm|left|right)(?![A-Za-z])|[\s{}_$]"
-)
-_POINT = re.compile(r"^[A-Z]['\u2032]?\s*=?\s*(?=(?:\\left\s*)?\([^()]*,)|\\(?:[lr]angle|left|right)(?![A-Za-z])")
-_PARENTHESES = {"\\langle": "(", "\\rangle": ")"}
-_DOTS = re.compile(r"(?<=[0-9])\s*(?:\.{3}|\u2026|\\(?:l|c)?dots)\s*$")
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))")
-_NO_SOLUTION = frozenset(
-    (
-        "no solution",
-        "no solutions",
-        "\\emptyset",
-        "\\varnothing",
-        "\u2205",
-        "empty set",
-        "the empty set",
-        "{}",
-        "\\{\\}",
-    )
-)
-_SUBSCRIPTS = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789")
-_INTERVAL = re.compile(r"(?:\\left)?[(\[][^,]+,[^,]+[)\]]")
-_INEQUALITY = re.compile(r"[<>\u2264\u2265]|\\(?:le|ge|lt|gt|leq|geq)(?![A-Za-z])")
+_POINT = re.compile(r"^[A-Z]['\u2032]?\s*=?\s*(?=(?:\\left\s*)?\([^()]*,)")
 
 
 def is_symbol(number: Number) -> bool:
@@ -78,7 +51,6 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
     - a mixed number ("1-1/4")
     - a quantity in several units ("5 ft 6 in")
     - a word for 0 ("none")
-    - an equation of an unknown ("2x = 4")
 
     Returns:
         (is_equal, rule). ``is_equal`` is True for equal quantities in several units. The other readings are guesses:
@@ -87,8 +59,6 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
         comparison that decided, such as "value" or "unit".
     """
     prediction, truth = (clean_answer(text.translate(TO_ASCII)) for text in (prediction, truth))
-    if is_value_of_equation_unclear(prediction, truth):
-        return None, "reading"
     first, second = parse_number(prediction), parse_number(truth)
     is_quantity = first and second and (_may_have_unit(first, prediction) or _may_have_unit(second, truth))
     if first and second and is_quantity and (first.name == second.name or not (first.name and second.name)):
@@ -116,71 +86,30 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
     return False, "value"
 
 
-def without_unknown_unit(text: str) -> str:
-    r"""Removes an unknown unit, or a letter such as "m", from the end of an expression.
+def without_unclear_unit(text: str) -> str:
+    r"""Removes letters from the end of an expression if they may be a unit: "\sqrt{2} pcs" becomes "\sqrt{2}".
 
-    "\sqrt{2} pcs" and "\sqrt{2}m" become "\sqrt{2}".
+    These letters are an unknown unit, or a known unit that may also be variables ("5m", "m/s").
     """
     text = clean_answer(text)
-    if _LETTER_UNIT.search(text) and re.search("[\\\\\u221a]", text):
-        return text[:-1].strip()
     match = _UNIT.search(text)
     unit = match and (match[1] or match[2])
     if not match or not unit or not re.search(r"[0-9}]", text[: match.start()]):
         return text
     parsed = parse_unit(unit)
-    return text if parsed is None or parsed.is_known else text[: match.start()].strip()
-
-
-def in_radians(text: str) -> str:
-    r"""Returns an expression with degrees converted to radians: "30^\circ" becomes "(\frac{30\pi}{180})"."""
-    return _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
-
-
-def with_fractions(text: str) -> str:
-    r"""Returns an expression with fractions as factors: "2/3 \pi" becomes "\frac{2}{3}\pi"."""
-    return _FACTOR.sub(r"\\frac{\1}{\2}", text)
+    if parsed is None:
+        return text
+    if match[2] and len(unit) == 1:
+        is_variable = re.sub(r"\\[A-Za-z]+", "", text).count(unit) > 1
+        is_unclear = parsed.is_known and not is_variable and parse_number(text) is None
+    else:
+        is_unclear = not parsed.is_known or "/" in (match[2] or "")
+    return text[: match.start()].strip() if is_unclear else text
 
 
 def without_point(text: str) -> str:
-    r"""Removes the name of a point, and writes a vector as a tuple.
-
-    "A(2,3)" and "\langle 2,3 \rangle" become "(2,3)".
-    """
-    return _POINT.sub(lambda match: _PARENTHESES.get(match[0], ""), text)
-
-
-def without_dots(text: str) -> str:
-    """Removes dots after a number: "0.333..." becomes "0.333"."""
-    return _DOTS.sub("", text)
-
-
-def with_repeating_fractions(text: str) -> str:
-    r"""Returns an expression with repeating decimals as fractions: "0.\overline{3}" becomes "\frac{3}{9}"."""
-    return _REPEATING.sub(_fraction, text)
-
-
-def _fraction(match: re.Match[str]) -> str:
-    whole, digits, repeated = match[1], match[2], match[3] or match[4]
-    denominator = 10 ** len(digits) * (10 ** len(repeated) - 1)
-    value = int(f"{whole}{digits}{repeated}") - int(f"0{whole}{digits}")
-    return f"\\frac{{{value}}}{{{denominator}}}"
-
-
-def have_same_letters(first: str, second: str) -> bool:
-    r"""Returns whether two names may be the same: "\vec{a}" and "a", "H_2O" and "H2O", "AB" and "BA"."""
-    if {fold(first), fold(second)} <= _NO_SOLUTION:
-        return True
-    if all(re.fullmatch("[^\\W\\d_]{2,3}", text) for text in (first, second)):
-        return sorted(first) == sorted(second) and fold(first) not in ("no", "on")
-    names = [_MARKS.sub("", text).translate(_SUBSCRIPTS) for text in (first, second)]
-    return names[0] == names[1] and bool(re.search(r"[^\W\d_]", names[0]))
-
-
-def is_interval_unclear(first: str, second: str) -> bool:
-    """Returns whether one text is an interval and the other an inequality, as "[0,1]" and "0 ≤ x ≤ 1"."""
-    pairs = ((first, second), (second, first))
-    return any(_INTERVAL.fullmatch(text.strip("$ ")) and _INEQUALITY.search(other) for text, other in pairs)
+    """Removes the name of a point: "A(2,3)" becomes "(2,3)"."""
+    return _POINT.sub("", text)
 
 
 def with_magnitude(text: str) -> str:

@@ -54,7 +54,7 @@ def may_be_same_forms(first: str, second: str) -> bool:
         return True
     if _are_initials(words, other_words) or _are_initials(other_words, words):
         return True
-    return _is_same_date(first, second) or is_same_time(first, second)
+    return _is_same_date(first, second) or bool(is_same_time(first, second))
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -113,12 +113,15 @@ def _date(text: str) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
-def is_same_time(first: str, second: str) -> bool:
-    """Returns whether two texts may be the same time of day, such as "1 pm", "1:00" and "13:00"."""
+def is_same_time(first: str, second: str) -> bool | None:
+    """Returns whether two texts may be the same time of day, such as "1 pm", "1:00" and "13:00".
+
+    Returns None if a text is not a time of day.
+    """
     times = _time(first), _time(second)
-    if times[0] is None or times[1] is None or times[0][:2] != times[1][:2]:
-        return False
-    return times[0][2] == times[1][2] or not times[0][2] or not times[1][2]
+    if times[0] is None or times[1] is None:
+        return None
+    return times[0][:2] == times[1][:2] and (times[0][2] == times[1][2] or not times[0][2] or not times[1][2])
 
 
 def _time(text: str) -> tuple[int, int, str] | None:

@@ -108,7 +108,7 @@ EXPORTS = {"vlmevalkit": vlmevalkit, "lmms-eval": lmms_eval}
 
 @contextlib.contextmanager
 def _text_of(binary: Any) -> Iterator[io.TextIOWrapper]:
-    text = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+    text = io.TextIOWrapper(binary, encoding="utf-8", errors="replace", newline="")  # lone surrogates
     try:
         yield text
     finally:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import math
 import random
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ def write_reports(
         seed: Seed of the random selection.
     """
     with atomic_write(out / "table.md") as file:
-        file.write(markdown_report(results).encode())
+        file.write(markdown_report(results).encode(errors="replace"))
     warnings = []
     if importlib.util.find_spec("matplotlib") is None:
         warnings.append("no picture of the accuracies: matplotlib is not installed (pip install matplotlib)")
@@ -234,7 +235,8 @@ def _write_pictures(results: Mapping[str, Any], out: Path) -> None:
         bars = []
         for number, model in enumerate(settings["models"]):
             rows = [found[model, data, prompt] for prompt in prompts]
-            values = [100 * (row["accuracy"] or 0) for row in rows]
+            # Without an asked question there is no accuracy, and NaN draws no bar.
+            values = [math.nan if row["accuracy"] is None else 100 * row["accuracy"] for row in rows]
             errors = [100 * (row["standard_error"] or 0) for row in rows]
             bars.append(Bars(model, prompts, values, errors, color=f"C{number % 10}"))
         panels.append(Panel(data, "prompt", "accuracy (%)", bars))
@@ -275,9 +277,13 @@ def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, s
             f"Answers without the image stand in the columns of the prompts ending in {WITHOUT_IMAGE}. They are for "
             "comparison: a question with only such wrong answers is not shown."
         )
-    skipped = sum(score.problem is not None for data_cells in by_data.values() for score in data_cells[0].scores)
+    skipped = sum(
+        any(cell.scores[index].problem is not None for cell in data_cells if cell.with_image)
+        for data_cells in by_data.values()
+        for index in range(data_cells[0].data.source.count)
+    )
     if skipped:
-        notes.append(f"{skipped:,} questions could not be asked; table.md has the reasons.")
+        notes.append(f"{skipped:,} questions could not be asked of all models; table.md has the reasons.")
     picked = failed
     if len(failed) > limit:
         picked = [failed[place] for place in sorted(random.Random(seed).sample(range(len(failed)), limit))]

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpo_ext.answers import is_same_answer
+from mpo_ext.answers.base import Matcher
 from mpo_ext.checks import check_integer, check_json, check_number
 from mpo_ext.evaluate.statistics import majority
 from mpo_ext.generate.engine import SamplingConfig
@@ -208,7 +208,7 @@ class Evaluation:
         matcher = self.scorer.matcher_for(item)
         first = majority(
             [response.answer for response in responses],
-            lambda first, second: is_same_answer(first, second, matcher),
+            lambda first, second: _is_same(first, second, matcher),
         )
         return QuestionScore(
             right=tuple(response.correct for response in responses),
@@ -226,4 +226,12 @@ class Evaluation:
         """
         if first.answer is None or second.answer is None:
             return False
-        return is_same_answer(first.answer, second.answer, self.scorer.matcher_for(item))
+        return _is_same(first.answer, second.answer, self.scorer.matcher_for(item))
+
+
+def _is_same(first: str, second: str, matcher: Matcher) -> bool:
+    """Returns whether two answers have equal texts, or are equal for the matcher.
+
+    Unlike ``is_same_answer``, case counts if it counts for the matcher: "5 MW" and "5 mW" are different answers.
+    """
+    return first.split() == second.split() or bool(matcher(first, second).correct or matcher(second, first).correct)

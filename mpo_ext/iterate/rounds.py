@@ -52,7 +52,7 @@ def run_rounds(recipe: IterateRecipe, *, stream: TextIO | None = None) -> dict[s
     inputs = check_inputs(recipe)
     check_launchers(recipe)
     with StageRunner(folder) as runner:
-        _check_settings(recipe, inputs)
+        check_settings(recipe, inputs)
         if (template := recipe.chat["chat_template"]) is not None:
             with atomic_write(stages.chat_template_path(recipe)) as file:
                 file.write(template.encode())
@@ -96,11 +96,13 @@ def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
     inputs: dict[str, dict[str, Any]] = {}
     for name, pipeline in recipe.sample.pipelines.items():
         questions = recipe.sample.questions_of(pipeline)
+        checked: set[str] = set()  # of this pipeline: another pipeline makes other demands on the same file
         for number in range(1, recipe.rounds + 1):
             path = questions.path_of(number)
             roots: dict[str, Any] = {"root_map": questions.root_map, "image_root": questions.image_root}
-            if number > 1 and path in inputs:
+            if path in checked:
                 continue
+            checked.add(path)
             check_run(pipeline.pipeline(recipe.seed), path, recipe.round_folder(number) / name, **roots)
             source = open_items(path, limit=questions.limit, **roots)
             inputs[path] = {"items": source.count, "blake2b": source.digest}
@@ -134,7 +136,7 @@ def describe(recipe: IterateRecipe) -> Iterator[str]:
         yield f"{stage.title}{' (done)' if is_done else ''}: {stage}"
 
 
-def _check_settings(recipe: IterateRecipe, inputs: dict[str, Any]) -> None:
+def check_settings(recipe: IterateRecipe, inputs: dict[str, Any]) -> None:
     """Compares the settings with those stored in the run's folder, and then stores them.
 
     Raises:
@@ -150,11 +152,16 @@ def _check_settings(recipe: IterateRecipe, inputs: dict[str, Any]) -> None:
         changes = [
             (name, before, after)
             for name, before, after in differences(old, known)
-            if not name.startswith(free) and not _is_longer_list(before, after)
+            if not name.startswith(free) and not (_is_question_files(name) and _is_longer_list(before, after))
         ]
         if changes:
             raise SettingsMismatchError(path, changes)
     write_json(path, settings)
+
+
+def _is_question_files(name: str) -> bool:
+    """Returns whether a setting is a list of question files, one per round. More rounds need a longer list."""
+    return name.startswith("recipe.sample.") and name.endswith((".questions", ".questions.path"))
 
 
 def _is_longer_list(before: Any, after: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from answer_table import CHOICES, MATHEMATICS, NUMBERS, TEXTS
+from expression_table import EXPRESSIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,7 +43,7 @@ def test_texts(kind: str, options: dict[str, Any], truth: str, answer: str, expe
 
 
 @needs_math_verify
-@pytest.mark.parametrize(("truth", "answer", "expected"), MATHEMATICS)
+@pytest.mark.parametrize(("truth", "answer", "expected"), MATHEMATICS + EXPRESSIONS)
 def test_mathematics(truth: str, answer: str, expected: bool | None) -> None:
     verdict = matcher("math")(answer, truth)
     assert verdict.correct is expected, verdict

@@ -10,6 +10,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +58,46 @@ EXTRACTION = [
     ("final_answer", "Final answer: \\boxed{7} km.\nDone.", "\\boxed{7} km"),
     ("final_answer", "Final answer: $$7$$ km", "7 km"),
     ("final_answer", "Final answer: \\boxed{7} because it fits", "7"),
+    # What continues an answer after its box or block belongs to it.
+    ("final_answer", "Final answer: \\boxed{5} \\times 10^3", "5 \\times 10^3"),
+    ("final_answer", "Final answer: \\boxed{3}\\pi", "3 \\pi"),
+    ("final_answer", "Final answer: \\boxed{a+b}^2", "(a+b) ^2"),
+    ("final_answer", "Final answer: \\boxed{-3} \\cdot 2.", "-3 \\cdot 2"),
+    ("final_answer", "Final answer: \\boxed{2} or 3", "2 or 3"),
+    ("final_answer", "Final answer: \\boxed{A} or B", "A or B"),
+    ("final_answer", "Final answer: \\boxed{A}, B", "A , B"),
+    ("final_answer", "Final answer: \\boxed{A} and B.", "A and B"),
+    ("final_answer", "Final answer: $$7$$ or $$8$$", "7 or $$8$$"),
+    ("final_answer", "Final answer: \\boxed{7} million", "7 million"),
+    ("final_answer", "Final answer: \\boxed{50}\\%", "50 \\%"),
+    ("final_answer", "Final answer: \\boxed{50} %", "50 %"),
+    ("final_answer", "Final answer: \\boxed{3}x", "3x"),
+    ("final_answer", "Final answer: \\boxed{7} \\text{ apples}", "7 \\text{ apples}"),
+    ("final_answer", "Final answer: \\boxed{7} - it fits", "7"),
+    ("final_answer", "Final answer: \\boxed{7} (since 3 + 4 is 7)", "7"),
+    ("final_answer", "Final answer: \\boxed{7}, which is a prime", "7"),
+    ("final_answer", "Final answer: \\boxed{7}. 3 of them are red.", "7"),
+    ("final_answer", "Final answer: \\boxed{7} \\quad \\blacksquare", "7"),
+    ("final_answer", "Final answer: \\boxed{7}!", "7"),
+    ("final_answer", "Final answer: \\boxed{7}**", "7"),
+    ("final_answer", "Final answer: \\boxed{5} (or 6)", "5 (or 6)"),
+    ("final_answer", "Final answer: \\boxed{A}? or B", "A ? or B"),
+    ("final_answer", "Final answer: \\boxed{7}.5", "7.5"),
+    ("final_answer", "Final answer: \\boxed{5},000", "5,000"),
+    # Lists and emphasis
+    ("final_answer", "Final answer:\n- 7", "7"),
+    ("final_answer", "Final answer: -7", "-7"),
+    ("final_answer", "Final answer:\n-7", "-7"),
+    ("final_answer", "Final answer:\n* **B**", "B"),
+    ("final_answer", "Final answer:\n- A\n- C\nDone.", "A, C"),
+    ("final_answer", "__Final answer:__ 7", "7"),
+    ("final_answer", "_Final answer:_ 7", "7"),
+    ("final_answer", "***Final answer:*** 7", "7"),
+    ("final_answer", "\\textbf{Final answer:} 7", "7"),
+    ("final_answer", "Final answer:\n\u2013 7", "7"),
+    ("final_answer", "*Final answer: 7*", "7"),
+    ("final_answer", "_Final answer: 7_", "7"),
+    ("final_answer", "*Final answer*: *7*", "7"),
     # No parsable answer
     ("final_answer", "The answer is red.", None),
     ("final_answer", "Final answer:", None),
@@ -91,6 +132,7 @@ EXTRACTION = [
     # A pattern of the user
     (r"regex:<answer>(.*?)</answer>", "<answer>1</answer><answer>2</answer>", "2"),
     (r"regex:<answer>(.*?)</answer>", "2", None),
+    (r"regex:(.*)", "It is 2", "It is 2"),
     (re.compile(r"= (\d+)|never"), "1 + 1 = 2", "2"),
     (re.compile(r"= (\d+)|never"), "never", None),
 ]
@@ -579,6 +621,15 @@ def test_custom_functions():
     assert matcher("custom", function=half, accept=0.5)("x", "x").score == 0.5
     own = Verdict(True, 0.7, "mine", "a", "b")
     assert matcher("custom", function=lambda a, b: own)("x", "x") is own
+
+
+@pytest.mark.parametrize(
+    ("result", "correct"),
+    [(np.float64(1), True), (np.float32(0.5), False), (np.bool_(True), True), (np.int64(0), False)],
+)
+def test_custom_functions_may_return_numpy_scalars(result, correct):
+    verdict = matcher("custom", function=lambda prediction, truth: result)("a", "b")
+    assert verdict.correct is correct
 
 
 @pytest.mark.parametrize(

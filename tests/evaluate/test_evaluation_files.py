@@ -14,6 +14,7 @@ from scripted_engine import ScriptedEngine, SeeingEngine, write_lines
 
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.evaluate.scoring import EvaluationConfig
+from mpo_ext.generate.engine import Generation
 
 COT = EvaluationConfig(prompts=("cot",))
 HOSTILE = "</script><script>alert(1)</script> \"\t' \u2028 ]]> <!--"
@@ -49,6 +50,19 @@ def data(tmp_path: Path) -> Path:
             {"question": f"late {HOSTILE}", "answer_gt": "4"},
         ],
     )  # fmt: skip
+
+
+class RefusingEngine(ScriptedEngine):
+    """Refuses some questions."""
+
+    def __init__(self, answers: dict[str, list[str]], *, refused: str = "a") -> None:
+        super().__init__(answers)
+        self.refused = refused
+
+    def _answer(self, request: Any) -> Any:
+        if request.question.splitlines()[0] in self.refused:
+            return Generation((), "", "stop", refusal="too long")
+        return super()._answer(request)
 
 
 ANSWERS = {
@@ -199,3 +213,29 @@ def test_the_pages_of_equal_runs_are_equal(data: Path, tmp_path: Path) -> None:
     one, two = ((tmp_path / name / "failures.html").read_bytes() for name in ("one", "two"))
     assert one == two
     assert re.search(rb"nonce-[0-9a-f]{32}'", one)
+
+
+def test_a_lone_surrogate_in_a_response_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    data = write_lines(tmp_path / "d.jsonl", [{"question": "a", "answer_gt": "7"}])
+    engine = ScriptedEngine({"a": ["\ud83d Final answer: \udc00"]})
+    evaluate({"m": engine}, {"d": data}, tmp_path / "out", config=COT, exports=["vlmevalkit", "lmms-eval"])
+    assert (tmp_path / "out" / "results.json").exists()
+    (item,) = json.loads(Page((tmp_path / "out" / "failures.html").read_text()).scripts[0])["items"]
+    assert item["answers"][0]["samples"][0]["answer"] == "\udc00"
+    (table,) = (tmp_path / "out" / "vlmevalkit").rglob("*.tsv")
+    assert "? Final answer: ?" in table.read_text()
+
+
+def test_the_page_counts_questions_that_another_model_refuses(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    data = write_lines(tmp_path / "d.jsonl", [{"question": q, "answer_gt": "7"} for q in ("a", "b")])
+    answers = {"a": ["Final answer: 7"], "b": ["Final answer: 8"]}
+    models = {"m": ScriptedEngine(answers), "n": RefusingEngine(answers), "o": RefusingEngine(answers, refused="ab")}
+    results = evaluate(models, {"d": data}, tmp_path / "out", config=COT)["results"]
+    assert [row["accuracy"] for row in results] == [0.5, 0.0, None]
+    assert "2 questions could not be asked of all models" in (tmp_path / "out" / "failures.html").read_text()
+    picture = tmp_path / "out" / "accuracy.svg"
+    if picture.exists():
+        assert "<!-- nan -->" not in picture.read_text()
+        assert picture.read_text().count("<!-- 0.0 -->") == 1  # the bar of "n"; "o" has no bar

@@ -116,6 +116,24 @@ def test_samples_give_mean_pass_at_k_and_majority(tmp_path: Path) -> None:
     assert "pass@4 %" in table
 
 
+@pytest.mark.parametrize(
+    ("matcher", "truth", "answers"),
+    [
+        ({"kind": "exact"}, "yes", ["Yes", "yes", "yes"]),
+        ({"kind": "number", "units": "any"}, "5 mW", ["5 MW", "5 mW", "5 mW"]),
+    ],
+)
+def test_the_majority_counts_case_as_the_matcher_does(
+    matcher: dict[str, Any], truth: str, answers: list[str], tmp_path: Path
+) -> None:
+    data = write_lines(tmp_path / "d.jsonl", [{"question": "a", "answer_gt": truth}])
+    config = EvaluationConfig(prompts=("cot",), samples=3, temperature=1.0, matcher=matcher)
+    engine = ScriptedEngine({"a": [f"Final answer: {answer}" for answer in answers]})
+    (row,) = evaluate({"m": engine}, {"d": data}, tmp_path / "out", config=config)["results"]
+    assert row["accuracy"] == pytest.approx(2 / 3)
+    assert row["majority"]["accuracy"] == 1.0
+
+
 def test_prompts_and_lengths_go_to_the_engine(items: Path, tmp_path: Path) -> None:
     engine = StubEngine()
     config = EvaluationConfig(prompts=("direct", "cot", "none"))

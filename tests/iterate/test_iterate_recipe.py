@@ -9,8 +9,9 @@ import pytest
 
 from mpo_ext.cli import data, evaluate, sample
 from mpo_ext.cli.main import main
-from mpo_ext.iterate import stages
+from mpo_ext.iterate import rounds, stages
 from mpo_ext.iterate.recipe import IterateRecipe, load_iterate_recipe
+from mpo_ext.journal import SettingsMismatchError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "iterate").glob("*.yaml"))
 SMALL: dict[str, Any] = {
@@ -225,3 +226,51 @@ def test_sources_are_mixed_by_repeat_time_and_max_pairs(tmp_path: Path) -> None:
         (folder / "summary.json").write_text(json.dumps({"lines": lines}))
     sources = stages.round_sources(recipe, 1)
     assert [(source["pairs"], source["repeat_time"]) for source in sources] == [(8, 1.0), (0, 0.0), (120, 0.25)]
+
+
+LISTS: dict[str, Any] = {
+    "evaluate__matcher": {"kind": "any", "matchers": ["exact"]},
+    "evaluate__prompts": ["direct"],
+    "train__model__freeze": ["vision_tower"],
+    "train__data__train": ["x.jsonl"],
+    "sample__questions": ["q.jsonl", "r.jsonl", "s.jsonl"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "longer"),
+    [
+        ("evaluate__matcher", {"kind": "any", "matchers": ["exact", "number"]}),
+        ("evaluate__prompts", ["direct", "cot"]),
+        ("train__model__freeze", ["vision_tower", "projector"]),
+        ("train__data__train", ["x.jsonl", "y.jsonl"]),
+    ],
+)
+def test_a_begun_run_refuses_longer_lists_of_other_settings_than_questions(
+    name: str, longer: Any, tmp_path: Path
+) -> None:
+    begun = build(output=str(tmp_path), **LISTS)
+    rounds.check_settings(begun, {})
+    rounds.check_settings(begun, {})
+    with pytest.raises(SettingsMismatchError, match=f"recipe.{name.replace('__', '.')}"):
+        rounds.check_settings(build(output=str(tmp_path), **{**LISTS, name: longer}), {})
+    paths = [*LISTS["sample__questions"], "t.jsonl"]
+    rounds.check_settings(build(output=str(tmp_path), **{**LISTS, "sample__questions": paths, "rounds": 4}), {})
+
+
+def test_each_pipeline_checks_the_questions_of_all_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "shared", "test"):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "1 + 1?", "answer_gt": "2"}\n')
+    own = {name: [str(tmp_path / f"{each}.jsonl") for each in (name, "shared", "shared")] for name in "ab"}
+    recipe = build(
+        output=str(tmp_path / "out"),
+        sample={"correctness": {"questions": own["a"]}, "dropout_ntp": {"questions": own["b"]}},
+        evaluate__data=str(tmp_path / "test.jsonl"),
+    )
+    checked = []
+    for name in ("check_model_path", "check_is_no_run", "check_model"):
+        monkeypatch.setattr(rounds, name, lambda *values, **options: None)
+    monkeypatch.setattr(rounds, "check_run", lambda run, path, *values, **options: checked.append((run.name, path)))
+    rounds.check_inputs(recipe)
+    assert [path for _, path in checked] == [*own["a"][:2], *own["b"][:2]]
+    assert len({name for name, _ in checked}) == 2
