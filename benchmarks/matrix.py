@@ -1,4 +1,4 @@
-"""Reads results/matrix.json: the results of ``python tools/matrix.py`` by version of Python and torch."""
+"""Reads results/matrix.json: the results of ``python tools/matrix.py`` for each version of Python and torch."""
 
 from __future__ import annotations
 

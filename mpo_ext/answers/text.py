@@ -214,9 +214,12 @@ _CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NEGATED_VERBS + _NEGATED
 def normalize_vqa(text: str) -> str:
     """Normalizes a text as VQA's evaluation code does: case, punctuation, number words, articles, contractions.
 
-    Unlike VQA's code, this function keeps characters that change the meaning: a minus sign before a number, a decimal
-    point, a slash between digits, "<" and ">", "+" and "-" after a letter ("A+"), and an article at the end of the
-    text ("vitamin A").
+    Unlike VQA's code, this function keeps characters that change the meaning:
+
+    - a minus sign before a number, a decimal point, and a slash between digits
+    - "<" and ">"
+    - "+" or "-" after a letter ("A+", "A-")
+    - an article at the end of the text ("vitamin A")
     """
     text = fold(text).replace("\u2019", "'")
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)

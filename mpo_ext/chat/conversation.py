@@ -48,7 +48,7 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
     Raises:
         ValueError: If a message is malformed, for example without a role. If the last message is from the assistant.
             If the conversation has images or videos, and ``as_parts`` is False. If the messages have placeholders,
-            but not one for each image or video.
+            and their number differs from the number of images and videos.
     """
     counts = {"image": len(conversation.images), "video": len(conversation.videos)}
     for kind, count in counts.items():

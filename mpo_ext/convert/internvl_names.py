@@ -54,7 +54,7 @@ def converted(name: str, tensor: Any, language: Mapping[str, Any]) -> dict[str, 
 
     Args:
         name: Name of the weight in the authors' checkpoint.
-        tensor: The tensor, on any device; a tensor on the meta device gives the shapes.
+        tensor: The weight, on any device. If it is on the meta device, so are the results, which have only shapes.
         language: Section ``llm_config`` of the checkpoint's ``config.json``.
 
     Raises:

@@ -177,7 +177,7 @@ class MMPRDataset(PairSequence):
     def _subset_ends(self) -> list[int]:
         """Returns, for each data set (subset), the index after its last pair.
 
-        The first call indexes the files, and draws the lines of subsets with a ``repeat_time`` below 1.
+        The first call indexes the files, and selects random lines of subsets with a ``repeat_time`` below 1.
         """
         if self._ends is None:
             sizes = []

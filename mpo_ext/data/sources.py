@@ -182,7 +182,7 @@ class StoredMedia:
     read, for example as ``on_pair`` of the source.
 
     Attributes:
-        folder: ``image_dir`` after a pair with such a file was read; until then "".
+        folder: "" until a pair with a stored image or video is read. After that, ``image_dir``.
     """
 
     def __init__(self, source: PairSource) -> None:

@@ -292,7 +292,7 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
 
 
 def count_reference_pairs(path: Path, rank: int) -> None:
-    """Makes this process write a line to the file ``path`` for each pair of a reference forward."""
+    """Makes this process write a line to the file ``path`` for each pair that the reference model scores."""
     from mpo_ext.train import reference_file
 
     original = reference_file.sequence_logp

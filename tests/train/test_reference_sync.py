@@ -131,7 +131,7 @@ def run_here(recipe: Recipe, lines: list[dict[str, float]]) -> Trainer:
 
 
 class Two(nn.Module):
-    """A model with two parameters and a buffer. Its method ``get_output_embeddings`` marks it as unwrapped."""
+    """A model with two parameters and a buffer. It has the method by which ``unwrap_model`` recognises a model."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
