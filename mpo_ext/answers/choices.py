@@ -9,6 +9,8 @@ from typing import ClassVar
 from mpo_ext.answers.base import Matcher, Verdict
 from mpo_ext.answers.extract import all_boxes, last_box
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
+from mpo_ext.answers.number_text import parse_number
+from mpo_ext.answers.numbers import NumberRule
 from mpo_ext.answers.word_answers import compare_texts, is_no_answer
 from mpo_ext.checks import shorten
 
@@ -48,6 +50,7 @@ _DOUBTED_BOX = re.compile(
     r"(?:[/?&]|[,;][\s$(]*[A-Z](?!\w)|\b(?:or|nor|and|but|not|is|are|maybe|perhaps)\b(?!\s+(?:the\s+)?(?:correct|right|true|best|answer)))",
     re.IGNORECASE,
 )
+_NUMBERS = NumberRule(relative=1e-6, absolute=1e-9, units="any")
 _FALSE = frozenset(("false", "untrue", "invalid", "no"))
 
 
@@ -77,7 +80,8 @@ class ChoiceMatcher(Matcher):
 
     - It names several options without a decision ("A or B").
     - It names a letter that no option has.
-    - It names a letter with the text of another option ("B. Paris" if Paris is C).
+    - It names a letter with another text than that of its option ("B. Paris" if B is Rome).
+    - It names an option with the same text as the true option, but another letter.
     - It is a text that differs from the texts of all known options.
     - The options are unknown, and only the answer or only the truth has a letter ("Paris" and "C").
 
@@ -113,6 +117,8 @@ class ChoiceMatcher(Matcher):
             same = predicted.letters == true.letters
             if not same and not labels and _has_text(predicted) and predicted.text == true.text:
                 return self._verdict(None, "unclear letter", form, true_form)  # same text: options may be reordered
+            if not same and _have_equal_texts(predicted.letters, true.letters, labels):
+                return self._verdict(None, "unclear letter", form, true_form)  # two options with the same text
             return self._verdict(same, "letter", form, true_form)
         if predicted.text == true.text != "" or fold(prediction) == fold(truth) != "":
             return self._verdict(True, "text", form, true_form)
@@ -141,6 +147,22 @@ def _read_boxes(answer: str, boxes: Sequence[str], labels: tuple[tuple[str, str]
         bare = re.sub(r"\\boxed\s*\{" + re.escape(box) + r"\}", letter or "?", bare)
     choice = read_choice(bare, labels)
     return choice if len(choice.letters) > 1 else Choice("", _option_text(answer), True)
+
+
+def _have_equal_texts(first: str, second: str, labels: tuple[tuple[str, str], ...]) -> bool:
+    """Returns whether the options with the letters ``first`` have the same texts as those with ``second``."""
+    texts = _option_texts(labels)
+    if not set(first + second) <= set(texts):
+        return False
+    return sorted(texts[letter] for letter in first) == sorted(texts[letter] for letter in second)
+
+
+def _contradicts(text: str, option: str) -> bool:
+    """Returns whether a text differs from an option, also as a number: "4 metres" does not contradict "4 m"."""
+    if compare_texts(text, option) is not False:
+        return False
+    number, true = parse_number(text), parse_number(option)
+    return number is None or true is None or _NUMBERS.compare(number, true)[0] is not True
 
 
 def _has_text(choice: Choice) -> bool:
@@ -278,11 +300,14 @@ def _letter_and_text(letter: str, rest: str, whole: str, texts: Mapping[str, str
         return Choice(letter, text)
     if owners:
         return Choice("", whole, True)
+    if texts and texts[letter] and _contradicts(text, texts[letter]):
+        return Choice("", whole, True)
     others = {match[match.lastindex or 0].upper() for match in _OTHER_LETTER.finditer(rest)} - {letter}
     if texts:
         others &= set(texts)
-        if texts[letter] and compare_texts(text, texts[letter]) is False:
-            others |= {owner for owner, option in texts.items() if option and compare_texts(text, option) is not False}
+        for owner, option in texts.items():  # "D. blue and yellow" if D is yellow and A is blue
+            if option and compare_texts(text, option) is not False and compare_texts(texts[letter], option) is False:
+                others.add(owner)
     is_other_option = bool(texts) and not compare_texts(text, texts[letter])
     is_denied = bool(_DOUBT.search(text) or _DENIED.match(text)) and (is_other_option or not texts)
     if others or is_denied or (is_other_option and text in _FALSE):

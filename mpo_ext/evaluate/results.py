@@ -12,9 +12,12 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import mpo_ext
+from mpo_ext.answers import label_options
+from mpo_ext.answers.choices import read_choice
 from mpo_ext.evaluate.cells import Cell
 from mpo_ext.evaluate.scoring import WITHOUT_IMAGE, EvaluationConfig, QuestionScore
 from mpo_ext.evaluate.statistics import Comparison, compare, mean_and_error, pass_at_k, wilson
+from mpo_ext.generate.items import Item
 
 FORMAT = "mpo_ext.evaluation/1"
 ALL = "all"  #: Name of the results over all files of questions.
@@ -106,11 +109,18 @@ def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[st
             continue
         pairs = zip(cell.scores, by_key[model, name, f"{prompt}{WITHOUT_IMAGE}"].scores, strict=True)
         same[model, name, prompt] = [
-            _Answered(cell.evaluation.is_same(item, seen, blind), item.truths)
+            _Answered(cell.evaluation.is_same(item, seen, blind), _truths(item))
             for item, (seen, blind) in zip(cell.data.source.items(), pairs, strict=True)
             if seen.problem is None and blind.problem is None
         ]
     return same
+
+
+def _truths(item: Item) -> tuple[str, ...]:
+    """Returns the true answers of an item. Answers that select options become letters: "B" for "Rome" or "B. Rome"."""
+    options = item.extra.get("options")
+    labels = () if options is None else tuple(label_options(options).items())
+    return tuple((read_choice(truth, labels).letters if labels else "") or truth for truth in item.truths)
 
 
 def _without_image(

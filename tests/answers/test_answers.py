@@ -713,3 +713,25 @@ def test_a_style_that_is_none_is_named(style):
 def test_matchers_can_be_sent_to_workers():
     for each in ALL_PLAIN:
         assert pickle.loads(pickle.dumps(each)) == each
+
+
+@pytest.mark.parametrize(
+    ("options", "truth", "answer", "expected"),
+    [
+        (["blue", "white", "purple", "yellow"], "D", "D. green", None),
+        (["blue", "white", "purple", "yellow"], "D", "D. blue and yellow", None),
+        (["blue", "white", "purple", "yellow"], "D", "D. The yellow one", True),
+        (["blue", "white", "purple", "yellow"], "B. green", "B", None),
+        (["6", "4", "5", "3"], "B", "B. 2", None),
+        (["3 m", "4 m", "5 m"], "B", "B. -4 m", None),
+        (["3 m", "4 m", "5 m"], "B", "B. 4 metres", True),
+        (["3 m", "4 m", "5 m"], "B", "C. 5 m", False),
+        (["red", "blue", "red"], "A", "C", None),
+        (["red", "blue", "red"], "A", "C. red", None),
+        (["red", "blue", "red"], "A", "B", False),
+    ],
+)
+def test_a_letter_with_another_text_is_unclear(
+    options: list[str], truth: str, answer: str, expected: bool | None
+) -> None:
+    assert matcher("choice", options=options)(answer, truth).correct is expected

@@ -507,3 +507,14 @@ def test_the_most_frequent_true_answer_is_a_bound_of_chance(
     table = (tmp_path / "out" / "table.md").read_text()
     assert ("d: most frequent true answer: 50.0 % of the questions.\n" in table) == (share is not None)
     assert ("always gives this answer" in table) == (share is not None)
+
+
+def test_the_most_frequent_true_option_counts_in_any_spelling(tmp_path: Path) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    options = ["Rome", "Paris"]
+    truths = ["B", "Paris", "B. Paris", "A"]
+    lines = [{"question": "Q", "image": "a.png", "options": options, "answer_gt": truth} for truth in truths]
+    data = write_lines(tmp_path / "d.jsonl", lines)
+    config = EvaluationConfig(prompts=("direct",), without_image=True)
+    results = evaluate({"m": StubEngine()}, {"d": data}, tmp_path / "out", config=config, image_root=str(tmp_path))
+    assert [row["most_frequent_truth"] for row in results["without_image"]] == [0.75]
