@@ -243,7 +243,7 @@ def canonical(text: str) -> str:
     return re.sub(r"\s*(\\[A-Za-z]+|[^\w\s])\s*", r"\1", re.sub(r"([_^])\s*\{(\w)\}", r"\1\2", text))
 
 
-def without_spaces(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
@@ -252,7 +252,9 @@ def is_same_but_case(first: str, second: str) -> bool:
 
     Words in other case have the same meaning ("Yes" and "yes"), variables may not ("V/R" and "v/r").
     """
-    if without_spaces(fold(first)) != without_spaces(fold(second)) or without_spaces(first) == without_spaces(second):
+    if _without_spaces(fold(first)) != _without_spaces(fold(second)) or _without_spaces(first) == _without_spaces(
+        second
+    ):
         return False
     runs, others = _RUN.findall(first), _RUN.findall(second)
     if len(runs) != len(others):
@@ -270,10 +272,8 @@ def _is_word(first: str, second: str, is_alone: bool) -> bool:
         return len(word) > 1 or not is_alone
     if not word.isascii() or word in ("dne", "nan"):
         return len(word) > 1
-    if word in "abcdefghijklmnopqrstuvwxyz" or not re.search(
-        "[aeiouy]", word
-    ):  # the letters of a figure, or a product
-        return False
+    if word in "abcdefghijklmnopqrstuvwxyz" or not re.search("[aeiouy]", word):
+        return False  # the letters of a figure ("abc"), or a product
     return len(word) > 3 or re.fullmatch("[^aeiou][aeiouy].", word) is not None
 
 

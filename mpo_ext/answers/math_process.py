@@ -58,10 +58,8 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
     numbers = [complex(each.subs(constants).subs(primes).evalf(20)) for each in (truth, prediction)]
     if symbols and abs(numbers[0] - numbers[1]) <= 1e-6 * max(map(abs, numbers)):
         return "unread"
-    if (
-        any(each.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit) for each in (truth, prediction))
-        and symbols
-    ):
+    unevaluated = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit)
+    if symbols and (truth.has(*unevaluated) or prediction.has(*unevaluated)):
         return "unread"
     for text in (truth_text, prediction_text):
         decimal = re.fullmatch(r"[+-]?[0-9]*\.([0-9]{1,15})", text.strip("$ "))

@@ -10,7 +10,7 @@ from mpo_ext.data.formats import WRITABLE, Format
 from mpo_ext.data.hf import PARQUET, save_dataset
 from mpo_ext.data.jsonl import parse_object, parse_pair, write_pairs
 from mpo_ext.data.media import check_media
-from mpo_ext.data.mmpr import MMPRSubset, line_parser, to_line, write_mmpr
+from mpo_ext.data.mmpr import MMPRSubset, has_subset, line_parser, to_line, write_mmpr
 from mpo_ext.data.reader import BadLine, Location, Skipped, raise_bad_line
 from mpo_ext.data.records import PROMPT_TOOLS, SOURCE, TURNS, Pair
 from mpo_ext.data.sources import PairSource
@@ -212,10 +212,7 @@ def _through_mmpr(pair: Pair, root: str | os.PathLike[str] | None) -> Pair:
     """
     if names := sorted(pair.extra.keys() & _MMPR_FIELDS):
         raise ValueError(f"extra must not hold a field that the line itself has, got {', '.join(map(repr, names))}")
-    source, folder = pair.source, "/" if root is None else os.path.abspath(root)
-    is_from_mmpr = isinstance(source.get("subset"), str) and isinstance(source.get("root"), str)
-    if is_from_mmpr and isinstance(source.get("settings", {}), dict):
-        folder = source["root"]
+    folder = pair.source["root"] if has_subset(pair.source) else "/" if root is None else os.path.abspath(root)
     text = to_line(pair, folder).decode()
     values = parse_object(text)
     return check_media(values, line_parser(MMPRSubset("", folder, "", 1, None, {}))(values, text))

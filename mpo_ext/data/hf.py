@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from mpo_ext.checks import check_choice, check_index, install_hint, shorten
 from mpo_ext.data.media import check_media, drop_fields, refuse_bytes
 from mpo_ext.data.paths import RootMap, map_root, map_roots
-from mpo_ext.data.reader import FieldError, Location, PairSequence, raise_bad_line
+from mpo_ext.data.reader import Location, PairSequence, raise_bad_line
 from mpo_ext.data.records import Pair
-from mpo_ext.data.trl import Kind, from_trl, to_trl
+from mpo_ext.data.trl import Kind, from_trl, has_bytes, to_trl
 from mpo_ext.files import atomic_write, check_replaceable, sync_folder, sync_tree
 from mpo_ext.images import image_exists, is_url, local_path, read_image
 
@@ -265,14 +265,10 @@ class DatasetPairs(PairSequence):
         if paths and (not isinstance(paths, list) or all(map(self._exists, paths))):  # from_trl refuses a text
             return row
         images = self._row(dataset, index)["images"] or []
-        if not images:
-            return row
-        if paths and len(paths) != len(images):
-            raise FieldError(f"image_paths must name each of {len(images)} images, got {len(paths)} paths")
-        if paths and self._image_dir is None:  # the bytes cannot be stored
-            return row
+        if len(paths) not in (0, len(images)) or (paths and self._image_dir is None):  # the bytes cannot be stored
+            return {**row, "images": images}  # from_trl checks the number of images
         chosen = [
-            path if path and (self._exists(path) or not _has_bytes(image)) else image
+            path if path and (self._exists(path) or not has_bytes(image)) else image
             for path, image in zip(paths or [None] * len(images), images, strict=True)
         ]
         return {**row, "images": chosen, "image_paths": None}
@@ -324,10 +320,6 @@ def _empty_value(feature: Any) -> Any:
         inner = feature[0] if isinstance(feature, list) else feature.feature
         return [_empty_value(inner)]
     return ""
-
-
-def _has_bytes(image: object) -> bool:
-    return isinstance(image, bytes) or (isinstance(image, dict) and image.get("bytes") is not None)
 
 
 def _plain(value: Any) -> Any:

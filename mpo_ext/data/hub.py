@@ -171,9 +171,8 @@ def _listed_problem(builder: Any, folder: str) -> str | None:
     files = [str(file) for files in builder.config.data_files.values() for file in files]
     inside = os.path.join(os.path.realpath(folder), "")
     for file in files:
-        if not file.lower().endswith(PARQUET) or not file.startswith(
-            inside
-        ):  # for example, "[1]" in a folder's name is a pattern
+        # Not inside, for example, if the name of the folder has a pattern such as "[1]".
+        if not file.lower().endswith(PARQUET) or not file.startswith(inside):
             return f"path must be a folder whose README.md lists parquet files of this folder, got {folder}: {file}"
     if len(files) > len(set(files)):
         return f"path must be a folder whose README.md lists each file once, got {folder}"

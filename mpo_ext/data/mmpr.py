@@ -460,7 +460,7 @@ def write_mmpr(
     taken: set[str] = set()
     with contextlib.ExitStack() as stack:
         for pair in pairs:
-            source = pair.source if _has_subset(pair.source) else {}
+            source = pair.source if has_subset(pair.source) else {}
             subset = source.get("subset", name)
             if (
                 root is None
@@ -484,7 +484,8 @@ def write_mmpr(
     return {subset: meta["length"] for subset, meta in metas.items()}
 
 
-def _has_subset(source: Mapping[str, Any]) -> bool:
+def has_subset(source: Mapping[str, Any]) -> bool:
+    """Returns whether ``Pair.source`` names the MMPR subset that a pair was read from."""
     texts = isinstance(source.get("subset"), str) and isinstance(source.get("root"), str)
     return texts and isinstance(source.get("settings", {}), dict)
 

@@ -192,7 +192,7 @@ def _image_columns(row: Mapping[str, Any], save_image: SaveImage | None) -> list
         if len(images) != len(paths):
             raise FieldError(f"image_paths must name each of {len(images)} images, got {len(paths)} paths")
         named = [
-            paths[index] if _has_bytes(image) else image_path(name, image, save_image)
+            paths[index] if has_bytes(image) else image_path(name, image, save_image)
             for index, image in enumerate(images)
         ]
         if named != paths:
@@ -202,7 +202,8 @@ def _image_columns(row: Mapping[str, Any], save_image: SaveImage | None) -> list
     return paths
 
 
-def _has_bytes(image: object) -> bool:
+def has_bytes(image: object) -> bool:
+    """Returns whether an image of a row is given by its bytes."""
     return isinstance(image, bytes) or (isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes))
 
 

@@ -16,13 +16,8 @@ from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 _MAX_NAMES = 8  # maximum number of file names in an error message
-_UNREAD_FILES = (
-    "original/*",
-    "*.gguf",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-)  # files that are not downloaded with a revision
+# Files that are not downloaded with a revision
+_UNREAD_FILES = ("original/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,12 +118,11 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
     chat = getattr(engine, "chat", None)
     if chat is not None and (notice := unused_notice(chat.chat_template, chat.chat_template_kwargs)):
         warnings.warn(notice, stacklevel=2)
-    set_weights(engine)
-    return engine
+    return set_weights(engine)
 
 
-def set_weights(engine: Engine) -> None:
-    """Adds a hash of the model's weights to the settings of a ``TransformersEngine``.
+def set_weights(engine: Engine) -> Engine:
+    """Adds a hash of the model's weights to the settings of a ``TransformersEngine``, and returns the engine.
 
     A resumed run compares the settings. It thus detects changed weights in the same folder.
     """
@@ -136,6 +130,7 @@ def set_weights(engine: Engine) -> None:
 
     if isinstance(engine, TransformersEngine):
         engine.weights = fingerprint(engine.model)
+    return engine
 
 
 def _is_model(folder: Path) -> bool:

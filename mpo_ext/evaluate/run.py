@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mpo_ext.checks import check_integer
 from mpo_ext.evaluate.cells import Cell, EvaluationRun, open_questions
@@ -91,9 +91,8 @@ def evaluate(
     ]
     engines: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        engine: Any = load_engine(sources[name], make_engine) if name in sources else model
+        engine: Any = load_engine(sources[name], make_engine) if name in sources else set_weights(cast(Engine, model))
         keep_date(engine, [cell.folder for cell in cells if cell.model == name])
-        set_weights(engine)
         engines[name] = engine.settings()
         for cell in cells:
             if cell.model == name:

@@ -203,12 +203,15 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
         without_adapters = contextlib.nullcontext()
         if self.ref_model is None:
             without_adapters = self.accelerator.unwrap_model(self.model).disable_adapter()
-        model, is_training = self.model if self.ref_model is None else self.ref_model, self.model.training
+        model: Any = self.model if self.ref_model is None else self.ref_model
+        is_training = model.training
         model.eval()  # the reference has no dropout
-        with without_adapters, self.accelerator.autocast():
-            rows = forward(model, batch)
-            logp = linear_token_logp(rows.hidden, rows.weight, batch.labels, shift=False, **rows.options)
-        self.model.train(is_training)
+        try:
+            with without_adapters, self.accelerator.autocast():
+                rows = forward(model, batch)
+                logp = linear_token_logp(rows.hidden, rows.weight, batch.labels, shift=False, **rows.options)
+        finally:
+            model.train(is_training)
         return sequence_sums(logp.double(), batch.cu_seqlens)
 
     def _add_terms(self, mode: str, out: Any) -> None:

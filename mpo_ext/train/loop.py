@@ -345,7 +345,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Returns the metrics (loss, rewards, ...) over all evaluation pairs. All ranks must call this method."""
         metrics, counts = evaluate(self.model, self.data, self.batch_loss, self.state.reward_shift)
-        if counts != self.eval_pair_counts:
+        if counts.state_dict() != self.eval_pair_counts.state_dict():
             self.output.report_evaluation_pairs(counts)
         self.eval_pair_counts = counts
         return metrics

@@ -40,11 +40,6 @@ class PairCounts:
         self.skipped[reason] += 1
         self.examples.setdefault(reason, message)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PairCounts) and self.state_dict() == other.state_dict()
-
-    __hash__ = None  # type: ignore[assignment]
-
     def merge(self, other: "PairCounts") -> None:
         """Adds the counts of ``other``. Takes examples from ``other`` only for reasons without an example."""
         self.kept += other.kept

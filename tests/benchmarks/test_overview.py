@@ -41,7 +41,11 @@ def areas(svg: str) -> Iterator[tuple[str, Area]]:
     The width of a text is measured in DejaVu Sans, a wide font.
     """
     image_font = pytest.importorskip("PIL.ImageFont")
-    folder = Path(pytest.importorskip("matplotlib").get_data_path(), "fonts", "ttf")
+    folder = Path(
+        pytest.importorskip("matplotlib", reason="needs matplotlib, which dev installs").get_data_path(),
+        "fonts",
+        "ttf",
+    )
     for element, attributes, words in re.findall(r"<(rect|text) ([^>]*?)/?>([^<]*)", svg):
         values = dict(re.findall(r'([\w-]+)="([^"]*)"', attributes))
         left, top = float(values["x"]), float(values["y"])

@@ -158,7 +158,7 @@ def test_a_dataset_with_a_missing_image_is_not_written(
 def test_a_dataset_skips_and_counts_pairs_with_unreadable_images(
     write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     missing, url = {**GOOD, "image": "none.png"}, {**GOOD, "image": "https://host/a.png"}
     meta = write_lines("none", [missing, GOOD, b"{\n", url])
     assert run_data("convert", meta, tmp_path / "out", "--to", "hf", "--skip-bad") == 0
@@ -286,7 +286,7 @@ def test_a_closed_pipe_ends_a_command_quietly(mmpr: Path, tmp_path: Path) -> Non
 
 
 def test_view_is_a_command(mmpr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     assert run_data("view", mmpr, "--out", tmp_path / "p.html", "--limit", "5") == 0
     assert capsys.readouterr().out == f"wrote 5 of 13 pairs to {tmp_path}/p.html\n"
 
@@ -313,7 +313,7 @@ def test_the_options_offer_every_format_and_kind() -> None:
 @pytest.fixture
 def rows_with_bytes(tmp_path: Path) -> Path:
     """Returns the folder of a saved dataset with one row, which stores its image as bytes."""
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     buffer = io.BytesIO()
     pytest.importorskip("PIL.Image").new("RGB", (8, 8)).save(buffer, "PNG")
     row = {"prompt": "q", "chosen": "c", "rejected": "r", "image": {"bytes": buffer.getvalue(), "path": None}}

@@ -300,7 +300,7 @@ def tar_file() -> bytes:
 )
 def test_the_real_cause_is_named(name: str, content: bytes, words: str, tmp_path: Path, cache: Path) -> None:
     if name.endswith(".parquet"):
-        pytest.importorskip("datasets")
+        pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words) as error:
         open_pairs(tmp_path / name)

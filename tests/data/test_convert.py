@@ -32,7 +32,7 @@ def assert_same_mmpr(meta: Path, other: Path) -> None:
 
 
 def test_mmpr_survives_conversion_through_every_format(mmpr: Path, tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     pairs = list(open_pairs(mmpr).pairs)
     steps: list[tuple[str, str, str]] = [
         ("1.jsonl", "pairs", "standard"),
@@ -136,7 +136,7 @@ def test_lines_are_not_written_under_the_name_of_another_kind_of_file(
 
 @pytest.mark.parametrize("format", ["trl", "hf"])
 def test_without_a_kind_the_prompt_is_a_message(mmpr: Path, tmp_path: Path, format: str) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     out = tmp_path / ("out.jsonl" if format == "trl" else "out")
     convert(open_pairs(str(mmpr)), out, format)
     is_file = format == "trl"
@@ -152,7 +152,7 @@ FORMATS = ("mmpr", "pairs", "trl", "hf")
 def test_the_name_of_an_image_in_a_row_never_makes_the_written_line_bad(
     format: Any, name: str, tmp_path: Path, images: Path
 ) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     row = {"prompt": "q", "chosen": "c", "rejected": "r", name: "0001.png"}
     row["image"] = {"bytes": (images / "a.png").read_bytes(), "path": "0001.png"}
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
@@ -175,7 +175,7 @@ def test_the_name_of_an_image_in_a_row_never_makes_the_written_line_bad(
 )
 def test_fields_that_mmpr_cannot_hold_are_named(format: Any, field: dict[str, Any], tmp_path: Path) -> None:
     if format == "hf":
-        pytest.importorskip("datasets")
+        pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     write_pairs(tmp_path / "in.jsonl", [Pair("q", "c", "r", extra=field)])
     source = open_pairs(tmp_path / "in.jsonl")
     if format == "mmpr":
@@ -288,7 +288,7 @@ def test_an_output_of_another_kind_is_refused(mmpr: Path, tmp_path: Path) -> Non
 
 
 def test_a_dataset_without_a_good_pair_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     write_pairs(tmp_path / "p.jsonl", [Pair("q", "c", "r", ("none.png",))] * 2)
     with pytest.raises(
         ValueError, match=r"at least one pair, got none of 2 lines; the first: .*p.jsonl:1: unreadable"

@@ -112,7 +112,7 @@ def test_an_unchanged_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_files_of_a_meta_file_and_of_a_dataset(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     for name in "ab":
         write(tmp_path / f"{name}.jsonl", lines_of(3))
     meta = {name: {"root": "", "annotation": f"{name}.jsonl", "repeat_time": 1} for name in "ab"}

@@ -21,7 +21,7 @@ KINDS = ("standard", "conversational")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dataset_opens_its_images(kind: Any, mmpr: Path) -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     pairs = list(open_pairs(mmpr).pairs)
     dataset = to_dataset(pairs, kind)
     assert [image.size for image in dataset[4]["images"]] == [(40, 30), (30, 50)]
@@ -31,7 +31,7 @@ def test_a_dataset_opens_its_images(kind: Any, mmpr: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dataset_without_images_has_no_column_for_them(kind: Any) -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     dataset = to_dataset([PAIR], kind)
     assert "images" not in dataset.column_names
     prompt = dataset[0]["prompt"]
@@ -40,7 +40,7 @@ def test_a_dataset_without_images_has_no_column_for_them(kind: Any) -> None:
 
 
 def test_a_dataset_has_no_tools() -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     pair = dataclasses.replace(PAIR, extra={"$source": {"tools": [tool]}})
     with pytest.raises(ValueError, match="pairs of a dataset must have no tools, got"):
@@ -48,7 +48,7 @@ def test_a_dataset_has_no_tools() -> None:
 
 
 def test_images_of_a_foreign_dataset_are_written_out(images: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     features = datasets.Features(
         {**dict.fromkeys(("prompt", "chosen", "rejected"), datasets.Value("string"))}
         | {"images": datasets.List(datasets.Image())}
@@ -66,7 +66,7 @@ def test_images_of_a_foreign_dataset_are_written_out(images: Path, tmp_path: Pat
 
 
 def test_an_empty_image_paths_does_not_hide_the_images_of_a_table(images: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     image = {"bytes": (images / "a.png").read_bytes(), "path": None}
     row = {"prompt": "q", "chosen": "c", "rejected": "r", "images": [image]}
     existing = str(images / "a.png")
@@ -94,7 +94,7 @@ def test_datasets_is_only_needed_for_datasets() -> None:
 @pytest.fixture
 def written(images: Path, tmp_path: Path) -> Path:
     """Returns a dataset with three rows: two images, no images, one image."""
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     a, b = str(images / "a.png"), str(images / "sub/b.jpg")
     pairs = [Pair("<image><image>q", "c", "r", (a, b)), PAIR, Pair("q", "c", "r", (b,))]
     save_dataset(tmp_path / "written", pairs)
@@ -131,7 +131,7 @@ def test_a_dataset_contains_its_images(written: Path, images: Path, cache: Path)
 def test_image_paths_that_name_no_file_do_not_hide_images(
     paths: Any, written: Path, images: Path, tmp_path: Path
 ) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     dataset = datasets.load_from_disk(str(written)).cast_column("images", datasets.List(datasets.Image(decode=False)))
     features = dataset.features
     rows = [{**row, "image_paths": paths if index == 2 else row["image_paths"]} for index, row in enumerate(dataset)]
@@ -168,7 +168,7 @@ def test_an_output_is_replaced_only_by_a_complete_dataset(
 
 
 def test_a_dataset_has_at_least_one_pair(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     with pytest.raises(ValueError, match="pairs of a dataset must hold at least one pair, got none"):
         save_dataset(tmp_path / "out", [])
     assert not list(tmp_path.iterdir())

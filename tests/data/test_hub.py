@@ -14,7 +14,7 @@ from rows import assistant, system, user
 from mpo_ext.data import BadLine, Pair, open_pairs
 from mpo_ext.data.hub import hub_id
 
-datasets = pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
 ORIGIN = {"ds_name": "d", "origin_dataset": "o", "origin_split": '{"model": "m"}', "idx": "0", "image_path": "x/a.png"}
 
 
@@ -180,7 +180,7 @@ def test_the_column_image_of_a_dataset_is_taken(images: Path, tmp_path: Path, ca
 
 @pytest.mark.parametrize("with_path", [True, False])
 def test_images_of_parquet_files_without_features(with_path: bool, images: Path, tmp_path: Path, cache: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow, which dev installs")
     content = (images / "a.png").read_bytes()
     image = {"bytes": content, "path": "a.png"} if with_path else content
     table = {"prompt": ["q"], "chosen": ["c"], "rejected": ["r"], "image": [image]}
@@ -192,7 +192,7 @@ def test_images_of_parquet_files_without_features(with_path: bool, images: Path,
 
 @pytest.mark.parametrize("column", ["image", "images"])
 def test_binary_columns_are_images(column: str, images: Path, tmp_path: Path, cache: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow, which dev installs")
     content = (images / "a.png").read_bytes()
     value = content if column == "image" else [content]
     for kind in (pyarrow.binary(), pyarrow.large_binary()):

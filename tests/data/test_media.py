@@ -186,7 +186,7 @@ def test_another_image_beside_an_image_is_refused(field: dict[str, Any], tmp_pat
 @pytest.mark.parametrize("name", ["picture", "figure", "jpg", "png", "meta"])
 @pytest.mark.parametrize("has_image", [False, True])
 def test_bytes_in_a_column_are_refused_by_its_name(name: str, has_image: bool, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     value = {"part": [b"\x89PNG"]} if name == "meta" else {"bytes": b"\x89PNG", "path": None}
     row = {**TEXT["trl"], name: value, **({"image": "a.png"} if has_image else {})}
     datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "d")
@@ -198,7 +198,7 @@ def test_bytes_in_a_column_are_refused_by_its_name(name: str, has_image: bool, t
 
 @pytest.mark.parametrize("path", [None, "0001.png", "other.png"])
 def test_file_name_beside_bytes_names_their_image(path: str | None, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     content = base64.b64decode(PNG)
     row = {**TEXT["trl"], "image": {"bytes": content, "path": path}, "file_name": "train/0001.png"}
     datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "d")
@@ -373,7 +373,7 @@ def test_turns_are_checked_measured_and_shown(tmp_path: Path, images: Path) -> N
 
 
 def test_a_format_that_cannot_hold_turns_refuses_the_line(tmp_path: Path, images: Path) -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     prompt = [{"role": "system", "content": "s"}, user("q")]
     rows = [
         {**TEXT["trl"]},

@@ -59,7 +59,7 @@ def test_root_map_moves_a_path_of_mmpr_once(is_table: bool, images: Path) -> Non
     path = images / "pairs.jsonl"
     path.write_text(json.dumps(line))
     if is_table:
-        datasets = pytest.importorskip("datasets")
+        datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
         path = images / "pairs.parquet"
         datasets.Dataset.from_list([line]).to_parquet(path)
     source = open_pairs(path, format="mmpr", root_map=[(str(images.parent), str(images))])

@@ -47,7 +47,7 @@ def test_texts_without_these_scripts_have_the_words_of_the_expression() -> None:
 
 
 def test_stats_count_tokens_of_a_tokenizer(mmpr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs transformers, which dev installs")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

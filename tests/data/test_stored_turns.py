@@ -140,7 +140,7 @@ def test_parts_of_responses_are_converted_to_text() -> None:
 
 
 def test_stored_turns_of_a_table_are_read(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     rows = [line({"messages": EARLIER}), {**line({}), "extra": None}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     pairs = [pair for _, pair in open_pairs(tmp_path / "rows.parquet").scan()]

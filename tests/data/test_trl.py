@@ -339,7 +339,7 @@ def test_a_row_that_cannot_mean_what_it_says_is_refused(
 
 
 def test_turns_survive_conversion(tmp_path: Path, images: Path) -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     rows = [
         {
             "prompt": [system("s"), user("1: <image> there"), assistant("b"), user("<image>q")],

@@ -159,7 +159,7 @@ def test_new_pairs_are_written_to_mmpr(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["trl", "hf"])
 def test_formats_that_hold_none_refuse_them(pair: Pair, format: Any, tmp_path: Path) -> None:
     if format == "hf":
-        pytest.importorskip("datasets")
+        pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     (tmp_path / "in.jsonl").write_text(json.dumps(pair.to_dict()) + "\n" + json.dumps(Pair("q", "c", "r").to_dict()))
     source = open_pairs(tmp_path / "in.jsonl", format="pairs")
     name = "videos" if pair.videos else "rejected_images"
@@ -171,7 +171,7 @@ def test_formats_that_hold_none_refuse_them(pair: Pair, format: Any, tmp_path: P
 
 @pytest.mark.parametrize("name", ["video", "videos"])
 def test_videos_of_a_table_are_stored(name: str, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     video = {"bytes": b"a video", "path": "a.mp4"}
     row = {"question": "q", **REST, name: video if name == "video" else [video]}
     datasets.Dataset.from_list([row, {**row, name: None}]).to_parquet(tmp_path / "rows.parquet")

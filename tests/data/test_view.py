@@ -48,7 +48,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page_shows_every_pair_and_no_pair_becomes_html(images: Path, tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     pairs = [
         Pair(
             f"{text}q{index}",
@@ -93,7 +93,7 @@ def test_the_page_shows_every_pair_and_no_pair_becomes_html(images: Path, tmp_pa
 
 
 def test_the_page_states_what_it_omits(write_lines: Any, images: Path, tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     Image.effect_noise((900, 600), 90).save(images / "large.png")
     lines = [{**GOOD, "question": f"q{index}", "image": ["a.png", "large.png"]} for index in range(50)]
     source = open_pairs(write_lines("many", [*lines, b"{\n"]))
@@ -116,7 +116,7 @@ def test_the_page_states_what_it_omits(write_lines: Any, images: Path, tmp_path:
 
 
 def test_thumbnails_are_small_for_every_image_mode(images: Path, tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     modes = {"1": 1, "L": 9, "P": 3, "LA": (1, 2), "RGBA": (1, 2, 3, 0), "CMYK": (1, 2, 3, 4), "I;16": 9, "F": 50.5}
     paths = []
     for index, (mode, color) in enumerate(modes.items()):

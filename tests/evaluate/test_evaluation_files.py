@@ -94,7 +94,7 @@ def test_vlmevalkit_reads_its_table(data: Path, tmp_path: Path) -> None:
     assert rows[1]["prediction"] == "First line\n\tand\nFinal answer: two"
     assert [(row["extracted"], row["hit"]) for row in rows] == [("1", "1"), ("two", "1"), ("", "0")]
     assert rows[2]["question"] == f"late {HOSTILE}"
-    pandas = pytest.importorskip("pandas")
+    pandas = pytest.importorskip("pandas", reason="needs pandas, which dev installs")
     table = pandas.read_csv(path, sep="\t")  # like VLMEvalKit
     assert table["prediction"].tolist() == [row["prediction"] for row in rows]
     assert table["answer"].tolist()[0] == "1"
@@ -132,7 +132,7 @@ def test_lmms_eval_keeps_all_samples_of_a_question(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_the_failures_and_escapes_all_text(data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     run(data, tmp_path / "out")
     text = (tmp_path / "out" / "failures.html").read_text()
     page = Page(text)
@@ -160,7 +160,7 @@ def test_the_page_shows_the_failures_and_escapes_all_text(data: Path, tmp_path: 
 
 
 def test_the_page_lists_wrong_answers_with_the_image_only(tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     lines = [{"question": question, "image": "a.png", "answer_gt": "7"} for question in ("seen", "misread")]
     data = write_lines(tmp_path / "d.jsonl", lines)
@@ -178,7 +178,7 @@ def test_the_page_lists_wrong_answers_with_the_image_only(tmp_path: Path) -> Non
 
 
 def test_the_page_reports_omissions(tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     count = 50
     data = write_lines(tmp_path / "d.jsonl", [{"question": f"Q{n}", "answer_gt": "7"} for n in range(count)])
     engine = ScriptedEngine({f"Q{n}": ["x" * 9000] for n in range(count)})
@@ -195,7 +195,7 @@ def test_the_page_reports_omissions(tmp_path: Path) -> None:
 
 
 def test_wrong_samples_come_first_if_there_are_too_many(tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     data = write_lines(tmp_path / "d.jsonl", [{"question": "a", "answer_gt": "7"}])
     texts = [f"Final answer: {7 if n < 10 else n}" for n in range(12)]
     config = EvaluationConfig(prompts=("cot",), samples=12, temperature=1.0)
@@ -207,7 +207,7 @@ def test_wrong_samples_come_first_if_there_are_too_many(tmp_path: Path) -> None:
 
 
 def test_the_pages_of_equal_runs_are_equal(data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     run(data, tmp_path / "one")
     run(data, tmp_path / "two")
     one, two = ((tmp_path / name / "failures.html").read_bytes() for name in ("one", "two"))
@@ -216,7 +216,7 @@ def test_the_pages_of_equal_runs_are_equal(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_lone_surrogate_in_a_response_is_written(tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     data = write_lines(tmp_path / "d.jsonl", [{"question": "a", "answer_gt": "7"}])
     engine = ScriptedEngine({"a": ["\ud83d Final answer: \udc00"]})
     evaluate({"m": engine}, {"d": data}, tmp_path / "out", config=COT, exports=["vlmevalkit", "lmms-eval"])
@@ -228,7 +228,7 @@ def test_a_lone_surrogate_in_a_response_is_written(tmp_path: Path) -> None:
 
 
 def test_the_page_counts_questions_that_another_model_refuses(tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs jinja2, which dev installs")
     data = write_lines(tmp_path / "d.jsonl", [{"question": q, "answer_gt": "7"} for q in ("a", "b")])
     answers = {"a": ["Final answer: 7"], "b": ["Final answer: 8"]}
     models = {"m": ScriptedEngine(answers), "n": RefusingEngine(answers), "o": RefusingEngine(answers, refused="ab")}

@@ -37,7 +37,7 @@ def save_model(folder: Path, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with two models and questions about images."""
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="needs sklearn, which dev installs")
     from mpo_ext.demo import digits
 
     folder = tmp_path_factory.mktemp("digits")
@@ -135,7 +135,7 @@ def test_other_weights_in_the_same_folder_are_refused(digits_folder: Path, tmp_p
 
 
 def test_adapters_are_merged_into_their_base_model(digits_folder: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft, which dev installs")
     engine = make(str(digits_folder / "one"))
     torch.manual_seed(5)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)

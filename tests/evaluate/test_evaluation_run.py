@@ -289,7 +289,7 @@ def test_several_processes_give_the_results_of_one(items: Path, tmp_path: Path) 
 
 
 def test_the_picture_has_the_same_bytes_each_time_and_no_date(items: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib, which dev installs")
     for name in ("one", "two"):
         evaluate({"m": StubEngine()}, {"d": items}, tmp_path / name, config=COT)
     svg = (tmp_path / "one" / "accuracy.svg").read_text()

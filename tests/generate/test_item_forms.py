@@ -534,7 +534,7 @@ def test_a_row_with_too_few_or_too_many_values_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("extra", [{}, {"system": "Be brief."}])
 def test_a_row_without_question_names_its_fields(extra: dict[str, str], tmp_path: Path) -> None:
     row = {"image": {"bytes": RED, "path": None}, "instruction": "How many?", "answer": "7", **extra}
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow, which dev installs")
     pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([row]), tmp_path / "d.parquet")
     for (item,) in (read_items(item_files(tmp_path / "d.parquet")), [Item.from_dict(row)]):
         assert item.problem == "no question"
@@ -558,7 +558,7 @@ def test_the_names_of_many_fields_are_cut() -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     from PIL import Image
 
     rows = {

@@ -362,7 +362,7 @@ def test_the_model_needs_no_torch() -> None:
 
 def write_recipe(folder: Path) -> Path:
     """Writes a recipe and its model folder, which has a config and no weights."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers, which dev installs")
     config = transformers.Qwen2Config(
         vocab_size=50000, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=False,

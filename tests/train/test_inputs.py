@@ -206,7 +206,7 @@ def test_a_repaired_image_is_no_change(tmp_path: Path, pairs: Path) -> None:
 
 
 def test_a_dataset_folder(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which dev installs")
     rows = [{"prompt": "Read row 1 .", "chosen": f"{number} , 2", "rejected": "3"} for number in range(8)]
     folder = tmp_path / "dataset"
     datasets.Dataset.from_list(rows).save_to_disk(str(folder))

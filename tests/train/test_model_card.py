@@ -210,7 +210,7 @@ def test_long_curves_are_smoothed_but_not_the_learning_rate(tmp_path: Path, draw
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib, which dev installs")
     text = write(tmp_path, make(), log(20))
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "](curves.png)" in text

@@ -85,7 +85,7 @@ def test_the_final_model_is_uploaded(tmp_path: Path, pairs: Path, hub: Hub, caps
 
 
 def test_an_upload_replaces_the_files_of_an_earlier_model(tmp_path: Path, pairs: Path, hub: Hub) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs peft, which dev installs")
     adapters: dict[str, Any] = {"model__lora": {"rank": 2}, "output__save_merged": True}
     assert trainer_of(tmp_path / "adapters", pairs, **adapters).run() == 0
     assert {"adapter_config.json", "adapter_model.safetensors", "merged/config.json"} <= hub.files["me/model"]

@@ -163,7 +163,7 @@ def test_saved_adapters_load_and_merged_ones_give_the_same(tmp_path: Path, text_
 def test_adapters_are_merged_into_the_revision_that_they_were_trained_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs peft, which dev installs")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     bases, repository = {}, tmp_path / "hub" / "models--owner--base"
@@ -259,7 +259,7 @@ def test_all_modules_of_a_part_are_found(names: list[str], tower: int, projector
     ],
 )
 def test_each_name_of_lora_targets_must_match(target: list[str], words: str) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs peft, which dev installs")
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT))
     with pytest.raises(ValueError, match=rf"lora\.target must name layers of the model, got {words}"):
         add_lora(model, LoraRecipe(target=target))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("hypothesis")
+pytest.importorskip("hypothesis", reason="needs hypothesis, which dev installs")
 
 import transformers
 from hypothesis import HealthCheck, given, settings
