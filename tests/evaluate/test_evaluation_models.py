@@ -129,9 +129,11 @@ def test_other_weights_in_the_same_folder_are_refused(digits_folder: Path, tmp_p
     shutil.copytree(digits_folder / "one", tmp_path / "model")
     run(digits_folder, tmp_path / "out", m=tmp_path / "model")
     run(digits_folder, tmp_path / "out", m=tmp_path / "model")
+    run(digits_folder, tmp_path / "out", m=make(str(tmp_path / "model")))  # a loaded model is compared, too
     shutil.copytree(digits_folder / "two", tmp_path / "model", dirs_exist_ok=True)
-    with pytest.raises(SettingsMismatchError, match=r"engine\.weights"):
-        run(digits_folder, tmp_path / "out", m=tmp_path / "model")
+    for model in (tmp_path / "model", make(str(tmp_path / "model"))):
+        with pytest.raises(SettingsMismatchError, match=r"engine\.weights"):
+            run(digits_folder, tmp_path / "out", m=model)
 
 
 def test_adapters_are_merged_into_their_base_model(digits_folder: Path, tmp_path: Path) -> None:

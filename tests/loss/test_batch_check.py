@@ -127,6 +127,7 @@ def test_planted_mistakes_are_found(name: str) -> None:
         values = batch(seed)
         findings = check_batch(**{**values, **change(values)})
         assert [finding.kind for finding in findings[:1]] == [kind], (seed, findings)
+        assert kind != "not finite" or len(findings) == 1  # such values are not compared
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
